@@ -1,0 +1,72 @@
+# megatron_a2d: every job as one command. `make help` lists them.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+TRANSFORMERS4 := $(VENV)/transformers4
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# One thread a process: tests and demo run several processes on few cores.
+TESTS := A2D_TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+FORMAT ?= rnd1
+NPROC ?= 1
+INPUT ?=
+OUT ?=
+TOKENIZER ?=
+HF ?=
+CHECKPOINT ?=
+MODEL ?=
+RECIPE ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-parity check data convert-hf train export verify generate bench
+
+help:  ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(VENV)/installed  ## .venv with pinned dependencies
+
+# torch first: left to another package's wish, the newest one would be taken.
+$(VENV)/installed: setup.py constraints/py311.txt constraints/transformers4.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints/py311.txt torch
+	$(PIP) install --constraint constraints/py311.txt --editable '.[dev,plot]'
+	$(PIP) install --no-deps --upgrade --target $(TRANSFORMERS4) --requirement constraints/transformers4.txt
+	@touch $@
+
+demo: setup  ## the whole way on two CPU cores, offline, in minutes
+	@$(BIN)/python -m launch.demo $(ARGS)
+
+test: setup  ## the tests
+	$(TESTS) $(ARGS)
+
+test-parity: setup  ## the layouts against one process
+	$(TESTS) tests/parity $(ARGS)
+
+check: setup  ## linter, formatter, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+data: setup  ## tokenise INPUT with TOKENIZER to OUT.bin/.idx
+	$(BIN)/python -m data_prep.tokenize_corpus --input $(INPUT) --tokenizer $(TOKENIZER) --output-prefix $(OUT) $(ARGS)
+
+convert-hf: setup  ## HF (directory or hub id) -> checkpoint OUT
+	$(BIN)/python -m checkpoints_tools.convert_hf --hf $(HF) --out $(OUT) $(ARGS)
+
+train: setup  ## RECIPE on NPROC processes of this machine
+	NPROC=$(NPROC) launch/train.sh --config $(RECIPE) $(ARGS)
+
+export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d, qwen3)
+	$(BIN)/python -m checkpoints_tools.export_hf --checkpoint $(CHECKPOINT) --out $(OUT) --format $(FORMAT) $(ARGS)
+
+verify: setup  ## compare the tensors of HF and CHECKPOINT
+	$(BIN)/python -m checkpoints_tools.verify --hf $(HF) --checkpoint $(CHECKPOINT) $(ARGS)
+
+generate: setup  ## text from the exported MODEL: ARGS='--prompt ...'
+	@$(BIN)/python -m megatron_a2d.generate --model $(MODEL) $(ARGS)
+
+bench: setup  ## the benchmarks, as tables
+	$(BIN)/python -m bench.train_step
+	$(BIN)/python -m bench.masked_head

@@ -1,0 +1,1 @@
+"""Command lines for checkpoints: convert_hf, export_hf, verify."""

@@ -1,0 +1,1 @@
+"""Command lines that turn text into the token files that training reads."""

@@ -1,0 +1,114 @@
+"""Text to token ids, whichever library the tokenizer belongs to. Each encodes a batch on several threads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import read_json
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Encoder(Protocol):
+    vocab_size: int  # ids that the tokenizer can give are 0 .. vocab_size - 1
+    eod_token_id: int | None  # appended to each document, where it is not None
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, end-of-document token included."""
+        ...
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of the tokens, special ones included."""
+        ...
+
+
+class HFEncoder:
+    """A `tokenizer.json`. Text that spells a special token becomes that token, as in transformers."""
+
+    def __init__(self, path: Path, append_eod: bool, workers: int):
+        # The library's threads start on its first batch, and are never fewer or more from then on.
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more precise
+            raise UserError(f"--tokenizer {path}: cannot be read ({error}); fetch it again") from None
+        # Some files were saved with settings of the day's inference. A corpus is neither cut nor padded.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod_token_id = self._end_of_document(path) if append_eod else None
+        self._suffix = [] if self.eod_token_id is None else [self.eod_token_id]
+
+    def _end_of_document(self, path: Path) -> int:
+        # Qwen3's chat models name <|im_end|> as eos, yet documents end with <|endoftext|> in all of them.
+        name = END_OF_TEXT
+        if self._tokenizer.token_to_id(name) is None:
+            configuration = path.with_name("tokenizer_config.json")
+            eos = (
+                read_json(configuration, "the tokenizer's configuration").get("eos_token")
+                if configuration.exists()
+                else None
+            )
+            name = eos.get("content", "") if isinstance(eos, dict) else eos or ""
+        token_id = self._tokenizer.token_to_id(name)
+        if token_id is None:
+            raise UserError(
+                f"--tokenizer {path}: has no end-of-document token ({END_OF_TEXT}, or eos_token in "
+                "tokenizer_config.json); use --no-append-eod or another tokenizer"
+            )
+        return token_id
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids + self._suffix for encoding in encodings]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+class SentencePieceEncoder:
+    """A sentencepiece `.model`; documents end with its </s>."""
+
+    def __init__(self, path: Path, append_eod: bool, workers: int):
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._processor = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"--tokenizer {path}: cannot be read ({error}); fetch it again") from None
+        self._workers = workers
+        self.vocab_size = self._processor.vocab_size()
+        self.eod_token_id = self._processor.eos_id() if append_eod else None
+        if self.eod_token_id is not None and self.eod_token_id < 0:
+            raise UserError(f"--tokenizer {path}: has no </s> to end documents; use --no-append-eod or another one")
+        self._suffix = [] if self.eod_token_id is None else [self.eod_token_id]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [ids + self._suffix for ids in self._processor.encode(texts, num_threads=self._workers)]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self._processor.decode(token_ids)
+
+
+def open_encoder(tokenizer: Path, append_eod: bool, workers: int) -> Encoder:
+    """The encoder for a Hugging Face directory, a tokenizer.json or a sentencepiece model."""
+    path = tokenizer
+    if path.is_dir():
+        models = sorted(path.glob("*.model"))
+        path = next((file for file in (path / "tokenizer.json", *models) if file.is_file()), path / "tokenizer.json")
+    if not path.is_file():
+        raise UserError(
+            f"--tokenizer {tokenizer}: {path} does not exist; "
+            "give a tokenizer.json, a sentencepiece .model or the directory of one"
+        )
+    if path.suffix == ".json":
+        return HFEncoder(path, append_eod, workers)
+    if path.suffix == ".model":
+        return SentencePieceEncoder(path, append_eod, workers)
+    raise UserError(f"--tokenizer {tokenizer}: is neither a .json nor a .model file; give one of these")

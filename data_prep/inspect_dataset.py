@@ -1,0 +1,175 @@
+"""Look into token files: how much there is, how long the documents are, and what training makes of them.
+
+    python -m data_prep.inspect_dataset --data-path data/corpus_train [--tokenizer tokenizer] [--show 2]
+
+Samples are shown as a masked diffusion model meets them: shuffled, packed, masked (▒). `--mask-ratio` hides
+about that part of each; without it each sample has a diffusion time of its own, as in training.
+`--plot out.png` draws document lengths and token frequencies (needs the extra `plot`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from data_prep.encoders import Encoder, open_encoder
+from megatron_a2d.console import entry_point, human, progress
+from megatron_a2d.data.dataset import PackedDataset
+from megatron_a2d.data.indexed import TokenFile, read_metadata
+from megatron_a2d.diffusion.corruption import corrupt
+from megatron_a2d.diffusion.noise import Noise
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import new_file
+
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+BAR_WIDTH = 40
+
+
+class Contents(NamedTuple):
+    lengths: np.ndarray  # [num_documents] int64, tokens of each document
+    counts: np.ndarray  # [max token id + 1] int64, how often each token occurs
+
+
+def read_contents(file: TokenFile) -> Contents:
+    """One pass over all tokens."""
+    counts = np.zeros(1, dtype=np.int64)
+    with progress(Path(file.prefix).name, file.num_tokens * file.dtype.itemsize, "B") as advance:
+        for tokens in file.chunks():
+            if tokens.min() < 0:
+                raise UserError(f"{file.prefix}: holds the negative token id {tokens.min()}; write the file again")
+            more = np.bincount(tokens, minlength=len(counts))
+            more[: len(counts)] += counts
+            counts = more
+            advance(len(tokens) * file.dtype.itemsize)
+    return Contents(file.document_lengths(), counts)
+
+
+def summary(file: TokenFile, contents: Contents) -> Table:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    probabilities = contents.counts[contents.counts > 0] / file.num_tokens
+    percentiles = np.percentile(contents.lengths, PERCENTILES)
+    rows = {
+        "documents": f"{file.num_documents:,}",
+        "tokens": f"{file.num_tokens:,}",
+        "size": f"{human(file.num_tokens * file.dtype.itemsize, 'B')} ({file.dtype.name})",
+        "largest token id": f"{len(contents.counts) - 1:,}",
+        "different tokens": f"{len(probabilities):,}",
+        "unigram entropy": f"{-(probabilities * np.log(probabilities)).sum():.3f} nats a token",
+        "tokens a document, mean": f"{contents.lengths.mean():,.1f}",
+        "percentiles " + " ".join(map(str, PERCENTILES)): "  ".join(f"{value:,.0f}" for value in percentiles),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def histogram(lengths: np.ndarray) -> Table:
+    """Documents by length, each row twice as long as the one before."""
+    table = Table(title="tokens a document", box=None, show_header=False)
+    buckets = np.frexp(lengths.astype(np.float64))[1]  # length in [2^(k-1), 2^k), 0 for an empty document
+    counts = np.bincount(buckets)
+    for bucket in range(int(buckets.min()), len(counts)):
+        low, high = (2 ** (bucket - 1), 2**bucket - 1) if bucket else (0, 0)
+        bar = "█" * int(np.ceil(BAR_WIDTH * counts[bucket] / counts.max()))
+        table.add_row(f"{low:,} .. {high:,}", Text(bar, style="cyan"), f"{counts[bucket]:,}")
+    table.columns[0].justify = table.columns[2].justify = "right"
+    return table
+
+
+def masked_text(tokens: np.ndarray, masked: np.ndarray, encoder: Encoder) -> Text:
+    """The sample's text, every masked character a coloured block."""
+    text = Text()
+    for hidden, run in groupby(range(len(tokens)), key=lambda position: bool(masked[position])):
+        part = encoder.decode([int(tokens[position]) for position in run])
+        text.append("▒" * max(1, len(part)) if hidden else part, style="magenta" if hidden else "")
+    return text
+
+
+def samples(arguments: argparse.Namespace, encoder: Encoder, num_tokens: int) -> list[Panel]:
+    dataset = PackedDataset(arguments.data_path, min(arguments.seq_length, num_tokens), vocab_size=encoder.vocab_size)
+    noise = Noise(seed=0, mask_token_id=encoder.vocab_size)
+    panels = []
+    for index in range(min(arguments.show, dataset.num_samples)):
+        tokens = dataset.tokens(index)
+        if arguments.mask_ratio is None:
+            sample = corrupt(tokens, index, noise)
+            masked, title = sample.tokens == noise.mask_token_id, f"t = {sample.time:.3f}, "
+        else:
+            masked, title = noise.uniforms(index, len(tokens)) < arguments.mask_ratio, ""
+            masked[0] = False
+        title = f"sample {index}: {title}{int(masked.sum())} of {len(tokens)} tokens masked"
+        panels.append(Panel(masked_text(tokens, masked, encoder), title=title, title_align="left"))
+    return panels
+
+
+def plot(path: Path, contents: Contents, title: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'megatron_a2d[plot]'") from None
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {path}: unknown kind of picture; name it .png, .pdf or .svg")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes: Any = figure.subplots(1, 2)
+    lengths = np.maximum(contents.lengths, 1)
+    axes[0].hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 40))
+    axes[0].set(xscale="log", xlabel="tokens a document", ylabel="documents")
+    axes[1].loglog(np.arange(1, len(contents.counts) + 1), np.sort(contents.counts)[::-1])
+    axes[1].set(xlabel="rank of the token", ylabel="occurrences")
+    figure.suptitle(title)
+    with new_file(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=150)
+
+
+def find_tokenizer(arguments: argparse.Namespace) -> Path | None:
+    """The tokenizer to show text with: the flag's, else the one that the tokens' description names."""
+    if arguments.tokenizer is not None or not arguments.show:
+        return arguments.tokenizer
+    path = Path((read_metadata(arguments.data_path) or {}).get("tokenizer") or "")
+    return path if path.name and path.exists() else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="data_prep.inspect_dataset", description="Look into .bin/.idx token files.")
+    parser.add_argument("--data-path", required=True, help="path without .bin and .idx")
+    parser.add_argument("--tokenizer", type=Path, help="to show text; default: the one that made the tokens")
+    parser.add_argument("--show", type=int, default=2, help="how many samples to show")
+    parser.add_argument("--seq-length", type=int, default=256, help="tokens of a sample")
+    parser.add_argument("--mask-ratio", type=float, help="hide about this part of each sample, 0 to 1")
+    parser.add_argument("--plot", type=Path, help="draw lengths and frequencies into this .png, .pdf or .svg")
+    arguments = parser.parse_args(argv)
+    if arguments.mask_ratio is not None and not 0 <= arguments.mask_ratio <= 1:
+        raise UserError(f"--mask-ratio {arguments.mask_ratio}: is no part of a whole; give 0 to 1")
+    if arguments.show < 0:
+        raise UserError(f"--show {arguments.show}: cannot show fewer than no samples; give 0 or more")
+    if arguments.seq_length < 1:
+        raise UserError(f"--seq-length {arguments.seq_length}: a sample needs tokens; give 1 or more")
+    file = TokenFile(arguments.data_path)
+    tokenizer = find_tokenizer(arguments)
+    encoder = open_encoder(tokenizer, append_eod=False, workers=1) if tokenizer else None
+    contents = read_contents(file)
+
+    console = Console(highlight=False)
+    console.print(summary(file, contents))
+    console.print(histogram(contents.lengths))
+    if encoder is not None:
+        for panel in samples(arguments, encoder, file.num_tokens):
+            console.print(panel)
+    elif arguments.show:
+        console.print("no tokenizer to show samples with; name it with --tokenizer")
+    if arguments.plot is not None:
+        plot(arguments.plot, contents, arguments.data_path)
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,151 @@
+"""Train a byte-level BPE tokenizer of Qwen3's kind: its splitting pattern and its special tokens.
+
+    python -m data_prep.train_tokenizer --input corpus.jsonl --vocab-size 4096 --out tokenizer
+
+`--vocab-size` counts the rows of the model's embedding. As in Qwen3, the trained tokens come first, the
+special tokens after them, and the last `--reserved-tokens` rows belong to no token: conversion makes the
+first of them the mask token. The output is a Hugging Face tokenizer directory. The same input gives the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from data_prep.readers import Counts, input_size, read_documents
+from megatron_a2d.console import console, entry_point, human, progress
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import new_directory, write_json
+
+# Qwen's pattern: contractions, words with one leading mark or space, single digits, punctuation, spaces.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+END_OF_TEXT = "<|endoftext|>"
+# Qwen3's added tokens in the order of their ids. Control tokens vanish when text is decoded without
+# special tokens; markup tokens do not, for they are part of what the model says.
+CONTROL_TOKENS = (
+    END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+MARKUP_TOKENS = (
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+)  # fmt: skip
+NUM_BYTES = 256  # every byte is a token, so any text can be encoded
+
+
+def train(texts: Iterator[str], num_tokens: int) -> Tokenizer:
+    """A tokenizer of `num_tokens` tokens, the special ones included. Raises UserError on too little text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    num_trained = num_tokens - len(CONTROL_TOKENS) - len(MARKUP_TOKENS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_trained,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < num_trained:
+        raise UserError(
+            f"--input: this text yields only {tokenizer.get_vocab_size()} of {num_trained} trained tokens; "
+            "give more text or a smaller --vocab-size"
+        )
+    # Added one by one: the ids follow the order.
+    for token in CONTROL_TOKENS:
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+    for token in MARKUP_TOKENS:
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+    return tokenizer
+
+
+def hf_configuration(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The contents of `tokenizer_config.json`, with Qwen3-Base's choices."""
+    added = {
+        str(token_id): {
+            "content": token.content, "special": token.special,
+            "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
+        }
+        for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }  # fmt: skip
+    return {
+        "tokenizer_class": "Qwen2TokenizerFast",
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": list(CONTROL_TOKENS[1:]),
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TEXT,
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": END_OF_TEXT,
+        "split_special_tokens": False,
+        "unk_token": None,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer of Qwen3's kind."
+    )
+    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, help=".jsonl or .txt files")
+    parser.add_argument("--json-key", default="text", help="the key of a document's text in .jsonl")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the model's embedding")
+    parser.add_argument("--reserved-tokens", type=int, default=8, help="rows at the end that no token uses")
+    parser.add_argument("--out", required=True, type=Path, help="the directory to write")
+    arguments = parser.parse_args(argv)
+    if arguments.reserved_tokens < 1:
+        raise UserError(f"--reserved-tokens {arguments.reserved_tokens}: the mask token needs a row; give 1 or more")
+    num_tokens = arguments.vocab_size - arguments.reserved_tokens
+    smallest = NUM_BYTES + len(CONTROL_TOKENS) + len(MARKUP_TOKENS)
+    if num_tokens < smallest:
+        raise UserError(
+            f"--vocab-size {arguments.vocab_size}: too small for {smallest} bytes and special tokens and "
+            f"{arguments.reserved_tokens} reserved rows; give {smallest + arguments.reserved_tokens} or more"
+        )
+    with new_directory(arguments.out, "--out") as partial:
+        counts = Counts()
+        with progress("train tokenizer", input_size(arguments.input), "B") as advance:
+
+            def texts() -> Iterator[str]:
+                for document in read_documents(arguments.input, arguments.json_key, counts):
+                    advance(document.num_bytes)
+                    yield document.text
+
+            tokenizer = train(texts(), num_tokens)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        write_json(partial / "tokenizer_config.json", hf_configuration(tokenizer))
+    console.print(
+        f"{arguments.out}: {num_tokens} tokens, {arguments.reserved_tokens} reserved rows "
+        f"({num_tokens}..{arguments.vocab_size - 1}), from {human(counts.documents)} documents"
+    )
+
+
+if __name__ == "__main__":
+    entry_point(main)

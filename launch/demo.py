@@ -1,0 +1,204 @@
+"""The whole way on two CPU cores, without a network: `make demo`.
+
+A corpus that every machine has (Python's own standard library), a small tokenizer, a tiny Qwen3-MoE that is
+pretrained autoregressively and then stands for a downloaded model; from there on, exactly the
+commands that turn a real Qwen3-30B-A3B into a diffusion language model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from megatron_a2d.architecture import read_architecture
+from megatron_a2d.console import console, entry_point, human
+from megatron_a2d.errors import UserError
+
+VOCAB_SIZE = 4096
+PREFIX = "def read_lines(path):\n    "
+SUFFIX = "\n    return lines\n"
+PROMPT = "class Stack:\n    def __init__(self):\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="demo_run", help="directory for everything that the demo writes; made anew")
+    out = Path(parser.parse_args(argv).out)
+    if out.exists() and any(out.iterdir()) and not (out / "demo.json").exists():
+        raise UserError(f"--out {out}: holds files that are not a demo's; name another directory")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "demo.json").write_text(json.dumps({"started": time.time()}))
+    begin = time.perf_counter()
+
+    _title("1  A corpus, a tokenizer, tokens")
+    _module("data_prep.stdlib_corpus", "--out", out / "corpus.jsonl")
+    tokenizer = out / "tokenizer"
+    _module(
+        "data_prep.train_tokenizer",
+        "--input",
+        out / "corpus.jsonl",
+        "--vocab-size",
+        VOCAB_SIZE,
+        "--out",
+        tokenizer,
+    )
+    _make(
+        "data",
+        INPUT=out / "corpus.jsonl",
+        TOKENIZER=tokenizer,
+        OUT=out / "corpus",
+        ARGS="--valid-fraction 0.03",
+    )
+    data = ("--train-data-path", out / "corpus_train", "--valid-data-path", out / "corpus_valid")
+
+    _title("2  The upstream lab: a tiny Qwen3-MoE, pretrained autoregressively")
+    _write_untrained_model(out / "untrained", tokenizer)
+    _make("convert-hf", HF=out / "untrained", OUT=out / "untrained_checkpoint")
+    _train("launch/recipes/demo_ar.yaml", out / "untrained_checkpoint", out / "ar_run", data)
+    _make("export", CHECKPOINT=out / "ar_run", OUT=out / "qwen3_tiny_moe", FORMAT="qwen3")
+
+    _title("3  The main job: from autoregressive to diffusion")
+    _make("convert-hf", HF=out / "qwen3_tiny_moe", OUT=out / "checkpoint")
+    _train("launch/recipes/demo_cpu.yaml", out / "checkpoint", out / "run", data)
+    _make("export", CHECKPOINT=out / "run", OUT=out / "exported", FORMAT="rnd1")
+    _make("generate", MODEL=out / "exported", ARGS=_shell("--prompt", PROMPT, "--max-new-tokens", "48"))
+    _make(
+        "generate", MODEL=out / "exported",
+        ARGS=_shell("--prefix", PREFIX, "--suffix", SUFFIX, "--hole-length", "16"),
+    )  # fmt: skip
+    _module("megatron_a2d.study", "report", out / "run", "--out", out / "loss.png")
+
+    _title("4  What came out")
+    console.print(_closing_table(out, time.perf_counter() - begin))
+
+
+def _title(text: str) -> None:
+    console.rule(f"[bold]{text}", align="left")
+
+
+def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
+    """Show a command as a person would type it, and run it."""
+    shown = " ".join(shlex.quote(word) for word in command)
+    console.print(f"[bold green]$[/] {shown}", markup=True, soft_wrap=True)
+    result = subprocess.run(command, env={**os.environ, **(environment or {})})
+    if result.returncode:
+        raise UserError(f"`{shown}` ended with exit code {result.returncode}; its message is above")
+
+
+def _module(name: str, *arguments: Any) -> None:
+    _run([_python(), "-m", name, *map(str, arguments)])
+
+
+def _make(target: str, **variables: Any) -> None:
+    _run(
+        [
+            "make",
+            "--no-print-directory",
+            "--silent",
+            target,
+            *(f"{key}={value}" for key, value in variables.items()),
+        ]
+    )
+
+
+def _train(recipe: str, load: Path, save: Path, data: tuple[Any, ...]) -> None:
+    command = [
+        _python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_a2d.train",
+        "--config", recipe, "--load", load, "--save", save, *data,
+    ]  # fmt: skip
+    _run([str(word) for word in command], {"OMP_NUM_THREADS": "1"})
+
+
+def _python() -> str:
+    """The interpreter, as short as a person would write it."""
+    return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+
+
+def _shell(*words: str) -> str:
+    """Words for make's ARGS: quoted for the shell, and with make's dollar doubled."""
+    return " ".join(_ansi_quote(word) for word in words).replace("$", "$$")
+
+
+def _ansi_quote(word: str) -> str:
+    if "\n" not in word:
+        return shlex.quote(word)
+    return '"$(printf %b ' + shlex.quote(word.replace("\\", "\\\\").replace("\n", "\\n")) + ')"'
+
+
+def _write_untrained_model(directory: Path, tokenizer: Path) -> None:
+    """An ordinary Hugging Face Qwen3-MoE directory with random weights."""
+    import torch
+    from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    ids = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())
+    id_of = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
+    special = {"eos_token_id": id_of[ids["eos_token"]], "pad_token_id": id_of[ids["pad_token"]]}
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]
+        vocab_size=VOCAB_SIZE, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=32, intermediate_size=512, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192,
+        norm_topk_prob=True, max_position_embeddings=2048, rope_theta=1e6, tie_word_embeddings=False, **special,
+    )  # fmt: skip
+    torch.manual_seed(1234)
+    model = Qwen3MoeForCausalLM(config)
+    model.generation_config = GenerationConfig(**special)
+    model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, directory / name)
+    console.print(f"{directory}: Qwen3MoeForCausalLM, {human(model.num_parameters())} parameters, untrained")
+
+
+def _closing_table(out: Path, seconds: float) -> Table:
+    from megatron_a2d.data.indexed import TokenFile
+    from megatron_a2d.data.statistics import unigram_entropy
+
+    architecture = read_architecture(out / "exported")
+    entropy = unigram_entropy(
+        TokenFile(out / "corpus_train"), TokenFile(out / "corpus_valid"), architecture.vocab_size, piece_length=128
+    )
+    records = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    before, after = (
+        next(record for record in ordering if record["kind"] == "validation")
+        for ordering in (records, reversed(records))
+    )
+    speeds = sorted(record["tokens_per_second"] for record in records if record["kind"] == "train")
+    events = next((out / "run" / "tensorboard").glob("events*"), None)
+
+    table = Table(show_header=False, title="megatron_a2d demo", title_justify="left")
+    nats = "nats a token, held-out documents"
+    rows = [
+        ("unigram entropy of the corpus", f"{entropy} {nats}"),
+        ("NELBO before conversion training", f"{_plus_minus(before, 'nelbo')} {nats}"),
+        ("NELBO after conversion training", f"{_plus_minus(after, 'nelbo')} {nats}"),
+        (
+            "accuracy on masked tokens",
+            f"{_plus_minus(after, 'accuracy')} (before: {_plus_minus(before, 'accuracy')})",
+        ),
+        ("training speed", f"{human(speeds[len(speeds) // 2], 'tokens')}/s (median), 2 processes"),
+        ("TensorBoard logs", str(events.parent if events else "missing")),
+        ("loss plot", str(out / "loss.png")),
+        ("exported model", f"{out / 'exported'} ({human(architecture.num_parameters())} parameters)"),
+        ("time", f"{seconds / 60:.1f} minutes"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _plus_minus(record: dict[str, Any], name: str) -> str:
+    return f"{record[name]:.3f} ± {record[name + '_standard_error']:.3f}"
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Train on one machine, or on each of several, with torchrun.
+#
+#   NPROC=8 launch/train.sh --config launch/recipes/NAME.yaml --load CKPT --save RUN
+#
+# Several machines: run the same line on each with NNODES, NODE_RANK and MASTER_ADDR set (launch/train.sbatch
+# does that under Slurm). NPROC is the number of processes of a machine, one a GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+BIN=${BIN:-.venv/bin}
+NPROC=${NPROC:-1}
+NNODES=${NNODES:-1}
+if [ "$NNODES" = 1 ]; then
+  rendezvous=(--standalone)
+else
+  rendezvous=(--node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:-29500}")
+fi
+exec "$BIN/python" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC" "${rendezvous[@]}" \
+  -m megatron_a2d.train "$@"

@@ -1,0 +1,170 @@
+"""The shape of a Qwen3 or Qwen3-MoE model, read from a Hugging Face `config.json`.
+
+This is the only place that knows the names of Hugging Face's configuration keys. Both spellings are
+read: the hub's (`rope_theta`, `num_experts`) and those of transformers 5 (`rope_parameters`,
+`num_local_experts`). Whatever this code does not implement is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import read_json
+
+# model_type -> is it a mixture of experts? (None: the keys tell)
+MODEL_TYPES = {"qwen3": False, "qwen3_moe": True, "rnd1": True, "a2d": None}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes are counts of elements; `num_experts` is 0 for a dense model."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    initializer_range: float = 0.02
+    mask_token_id: int | None = None
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def query_heads_per_group(self) -> int:
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def num_parameters(self) -> int:
+        """All weights, a tied output head counted once."""
+        return self._weights(self.num_experts)
+
+    def num_active_parameters(self) -> int:
+        """Weights that a token passes through: `num_experts_per_tok` of the experts."""
+        return self._weights(self.num_experts_per_tok)
+
+    def _weights(self, experts: int) -> int:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        attention = self.hidden_size * self.head_dim * (2 * heads + 2 * groups) + 2 * self.head_dim
+        if self.is_moe:
+            mlp = self.hidden_size * (3 * self.moe_intermediate_size * experts + self.num_experts)
+        else:
+            mlp = 3 * self.hidden_size * self.intermediate_size
+        layers = self.num_layers * (attention + mlp + 2 * self.hidden_size)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return layers + embeddings + self.hidden_size
+
+
+def read_architecture(directory: str | Path) -> Architecture:
+    """The architecture of the Hugging Face model in `directory`."""
+    path = Path(directory) / "config.json"
+    return architecture_from_config(read_json(path, "the model's configuration"), str(path))
+
+
+def architecture_from_config(config: dict[str, Any], where: str) -> Architecture:
+    """Raises UserError with every problem of `config`; `where` names its file."""
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported; "
+            f"give a Qwen3 or Qwen3-MoE model (one of {', '.join(MODEL_TYPES)})"
+        )
+    problems: list[str] = []
+
+    def get(*names: str, default: Any = None) -> Any:
+        for name in names:
+            if config.get(name) is not None:
+                return config[name]
+        if default is None:
+            problems.append(f"{where}: {names[0]} is missing; take the config.json that belongs to the weights")
+            return 1
+        return default
+
+    def size(*names: str, default: Any = None) -> int:
+        value = get(*names, default=default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problems.append(f"{where}: {names[0]} is {value!r}, not a positive whole number; correct the file")
+            return 1
+        return value
+
+    num_heads = size("num_attention_heads")
+    hidden_size = size("hidden_size")
+    is_moe = MODEL_TYPES[model_type]
+    if is_moe is None:
+        is_moe = bool(config.get("num_experts") or config.get("num_local_experts"))
+    experts: dict[str, Any] = {}
+    if is_moe:
+        experts = {
+            "num_experts": size("num_experts", "num_local_experts"),
+            "num_experts_per_tok": size("num_experts_per_tok"),
+            "moe_intermediate_size": size("moe_intermediate_size"),
+            "norm_topk_prob": bool(get("norm_topk_prob", default=model_type == "rnd1")),
+        }
+    architecture = Architecture(
+        num_layers=size("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=size("num_key_value_heads", default=num_heads),
+        head_dim=size("head_dim", default=max(1, hidden_size // num_heads)),
+        intermediate_size=size("intermediate_size"),
+        vocab_size=size("vocab_size"),
+        max_position_embeddings=size("max_position_embeddings", default=32768),
+        rms_norm_eps=float(get("rms_norm_eps", default=1e-6)),
+        rope_theta=_rope_theta(config, where, problems),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        initializer_range=float(config.get("initializer_range", 0.02)),
+        mask_token_id=config.get("mask_token_id"),
+        **experts,
+    )
+    problems += _unsupported(config, architecture, where)
+    if problems:
+        raise UserError(problems)
+    return architecture
+
+
+def _rope_theta(config: dict[str, Any], where: str, problems: list[str]) -> float:
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind != "default":
+        problems.append(f"{where}: rotary scaling {kind!r} is not supported; remove rope_scaling or use the base model")
+    theta = config.get("rope_theta") or parameters.get("rope_theta")
+    if theta is None:
+        problems.append(f"{where}: rope_theta is missing; Qwen3 models use 1000000, write it into the file")
+        return 1.0
+    return float(theta)
+
+
+def _unsupported(config: dict[str, Any], architecture: Architecture, where: str) -> list[str]:
+    problems = []
+    if architecture.num_attention_heads % architecture.num_key_value_heads:
+        problems.append(
+            f"{where}: num_attention_heads {architecture.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {architecture.num_key_value_heads}; correct the file"
+        )
+    if architecture.num_experts_per_tok > architecture.num_experts:
+        problems.append(
+            f"{where}: num_experts_per_tok {architecture.num_experts_per_tok} exceeds "
+            f"num_experts {architecture.num_experts}; correct the file"
+        )
+    expected = {
+        "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
+        "mlp_only_layers": [], "decoder_sparse_step": 1,
+    }  # fmt: skip
+    for key, value in expected.items():
+        found = config.get(key)
+        if found is not None and found != value:
+            problems.append(f"{where}: {key} is {found!r}, and only {value!r} is supported; use an unmodified Qwen3")
+    return problems

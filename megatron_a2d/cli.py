@@ -1,0 +1,144 @@
+"""Command line and recipes: defaults < --config recipe.yaml < flags.
+
+A recipe is a flat YAML mapping of the same names, with underscores or dashes. Unknown names are errors,
+answered by the nearest known one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from megatron_a2d.config import RunConfig, Setting, build, flag, settings
+from megatron_a2d.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """Problems become UserErrors, so that they look like all others; abbreviated flags are refused."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        result, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            # A value that follows an unknown flag is not worth a line of its own.
+            words = [word for word in unknown if word.startswith("-")] or unknown
+            raise UserError(f"{word}: unknown argument{nearest(word, known)}; see --help" for word in words)
+        return result
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting. None stands for 'not given', so that a recipe can decide."""
+    groups: dict[str, Any] = {}
+    for item in settings().values():
+        group = groups.setdefault(item.group, parser.add_argument_group(item.group))
+        shown = f"{item.help} (default: {_as_text(item.default)})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown}
+        if item.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif item.kind is dict:
+            options.update(nargs="+", metavar="ROLE=FACTOR")
+        else:
+            options["metavar"] = "|".join(item.kind) if isinstance(item.kind, tuple) else item.kind.__name__.upper()
+        group.add_argument(flag(item.name), **options)
+
+
+def parse_run(parser: Parser, argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
+    """Read a run's configuration; with --print-config print it and end. Reports all problems together."""
+    parser.add_argument("--config", metavar="RECIPE", help="YAML file of settings; flags override it")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and end")
+    add_settings(parser)
+    options = parser.parse_args(argv)
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    if options.config:
+        values.update(_read_recipe(options.config, problems))
+    for name, item in settings().items():
+        if hasattr(options, name):
+            _set(values, item, getattr(options, name), flag(name), problems)
+    if problems:
+        raise UserError(problems)
+    config = build(values)
+    if options.print_config:
+        yaml.safe_dump(config.to_dict(), sys.stdout, sort_keys=False)
+        sys.exit(0)
+    return config, options
+
+
+def _read_recipe(path: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}); check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path}: is not valid YAML ({reason}); correct the file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: holds no settings; write lines of the form `name: value`")
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in settings():
+            problems.append(f"--config {path}: unknown setting {key}{nearest(name, settings())}")
+        else:
+            _set(values, settings()[name], value, f"--config {path}: {name}", problems)
+    return values
+
+
+def _set(values: dict[str, Any], item: Setting, given: Any, where: str, problems: list[str]) -> None:
+    try:
+        values[item.name] = _convert(item, given)
+    except ValueError as error:
+        problems.append(f"{where} {_as_text(given)}: {error}")
+
+
+def _convert(item: Setting, given: Any) -> Any:
+    if given is None and item.optional:
+        return None
+    if isinstance(item.kind, tuple):
+        if given not in item.kind:
+            raise ValueError(f"must be one of {', '.join(item.kind)}{nearest(str(given), item.kind)}")
+        return given
+    if item.kind is bool:
+        if not isinstance(given, bool):
+            raise ValueError("must be true or false")
+        return given
+    if item.kind is dict:
+        return _convert_factors(given)
+    if item.kind is str:
+        return str(given)
+    try:
+        if isinstance(given, bool):
+            raise ValueError
+        number = float(given) if item.kind is float else int(str(given).replace("_", ""))
+    except (TypeError, ValueError):
+        kind = "number" if item.kind is float else "whole number"
+        raise ValueError(f"must be a {kind}") from None
+    return number
+
+
+def _convert_factors(given: Any) -> dict[str, float]:
+    pairs = given.items() if isinstance(given, dict) else [str(word).partition("=")[::2] for word in given]
+    factors = {}
+    for role, factor in pairs:
+        try:
+            factors[str(role)] = float(factor)
+        except (TypeError, ValueError):
+            raise ValueError("must be written as role=factor, for example attention=1 mlp=0.1") from None
+    return factors
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)

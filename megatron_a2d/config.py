@@ -1,0 +1,345 @@
+"""The configuration of a training run: what each setting means, and which settings do not go together.
+
+Settings carry Megatron-LM's names where it has them. The docstring under a field is its help text on the
+command line. The model's shape is no setting: it is read from the checkpoint's `hf/config.json`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from megatron_a2d.architecture import Architecture
+
+ROLES = ("attention", "mlp", "router", "norm", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid out over processes. Data parallelism takes what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    """processes that share each attention and dense MLP matrix"""
+    sequence_parallel: bool = False
+    """split activations along the sequence between tensor-parallel processes; needed for MoE with TP > 1"""
+    pipeline_model_parallel_size: int = 1
+    """stages that the layers are divided into"""
+    expert_model_parallel_size: int = 1
+    """processes that the experts of each MoE layer are divided over"""
+    use_distributed_optimizer: bool = False
+    """shard the optimizer state over data-parallel processes"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    train_data_path: str | None = None
+    """prefix of the training .bin/.idx pair"""
+    valid_data_path: str | None = None
+    """prefix of the validation .bin/.idx pair; no validation without it"""
+    seq_length: int = 4096
+    """tokens in a sample"""
+    num_workers: int = 1
+    """threads that prepare samples ahead of the step; 0 prepares them inside it"""
+    seed: int = 1234
+    """decides the order of samples and, with a sample's index, its noise"""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What the model is taught."""
+
+    objective: Literal["mdlm", "ar"] = "mdlm"
+    """mdlm: masked diffusion with bidirectional attention; ar: next token with causal attention"""
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    """how the mask ratio depends on the time t; linear: they are equal"""
+    time_sampling: Literal["low_discrepancy", "uniform"] = "low_discrepancy"
+    """times of consecutive samples: evenly spread, or independent"""
+    min_time: float = 1e-3
+    """smallest time; a masked token weighs up to 1 / min_time"""
+    label_shift: bool = True
+    """row i predicts token i + 1, as the autoregressive model does; without: row i predicts token i (LLaDA)"""
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """AdamW, its learning rates and their schedule."""
+
+    lr: float = 1e-4
+    """peak learning rate"""
+    min_lr: float = 0.0
+    """learning rate at the end of the decay"""
+    lr_mult: dict[str, float] = field(default_factory=dict)
+    """factors on lr and min_lr by role, ROLE=FACTOR ...; roles: attention mlp router norm embedding head"""
+    lr_warmup_iters: int = 0
+    """iterations over which the learning rate rises linearly from 0"""
+    lr_decay_style: Literal["cosine", "WSD", "linear", "constant"] = "cosine"
+    """shape of the decay after the warm-up; WSD: stable, then a decay over lr_wsd_decay_iters"""
+    lr_wsd_decay_iters: int = 0
+    """iterations of WSD's final decay"""
+    weight_decay: float = 0.1
+    """decoupled weight decay; vectors (norms) have none"""
+    adam_beta1: float = 0.9
+    """decay of Adam's first moment"""
+    adam_beta2: float = 0.95
+    """decay of Adam's second moment"""
+    adam_eps: float = 1e-8
+    """Adam's epsilon"""
+    clip_grad: float = 1.0
+    """largest gradient norm; 0: no clipping"""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    load: str | None = None
+    """checkpoint to start or resume from (convert_hf writes the first one)"""
+    save: str | None = None
+    """directory for checkpoints; if it already holds one, the run resumes from it"""
+    finetune: bool = False
+    """take only the weights from --load: no optimizer state, iteration 0"""
+    train_iters: int = 1000
+    """iterations in total"""
+    micro_batch_size: int = 1
+    """samples that a process forwards at once"""
+    global_batch_size: int = 8
+    """samples of an iteration over all processes"""
+    bf16: bool = False
+    """train in bfloat16 with fp32 main weights and gradients; otherwise fp32"""
+    transformer_impl: Literal["auto", "transformer_engine", "portable"] = "auto"
+    """layers by Transformer Engine, or by torch alone; auto: by Transformer Engine on a GPU if installed"""
+    save_interval: int = 500
+    """iterations between checkpoints; one is always written at the end"""
+    eval_interval: int = 500
+    """iterations between validations; one is always made at the start and at the end"""
+    eval_iters: int = 8
+    """global batches in a validation"""
+    log_interval: int = 10
+    """iterations between log lines"""
+    tensorboard_dir: str | None = None
+    """TensorBoard directory; default: tensorboard/ in --save"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings, in groups."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name, without the groups: names are unique."""
+        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a group, as the command line and recipes see it."""
+
+    name: str
+    group: str
+    kind: Any  # int, float, str, bool, dict, or a tuple of allowed strings
+    default: Any
+    help: str
+    optional: bool = False
+
+
+@functools.cache
+def settings() -> dict[str, Setting]:
+    """Every setting by name."""
+    result: dict[str, Setting] = {}
+    for group, cls in get_type_hints(RunConfig).items():
+        docs, hints, defaults = _field_docs(cls), get_type_hints(cls), cls()
+        for item in dataclasses.fields(cls):
+            kind, optional = _kind(hints[item.name])
+            result[item.name] = Setting(item.name, group, kind, getattr(defaults, item.name), docs[item.name], optional)
+    return result
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) is Literal:
+        return get_args(hint), False
+    if get_origin(hint) is dict:
+        return dict, False
+    members = [member for member in get_args(hint) if member is not type(None)]
+    return (members[0], True) if members else (hint, False)
+
+
+def _field_docs(cls: Any) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    docs: dict[str, str] = {}
+    for item, after in itertools.pairwise(body):
+        if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            docs[ast.unparse(item.target)] = str(after.value.value)
+    return docs
+
+
+def build(values: dict[str, Any]) -> RunConfig:
+    """A RunConfig from settings by name; the rest have their defaults."""
+    groups = {}
+    for group, cls in get_type_hints(RunConfig).items():
+        groups[group] = cls(**{name: value for name, value in values.items() if settings()[name].group == group})
+    return RunConfig(**groups)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
+    """Everything that is wrong with a run, a line each: flag and value, why, what to do."""
+    problems = _range_problems(config) + _layout_problems(config, world_size)
+    if architecture is not None:
+        problems += _architecture_problems(config, architecture)
+    return problems
+
+
+def _range_problems(config: RunConfig) -> list[str]:
+    problems = []
+    values = config.to_dict()
+
+    def need(name: str, good: bool, why: str) -> None:
+        if not good:
+            problems.append(f"{flag(name)} {values[name]}: {why}")
+
+    for name in (
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "train_iters",
+        "micro_batch_size", "global_batch_size", "save_interval", "eval_interval", "eval_iters", "log_interval",
+    ):  # fmt: skip
+        need(name, values[name] >= 1, "must be at least 1")
+    need("seq_length", values["seq_length"] >= 2, "a sample needs at least 2 tokens; choose a longer one")
+    for name in (
+        "num_workers",
+        "seed",
+        "lr_warmup_iters",
+        "lr_wsd_decay_iters",
+        "weight_decay",
+        "clip_grad",
+        "min_lr",
+    ):
+        need(name, values[name] >= 0, "must not be negative")
+    for name in ("lr", "adam_eps"):
+        need(name, values[name] > 0, "must be positive")
+    for name in ("adam_beta1", "adam_beta2"):
+        need(name, 0 <= values[name] < 1, "must lie in [0, 1)")
+    need("min_time", 0 < values["min_time"] < 1, "must lie between 0 and 1; 0.001 is usual")
+    need("min_lr", values["min_lr"] <= values["lr"], f"exceeds --lr {values['lr']}; lower it")
+    need(
+        "lr_warmup_iters", values["lr_warmup_iters"] < max(2, values["train_iters"]),
+        f"the warm-up would never end in --train-iters {values['train_iters']}; shorten it",
+    )  # fmt: skip
+    if values["lr_decay_style"] == "WSD":
+        need(
+            "lr_wsd_decay_iters",
+            values["lr_wsd_decay_iters"] >= 1,
+            "WSD needs the length of its final decay; set it",
+        )
+    else:
+        need(
+            "lr_wsd_decay_iters", values["lr_wsd_decay_iters"] == 0,
+            f"has no effect with --lr-decay-style {values['lr_decay_style']}; remove it",
+        )  # fmt: skip
+    for role, factor in values["lr_mult"].items():
+        if role not in ROLES:
+            problems.append(f"--lr-mult {role}={factor}: there is no role {role!r}; roles are {', '.join(ROLES)}")
+        elif not factor >= 0:
+            problems.append(f"--lr-mult {role}={factor}: a factor must not be negative; 0 freezes the role")
+    return problems
+
+
+def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
+    problems = []
+    parallel, training = config.parallel, config.training
+    tp, pp, ep = (
+        max(1, size)
+        for size in (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.expert_model_parallel_size,
+        )
+    )
+    if world_size % (tp * pp):
+        problems.append(
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}: does not divide the "
+            f"{world_size} processes; change the sizes or the number of processes"
+        )
+        return problems
+    # Outside the experts TP x DP processes share a stage; the experts are divided over all of them (ETP = 1).
+    if (world_size // pp) % ep:
+        problems.append(
+            f"--expert-model-parallel-size {ep}: does not divide the {world_size // pp} processes of a pipeline "
+            "stage; change the size or the number of processes"
+        )
+    dp = world_size // (tp * pp)
+    share = max(1, training.micro_batch_size) * dp
+    if training.global_batch_size % share:
+        problems.append(
+            f"--global-batch-size {training.global_batch_size}: is not a multiple of --micro-batch-size "
+            f"{training.micro_batch_size} x {dp} data-parallel processes; use a multiple of {share}"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        problems.append("--sequence-parallel: has no effect without --tensor-model-parallel-size above 1; remove it")
+    if parallel.sequence_parallel and config.data.seq_length % tp:
+        problems.append(
+            f"--seq-length {config.data.seq_length}: --sequence-parallel divides it over "
+            f"{tp} processes; use a multiple of {tp}"
+        )
+    return problems
+
+
+def _architecture_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+    parallel = config.parallel
+    tp, pp = max(1, parallel.tensor_model_parallel_size), max(1, parallel.pipeline_model_parallel_size)
+    ep = max(1, parallel.expert_model_parallel_size)
+    problems = []
+    for what, amount, name, size in (
+        ("attention heads", architecture.num_attention_heads, "tensor_model_parallel_size", tp),
+        ("key-value heads", architecture.num_key_value_heads, "tensor_model_parallel_size", tp),
+        ("vocabulary rows", architecture.vocab_size, "tensor_model_parallel_size", tp),
+        ("layers", architecture.num_layers, "pipeline_model_parallel_size", pp),
+        ("experts", architecture.num_experts, "expert_model_parallel_size", ep),
+    ):
+        if amount % size:
+            problems.append(f"{flag(name)} {size}: does not divide the model's {amount} {what}; choose a divisor")
+    if not architecture.is_moe and architecture.intermediate_size % tp:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: does not divide the model's MLP width "
+            f"{architecture.intermediate_size}; choose a divisor"
+        )
+    if ep > 1 and not architecture.is_moe:
+        problems.append(f"--expert-model-parallel-size {ep}: the model is dense and has no experts; remove it")
+    if architecture.is_moe and tp > 1 and not parallel.sequence_parallel:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: MoE layers need --sequence-parallel with it; add that flag"
+        )
+    if config.data.seq_length > architecture.max_position_embeddings:
+        problems.append(
+            f"--seq-length {config.data.seq_length}: the model knows "
+            f"{architecture.max_position_embeddings} positions; shorten the samples"
+        )
+    if config.diffusion.objective == "mdlm" and architecture.mask_token_id is None:
+        problems.append(
+            "--objective mdlm: the checkpoint's hf/config.json names no mask_token_id; convert the model again with "
+            "python -m checkpoints_tools.convert_hf"
+        )
+    if not architecture.is_moe and "router" in config.optimization.lr_mult:
+        problems.append("--lr-mult router=...: the model is dense and has no router; remove it")
+    if architecture.tie_word_embeddings and "head" in config.optimization.lr_mult:
+        problems.append(
+            "--lr-mult head=...: the model's head is its embedding (tied); give the factor to embedding instead"
+        )
+    return problems

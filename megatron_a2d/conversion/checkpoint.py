@@ -1,0 +1,86 @@
+"""The checkpoint directory: which iteration to read, and the Hugging Face files that travel inside it.
+
+CKPT/latest_checkpointed_iteration.txt      "release" (converted weights) or the number of an iteration
+CKPT/release/ or CKPT/iter_0000100/         .metadata  __*.distcp  common.pt  metadata.json
+    hf/                                     config.json (with mask_token_id), generation config, tokenizer
+    run.json                                the settings of the run that wrote it; absent in a release
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from megatron_a2d.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+HF_FILES = "hf"
+RUN_CONFIG = "run.json"
+
+# What makes an iteration complete; metadata.json is written last.
+REQUIRED_FILES = (".metadata", "common.pt", "metadata.json")
+
+HF_PATTERNS = (
+    "config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
+)  # fmt: skip
+
+
+def directory_name(iteration: int) -> str:
+    """The name of an iteration's directory inside a checkpoint."""
+    return f"iter_{iteration:07d}"
+
+
+def iteration_of(directory: str | Path) -> int:
+    """The iteration whose weights `directory` holds; 0 for a release."""
+    name = Path(directory).name
+    match = re.fullmatch(r"iter_(\d+)", name)
+    if name != RELEASE and not match:
+        raise UserError(f"{directory}: is named neither {RELEASE} nor iter_<number>; give an iteration's directory")
+    return int(match[1]) if match else 0
+
+
+def resolve(path: str | Path) -> Path:
+    """The iteration's directory that `path` means: the one itself, or the latest of a checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give a checkpoint, or one of its iterations")
+    if (path / TRACKER).exists():
+        directory = path / _latest(path / TRACKER)
+        if not directory.is_dir():
+            raise UserError(f"{path / TRACKER}: names {directory.name}, which is not there; name an iteration yourself")
+    elif path.name == RELEASE or re.fullmatch(r"iter_\d+", path.name):
+        directory = path
+    else:
+        inside = sorted(entry.name for entry in path.iterdir() if re.fullmatch(r"release|iter_\d+", entry.name))
+        remedy = f"give {path / inside[-1]}" if inside else "give a directory written by convert_hf or by training"
+        raise UserError(f"{path}: holds no {TRACKER}; {remedy}")
+    missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
+    if missing:
+        raise UserError(f"{directory}: lacks {', '.join(missing)}; the checkpoint is incomplete, use another iteration")
+    return directory
+
+
+def copy_hf_files(source: str | Path, destination: str | Path) -> None:
+    """Copy configuration and tokenizer files, never weights, into the existing directory `destination`."""
+    for pattern in HF_PATTERNS:
+        for path in sorted(Path(source).glob(pattern)):
+            target = Path(destination) / path.name
+            if path.is_dir():  # chat_template/ may hold several
+                shutil.copytree(path, target, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, target)
+
+
+def _latest(tracker: Path) -> str:
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{tracker}: cannot be read ({error}); name an iteration's directory instead") from None
+    if text == RELEASE:
+        return RELEASE
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"{tracker}: holds {text[:40]!r}, no iteration; name an iteration's directory instead")
+    return directory_name(int(text))

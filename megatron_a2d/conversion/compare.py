@@ -1,0 +1,84 @@
+"""Are two sets of weights the same? Bit by bit, a slab at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from megatron_a2d.conversion.rows import RowSource, Span, account, slabs
+from megatron_a2d.conversion.sources import Weights
+from megatron_a2d.errors import UserError
+
+
+class Comparison(NamedTuple):
+    """`largest_rounding` is the largest difference that the candidate's narrower type explains; 0 if none."""
+
+    num_tensors: int
+    num_bytes: int
+    largest_rounding: float
+
+
+def compare_weights(reference: Weights, candidate: Weights, advance: Callable[[float], None]) -> Comparison:
+    """Compare architectures, then all tensors. Where types differ the reference is cast to the candidate's
+    and must then agree in every bit. Raises UserError that names every difference."""
+    problems = _architecture_differences(reference, candidate)
+    problems += account(reference.tensors.shapes, candidate.tensors.shapes, str(candidate.directory))
+    if problems:
+        raise UserError(problems)
+    largest_rounding = 0.0
+    for name, shape in reference.tensors.shapes.items():
+        largest, rounding = _compare_tensor(reference.tensors, candidate.tensors, name, shape, advance)
+        largest_rounding = max(largest_rounding, rounding)
+        if largest is not None:
+            problems.append(
+                f"{candidate.directory}: tensor {name} differs from {reference.directory} "
+                f"by up to {largest:.3g}; convert or export again"
+            )
+    if problems:
+        raise UserError(problems)
+    return Comparison(len(reference.tensors.shapes), reference.num_bytes(), largest_rounding)
+
+
+def _compare_tensor(
+    reference: RowSource,
+    candidate: RowSource,
+    name: str,
+    shape: tuple[int, ...],
+    advance: Callable[[float], None],
+) -> tuple[float | None, float]:
+    """(largest difference of a tensor whose bits differ, else None; largest rounding of one whose agree)."""
+    largest: float | None = None
+    rounding = 0.0
+    for start, stop in slabs(shape, 0, shape[0], 4):
+        span = Span(name, (), start, stop)
+        expected, found = reference.read(span), candidate.read(span)
+        advance(math.prod(expected.shape) * expected.dtype.itemsize)
+        if not _same_bits(expected.to(found.dtype), found):
+            difference = _largest_difference(expected, found)
+            largest = difference if largest is None else max(largest, difference)
+        elif expected.dtype != found.dtype:
+            rounding = max(rounding, _largest_difference(expected, found))
+    return largest, rounding
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    difference = (a.float() - b.float()).abs()
+    return math.inf if bool(difference.isnan().any()) else float(difference.max())
+
+
+def _architecture_differences(reference: Weights, candidate: Weights) -> list[str]:
+    ours, theirs = (dataclasses.asdict(weights.architecture) for weights in (reference, candidate))
+    return [
+        f"{candidate.directory}: {key} is {theirs[key]}, but {ours[key]} in {reference.directory}; "
+        "these are not the same model"
+        for key in ours
+        if key not in ("mask_token_id", "initializer_range") and ours[key] != theirs[key]
+    ]

@@ -1,0 +1,153 @@
+"""The config.json and generation_config.json of an export: what `architecture.py` reads, written.
+
+Keys are spelled as on the hub (`rope_theta`, `num_experts`, `torch_dtype`): transformers 4 silently ignores
+the new spellings of transformers 5, while 5 reads both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+from megatron_a2d.architecture import Architecture
+
+Format = Literal["rnd1", "a2d", "qwen3"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+AUTO_MAPS = {
+    "a2d": {
+        "AutoConfig": "configuration_a2d.A2DConfig",
+        "AutoModel": "modeling_a2d.A2DModel",
+        "AutoModelForMaskedLM": "modeling_a2d.A2DForMaskedLM",
+    },
+    "rnd1": {
+        "AutoConfig": "configuration_rnd.RND1Config",
+        "AutoModel": "modeling_rnd.RND1Model",
+        "AutoModelForMaskedLM": "modeling_rnd.RND1LM",
+    },
+}
+NUM_DIFFUSION_STEPS = 256
+
+
+class Exported(NamedTuple):
+    """What an export's configuration is made of."""
+
+    architecture: Architecture
+    source: dict[str, Any]  # hf/config.json of the checkpoint
+    source_generation: dict[str, Any]  # its generation_config.json, or {}
+    dtype: str  # of the embedding: bfloat16, float16, float32
+    label_shift: bool
+
+
+def refusals(kind: Format, model: Exported) -> list[str]:
+    """Why this model has no faithful form in format `kind`; empty if it has one."""
+    problems = []
+    a = model.architecture
+    if kind == "rnd1":
+        reasons = {
+            "it is dense, and RND1 models are mixtures of experts": not a.is_moe,
+            "it does not normalise the weights of the chosen experts (norm_topk_prob), and RND1 does": (
+                a.is_moe and not a.norm_topk_prob
+            ),
+            "its output head is tied to its embedding, and RND1's is not": a.tie_word_embeddings,
+            "it was trained without the label shift, and RND1 with it": not model.label_shift,
+        }
+        problems = [f"--format rnd1: {why}; use --format a2d" for why, holds in reasons.items() if holds]
+    if kind != "qwen3" and a.mask_token_id is None:
+        problems.append(f"--format {kind}: the checkpoint's hf/config.json has no mask_token_id; convert it again")
+    return problems
+
+
+def config_json(kind: Format, model: Exported) -> dict[str, Any]:
+    """The export's config.json."""
+    a = model.architecture
+    moe = a.is_moe
+    architectures = {
+        "rnd1": "RND1",
+        "a2d": "A2DForMaskedLM",
+        "qwen3": "Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM",
+    }
+    config: dict[str, Any] = {
+        "architectures": [architectures[kind]],
+        "model_type": "qwen3_moe" if kind == "qwen3" and moe else kind,
+    }
+    if kind in AUTO_MAPS:
+        config["auto_map"] = AUTO_MAPS[kind]
+    config |= _shape(a)
+    config |= {
+        key: model.source[key]
+        for key in ("max_window_layers", "output_router_logits", "router_aux_loss_coef")
+        if model.source.get(key) is not None
+    }
+    config |= _special_tokens(model, first_only=kind == "rnd1")
+    config["torch_dtype"] = model.dtype
+    if kind == "qwen3":
+        return config | {"rope_scaling": None, "sliding_window": None, "use_cache": True}
+    config |= {
+        "mask_token_id": a.mask_token_id,
+        "num_diffusion_steps": NUM_DIFFUSION_STEPS,
+        "is_causal": False,
+        "use_cache": False,
+    }
+    if kind == "rnd1":
+        del config["bos_token_id"]
+        return config | {"moe_backend": "hf", "rope_scaling": False, "sliding_window": False}
+    return config | {"label_shift": model.label_shift}
+
+
+def generation_json(kind: Format, model: Exported) -> dict[str, Any]:
+    """The export's generation_config.json. RND1's loader takes the mask token from this file."""
+    if kind == "qwen3":
+        return model.source_generation
+    tokens = _special_tokens(model, first_only=kind == "rnd1")
+    if kind == "rnd1":
+        del tokens["bos_token_id"]
+    return {name: value for name, value in tokens.items() if value is not None} | {
+        "mask_token_id": model.architecture.mask_token_id,
+        "num_diffusion_steps": NUM_DIFFUSION_STEPS,
+        "use_cache": False,
+    }
+
+
+def _shape(a: Architecture) -> dict[str, Any]:
+    shape: dict[str, Any] = {
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_attention_heads,
+        "num_key_value_heads": a.num_key_value_heads,
+        "head_dim": a.head_dim,
+        "intermediate_size": a.intermediate_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": a.max_position_embeddings,
+        "initializer_range": a.initializer_range,
+        "rms_norm_eps": a.rms_norm_eps,
+        "rope_theta": a.rope_theta,
+        "tie_word_embeddings": a.tie_word_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+    }
+    if a.is_moe:
+        shape |= {
+            "num_experts": a.num_experts,
+            "num_experts_per_tok": a.num_experts_per_tok,
+            "moe_intermediate_size": a.moe_intermediate_size,
+            "norm_topk_prob": a.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return shape
+
+
+def _special_tokens(model: Exported, first_only: bool) -> dict[str, Any]:
+    """bos, eos and pad ids; from config.json, else from generation_config.json. Padding falls back to eos."""
+    result: dict[str, Any] = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = model.source.get(key)
+        value = model.source_generation.get(key) if value is None else value
+        if value is None and key == "pad_token_id":
+            value = result["eos_token_id"]
+        if isinstance(value, list) and (first_only or key == "pad_token_id"):
+            value = value[0] if value else None
+        result[key] = value
+    return result

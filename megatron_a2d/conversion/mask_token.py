@@ -1,0 +1,100 @@
+"""Which row of the embedding becomes the mask token.
+
+Qwen3's embedding has more rows than its tokenizer has tokens (151936 rows, 151669 tokens), so a row is free
+for the mask and nothing is resized. RND1 uses the first free one, 151669; so do we.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import read_json
+
+MASK_TOKEN = "<|mask|>"
+
+
+def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, configured: int | None) -> int:
+    """The mask token of the model in `directory`: `requested` (--mask-token-id), else what its config.json
+    says (`configured`), else the first row that its tokenizer leaves unused.
+
+    Raises UserError when the choice is outside the embedding or is a token of ordinary text.
+    """
+    tokens = read_tokens(directory)
+    beyond = [i for i in tokens if i >= vocab_size]
+    if beyond:
+        raise UserError(
+            f"{directory}: its tokenizer goes up to id {max(beyond)}, but the embedding has {vocab_size} "
+            "rows; take the tokenizer that belongs to the weights"
+        )
+    where = f"--mask-token-id {requested}"
+    if requested is None:
+        requested, where = configured, f"{directory / 'config.json'}: mask_token_id {configured}"
+    if requested is None:
+        return _first_unused(directory, tokens, vocab_size)
+    if not isinstance(requested, int) or isinstance(requested, bool) or not 0 <= requested < vocab_size:
+        raise UserError(f"{where}: is no row of the embedding; choose one of 0 to {vocab_size - 1}")
+    if requested in tokens and tokens[requested] not in (MASK_TOKEN, _own_mask_token(directory)):
+        raise UserError(
+            f"{where}: is the token {tokens[requested]!r}, which text uses; choose an unused id"
+            + (f", such as {free}" if (free := _free(tokens, vocab_size)) is not None else "")
+        )
+    return requested
+
+
+def read_tokens(directory: Path) -> dict[int, str]:
+    """id -> token of all tokens that the tokenizer of `directory` can produce; empty if there is none."""
+    tokens: dict[int, str] = {}
+    if (directory / "tokenizer.json").exists():
+        content = read_json(directory / "tokenizer.json", "the tokenizer")
+        vocabulary = _member(content.get("model"), "vocab")
+        if isinstance(vocabulary, dict):
+            tokens = {i: token for token, i in vocabulary.items()}
+        elif isinstance(vocabulary, list):  # unigram: [token, score], the id is the position
+            tokens = {i: str(item[0]) for i, item in enumerate(vocabulary)}
+        else:
+            raise UserError(f"{directory / 'tokenizer.json'}: has no vocabulary; fetch it again")
+        tokens |= {item["id"]: item["content"] for item in content.get("added_tokens") or []}
+    elif (directory / "vocab.json").exists():
+        tokens = {i: token for token, i in read_json(directory / "vocab.json", "the vocabulary").items()}
+        if (directory / "added_tokens.json").exists():
+            added = read_json(directory / "added_tokens.json", "the added tokens")
+            tokens |= {i: token for token, i in added.items()}
+    for i, item in (_member(_tokenizer_config(directory), "added_tokens_decoder") or {}).items():
+        tokens[int(i)] = item["content"]
+    return tokens
+
+
+def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> int:
+    if not tokens:
+        raise UserError(f"{directory}: has no tokenizer to tell which ids are unused; give --mask-token-id")
+    free = _free(tokens, vocab_size)
+    if free is not None:
+        return free
+    own = _own_mask_token(directory)
+    for i, token in tokens.items():
+        if token in (MASK_TOKEN, own):
+            return i
+    raise UserError(
+        f"{directory}: its tokenizer uses all {vocab_size} rows of the embedding and has no mask token; "
+        f"add a token {MASK_TOKEN} to it and a row to the model"
+    )
+
+
+def _free(tokens: dict[int, str], vocab_size: int) -> int | None:
+    return next((i for i in range(vocab_size) if i not in tokens), None)
+
+
+def _own_mask_token(directory: Path) -> str | None:
+    token = _tokenizer_config(directory).get("mask_token")
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    return read_json(path, "the tokenizer's configuration") if path.exists() else {}
+
+
+def _member(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None

@@ -1,0 +1,148 @@
+"""Row ranges of tensors: the one unit in which weights are located, read and moved.
+
+A weight is a matrix (or vector) found at `lead`, an index into its tensor's leading axes (layer, expert).
+Everything that is converted is a run of whole rows of such matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from megatron_a2d.errors import UserError
+
+# Large enough for sequential disks, small enough that a handful never matters. Also the largest chunk
+# that is written: loaders read whole chunks.
+SLAB_BYTES = 32 << 20
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Span(NamedTuple):
+    """Rows `start` to `stop` (not included) of tensor `name`, at index `lead` of its leading axes."""
+
+    name: str
+    lead: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class RowSource(Protocol):
+    """Tensors that can be read a few rows at a time."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The full shape of every tensor by name."""
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, span: Span) -> torch.Tensor:
+        """The rows of `span`, [stop - start, *rest]."""
+
+
+class Remapped:
+    """`source` under other names: a tensor of `shapes` is put together from the rows that `locate` names,
+    and cast to its type in `dtypes`."""
+
+    def __init__(
+        self,
+        source: RowSource,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, torch.dtype],
+        locate: Callable[[Span], list[Span]],
+    ):
+        self.shapes = shapes
+        self._source, self._dtypes, self._locate = source, dtypes, locate
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def read(self, span: Span) -> torch.Tensor:
+        pieces = [self._source.read(piece) for piece in self._locate(span)]
+        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return cast(rows, self._dtypes[span.name], span.name)
+
+
+def cast(rows: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """`rows` in `dtype`; UserError when a finite value of tensor `name` has no finite counterpart."""
+    if rows.dtype == dtype:
+        return rows
+    result = rows.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(rows.dtype).max and not bool((result.isfinite() | ~rows.isfinite()).all()):
+        raise UserError(f"{name}: has values beyond the range of {dtype}; choose --dtype bf16 or fp32")
+    return result
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor; writing to it writes the tensor."""
+    raw: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+def slabs(shape: Sequence[int], row_start: int, row_stop: int, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Cut rows of a matrix of `shape` ([rows, *rest]) into ranges of at most SLAB_BYTES."""
+    step = max(1, SLAB_BYTES // max(1, math.prod(shape[1:]) * itemsize))
+    for start in range(row_start, row_stop, step):
+        yield start, min(start + step, row_stop)
+
+
+def num_bytes(source: RowSource) -> int:
+    return sum(math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items())
+
+
+def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: str) -> list[str]:
+    """Every difference between the tensors a model must have and those that are `found`, a line each."""
+    problems = [
+        f"{where}: tensor {name} is missing; fetch the complete model" for name in expected if name not in found
+    ]
+    for name, shape in found.items():
+        if name not in expected:
+            problems.append(f"{where}: tensor {name} {list(shape)} is unknown; give an unmodified Qwen3 or Qwen3-MoE")
+        elif tuple(shape) != tuple(expected[name]):
+            problems.append(
+                f"{where}: tensor {name} has shape {list(shape)}, but config.json asks for "
+                f"{list(expected[name])}; take the config.json that belongs to the weights"
+            )
+    return problems
+
+
+class OpenFiles:
+    """Descriptors of files that are read here and there, closed together."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def read_bytes(self, path: Path, offset: int, length: int) -> bytes:
+        data = os.pread(self._descriptor(path), length, offset)
+        if len(data) != length:
+            raise UserError(f"{path}: ends after byte {offset + len(data)}; the file is truncated, fetch it again")
+        return data
+
+    def read_tensor(self, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor of the values at `offset`. Plain reads: mapped pages count as memory."""
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+        rest = bytes_of(tensor)
+        while rest:
+            count = os.preadv(self._descriptor(path), [rest], offset)
+            if count <= 0:
+                raise UserError(f"{path}: ends after byte {offset}; the file is truncated, fetch it again")
+            offset, rest = offset + count, rest[count:]
+        return tensor
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._descriptors:
+            try:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+        return self._descriptors[path]

@@ -1,0 +1,250 @@
+"""Hugging Face weight files: an index made from the headers alone, and a writer that streams shards.
+
+A safetensors file is an 8-byte header length, a JSON header (name -> dtype, shape, [begin, end) of its
+bytes), then the values, little-endian, without gaps. Both directions hold a slab at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+
+from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, bytes_of, slabs
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+NAMES_OF_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies."""
+
+    path: Path
+    offset: int  # from the start of the file
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class SafetensorsDirectory:
+    """The tensors of a Hugging Face directory, single-file or sharded. A `RowSource`."""
+
+    def __init__(self, directory: Path):
+        """Reads and checks all headers; raises UserError with every problem found."""
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory; give the directory of a Hugging Face model")
+        self.entries: dict[str, Entry] = {}
+        self._files = OpenFiles()
+        problems: list[str] = []
+        expected_files = _weight_map(directory)
+        for path in [directory / name for name in dict.fromkeys(expected_files.values())] or [directory / SINGLE_FILE]:
+            for name, entry in _read_header(path, problems).items():
+                if name in self.entries:
+                    problems.append(f"{path}: tensor {name} is also in {self.entries[name].path.name}; keep one")
+                elif expected_files and expected_files.get(name) != path.name:
+                    problems.append(f"{path}: tensor {name} is not what {INDEX_FILE} says; fetch the files again")
+                self.entries[name] = entry
+        if not problems:
+            for name in expected_files.keys() - self.entries.keys():
+                problems.append(f"{directory / expected_files[name]}: lacks tensor {name}, which {INDEX_FILE} promises")
+        if problems:
+            raise UserError(problems)
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in self.entries.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entries[name].dtype
+
+    def read(self, span: Span) -> torch.Tensor:
+        entry = self.entries[span.name]
+        axes = len(span.lead)
+        rest = entry.shape[axes + 1 :]
+        first = 0
+        for size, index in zip(entry.shape, (*span.lead, span.start), strict=False):
+            first = first * size + index
+        offset = entry.offset + first * math.prod(rest) * entry.dtype.itemsize
+        return self._files.read_tensor(entry.path, offset, (span.stop - span.start, *rest), entry.dtype)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+@contextmanager
+def open_safetensors(directory: Path) -> Iterator[SafetensorsDirectory]:
+    opened = SafetensorsDirectory(directory)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor -> file of a sharded directory; empty for a single file. Every named file is there."""
+    if not (directory / INDEX_FILE).exists():
+        if not (directory / SINGLE_FILE).exists():
+            others = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in directory.glob(pattern))
+            seen = f" (found {', '.join(others[:4])})" if others else ""
+            raise UserError(
+                f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}{seen}; "
+                "give a complete Hugging Face directory with safetensors weights"
+            )
+        return {}
+    index = directory / INDEX_FILE
+    weight_map = read_json(index, "the index of the weight files").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map; fetch it again")
+    files = sorted({str(name) for name in weight_map.values()})
+    problems = [
+        f"{index}: names the file {name!r}, which lies outside the directory; fetch it again"
+        for name in files
+        if PurePath(name).name != name
+    ]
+    if not problems:
+        problems = [
+            f"{directory / name}: is missing, though {INDEX_FILE} names it; fetch the complete model"
+            for name in files
+            if not (directory / name).is_file()
+        ]
+    if SINGLE_FILE not in files and (directory / SINGLE_FILE).exists():
+        problems.append(f"{directory}: holds {SINGLE_FILE} and {INDEX_FILE}, two models; remove one")
+    if problems:
+        raise UserError(problems)
+    return {str(name): str(file) for name, file in weight_map.items()}
+
+
+def _read_header(path: Path, problems: list[str]) -> dict[str, Entry]:
+    """The tensors of one file; what is wrong with it goes to `problems`."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                problems.append(f"{path}: is truncated or no safetensors file ({size} bytes); fetch it again")
+                return {}
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        problems.append(f"{path}: cannot be read ({error.strerror}); check the file")
+        return {}
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path}: its header is damaged ({error}); fetch it again")
+        return {}
+    if not isinstance(header, dict):
+        problems.append(f"{path}: its header is damaged (not a JSON object); fetch it again")
+        return {}
+    header.pop("__metadata__", None)
+    entries: dict[str, Entry] = {}
+    end = 0
+    found = _entries(path, 8 + length, header, problems)
+    for name, (begin, stop, entry) in sorted(found.items(), key=lambda item: item[1][0]):
+        if begin != end:
+            problems.append(f"{path}: tensor {name} begins at byte {begin} of the values, not {end}; fetch it again")
+        entries[name], end = entry, stop
+    if len(entries) == len(header) and end != size - 8 - length:
+        problems.append(
+            f"{path}: holds {size - 8 - length} bytes of values where its header describes {end}; "
+            "the download is truncated or damaged, fetch it again"
+        )
+    return entries
+
+
+def _entries(path: Path, base: int, header: dict[str, Any], problems: list[str]) -> dict[str, tuple[int, int, Entry]]:
+    """name -> (begin, end, entry) of the well-formed items of a header; `base` is where its values begin."""
+    result = {}
+    for name, item in header.items():
+        try:
+            begin, end = (int(offset) for offset in item["data_offsets"])
+            shape, kind = tuple(int(axis) for axis in item["shape"]), str(item["dtype"])
+        except (TypeError, ValueError, KeyError):
+            problems.append(f"{path}: tensor {name}: its header entry is damaged; fetch the file again")
+            continue
+        if kind not in TORCH_DTYPES:
+            problems.append(
+                f"{path}: tensor {name} has type {kind}; quantised weights cannot be converted, "
+                f"give a model in {', '.join(TORCH_DTYPES)}"
+            )
+        elif min((*shape, begin), default=0) < 0 or end - begin != math.prod(shape) * TORCH_DTYPES[kind].itemsize:
+            problems.append(
+                f"{path}: tensor {name}: {end - begin} bytes do not hold {kind} {list(shape)}; fetch it again"
+            )
+        else:
+            result[name] = (begin, end, Entry(path, base + begin, shape, TORCH_DTYPES[kind]))
+    return result
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
+    return result
+
+
+def write_safetensors(
+    directory: Path, source: RowSource, max_shard_bytes: int, advance: Callable[[float], None]
+) -> dict[str, str]:
+    """Write all tensors of `source`, in its order, as one file or several with an index.
+
+    A shard is larger than `max_shard_bytes` only if a single tensor is. `advance` is told of the bytes
+    written. Returns file name -> SHA-256.
+    """
+    sizes = {name: math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    digests: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        digests[file] = _write_file(directory / file, source, names, advance)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        text = (json.dumps(index, indent=2) + "\n").encode()
+        (directory / INDEX_FILE).write_bytes(text)
+        digests[INDEX_FILE] = hashlib.sha256(text).hexdigest()
+    return digests
+
+
+def _write_file(path: Path, source: RowSource, names: Sequence[str], advance: Callable[[float], None]) -> str:
+    # Wide types first: every tensor is then aligned to its own type.
+    names = sorted(names, key=lambda name: -source.dtype(name).itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        shape, dtype = source.shapes[name], source.dtype(name)
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES_OF_DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            file.write(piece)
+            digest.update(piece)
+        for name in names:
+            shape = source.shapes[name]
+            for start, stop in slabs(shape, 0, shape[0], source.dtype(name).itemsize):
+                data = bytes_of(source.read(Span(name, (), start, stop)).contiguous())
+                file.write(data)
+                digest.update(data)
+                advance(len(data))
+    return digest.hexdigest()

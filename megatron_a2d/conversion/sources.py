@@ -1,0 +1,113 @@
+"""A model's weights under Hugging Face's names, whatever they are stored in.
+
+Opening one accounts for every tensor: unknown, missing and mis-shaped ones are all reported, before
+anything is read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
+from megatron_a2d.conversion.rows import Remapped, RowSource, Span, account, num_bytes, slabs
+from megatron_a2d.conversion.safetensors_files import SafetensorsDirectory, open_safetensors
+from megatron_a2d.conversion.table import WeightMap
+from megatron_a2d.conversion.torch_dist_reader import open_torch_dist
+from megatron_a2d.errors import UserError
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Weights(NamedTuple):
+    """`tensors` has the names and shapes of the files on the hub: experts one by one, layer by layer."""
+
+    directory: Path
+    architecture: Architecture
+    map: WeightMap
+    tensors: RowSource
+
+    def num_bytes(self) -> int:
+        return num_bytes(self.tensors)
+
+    def dtypes(self) -> set[torch.dtype]:
+        return {self.tensors.dtype(name) for name in self.tensors.shapes}
+
+
+@contextmanager
+def open_hf(directory: Path) -> Iterator[Weights]:
+    """The weights of a Hugging Face directory; experts may be fused, a tied head may be stored or not."""
+    architecture = read_architecture(directory)
+    with open_safetensors(directory) as files:
+        stored = WeightMap(architecture, files.shapes)
+        expected = dict(stored.hf_shapes)
+        if architecture.tie_word_embeddings and HEAD in files.shapes:
+            expected[HEAD] = expected[EMBEDDING]
+        if problems := account(expected, files.shapes, str(directory)):
+            raise UserError(problems)
+        if HEAD in expected and HEAD not in stored.hf_shapes:
+            _check_tied(files, directory)
+        canonical = WeightMap(architecture)
+
+        def locate(span: Span) -> list[Span]:
+            return [piece for middle in canonical.to_megatron(span) for piece in stored.to_hf(middle)]
+
+        dtypes = {name: files.dtype(locate(Span(name, (), 0, 1))[0].name) for name in canonical.hf_shapes}
+        yield Weights(directory, architecture, canonical, Remapped(files, canonical.hf_shapes, dtypes, locate))
+
+
+@contextmanager
+def open_checkpoint(path: Path) -> Iterator[Weights]:
+    """The weights of a checkpoint in any layout; `path` is what `checkpoint.resolve` accepts."""
+    directory = resolve(path)
+    architecture = read_architecture(directory / HF_FILES)
+    weights = WeightMap(architecture)
+    with open_torch_dist(directory) as stored:
+        if problems := account(weights.megatron_shapes, stored.shapes, str(directory)):
+            raise UserError(problems)
+        dtypes = {name: stored.dtype(key) for name, key in weights.megatron_keys.items()}
+        tensors = Remapped(stored, weights.hf_shapes, dtypes, weights.to_megatron)
+        yield Weights(directory, architecture, weights, tensors)
+
+
+def as_megatron(weights: Weights, dtype: torch.dtype | None) -> Remapped:
+    """The same weights under megatron's names, in `dtype` or as they are.
+
+    A megatron tensor holds all layers, so its parts must agree on a type.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    problems = []
+    for name, key in weights.map.megatron_keys.items():
+        found = dtype or weights.tensors.dtype(name)
+        if dtypes.setdefault(key, found) != found:
+            problems.append(
+                f"{weights.directory}: tensor {name} is {found}, others of its kind are {dtypes[key]}; "
+                "choose one type with --dtype"
+            )
+    if problems:
+        raise UserError(problems)
+    return Remapped(weights.tensors, weights.map.megatron_shapes, dtypes, weights.map.to_hf)
+
+
+def as_type(weights: Weights, dtype: torch.dtype | None) -> RowSource:
+    """The tensors of `weights`, cast to `dtype` unless it is None."""
+    if dtype is None:
+        return weights.tensors
+    shapes = weights.tensors.shapes
+    return Remapped(weights.tensors, shapes, dict.fromkeys(shapes, dtype), lambda span: [span])
+
+
+def _check_tied(files: SafetensorsDirectory, directory: Path) -> None:
+    shape, types = files.shapes[HEAD], {files.dtype(HEAD), files.dtype(EMBEDDING)}
+    for start, stop in slabs(shape, 0, shape[0], 4):
+        head, embedding = (files.read(Span(name, (), start, stop)) for name in (HEAD, EMBEDDING))
+        if len(types) > 1 or not torch.equal(head, embedding):
+            raise UserError(
+                f"{directory}: config.json ties {HEAD} to {EMBEDDING}, but the two tensors differ; "
+                "set tie_word_embeddings to false, or take the config.json that belongs to the weights"
+            )

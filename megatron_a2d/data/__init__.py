@@ -1,0 +1,1 @@
+"""From token files on disk to micro-batches: indexed -> dataset (shuffle, pack) -> batches."""

@@ -1,0 +1,64 @@
+"""Samples of equal length, cut from the stream of all documents, in an order of their own in each epoch.
+
+Documents follow one another, each closed by its end-of-document token, and the stream is cut every
+`seq_length` tokens; the tokens after the last whole sample are not used. Sample index i >= 0 runs on over the
+epochs: epoch i // num_samples, place i % num_samples in that epoch's permutation. So a sample depends on
+(files, seq_length, seed, i) and on nothing else: not on ranks, workers or restarts.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from megatron_a2d.data.indexed import TokenFile
+from megatron_a2d.data.permutation import Permutation
+from megatron_a2d.errors import UserError
+
+
+@lru_cache(maxsize=16)
+def _epoch_order(num_samples: int, seed: int, epoch: int) -> Permutation:
+    return Permutation(num_samples, seed, epoch)
+
+
+class PackedDataset:
+    """Samples of `seq_length` tokens; validation takes shuffle=False and meets them in the stream's order.
+
+    `vocab_size` (rows of the model's embedding) turns a token outside it into a UserError.
+    """
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        seq_length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
+    ):
+        self.file = TokenFile(prefix, vocab_size)
+        self.seq_length = seq_length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.num_samples = self.file.num_tokens // seq_length
+        if self.num_samples == 0:
+            raise UserError(
+                f"{prefix}: its {self.file.num_tokens} tokens do not fill one sample of "
+                f"--seq-length {seq_length}; "
+                "give more text or shorter samples"
+            )
+
+    @property
+    def num_unused_tokens(self) -> int:
+        """Tokens at the end of the stream that fill no sample."""
+        return self.file.num_tokens - self.num_samples * self.seq_length
+
+    def tokens(self, sample_index: int) -> np.ndarray:
+        """Sample `sample_index` >= 0, [seq_length] int64."""
+        if sample_index < 0:
+            raise IndexError(f"sample index {sample_index} is negative")
+        epoch, place = divmod(sample_index, self.num_samples)
+        if self.shuffle:
+            place = _epoch_order(self.num_samples, self.seed, epoch)(place)
+        return self.file.read(place * self.seq_length, self.seq_length)

@@ -1,0 +1,61 @@
+"""Corruption is data: a sample leaves this module masked, labelled and weighted, before any model sees it.
+
+Label shift: an autoregressive model reads the token at position i from the output at position i - 1. RND1 keeps
+that, so the row i - 1 of the output is judged by a masked token i, and position 0, which no row
+predicts, is never masked. The shift is done here, once; later slicing along the sequence therefore
+never needs a neighbour's rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_a2d.diffusion.noise import Noise
+
+
+class Corrupted(NamedTuple):
+    """One sample. Row i of the model's output is judged by `labels[i]` with weight `weights[i]`."""
+
+    tokens: np.ndarray  # [L] int64, the model's input
+    labels: np.ndarray  # [L] int64
+    weights: np.ndarray  # [L] float32, 0 where a row carries no loss
+    time: float  # in (0, 1]; 1 for autoregressive samples
+    num_maskable: int  # this sample's part of the loss's denominator, in tokens
+
+
+def corrupt(tokens_L: np.ndarray, sample_index: int, noise: Noise) -> Corrupted:
+    """Mask a sample for the masked diffusion objective (MDLM; LLaDA, Nie et al. 2025).
+
+    At time t each maskable token is hidden with probability m(t) and weighs m'(t) / m(t). Summed over a
+    batch and divided by the batch's number of maskable tokens, that is an unbiased estimate of
+    the NELBO in nats a token.
+    """
+    time = noise.time(sample_index)
+    masked_L = noise.uniforms(sample_index, len(tokens_L)) < noise.functions.mask_probability(time)
+    if noise.label_shift:
+        masked_L[0] = False
+    weights_L = masked_L * np.float32(noise.functions.weight(time))
+    labels_L = tokens_L
+    if noise.label_shift:
+        labels_L, weights_L = _shift(tokens_L, weights_L)
+    return Corrupted(
+        tokens=np.where(masked_L, noise.mask_token_id, tokens_L),
+        labels=labels_L,
+        weights=weights_L,
+        time=time,
+        num_maskable=len(tokens_L) - int(noise.label_shift),
+    )
+
+
+def next_token(tokens_L: np.ndarray) -> Corrupted:
+    """The same sample for the autoregressive objective: nothing is masked, every next token counts 1."""
+    labels_L, weights_L = _shift(tokens_L, np.ones(len(tokens_L), dtype=np.float32))
+    return Corrupted(tokens_L, labels_L, weights_L, time=1.0, num_maskable=len(tokens_L) - 1)
+
+
+def _shift(tokens_L: np.ndarray, weights_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row i is judged by token i + 1. The last row has no successor: weight 0, and any label will do."""
+    labels_L = np.append(tokens_L[1:], tokens_L[:1])
+    return labels_L, np.append(weights_L[1:], np.float32(0))

@@ -1,0 +1,73 @@
+"""Randomness as a pure function of (seed, sample index, position).
+
+A counter-based generator (Philox, Salmon et al. 2011) is asked for the numbers of one sample by the
+sample's global index. No state is carried from one sample to the next, so every worker, rank, restart
+and layout sees bit-identical noise, and nothing about noise is ever checkpointed. Only the generator's
+raw bits are used: numpy guarantees that their stream never changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_a2d.diffusion.schedule import SCHEDULES, Schedule
+
+# The golden ratio's inverse as a 64-bit fixed-point fraction. Multiples of it, modulo 1, spread any run
+# of consecutive indices evenly (the additive recurrence of Weyl; Kronecker sequence).
+_INVERSE_GOLDEN_RATIO = 0x9E3779B97F4A7C15
+_MASK_64 = (1 << 64) - 1
+
+# Philox keys are 128 bits: the seed, and which of its independent streams.
+_STREAM_MASK, _STREAM_TIME = 0, 1
+
+TIME_SAMPLINGS = ("low_discrepancy", "uniform")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Everything that decides which tokens of a sample are masked."""
+
+    seed: int
+    mask_token_id: int
+    schedule: str = "linear"
+    time_sampling: str = "low_discrepancy"
+    min_time: float = 1e-3
+    label_shift: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.schedule in SCHEDULES and self.time_sampling in TIME_SAMPLINGS
+        assert 0 < self.min_time < 1 and self.seed >= 0
+
+    @property
+    def functions(self) -> Schedule:
+        return SCHEDULES[self.schedule]
+
+    def time(self, sample_index: int) -> float:
+        """The diffusion time of a sample, in [min_time, 1].
+
+        low_discrepancy: t_i = frac(u(seed) + i / phi). Whatever the batch size, the layout or the point
+        of a restart, the samples of a batch have consecutive indices, and so evenly spread times.
+        """
+        if self.time_sampling == "uniform":
+            fraction = uniforms(self.seed, _STREAM_TIME, sample_index, 1)[0]
+        else:
+            start = int(_bits(self.seed, _STREAM_TIME, 0, 1)[0])
+            fraction = ((start + sample_index * _INVERSE_GOLDEN_RATIO) & _MASK_64) / 2.0**64
+        return self.min_time + (1 - self.min_time) * float(fraction)
+
+    def uniforms(self, sample_index: int, length: int) -> np.ndarray:
+        """One number in [0, 1) for each position of a sample, [length] float64."""
+        return uniforms(self.seed, _STREAM_MASK, sample_index, length)
+
+
+def _bits(seed: int, stream: int, sample_index: int, count: int) -> np.ndarray:
+    # The counter's low word counts within the sample; the sample index is a word of its own.
+    generator = np.random.Philox(key=seed + (stream << 64), counter=sample_index << 64)
+    return generator.random_raw(count)
+
+
+def uniforms(seed: int, stream: int, sample_index: int, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) with 53 random bits each; a longer draw begins with the shorter one."""
+    return (_bits(seed, stream, sample_index, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53

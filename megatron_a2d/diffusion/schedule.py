@@ -1,0 +1,39 @@
+"""Noise schedules: how likely a token is to be masked at time t, and what a masked token then weighs.
+
+A masked diffusion process hides each token independently with probability m(t) = 1 - alpha(t), which
+rises from 0 at t = 0 to 1 at t = 1. The negative evidence lower bound (NELBO) in nats is
+
+    integral over t of  m'(t) / m(t) * E[ sum over masked tokens of -log p(token | what is visible) ]
+
+(MDLM, Sahoo et al. 2024, equation 10), so a masked token at time t carries the weight m'(t) / m(t).
+The bound itself does not depend on the schedule; the variance of its estimate does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Schedule(NamedTuple):
+    """Both functions take a time in (0, 1]."""
+
+    mask_probability: Callable[[float], float]
+    weight: Callable[[float], float]
+
+
+def _cosine_mask_probability(t: float) -> float:
+    return math.cos(math.pi / 2 * (1 - t))
+
+
+def _cosine_weight(t: float) -> float:
+    return math.pi / 2 * math.tan(math.pi / 2 * (1 - t))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    # m = t: the ratio of masked tokens is uniform (LLaDA, Nie et al. 2025; RND1).
+    "linear": Schedule(mask_probability=lambda t: t, weight=lambda t: 1 / t),
+    # alpha = 1 - cos(pi/2 (1 - t)): more time at high ratios (MDLM, appendix on schedules).
+    "cosine": Schedule(mask_probability=_cosine_mask_probability, weight=_cosine_weight),
+}

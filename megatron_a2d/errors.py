@@ -1,0 +1,24 @@
+"""Errors that a user can cause. Everything else that is raised is a bug and keeps its traceback.
+
+A message is one line: what (the flag or file and its value), why it is wrong, what to do.
+`console.entry_point` prints the lines and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One or more problems in what the user gave us, each a line that names remedy and reason."""
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """' (did you mean X?)' for the candidate closest to `word`, or '' when nothing is close."""
+    match = difflib.get_close_matches(word, list(candidates), n=1)
+    return f" (did you mean {match[0]}?)" if match else ""

@@ -1,0 +1,88 @@
+"""Output that appears whole or not at all: write beside the final name, flush to disk, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_a2d.errors import UserError
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's contents, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is renamed to `path`, else removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        fsync_path(partial)
+        os.replace(partial, path)
+        fsync_path(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
+    """Yield a fresh directory beside `path`; on success it is renamed to `path`, else removed.
+
+    `flag` is the command-line name of `path`, for the message when something is already there.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{flag} {path}: already exists and is not an empty directory; remove it or name another one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for entry in partial.rglob("*"):
+            fsync_path(entry)
+        if path.exists():
+            path.rmdir()
+        os.rename(partial, path)
+        fsync_path(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`; `what` names its role in error messages."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: {what} is missing; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {what} cannot be read ({error}); check the file") from None
+    if not text.strip():
+        raise UserError(f"{path}: {what} is empty; fetch or write it again")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: {what} is not valid JSON ({error}); fetch or write it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {what} holds a JSON {type(value).__name__}, not an object; fetch it again")
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

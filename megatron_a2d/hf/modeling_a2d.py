@@ -1,0 +1,236 @@
+"""A Qwen3 or Qwen3-MoE transformer whose attention sees both directions, for masked diffusion.
+
+Equal to Hugging Face's Qwen3ForCausalLM / Qwen3MoeForCausalLM without the causal mask; parameters carry the
+same names (experts one by one). Needs torch and transformers (4.57 or 5) only.
+
+Shapes: B batch, L sequence, D hidden, N = B * L tokens, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_a2d import A2DConfig
+
+
+class A2DRMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_angles(positions_BL: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    """Angles [B, 1, L, head_dim / 2] in fp32.
+
+    Computed anew in each forward: transformers 5 builds a model without storage and fills in only what the
+    checkpoint holds, so that a non-persistent buffer would stay uninitialised.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions_BL.device, dtype=torch.float32) / head_dim
+    return (positions_BL.float()[..., None] * (1.0 / theta**exponents))[:, None]
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate x [B, heads, L, head_dim]: element j pairs with j + head_dim / 2."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class A2DAttention(nn.Module):
+    """Grouped-query attention with norms on queries and keys; no mask but the padding's."""
+
+    def __init__(self, config: A2DConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = A2DRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = A2DRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, angles: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), angles)
+        key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), angles)
+        value = self.v_proj(x).view(heads).transpose(1, 2)
+        # Keys and values are repeated rather than grouped inside the kernel: with a padding mask, PyTorch's
+        # fused kernels refuse grouped queries and it falls back to one that stores all attention weights.
+        key, value = (t.repeat_interleave(self.queries_per_key, dim=1) for t in (key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class A2DMLP(nn.Module):
+    """SwiGLU; also one expert."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class A2DMixtureOfExperts(nn.Module):
+    """Each token goes to its K likeliest experts; nothing is dropped.
+
+    Probabilities: softmax in fp32 over all experts, then the K largest, renormalised if `norm_topk_prob`.
+    """
+
+    def __init__(self, config: A2DConfig):
+        super().__init__()
+        self.experts_per_token = config.num_experts_per_tok
+        self.renormalise = config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            A2DMLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_ND = x.flatten(0, -2)
+        probabilities = self.gate(x_ND).softmax(dim=-1, dtype=torch.float32)
+        weights_NK, experts_NK = probabilities.topk(self.experts_per_token, dim=-1)
+        if self.renormalise:
+            weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
+        # Assignments sorted by expert: each expert then reads one contiguous piece.
+        order = experts_NK.flatten().argsort(stable=True)
+        counts = experts_NK.flatten().bincount(minlength=len(self.experts)).tolist()
+        weights = weights_NK.to(x.dtype).flatten()
+        out_ND = torch.zeros_like(x_ND)
+        for expert, assignments in zip(self.experts, order.split(counts), strict=True):
+            if len(assignments):
+                tokens = assignments // self.experts_per_token
+                piece = expert(x_ND[tokens]) * weights[assignments, None]
+                out_ND.index_add_(0, tokens, piece.to(out_ND.dtype))
+        return out_ND.view_as(x)
+
+
+class A2DLayer(GradientCheckpointingLayer):
+    """Attention, then MLP or experts; each reads a normalised copy and adds to the stream."""
+
+    def __init__(self, config: A2DConfig):
+        super().__init__()
+        self.self_attn = A2DAttention(config)
+        if config.num_experts:
+            self.mlp: nn.Module = A2DMixtureOfExperts(config)
+        else:
+            self.mlp = A2DMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = A2DRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = A2DRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, angles: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, visible)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class A2DPreTrainedModel(PreTrainedModel):
+    """What transformers must know about every model of this file."""
+
+    config_class: type[A2DConfig] = A2DConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["A2DLayer"]  # noqa: RUF012 (transformers reads a class attribute)
+
+
+class A2DModel(A2DPreTrainedModel):
+    """Token ids to hidden states, without the output head."""
+
+    def __init__(self, config: A2DConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(A2DLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = A2DRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> BaseModelOutput:
+        """Hidden states [B, L, D] after the last norm.
+
+        `attention_mask` [B, L] is nonzero at real tokens and 0 at padding, on either side; rows at padded
+        positions mean nothing. `position_ids` [B or 1, L] default to 0..L-1: with padding on the left that is
+        still right, because rotary embeddings only see differences of positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        visible = None
+        if attention_mask is not None:
+            if attention_mask.shape != x.shape[:2]:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; this model attends in both "
+                    f"directions and takes the padding mask only, [batch, sequence] = {tuple(x.shape[:2])}"
+                )
+            visible = attention_mask.bool()[:, None, None, :]
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            x = layer(x, angles, visible)
+        return BaseModelOutput(last_hidden_state=self.norm(x))
+
+
+class A2DForMaskedLM(A2DPreTrainedModel):
+    """The diffusion language model: hidden states, then the output head."""
+
+    base_class: type[A2DModel] = A2DModel
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: A2DConfig):
+        super().__init__(config)
+        self.model = self.base_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> MaskedLMOutput:
+        """Logits [B, L, V] as the head gives them: with `config.label_shift`, row i - 1 predicts position i.
+
+        `labels` [B, L] holds at position i the token that belongs there, -100 where there is no loss. The
+        loss is the plain mean cross-entropy of the rows that predict those positions: the shift is taken care
+        of (nothing predicts position 0), the diffusion objective's weights 1/t are not applied.
+        """
+        hidden = self.model(input_ids, attention_mask, position_ids, inputs_embeds)[0]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            rows, targets = (logits[:, :-1], labels[:, 1:]) if self.config.label_shift else (logits, labels)
+            loss = F.cross_entropy(rows.flatten(0, 1).float(), targets.flatten())
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+
+A2DModel.register_for_auto_class("AutoModel")
+A2DForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

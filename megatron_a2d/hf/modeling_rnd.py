@@ -1,0 +1,23 @@
+"""The RND1 model under its published class names: an A2D mixture of experts with an `RND1Config`."""
+
+from __future__ import annotations
+
+from .configuration_rnd import RND1Config
+from .modeling_a2d import A2DForMaskedLM, A2DModel
+
+
+class RND1Model(A2DModel):
+    """Token ids to hidden states, without the output head."""
+
+    config_class = RND1Config
+
+
+class RND1LM(A2DForMaskedLM):
+    """The diffusion language model; the logits of row i - 1 predict position i."""
+
+    config_class = RND1Config
+    base_class = RND1Model
+
+
+RND1Model.register_for_auto_class("AutoModel")
+RND1LM.register_for_auto_class("AutoModelForMaskedLM")

@@ -1,0 +1,121 @@
+"""The language model: embedding, transformer block, and a head that sees only the rows that carry loss.
+
+About half of a diffusion batch's positions are not masked and have no loss. At a vocabulary of 152k the
+logits are the model's largest tensor, so the masked rows are gathered before the head.
+Shapes: s sequence, b batch, h hidden, N rows with loss, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from torch import Tensor
+
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.runtime.device import has_cuda
+
+
+class RowLosses(NamedTuple):
+    """What the last stage computes for the rows with loss of a micro-batch, in the order of (b, s)."""
+
+    losses: Tensor  # [N] fp32, cross-entropy in nats
+    correct: Tensor  # [N] bool, the label is the most likely token
+
+
+class DiffusionLM(LanguageModule):
+    """One pipeline stage of the model. Middle stages take and return hidden states [s, b, h]."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        architecture: Architecture,
+        block_spec: TransformerBlockSubmodules,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ):
+        super().__init__(config=config)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
+        self.model_type = ModelType.encoder_or_decoder
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                architecture.vocab_size,
+                architecture.max_position_embeddings,
+                position_embedding_type="rope",
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=architecture.rope_theta,
+            use_cpu_initialization=not has_cuda(),
+        )
+        self.decoder = TransformerBlock(config, block_spec, pre_process=pre_process, post_process=post_process)
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                architecture.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and architecture.tie_word_embeddings,
+            )
+            # The rows are gathered from the sequence-parallel regions here, not by the layer.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """The hidden states of the previous stage; called by megatron's schedules."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self, tokens_bs: Tensor, labels_bs: Tensor | None = None, has_loss_bs: Tensor | None = None
+    ) -> Tensor | RowLosses:
+        """Losses of the rows where `has_loss_bs` is True; without labels, this rank's logits [b, s, V / tp]."""
+        hidden = self.embedding(tokens_bs, None) if self.pre_process else None
+        length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
+        hidden = self.decoder(hidden, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(length))
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # All tensor-parallel ranks now hold the same rows, so the gradient is split, not summed.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        hidden_bsh = hidden.transpose(0, 1)
+        if labels_bs is None:
+            return self._logits(hidden_bsh)
+        logits_NV = self._logits(hidden_bsh[has_loss_bs]).float()
+        labels_N = labels_bs[has_loss_bs]
+        with torch.no_grad():
+            correct_N = self._most_likely(logits_NV) == labels_N
+        # vocab_parallel_cross_entropy works in place: the logits are gone after it.
+        return RowLosses(tensor_parallel.vocab_parallel_cross_entropy(logits_NV, labels_N), correct_N)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return self.output_layer(hidden.contiguous(), weight=weight)[0]
+
+    def _most_likely(self, logits_NV: Tensor) -> Tensor:
+        """The most likely token over the whole vocabulary, [N]; the lowest of equals."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        best, index = logits_NV.max(-1)
+        index = index + torch.distributed.get_rank(group) * logits_NV.size(-1)
+        if self.config.tensor_model_parallel_size == 1:
+            return index
+        every_best = [torch.empty_like(best) for _ in range(self.config.tensor_model_parallel_size)]
+        every_index = [torch.empty_like(index) for _ in every_best]
+        torch.distributed.all_gather(every_best, best.contiguous(), group=group)
+        torch.distributed.all_gather(every_index, index.contiguous(), group=group)
+        winner = torch.stack(every_best).argmax(0, keepdim=True)
+        return torch.stack(every_index).gather(0, winner)[0]

@@ -1,0 +1,85 @@
+"""From a model's architecture and a run's settings to megatron.core's TransformerConfig.
+
+The only place that builds one. TransformerConfig grows and renames fields between releases; an unknown
+field fails here, by name, instead of being lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.config import RunConfig
+from megatron_a2d.runtime.device import has_cuda
+
+
+def build_transformer_config(architecture: Architecture, config: RunConfig) -> TransformerConfig:
+    """The configuration of every layer, on every rank of the run's layout."""
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    fields: dict[str, Any] = dict(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.intermediate_size,
+        # Qwen3: RMS norms, norms on queries and keys, SwiGLU, no biases, no dropout.
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        init_method_std=architecture.initializer_range,
+        # The layout.
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+        # Numbers.
+        bf16=config.training.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=not has_cuda(),
+        # The loss is divided once, by the global number of maskable tokens (see diffusion/objective.py).
+        calculate_per_token_loss=True,
+        # Kernels that need apex or CUDA extensions of megatron's own stay off.
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=True,
+        masked_softmax_fusion=False,
+        deallocate_pipeline_outputs=True,
+        variable_seq_lengths=False,
+        batch_p2p_comm=False,
+        overlap_p2p_comm=False,
+    )
+    if architecture.is_moe:
+        fields.update(
+            num_moe_experts=architecture.num_experts,
+            moe_router_topk=architecture.num_experts_per_tok,
+            moe_ffn_hidden_size=architecture.moe_intermediate_size,
+            moe_router_score_function="softmax",
+            # Hugging Face takes the softmax over all experts and renormalises the chosen ones (norm_topk_prob);
+            # a softmax over the chosen ones alone is the same number.
+            moe_router_pre_softmax=not architecture.norm_topk_prob,
+            moe_router_dtype="fp32",
+            moe_router_load_balancing_type="none",
+            moe_aux_loss_coeff=0.0,
+            moe_token_dispatcher_type="alltoall",
+        )
+    known = {item.name for item in dataclasses.fields(TransformerConfig)}
+    unknown = sorted(set(fields) - known)
+    assert not unknown, f"this megatron-core has no TransformerConfig fields {unknown}"
+    return TransformerConfig(**fields)

@@ -1,0 +1,1 @@
+"""Reading runs: reports and, on top of them, studies."""

@@ -1,0 +1,100 @@
+"""Train: from a converted checkpoint to a diffusion language model (or, with --objective ar, an AR one).
+
+    torchrun --nproc-per-node 8 -m megatron_a2d.train --config launch/recipes/NAME.yaml --load CKPT --save RUN
+    python -m megatron_a2d.train --config ... --load CKPT --dry-run --world-size 64     # check, on any machine
+
+The loop is in training/loop.py; what is built before it, in training/setup.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.cli import Parser, parse_run
+from megatron_a2d.config import RunConfig, find_problems
+from megatron_a2d.console import entry_point, human
+from megatron_a2d.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="megatron_a2d.train", description="Train a masked diffusion or autoregressive Qwen3.")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and end")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to check for")
+    config, options = parse_run(parser, argv)
+    if options.world_size is not None and not options.dry_run:
+        raise UserError("--world-size: only goes with --dry-run; torchrun decides the number of processes")
+
+    # A message for each module of megatron.core that finds no GPU library says nothing to the user.
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # required by megatron.core for TP overlap on Hopper
+    from megatron_a2d.training import checkpoint, loop, parallel
+
+    processes = options.world_size or parallel.world_size()
+    start, weights_only = checkpoint.find_start(config)
+    architecture = read_architecture(start / checkpoint.HF_FILES)
+    problems = find_problems(config, architecture, processes)
+    if problems:
+        raise UserError(problems if parallel.rank() == 0 else [])
+    if options.dry_run:
+        loop.open_datasets(config, architecture)
+        print(describe(config, architecture, start, processes))
+        return
+    parallel.initialize(config.parallel)
+    try:
+        loop.train(config, architecture, start, weights_only)
+    finally:
+        parallel.finalize()
+
+
+def describe(config: RunConfig, architecture: Architecture, start: Path, processes: int) -> str:
+    """The sizes of a run, as --dry-run prints them."""
+    parallel, training, data = config.parallel, config.training, config.data
+    tp, pp, ep = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+    )
+    dp = config.data_parallel_size(processes)
+    tokens = training.global_batch_size * data.seq_length
+    active = architecture.num_active_parameters()
+    lines = [
+        ("start", str(start)),
+        ("model", f"{'MoE' if architecture.is_moe else 'dense'}, {human(architecture.num_parameters())} parameters"
+         + (f", {human(active)} active" if architecture.is_moe else "")),
+        ("layout", f"{processes} processes = TP {tp} x PP {pp} x DP {dp}" + (f", EP {ep}" if architecture.is_moe else "")),
+        ("batch", f"{training.global_batch_size} samples x {data.seq_length} tokens = {human(tokens)} tokens, "
+         f"{training.global_batch_size // (training.micro_batch_size * dp)} micro-batches of {training.micro_batch_size}"),
+        ("run", f"{training.train_iters} iterations = {human(training.train_iters * tokens)} tokens"),
+        ("state", f"{human(state_bytes(config, architecture, processes), 'B')} a process for weights, gradients and "
+         "optimizer (activations come on top)"),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<8}{text}" for name, text in lines)
+
+
+def state_bytes(config: RunConfig, architecture: Architecture, processes: int) -> float:
+    """Bytes of weights, gradients and Adam state on a process, layers spread evenly over stages."""
+    parallel = config.parallel
+    tp, pp, ep = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+    )
+    experts = 3 * architecture.hidden_size * architecture.moe_intermediate_size * architecture.num_experts
+    expert_weights = experts * architecture.num_layers / (ep * pp)
+    other_weights = (architecture.num_parameters() - experts * architecture.num_layers) / (tp * pp)
+    # bf16: 2 bytes weight, 4 gradient, 12 main weight and moments; fp32: 4, 4, 8.
+    weight_and_gradient, optimizer = (6, 12) if config.training.bf16 else (8, 8)
+    sharded = parallel.use_distributed_optimizer
+    expert_replicas, replicas = (processes // (pp * ep), processes // (tp * pp)) if sharded else (1, 1)
+    return expert_weights * (weight_and_gradient + optimizer / expert_replicas) + other_weights * (
+        weight_and_gradient + optimizer / replicas
+    )
+
+
+if __name__ == "__main__":
+    entry_point(main)

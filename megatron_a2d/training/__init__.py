@@ -1,0 +1,1 @@
+"""Training: where model and data meet."""

@@ -1,0 +1,104 @@
+"""Where a run's numbers go: a line in the terminal, a JSONL file, TensorBoard. Rank 0 alone writes.
+
+SAVE/log.jsonl      one JSON object a line, {"kind": "start" | "train" | "validation" | "checkpoint" | "end", ...}
+SAVE/tensorboard/   the same curves
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_a2d.config import RunConfig
+from megatron_a2d.console import console, human
+from megatron_a2d.training.validation import ValidationResult
+
+
+class RunLog:
+    """Does nothing on ranks other than 0 (`enabled=False`)."""
+
+    def __init__(self, config: RunConfig, iteration: int, enabled: bool):
+        self._enabled = enabled
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        training = config.training
+        self._total = training.train_iters
+        self._begin = (iteration, time.monotonic())
+        root = Path(training.save) if training.save else None
+        tensorboard = training.tensorboard_dir or (root / "tensorboard" if root else None)
+        # A resumed run writes its iterations again: TensorBoard is told to forget what lies beyond.
+        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=iteration) if tensorboard else None
+        if root:
+            root.mkdir(parents=True, exist_ok=True)
+        self._jsonl = open(root / "log.jsonl", "a", encoding="utf-8") if root else None  # noqa: SIM115
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"), TextColumn("eta"), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task(
+            "training", total=training.train_iters, completed=iteration, numbers="", start=True
+        )
+        self._progress.start()
+
+    def say(self, message: str) -> None:
+        """One line for the person who watches."""
+        if self._enabled:
+            self._progress.console.print(message, soft_wrap=True, markup=False)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """One line of log.jsonl."""
+        if self._enabled and self._jsonl:
+            record = {"kind": kind, "time": time.time(), **values}
+            self._jsonl.write(json.dumps(record) + "\n")
+            self._jsonl.flush()
+
+    def train(self, iteration: int, values: dict[str, float]) -> None:
+        """A log interval's means; `values` go to all three places."""
+        if not self._enabled:
+            return
+        self.event("train", iteration=iteration, **values)
+        self._curves("train", iteration, values)
+        mfu = values.get("mfu")
+        numbers = (
+            f"loss {values['loss']:.4f}  acc {values['accuracy']:.1%}  grad {values['grad_norm']:.2f}  "
+            f"lr {values['lr']:.2e}  {human(values['tokens_per_second'], 'tok')}/s  "
+            f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
+        )
+        self._progress.update(self._task, completed=iteration, numbers=numbers)
+        if not console.is_terminal:  # a file wants lines, not a bar
+            elapsed = time.monotonic() - self._begin[1]
+            eta = elapsed / (iteration - self._begin[0]) * (self._total - iteration)
+            self.say(f"iteration {iteration:>{len(str(self._total))}}/{self._total}  {numbers}  eta {eta:.0f} s")
+
+    def validation(self, iteration: int, result: ValidationResult) -> None:
+        """One validation."""
+        values = result.to_dict()
+        self.event("validation", iteration=iteration, **values)
+        if self._enabled:
+            self._curves("validation", iteration, values)
+        self.say(
+            f"validation at {iteration}: NELBO {result.nelbo} nats/token, "
+            f"accuracy on masked tokens {result.accuracy.mean:.1%} ± {result.accuracy.standard_error:.1%} "
+            f"({result.num_samples} samples)"
+        )
+
+    def close(self) -> None:
+        if self._enabled:
+            self._progress.stop()
+            for sink in (self._tensorboard, self._jsonl):
+                if sink:
+                    sink.close()
+
+    def _curves(self, group: str, iteration: int, values: dict[str, float]) -> None:
+        if self._tensorboard:
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(f"{group}/{name}", value, iteration)

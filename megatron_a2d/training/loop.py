@@ -1,0 +1,188 @@
+"""The training loop, and the few lines that build what it needs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.config import RunConfig
+from megatron_a2d.conversion.checkpoint import HF_FILES
+from megatron_a2d.data.batches import MakeSample, MicroBatches
+from megatron_a2d.data.dataset import PackedDataset
+from megatron_a2d.diffusion.corruption import corrupt, next_token
+from megatron_a2d.diffusion.noise import Noise
+from megatron_a2d.errors import UserError
+from megatron_a2d.model.flops import train_flops_per_token
+from megatron_a2d.runtime.device import device, peak_flops
+from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_a2d.training.log import RunLog
+from megatron_a2d.training.setup import TrainState, build_train_state
+from megatron_a2d.training.step import StepResult, train_step
+from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
+
+
+def train(config: RunConfig, architecture: Architecture, start: Path, weights_only: bool) -> TrainState:
+    """Train from the checkpoint directory `start` to --train-iters. The process group is up; collective."""
+    train_data, valid_data = open_datasets(config, architecture)
+    state = build_train_state(architecture, config)
+    load_checkpoint(state, start, weights_only)
+    log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
+    hf_files = start / HF_FILES
+    training = config.training
+    batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
+    meter = _Meter(config, architecture)
+    try:
+        log.event("start", iteration=state.iteration, settings=config.to_dict())
+        log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
+        if state.iteration == 0:
+            _validate(state, config, architecture, valid_data, log)
+        meter.restart()
+        while state.iteration < training.train_iters:
+            state.scheduler.step(1)
+            shape = (training.micro_batch_size, config.data.seq_length)
+            meter.add(train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape))
+            state.iteration += 1
+            state.consumed_samples += training.global_batch_size
+            last = state.iteration == training.train_iters
+            if last or state.iteration % training.log_interval == 0:
+                log.train(state.iteration, meter.read(state))
+            if last or state.iteration % training.eval_interval == 0:
+                _validate(state, config, architecture, valid_data, log)
+            if training.save and (last or state.iteration % training.save_interval == 0):
+                path = save_checkpoint(state, config, hf_files)
+                log.event("checkpoint", iteration=state.iteration, path=str(path))
+                log.say(f"checkpoint {path}")
+            meter.resume()
+        log.event("end", iteration=state.iteration)
+    finally:
+        batches.close()
+        log.close()
+    return state
+
+
+def open_datasets(config: RunConfig, architecture: Architecture) -> tuple[PackedDataset, PackedDataset | None]:
+    """Training and validation data, checked against the model's vocabulary."""
+    data, vocab_size = config.data, architecture.vocab_size
+    if not data.train_data_path:
+        raise UserError("--train-data-path: is missing; give the prefix that data_prep.tokenize_corpus wrote")
+    train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, vocab_size=vocab_size)
+    if not data.valid_data_path:
+        return train_data, None
+    # One fixed order: the first samples of it stand for all documents, whatever --seed a run has.
+    valid_data = PackedDataset(data.valid_data_path, data.seq_length, seed=VALIDATION_SEED, vocab_size=vocab_size)
+    if valid_data.num_samples < config.training.global_batch_size:
+        raise UserError(
+            f"--valid-data-path {data.valid_data_path}: its {valid_data.num_samples} samples of --seq-length "
+            f"{data.seq_length} do not fill one --global-batch-size {config.training.global_batch_size}; hold out more"
+        )
+    return train_data, valid_data
+
+
+def micro_batches(
+    config: RunConfig, architecture: Architecture, dataset: PackedDataset, noise_seed: int, start_sample: int
+) -> MicroBatches:
+    """This rank's micro-batches, from the sample with the global index `start_sample` on."""
+    return MicroBatches(
+        dataset,
+        make_sample(config, architecture, noise_seed),
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        start_sample=start_sample,
+        num_workers=config.data.num_workers,
+    )
+
+
+def make_sample(config: RunConfig, architecture: Architecture, noise_seed: int) -> MakeSample:
+    """What the objective makes of a sample's tokens."""
+    diffusion = config.diffusion
+    if diffusion.objective == "ar":
+        return lambda tokens, index: next_token(tokens)
+    assert architecture.mask_token_id is not None
+    noise = Noise(
+        seed=noise_seed,
+        mask_token_id=architecture.mask_token_id,
+        schedule=diffusion.noise_schedule,
+        time_sampling=diffusion.time_sampling,
+        min_time=diffusion.min_time,
+        label_shift=diffusion.label_shift,
+    )
+    return lambda tokens, index: corrupt(tokens, index, noise)
+
+
+def run_validation(
+    state: TrainState, config: RunConfig, architecture: Architecture, valid_data: PackedDataset
+) -> ValidationResult:
+    """--eval-iters global batches, or as many as the held-out data fills."""
+    batch_size = config.training.global_batch_size
+    num_samples = min(config.training.eval_iters, valid_data.num_samples // batch_size) * batch_size
+    shape = (config.training.micro_batch_size, config.data.seq_length)
+    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0) as batches:
+        return validate(state.chunks, batches, num_samples, batches.num_microbatches, shape)
+
+
+def _validate(
+    state: TrainState,
+    config: RunConfig,
+    architecture: Architecture,
+    valid_data: PackedDataset | None,
+    log: RunLog,
+) -> None:
+    if valid_data is not None:
+        log.validation(state.iteration, run_validation(state, config, architecture, valid_data))
+
+
+class _Meter:
+    """Means over a log interval, and the speed of the steps alone (validation and checkpoints are not timed)."""
+
+    def __init__(self, config: RunConfig, architecture: Architecture):
+        self._tokens_per_step = config.training.global_batch_size * config.data.seq_length
+        self._architecture, self._seq_length = architecture, config.data.seq_length
+        self._causal = config.diffusion.objective == "ar"
+        self._peak = peak_flops()
+        self.restart()
+
+    def restart(self) -> None:
+        self._totals = torch.zeros(5, dtype=torch.float64, device=device())
+        self._grad_norm, self._steps, self._seconds = 0.0, 0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        self._begin = time.perf_counter()
+
+    def add(self, result: StepResult) -> None:
+        now = time.perf_counter()
+        self._seconds += now - self._begin
+        self._begin = now
+        self._totals += result.totals
+        self._grad_norm += result.grad_norm
+        self._steps += 1
+
+    def read(self, state: TrainState) -> dict[str, float]:
+        """The interval's numbers, global; collective. Starts the next interval."""
+        dist.all_reduce(self._totals)
+        weighted_loss, cross_entropy, num_rows, num_correct, num_maskable = self._totals.tolist()
+        tokens_per_second = self._steps * self._tokens_per_step / self._seconds
+        values = {
+            "loss": weighted_loss / num_maskable,
+            "cross_entropy": cross_entropy / max(num_rows, 1),
+            "accuracy": num_correct / max(num_rows, 1),
+            "mask_ratio": num_rows / num_maskable,
+            "grad_norm": self._grad_norm / self._steps,
+            "lr": max(group["lr"] for group in state.optimizer.param_groups),
+            "tokens_per_second": tokens_per_second,
+            "consumed_samples": state.consumed_samples,
+        }
+        if self._peak:
+            flops = train_flops_per_token(
+                self._architecture, self._seq_length, self._causal, head_fraction=values["mask_ratio"]
+            )
+            values["mfu"] = tokens_per_second * flops / (self._peak * dist.get_world_size())
+        self.restart()
+        return values

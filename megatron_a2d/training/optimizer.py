@@ -1,0 +1,101 @@
+"""AdamW with a learning rate for each role of parameter, and its schedule.
+
+RND1 gives attention a high learning rate and the rest a low one: attention must learn to look ahead, the
+MLPs keep what they know. A parameter's role is read from its name; each role's factor becomes one
+parameter group.
+"""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from torch import nn
+
+from megatron_a2d.config import RunConfig
+
+# First match wins: a norm inside attention is a norm.
+_ROLE_OF_NAME_PART = (
+    ("norm", "norm"),
+    ("router", "router"),
+    ("self_attention", "attention"),
+    ("mlp", "mlp"),
+    ("embedding", "embedding"),
+    ("output_layer", "head"),
+)
+
+
+def role_of(name: str, tied: bool = False) -> str:
+    """The role of the parameter with this name in the model; a tied head is the embedding."""
+    role = next(role for part, role in _ROLE_OF_NAME_PART if part in name)
+    return "embedding" if role == "head" and tied else role
+
+
+def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], tied: bool) -> MegatronOptimizer:
+    """The optimizer over all of this rank's model chunks."""
+    settings = config.optimization
+    scales = _tag_learning_rates(chunks, settings.lr_mult, tied)
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.training.bf16,
+            params_dtype=chunks[0].config.params_dtype,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        ),
+        chunks,
+        config_overrides=_group_overrides(scales, settings.lr, settings.min_lr),
+        use_gloo_process_groups=False,
+    )
+
+
+def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up and decay, counted in iterations."""
+    settings, iterations = config.optimization, config.training.train_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=iterations,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=iterations,
+        wd_incr_style="constant",
+        wsd_decay_steps=settings.lr_wsd_decay_iters or None,
+        lr_wsd_decay_style="cosine" if settings.lr_decay_style == "WSD" else None,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def _tag_learning_rates(chunks: list[DistributedDataParallel], factors: dict[str, float], tied: bool) -> list[float]:
+    """Set `lr_scale` on every parameter; returns the scales other than 1, the same list on every rank."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.lr_scale = factors.get(role_of(name, tied), 1.0)
+    return sorted(set(factors.values()) - {1.0})
+
+
+def _group_overrides(scales: list[float], lr: float, min_lr: float) -> dict[ParamKey, ParamGroupOverride]:
+    # The scheduler reads max_lr and min_lr and never lr_mult; the checkpoint's key of a group reads lr_mult and
+    # never max_lr. Without both, groups that differ in their learning rate alone would be confused on load.
+    overrides = {ParamKey(predicate=ParamPredicate("vector", _is_vector)): ParamGroupOverride(wd_mult=0.0)}
+    for scale in scales:
+        key = ParamKey(predicate=ParamPredicate(f"lr_scale_{scale}", lambda p, scale=scale: p.lr_scale == scale))
+        overrides[key] = ParamGroupOverride(max_lr=lr * scale, min_lr=min_lr * scale, lr_mult=scale)
+    return overrides
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return parameter.dim() == 1

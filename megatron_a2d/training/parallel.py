@@ -1,0 +1,57 @@
+"""Process groups: torch.distributed, then megatron.core's layout on top of it."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_a2d import runtime
+from megatron_a2d.config import ParallelConfig
+from megatron_a2d.runtime.device import communication_backend, device, has_cuda
+
+
+def world_size() -> int:
+    """Number of processes that torchrun (or Slurm through it) started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(config: ParallelConfig) -> None:
+    """Join the process group and lay the model out. A second call changes the layout."""
+    runtime.install()
+    if has_cuda():
+        torch.cuda.set_device(device())
+    if not dist.is_initialized():
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(communication_backend(), timeout=timedelta(minutes=30))
+        else:
+            dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+    )
+    # Weights come from checkpoints and there is no dropout; megatron.core still wants its generators.
+    model_parallel_cuda_manual_seed(1)
+
+
+def finalize() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def owns_loss() -> bool:
+    """True on the one rank of each data-parallel replica that reports losses."""
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -1,0 +1,97 @@
+"""One iteration: micro-batches through megatron's schedule, one optimizer step. Model and data meet here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megatron_a2d.data.batches import Batch
+from megatron_a2d.diffusion.objective import SampleSums, sample_sums
+from megatron_a2d.model.diffusion_lm import RowLosses
+from megatron_a2d.runtime.device import device
+
+
+class SampleLosses(NamedTuple):
+    """The losses of a micro-batch's samples, on the last pipeline stage."""
+
+    sample_index: Tensor  # [b] int64, global
+    times: Tensor  # [b]
+    num_maskable: int  # of the whole micro-batch
+    sums: SampleSums
+
+
+class StepResult(NamedTuple):
+    """`totals` are this rank's part and may be summed over ranks; the gradient norm is global."""
+
+    totals: Tensor  # [5] float64: weighted loss, cross-entropy, rows, correct rows, maskable tokens
+    grad_norm: float
+
+
+def forward_backward(
+    chunks: list[nn.Module],
+    batches: Iterator[Batch],
+    num_microbatches: int,
+    shape: tuple[int, int],
+    forward_only: bool,
+) -> list[SampleLosses]:
+    """Run an iteration's micro-batches of shape (b, s); returns their losses on the last stage, else nothing."""
+    micro_batch_size, seq_length = shape
+    return get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=batches,
+        model=chunks,
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def train_step(
+    chunks: list[Any],
+    optimizer: MegatronOptimizer,
+    batches: Iterator[Batch],
+    num_microbatches: int,
+    shape: tuple[int, int],
+) -> StepResult:
+    """Forward, backward and update. The learning rate has been set before."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = forward_backward(chunks, batches, num_microbatches, shape, forward_only=False)
+    _, grad_norm, _ = optimizer.step()
+    return StepResult(_totals(losses), float(grad_norm))
+
+
+def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]:
+    """megatron's `forward_step_func`: the model's output, and the function that makes a loss of it."""
+    batch = next(batches)
+    batch = batch._replace(**{name: getattr(batch, name).to(device()) for name in ("tokens", "labels", "weights")})
+    return model(batch.tokens, batch.labels, batch.weights > 0), partial(_loss, batch)
+
+
+def _loss(batch: Batch, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
+    """Sum of the weighted losses, not divided: megatron divides gradients by the global number of tokens."""
+    has_loss_bs = batch.weights > 0
+    weights_N = batch.weights[has_loss_bs]
+    sample_N = has_loss_bs.nonzero()[:, 0]
+    sums = sample_sums(rows.losses, weights_N, rows.correct, sample_N, len(batch.weights))
+    num_maskable = torch.tensor(batch.num_maskable, dtype=torch.int, device=weights_N.device)
+    losses = SampleLosses(batch.sample_index, batch.times, batch.num_maskable, sums)
+    return (rows.losses * weights_N).sum(), num_maskable, losses
+
+
+def _totals(losses: list[SampleLosses]) -> Tensor:
+    totals = torch.zeros(5, dtype=torch.float64, device=device())
+    if parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor-parallel ranks hold the same rows
+        for item in losses:
+            totals[:4] += torch.stack([column.sum() for column in item.sums])
+            totals[4] += item.num_maskable
+    return totals

@@ -1,0 +1,41 @@
+"""Packaging. `make setup` installs everything, pinned, into .venv."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version: dict[str, str] = {}
+exec(Path(__file__).with_name("megatron_a2d").joinpath("__init__.py").read_text(), version)
+
+setup(
+    name="megatron_a2d",
+    version=version["__version__"],
+    description="Turns autoregressive Qwen3 and Qwen3-MoE into masked diffusion language models, on megatron.core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_a2d*", "data_prep*", "checkpoints_tools*"]),
+    install_requires=[
+        "torch>=2.8",
+        "megatron-core==0.16.1",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "transformers>=4.57",
+        "sentencepiece",
+        "tensorboard",
+        "rich",
+        "PyYAML",
+        # dist_checkpointing needs psutil and does not declare it.
+        "psutil",
+    ],
+    extras_require={
+        # NVIDIA's apex comes with NVIDIA's containers; the package called apex on the public index is another one.
+        "gpu": ["transformer-engine[pytorch]"],
+        "eval": ["lm-eval"],
+        "plot": ["matplotlib"],
+        "data": ["datasets", "zstandard", "pyarrow"],
+        "dev": ["pytest", "ruff", "mypy", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,47 @@
+"""Tiny models, converted, and tokens to train on: made once for all layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoints_tools import convert_hf
+from megatron_a2d.data.indexed import IndexedDatasetBuilder
+from tests.tiny import write_hf
+
+
+class Case(NamedTuple):
+    """A model before and after conversion, and data of its vocabulary."""
+
+    hf: Path
+    checkpoint: str
+    settings: dict[str, str]
+
+
+def write_tokens(prefix: Path, num_documents: int, vocabulary: int, seed: int) -> None:
+    """Random documents of 20 to 200 tokens."""
+    random = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(num_documents):
+        tokens = random.integers(0, vocabulary, random.integers(20, 200))
+        builder.add_document(torch.from_numpy(tokens.astype(np.int32)), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """dense, dense_tied and moe."""
+    root = tmp_path_factory.mktemp("cases")
+    write_tokens(root / "train", 60, 250, seed=0)
+    write_tokens(root / "valid", 20, 250, seed=1)
+    settings = {"train_data_path": str(root / "train"), "valid_data_path": str(root / "valid")}
+    cases = {}
+    for kind in ("dense", "dense_tied", "moe"):
+        write_hf(root / kind, kind)
+        convert_hf.main(["--hf", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
+        cases[kind] = Case(root / kind, str(root / f"{kind}_checkpoint"), settings)
+    return cases

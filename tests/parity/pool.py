@@ -1,0 +1,97 @@
+"""One pool of processes for every layout: starting Python with torch four times for each test would take minutes.
+
+A job names a function of tests/parity/jobs.py and a number of ranks. Each job gets a process group of its own; ranks
+that it does not need stay idle. A job that fails or hangs takes the pool down with it, and the next one starts anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+TIMEOUT = 180.0  # seconds for a job, the start of the processes included
+
+
+class Pool:
+    """`run` is the only thing to call."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+
+    def run(self, job: str, num_ranks: int, **kwargs: Any) -> list[Any]:
+        """Call tests.parity.jobs.`job`(**kwargs) on `num_ranks` ranks; returns their results in order."""
+        if not self._processes:
+            self._start()
+        with tempfile.TemporaryDirectory() as directory:
+            store = str(Path(directory) / "store")
+            for pipe in self._pipes[:num_ranks]:
+                pipe.send((job, num_ranks, store, kwargs))
+            results = []
+            for rank, pipe in enumerate(self._pipes[:num_ranks]):
+                if not pipe.poll(TIMEOUT):
+                    self.close()
+                    raise TimeoutError(f"job {job} on rank {rank} of {num_ranks}: no answer in {TIMEOUT:.0f} s")
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    self.close()
+                    raise RuntimeError(f"job {job}: rank {rank} of {num_ranks} died") from None
+                if not ok:
+                    self.close()
+                    raise RuntimeError(f"job {job} on rank {rank} of {num_ranks}:\n{value}")
+                results.append(value)
+        return results
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self._size):
+            ours, theirs = context.Pipe()
+            # Not daemonic: dist_checkpointing starts processes of its own.
+            process = context.Process(target=_serve, args=(rank, theirs))
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+def _serve(rank: int, pipe: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    jobs = importlib.import_module("tests.parity.jobs")
+    while True:
+        try:
+            job, num_ranks, store, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
+            result = (True, getattr(jobs, job)(**kwargs))
+            dist.barrier()
+            from megatron_a2d.training import parallel
+
+            parallel.finalize()
+        except BaseException:
+            result = (False, traceback.format_exc())
+        pipe.send(result)
+        if not result[0]:
+            return

@@ -1,0 +1,153 @@
+"""Every layout computes what one process computes.
+
+Compared with a single process on the same global batch: the loss (relative), the gradient norm (relative), every
+parameter's gradient where it is whole, and every parameter after the optimizer's steps (absolute; weights
+are of the order 1, learning rate 1e-2). Tolerance 1e-6, in fp32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.conftest import Case
+from tests.parity.pool import Pool
+
+TOLERANCE = 1e-6
+
+TP = {"tensor_model_parallel_size": 2}
+TP_SP = {**TP, "sequence_parallel": True}
+PP = {"pipeline_model_parallel_size": 2}
+EP = {"expert_model_parallel_size": 2}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+
+LAYOUTS: list[tuple[str, str, int, dict[str, Any]]] = [
+    ("dense", "DP2", 2, {}),
+    ("dense", "TP2", 2, TP),
+    ("dense", "TP2+SP", 2, TP_SP),
+    ("dense", "PP2", 2, PP),
+    ("dense", "DP2, distributed optimizer", 2, DISTRIBUTED),
+    ("dense", "TP2+SP x PP2", 4, {**TP_SP, **PP}),
+    ("dense_tied", "TP2+SP", 2, TP_SP),
+    ("dense_tied", "PP2", 2, PP),
+    ("dense_tied", "PP2 x DP2, distributed optimizer", 4, {**PP, **DISTRIBUTED}),
+    ("moe", "micro-batches of 4", 1, {"micro_batch_size": 4}),
+    ("moe", "DP2", 2, {}),
+    ("moe", "DP4, distributed optimizer", 4, DISTRIBUTED),
+    ("moe", "EP2", 2, EP),
+    ("moe", "EP2, distributed optimizer", 2, {**EP, **DISTRIBUTED}),
+    ("moe", "EP4, distributed optimizer", 4, {"expert_model_parallel_size": 4, **DISTRIBUTED}),
+    ("moe", "TP2+SP, EP1", 2, TP_SP),
+    ("moe", "TP2+SP, EP2", 2, {**TP_SP, **EP}),
+    ("moe", "TP2+SP x DP2, EP2, distributed optimizer", 4, {**TP_SP, **EP, **DISTRIBUTED}),
+    ("moe", "TP2+SP x DP2, EP4", 4, {**TP_SP, "expert_model_parallel_size": 4}),
+    ("moe", "PP2", 2, PP),
+    ("moe", "PP2, EP2", 4, {**PP, **EP}),
+    ("moe", "PP2 x TP2+SP, EP2, distributed optimizer", 4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
+]
+
+
+@pytest.fixture(scope="session")
+def references(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process on each model: its losses and norms, and a file with its gradients and parameters."""
+    root = tmp_path_factory.mktemp("references")
+    found = {}
+    for kind, case in cases.items():
+        path = str(root / f"{kind}.pt")
+        (result,) = pool.run(
+            "train_steps",
+            1,
+            checkpoint=case.checkpoint,
+            settings=case.settings,
+            num_steps=2,
+            save_reference=path,
+        )
+        found[kind] = {**result, "path": path}
+    return found
+
+
+def compare(
+    pool: Pool, case: Case, reference: dict[str, Any], ranks: int, layout: dict[str, Any], **options: Any
+) -> dict[str, float]:
+    """Largest differences over the ranks of a layout."""
+    results = pool.run(
+        "train_steps", ranks, checkpoint=case.checkpoint, settings={**case.settings, **layout}, num_steps=2,
+        reference=reference["path"], **options,
+    )  # fmt: skip
+
+    def relative(name: str) -> float:
+        pairs = [pair for result in results for pair in zip(result[name], reference[name], strict=True)]
+        return max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+
+    differences = {"loss": relative("losses"), "gradient norm": relative("grad_norms")}
+    differences |= {name: max(result[name] for result in results) for name in ("gradients", "parameters")}
+    return differences
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "ranks", "layout"), LAYOUTS, ids=[f"{kind}: {name}" for kind, name, *_ in LAYOUTS]
+)
+def test_layout_equals_one_process(
+    kind: str, name: str, ranks: int, layout: dict[str, Any], cases: dict[str, Case], references: dict[str, Any], pool: Pool,
+    record_property: Any,
+) -> None:  # fmt: skip
+    differences = compare(pool, cases[kind], references[kind], ranks, layout)
+    for quantity, value in differences.items():
+        record_property(quantity, value)
+    assert max(differences.values()) < TOLERANCE, differences
+
+
+def test_the_comparison_sees_small_errors(cases: dict[str, Case], references: dict[str, Any], pool: Pool) -> None:
+    """Negative control: a learning rate that is off by one part in a thousand."""
+    differences = compare(pool, cases["moe"], references["moe"], 1, {"lr": 1.001e-2})
+    assert differences["parameters"] > 5 * TOLERANCE and differences["gradients"] > TOLERANCE
+
+
+def test_unmarked_experts_train_wrongly(cases: dict[str, Case], references: dict[str, Any], pool: Pool) -> None:
+    """Negative control: what megatron-core 0.16.1 does by itself at TP2+SP, EP1 (runtime/upstream.py)."""
+    differences = compare(pool, cases["moe"], references["moe"], 2, TP_SP, fix_experts=False)
+    assert differences["gradients"] > 10 * TOLERANCE
+
+
+def test_noise_and_order_are_bitwise_equal(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
+    """Every rank of every layout sees the samples that one process sees, bit for bit; so does any worker count."""
+    case = cases["moe"]
+
+    def samples(ranks: int, layout: dict[str, Any]) -> dict[int, bytes]:
+        batches = 16 // (
+            ranks // layout.get("tensor_model_parallel_size", 1) // layout.get("pipeline_model_parallel_size", 1)
+        )
+        seen: dict[int, bytes] = {}
+        for rank in pool.run(
+            "batch_fingerprints", ranks, checkpoint=case.checkpoint, settings={**case.settings, **layout}, num_batches=batches
+        ):  # fmt: skip
+            for index, content in rank:
+                assert seen.setdefault(index, content) == content
+        return seen
+
+    one = samples(1, {})
+    assert sorted(one) == list(range(16)) and len(set(one.values())) == 16
+    for ranks, layout in (
+        (2, EP),
+        (4, {**TP_SP, **EP}),
+        (2, PP),
+        (4, {}),
+        (1, {"num_workers": 3}),
+        (2, {"num_workers": 2}),
+    ):
+        assert samples(ranks, layout) == one
+    assert samples(1, {"seed": 1}) != one
+
+
+def test_validation_does_not_depend_on_the_layout(cases: dict[str, Case], pool: Pool) -> None:
+    case = cases["moe"]
+    results = [
+        pool.run("validate", ranks, checkpoint=case.checkpoint, settings={**case.settings, **layout})
+        for ranks, layout in ((1, {}), (2, {**TP_SP, **EP}), (4, {**PP, **EP}))
+    ]
+    expected = results[0][0]
+    assert expected["num_samples"] == 8 and expected["nelbo"] > 1
+    for result in (rank for layout in results for rank in layout):
+        assert result == pytest.approx(expected, rel=TOLERANCE)

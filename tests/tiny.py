@@ -1,0 +1,151 @@
+"""Tiny random Qwen3 and Qwen3-MoE models, as objects and as ordinary Hugging Face directories.
+
+    hf_model("moe")                      a transformers model in fp32
+    write_hf(path, "dense_tied")         config.json, weights, tokenizer: what a download from the hub holds
+
+Norm weights are random too: with all ones, swapped norms would go unnoticed. No two axes of a matrix have
+the same size: hidden 64, 4 query heads of 24 = 96 rows, 2 KV heads = 48 rows, MLP 160, experts 40.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KINDS = ("dense", "dense_tied", "moe")
+VOCAB_SIZE = 256
+NUM_TOKENS = 250  # used by the tokenizer; the mask token is the next id
+MASK_TOKEN_ID = NUM_TOKENS
+END_OF_TEXT, TURN_START, TURN_END = 0, 1, 2
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def hub_config(kind: str, **overrides: Any) -> dict[str, Any]:
+    """config.json as on the hub, with the names of transformers 4."""
+    assert kind in KINDS, kind
+    moe = kind == "moe"
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
+        "model_type": "qwen3_moe" if moe else "qwen3",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "intermediate_size": 160,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "max_window_layers": 4,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": kind == "dense_tied",
+        "use_cache": True,
+        "bos_token_id": END_OF_TEXT,
+        "eos_token_id": TURN_END,
+        "torch_dtype": "float32",
+    }
+    if moe:
+        config |= {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+        }
+    return config | overrides
+
+
+def hf_model(kind: str, seed: int = 0, **overrides: Any) -> Any:
+    """A Qwen3ForCausalLM or Qwen3MoeForCausalLM in fp32, eval mode; `overrides` are keys of config.json."""
+    import transformers
+
+    config = hub_config(kind, **overrides)
+    name = config["architectures"][0]
+    classes = {
+        "Qwen3ForCausalLM": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "Qwen3MoeForCausalLM": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    }
+    config_class, model_class = classes[name]
+    # The class knows its own name and type; the type of the weights is fp32 here.
+    ours = ("architectures", "model_type", "torch_dtype")
+    hf_config = config_class(**{key: value for key, value in config.items() if key not in ours})
+    hf_config._attn_implementation = "sdpa"
+    model = model_class(hf_config).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in parameter_name:
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                scale = 0.5 if parameter_name.endswith("mlp.gate.weight") else 0.08
+                parameter.copy_(scale * noise)
+    return model.eval()
+
+
+def write_hf(
+    directory: str | Path,
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """Write a model with its tokenizer into `directory`, which is made; returns its path."""
+    directory = Path(directory)
+    model = hf_model(kind, seed, **overrides).to(dtype)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    config = hub_config(kind, **overrides) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    generation = {
+        "bos_token_id": END_OF_TEXT,
+        "do_sample": True,
+        "eos_token_id": [TURN_END, END_OF_TEXT],
+        "pad_token_id": END_OF_TEXT,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+    }
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer for ASCII text: 3 special tokens, 97 characters, 150 pairs of letters."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # Byte-level BPE spells space, newline and tab as visible letters.
+    characters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ", "ĉ"]
+    pairs = list(itertools.islice(itertools.product("etaoinshrdluĠ", "etaoinshrdlu"), NUM_TOKENS - 3 - len(characters)))
+    tokens = [*SPECIAL_TOKENS, *characters, *(first + second for first, second in pairs)]
+    assert len(set(tokens)) == NUM_TOKENS
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": SPECIAL_TOKENS[TURN_END],
+        "pad_token": SPECIAL_TOKENS[END_OF_TEXT],
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,286 @@
+"""`python -m megatron_a2d.generate`: text in, text out, the live view, and every kind of bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_a2d import generate
+from megatron_a2d.errors import UserError
+from megatron_a2d.hf.configuration_a2d import A2DConfig
+from megatron_a2d.hf.configuration_rnd import RND1Config
+from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
+from megatron_a2d.hf.modeling_rnd import RND1LM
+from megatron_a2d.live_view import MASK_BLOCK, LiveView
+
+VOCAB = 300
+ESCAPE = "\x1b["
+
+
+def byte_tokenizer() -> Tokenizer:
+    """All bytes, a few merges, and the two special tokens at the end of a vocabulary of VOCAB."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|mask|>"])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    """One export of each format, with random weights."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
+        "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 200, "rope_theta": 1e6,
+        "mask_token_id": tokenizer.token_to_id("<|mask|>"), "eos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "num_diffusion_steps": 8, "initializer_range": 0.3,
+    }  # fmt: skip
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    directories = {}
+    for kind, model in (
+        ("a2d", A2DForMaskedLM(A2DConfig(**sizes))),
+        ("rnd1", RND1LM(RND1Config(**sizes | experts))),
+    ):
+        directories[kind] = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(directories[kind])
+        tokenizer.save(str(directories[kind] / "tokenizer.json"))
+    return directories
+
+
+def run(capsys, directory: Path, *arguments: str) -> str:
+    generate.main(["--model", str(directory), *arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["a2d", "rnd1"])
+def test_completes_a_prompt(kind, exports, capsys):
+    prompt = "def mean(values):\n    return "
+    arguments = ("--prompt", prompt, "--max-new-tokens", "12", "--temperature", "1")
+    text = run(capsys, exports[kind], *arguments)
+    assert text.startswith(prompt) and len(text) > len(prompt) + 4
+    assert ESCAPE not in text and MASK_BLOCK not in text and "<|" not in text
+    assert text == run(capsys, exports[kind], *arguments), "the same seed must give the same text"
+    assert text != run(capsys, exports[kind], *arguments, "--seed", "1")
+    assert text != run(capsys, exports[kind], *arguments, "--num-steps", "1")
+
+
+def test_fills_a_hole(exports, capsys):
+    prefix, suffix = "def mean(values):\n", "\n    return total\n"
+    text = run(capsys, exports["a2d"], "--prefix", prefix, "--suffix", suffix, "--hole-length", "7")
+    assert text.startswith(prefix) and text.removesuffix("\n").endswith(suffix)
+    assert len(text) > len(prefix) + len(suffix) + 1
+
+
+def test_samples_differ(exports, capsys):
+    text = run(capsys, exports["a2d"], "--prompt", "x = ", "--num-samples", "3", "--temperature", "1")
+    samples = re.split(r"=== sample \d of 3 ===\n", text)
+    assert samples[0] == "" and len(set(samples[1:])) == 3
+    assert all(sample.startswith("x = ") for sample in samples[1:])
+
+
+def test_text_ends_at_the_end_of_text():
+    tokens = [7, 1, 2, 9, 3, 4, 5, 9, 9, 6]
+    editable = [False, True, True, True, True, False, True, True, True, False]
+    kept = generate.kept_positions(tokens, editable, 9)
+    assert kept == [0, 1, 2, 5, 6, 9]
+    assert generate.kept_positions(tokens, editable, [8, 2]) == [0, 1, 5, 6, 7, 8, 9]
+    assert generate.kept_positions(tokens, editable, None) == list(range(10))
+    assert generate.kept_positions([9, 1], [False, True], 9) == [0, 1], "the prompt itself does not end the text"
+
+
+BAD_ARGUMENTS = {
+    "neither": ([], "give either --prompt"),
+    "both": (["--prompt", "a", "--prefix", "b"], "give either --prompt"),
+    "no suffix": (["--prefix", "a"], "needs both"),
+    "empty prompt": (["--prompt", ""], "--prompt '': is empty"),
+    "empty suffix": (["--prefix", "a", "--suffix", ""], "--suffix '': is empty"),
+    "hole of length zero": (["--prefix", "a", "--suffix", "b", "--hole-length", "0"], "--hole-length 0"),
+    "no new tokens": (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+    "hole length with a prompt": (["--prompt", "a", "--hole-length", "3"], "no effect"),
+    "new tokens with a hole": (["--prefix", "a", "--suffix", "b", "--max-new-tokens", "3"], "no effect"),
+    "no steps": (["--prompt", "a", "--num-steps", "0"], "--num-steps 0"),
+    "temperature": (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
+    "temperature nan": (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
+    "top p": (["--prompt", "a", "--top-p", "0"], "--top-p 0"),
+    "top k": (["--prompt", "a", "--top-k", "-2"], "--top-k -2"),
+    "equal samples": (["--prompt", "a", "--num-samples", "2", "--temperature", "0"], "all would be equal"),
+    "too long": (["--prompt", "ab", "--max-new-tokens", "199"], "200 positions"),
+    "mask token": (["--prompt", "a <|mask|> b"], "contains the mask token"),
+    "unknown flag": (["--prompt", "a", "--num-step", "3"], "--num-steps"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments(case, exports):
+    arguments, message = BAD_ARGUMENTS[case]
+    with pytest.raises(UserError) as error:
+        generate.main(["--model", str(exports["a2d"]), *arguments])
+    assert message in str(error.value)
+
+
+def test_all_problems_are_reported_together(exports):
+    with pytest.raises(UserError) as error:
+        generate.main(["--model", str(exports["a2d"]), "--prompt", "", "--num-steps", "0", "--top-k", "-1"])
+    assert len(error.value.problems) == 3
+
+
+def copy_of(export: Path, directory: Path, **changes: object) -> Path:
+    """A copy of an export with some keys of its config.json changed (None: removed)."""
+    directory.mkdir(exist_ok=True)
+    for file in export.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    config = json.loads((directory / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(UserError) as error:
+        generate.main(["--model", str(directory), "--prompt", "a"])
+    return str(error.value)
+
+
+def test_bad_models(exports, tmp_path):
+    export = exports["a2d"]
+    assert "no such directory" in refusal(tmp_path / "absent")
+    assert "config.json" in refusal(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    assert "export it first" in refusal(tmp_path)
+    assert "'qwen3'" in refusal(copy_of(export, tmp_path / "ar", model_type="qwen3"))
+    assert "mask_token_id is None" in refusal(copy_of(export, tmp_path / "mask", mask_token_id=None))
+    assert "mask_token_id is 300" in refusal(copy_of(export, tmp_path / "range", mask_token_id=VOCAB))
+    assert "hidden_act" in refusal(copy_of(export, tmp_path / "act", hidden_act="gelu"))
+    assert "missing keys" in refusal(copy_of(export, tmp_path / "deep", num_hidden_layers=3))
+    assert "unexpected keys" in refusal(copy_of(export, tmp_path / "flat", num_hidden_layers=1))
+    assert "cannot be loaded" in refusal(copy_of(export, tmp_path / "wide", intermediate_size=48))
+
+    broken = copy_of(export, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes()[:1000])
+    assert "cannot be loaded" in refusal(broken)
+    (broken / "model.safetensors").unlink()
+    assert "cannot be loaded" in refusal(broken)
+
+    without = copy_of(export, tmp_path / "tokenizer")
+    (without / "tokenizer.json").write_text("{}")
+    assert "tokenizer cannot be read" in refusal(without)
+    (without / "tokenizer.json").unlink()
+    assert "tokenizer is missing" in refusal(without)
+
+
+def test_tokenizer_of_another_model(exports, tmp_path):
+    other = copy_of(exports["a2d"], tmp_path / "other")
+    larger = byte_tokenizer()
+    larger.add_tokens(["one more"])
+    larger.save(str(other / "tokenizer.json"))
+    assert "has token id 300" in refusal(other)
+
+
+def test_exit_code_without_traceback(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_a2d.generate",
+        "--model",
+        str(tmp_path / "absent"),
+        "--prompt",
+        "a",
+    ]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("error: --model") and process.stderr.count("\n") == 1
+
+
+def terminal(width: int = 60, height: int = 12) -> Console:
+    return Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        width=width,
+        height=height,
+        legacy_windows=False,
+    )
+
+
+def test_live_view_shows_tokens_where_they_are_decided():
+    console = terminal()
+    tokenizer = byte_tokenizer()
+    prompt, hole = (
+        tokenizer.encode("a = ").ids,
+        tokenizer.encode("1\u20ac2").ids,
+    )  # the euro sign has three bytes
+    editable = [[False] * len(prompt) + [True] * len(hole)]
+    start = len(prompt)
+    with LiveView([prompt + [0] * len(hole)], editable, 3, tokenizer.decode, console) as view:
+        assert view.text(0).plain == "a = " + MASK_BLOCK * len(hole)
+        row, decided = prompt + [0] * len(hole), [False] * (start + len(hole))
+        row[start + len(hole) - 1], decided[start + len(hole) - 1] = hole[-1], True
+        view.update(1, [row], [decided])
+        assert view.text(0).plain == "a = " + MASK_BLOCK * (len(hole) - 1) + "2"
+        view.update(
+            3,
+            [prompt + hole],
+            [[hole and not early for hole, early in zip(editable[0], decided, strict=True)]],
+        )
+        text = view.text(0)
+    assert text.plain == "a = 1\u20ac2"
+    colours = {text.plain[span.start : span.end]: span.style.color for span in text.spans if span.style.color}
+    early, late = colours["2"].triplet, colours["1"].triplet
+    assert early.blue > early.red and late.red > late.blue, "early is cool, late is warm"
+    assert colours["\u20ac"] == colours["1"]
+    written = console.file.getvalue()
+    assert MASK_BLOCK in written and "1/3" in written and "0 masked" in written
+
+
+def test_live_view_keeps_the_end_of_a_long_text_and_no_control_characters():
+    console = terminal(width=20, height=8)
+    row = [*range(30), 99]
+    view = LiveView([row], [[False] * 30 + [True]], 2, lambda ids: "".join(f"line {i}\n" for i in ids), console)
+    with view:
+        written = console.file.getvalue()
+    assert MASK_BLOCK in written and "line 29" in written and "line 3\n" not in written
+    view = LiveView([[0]], [[False]], 2, lambda ids: "a\x1b[31mb\a\n", console)
+    assert view.text(0).plain == "a\ufffd[31mb\ufffd\n"
+
+
+def test_live_view_in_a_terminal_ends_with_the_whole_text(exports, monkeypatch, capsys):
+    arguments = [
+        "--model",
+        str(exports["a2d"]),
+        "--prompt",
+        "x = ",
+        "--max-new-tokens",
+        "10",
+        "--temperature",
+        "1",
+    ]
+    generate.main([*arguments, "--no-live"])
+    plain = capsys.readouterr().out
+    console = terminal(width=200, height=50)
+    monkeypatch.setattr(generate, "Console", lambda **options: console)
+    generate.main([*arguments, "--no-live"])
+    assert capsys.readouterr().out == plain and console.file.getvalue() == ""
+    generate.main(arguments)
+    written = console.file.getvalue()
+    assert MASK_BLOCK in written and "step 8/8, 0 masked" in written
+    assert capsys.readouterr().out == "" and written.count("step") >= 8
+
+    def letters(text: str) -> str:
+        return re.sub(r"[^ -~]", "", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))
+
+    assert len(letters(plain)) > len("x = ") and letters(written).endswith(letters(plain))

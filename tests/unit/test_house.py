@@ -1,0 +1,90 @@
+"""The rooms of the house: imports run strictly downwards, and the lower floors stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "megatron_a2d"
+
+LEVELS = {
+    "errors": 0, "files": 0, "console": 0, "architecture": 0, "config": 0, "cli": 0,
+    "diffusion": 1, "conversion": 1, "hf": 1,
+    "runtime": 2, "model": 2, "data": 2,
+    "training": 3, "study": 3,
+    "live_view": 3, "train": 4, "generate": 4,
+}  # fmt: skip
+STRANGERS = {("diffusion", "conversion"), ("diffusion", "hf"), ("conversion", "diffusion"), ("hf", "diffusion"), ("hf", "conversion"),
+             ("model", "data"), ("data", "model")}  # fmt: skip
+# conversion copies hf's files into an export: it may ask where they lie, and nothing else.
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of the project's modules that a file imports, relative ones resolved."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def violations(path: Path) -> list[str]:
+    here = room(path)
+    if here == "__init__":
+        return []
+    bad = []
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "megatron_a2d" or len(parts) < 2 or parts[1] == here or parts[1] not in LEVELS:
+            continue
+        there = parts[1]
+        downwards = LEVELS[there] <= LEVELS[here] and not (LEVELS[there] == LEVELS[here] == 4)
+        if not downwards or (here, there) in STRANGERS:
+            bad.append(f"{path.relative_to(ROOT)} imports {name}")
+    return bad
+
+
+def test_imports_run_downwards() -> None:
+    files = [path for path in PACKAGE.rglob("*.py")]
+    assert len(files) > 30
+    assert {room(path) for path in files} - {"__init__"} <= set(LEVELS), "a new room needs its floor in LEVELS"
+    assert not [line for path in files for line in violations(path)]
+
+
+def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upward = PACKAGE / "diffusion" / "noise.py"
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: "from megatron_a2d.training import loop\n")
+    assert violations(upward)
+
+
+@pytest.mark.parametrize(
+    ("modules", "forbidden"),
+    [
+        (
+            ("errors", "files", "console", "architecture", "config", "cli"),
+            {"torch", "numpy", "megatron", "transformers"},
+        ),
+        (("diffusion", "conversion", "hf"), {"megatron"}),
+    ],
+)
+def test_lower_floors_are_light(modules: tuple[str, ...], forbidden: set[str]) -> None:
+    """Seen in a fresh interpreter: what these modules, all files of them, pull in."""
+    names = []
+    for module in modules:
+        path = PACKAGE / module
+        files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+        names += [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not forbidden & {name.split(".")[0] for name in loaded.split()}

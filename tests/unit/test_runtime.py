@@ -1,0 +1,165 @@
+"""Each patch of megatron.core on its own: what fails without it works with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_a2d import runtime
+from megatron_a2d.errors import UserError
+from megatron_a2d.runtime import upstream
+from megatron_a2d.runtime.adam import Adam
+
+ROOT = Path(__file__).resolve().parents[2]
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is off where there is CUDA")
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    runtime.install()
+
+
+def fails_without_install(statement: str) -> bool:
+    """True if `statement` raises in a fresh interpreter where nothing was patched."""
+    code = f"import torch\ntry:\n    {statement}\nexcept Exception:\n    raise SystemExit(7)"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 7
+
+
+@cpu_only
+def test_factories_make_cpu_tensors() -> None:
+    assert fails_without_install("torch.zeros(2, device='cuda')")
+    for device in ("cuda", "cuda:0", torch.device("cuda")):
+        assert torch.zeros(2, device=device).device.type == "cpu"
+    assert torch.empty(3, device="cuda", pin_memory=True).device.type == "cpu"
+    assert torch.zeros_like(torch.ones(2), device="cuda").device.type == "cpu"
+    assert torch.ones(1, device="meta").device.type == "meta"
+
+
+@cpu_only
+def test_moves_stay_on_the_cpu() -> None:
+    assert fails_without_install("torch.ones(1).cuda()")
+    tensor = torch.ones(2)
+    assert tensor.cuda() is tensor
+    assert tensor.to("cuda").device.type == "cpu" and tensor.to(device="cuda").device.type == "cpu"
+    assert tensor.to(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.nn.Linear(2, 2).cuda().weight.device.type == "cpu"
+
+
+@cpu_only
+def test_cuda_module_is_neutral() -> None:
+    assert fails_without_install("torch.cuda.current_device()")
+    assert torch.cuda.current_device() == torch.device("cpu")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        event = torch.cuda.Event()
+        event.record()
+        torch.cuda.current_stream().wait_event(event)
+    assert torch.cuda.memory_allocated() == 0
+    assert not torch.cuda.is_available()
+
+
+@cpu_only
+def test_random_state_tracker_forks_the_cpu_generator() -> None:
+    from megatron.core.tensor_parallel import random
+
+    tracker = random.CudaRNGStatesTracker()
+    torch.manual_seed(1)
+    tracker.add("inside", 5)
+    outside_before = torch.get_rng_state()
+    with tracker.fork("inside"):
+        first = torch.rand(3)
+    with tracker.fork("inside"):
+        second = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), outside_before)
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), first)
+
+
+@cpu_only
+def test_nothing_is_compiled() -> None:
+    calls = []
+
+    @torch.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    assert double(torch.ones(1)).item() == 2 and not calls
+
+
+@cpu_only
+def test_split_sizes_become_numpy() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    assert token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True).tolist() == [1, 2]
+    assert not torch.is_tensor(token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1]), as_numpy=True))
+    assert token_dispatcher.maybe_move_tensor_to_cpu(None) is None
+
+
+@cpu_only
+def test_gradients_are_clipped() -> None:
+    from megatron.core.optimizer import optimizer
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=1.0, total_norm=5.0)
+    assert parameter.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+    optimizer.clip_grad_by_total_norm_fp32([parameter], max_norm=10.0, total_norm=1.0)
+    assert parameter.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+@cpu_only
+def test_type_names_are_only_changed_inside_optimizer_constructors() -> None:
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    assert FP32Optimizer.__init__.__wrapped__ is not None
+
+
+def test_expert_parameters_are_marked() -> None:
+    model = torch.nn.ModuleDict(
+        {"mlp": torch.nn.ModuleDict({"experts": torch.nn.Linear(2, 2), "router": torch.nn.Linear(2, 2)})}
+    )
+    upstream.mark_expert_parameters(model)
+    marked = {name for name, parameter in model.named_parameters() if not getattr(parameter, "allreduce", True)}
+    assert marked == {"mlp.experts.weight", "mlp.experts.bias"}
+
+
+def test_router_finds_its_missing_name() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    assert hasattr(moe_utils, "te_general_gemm")
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream.check_version()
+    monkeypatch.setattr("megatron.core.__version__", "0.15.0")
+    with pytest.raises(UserError, match=r"megatron-core 0\.15\.0"):
+        upstream.check_version()
+
+
+@pytest.mark.parametrize(("adam_w_mode", "weight_decay"), [(True, 0.0), (True, 0.1), (False, 0.1)])
+def test_adam_equals_torch(adam_w_mode: bool, weight_decay: float) -> None:
+    torch.manual_seed(0)
+    ours = [torch.randn(shape, requires_grad=True) for shape in ((33, 7), (5,), (1,), (128, 65))]
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    options = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+    reference_class = torch.optim.AdamW if adam_w_mode else torch.optim.Adam
+    optimizer = Adam(
+        [{"params": ours[:2]}, {"params": ours[2:], "lr": 1e-2}, {"params": []}],
+        adam_w_mode=adam_w_mode,
+        **options,
+    )
+    reference = reference_class([{"params": theirs[:2]}, {"params": theirs[2:], "lr": 1e-2}], fused=True, **options)
+    for _ in range(30):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert [group["step"] for group in optimizer.param_groups] == [30, 30, 30]
+    assert set(optimizer.state[ours[0]]) == {"exp_avg", "exp_avg_sq"}
