@@ -98,7 +98,9 @@ def _logits(directory: Path, tokens_BL: torch.Tensor, bidirectional: bool) -> to
     """Logits [batch, length, vocabulary] in fp32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     autoregressive = _model_type(directory) in AUTOREGRESSIVE
     kind = AutoModelForCausalLM if autoregressive else AutoModelForMaskedLM
     model = kind.from_pretrained(

@@ -91,7 +91,10 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
     """Show a command as a person would type it, and run it."""
     shown = " ".join(shlex.quote(word) for word in command)
     console.print(f"[bold green]$[/] {shown}", markup=True, soft_wrap=True)
-    result = subprocess.run(command, env={**os.environ, **(environment or {})})
+    # The variables of the outer make are not meant for the inner ones.
+    outer = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")
+    inherited = {name: value for name, value in os.environ.items() if name not in outer}
+    result = subprocess.run(command, env={**inherited, **(environment or {})})
     if result.returncode:
         raise UserError(f"`{shown}` ended with exit code {result.returncode}; its message is above")
 
@@ -140,6 +143,9 @@ def _write_untrained_model(directory: Path, tokenizer: Path) -> None:
     """An ordinary Hugging Face Qwen3-MoE directory with random weights."""
     import torch
     from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     ids = json.loads((tokenizer / "tokenizer_config.json").read_text())
     vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from pathlib import Path
 
 from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import RunConfig, find_problems
+from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
+from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.errors import UserError
 
 
@@ -31,24 +34,33 @@ def main(argv: list[str] | None = None) -> None:
     # A message for each module of megatron.core that finds no GPU library says nothing to the user.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # required by megatron.core for TP overlap on Hopper
+    # megatron.core insists on it for tensor parallelism on GPUs before Blackwell.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_a2d.training import checkpoint, loop, parallel
 
     processes = options.world_size or parallel.world_size()
-    start, weights_only = checkpoint.find_start(config)
-    architecture = read_architecture(start / checkpoint.HF_FILES)
-    problems = find_problems(config, architecture, processes)
-    if problems:
-        raise UserError(problems if parallel.rank() == 0 else [])
-    if options.dry_run:
-        loop.open_datasets(config, architecture)
-        print(describe(config, architecture, start, processes))
-        return
-    parallel.initialize(config.parallel)
     try:
-        loop.train(config, architecture, start, weights_only)
-    finally:
-        parallel.finalize()
+        start, weights_only = checkpoint.find_start(config)
+        architecture = read_architecture(start / checkpoint.HF_FILES)
+        if problems := find_problems(config, architecture, processes):
+            raise UserError(problems)
+        if parallel.rank() == 0:
+            with open_checkpoint(start):
+                pass  # every tensor of the model is there, in its shape, and no other
+            loop.open_datasets(config, architecture)
+        if options.dry_run:
+            print(describe(config, architecture, start, processes))
+            return
+        parallel.initialize(config.parallel)
+        try:
+            loop.train(config, architecture, start, weights_only)
+        finally:
+            parallel.finalize()
+    except UserError:
+        if parallel.rank() > 0:
+            # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.
+            time.sleep(10)
+        raise
 
 
 def describe(config: RunConfig, architecture: Architecture, start: Path, processes: int) -> str:
@@ -61,18 +73,23 @@ def describe(config: RunConfig, architecture: Architecture, start: Path, process
     )
     dp = config.data_parallel_size(processes)
     tokens = training.global_batch_size * data.seq_length
-    active = architecture.num_active_parameters()
+    model = f"{'MoE' if architecture.is_moe else 'dense'}, {human(architecture.num_parameters())} parameters"
+    if architecture.is_moe:
+        model += f", {human(architecture.num_active_parameters())} active"
+    microbatches = training.global_batch_size // (training.micro_batch_size * dp)
+    state = human(state_bytes(config, architecture, processes), "B")
     lines = [
         ("start", str(start)),
-        ("model", f"{'MoE' if architecture.is_moe else 'dense'}, {human(architecture.num_parameters())} parameters"
-         + (f", {human(active)} active" if architecture.is_moe else "")),
-        ("layout", f"{processes} processes = TP {tp} x PP {pp} x DP {dp}" + (f", EP {ep}" if architecture.is_moe else "")),
-        ("batch", f"{training.global_batch_size} samples x {data.seq_length} tokens = {human(tokens)} tokens, "
-         f"{training.global_batch_size // (training.micro_batch_size * dp)} micro-batches of {training.micro_batch_size}"),
+        ("model", model),
+        ("layout", f"{processes} processes = TP {tp} x PP {pp} x DP {dp}, EP {ep}"),
+        (
+            "batch",
+            f"{training.global_batch_size} samples x {data.seq_length} tokens = {human(tokens)} tokens, "
+            f"{microbatches} micro-batches of {training.micro_batch_size}",
+        ),
         ("run", f"{training.train_iters} iterations = {human(training.train_iters * tokens)} tokens"),
-        ("state", f"{human(state_bytes(config, architecture, processes), 'B')} a process for weights, gradients and "
-         "optimizer (activations come on top)"),
-    ]  # fmt: skip
+        ("state", f"{state} a process: weights, gradients, optimizer (activations come on top)"),
+    ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
 
 

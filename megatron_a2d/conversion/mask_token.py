@@ -45,25 +45,27 @@ def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, c
 
 def read_tokens(directory: Path) -> dict[int, str]:
     """id -> token of all tokens that the tokenizer of `directory` can produce; empty if there is none."""
-    tokens: dict[int, str] = {}
+    pairs: list[tuple[Any, Any]] = []
     if (directory / "tokenizer.json").exists():
         content = read_json(directory / "tokenizer.json", "the tokenizer")
         vocabulary = _member(content.get("model"), "vocab")
         if isinstance(vocabulary, dict):
-            tokens = {i: token for token, i in vocabulary.items()}
+            pairs += [(i, token) for token, i in vocabulary.items()]
         elif isinstance(vocabulary, list):  # unigram: [token, score], the id is the position
-            tokens = {i: str(item[0]) for i, item in enumerate(vocabulary)}
+            pairs += [(i, item[0]) for i, item in enumerate(vocabulary)]
         else:
             raise UserError(f"{directory / 'tokenizer.json'}: has no vocabulary; fetch it again")
-        tokens |= {item["id"]: item["content"] for item in content.get("added_tokens") or []}
+        pairs += [(_member(item, "id"), _member(item, "content")) for item in content.get("added_tokens") or []]
     elif (directory / "vocab.json").exists():
-        tokens = {i: token for token, i in read_json(directory / "vocab.json", "the vocabulary").items()}
-        if (directory / "added_tokens.json").exists():
-            added = read_json(directory / "added_tokens.json", "the added tokens")
-            tokens |= {i: token for token, i in added.items()}
-    for i, item in (_member(_tokenizer_config(directory), "added_tokens_decoder") or {}).items():
-        tokens[int(i)] = item["content"]
-    return tokens
+        for name in ("vocab.json", "added_tokens.json"):
+            if (directory / name).exists():
+                pairs += [(i, token) for token, i in read_json(directory / name, "the vocabulary").items()]
+    declared = _member(_tokenizer_config(directory), "added_tokens_decoder") or {}
+    pairs += [(i, _member(item, "content")) for i, item in declared.items()]
+    try:
+        return {int(i): str(token) for i, token in pairs}
+    except (TypeError, ValueError):
+        raise UserError(f"{directory}: its tokenizer has an id that is no number; fetch it again") from None
 
 
 def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> int:

@@ -98,11 +98,15 @@ def num_bytes(source: RowSource) -> int:
 def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: str) -> list[str]:
     """Every difference between the tensors a model must have and those that are `found`, a line each."""
     problems = [
-        f"{where}: tensor {name} is missing; fetch the complete model" for name in expected if name not in found
+        f"{where}: tensor {name} is missing; fetch or write the model again, completely"
+        for name in expected
+        if name not in found
     ]
     for name, shape in found.items():
         if name not in expected:
-            problems.append(f"{where}: tensor {name} {list(shape)} is unknown; give an unmodified Qwen3 or Qwen3-MoE")
+            problems.append(
+                f"{where}: tensor {name} {list(shape)} is unknown; only unmodified Qwen3 and Qwen3-MoE are supported"
+            )
         elif tuple(shape) != tuple(expected[name]):
             problems.append(
                 f"{where}: tensor {name} has shape {list(shape)}, but config.json asks for "

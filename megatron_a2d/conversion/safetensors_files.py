@@ -42,25 +42,28 @@ class SafetensorsDirectory:
     """The tensors of a Hugging Face directory, single-file or sharded. A `RowSource`."""
 
     def __init__(self, directory: Path):
-        """Reads and checks all headers; raises UserError with every problem found."""
+        """Reads all headers. Damaged files raise UserError; tensors that are in two places, or not where the
+        index says, are left in `problems`."""
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; give the directory of a Hugging Face model")
         self.entries: dict[str, Entry] = {}
+        self.problems: list[str] = []
         self._files = OpenFiles()
-        problems: list[str] = []
-        expected_files = _weight_map(directory)
-        for path in [directory / name for name in dict.fromkeys(expected_files.values())] or [directory / SINGLE_FILE]:
-            for name, entry in _read_header(path, problems).items():
+        damage: list[str] = []
+        weight_map = _weight_map(directory)
+        for file in dict.fromkeys(weight_map.values()) or [SINGLE_FILE]:
+            path = directory / file
+            for name, entry in _read_header(path, damage).items():
                 if name in self.entries:
-                    problems.append(f"{path}: tensor {name} is also in {self.entries[name].path.name}; keep one")
-                elif expected_files and expected_files.get(name) != path.name:
-                    problems.append(f"{path}: tensor {name} is not what {INDEX_FILE} says; fetch the files again")
+                    self.problems.append(f"{path}: tensor {name} is also in {self.entries[name].path.name}; keep one")
+                elif weight_map and weight_map.get(name) != file:
+                    self.problems.append(f"{path}: tensor {name} is not listed in {INDEX_FILE}; fetch both again")
                 self.entries[name] = entry
-        if not problems:
-            for name in expected_files.keys() - self.entries.keys():
-                problems.append(f"{directory / expected_files[name]}: lacks tensor {name}, which {INDEX_FILE} promises")
-        if problems:
-            raise UserError(problems)
+        if damage:
+            raise UserError(damage)
+        for name, file in weight_map.items():
+            if name not in self.entries:
+                self.problems.append(f"{directory / file}: lacks tensor {name}, which {INDEX_FILE} promises")
         self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in self.entries.items()}
 
     def dtype(self, name: str) -> torch.dtype:

@@ -48,7 +48,7 @@ def open_hf(directory: Path) -> Iterator[Weights]:
         expected = dict(stored.hf_shapes)
         if architecture.tie_word_embeddings and HEAD in files.shapes:
             expected[HEAD] = expected[EMBEDDING]
-        if problems := account(expected, files.shapes, str(directory)):
+        if problems := files.problems + account(expected, files.shapes, str(directory)):
             raise UserError(problems)
         if HEAD in expected and HEAD not in stored.hf_shapes:
             _check_tied(files, directory)

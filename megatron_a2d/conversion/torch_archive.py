@@ -41,6 +41,9 @@ def find_values(
     with zipfile.ZipFile(view) as archive:
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
 
+    if min(record.header_offset for record in records.values()) != 0:
+        raise ValueError("it does not begin there")
+
     def position(name: str) -> int:
         # A record's own header may be padded differently from its entry in the zip's directory.
         header = files.read_bytes(path, offset + records[name].header_offset, 30)

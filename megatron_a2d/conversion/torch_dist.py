@@ -59,7 +59,10 @@ def write_torch_dist(
         warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
         # One thread: torch loses errors of others. Files are flushed to disk when the directory is renamed.
         writer = _Writer(directory, thread_count=1, sync_files=False, per_thread_copy_ahead=0)
-        dcp.save({}, storage_writer=writer, planner=_LazyPlanner(source, weights, advance), no_dist=True)
+        try:
+            dcp.save({}, storage_writer=writer, planner=_LazyPlanner(source, weights, advance), no_dist=True)
+        except dcp.CheckpointException as error:  # wraps whatever happened, Ctrl-C too
+            raise error.failures[0][0] from None
     torch.save(common, directory / "common.pt")
     write_json(directory / "metadata.json", FORMAT)  # last: it marks the checkpoint as complete
 

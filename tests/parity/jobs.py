@@ -17,7 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_a2d import runtime
 from megatron_a2d.architecture import read_architecture
-from megatron_a2d.config import RunConfig, build, find_problems
+from megatron_a2d.checks import find_problems
+from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import iteration_of, resolve
 from megatron_a2d.training import loop, parallel
 from megatron_a2d.training.checkpoint import find_start, load_checkpoint, save_checkpoint

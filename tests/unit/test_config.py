@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from megatron_a2d.architecture import Architecture
+from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import RunConfig, build, find_problems, settings
+from megatron_a2d.config import RunConfig, build, settings
 from megatron_a2d.errors import UserError
 
 MOE = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)

@@ -1,0 +1,154 @@
+"""What can be wrong with a run's settings, found before anything is built.
+
+Every check returns lines: the flag and its value, why it is wrong, what to do. All are reported together.
+"""
+
+from __future__ import annotations
+
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.config import ROLES, RunConfig, flag
+
+
+def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
+    """Everything that is wrong with a run, a line each: flag and value, why, what to do."""
+    problems = _range_problems(config) + _layout_problems(config, world_size)
+    if architecture is not None:
+        problems += _architecture_problems(config, architecture)
+    return problems
+
+
+def _range_problems(config: RunConfig) -> list[str]:
+    problems = []
+    values = config.to_dict()
+
+    def need(name: str, good: bool, why: str) -> None:
+        if not good:
+            problems.append(f"{flag(name)} {values[name]}: {why}")
+
+    for name in (
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "train_iters",
+        "micro_batch_size", "global_batch_size", "save_interval", "eval_interval", "eval_iters", "log_interval",
+    ):  # fmt: skip
+        need(name, values[name] >= 1, "must be at least 1")
+    need("seq_length", values["seq_length"] >= 2, "a sample needs at least 2 tokens; choose a longer one")
+    for name in (
+        "num_workers",
+        "seed",
+        "lr_warmup_iters",
+        "lr_wsd_decay_iters",
+        "weight_decay",
+        "clip_grad",
+        "min_lr",
+    ):
+        need(name, values[name] >= 0, "must not be negative")
+    for name in ("lr", "adam_eps"):
+        need(name, values[name] > 0, "must be positive")
+    for name in ("adam_beta1", "adam_beta2"):
+        need(name, 0 <= values[name] < 1, "must lie in [0, 1)")
+    need("min_time", 0 < values["min_time"] < 1, "must lie between 0 and 1; 0.001 is usual")
+    need("min_lr", values["min_lr"] <= values["lr"], f"exceeds --lr {values['lr']}; lower it")
+    need(
+        "lr_warmup_iters", values["lr_warmup_iters"] < max(2, values["train_iters"]),
+        f"the warm-up would never end in --train-iters {values['train_iters']}; shorten it",
+    )  # fmt: skip
+    if values["lr_decay_style"] == "WSD":
+        need(
+            "lr_wsd_decay_iters",
+            values["lr_wsd_decay_iters"] >= 1,
+            "WSD needs the length of its final decay; set it",
+        )
+    else:
+        need(
+            "lr_wsd_decay_iters", values["lr_wsd_decay_iters"] == 0,
+            f"has no effect with --lr-decay-style {values['lr_decay_style']}; remove it",
+        )  # fmt: skip
+    for role, factor in values["lr_mult"].items():
+        if role not in ROLES:
+            problems.append(f"--lr-mult {role}={factor}: there is no role {role!r}; roles are {', '.join(ROLES)}")
+        elif not factor >= 0:
+            problems.append(f"--lr-mult {role}={factor}: a factor must not be negative; 0 freezes the role")
+    return problems
+
+
+def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
+    problems = []
+    parallel, training = config.parallel, config.training
+    tp, pp, ep = (
+        max(1, size)
+        for size in (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.expert_model_parallel_size,
+        )
+    )
+    if world_size % (tp * pp):
+        problems.append(
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}: does not divide the "
+            f"{world_size} processes; change the sizes or the number of processes"
+        )
+        return problems
+    # Outside the experts TP x DP processes share a stage; the experts are divided over all of them (ETP = 1).
+    if (world_size // pp) % ep:
+        problems.append(
+            f"--expert-model-parallel-size {ep}: does not divide the {world_size // pp} processes of a pipeline "
+            "stage; change the size or the number of processes"
+        )
+    dp = world_size // (tp * pp)
+    share = max(1, training.micro_batch_size) * dp
+    if training.global_batch_size % share:
+        problems.append(
+            f"--global-batch-size {training.global_batch_size}: is not a multiple of --micro-batch-size "
+            f"{training.micro_batch_size} x {dp} data-parallel processes; use a multiple of {share}"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        problems.append("--sequence-parallel: has no effect without --tensor-model-parallel-size above 1; remove it")
+    if parallel.sequence_parallel and config.data.seq_length % tp:
+        problems.append(
+            f"--seq-length {config.data.seq_length}: --sequence-parallel divides it over "
+            f"{tp} processes; use a multiple of {tp}"
+        )
+    return problems
+
+
+def _architecture_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+    parallel = config.parallel
+    tp, pp = max(1, parallel.tensor_model_parallel_size), max(1, parallel.pipeline_model_parallel_size)
+    ep = max(1, parallel.expert_model_parallel_size)
+    problems = []
+    for what, amount, name, size in (
+        ("attention heads", architecture.num_attention_heads, "tensor_model_parallel_size", tp),
+        ("key-value heads", architecture.num_key_value_heads, "tensor_model_parallel_size", tp),
+        ("vocabulary rows", architecture.vocab_size, "tensor_model_parallel_size", tp),
+        ("layers", architecture.num_layers, "pipeline_model_parallel_size", pp),
+        ("experts", architecture.num_experts, "expert_model_parallel_size", ep),
+    ):
+        if amount % size:
+            problems.append(f"{flag(name)} {size}: does not divide the model's {amount} {what}; choose a divisor")
+    if not architecture.is_moe and architecture.intermediate_size % tp:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: does not divide the model's MLP width "
+            f"{architecture.intermediate_size}; choose a divisor"
+        )
+    if ep > 1 and not architecture.is_moe:
+        problems.append(f"--expert-model-parallel-size {ep}: the model is dense and has no experts; remove it")
+    if architecture.is_moe and tp > 1 and not parallel.sequence_parallel:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: MoE layers need --sequence-parallel with it; add that flag"
+        )
+    if config.data.seq_length > architecture.max_position_embeddings:
+        problems.append(
+            f"--seq-length {config.data.seq_length}: the model knows "
+            f"{architecture.max_position_embeddings} positions; shorten the samples"
+        )
+    if config.diffusion.objective == "mdlm" and architecture.mask_token_id is None:
+        problems.append(
+            "--objective mdlm: the checkpoint's hf/config.json names no mask_token_id; convert the model again with "
+            "python -m checkpoints_tools.convert_hf"
+        )
+    if not architecture.is_moe and "router" in config.optimization.lr_mult:
+        problems.append("--lr-mult router=...: the model is dense and has no router; remove it")
+    if architecture.tie_word_embeddings and "head" in config.optimization.lr_mult:
+        problems.append(
+            "--lr-mult head=...: the model's head is its embedding (tied); give the factor to embedding instead"
+        )
+    return problems

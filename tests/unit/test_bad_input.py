@@ -1,0 +1,138 @@
+"""Bad input ends at once, with one clear line a problem and exit code 2, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints_tools import convert_hf
+from megatron_a2d import train
+from megatron_a2d.errors import UserError
+from tests.parity.conftest import write_tokens
+from tests.tiny import write_hf
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with everything that a run needs."""
+    root = tmp_path_factory.mktemp("good")
+    for kind in ("dense", "moe"):
+        write_hf(root / kind, kind)
+        convert_hf.main(["--hf", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
+    write_tokens(root / "tokens", 40, 250, seed=0)
+    write_tokens(root / "foreign", 40, 5000, seed=0)
+    return root
+
+
+def arguments(root: Path, **changes: Any) -> list[str]:
+    """A dry run that is in order, with some settings changed (None removes one)."""
+    settings: dict[str, Any] = {
+        "load": root / "moe_checkpoint", "train-data-path": root / "tokens", "valid-data-path": root / "tokens",
+        "seq-length": 32, "global-batch-size": 8,
+    }  # fmt: skip
+    settings |= {key.replace("_", "-"): value for key, value in changes.items()}
+    flags = [word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))]
+    return [*flags, "--dry-run"]
+
+
+def test_a_good_run_passes(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main([*arguments(good, expert_model_parallel_size=4), "--world-size", "8"])
+    shown = capsys.readouterr().out
+    assert "8 processes = TP 1 x PP 1 x DP 8, EP 4" in shown and "256 tokens" in shown
+
+
+def drop_idx(root: Path) -> dict[str, Any]:
+    shutil.copy(root / "tokens.bin", root / "alone.bin")
+    return {"train_data_path": root / "alone"}
+
+
+def empty_pair(root: Path) -> dict[str, Any]:
+    for suffix in (".bin", ".idx"):
+        (root / f"empty{suffix}").touch()
+    return {"train_data_path": root / "empty"}
+
+
+def damaged(root: Path, change: Callable[[Path], None]) -> dict[str, Any]:
+    """A copy of the checkpoint with something wrong inside."""
+    copy = root / f"damaged_{change.__name__}"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(root / "moe_checkpoint", copy)
+    change(copy / "release")
+    return {"load": copy}
+
+
+def other_architecture(directory: Path) -> None:
+    path = directory / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 128}))
+
+
+def no_config(directory: Path) -> None:
+    (directory / "hf" / "config.json").unlink()
+
+
+def not_qwen(directory: Path) -> None:
+    (directory / "hf" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def dense_weights(directory: Path) -> None:
+    shutil.copy(directory.parents[1] / "dense_checkpoint" / "release" / ".metadata", directory / ".metadata")
+
+
+def no_metadata(directory: Path) -> None:
+    (directory / ".metadata").unlink()
+
+
+CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
+    ("nothing to start from", lambda root: {"load": None}, "--load: is missing"),
+    ("checkpoint is missing", lambda root: {"load": root / "nowhere"}, "no such directory"),
+    ("checkpoint is a HF directory", lambda root: {"load": root / "moe"}, "latest_checkpointed_iteration"),
+    ("other architecture", lambda root: damaged(root, other_architecture), "embedding"),
+    ("dense weights, MoE config", lambda root: damaged(root, dense_weights), "mlp"),
+    ("no config", lambda root: damaged(root, no_config), "config"),
+    ("not Qwen", lambda root: damaged(root, not_qwen), "llama"),
+    ("no metadata", lambda root: damaged(root, no_metadata), "incomplete"),
+    ("no data given", lambda root: {"train_data_path": None}, "--train-data-path: is missing"),
+    ("data are missing", lambda root: {"train_data_path": root / "none"}, "none"),
+    (".bin without .idx", drop_idx, "alone.idx is missing"),
+    ("empty files", empty_pair, "is empty"),
+    ("foreign token ids", lambda root: {"train_data_path": root / "foreign"}, "outside the model's vocabulary of 256"),
+    ("validation too small", lambda root: {"global_batch_size": 4096, "micro_batch_size": 1}, "--valid-data-path"),
+    ("samples too long", lambda root: {"seq_length": 513}, "512 positions"),
+    ("layout", lambda root: {"tensor_model_parallel_size": 2}, "does not divide the 1 processes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_train_refuses(make: Callable[[Path], dict[str, Any]], message: str, good: Path) -> None:
+    with pytest.raises(UserError) as error:
+        train.main(arguments(good, **make(good)))
+    assert any(message in problem for problem in error.value.problems), error.value.problems
+    assert all("\n" not in problem for problem in error.value.problems)
+
+
+def test_exit_code_and_message(good: Path) -> None:
+    """As a user sees it: no traceback, exit code 2, and nothing under --save."""
+    command = [sys.executable, "-m", "megatron_a2d.train", *arguments(good, seq_length=513, save=good / "run", lr=-1)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: --") for line in lines), result.stderr
+    assert not (good / "run").exists()
+
+
+def test_launcher_finds_it_before_it_starts(good: Path) -> None:
+    """launch/train.sh checks in one process first: torchrun would turn exit code 2 into its own traceback."""
+    command = [ROOT / "launch" / "train.sh", *arguments(good, expert_model_parallel_size=3)[:-1]]
+    environment = {"BIN": str(Path(sys.executable).parent), "NPROC": "2", "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "--expert-model-parallel-size 3" in result.stderr
+    assert "Traceback" not in result.stderr

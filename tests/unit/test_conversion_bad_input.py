@@ -1,0 +1,412 @@
+"""Bad input ends with one clear error and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from checkpoints_tools import convert_hf, export_hf, verify
+from megatron_a2d.conversion.checkpoint import TRACKER, iteration_of, resolve
+from megatron_a2d.conversion.convert import convert
+from megatron_a2d.conversion.export import export
+from megatron_a2d.conversion.mask_token import choose_mask_token
+from megatron_a2d.errors import UserError
+from tests import tiny
+
+NAME = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """moe/ (sharded), dense/ (a single file) and the checkpoint of moe, ckpt/; tests copy them."""
+    directory = tmp_path_factory.mktemp("models")
+    tiny.write_hf(directory / "moe", "moe", max_shard_size="300KB")
+    tiny.write_hf(directory / "dense", "dense")
+    convert(directory / "moe", directory / "ckpt")
+    return directory
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_index(directory: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def truncate(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+def remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink()
+
+
+def edit_header(path: Path, edit: Callable[[dict], object]) -> None:
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def duplicate(directory: Path) -> None:
+    """The first shard's tensors once more, in a second file."""
+    files = sorted(directory.glob("model-*.safetensors"))
+    edit_index(directory, lambda weight_map: weight_map.update(extra="model-extra.safetensors"))
+    shutil.copyfile(files[0], directory / "model-extra.safetensors")
+
+
+DENSE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(NAME)), rf"tensor {NAME} is missing"),
+    "extra tensor": (
+        lambda d: edit_tensors(d, lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(96)})),
+        r"q_proj\.bias \[96\] is unknown",
+    ),
+    "wrong shape": (
+        lambda d: edit_tensors(d, lambda t: t.update({NAME: t[NAME][:40].clone()})),
+        r"has shape \[40, 64\], but config.json asks for \[48, 64\]",
+    ),
+    "quantised": (
+        lambda d: edit_tensors(d, lambda t: t.update({NAME: t[NAME].to(torch.float8_e4m3fn)})),
+        "F8_E4M3; quantised",
+    ),
+    "one layer too few": (lambda d: edit_config(d, num_hidden_layers=3), r"layers\.3\.[a-z_.]+ .*is unknown"),
+    "truncated values": (
+        lambda d: truncate(d / "model.safetensors", (d / "model.safetensors").stat().st_size - 1000),
+        "truncated or damaged",
+    ),
+    "truncated header": (lambda d: truncate(d / "model.safetensors", 2000), "truncated or no safetensors"),
+    "empty file": (lambda d: truncate(d / "model.safetensors", 0), "truncated or no safetensors"),
+    "overlapping tensors": (
+        lambda d: edit_header(d / "model.safetensors", lambda h: h.update({NAME: h[NAME.replace("1.self", "2.self")]})),
+        "begins at byte",
+    ),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+    "foreign architecture": (lambda d: edit_config(d, model_type="llama"), "model_type 'llama' is not supported"),
+    "no config": (lambda d: (d / "config.json").unlink(), "configuration is missing"),
+    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+    "tokenizer of another model": (
+        lambda d: (d / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"999": {"content": "<x>"}}}'),
+        "goes up to id 999",
+    ),
+    "damaged tokenizer": (
+        lambda d: (d / "tokenizer.json").write_text('{"model": {"vocab": {"a": "zero"}}}'),
+        "an id that is no number",
+    ),
+    "no tokenizer": (
+        lambda d: remove(d / "tokenizer.json", d / "tokenizer_config.json"),
+        "give --mask-token-id",
+    ),
+}
+
+SHARDED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing shard": (lambda d: sorted(d.glob("*.safetensors"))[1].unlink(), "is missing, though"),
+    "unlisted tensor": (
+        lambda d: edit_index(d, lambda w: w.pop(NAME)),
+        rf"tensor {NAME} is not listed in",
+    ),
+    "promised tensor": (
+        lambda d: edit_index(d, lambda w: w.update({"ghost": min(w.values())})),
+        "lacks tensor ghost",
+    ),
+    "path outside": (
+        lambda d: edit_index(d, lambda w: w.update({NAME: "../dense/model.safetensors"})),
+        "lies outside the directory",
+    ),
+    "duplicate": (duplicate, "is also in model-00001"),
+    "two models": (lambda d: shutil.copyfile(min(d.glob("*.safetensors")), d / "model.safetensors"), "two models"),
+    "empty index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("case", [*DENSE, *SHARDED])
+def test_bad_model_directories(case: str, models: Path, tmp_path: Path) -> None:
+    kind, (damage, message) = ("dense", DENSE[case]) if case in DENSE else ("moe", SHARDED[case])
+    shutil.copytree(models / kind, tmp_path / "hf")
+    damage(tmp_path / "hf")
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "hf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_all_wrong_tensors_are_listed_at_once(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "dense", tmp_path / "hf")
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(4):
+            del tensors[f"model.layers.{layer}.self_attn.q_norm.weight"]
+            tensors[f"model.layers.{layer}.self_attn.q_proj.bias"] = torch.zeros(96)
+        tensors["model.norm.weight"] = torch.zeros(65)
+
+    edit_tensors(tmp_path / "hf", spoil)
+    with pytest.raises(UserError) as caught:
+        convert(tmp_path / "hf", tmp_path / "out")
+    kinds = [problem.partition(" is ")[2].partition(";")[0] for problem in caught.value.problems]
+    assert len(caught.value.problems) == 9
+    assert (kinds.count("missing"), kinds.count("unknown")) == (4, 4)
+
+
+def test_tensors_that_are_missing_and_double_are_listed_together(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "moe", tmp_path / "hf")
+    duplicate(tmp_path / "hf")
+    edit_config(tmp_path / "hf", num_hidden_layers=5)
+    with pytest.raises(UserError) as caught:
+        convert(tmp_path / "hf", tmp_path / "out")
+    text = str(caught.value)
+    assert "is also in" in text and "model.layers.4.mlp.gate.weight is missing" in text
+
+
+def test_mask_token_choices(models: Path, tmp_path: Path) -> None:
+    directory = models / "dense"
+    assert choose_mask_token(directory, 256, None, None) == tiny.MASK_TOKEN_ID
+    assert choose_mask_token(directory, 256, None, 255) == 255
+    assert choose_mask_token(directory, 256, 252, 255) == 252
+    with pytest.raises(UserError, match=r"--mask-token-id 17: is the token .* such as 250"):
+        choose_mask_token(directory, 256, 17, None)
+    with pytest.raises(UserError, match=r"config.json: mask_token_id 17: is the token"):
+        choose_mask_token(directory, 256, None, 17)
+    for outside in (256, -1):
+        with pytest.raises(UserError, match="no row of the embedding"):
+            choose_mask_token(directory, 256, outside, None)
+    with pytest.raises(UserError, match="uses all 250 rows"):
+        choose_mask_token(directory, 250, None, None)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({"id": 250, "content": "<|mask|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert choose_mask_token(tmp_path, 256, 250, None) == 250
+    assert choose_mask_token(tmp_path, 256, None, None) == 251
+    assert choose_mask_token(tmp_path, 251, None, None) == 250
+
+
+def test_an_existing_output_is_never_touched(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    for command in (
+        lambda: convert_hf.main(["--hf", str(models / "dense"), "--out", str(tmp_path / "out")]),
+        lambda: export_hf.main(["--checkpoint", str(models / "ckpt"), "--out", str(tmp_path / "out")]),
+    ):
+        with pytest.raises(UserError, match="already exists"):
+            command()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_noticed_before_writing(models: Path, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="its disk has 1 kB left"):
+        convert(models / "dense", tmp_path / "deep" / "out")
+    assert not list(tmp_path.iterdir())
+
+
+class Evil:
+    """Pickles to a call of os.mkdir: harmless proof that code ran."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def spoil_places(release: Path, **changes: Callable) -> None:
+    """Change where .metadata says that the chunks lie."""
+    path = release / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for place in metadata.storage_data.values():
+        for name, change in changes.items():
+            setattr(place, name, change(getattr(place, name)))
+    path.write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: (r / ".metadata").write_bytes(pickle.dumps(Evil(r.parent / "owned"))), "posix.mkdir, which is not"),
+        (lambda r: torch.save(Evil(r.parent / "owned"), r / "common.pt"), "common.pt: cannot be read"),
+        (lambda r: truncate(r / ".metadata", 500), "is refused"),
+        (lambda r: truncate(r / "__0_0.distcp", 50_000), "truncated"),
+        (lambda r: (r / "__0_0.distcp").unlink(), "cannot be read"),
+        (lambda r: (r / "metadata.json").unlink(), "incomplete"),
+        (lambda r: (r / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "format 'zarr'"),
+        (lambda r: (r / "hf" / "config.json").unlink(), "configuration is missing"),
+        (lambda r: edit_config(r / "hf", num_hidden_layers=5), "has shape"),
+        (
+            lambda r: spoil_places(r, relative_path=lambda name: f"../{name}"),
+            "lies outside the checkpoint",
+        ),
+        (
+            lambda r: spoil_places(r, offset=lambda offset: offset + 8),
+            "is damaged",
+        ),
+    ],
+    ids=[
+        "hostile .metadata", "hostile common.pt", "cut .metadata", "cut data", "no data", "no metadata.json",
+        "other format", "no config", "other architecture", "path outside", "wrong offsets",
+    ],
+)  # fmt: skip
+def test_bad_checkpoints(damage: Callable[[Path], object], message: str, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "ckpt", tmp_path / "ckpt")
+    damage(tmp_path / "ckpt" / "release")
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "ckpt", tmp_path / "out", "qwen3")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+    assert not (tmp_path / "ckpt" / "owned").exists()
+
+
+def test_the_hostile_pickle_would_have_run(tmp_path: Path) -> None:
+    """Control for the above: the pickle does what it says when nothing restricts it."""
+    pickle.loads(pickle.dumps(Evil(tmp_path / "owned")))
+    assert (tmp_path / "owned").exists()
+
+
+def test_a_hostile_chunk_is_refused(models: Path, tmp_path: Path) -> None:
+    """A chunk's own pickle may name nothing but tensors, even when its place and length are right."""
+    shutil.copytree(models / "ckpt", tmp_path / "ckpt")
+    path = tmp_path / "ckpt" / "release" / "__0_0.distcp"
+    data = path.read_bytes()
+    hostile = data.replace(b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_tensor_v3\n")
+    assert hostile != data
+    path.write_bytes(hostile)
+    with pytest.raises(UserError, match=r"_rebuild_tensor_v3, which is not allowed"):
+        export(tmp_path / "ckpt", tmp_path / "out", "qwen3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_verification_leaves_no_export(models: Path, tmp_path: Path, monkeypatch) -> None:
+    """The export is read back before it gets its name."""
+    from megatron_a2d.conversion import export as module
+
+    write = module.write_safetensors
+
+    def write_badly(directory: Path, *args):
+        digests = write(directory, *args)
+        with (directory / "model.safetensors").open("r+b") as file:
+            file.seek(-3, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-3, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+        return digests
+
+    monkeypatch.setattr(module, "write_safetensors", write_badly)
+    with pytest.raises(UserError, match="differs from"):
+        export(models / "ckpt", tmp_path / "out", "qwen3")
+    assert not list(tmp_path.iterdir())
+    export(models / "ckpt", tmp_path / "out", "qwen3", verify=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("release\n", None),
+        ("300", "iter_0000300, which is not there"),
+        ("latest", "no iteration"),
+        ("", "no iteration"),
+    ],
+)
+def test_trackers(content: str, message: str | None, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "ckpt", tmp_path / "ckpt")
+    (tmp_path / "ckpt" / TRACKER).write_text(content)
+    if message is None:
+        assert resolve(tmp_path / "ckpt") == tmp_path / "ckpt" / "release"
+        return
+    with pytest.raises(UserError, match=message):
+        resolve(tmp_path / "ckpt")
+
+
+def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        resolve(tmp_path / "nothing")
+    with pytest.raises(UserError, match="written by convert_hf or by training"):
+        resolve(tmp_path)
+    (tmp_path / "iter_0000040").mkdir()
+    with pytest.raises(UserError, match=r"give .*iter_0000040"):
+        resolve(tmp_path)
+    with pytest.raises(UserError, match=r"lacks \.metadata, common\.pt, metadata\.json"):
+        resolve(tmp_path / "iter_0000040")
+    assert iteration_of(tmp_path / "iter_0000040") == 40
+    with pytest.raises(UserError, match="named neither"):
+        iteration_of(tmp_path)
+
+
+def test_hub_ids(models: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        assert "*.safetensors" in allow_patterns and "tokenizer*.json" in allow_patterns
+        if name == "Qwen/Tiny":
+            return str(models / "dense")
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    convert_hf.main(["--hf", "Qwen/Tiny", "--out", str(tmp_path / "out")])
+    assert "mask token 250" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "release" / "hf" / "config.json").read_text())
+    assert config["_name_or_path"] == "Qwen/Tiny"
+    with pytest.raises(UserError, match=r"Qwen/Absent: no such directory.*no network.*connection"):
+        convert_hf.main(["--hf", "Qwen/Absent", "--out", str(tmp_path / "other")])
+    for path in ("./absent", "/absent", "absent", "a/b/c"):
+        with pytest.raises(UserError, match="check the path"):
+            convert_hf.main(["--hf", path, "--out", str(tmp_path / "other")])
+    assert asked == ["Qwen/Tiny", "Qwen/Absent"]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("text", ["5GB", "1.5 gb", "300KB", "1000", "0", "five", "-3GB", "5GiB", ""])
+def test_sizes(text: str) -> None:
+    expected = {"5GB": 5 * 10**9, "1.5 gb": 1_500_000_000, "300KB": 300_000, "1000": 1000}
+    if text in expected:
+        assert export_hf.parse_size("--max-shard-size", text) == expected[text]
+    else:
+        with pytest.raises(UserError, match="--max-shard-size"):
+            export_hf.parse_size("--max-shard-size", text)
+
+
+def test_verify_wants_two_things(models: Path) -> None:
+    with pytest.raises(UserError, match="exactly two"):
+        verify.main(["--hf", str(models / "dense")])
+    with pytest.raises(UserError, match="--logits"):
+        verify.main(["--hf", str(models / "moe"), "--checkpoint", str(models / "ckpt"), "--logits"])
+    with pytest.raises(UserError, match="not the same model"):
+        verify.main(["--hf", str(models / "dense"), "--checkpoint", str(models / "ckpt")])
+
+
+def test_the_command_ends_with_code_2_and_one_line(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "dense", tmp_path / "hf")
+    edit_tensors(tmp_path / "hf", lambda tensors: tensors.pop(NAME))
+    command = [sys.executable, "-m", "checkpoints_tools.convert_hf", "--hf", "hf", "--out", "out"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"error: hf: tensor {NAME} is missing; fetch or write the model again, completely"
+    assert done.stdout == "" and not (tmp_path / "out").exists()

@@ -1,0 +1,467 @@
+"""HF -> torch_dist -> HF, bit by bit; the checkpoint through megatron.core's loader; sharded chunks read back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from checkpoints_tools import export_hf, verify
+from megatron_a2d.architecture import architecture_from_config, read_architecture
+from megatron_a2d.conversion import rows
+from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, TRACKER, iteration_of, resolve
+from megatron_a2d.conversion.convert import convert
+from megatron_a2d.conversion.export import export
+from megatron_a2d.conversion.hf_config import Format
+from megatron_a2d.conversion.rows import OpenFiles, Span
+from megatron_a2d.conversion.sources import open_checkpoint, open_hf
+from megatron_a2d.conversion.table import WeightMap
+from megatron_a2d.conversion.torch_dist_reader import open_torch_dist, read_common
+from megatron_a2d.errors import UserError
+from megatron_a2d.hf import TRAVELLING
+from tests import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Transformer Engine and Apex")
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face directory, by the safetensors library."""
+    return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def assert_bitwise_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def fuse_experts(directory: Path) -> None:
+    """Store experts as transformers 5 holds them in memory."""
+    tensors = tensors_of(directory)
+    for path in directory.glob("model*.safetensors*"):
+        path.unlink()
+    config = json.loads((directory / "config.json").read_text())
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        gates, ups, downs = (
+            torch.stack([tensors.pop(f"{prefix}.{e}.{name}_proj.weight") for e in range(config["num_experts"])])
+            for name in ("gate", "up", "down")
+        )
+        tensors[f"{prefix}.gate_up_proj"] = torch.cat([gates, ups], dim=1)
+        tensors[f"{prefix}.down_proj"] = downs
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stored", ["single", "sharded", "fused"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_round_trip_is_bitwise(kind: str, stored: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    if stored == "fused" and kind != "moe":
+        stored = "sharded"
+    hf = tiny.write_hf(tmp_path / "hf", kind, dtype, max_shard_size="100KB" if stored == "sharded" else "5GB")
+    original = tensors_of(hf)
+    if stored == "fused":
+        fuse_experts(hf)
+    assert (len(list(hf.glob("*.safetensors"))) > 2) == (stored == "sharded")
+    convert(hf, tmp_path / "ckpt")
+    export(tmp_path / "ckpt", tmp_path / "out", "qwen3", max_shard_bytes=150_000)
+    assert_bitwise_equal(tensors_of(tmp_path / "out"), original)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert sorted(index["weight_map"]) == sorted(original)
+    assert all((tmp_path / "out" / name).stat().st_size < 160_000 for name in index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in original.values())
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_slabs_cut_anywhere_change_nothing_and_bound_memory(kind: str, tmp_path: Path, monkeypatch) -> None:
+    """With a slab of 3 to 12 rows every matrix is cut, across KV groups and between gate and up."""
+    slab = 3000
+    monkeypatch.setattr(rows, "SLAB_BYTES", slab)
+    largest = 0
+    read_tensor = OpenFiles.read_tensor
+
+    def watch(self: OpenFiles, *args: Any) -> torch.Tensor:
+        nonlocal largest
+        tensor = read_tensor(self, *args)
+        largest = max(largest, tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(OpenFiles, "read_tensor", watch)
+    hf = tiny.write_hf(tmp_path / "hf", kind)
+    convert(hf, tmp_path / "ckpt")
+    export(tmp_path / "ckpt", tmp_path / "out", "qwen3")
+    assert_bitwise_equal(tensors_of(tmp_path / "out"), tensors_of(hf))
+    assert 0 < largest <= slab
+
+
+def test_converted_directory_is_complete(tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "moe")
+    done = convert(hf, tmp_path / "ckpt")
+    assert done.mask_token_id == tiny.MASK_TOKEN_ID
+    release = resolve(tmp_path / "ckpt")
+    assert release == tmp_path / "ckpt" / "release" == resolve(release)
+    assert iteration_of(release) == 0
+    assert (tmp_path / "ckpt" / TRACKER).read_text().strip() == "release"
+    config = json.loads((release / HF_FILES / "config.json").read_text())
+    assert config == tiny.hub_config("moe") | {"mask_token_id": tiny.MASK_TOKEN_ID}
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (release / HF_FILES / name).read_bytes() == (hf / name).read_bytes()
+    assert read_common(release) == {"iteration": 0, "consumed_samples": 0}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_types_can_be_changed(tmp_path: Path, capsys) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "moe")
+    convert(hf, tmp_path / "ckpt", dtype=torch.bfloat16)
+    verify.main(["--hf", str(hf), "--checkpoint", str(tmp_path / "ckpt")])
+    assert "largest rounding 0.0" in capsys.readouterr().out
+    export(tmp_path / "ckpt", tmp_path / "out", "a2d", dtype=torch.float32)
+    expected = {name: tensor.bfloat16().float() for name, tensor in tensors_of(hf).items()}
+    assert_bitwise_equal(tensors_of(tmp_path / "out"), expected)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "dense")
+    tensors = tensors_of(hf)
+    tensors["model.norm.weight"][7] = 1e6
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(UserError, match=r"beyond the range of torch\.float16"):
+        convert(hf, tmp_path / "ckpt", dtype=torch.float16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_mixed_types_need_a_choice(tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "dense", torch.bfloat16)
+    tensors = tensors_of(hf)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].float()
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj.*--dtype"):
+        convert(hf, tmp_path / "ckpt")
+    convert(hf, tmp_path / "ckpt", dtype=torch.float32)
+
+
+def test_a_stored_tied_head_must_equal_the_embedding(tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "dense_tied")
+    tensors = tensors_of(hf)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, hf / "model.safetensors")
+    convert(hf, tmp_path / "ckpt")
+    export(tmp_path / "ckpt", tmp_path / "out", "a2d")
+    assert "lm_head.weight" not in tensors_of(tmp_path / "out")
+    tensors["lm_head.weight"][200, 5] += 1e-3
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(UserError, match=r"ties lm_head\.weight"):
+        convert(hf, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [
+        ("dense", "model.layers.2.mlp.gate_proj.weight", "model.layers.2.mlp.up_proj.weight"),
+        ("moe", "model.layers.0.mlp.experts.3.gate_proj.weight", "model.layers.0.mlp.experts.3.up_proj.weight"),
+        ("moe", "model.layers.3.self_attn.k_proj.weight", "model.layers.3.self_attn.v_proj.weight"),
+        ("dense_tied", "model.layers.1.self_attn.q_norm.weight", "model.layers.1.self_attn.k_norm.weight"),
+    ],
+)
+def test_verify_notices_swapped_tensors(kind: str, first: str, second: str, tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", kind)
+    convert(hf, tmp_path / "ckpt")
+    arguments = ["--hf", str(hf), "--checkpoint", str(tmp_path / "ckpt")]
+    verify.main(arguments)
+    tensors = tensors_of(hf)
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        verify.main(arguments)
+    assert len(caught.value.problems) == 2
+    assert {problem.split("tensor ")[1].split()[0] for problem in caught.value.problems} == {first, second}
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("form", ["a2d", "qwen3", "rnd1"])
+def test_exports_are_what_their_format_says(kind: str, form: str, tmp_path: Path, capsys) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", kind)
+    convert(hf, tmp_path / "ckpt", origin="Qwen/Tiny")
+    arguments = ["--checkpoint", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out"), "--format", form]
+    if form == "rnd1" and kind != "moe":
+        with pytest.raises(UserError, match="use --format a2d"):
+            export_hf.main(arguments)
+        assert not (tmp_path / "out").exists()
+        return
+    export_hf.main([*arguments, "--max-shard-size", "300KB"])
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    moe = kind == "moe"
+    assert (
+        config["architectures"]
+        == {
+            "a2d": ["A2DForMaskedLM"],
+            "rnd1": ["RND1"],
+            "qwen3": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
+        }[form]
+    )
+    assert config["model_type"] == ("qwen3_moe" if moe else "qwen3") if form == "qwen3" else form
+    assert ("mask_token_id" in config) == ("auto_map" in config) == (form != "qwen3")
+    assert {path.name for path in TRAVELLING.get(form, [])} == {path.name for path in out.glob("*.py")}
+    for target in config.get("auto_map", {}).values():
+        module, _, name = target.partition(".")
+        assert f"class {name}(" in (out / f"{module}.py").read_text()
+    mask = tiny.MASK_TOKEN_ID
+    assert ("bos_token_id" in config) == (form != "rnd1")
+    if form == "rnd1":
+        assert (config["mask_token_id"], config["num_diffusion_steps"], config["moe_backend"]) == (mask, 256, "hf")
+        assert not any((config["is_causal"], config["use_cache"], config["rope_scaling"], config["sliding_window"]))
+        assert (config["eos_token_id"], config["pad_token_id"]) == (2, 0)
+        assert config["num_experts"] == 8 and config["rope_theta"] == 1e6
+        assert json.loads((out / "generation_config.json").read_text())["mask_token_id"] == mask
+    if form == "a2d":
+        assert config["label_shift"] is True
+    lines = [line.split() for line in (out / "SHA256SUMS").read_text().splitlines()]
+    sums = {name: digest for digest, name in lines}
+    files = {path.name for path in out.iterdir()} - {"SHA256SUMS"}
+    assert sums == {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in files}
+    card = (out / "README.md").read_text()
+    assert "Base model: Qwen/Tiny." in card and "base_model: Qwen/Tiny\n" in card
+    assert read_architecture(out) == (
+        read_architecture(hf) if form == "qwen3" else read_architecture(tmp_path / "ckpt" / "release" / HF_FILES)
+    )
+
+
+@pytest.mark.parametrize(("kind", "form"), [("dense_tied", "a2d"), ("moe", "rnd1"), ("moe", "qwen3")])
+def test_logits_of_exports_are_those_of_the_source(kind: str, form: Format, tmp_path: Path, capsys) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", kind)
+    convert(hf, tmp_path / "ckpt")
+    export(tmp_path / "ckpt", tmp_path / "out", form, travelling=TRAVELLING.get(form, []))
+    arguments = ["--hf", str(hf), "--export", str(tmp_path / "out"), "--logits"]
+    verify.main(arguments)
+    assert f"{'causal' if form == 'qwen3' else 'bidirectional'}: largest difference" in capsys.readouterr().out
+    if form == "a2d":  # control: another model of the same shape
+        other = tiny.write_hf(tmp_path / "other", kind, seed=1)
+        with open_hf(other) as first, open_hf(tmp_path / "out") as second:
+            with pytest.raises(UserError, match="logits differ"):
+                verify.compare_logits(first, second)
+
+
+def test_a_trained_checkpoint_is_exported_with_its_history(tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "moe")
+    convert(hf, tmp_path / "ckpt")
+    trained = tmp_path / "ckpt" / "iter_0000120"
+    shutil.copytree(tmp_path / "ckpt" / "release", trained)
+    torch.save({"iteration": 120, "consumed_samples": 960}, trained / "common.pt")
+    (trained / RUN_CONFIG).write_text(json.dumps({"label_shift": False, "seq_length": 32}))
+    (tmp_path / "ckpt" / TRACKER).write_text("120\n")
+    done = export(tmp_path / "ckpt", tmp_path / "out", "a2d")
+    assert done.iteration == iteration_of(trained) == 120
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_shift"] is False
+    assert "960 samples of 32 tokens (30720 tokens seen)" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UserError, match="without the label shift"):
+        export(tmp_path / "ckpt", tmp_path / "rnd1", "rnd1")
+    export(tmp_path / "ckpt" / "release", tmp_path / "rnd1", "rnd1")
+
+
+# --- megatron.core's own loader ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    if dist.is_initialized():
+        pytest.skip("another test holds a process group")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def reference(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+    """Megatron's tensors of the tiny MoE, by formulas that know nothing of the table. 2 KV groups."""
+    result = {}
+    for layer in range(num_layers):
+        p = f"model.layers.{layer}."
+        groups = [tensors[f"{p}self_attn.{n}_proj.weight"].unflatten(0, (2, -1)) for n in "qkv"]
+        result[f"qkv.{layer}"] = torch.cat(groups, dim=1).flatten(0, 1)
+        result[f"proj.{layer}"] = tensors[p + "self_attn.o_proj.weight"]
+        for e in range(8):
+            x = f"{p}mlp.experts.{e}."
+            result[f"fc1.{layer}.{e}"] = torch.cat([tensors[x + "gate_proj.weight"], tensors[x + "up_proj.weight"]])
+            result[f"fc2.{layer}.{e}"] = tensors[x + "down_proj.weight"]
+    return result
+
+
+def test_megatron_loads_a_converted_checkpoint(tmp_path: Path, one_process: None) -> None:
+    """All layers and experts are requested in the pieces of a tensor-parallel size of 2."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+
+    hf = tiny.write_hf(tmp_path / "hf", "moe", torch.bfloat16)
+    convert(hf, tmp_path / "ckpt")
+    expected = reference(tensors_of(hf), num_layers=4)
+    experts = "decoder.layers.mlp.experts.experts."
+    # name -> key, axis that is cut, pieces
+    cuts = {
+        "qkv": ("decoder.layers.self_attention.linear_qkv", 0, 2),
+        "proj": ("decoder.layers.self_attention.linear_proj", 1, 2),
+        "fc1": (experts + "linear_fc1", 0, 4),
+        "fc2": (experts + "linear_fc2", 1, 2),
+    }
+    state: dict[str, Any] = {}
+    for name, tensor in expected.items():
+        kind, *lead = name.split(".")
+        key, axis, pieces = cuts[kind]
+        counts = (4, 8)[: len(lead)]
+        offsets = [(i, int(index), count) for i, (index, count) in enumerate(zip(lead, counts, strict=True))]
+        for piece, part in enumerate(tensor.chunk(pieces, dim=axis)):
+            state[f"{name}|{piece}"] = ShardedTensor.from_rank_offsets(
+                key + ".weight",
+                torch.full_like(part, float("nan")).contiguous(),
+                *offsets,
+                (len(lead) + axis, piece, pieces),
+                prepend_axis_num=len(lead),
+            )
+        index = tuple(map(int, lead))
+        state[f"{name}|extra"] = ShardedObject(f"{key}._extra_state", None, counts, index)
+    loaded = dist_checkpointing.load(state, str(resolve(tmp_path / "ckpt")))
+    for name, tensor in expected.items():
+        _, axis, pieces = cuts[name.partition(".")[0]]
+        assert torch.equal(torch.cat([loaded[f"{name}|{piece}"] for piece in range(pieces)], dim=axis), tensor), name
+        assert loaded[f"{name}|extra"] is None
+    assert loaded["iteration"] == 0
+
+
+# --- chunks of other layouts ------------------------------------------------------------------------------
+
+
+class Shards(SavePlanner):
+    """Saves given boxes: (key, offsets, tensor with its leading axes, global shape)."""
+
+    def __init__(self, boxes: list[tuple[str, tuple[int, ...], torch.Tensor, tuple[int, ...]]]):
+        self.boxes = {MetadataIndex(key, offsets): (data, shape) for key, offsets, data, shape in boxes}
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan(
+            [
+                WriteItem(
+                    index,
+                    WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        ChunkStorageMetadata(torch.Size(index.offset or ()), data.shape),
+                        TensorProperties(dtype=data.dtype),
+                        torch.Size(shape),
+                    ),
+                )
+                for index, (data, shape) in self.boxes.items()
+            ]
+        )
+
+    def create_global_plan(self, all_plans: list[SavePlan]):
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        return self.boxes[write_item.index][0]
+
+
+def save_boxes(directory: Path, boxes: list) -> None:
+    directory.mkdir(parents=True)
+    dcp.save({}, storage_writer=dcp.FileSystemWriter(directory), planner=Shards(boxes), no_dist=True)
+    torch.save({"iteration": 7, "consumed_samples": 56}, directory / "common.pt")
+    (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+
+
+def boxes_of(release: Path, tensor_parallel: int) -> list:
+    """The weights of a converted checkpoint, cut as tensor parallelism (of experts too) cuts them."""
+    columns = ("linear_proj.weight", "linear_fc2.weight")
+    whole = ("layernorm", "layer_norm", "router")
+    boxes = []
+    with open_checkpoint(release) as weights, open_torch_dist(release) as stored:
+        for block in weights.map.blocks():
+            matrix = stored.read(Span(block.key, block.lead, 0, block.num_rows))
+            shape = stored.shapes[block.key]
+            axis = 1 if block.key.endswith(columns) else 0
+            pieces = tensor_parallel * (2 if "linear_fc1.weight" in block.key else 1)
+            pieces = 1 if any(word in block.key for word in whole) else pieces
+            position = 0
+            for part in matrix.chunk(pieces, dim=axis):
+                offsets = [0] * matrix.ndim
+                offsets[axis] = position
+                position += part.shape[axis]
+                data = part.contiguous().reshape((*(1 for _ in block.lead), *part.shape))
+                boxes.append((block.key, (*block.lead, *offsets), data, shape))
+    return boxes
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("tensor_parallel", [2, 4])
+def test_sharded_chunks_are_put_together(kind: str, tensor_parallel: int, tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", kind)
+    convert(hf, tmp_path / "ckpt")
+    release = tmp_path / "ckpt" / "release"
+    boxes = boxes_of(release, tensor_parallel)
+    # What else a trained checkpoint holds.
+    boxes.append(("optimizer.state.exp_avg.output_layer.weight", (0,), torch.zeros(8), (8,)))
+    save_boxes(tmp_path / "trained" / "iter_0000007", boxes)
+    shutil.copytree(release / HF_FILES, tmp_path / "trained" / "iter_0000007" / HF_FILES)
+    export(tmp_path / "trained" / "iter_0000007", tmp_path / "out", "qwen3")
+    assert_bitwise_equal(tensors_of(tmp_path / "out"), tensors_of(hf))
+
+
+def test_missing_overlapping_and_unknown_chunks_are_refused(tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "dense")
+    convert(hf, tmp_path / "ckpt")
+    release = tmp_path / "ckpt" / "release"
+    boxes = boxes_of(release, 2)
+    victim = next(i for i, box in enumerate(boxes) if box[0].endswith("linear_fc2.weight"))
+    key, offsets, data, shape = boxes[victim]
+    shifted = (*offsets[:-1], offsets[-1] + 1)
+    cases = {
+        "elements stored": boxes[:victim] + boxes[victim + 1 :],
+        "stored twice": [*boxes, (key, shifted, data, shape)],
+        "tensor surplus .* is unknown": [*boxes, ("surplus", (0,), torch.zeros(3), (3,))],
+        "final_layernorm.weight is missing": [box for box in boxes if "final_layernorm" not in box[0]],
+        "has shape": [
+            box if box[0] != "decoder.final_layernorm.weight" else (*box[:2], box[2][:32], (32,)) for box in boxes
+        ],
+    }
+    for number, (message, bad) in enumerate(cases.items()):
+        directory = tmp_path / f"case{number}" / "iter_0000007"
+        save_boxes(directory, bad)
+        shutil.copytree(release / HF_FILES, directory / HF_FILES)
+        with pytest.raises(UserError, match=message):
+            export(directory, tmp_path / "out", "qwen3")
+        assert not (tmp_path / "out").exists()
+
+
+def test_extra_state_is_listed_for_every_layer_and_expert() -> None:
+    architecture = architecture_from_config(tiny.hub_config("moe"), "config.json")
+    keys = list(WeightMap(architecture).extra_state_keys())
+    assert len(keys) == len(set(keys)) == 4 + 4 + 2 * 4 * 8 + 1
+    assert "decoder.layers.self_attention.linear_qkv._extra_state/shard_3_4" in keys
+    assert "decoder.layers.mlp.experts.experts.linear_fc2._extra_state/shard_2.7_4.8" in keys
+    assert "output_layer._extra_state/shard_0_1" in keys
