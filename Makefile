@@ -29,10 +29,11 @@ setup: $(VENV)/installed  ## .venv with pinned dependencies
 
 # torch first: left to another package's wish, the newest one would be taken.
 $(VENV)/installed: setup.py constraints/py311.txt constraints/transformers4.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints/py311.txt torch
-	$(PIP) install --constraint constraints/py311.txt --editable '.[dev,plot]'
-	$(PIP) install --no-deps --upgrade --target $(TRANSFORMERS4) --requirement constraints/transformers4.txt
+	@echo "making $(VENV): pinned packages, a minute or a few"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint constraints/py311.txt torch
+	@$(PIP) install --constraint constraints/py311.txt --editable '.[dev,plot]'
+	@$(PIP) install --no-deps --upgrade --target $(TRANSFORMERS4) --requirement constraints/transformers4.txt
 	@touch $@
 
 demo: setup  ## the whole way on two CPU cores, offline, in minutes
@@ -64,8 +65,10 @@ export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d,
 verify: setup  ## compare the tensors of HF and CHECKPOINT
 	$(BIN)/python -m checkpoints_tools.verify --hf $(HF) --checkpoint $(CHECKPOINT) $(ARGS)
 
-generate: setup  ## text from the exported MODEL: ARGS='--prompt ...'
-	@$(BIN)/python -m megatron_a2d.generate --model $(MODEL) $(ARGS)
+export PROMPT PREFIX SUFFIX
+generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' SUFFIX='...'
+	@$(BIN)/python -m megatron_a2d.generate --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT") \
+	  $(if $(PREFIX),--prefix "$$PREFIX" --suffix "$$SUFFIX") $(ARGS)
 
 bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.train_step

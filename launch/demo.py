@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from megatron_a2d.architecture import read_architecture
 from megatron_a2d.console import console, entry_point, human
 from megatron_a2d.errors import UserError
 
 VOCAB_SIZE = 4096
-PREFIX = "def read_lines(path):\n    "
-SUFFIX = "\n    return lines\n"
-PROMPT = "class Stack:\n    def __init__(self):\n"
+PREFIX = "def read_lines(path):\n    with open("
+SUFFIX = ") as file:\n        return file.readlines()\n"
+PROMPT = "class Stack:\n    def __init__(self):\n        "
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,11 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     _make("convert-hf", HF=out / "qwen3_tiny_moe", OUT=out / "checkpoint")
     _train("launch/recipes/demo_cpu.yaml", out / "checkpoint", out / "run", data)
     _make("export", CHECKPOINT=out / "run", OUT=out / "exported", FORMAT="rnd1")
-    _make("generate", MODEL=out / "exported", ARGS=_shell("--prompt", PROMPT, "--max-new-tokens", "48"))
-    _make(
-        "generate", MODEL=out / "exported",
-        ARGS=_shell("--prefix", PREFIX, "--suffix", SUFFIX, "--hole-length", "16"),
-    )  # fmt: skip
+    _make("generate", MODEL=out / "exported", PROMPT=PROMPT, ARGS="--max-new-tokens 48")
+    _make("generate", MODEL=out / "exported", PREFIX=PREFIX, SUFFIX=SUFFIX, ARGS="--hole-length 16")
     _module("megatron_a2d.study", "report", out / "run", "--out", out / "loss.png")
 
     _title("4  What came out")
@@ -89,8 +87,8 @@ def _title(text: str) -> None:
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
     """Show a command as a person would type it, and run it."""
-    shown = " ".join(shlex.quote(word) for word in command)
-    console.print(f"[bold green]$[/] {shown}", markup=True, soft_wrap=True)
+    shown = " ".join(_quote(word) for word in command)
+    console.print("[bold green]$[/]", Text(shown), soft_wrap=True)
     # The variables of the outer make are not meant for the inner ones.
     outer = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")
     inherited = {name: value for name, value in os.environ.items() if name not in outer}
@@ -128,15 +126,12 @@ def _python() -> str:
     return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
 
 
-def _shell(*words: str) -> str:
-    """Words for make's ARGS: quoted for the shell, and with make's dollar doubled."""
-    return " ".join(_ansi_quote(word) for word in words).replace("$", "$$")
-
-
-def _ansi_quote(word: str) -> str:
+def _quote(word: str) -> str:
+    """As a person would type it in bash: only values with line breaks need $'...'."""
     if "\n" not in word:
         return shlex.quote(word)
-    return '"$(printf %b ' + shlex.quote(word.replace("\\", "\\\\").replace("\n", "\\n")) + ')"'
+    name, _, value = word.partition("=")
+    return f"{name}=$'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
 def _write_untrained_model(directory: Path, tokenizer: Path) -> None:

@@ -6,7 +6,7 @@ Every check returns lines: the flag and its value, why it is wrong, what to do. 
 from __future__ import annotations
 
 from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import ROLES, RunConfig, flag
+from megatron_a2d.config import ROLES, ParallelConfig, RunConfig, flag
 
 
 def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
@@ -26,7 +26,8 @@ def _range_problems(config: RunConfig) -> list[str]:
             problems.append(f"{flag(name)} {values[name]}: {why}")
 
     for name in (
-        "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "train_iters",
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
+        "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "train_iters",
         "micro_batch_size", "global_batch_size", "save_interval", "eval_interval", "eval_iters", "log_interval",
     ):  # fmt: skip
         need(name, values[name] >= 1, "must be at least 1")
@@ -73,54 +74,73 @@ def _range_problems(config: RunConfig) -> list[str]:
 def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
     problems = []
     parallel, training = config.parallel, config.training
-    tp, pp, ep = (
-        max(1, size)
-        for size in (
-            parallel.tensor_model_parallel_size,
-            parallel.pipeline_model_parallel_size,
-            parallel.expert_model_parallel_size,
-        )
-    )
-    if world_size % (tp * pp):
+    tp, pp, cp, ep, etp = (max(1, size) for size in _sizes(parallel))
+    if world_size % (tp * pp * cp):
+        return [
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp}: "
+            f"does not divide the {world_size} processes; change the sizes or the number of processes"
+        ]
+    # Outside the experts, TP x CP x DP processes share a stage; the experts are divided over all of them.
+    stage = world_size // pp
+    if stage % (ep * etp):
         problems.append(
-            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}: does not divide the "
-            f"{world_size} processes; change the sizes or the number of processes"
+            f"--expert-model-parallel-size {ep} x --expert-tensor-parallel-size {etp}: does not divide the {stage} "
+            "processes of a pipeline stage; change the sizes or the number of processes"
         )
-        return problems
-    # Outside the experts TP x DP processes share a stage; the experts are divided over all of them (ETP = 1).
-    if (world_size // pp) % ep:
-        problems.append(
-            f"--expert-model-parallel-size {ep}: does not divide the {world_size // pp} processes of a pipeline "
-            "stage; change the size or the number of processes"
-        )
-    dp = world_size // (tp * pp)
+    dp = world_size // (tp * pp * cp)
     share = max(1, training.micro_batch_size) * dp
     if training.global_batch_size % share:
         problems.append(
             f"--global-batch-size {training.global_batch_size}: is not a multiple of --micro-batch-size "
             f"{training.micro_batch_size} x {dp} data-parallel processes; use a multiple of {share}"
         )
+    elif parallel.num_virtual_stages_per_pipeline_rank > 1 and training.global_batch_size // share % pp:
+        problems.append(
+            f"--global-batch-size {training.global_batch_size}: the interleaved schedule needs a multiple of {pp} "
+            f"micro-batches, not {training.global_batch_size // share}; use a multiple of {share * pp}"
+        )
+    if parallel.num_virtual_stages_per_pipeline_rank > 1 and pp == 1:
+        problems.append(
+            f"--num-virtual-stages-per-pipeline-rank {parallel.num_virtual_stages_per_pipeline_rank}: has no effect "
+            "without --pipeline-model-parallel-size above 1; remove it"
+        )
     if parallel.sequence_parallel and tp == 1:
         problems.append("--sequence-parallel: has no effect without --tensor-model-parallel-size above 1; remove it")
-    if parallel.sequence_parallel and config.data.seq_length % tp:
+    pieces = cp * (tp if parallel.sequence_parallel else 1)
+    if config.data.seq_length % pieces:
         problems.append(
-            f"--seq-length {config.data.seq_length}: --sequence-parallel divides it over "
-            f"{tp} processes; use a multiple of {tp}"
+            f"--seq-length {config.data.seq_length}: is divided over {pieces} processes (--context-parallel-size and "
+            f"--sequence-parallel); use a multiple of {pieces}"
         )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        problems.append("--overlap-param-gather: needs --use-distributed-optimizer and --overlap-grad-reduce; add them")
     return problems
+
+
+def _sizes(parallel: ParallelConfig) -> tuple[int, int, int, int, int]:
+    """TP, PP, CP, EP, ETP."""
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
 
 
 def _architecture_problems(config: RunConfig, architecture: Architecture) -> list[str]:
     parallel = config.parallel
-    tp, pp = max(1, parallel.tensor_model_parallel_size), max(1, parallel.pipeline_model_parallel_size)
-    ep = max(1, parallel.expert_model_parallel_size)
+    tp, pp, _, ep, etp = (max(1, size) for size in _sizes(parallel))
+    stages = pp * max(1, parallel.num_virtual_stages_per_pipeline_rank)
+    stage_flag = "pipeline_model_parallel_size" if stages == pp else "num_virtual_stages_per_pipeline_rank"
     problems = []
     for what, amount, name, size in (
         ("attention heads", architecture.num_attention_heads, "tensor_model_parallel_size", tp),
         ("key-value heads", architecture.num_key_value_heads, "tensor_model_parallel_size", tp),
         ("vocabulary rows", architecture.vocab_size, "tensor_model_parallel_size", tp),
-        ("layers", architecture.num_layers, "pipeline_model_parallel_size", pp),
+        ("layers", architecture.num_layers, stage_flag, stages),
         ("experts", architecture.num_experts, "expert_model_parallel_size", ep),
+        ("rows of an expert", architecture.moe_intermediate_size, "expert_tensor_parallel_size", etp),
     ):
         if amount % size:
             problems.append(f"{flag(name)} {size}: does not divide the model's {amount} {what}; choose a divisor")
@@ -129,8 +149,9 @@ def _architecture_problems(config: RunConfig, architecture: Architecture) -> lis
             f"--tensor-model-parallel-size {tp}: does not divide the model's MLP width "
             f"{architecture.intermediate_size}; choose a divisor"
         )
-    if ep > 1 and not architecture.is_moe:
-        problems.append(f"--expert-model-parallel-size {ep}: the model is dense and has no experts; remove it")
+    for name, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
+        if size > 1 and not architecture.is_moe:
+            problems.append(f"{flag(name)} {size}: the model is dense and has no experts; remove it")
     if architecture.is_moe and tp > 1 and not parallel.sequence_parallel:
         problems.append(
             f"--tensor-model-parallel-size {tp}: MoE layers need --sequence-parallel with it; add that flag"

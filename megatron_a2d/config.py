@@ -28,10 +28,28 @@ class ParallelConfig:
     """split activations along the sequence between tensor-parallel processes; needed for MoE with TP > 1"""
     pipeline_model_parallel_size: int = 1
     """stages that the layers are divided into"""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """parts of the layers that each pipeline process holds; above 1: the interleaved schedule"""
+    context_parallel_size: int = 1
+    """processes that share each sample's sequence in every layer"""
     expert_model_parallel_size: int = 1
     """processes that the experts of each MoE layer are divided over"""
+    expert_tensor_parallel_size: int = 1
+    """processes that share each expert's matrices"""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """how tokens travel to their experts"""
     use_distributed_optimizer: bool = False
     """shard the optimizer state over data-parallel processes"""
+    overlap_grad_reduce: bool = False
+    """reduce gradients while the backward pass goes on"""
+    overlap_param_gather: bool = False
+    """gather the distributed optimizer's parameters while the forward pass goes on"""
+
+    @property
+    def virtual_pipeline_size(self) -> int | None:
+        """As megatron.core wants it: None unless the interleaved schedule is used."""
+        stages = self.num_virtual_stages_per_pipeline_rank
+        return stages if stages > 1 else None
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,8 @@ class DataConfig:
     """prefix of the validation .bin/.idx pair; no validation without it"""
     seq_length: int = 4096
     """tokens in a sample"""
+    document_attention: Literal["open", "isolated"] = "open"
+    """whether the documents packed into a sample see one another"""
     num_workers: int = 1
     """threads that prepare samples ahead of the step; 0 prepares them inside it"""
     seed: int = 1234
@@ -141,7 +161,10 @@ class RunConfig:
         return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
 
     def data_parallel_size(self, world_size: int) -> int:
-        return world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
+        parallel = self.parallel
+        return world_size // (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        )
 
 
 @dataclass(frozen=True)

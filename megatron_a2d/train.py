@@ -66,10 +66,12 @@ def main(argv: list[str] | None = None) -> None:
 def describe(config: RunConfig, architecture: Architecture, start: Path, processes: int) -> str:
     """The sizes of a run, as --dry-run prints them."""
     parallel, training, data = config.parallel, config.training, config.data
-    tp, pp, ep = (
+    tp, pp, cp, ep, etp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
         parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
     )
     dp = config.data_parallel_size(processes)
     tokens = training.global_batch_size * data.seq_length
@@ -81,7 +83,7 @@ def describe(config: RunConfig, architecture: Architecture, start: Path, process
     lines = [
         ("start", str(start)),
         ("model", model),
-        ("layout", f"{processes} processes = TP {tp} x PP {pp} x DP {dp}, EP {ep}"),
+        ("layout", f"{processes} processes = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}"),
         (
             "batch",
             f"{training.global_batch_size} samples x {data.seq_length} tokens = {human(tokens)} tokens, "
@@ -96,11 +98,8 @@ def describe(config: RunConfig, architecture: Architecture, start: Path, process
 def state_bytes(config: RunConfig, architecture: Architecture, processes: int) -> float:
     """Bytes of weights, gradients and Adam state on a process, layers spread evenly over stages."""
     parallel = config.parallel
-    tp, pp, ep = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.expert_model_parallel_size,
-    )
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     experts = 3 * architecture.hidden_size * architecture.moe_intermediate_size * architecture.num_experts
     expert_weights = experts * architecture.num_layers / (ep * pp)
     other_weights = (architecture.num_parameters() - experts * architecture.num_layers) / (tp * pp)

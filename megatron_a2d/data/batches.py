@@ -32,7 +32,7 @@ class Samples(Protocol):
     def tokens(self, sample_index: int, /) -> np.ndarray: ...
 
 
-# (tokens [s] int64, sample index) -> tokens, labels, weights, time, num_maskable: see `diffusion.corruption`.
+# (tokens [s] int64, sample index) -> what `diffusion.corruption.Corrupted` holds.
 MakeSample = Callable[[np.ndarray, int], Any]
 
 
@@ -45,12 +45,14 @@ class Batch(NamedTuple):
     times: Tensor  # [b] float32, diffusion times
     sample_index: Tensor  # [b] int64
     num_maskable: int  # this micro-batch's part of the loss's denominator, in tokens
+    documents: Tensor | None = None  # [b, s] int64: only tokens of equal number see one another; None: all do
 
 
 def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int) -> Batch:
     """The samples first .. first + size - 1 as one batch."""
     indices = range(first, first + size)
     samples = [make_sample(dataset.tokens(index), index) for index in indices]
+    documents = [sample.documents for sample in samples if sample.documents is not None]
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
         labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
@@ -58,6 +60,7 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
         times=torch.tensor([sample.time for sample in samples], dtype=torch.float32),
         sample_index=torch.tensor(indices, dtype=torch.int64),
         num_maskable=sum(sample.num_maskable for sample in samples),
+        documents=torch.from_numpy(np.stack(documents)) if documents else None,
     )
 
 

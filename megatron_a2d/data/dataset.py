@@ -56,9 +56,14 @@ class PackedDataset:
 
     def tokens(self, sample_index: int) -> np.ndarray:
         """Sample `sample_index` >= 0, [seq_length] int64."""
+        return self.file.read(self._place(sample_index) * self.seq_length, self.seq_length)
+
+    def documents(self, sample_index: int) -> np.ndarray:
+        """The number of the document that each token of a sample belongs to, [seq_length] int64."""
+        return self.file.document_numbers(self._place(sample_index) * self.seq_length, self.seq_length)
+
+    def _place(self, sample_index: int) -> int:
         if sample_index < 0:
             raise IndexError(f"sample index {sample_index} is negative")
         epoch, place = divmod(sample_index, self.num_samples)
-        if self.shuffle:
-            place = _epoch_order(self.num_samples, self.seed, epoch)(place)
-        return self.file.read(place * self.seq_length, self.seq_length)
+        return _epoch_order(self.num_samples, self.seed, epoch)(place) if self.shuffle else place

@@ -69,8 +69,13 @@ class TokenFile:
 
     def document_of(self, position: int) -> int:
         """The number of the document that holds the token at `position` of the stream."""
-        sequence = np.searchsorted(self._offsets, position * self.dtype.itemsize, side="right") - 1
-        return int(np.searchsorted(self._marks, sequence, side="right")) - 1
+        return int(self.document_numbers(position, 1)[0])
+
+    def document_numbers(self, start: int, count: int) -> np.ndarray:
+        """The number of the document of each token start .. start + count - 1, [count] int64."""
+        bytes_before = np.arange(start, start + count, dtype=np.int64) * self.dtype.itemsize
+        sequences = np.searchsorted(self._offsets, bytes_before, side="right") - 1
+        return np.searchsorted(self._marks, sequences, side="right") - 1
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of a document, [n] int64."""

@@ -3,7 +3,8 @@
 Label shift: an autoregressive model reads the token at position i from the output at position i - 1. RND1 keeps
 that, so the row i - 1 of the output is judged by a masked token i, and position 0, which no row
 predicts, is never masked. The shift is done here, once; later slicing along the sequence therefore
-never needs a neighbour's rows.
+never needs a neighbour's rows. Where a sample's documents are isolated from one another, the same holds for
+the first token of each.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ class Corrupted(NamedTuple):
     weights: np.ndarray  # [L] float32, 0 where a row carries no loss
     time: float  # in (0, 1]; 1 for autoregressive samples
     num_maskable: int  # this sample's part of the loss's denominator, in tokens
+    documents: np.ndarray | None = None  # [L] int64, the document of each token, where they are isolated
 
 
-def corrupt(tokens_L: np.ndarray, sample_index: int, noise: Noise) -> Corrupted:
+def corrupt(tokens_L: np.ndarray, sample_index: int, noise: Noise, documents_L: np.ndarray | None = None) -> Corrupted:
     """Mask a sample for the masked diffusion objective (MDLM; LLaDA, Nie et al. 2025).
 
     At time t each maskable token is hidden with probability m(t) and weighs m'(t) / m(t). Summed over a
@@ -33,9 +35,9 @@ def corrupt(tokens_L: np.ndarray, sample_index: int, noise: Noise) -> Corrupted:
     the NELBO in nats a token.
     """
     time = noise.time(sample_index)
+    maskable_L = _has_predecessor(tokens_L, documents_L) if noise.label_shift else np.ones(len(tokens_L), dtype=bool)
     masked_L = noise.uniforms(sample_index, len(tokens_L)) < noise.functions.mask_probability(time)
-    if noise.label_shift:
-        masked_L[0] = False
+    masked_L &= maskable_L
     weights_L = masked_L * np.float32(noise.functions.weight(time))
     labels_L = tokens_L
     if noise.label_shift:
@@ -45,14 +47,23 @@ def corrupt(tokens_L: np.ndarray, sample_index: int, noise: Noise) -> Corrupted:
         labels=labels_L,
         weights=weights_L,
         time=time,
-        num_maskable=len(tokens_L) - int(noise.label_shift),
+        num_maskable=int(maskable_L.sum()),
+        documents=documents_L,
     )
 
 
-def next_token(tokens_L: np.ndarray) -> Corrupted:
+def next_token(tokens_L: np.ndarray, documents_L: np.ndarray | None = None) -> Corrupted:
     """The same sample for the autoregressive objective: nothing is masked, every next token counts 1."""
-    labels_L, weights_L = _shift(tokens_L, np.ones(len(tokens_L), dtype=np.float32))
-    return Corrupted(tokens_L, labels_L, weights_L, time=1.0, num_maskable=len(tokens_L) - 1)
+    counted_L = _has_predecessor(tokens_L, documents_L)
+    labels_L, weights_L = _shift(tokens_L, counted_L.astype(np.float32))
+    return Corrupted(tokens_L, labels_L, weights_L, 1.0, int(counted_L.sum()), documents_L)
+
+
+def _has_predecessor(tokens_L: np.ndarray, documents_L: np.ndarray | None) -> np.ndarray:
+    """True where the row before sees the same document: those tokens can be predicted."""
+    if documents_L is None:
+        return np.arange(len(tokens_L)) > 0
+    return np.append(False, documents_L[1:] == documents_L[:-1])
 
 
 def _shift(tokens_L: np.ndarray, weights_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

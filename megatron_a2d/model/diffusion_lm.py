@@ -23,6 +23,12 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.runtime.device import has_cuda
 
 
+def own_piece(tensor: Tensor, dim: int) -> Tensor:
+    """This context-parallel rank's contiguous piece of the sequence, which runs along `dim`."""
+    size = parallel_state.get_context_parallel_world_size()
+    return tensor if size == 1 else tensor.chunk(size, dim)[parallel_state.get_context_parallel_rank()]
+
+
 class RowLosses(NamedTuple):
     """What the last stage computes for the rows with loss of a micro-batch, in the order of (b, s)."""
 
@@ -40,9 +46,10 @@ class DiffusionLM(LanguageModule):
         block_spec: TransformerBlockSubmodules,
         pre_process: bool = True,
         post_process: bool = True,
+        vp_stage: int | None = None,
     ):
         super().__init__(config=config)
-        self.pre_process, self.post_process = pre_process, post_process
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
         self.model_type = ModelType.encoder_or_decoder
         if pre_process:
@@ -58,7 +65,9 @@ class DiffusionLM(LanguageModule):
             rotary_base=architecture.rope_theta,
             use_cpu_initialization=not has_cuda(),
         )
-        self.decoder = TransformerBlock(config, block_spec, pre_process=pre_process, post_process=post_process)
+        self.decoder = TransformerBlock(
+            config, block_spec, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+        )
         if post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
@@ -80,12 +89,20 @@ class DiffusionLM(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
-        self, tokens_bs: Tensor, labels_bs: Tensor | None = None, has_loss_bs: Tensor | None = None
+        self,
+        tokens_bs: Tensor,
+        labels_bs: Tensor | None = None,
+        has_loss_bs: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor | RowLosses:
-        """Losses of the rows where `has_loss_bs` is True; without labels, this rank's logits [b, s, V / tp]."""
+        """Losses of the rows where `has_loss_bs` is True; without labels, this rank's logits [b, s, V / tp].
+
+        Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence]
+        isolates the documents from one another.
+        """
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None
-        length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
-        hidden = self.decoder(hidden, attention_mask=None, rotary_pos_emb=self.rotary_pos_emb(length))
+        mask = None if documents is None else self._forbidden(documents)
+        hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=self._rotary(hidden))
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
@@ -100,6 +117,16 @@ class DiffusionLM(LanguageModule):
             correct_N = self._most_likely(logits_NV) == labels_N
         # vocab_parallel_cross_entropy works in place: the logits are gone after it.
         return RowLosses(tensor_parallel.vocab_parallel_cross_entropy(logits_NV, labels_N), correct_N)
+
+    def _rotary(self, hidden: Tensor | None) -> Tensor:
+        """Rotary angles of this rank's piece of the sequence, [s, 1, 1, head size]."""
+        length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
+        # packed_seq=True: no slicing by megatron, whose pieces are made for causal masks.
+        return own_piece(self.rotary_pos_emb(length, packed_seq=True), dim=0)
+
+    def _forbidden(self, documents: Tensor) -> Tensor:
+        """[b, 1, this rank's piece, whole sequence], True between tokens of different documents."""
+        return (own_piece(documents, dim=1)[:, :, None] != documents[:, None, :])[:, None]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         tied = self.share_embeddings_and_output_weights

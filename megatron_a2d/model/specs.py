@@ -42,9 +42,9 @@ def choose_implementation(wish: str) -> Implementation:
 
 
 def build_block_spec(
-    config: TransformerConfig, implementation: Implementation, causal: bool
+    config: TransformerConfig, implementation: Implementation, causal: bool, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The spec of the layers that this pipeline stage builds, and of the final norm."""
+    """The spec of the layers that this (virtual) pipeline stage builds, and of the final norm."""
     mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -52,7 +52,9 @@ def build_block_spec(
         layer, final_norm = _transformer_engine_layer(config, mask_type), TENorm
     else:
         layer, final_norm = _portable_layer(config, mask_type), RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=final_norm
+    )
 
 
 def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType) -> ModuleSpec:

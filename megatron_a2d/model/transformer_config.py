@@ -44,8 +44,10 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline_size,
+        context_parallel_size=config.parallel.context_parallel_size,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
         # Numbers.
         bf16=config.training.bf16,
         params_dtype=dtype,
@@ -77,7 +79,7 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
             moe_router_dtype="fp32",
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
-            moe_token_dispatcher_type="alltoall",
+            moe_token_dispatcher_type=config.parallel.moe_token_dispatcher_type,
         )
     known = {item.name for item in dataclasses.fields(TransformerConfig)}
     unknown = sorted(set(fields) - known)

@@ -26,6 +26,7 @@ from megatron_a2d.conversion.checkpoint import (
 )
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import fsync_path, new_file, write_json
+from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.setup import TrainState
 
 # Optimizer state that any other layout can load; the experts' optimizer is not told apart by its position.
@@ -61,8 +62,7 @@ def save_checkpoint(state: TrainState, config: RunConfig, hf_files: Path) -> Pat
 def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> None:
     """Fill `state` from the iteration directory `directory`; collective."""
     if weights_only:
-        wanted = {"model": _sharded_model(state)}
-        loaded = _load(wanted, directory)
+        loaded = _load(_sharded_model(state), directory)
         _load_model(state, loaded)
         state.optimizer.reload_model_params()
         return
@@ -92,16 +92,22 @@ def _metadata() -> dict[str, Any]:
     return {**_FORMAT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
+def _models(state: TrainState) -> dict[str, DiffusionLM]:
+    """By the names that megatron's optimizers expect: "model", or "model0", ... with virtual stages."""
+    models = state.models
+    return {"model": models[0]} if len(models) == 1 else {f"model{n}": model for n, model in enumerate(models)}
+
+
 def _sharded_model(state: TrainState) -> dict[str, Any]:
-    (model,) = state.models
-    return model.sharded_state_dict(metadata=_metadata())
+    return {name: model.sharded_state_dict(metadata=_metadata()) for name, model in _models(state).items()}
 
 
 def _sharded_state(state: TrainState, is_loading: bool) -> dict[str, Any]:
-    model = _sharded_model(state)
+    models = _sharded_model(state)
+    parameters = models if len(models) > 1 else models["model"]
     return {
-        "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata()),
+        **models,
+        "optimizer": state.optimizer.sharded_state_dict(parameters, is_loading=is_loading, metadata=_metadata()),
         "scheduler": state.scheduler.state_dict(),
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
@@ -120,5 +126,5 @@ def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def _load_model(state: TrainState, loaded: dict[str, Any]) -> None:
-    (model,) = state.models
-    model.load_state_dict(loaded["model"])
+    for name, model in _models(state).items():
+        model.load_state_dict(loaded[name])

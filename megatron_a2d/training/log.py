@@ -24,6 +24,7 @@ class RunLog:
 
     def __init__(self, config: RunConfig, iteration: int, enabled: bool):
         self._enabled = enabled
+        self._objective = config.diffusion.objective
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -84,9 +85,10 @@ class RunLog:
         self.event("validation", iteration=iteration, **values)
         if self._enabled:
             self._curves("validation", iteration, values)
+        what, tokens = ("NLL", "next") if self._objective == "ar" else ("NELBO", "masked")
         self.say(
-            f"validation at {iteration}: NELBO {result.nelbo} nats/token, "
-            f"accuracy on masked tokens {result.accuracy.mean:.1%} ± {result.accuracy.standard_error:.1%} "
+            f"validation at {iteration}: {what} {result.nelbo} nats/token, "
+            f"accuracy on {tokens} tokens {result.accuracy.mean:.1%} ± {result.accuracy.standard_error:.1%} "
             f"({result.num_samples} samples)"
         )
 

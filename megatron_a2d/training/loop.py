@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -89,7 +90,7 @@ def micro_batches(
     """This rank's micro-batches, from the sample with the global index `start_sample` on."""
     return MicroBatches(
         dataset,
-        make_sample(config, architecture, noise_seed),
+        make_sample(config, architecture, dataset, noise_seed),
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -99,11 +100,16 @@ def micro_batches(
     )
 
 
-def make_sample(config: RunConfig, architecture: Architecture, noise_seed: int) -> MakeSample:
+def make_sample(config: RunConfig, architecture: Architecture, dataset: PackedDataset, noise_seed: int) -> MakeSample:
     """What the objective makes of a sample's tokens."""
     diffusion = config.diffusion
+    isolated = config.data.document_attention == "isolated"
+
+    def documents(index: int) -> np.ndarray | None:
+        return dataset.documents(index) if isolated else None
+
     if diffusion.objective == "ar":
-        return lambda tokens, index: next_token(tokens)
+        return lambda tokens, index: next_token(tokens, documents(index))
     assert architecture.mask_token_id is not None
     noise = Noise(
         seed=noise_seed,
@@ -113,7 +119,7 @@ def make_sample(config: RunConfig, architecture: Architecture, noise_seed: int) 
         min_time=diffusion.min_time,
         label_shift=diffusion.label_shift,
     )
-    return lambda tokens, index: corrupt(tokens, index, noise)
+    return lambda tokens, index: corrupt(tokens, index, noise, documents(index))
 
 
 def run_validation(

@@ -50,6 +50,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
             bf16=config.training.bf16,
             params_dtype=chunks[0].config.params_dtype,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
         ),
         chunks,
         config_overrides=_group_overrides(scales, settings.lr, settings.min_lr),

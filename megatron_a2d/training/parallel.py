@@ -38,8 +38,10 @@ def initialize(config: ParallelConfig) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_size,
+        context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
     )
     # Weights come from checkpoints and there is no dropout; megatron.core still wants its generators.
     model_parallel_cuda_manual_seed(1)
@@ -53,5 +55,6 @@ def finalize() -> None:
 
 
 def owns_loss() -> bool:
-    """True on the one rank of each data-parallel replica that reports losses."""
-    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    """True on the ranks that report losses: each row of the global batch is on exactly one of them."""
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    return is_last and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -39,32 +39,44 @@ class TrainState:
         return [chunk.module for chunk in self.chunks]
 
 
-def build_model(architecture: Architecture, config: RunConfig) -> DiffusionLM:
-    """This rank's part of the model, with uninitialised meaning: load a checkpoint next."""
+def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
+    """This rank's part of the model, or one of its virtual stages; its weights mean nothing before a load."""
     transformer_config = build_transformer_config(architecture, config)
     implementation = choose_implementation(config.training.transformer_impl)
-    spec = build_block_spec(transformer_config, implementation, causal=config.diffusion.objective == "ar")
+    spec = build_block_spec(
+        transformer_config, implementation, causal=config.diffusion.objective == "ar", vp_stage=vp_stage
+    )
     return DiffusionLM(
         transformer_config,
         architecture,
         spec,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
     ).to(device())
 
 
 def build_train_state(architecture: Architecture, config: RunConfig) -> TrainState:
     """Model, optimizer and schedule at iteration 0."""
-    model = build_model(architecture, config)
-    mark_expert_parameters(model)
+    virtual = config.parallel.virtual_pipeline_size
+    models = [build_model(architecture, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
         # Gradients are summed; the one division is by the global number of maskable tokens.
         average_in_collective=False,
     )
-    chunk = DistributedDataParallel(model.config, ddp_config, model)
-    optimizer = build_optimizer(config, [chunk], tied=architecture.tie_word_embeddings)
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.grad_scale_func = optimizer.scale_loss
-    return TrainState([chunk], optimizer, build_scheduler(config, optimizer))
+    chunks = []
+    for number, model in enumerate(models):
+        mark_expert_parameters(model)
+        # Buckets are for overlap with the backward pass; later chunks' gradients are ready when the first one's are.
+        chunks.append(DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=number > 0))
+    optimizer = build_optimizer(config, chunks, tied=architecture.tie_word_embeddings)
+    for model in models:
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = optimizer.scale_loss
+        if config.parallel.overlap_grad_reduce:
+            model.config.no_sync_func = [chunk.no_sync for chunk in chunks] if virtual else chunks[0].no_sync
+    return TrainState(chunks, optimizer, build_scheduler(config, optimizer))

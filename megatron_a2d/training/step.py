@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_a2d.data.batches import Batch
 from megatron_a2d.diffusion.objective import SampleSums, sample_sums
-from megatron_a2d.model.diffusion_lm import RowLosses
+from megatron_a2d.model.diffusion_lm import RowLosses, own_piece
 from megatron_a2d.runtime.device import device
 
 
@@ -23,7 +23,7 @@ class SampleLosses(NamedTuple):
 
     sample_index: Tensor  # [b] int64, global
     times: Tensor  # [b]
-    num_maskable: int  # of the whole micro-batch
+    num_maskable: int  # of the whole micro-batch; 0 on all but the first of the ranks that share its sequence
     sums: SampleSums
 
 
@@ -43,9 +43,11 @@ def forward_backward(
 ) -> list[SampleLosses]:
     """Run an iteration's micro-batches of shape (b, s); returns their losses on the last stage, else nothing."""
     micro_batch_size, seq_length = shape
+    iteration = [next(batches) for _ in range(num_microbatches)]
     return get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=batches,
+        # Each virtual stage reads all micro-batches for itself.
+        data_iterator=[iter(iteration) for _ in chunks] if len(chunks) > 1 else iter(iteration),
         model=chunks,
         num_microbatches=num_microbatches,
         seq_length=seq_length,
@@ -73,8 +75,12 @@ def train_step(
 def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]:
     """megatron's `forward_step_func`: the model's output, and the function that makes a loss of it."""
     batch = next(batches)
-    batch = batch._replace(**{name: getattr(batch, name).to(device()) for name in ("tokens", "labels", "weights")})
-    return model(batch.tokens, batch.labels, batch.weights > 0), partial(_loss, batch)
+    tokens, labels, weights = (
+        own_piece(rows.to(device()), dim=1) for rows in (batch.tokens, batch.labels, batch.weights)
+    )
+    documents = None if batch.documents is None else batch.documents.to(device())
+    batch = batch._replace(tokens=tokens, labels=labels, weights=weights)
+    return model(batch.tokens, batch.labels, batch.weights > 0, documents), partial(_loss, batch)
 
 
 def _loss(batch: Batch, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
@@ -83,8 +89,10 @@ def _loss(batch: Batch, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
     weights_N = batch.weights[has_loss_bs]
     sample_N = has_loss_bs.nonzero()[:, 0]
     sums = sample_sums(rows.losses, weights_N, rows.correct, sample_N, len(batch.weights))
-    num_maskable = torch.tensor(batch.num_maskable, dtype=torch.int, device=weights_N.device)
-    losses = SampleLosses(batch.sample_index, batch.times, batch.num_maskable, sums)
+    # The ranks that share a sample's sequence have its rows in pieces; one of them counts the sample.
+    counts = parallel_state.get_context_parallel_rank() == 0
+    num_maskable = torch.tensor(batch.num_maskable * counts, dtype=torch.int, device=weights_N.device)
+    losses = SampleLosses(batch.sample_index, batch.times, batch.num_maskable * counts, sums)
     return (rows.losses * weights_N).sum(), num_maskable, losses
 
 

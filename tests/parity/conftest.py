@@ -34,7 +34,7 @@ def write_tokens(prefix: Path, num_documents: int, vocabulary: int, seed: int) -
 
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """dense, dense_tied and moe."""
+    """dense, dense_tied and moe; and moe with isolated documents, and with the autoregressive objective."""
     root = tmp_path_factory.mktemp("cases")
     write_tokens(root / "train", 60, 250, seed=0)
     write_tokens(root / "valid", 20, 250, seed=1)
@@ -44,4 +44,6 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         write_hf(root / kind, kind)
         convert_hf.main(["--hf", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
         cases[kind] = Case(root / kind, str(root / f"{kind}_checkpoint"), settings)
+    cases["isolated"] = cases["moe"]._replace(settings={**settings, "document_attention": "isolated"})
+    cases["ar"] = cases["moe"]._replace(settings={**settings, "objective": "ar"})
     return cases

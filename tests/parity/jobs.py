@@ -129,20 +129,24 @@ def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, fl
     whole = not config.parallel.use_distributed_optimizer
     gradients = _global_shards(state, lambda parameter: parameter.main_grad) if whole else {}
     _, norm, _ = state.optimizer.step()
+    if config.parallel.overlap_param_gather:
+        for chunk in state.chunks:
+            chunk.start_param_sync(force_sync=True)
     return float(totals[0] / totals[4]), float(norm), gradients
 
 
 def _global_shards(state: TrainState, what: Any) -> dict[str, ShardedTensor]:
     """This rank's shards of the global tensors, with `what(parameter)` in the place of the parameter."""
-    (model,) = state.models
-    originals = {name: parameter.data for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.data = what(parameter).detach().clone()
+    sharded = []
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    sharded = model.sharded_state_dict(metadata=metadata)
-    apply_factories(sharded)
-    for name, parameter in model.named_parameters():
-        parameter.data = originals[name]
+    for model in state.models:
+        originals = {name: parameter.data for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.data = what(parameter).detach().clone()
+        sharded.append(model.sharded_state_dict(metadata=metadata))
+        apply_factories(sharded[-1])
+        for name, parameter in model.named_parameters():
+            parameter.data = originals[name]
     shards = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
     return {f"{shard.key} {shard.global_offset}": shard for shard in shards}
 
@@ -189,7 +193,7 @@ def run(settings: dict[str, Any], stop_at: int | None = None) -> dict[str, Any]:
     finally:
         loop.train_step = original
     weights, moments = hashlib.sha256(), hashlib.sha256()
-    for parameter in state.models[0].parameters():
+    for parameter in (parameter for model in state.models for parameter in model.parameters()):
         weights.update(parameter.detach().numpy().tobytes())
     for optimizer in state.optimizer.chained_optimizers:
         for group in optimizer.param_groups:

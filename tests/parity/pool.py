@@ -6,8 +6,10 @@ that it does not need stay idle. A job that fails or hangs takes the pool down w
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import tempfile
 import traceback
 from pathlib import Path
@@ -16,6 +18,9 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
+# megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads:
+# after so many jobs the processes are started anew.
+MAX_JOBS = 30
 
 
 class Pool:
@@ -25,11 +30,15 @@ class Pool:
         self._size = size
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
+        self._num_jobs = 0
 
     def run(self, job: str, num_ranks: int, **kwargs: Any) -> list[Any]:
         """Call tests.parity.jobs.`job`(**kwargs) on `num_ranks` ranks; returns their results in order."""
+        if self._num_jobs >= MAX_JOBS:
+            self.close()
         if not self._processes:
             self._start()
+        self._num_jobs += 1
         with tempfile.TemporaryDirectory() as directory:
             store = str(Path(directory) / "store")
             for pipe in self._pipes[:num_ranks]:
@@ -52,9 +61,11 @@ class Pool:
 
     def close(self) -> None:
         for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # it leads a group: what it started goes with it
             process.kill()
             process.join()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._num_jobs = [], [], 0
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -69,6 +80,7 @@ class Pool:
 
 
 def _serve(rank: int, pipe: Any) -> None:
+    os.setsid()
     os.environ["OMP_NUM_THREADS"] = "1"
     import warnings
 

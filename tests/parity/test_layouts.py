@@ -22,6 +22,12 @@ TP_SP = {**TP, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 EP = {"expert_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
+CP = {"context_parallel_size": 2}
+VPP = {**PP, "num_virtual_stages_per_pipeline_rank": 2}
+ETP = {"expert_tensor_parallel_size": 2, "moe_token_dispatcher_type": "allgather"}
+ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+OVERLAP = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+ISOLATED = {"document_attention": "isolated"}
 
 LAYOUTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("dense", "DP2", 2, {}),
@@ -46,6 +52,33 @@ LAYOUTS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("moe", "PP2", 2, PP),
     ("moe", "PP2, EP2", 4, {**PP, **EP}),
     ("moe", "PP2 x TP2+SP, EP2, distributed optimizer", 4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
+    ("dense", "CP2", 2, CP),
+    ("dense", "CP4, distributed optimizer", 4, {"context_parallel_size": 4, **DISTRIBUTED}),
+    ("dense_tied", "CP2 x TP2+SP", 4, {**CP, **TP_SP}),
+    ("dense", "VPP2", 2, VPP),
+    ("dense_tied", "VPP2 x DP2, distributed optimizer", 4, {**VPP, **DISTRIBUTED}),
+    ("dense", "PP4", 4, {"pipeline_model_parallel_size": 4}),
+    ("moe", "CP2, EP2", 2, {**CP, **EP}),
+    ("moe", "CP2 x TP2+SP, EP4", 4, {**CP, **TP_SP, "expert_model_parallel_size": 4}),
+    ("moe", "CP2 x PP2, EP2, distributed optimizer", 4, {**CP, **PP, **EP, **DISTRIBUTED}),
+    ("moe", "VPP2 x DP2, EP2, distributed optimizer", 4, {**VPP, **EP, **DISTRIBUTED}),
+    ("moe", "VPP2 x TP2+SP, EP2", 4, {**VPP, **TP_SP, **EP}),
+    ("moe", "TP2+SP, ETP2", 2, {**TP_SP, **ETP}),
+    ("moe", "TP2+SP x DP2, EP2, ETP2", 4, {**TP_SP, **EP, **ETP}),
+    ("moe", "DP2, ETP2", 2, ETP),
+    ("moe", "EP2, allgather dispatcher", 2, {**EP, **ALLGATHER}),
+    ("moe", "TP2+SP, EP2, allgather dispatcher", 2, {**TP_SP, **EP, **ALLGATHER}),
+    ("moe", "DP2, overlap", 2, OVERLAP),
+    ("moe", "DP4, EP2, overlap", 4, {**EP, **OVERLAP}),
+    ("moe", "VPP2 x DP2, overlap", 4, {**VPP, **OVERLAP}),
+    ("dense", "DP2, overlap of the gradient reduction", 2, {"overlap_grad_reduce": True}),
+    ("isolated", "DP2", 2, {}),
+    ("isolated", "TP2+SP, EP2", 2, {**TP_SP, **EP}),
+    ("isolated", "CP2, EP2", 2, {**CP, **EP}),
+    ("isolated", "PP2 x CP2", 4, {**PP, **CP}),
+    ("ar", "TP2+SP, EP2", 2, {**TP_SP, **EP}),
+    ("ar", "CP2", 2, CP),
+    ("ar", "PP2 x DP2, distributed optimizer", 4, {**PP, **DISTRIBUTED}),
 ]
 
 
