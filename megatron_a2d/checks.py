@@ -28,7 +28,8 @@ def _range_problems(config: RunConfig) -> list[str]:
     for name in (
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
         "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "train_iters",
-        "micro_batch_size", "global_batch_size", "save_interval", "eval_interval", "eval_iters", "log_interval",
+        "micro_batch_size", "global_batch_size", "save_interval", "max_skipped_steps", "eval_interval",
+        "eval_iters", "log_interval",
     ):  # fmt: skip
         need(name, values[name] >= 1, "must be at least 1")
     need("seq_length", values["seq_length"] >= 2, "a sample needs at least 2 tokens; choose a longer one")

@@ -136,6 +136,12 @@ class TrainingConfig:
     """layers by Transformer Engine, or by torch alone; auto: by Transformer Engine on a GPU if installed"""
     save_interval: int = 500
     """iterations between checkpoints; one is always written at the end"""
+    exit_interval: int = 0
+    """save and end after an iteration that this divides; 0: never"""
+    exit_duration_in_mins: float = 0.0
+    """save and end after the step that runs when so many minutes are over; 0: never"""
+    max_skipped_steps: int = 5
+    """steps in a row whose gradient is not finite, after which the run saves and ends"""
     eval_interval: int = 500
     """iterations between validations; one is always made at the start and at the end"""
     eval_iters: int = 8

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -53,9 +54,11 @@ def main(argv: list[str] | None = None) -> None:
             return
         parallel.initialize(config.parallel)
         try:
-            loop.train(config, architecture, start, weights_only)
+            _, exit_code = loop.train(config, architecture, start, weights_only)
         finally:
             parallel.finalize()
+        if exit_code:
+            sys.exit(exit_code)
     except UserError:
         if parallel.rank() > 0:
             # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.

@@ -16,6 +16,7 @@ from megatron_a2d.data.batches import Batch
 from megatron_a2d.diffusion.objective import SampleSums, sample_sums
 from megatron_a2d.model.diffusion_lm import RowLosses, own_piece
 from megatron_a2d.runtime.device import device
+from megatron_a2d.training.optimizer import update_parameters
 
 
 class SampleLosses(NamedTuple):
@@ -28,7 +29,10 @@ class SampleLosses(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """`totals` are this rank's part and may be summed over ranks; the gradient norm is global."""
+    """`totals` are this rank's part and may be summed over ranks; the gradient norm is global.
+
+    A norm that is not finite means that the update was skipped on all ranks.
+    """
 
     totals: Tensor  # [5] float64: weighted loss, cross-entropy, rows, correct rows, maskable tokens
     grad_norm: float
@@ -68,8 +72,7 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = forward_backward(chunks, batches, num_microbatches, shape, forward_only=False)
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(_totals(losses), float(grad_norm))
+    return StepResult(_totals(losses), update_parameters(optimizer))
 
 
 def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]:

@@ -187,7 +187,7 @@ def run(settings: dict[str, Any], stop_at: int | None = None) -> dict[str, Any]:
 
     loop.train_step = train_step
     try:
-        state = loop.train(config, architecture, start, weights_only)
+        state, exit_code = loop.train(config, architecture, start, weights_only)
     except _StoppedError:
         return {"losses": losses, "start": 0 if weights_only else iteration_of(start)}
     finally:
@@ -204,6 +204,8 @@ def run(settings: dict[str, Any], stop_at: int | None = None) -> dict[str, Any]:
     return {
         "losses": losses,
         "start": 0 if weights_only else iteration_of(start),
+        "iteration": state.iteration,
+        "exit_code": exit_code,
         "weights": weights.hexdigest(),
         "optimizer": moments.hexdigest(),
     }
