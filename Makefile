@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TRANSFORMERS4 := $(VENV)/transformers4
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One thread a process: tests and demo run several processes on few cores.
-TESTS := A2D_TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+TESTS := A2D_TRANSFORMERS4=$(CURDIR)/$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 FORMAT ?= rnd1
 NPROC ?= 1

@@ -47,7 +47,7 @@ def arguments(root: Path, **changes: Any) -> list[str]:
 def test_a_good_run_passes(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main([*arguments(good, expert_model_parallel_size=4), "--world-size", "8"])
     shown = capsys.readouterr().out
-    assert "8 processes = TP 1 x PP 1 x DP 8, EP 4" in shown and "256 tokens" in shown
+    assert "8 processes = TP 1 x PP 1 x CP 1 x DP 8, experts EP 4 x ETP 1" in shown and "256 tokens" in shown
 
 
 def drop_idx(root: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("data are missing", lambda root: {"train_data_path": root / "none"}, "none"),
     (".bin without .idx", drop_idx, "alone.idx is missing"),
     ("empty files", empty_pair, "is empty"),
-    ("foreign token ids", lambda root: {"train_data_path": root / "foreign"}, "outside the model's vocabulary of 256"),
+    ("foreign token ids", lambda root: {"train_data_path": root / "foreign"}, "the model's vocabulary has 256"),
     ("validation too small", lambda root: {"global_batch_size": 4096, "micro_batch_size": 1}, "--valid-data-path"),
     ("samples too long", lambda root: {"seq_length": 513}, "512 positions"),
     ("layout", lambda root: {"tensor_model_parallel_size": 2}, "does not divide the 1 processes"),
@@ -121,7 +121,12 @@ def test_train_refuses(make: Callable[[Path], dict[str, Any]], message: str, goo
 
 def test_exit_code_and_message(good: Path) -> None:
     """As a user sees it: no traceback, exit code 2, and nothing under --save."""
-    command = [sys.executable, "-m", "megatron_a2d.train", *arguments(good, seq_length=513, save=good / "run", lr=-1)]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_a2d.train",
+        *arguments(good, seq_length=513, save=good / "run", weight_decay=-1),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     lines = result.stderr.strip().splitlines()
