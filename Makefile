@@ -42,8 +42,8 @@ demo: setup  ## the whole way on two CPU cores, offline, in minutes
 test: setup  ## the tests
 	$(TESTS) $(ARGS)
 
-test-parity: setup  ## the layouts against one process
-	$(TESTS) tests/parity $(ARGS)
+test-parity: setup  ## the layouts against one process; writes docs/exactness.md
+	$(TESTS) tests/parity --exactness docs/exactness.md $(ARGS)
 
 check: setup  ## linter, formatter, types
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Measured
 from tests.parity.conftest import Case
 from tests.parity.pool import Pool
 
@@ -124,11 +125,10 @@ def compare(
 )
 def test_layout_equals_one_process(
     kind: str, name: str, ranks: int, layout: dict[str, Any], cases: dict[str, Case], references: dict[str, Any], pool: Pool,
-    record_property: Any,
+    measured: list[Measured],
 ) -> None:  # fmt: skip
     differences = compare(pool, cases[kind], references[kind], ranks, layout)
-    for quantity, value in differences.items():
-        record_property(quantity, value)
+    measured.append(Measured(kind, name, ranks, differences))
     assert max(differences.values()) < TOLERANCE, differences
 
 
