@@ -9,7 +9,6 @@ for each, above what it held before.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from bench.report import machine
+from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
 from megatron_a2d.files import write_json
 
@@ -29,7 +29,7 @@ VOCABULARY, HIDDEN, ROWS = 151_936, 256, 2_048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="pairs of runs after one warm-up")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()

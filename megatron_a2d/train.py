@@ -20,6 +20,7 @@ from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
+from megatron_a2d.conversion.mask_token import choose_mask_token
 from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.errors import UserError
 
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_a2d.training import checkpoint, loop, parallel
 
-    processes = options.world_size or parallel.world_size()
+    processes = parallel.world_size() if options.world_size is None else options.world_size
+    if processes < 1:
+        raise UserError(f"--world-size {processes}: a run needs at least 1 process")
     try:
         start, weights_only = checkpoint.find_start(config)
         architecture = read_architecture(start / checkpoint.HF_FILES)
@@ -48,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         if parallel.rank() == 0:
             with open_checkpoint(start):
                 pass  # every tensor of the model is there, in its shape, and no other
+            if config.diffusion.objective == "mdlm":
+                mask = architecture.mask_token_id
+                choose_mask_token(start / checkpoint.HF_FILES, architecture.vocab_size, None, mask)
             loop.open_datasets(config, architecture)
         if options.dry_run:
             print(describe(config, architecture, start, processes))

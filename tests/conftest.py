@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.parity.pool import Pool  # noqa: E402
+from tests.parity.pool import Pool
 
 
 class Measured(NamedTuple):

@@ -24,7 +24,7 @@ class SampleLosses(NamedTuple):
 
     sample_index: Tensor  # [b] int64, global
     times: Tensor  # [b]
-    num_maskable: int  # of the whole micro-batch; 0 on all but the first of the ranks that share its sequence
+    num_maskable: Tensor  # [b] int64; 0 on all but the first of the ranks that share the samples' sequences
     sums: SampleSums
 
 
@@ -93,10 +93,10 @@ def _loss(batch: Batch, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
     sample_N = has_loss_bs.nonzero()[:, 0]
     sums = sample_sums(rows.losses, weights_N, rows.correct, sample_N, len(batch.weights))
     # The ranks that share a sample's sequence have its rows in pieces; one of them counts the sample.
-    counts = parallel_state.get_context_parallel_rank() == 0
-    num_maskable = torch.tensor(batch.num_maskable * counts, dtype=torch.int, device=weights_N.device)
-    losses = SampleLosses(batch.sample_index, batch.times, batch.num_maskable * counts, sums)
-    return (rows.losses * weights_N).sum(), num_maskable, losses
+    num_maskable = batch.num_maskable * (parallel_state.get_context_parallel_rank() == 0)
+    losses = SampleLosses(batch.sample_index, batch.times, num_maskable, sums)
+    denominator = num_maskable.sum().to(dtype=torch.int, device=weights_N.device)
+    return (rows.losses * weights_N).sum(), denominator, losses
 
 
 def _totals(losses: list[SampleLosses]) -> Tensor:
@@ -104,5 +104,5 @@ def _totals(losses: list[SampleLosses]) -> Tensor:
     if parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor-parallel ranks hold the same rows
         for item in losses:
             totals[:4] += torch.stack([column.sum() for column in item.sums])
-            totals[4] += item.num_maskable
+            totals[4] += item.num_maskable.sum()
     return totals

@@ -15,8 +15,7 @@ import pytest
 from checkpoints_tools import convert_hf
 from megatron_a2d import train
 from megatron_a2d.errors import UserError
-from tests.parity.conftest import write_tokens
-from tests.tiny import write_hf
+from tests.tiny import write_hf, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +74,16 @@ def other_architecture(directory: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 128}))
 
 
+def mask_outside(directory: Path) -> None:
+    path = directory / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token_id": 99999}))
+
+
+def mask_is_a_word(directory: Path) -> None:
+    path = directory / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token_id": 5}))
+
+
 def no_config(directory: Path) -> None:
     (directory / "hf" / "config.json").unlink()
 
@@ -97,6 +106,8 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("checkpoint is a HF directory", lambda root: {"load": root / "moe"}, "latest_checkpointed_iteration"),
     ("other architecture", lambda root: damaged(root, other_architecture), "embedding"),
     ("dense weights, MoE config", lambda root: damaged(root, dense_weights), "mlp"),
+    ("mask outside the embedding", lambda root: damaged(root, mask_outside), "not a row of the embedding"),
+    ("mask is an ordinary token", lambda root: damaged(root, mask_is_a_word), "which text uses"),
     ("no config", lambda root: damaged(root, no_config), "config"),
     ("not Qwen", lambda root: damaged(root, not_qwen), "llama"),
     ("no metadata", lambda root: damaged(root, no_metadata), "incomplete"),
