@@ -19,13 +19,13 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from megatron_a2d.errors import UserError
+from megatron_a2d.errors import SaveError, UserError
 
 console = Console(stderr=True, highlight=False)
 
 
 def entry_point(main: Callable[[], None]) -> None:
-    """Run a command: a `UserError` becomes lines on stderr and exit code 2, without a traceback."""
+    """Run a command: a `UserError` becomes lines on stderr and exit code 2, a `SaveError` one and 74; no traceback."""
     try:
         main()
     except UserError as error:
@@ -33,6 +33,10 @@ def entry_point(main: Callable[[], None]) -> None:
             print(f"error: {problem}", file=sys.stderr)
         sys.stderr.flush()
         code = 2
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        code = SaveError.EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

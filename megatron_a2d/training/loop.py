@@ -17,7 +17,7 @@ from megatron_a2d.data.batches import MakeSample, MicroBatches
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.diffusion.corruption import corrupt, next_token
 from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.errors import UserError
+from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
@@ -55,15 +55,31 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             if last or state.iteration % training.eval_interval == 0:
                 _validate(state, config, architecture, valid_data, log)
             if training.save and (last or state.iteration % training.save_interval == 0):
-                path = save_checkpoint(state, config, hf_files)
-                log.event("checkpoint", iteration=state.iteration, path=str(path))
-                log.say(f"checkpoint {path}")
+                hf_files = _save(state, config, hf_files, last, log)
             meter.resume()
         log.event("end", iteration=state.iteration)
     finally:
         batches.close()
         log.close()
     return state
+
+
+def _save(state: TrainState, config: RunConfig, hf_files: Path, last: bool, log: RunLog) -> Path:
+    """Save; returns where the source model's files now lie, for `start` may be removed as an old checkpoint.
+
+    A failure ends the run unless --on-save-error says otherwise; that of the last checkpoint always does.
+    """
+    try:
+        path = save_checkpoint(state, config, hf_files)
+    except SaveError as error:
+        log.event("save_error", iteration=state.iteration, error=str(error))
+        if last or config.training.on_save_error == "stop":
+            raise
+        log.say(f"error: {error}")
+        return hf_files
+    log.event("checkpoint", iteration=state.iteration, path=str(path))
+    log.say(f"checkpoint {path}")
+    return path / HF_FILES
 
 
 def open_datasets(config: RunConfig, architecture: Architecture) -> tuple[PackedDataset, PackedDataset | None]:

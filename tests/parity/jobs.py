@@ -20,8 +20,10 @@ from megatron_a2d.architecture import read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import iteration_of, resolve
-from megatron_a2d.training import loop, parallel
-from megatron_a2d.training.checkpoint import find_start, load_checkpoint, save_checkpoint
+from megatron_a2d.errors import SaveError
+from megatron_a2d.training import checkpoint, loop, parallel
+from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_a2d.training.resume import find_start
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import _totals, forward_backward
 
@@ -166,14 +168,20 @@ def _difference(shard: ShardedTensor, expected: dict[str, torch.Tensor]) -> floa
     return float((shard.data.reshape(piece.shape) - piece).abs().max())
 
 
-def run(settings: dict[str, Any], stop_at: int | None = None) -> dict[str, Any]:
-    """The training loop itself; `stop_at` ends it after that iteration as if the process had been stopped there."""
+def run(settings: dict[str, Any], stop_at: int | None = None, unwritable: str | None = None) -> dict[str, Any]:
+    """The training loop itself; `stop_at` ends it after that iteration as if the process had been stopped there.
+
+    A directory in the place of the file `unwritable` keeps every checkpoint from being written.
+    """
     runtime.install()
     config = build(SETTINGS | settings)
-    start, weights_only = find_start(config)
-    architecture = read_architecture(start / "hf")
     parallel.initialize(config.parallel)
+    start, weights_only = parallel.from_first_rank(find_start(config) if dist.get_rank() == 0 else None)
+    architecture = read_architecture(start / "hf")
     losses: list[float] = []
+    make_room = checkpoint._make_room
+    if unwritable:
+        checkpoint._make_room = lambda root, partial: (make_room(root, partial), (partial / unwritable).mkdir())
     original = loop.train_step
 
     def train_step(*arguments: Any) -> Any:
@@ -188,10 +196,13 @@ def run(settings: dict[str, Any], stop_at: int | None = None) -> dict[str, Any]:
     loop.train_step = train_step
     try:
         state = loop.train(config, architecture, start, weights_only)
+    except SaveError as error:
+        return {"losses": losses, "error": str(error)}
     except _StoppedError:
         return {"losses": losses, "start": 0 if weights_only else iteration_of(start)}
     finally:
         loop.train_step = original
+        checkpoint._make_room = make_room
     weights, moments = hashlib.sha256(), hashlib.sha256()
     for parameter in (parameter for model in state.models for parameter in model.parameters()):
         weights.update(parameter.detach().numpy().tobytes())
