@@ -23,6 +23,7 @@ from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
 from megatron_a2d.conversion.checkpoint import HF_FILES
 from megatron_a2d.conversion.sources import open_checkpoint
+from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.errors import SaveError, UserError
 
 if TYPE_CHECKING:  # at run time only after warnings are silenced
@@ -82,6 +83,7 @@ def _check(config: RunConfig, processes: int) -> Checked:
     architecture = read_architecture(start.directory / HF_FILES)
     if problems := find_problems(config, architecture, processes):
         raise UserError(problems)
+    check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
     with open_checkpoint(start.directory):
         pass  # every tensor of the model is there, in its shape, and no other
     loop.open_datasets(config, architecture)

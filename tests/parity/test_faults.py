@@ -16,29 +16,9 @@ from megatron_a2d.config import build
 from megatron_a2d.conversion.checkpoint import list_iterations
 from megatron_a2d.conversion.manifest import check_manifest
 from megatron_a2d.training.resume import BOUND, differences, find_start
-from tests.parity.conftest import Case
+from tests.parity.conftest import Case, copy_of
 from tests.parity.jobs import SETTINGS
 from tests.parity.pool import Pool
-
-EP2 = {"expert_model_parallel_size": 2, "use_distributed_optimizer": True}
-
-
-@pytest.fixture(scope="module")
-def trained(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The settings of a run on two ranks that has saved iterations 1, 2, 3 and 4, and its results."""
-    root = tmp_path_factory.mktemp("faults")
-    case = cases["moe"]
-    settings = {
-        **case.settings, **EP2, "load": case.checkpoint, "train_iters": 4, "save_interval": 1, "log_interval": 1,
-        "eval_interval": 4, "save": str(root / "run"),
-    }  # fmt: skip
-    return {"settings": settings, "results": pool.run("run", 2, settings=settings)}
-
-
-def copy_of(trained: dict[str, Any], tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    """The settings of a copy of the run."""
-    shutil.copytree(trained["settings"]["save"], tmp_path / "run")
-    return {**trained["settings"], "save": str(tmp_path / "run"), **changes}
 
 
 def flip_a_bit(path: Path) -> None:
