@@ -136,6 +136,8 @@ def _progress(total: int) -> Iterator[Any]:
 def tokenize(arguments: argparse.Namespace, encoder: Encoder, counts: Counts) -> list[TokenWriter]:
     """Read, encode and write everything; the writers' counts are final when this returns."""
     prefix, fraction = arguments.output_prefix, arguments.valid_fraction
+    if prefix.endswith("/") or Path(prefix).is_dir():
+        raise UserError(f"--output-prefix {prefix}: is a directory; add the beginning of the files' names")
     prefixes = [f"{prefix}_train", f"{prefix}_valid"] if fraction else [prefix]
     size = input_size(arguments.input)
     with open_writers(prefixes, encoder, arguments.tokenizer) as writers:

@@ -44,6 +44,8 @@ def _range_problems(config: RunConfig) -> list[str]:
         "weight_decay",
         "clip_grad",
         "min_lr",
+        "keep_last",
+        "keep_every",
     ):
         need(name, values[name] >= 0, "must not be negative")
     for name in ("lr", "adam_eps"):
@@ -54,6 +56,13 @@ def _range_problems(config: RunConfig) -> list[str]:
     for name in ("adam_beta1", "adam_beta2"):
         need(name, 0 <= values[name] < 1, "must lie in [0, 1)")
     need("min_time", 0 < values["min_time"] < 1, "must lie between 0 and 1; 0.001 is usual")
+    need("load_iteration", values["load_iteration"] is None or values["load_iteration"] >= 1, "must be at least 1")
+    need(
+        "keep_every", not values["keep_every"] or values["keep_last"] > 0,
+        "has no effect without --keep-last, which keeps all; set that too",
+    )  # fmt: skip
+    for name in ("keep_last", "keep_every"):
+        need(name, not values[name] or bool(values["save"]), "has no effect without --save; add it or remove this")
     need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
     need(
         "lr_warmup_iters", values["lr_warmup_iters"] < max(2, values["train_iters"]),

@@ -122,8 +122,12 @@ class TrainingConfig:
     """checkpoint to start or resume from (convert_hf writes the first one)"""
     save: str | None = None
     """directory for checkpoints; if it already holds one, the run resumes from it"""
+    load_iteration: int | None = None
+    """iteration to start from, instead of the newest whole one; of --save if that holds checkpoints, else of --load"""
     finetune: bool = False
     """take only the weights from --load: no optimizer state, iteration 0"""
+    verify_checkpoint: bool = True
+    """compare checksums of the checkpoint's files with its manifest before it is loaded; without: sizes alone"""
     train_iters: int = 1000
     """iterations in total"""
     micro_batch_size: int = 1
@@ -142,6 +146,12 @@ class TrainingConfig:
     """save and end after the step that runs when so many minutes are over; 0: never"""
     max_skipped_steps: int = 5
     """steps in a row whose gradient is not finite, after which the run saves and ends"""
+    keep_last: int = 0
+    """checkpoints that are kept; older ones are removed when a new one is complete; 0 keeps all"""
+    keep_every: int = 0
+    """with keep_last: checkpoints of iterations that this divides are never removed; 0: no such exception"""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """when a checkpoint cannot be written (a full disk): end with exit code 74, or train on and try at the next one"""
     eval_interval: int = 500
     """iterations between validations; one is always made at the start and at the end"""
     eval_iters: int = 8

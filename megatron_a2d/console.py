@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +20,15 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from megatron_a2d.errors import UserError
+from megatron_a2d.errors import SaveError, UserError
 
 console = Console(stderr=True, highlight=False)
 
 
 def entry_point(main: Callable[[], None]) -> None:
-    """Run a command: a `UserError` becomes lines on stderr and exit code 2, without a traceback."""
+    """Run a command: a `UserError` becomes lines on stderr and exit code 2, a `SaveError` one and 74; no traceback."""
+    # SIGTERM unwinds as an exception does, so that nothing half-written stays behind (training has its own handler).
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except UserError as error:
@@ -33,6 +36,10 @@ def entry_point(main: Callable[[], None]) -> None:
             print(f"error: {problem}", file=sys.stderr)
         sys.stderr.flush()
         code = 2
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        code = SaveError.EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

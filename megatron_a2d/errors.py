@@ -18,6 +18,12 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class SaveError(Exception):
+    """A checkpoint could not be written: one line for the user, raised on all ranks together."""
+
+    EXIT_CODE = 74  # EX_IOERR of sysexits.h
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """' (did you mean X?)' for the candidate closest to `word`, or '' when nothing is close."""
     match = difflib.get_close_matches(word, list(candidates), n=1)

@@ -14,15 +14,21 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_a2d.architecture import Architecture, read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
+from megatron_a2d.conversion.checkpoint import HF_FILES
 from megatron_a2d.conversion.mask_token import choose_mask_token
 from megatron_a2d.conversion.sources import open_checkpoint
-from megatron_a2d.errors import UserError
+from megatron_a2d.conversion.torch_dist_reader import check_pickles
+from megatron_a2d.errors import SaveError, UserError
+
+if TYPE_CHECKING:  # at run time only after warnings are silenced
+    from megatron_a2d.training import resume
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,38 +44,61 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     # megatron.core insists on it for tensor parallelism on GPUs before Blackwell.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron_a2d.training import checkpoint, loop, parallel
+    from megatron_a2d.training import loop, parallel
 
     processes = parallel.world_size() if options.world_size is None else options.world_size
     if processes < 1:
         raise UserError(f"--world-size {processes}: a run needs at least 1 process")
     try:
-        start, weights_only = checkpoint.find_start(config)
-        architecture = read_architecture(start / checkpoint.HF_FILES)
-        if problems := find_problems(config, architecture, processes):
-            raise UserError(problems)
-        if parallel.rank() == 0:
-            with open_checkpoint(start):
-                pass  # every tensor of the model is there, in its shape, and no other
-            if config.diffusion.objective == "mdlm":
-                mask = architecture.mask_token_id
-                choose_mask_token(start / checkpoint.HF_FILES, architecture.vocab_size, None, mask)
-            loop.open_datasets(config, architecture)
-        if options.dry_run:
-            print(describe(config, architecture, start, processes))
+        # The first rank alone looks into files; while it does, the others wait for it to join the process group.
+        first = _check(config, processes) if parallel.rank() == 0 else None
+        if first and options.dry_run:
+            print(describe(config, first.architecture, first.start.directory, processes))
             return
+        if problems := find_problems(config, None, processes):
+            raise UserError(problems)
         parallel.initialize(config.parallel)
         try:
-            _, exit_code = loop.train(config, architecture, start, weights_only)
+            checked = parallel.from_first_rank(first)
+            assert checked is not None
+            _, exit_code = loop.train(config, checked.architecture, *checked.start)
         finally:
             parallel.finalize()
         if exit_code:
             sys.exit(exit_code)
-    except UserError:
+    except (UserError, SaveError):
         if parallel.rank() > 0:
             # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.
             time.sleep(10)
         raise
+
+
+class Checked(NamedTuple):
+    """What a run starts from."""
+
+    start: resume.Start
+    architecture: Architecture
+
+
+def _check(config: RunConfig, processes: int) -> Checked:
+    """Everything that can be found wrong before processes meet; UserError with all of it."""
+    from megatron_a2d.training import loop, resume
+
+    start = resume.find_start(config, report=_warn)
+    architecture = read_architecture(start.directory / HF_FILES)
+    if problems := find_problems(config, architecture, processes):
+        raise UserError(problems)
+    check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
+    with open_checkpoint(start.directory):
+        pass  # every tensor of the model is there, in its shape, and no other
+    if config.diffusion.objective == "mdlm":
+        choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
+    loop.open_datasets(config, architecture)
+    return Checked(start, architecture)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def describe(config: RunConfig, architecture: Architecture, start: Path, processes: int) -> str:

@@ -4,6 +4,7 @@ CKPT/latest_checkpointed_iteration.txt      "release" (converted weights) or the
 CKPT/release/ or CKPT/iter_0000100/         .metadata  __*.distcp  common.pt  metadata.json
     hf/                                     config.json (with mask_token_id), generation config, tokenizer
     run.json                                the settings of the run that wrote it; absent in a release
+    manifest.json                           size and checksum of every other file (manifest.py)
 """
 
 from __future__ import annotations
@@ -40,6 +41,20 @@ def iteration_of(directory: str | Path) -> int:
     if name != RELEASE and not match:
         raise UserError(f"{directory}: is named neither {RELEASE} nor iter_<number>; give an iteration's directory")
     return int(match[1]) if match else 0
+
+
+def list_iterations(root: str | Path) -> list[int]:
+    """The iterations that the checkpoint `root` holds, whole or not, ascending; empty when there is none."""
+    root = Path(root)
+    names = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    return sorted(iteration_of(name) for name in names if re.fullmatch(r"iter_\d+", name))
+
+
+def latest_iteration(root: str | Path) -> int | None:
+    """The iteration that the tracker of `root` names; None without a tracker, and when it names a release."""
+    tracker = Path(root) / TRACKER
+    name = _latest(tracker) if tracker.exists() else RELEASE
+    return None if name == RELEASE else iteration_of(name)
 
 
 def resolve(path: str | Path) -> Path:

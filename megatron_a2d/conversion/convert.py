@@ -11,6 +11,7 @@ import torch
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.console import human, progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, RELEASE, TRACKER, copy_hf_files
+from megatron_a2d.conversion.manifest import write_manifest
 from megatron_a2d.conversion.mask_token import choose_mask_token
 from megatron_a2d.conversion.rows import num_bytes
 from megatron_a2d.conversion.sources import as_megatron, open_hf
@@ -56,6 +57,7 @@ def convert(
             with progress("converting", size, "B") as advance:
                 common = {"iteration": 0, "consumed_samples": 0}
                 write_torch_dist(partial / RELEASE, tensors, weights.map, common, advance)
+            write_manifest(partial / RELEASE)
             (partial / TRACKER).write_text(RELEASE + "\n", encoding="utf-8")
         dtypes = {tensors.dtype(key) for key in tensors.shapes}
         return Converted(out, weights.architecture, size, dtypes, config["mask_token_id"])

@@ -7,6 +7,7 @@ checkpoint from a stranger can be wrong but cannot run code.
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_a2d.conversion.rows import OpenFiles, Span
 from megatron_a2d.conversion.torch_archive import DAMAGED, find_values
@@ -156,6 +158,41 @@ class TorchDistCheckpoint:
         return self._payloads[chunk]
 
 
+def check_pickles(directory: Path) -> None:
+    """UserError unless every pickle of the checkpoint loads under an allow-list: weights, optimizer state, the rest.
+
+    torch and megatron.core read .metadata and the byte items of the .distcp files (extra states, the optimizer's
+    parameter groups) without any restriction: this comes before they do. They read tensors and common.pt with
+    torch's own allow-list, weights_only; common.pt is tried here too, because the environment can switch that off.
+    """
+    read_common(directory)
+    metadata = _load_metadata(directory / ".metadata")
+    try:
+        # By type, as torch decides, not by attributes: those are the file's own.
+        is_bytes = {
+            name for name, item in metadata.state_dict_metadata.items() if isinstance(item, BytesStorageMetadata)
+        }
+        places = [(index.fqn, _file_of(info), info) for index, info in metadata.storage_data.items()]
+    except DAMAGED as error:
+        raise UserError(f"{directory / '.metadata'}: is damaged ({error!r}); use another iteration") from None
+    files = OpenFiles()
+    try:
+        for name, file, info in places:
+            if name in is_bytes:
+                _check_bytes(files, directory / file, name, info)
+    finally:
+        files.close()
+
+
+def _check_bytes(files: OpenFiles, path: Path, name: str, info: Any) -> None:
+    try:
+        blob = io.BytesIO(files.read_bytes(path, int(info.offset), int(info.length)))
+        torch.load(blob, map_location="cpu", weights_only=True)
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: {name} is refused ({reason}); use a checkpoint that you trust") from None
+
+
 @contextmanager
 def open_torch_dist(directory: Path) -> Iterator[TorchDistCheckpoint]:
     opened = TorchDistCheckpoint(directory)
@@ -221,11 +258,17 @@ def _chunk(item: Any, info: Any, shape: tuple[int, ...]) -> Chunk:
     offsets, sizes = tuple(map(int, item.offsets)), tuple(map(int, item.sizes))
     if any(a < 0 or n < 1 or a + n > m for a, n, m in zip(offsets, sizes, shape, strict=True)):
         raise ValueError(f"a chunk at {offsets} of size {sizes} lies outside the shape {shape}")
+    file = _file_of(info)
+    if int(info.offset) < 0 or int(info.length) < 0:
+        raise ValueError(f"a chunk lies at byte {info.offset}, {info.length} long")
+    return Chunk(offsets, sizes, file, int(info.offset), int(info.length))
+
+
+def _file_of(info: Any) -> str:
+    """The chunk's file: in this very directory, and as it is."""
     file = info.relative_path
     if not isinstance(file, str) or PurePath(file).name != file or not file.endswith(".distcp"):
         raise ValueError(f"the path {file!r} lies outside the checkpoint")
     if getattr(info, "transform_descriptors", None):
         raise ValueError("chunks are compressed or encrypted")
-    if int(info.offset) < 0 or int(info.length) < 0:
-        raise ValueError(f"a chunk lies at byte {info.offset}, {info.length} long")
-    return Chunk(offsets, sizes, file, int(info.offset), int(info.length))
+    return file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def draw_run(run: Path, image: Path) -> Path:
         ("lr", None, "learning rate"),
     )
     for axis, (key, validation_key, title) in zip(axes.flat, panels, strict=True):
-        axis.plot([r["iteration"] for r in train], [r[key] for r in train], label="training", linewidth=1)
+        values = [math.nan if record[key] is None else record[key] for record in train]
+        axis.plot([record["iteration"] for record in train], values, label="training", linewidth=1)
         if validation_key and valid:
             axis.errorbar(
                 [r["iteration"] for r in valid],

@@ -1,7 +1,7 @@
 """Checkpoints of model and optimizer that load under any layout (megatron.core's torch_dist format).
 
-A checkpoint is written beside its final name and renamed when it is complete; the tracker file that names the
-newest one is written last.
+A checkpoint is written beside its final name, manifest last, and renamed when it is complete; then the tracker file
+is made to name it, and older ones are removed as --keep-last says.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
-from megatron_a2d.config import RunConfig
+from megatron_a2d.config import RunConfig, TrainingConfig
+from megatron_a2d.console import human
 from megatron_a2d.conversion.checkpoint import (
     HF_FILES,
     RUN_CONFIG,
     TRACKER,
     copy_hf_files,
     directory_name,
-    iteration_of,
-    resolve,
+    list_iterations,
 )
-from megatron_a2d.errors import UserError
+from megatron_a2d.conversion.manifest import Entry, measure, write_manifest
+from megatron_a2d.conversion.torch_dist import FORMAT
+from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import fsync_path, new_file, write_json
 from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.runtime.saving import Saving
 from megatron_a2d.training.setup import TrainState
 
 # Optimizer state that any other layout can load; the experts' optimizer is not told apart by its position.
@@ -34,29 +37,92 @@ _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_av
 
 
 def save_checkpoint(state: TrainState, config: RunConfig, hf_files: Path) -> Path:
-    """Write `--save`/iter_NNNNNNN; collective. `hf_files` holds the source model's configuration and tokenizer."""
-    assert config.training.save is not None
-    root = Path(config.training.save)
+    """Write `--save`/iter_NNNNNNN; collective. `hf_files` holds the source model's configuration and tokenizer.
+
+    Raises SaveError on all ranks when one of them cannot write; earlier checkpoints are then as they were.
+    """
+    training = config.training
+    assert training.save is not None
+    root = Path(training.save)
     final = root / directory_name(state.iteration)
     partial = root / f".{final.name}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded_state(state, is_loading=False), str(partial), content_metadata=dict(_FORMAT))
-    if dist.get_rank() == 0:
-        (partial / HF_FILES).mkdir()
-        copy_hf_files(hf_files, partial / HF_FILES)
-        write_json(partial / RUN_CONFIG, config.to_dict())
-        for entry in partial.rglob("*"):
-            fsync_path(entry)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        fsync_path(root)
-        with new_file(root / TRACKER) as tracker:
-            tracker.write_text(f"{state.iteration}\n")
-    dist.barrier()
+    on_first_rank = dist.get_rank() == 0
+    saving = Saving()
+    try:
+        if on_first_rank:
+            saving.attempt(_make_room, root, partial)
+        saving.agree()
+        saving.write_state(_sharded_state(state, is_loading=False), partial, dict(_FORMAT))
+        entries: list[dict[str, Entry]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(entries, saving.attempt(_measure_own, partial) or {})
+        saving.agree()
+        known = {name: entry for part in entries for name, entry in part.items()}
+        if on_first_rank:
+            saving.attempt(_complete, partial, final, config, hf_files, known)
+        saving.agree()
+    except SaveError as error:
+        free = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
+        dist.barrier()  # all have looked, and none is reading what is now removed
+        if on_first_rank:
+            shutil.rmtree(partial, ignore_errors=True)
+        earlier = [iteration for iteration in list_iterations(root) if iteration != state.iteration]
+        raise SaveError(
+            f"--save {root}: the checkpoint of iteration {state.iteration} could not be written ({error}; "
+            f"{human(free, 'B')} were left); the newest one is "
+            + (f"that of iteration {earlier[-1]}" if earlier else "what the run started from")
+            + ". Make room, then start the same command again"
+        ) from None
+    if on_first_rank:
+        remove_old(training, state.iteration)
     return final
+
+
+def remove_old(training: TrainingConfig, newest: int) -> None:
+    """Remove from --save what --keep-last and --keep-every do not keep; `newest` is complete and stays.
+
+    Iterations beyond `newest` are of a part of the run that was given up: they are neither counted nor removed.
+    """
+    if not training.keep_last:
+        return
+    assert training.save is not None
+    root = Path(training.save)
+    for iteration in [other for other in list_iterations(root) if other <= newest][: -training.keep_last]:
+        if training.keep_every and iteration % training.keep_every == 0:
+            continue
+        # Renamed first: whatever happens in between, no half of it bears a checkpoint's name.
+        doomed = root / f".{directory_name(iteration)}.partial"
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(root / directory_name(iteration), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _make_room(root: Path, partial: Path) -> None:
+    """An empty `partial`, and nothing left of saves that were cut short."""
+    for left in root.glob(".iter_*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _measure_own(partial: Path) -> dict[str, Entry]:
+    """Checksums of this rank's chunks: each rank reads back what it wrote, not the first one everything."""
+    return measure(partial, [path.name for path in partial.glob(f"__{dist.get_rank()}_*.distcp")])
+
+
+def _complete(partial: Path, final: Path, config: RunConfig, hf_files: Path, known: dict[str, Entry]) -> None:
+    """The rest of the files, flushed, and the rename."""
+    (partial / HF_FILES).mkdir()
+    copy_hf_files(hf_files, partial / HF_FILES)
+    write_json(partial / RUN_CONFIG, config.to_dict())
+    write_json(partial / "metadata.json", FORMAT)
+    write_manifest(partial, known)
+    for entry in partial.rglob("*"):
+        fsync_path(entry)
+    fsync_path(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(partial, final)
+    fsync_path(final.parent)
+    with new_file(final.parent / TRACKER) as tracker:
+        tracker.write_text(f"{int(final.name.removeprefix('iter_'))}\n")
 
 
 def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> None:
@@ -72,20 +138,6 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
-
-
-def find_start(config: RunConfig) -> tuple[Path, bool]:
-    """Where a run starts: (iteration directory, weights only?). A checkpoint in --save comes before --load."""
-    training = config.training
-    if training.save and (Path(training.save) / TRACKER).exists():
-        directory = resolve(training.save)
-        return directory, False
-    if not training.load:
-        raise UserError(
-            "--load: is missing; give the checkpoint to start from, as python -m checkpoints_tools.convert_hf writes it"
-        )
-    directory = resolve(training.load)
-    return directory, training.finetune or iteration_of(directory) == 0
 
 
 def _metadata() -> dict[str, Any]:

@@ -56,11 +56,19 @@ class RunLog:
             self._progress.console.print(message, soft_wrap=True, markup=False)
 
     def event(self, kind: str, **values: Any) -> None:
-        """One line of log.jsonl."""
+        """One line of log.jsonl. A full disk does not end the run: what is not written now is written with the next."""
         if self._enabled and self._jsonl:
-            record = {"kind": kind, "time": time.time(), **values}
-            self._jsonl.write(json.dumps(record) + "\n")
-            self._jsonl.flush()
+            # JSON has no word for what is not a number.
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()
+            }
+            record = {"kind": kind, "time": time.time(), **finite}
+            try:
+                self._jsonl.write(json.dumps(record) + "\n")
+                self._jsonl.flush()
+            except OSError as error:
+                self.say(f"warning: {self._jsonl.name}: cannot be written now ({error.strerror})")
 
     def train(self, iteration: int, values: dict[str, float]) -> None:
         """A log interval's means; `values` go to all three places."""
@@ -110,8 +118,11 @@ class RunLog:
         if self._enabled:
             self._progress.stop()
             for sink in (self._tensorboard, self._jsonl):
-                if sink:
-                    sink.close()
+                try:
+                    if sink:
+                        sink.close()
+                except OSError as error:
+                    self.say(f"warning: the log is not complete ({error.strerror})")
 
     def _curves(self, group: str, iteration: int, values: dict[str, float]) -> None:
         if self._tensorboard:

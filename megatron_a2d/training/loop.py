@@ -18,7 +18,7 @@ from megatron_a2d.data.batches import MakeSample, MicroBatches
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.diffusion.corruption import corrupt, next_token
 from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.errors import UserError
+from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
@@ -41,6 +41,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     shape = (training.micro_batch_size, config.data.seq_length)
     end: tuple[str, int] | None = None
+    hf_files = start / HF_FILES
     try:
         log.event("start", iteration=state.iteration, settings=config.to_dict())
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
@@ -68,9 +69,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
                 _validate(state, config, architecture, valid_data, log)
             if training.save and (last or state.iteration % training.save_interval == 0):
-                path = save_checkpoint(state, config, start / HF_FILES)
-                log.event("checkpoint", iteration=state.iteration, path=str(path))
-                log.say(f"checkpoint {path}")
+                hf_files = _save(state, config, hf_files, last, log)
             meter.resume()
         reason, exit_code = end or ("complete", 0)
         log.event("end", iteration=state.iteration, reason=reason, exit_code=exit_code)
@@ -80,6 +79,24 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         batches.close()
         log.close()
     return state, exit_code
+
+
+def _save(state: TrainState, config: RunConfig, hf_files: Path, last: bool, log: RunLog) -> Path:
+    """Save; returns where the source model's files now lie, for `start` may be removed as an old checkpoint.
+
+    A failure ends the run unless --on-save-error says otherwise; that of the last checkpoint always does.
+    """
+    try:
+        path = save_checkpoint(state, config, hf_files)
+    except SaveError as error:
+        log.event("save_error", iteration=state.iteration, error=str(error))
+        if last or config.training.on_save_error == "stop":
+            raise
+        log.say(f"error: {error}")
+        return hf_files
+    log.event("checkpoint", iteration=state.iteration, path=str(path))
+    log.say(f"checkpoint {path}")
+    return path / HF_FILES
 
 
 def open_datasets(config: RunConfig, architecture: Architecture) -> tuple[PackedDataset, PackedDataset | None]:

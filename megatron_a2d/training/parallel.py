@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_a2d import runtime
 from megatron_a2d.config import ParallelConfig
 from megatron_a2d.runtime.device import communication_backend, device, has_cuda
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -52,6 +55,13 @@ def finalize() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def from_first_rank(value: T) -> T:
+    """What rank 0 passed, on every rank; collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def owns_loss() -> bool:

@@ -23,9 +23,11 @@ from megatron_a2d.architecture import read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import iteration_of, resolve
-from megatron_a2d.training import loop, parallel, step
-from megatron_a2d.training.checkpoint import find_start, load_checkpoint, save_checkpoint
+from megatron_a2d.errors import SaveError
+from megatron_a2d.training import checkpoint, loop, parallel, step
+from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_a2d.training.optimizer import update_parameters
+from megatron_a2d.training.resume import find_start
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import _totals, forward_backward
 
@@ -176,18 +178,23 @@ def run(
     stop_at: int | None = None,
     poison: tuple[int, ...] = (),
     signal_at: tuple[int, int, int] | None = None,
+    unwritable: str | None = None,
 ) -> dict[str, Any]:
     """The training loop itself.
 
     stop_at: end after that step as if the process had been stopped there. poison: steps of this process in which the
-    last rank's loss is not a number. signal_at: (step, rank, signal) sent in the middle of a step.
+    last rank's loss is not a number. signal_at: (step, rank, signal) sent in the middle of a step. unwritable: a
+    directory in the place of this file keeps every checkpoint from being written.
     """
     runtime.install()
     config = build(SETTINGS | settings)
-    start, weights_only = find_start(config)
-    architecture = read_architecture(start / "hf")
     parallel.initialize(config.parallel)
+    start, weights_only = parallel.from_first_rank(find_start(config) if dist.get_rank() == 0 else None)
+    architecture = read_architecture(start / "hf")
     losses: list[float] = []
+    make_room = checkpoint._make_room
+    if unwritable:
+        checkpoint._make_room = lambda root, partial: (make_room(root, partial), (partial / unwritable).mkdir())
     original = loop.train_step
 
     def train_step(*arguments: Any) -> Any:
@@ -206,10 +213,13 @@ def run(
     loop.train_step = train_step
     try:
         state, exit_code = loop.train(config, architecture, start, weights_only)
+    except SaveError as error:
+        return {"losses": losses, "error": str(error)}
     except _StoppedError:
         return {"losses": losses, "start": 0 if weights_only else iteration_of(start)}
     finally:
         loop.train_step = original
+        checkpoint._make_room = make_room
     weights, moments = hashlib.sha256(), hashlib.sha256()
     for parameter in (parameter for model in state.models for parameter in model.parameters()):
         weights.update(parameter.detach().numpy().tobytes())

@@ -14,6 +14,7 @@ import pytest
 
 from checkpoints_tools import convert_hf
 from megatron_a2d import train
+from megatron_a2d.conversion.manifest import write_manifest
 from megatron_a2d.errors import UserError
 from tests.tiny import write_hf, write_tokens
 
@@ -60,12 +61,14 @@ def empty_pair(root: Path) -> dict[str, Any]:
     return {"train_data_path": root / "empty"}
 
 
-def damaged(root: Path, change: Callable[[Path], None]) -> dict[str, Any]:
-    """A copy of the checkpoint with something wrong inside."""
+def damaged(root: Path, change: Callable[[Path], None], intact: bool = True) -> dict[str, Any]:
+    """A copy of the checkpoint with something wrong inside; `intact`: its files are as their manifest says."""
     copy = root / f"damaged_{change.__name__}"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(root / "moe_checkpoint", copy)
     change(copy / "release")
+    if intact:
+        write_manifest(copy / "release")
     return {"load": copy}
 
 
@@ -100,6 +103,17 @@ def no_metadata(directory: Path) -> None:
     (directory / ".metadata").unlink()
 
 
+def no_tokenizer(directory: Path) -> None:
+    (directory / "hf" / "tokenizer.json").unlink()
+
+
+def flipped_bit(directory: Path) -> None:
+    path = directory / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[-5000] ^= 1
+    path.write_bytes(content)
+
+
 CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("nothing to start from", lambda root: {"load": None}, "--load: is missing"),
     ("checkpoint is missing", lambda root: {"load": root / "nowhere"}, "no such directory"),
@@ -111,6 +125,9 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("no config", lambda root: damaged(root, no_config), "config"),
     ("not Qwen", lambda root: damaged(root, not_qwen), "llama"),
     ("no metadata", lambda root: damaged(root, no_metadata), "incomplete"),
+    ("file is gone", lambda root: damaged(root, no_tokenizer, intact=False), "tokenizer.json: is missing"),
+    ("bit is flipped", lambda root: damaged(root, flipped_bit, intact=False), "__0_0.distcp: is damaged"),
+    ("no such iteration", lambda root: {"load_iteration": 3}, "holds no iteration"),
     ("no data given", lambda root: {"train_data_path": None}, "--train-data-path: is missing"),
     ("data are missing", lambda root: {"train_data_path": root / "none"}, "none"),
     (".bin without .idx", drop_idx, "alone.idx is missing"),

@@ -1,0 +1,140 @@
+"""Damaged checkpoints, full disks and changed settings: what a run does, seen through the training loop itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_a2d.config import build
+from megatron_a2d.conversion.checkpoint import list_iterations
+from megatron_a2d.conversion.manifest import check_manifest
+from megatron_a2d.training.resume import BOUND, differences, find_start
+from tests.parity.conftest import Case, copy_of
+from tests.parity.jobs import SETTINGS
+from tests.parity.pool import Pool
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_every_rank_measures_what_it_wrote(trained: dict[str, Any]) -> None:
+    """The manifest of a run on two ranks lists every file, and all are as it says."""
+    directory = Path(trained["settings"]["save"]) / "iter_0000002"
+    files = set(json.loads((directory / "manifest.json").read_text())["files"])
+    assert {".metadata", "common.pt", "metadata.json", "run.json", "hf/config.json"} < files
+    assert {name[:4] for name in files if name.endswith(".distcp")} == {"__0_", "__1_"}
+    assert check_manifest(directory) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(trained: dict[str, Any], pool: Pool, tmp_path: Path) -> None:
+    """The newest has a flipped bit, the one before it lacks a file: the run resumes from the one before those and ends
+    with the same weights, bit by bit."""
+    settings = copy_of(trained, tmp_path)
+    root = Path(settings["save"])
+    flip_a_bit(root / "iter_0000004" / "__1_0.distcp")
+    (root / "iter_0000003" / "hf" / "tokenizer.json").unlink()
+    said: list[str] = []
+    start = find_start(build(SETTINGS | settings), report=said.append)
+    assert start == (root / "iter_0000002", False)
+    assert len(said) == 2 and "iter_0000004/__1_0.distcp: is damaged" in said[0]
+    assert "iter_0000003/hf/tokenizer.json: is missing" in said[1]
+    resumed = pool.run("run", 2, settings=settings)
+    for before, after in zip(trained["results"], resumed, strict=True):
+        assert after["start"] == 2 and after["losses"] == before["losses"][2:]
+        assert after["weights"] == before["weights"] and after["optimizer"] == before["optimizer"]
+    assert check_manifest(root / "iter_0000004") == []  # written anew
+
+
+def test_old_checkpoints_are_removed(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
+    """Of iterations 1 to 5 the last two stay, and with --keep-every 2 the even ones. The run's own start is removed while
+    it goes on: the model's files still reach every later checkpoint."""
+    case = cases["moe"]
+    settings = {**case.settings, "load": case.checkpoint, "save": str(tmp_path / "run"), "save_interval": 1}
+    pool.run("run", 1, settings={**settings, "train_iters": 1})
+    pool.run("run", 1, settings={**settings, "train_iters": 5, "keep_last": 2, "keep_every": 2})
+    assert list_iterations(tmp_path / "run") == [2, 4, 5]
+    assert check_manifest(tmp_path / "run" / "iter_0000005") == []
+    assert (tmp_path / "run" / "iter_0000005" / "hf" / "config.json").exists()
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_settings_that_are_bound(trained: dict[str, Any]) -> None:
+    """Each bound setting, changed alone, is one line with both values; free ones say nothing."""
+    settings = SETTINGS | trained["settings"]
+    directory = Path(settings["save"]) / "iter_0000004"
+    assert differences(build(settings), directory) == []
+    values = build(settings).to_dict()
+    others: dict[str, Any] = {
+        "noise_schedule": "cosine", "time_sampling": "uniform", "objective": "ar", "document_attention": "isolated",
+        "lr_mult": {"mlp": 0.5},
+    }  # fmt: skip
+    for name in BOUND:
+        value = values[name]
+        if name not in others:
+            others[name] = not value if isinstance(value, bool) else value * 2 or 1
+        (line,) = differences(build({**settings, name: others[name]}), directory)
+        assert line.startswith(f"--{name.replace('_', '-')} ") and "--finetune" in line
+    free = {"tensor_model_parallel_size": 2, "micro_batch_size": 2, "train_iters": 99, "train_data_path": "moved",
+            "lr_decay_style": "linear", "eval_interval": 3, "num_workers": 2, "keep_last": 1}  # fmt: skip
+    assert differences(build({**settings, **free}), directory) == []
+
+
+@pytest.fixture
+def small_disk(trained: dict[str, Any]) -> Iterator[Path]:
+    """A file system that takes one and a half checkpoints."""
+    size = sum(path.stat().st_size for path in (Path(trained["settings"]["save"]) / "iter_0000002").rglob("*"))
+    directory = tempfile.mkdtemp()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", directory]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        shutil.rmtree(directory)
+        pytest.skip("mounting a tmpfs is not possible here")
+    yield Path(directory)
+    subprocess.run(["umount", "-l", directory], check=True)
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("reaction", ["stop", "continue"])
+def test_a_full_disk(reaction: str, trained: dict[str, Any], pool: Pool, small_disk: Path) -> None:
+    """The second checkpoint does not fit: all ranks hear of it, the first stays whole, nothing is left of the other; when
+    there is room, the same command goes on."""
+    root = small_disk / "run"
+    settings = {**trained["settings"], "save": str(root), "on_save_error": reaction}
+    stopped = pool.run("run", 2, settings=settings)
+    for rank in stopped:
+        last = 2 if reaction == "stop" else 4
+        assert len(rank["losses"]) == last
+        assert rank["error"].startswith(f"--save {root}: the checkpoint of iteration {last} could not be written (")
+        assert "the newest one is that of iteration 1." in rank["error"] and "\n" not in rank["error"]
+    assert list_iterations(root) == [1] and check_manifest(root / "iter_0000001") == []
+    assert not list(root.glob(".*"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    resumed = pool.run("run", 2, settings=settings)
+    assert {rank["start"] for rank in resumed} == {1}
+    assert [rank["weights"] for rank in resumed] == [rank["weights"] for rank in trained["results"]]
+
+
+@pytest.mark.parametrize(
+    "file", ["common.pt", "__1_0.distcp", ".metadata", "metadata.json", "manifest.json", "run.json"]
+)
+def test_a_disk_that_fails_at_any_file(file: str, trained: dict[str, Any], pool: Pool, tmp_path: Path) -> None:
+    """Whichever file of the second checkpoint cannot be written, by whichever rank: all ranks end together."""
+    settings = copy_of(trained, tmp_path, train_iters=5)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("iter_*/*")}
+    failed = pool.run("run", 2, settings=settings, unwritable=file)
+    for rank in failed:
+        assert "the checkpoint of iteration 5 could not be written" in rank["error"]
+        assert file in rank["error"] or "directory" in rank["error"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("iter_*/*")} == before
+    assert not list((tmp_path / "run").glob(".*"))

@@ -1,0 +1,211 @@
+"""The manifest of a checkpoint, and which checkpoint a run starts from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_a2d.config import build
+from megatron_a2d.conversion.checkpoint import TRACKER
+from megatron_a2d.conversion.convert import convert
+from megatron_a2d.conversion.manifest import MANIFEST, Entry, check_manifest, list_files, write_manifest
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import write_json
+from megatron_a2d.training.checkpoint import remove_old
+from megatron_a2d.training.resume import find_start
+from tests import tiny
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return make(tmp_path / "some" / "iter_0000001")
+
+
+def make(directory: Path) -> Path:
+    """What looks like a complete iteration."""
+    (directory / "hf").mkdir(parents=True)
+    for name in (".metadata", "common.pt", "metadata.json", "__0_0.distcp", "hf/config.json"):
+        (directory / name).write_bytes(name.encode() * 1000)
+    write_json(directory / "run.json", build({}).to_dict())
+    write_manifest(directory)
+    return directory
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_whole_directory_has_no_problems(directory: Path) -> None:
+    assert check_manifest(directory) == []
+    assert list_files(directory) == [
+        ".metadata",
+        "__0_0.distcp",
+        "common.pt",
+        "hf/config.json",
+        "metadata.json",
+        "run.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", [".metadata", "common.pt", "metadata.json", "__0_0.distcp", "hf/config.json", "run.json"]
+)
+def test_damage_to_any_file_is_named(name: str, directory: Path) -> None:
+    path = directory / name
+    whole = path.read_bytes()
+    flip_a_bit(path)
+    (line,) = check_manifest(directory)
+    assert line.startswith(f"{path}: is damaged (CRC-32 ")
+    assert check_manifest(directory, checksums=False) == []
+    path.write_bytes(whole[:-1])
+    (line,) = check_manifest(directory, checksums=False)
+    assert line == f"{path}: has {len(whole) - 1} bytes, not {len(whole)}"
+    path.unlink()
+    assert check_manifest(directory, checksums=False) == [f"{path}: is missing"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", '{"files": 3}', '{"files": {"a": {}}}', '{"files": {"a": 1}}']
+)
+def test_a_damaged_manifest_is_named(content: str | None, directory: Path) -> None:
+    (directory / MANIFEST).unlink()
+    if content is not None:
+        (directory / MANIFEST).write_text(content)
+    (line,) = check_manifest(directory)
+    assert line.startswith(f"{directory / MANIFEST}: ")
+
+
+def test_all_problems_are_listed(directory: Path) -> None:
+    flip_a_bit(directory / ".metadata")
+    (directory / "common.pt").unlink()
+    assert {line.partition(":")[0] for line in check_manifest(directory)} == {
+        str(directory / ".metadata"),
+        str(directory / "common.pt"),
+    }
+
+
+def test_files_that_are_known_are_not_read_again(directory: Path) -> None:
+    """The checksum that a rank found for its own file is taken as it is."""
+    write_manifest(directory, {"common.pt": Entry(9000, "00000000")})
+    assert [line for line in check_manifest(directory) if "not 00000000" in line]
+
+
+def test_a_conversion_has_a_manifest(tmp_path: Path) -> None:
+    tiny.write_hf(tmp_path / "hf", "dense")
+    convert(tmp_path / "hf", tmp_path / "out")
+    assert check_manifest(tmp_path / "out" / "release") == []
+    assert "hf/tokenizer.json" in list_files(tmp_path / "out" / "release")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A --save directory with iterations 10, 20 and 30."""
+    for iteration in (10, 20, 30):
+        make(tmp_path / "run" / f"iter_00000{iteration}")
+    (tmp_path / "run" / TRACKER).write_text("30\n")
+    return tmp_path / "run"
+
+
+def started(**settings: Any) -> str:
+    return find_start(
+        build({key: str(value) if isinstance(value, Path) else value for key, value in settings.items()})
+    ).directory.name
+
+
+def test_the_newest_whole_checkpoint_is_taken(run: Path) -> None:
+    assert started(save=run) == "iter_0000030"
+    flip_a_bit(run / "iter_0000030" / "common.pt")
+    assert started(save=run) == "iter_0000020"
+    assert started(save=run, verify_checkpoint=False) == "iter_0000030"
+    (run / "iter_0000020" / "__0_0.distcp").unlink()
+    assert started(save=run) == "iter_0000010"
+    shutil.rmtree(run / "iter_0000010")
+    with pytest.raises(UserError, match="holds no whole checkpoint") as error:
+        started(save=run, load=run)
+    assert len(error.value.problems) == 3
+
+
+def test_the_tracker_is_heeded(run: Path) -> None:
+    """Set back by hand it hides what is newer; without it, or when it names what is gone, the rest is there still."""
+    (run / TRACKER).write_text("20\n")
+    assert started(save=run) == "iter_0000020"
+    (run / TRACKER).write_text("40\n")
+    assert started(save=run) == "iter_0000030"
+    (run / TRACKER).unlink()
+    assert started(save=run) == "iter_0000030"
+
+
+def test_a_checkpoint_that_was_asked_for_must_be_whole(run: Path, tmp_path: Path) -> None:
+    assert started(save=run, load_iteration=20) == started(load=run, load_iteration=20) == "iter_0000020"
+    flip_a_bit(run / "iter_0000020" / "common.pt")
+    flip_a_bit(run / "iter_0000030" / "common.pt")
+    for settings in (
+        {"save": run, "load_iteration": 20},
+        {"load": run, "load_iteration": 20},
+        {"load": run / "iter_0000020"},
+        {"load": run},
+        {"load": run, "save": tmp_path / "new"},
+    ):
+        with pytest.raises(UserError, match=r"common.pt: is damaged"):
+            started(**settings)
+    with pytest.raises(UserError, match=r"--load-iteration 7: --save .* holds 10, 20, 30"):
+        started(save=run, load_iteration=7)
+    with pytest.raises(UserError, match=r"--load-iteration 7: --load .* holds 10, 20, 30"):
+        started(load=run, load_iteration=7)
+
+
+def test_differing_settings_are_refused_unless_only_weights_are_taken(run: Path) -> None:
+    with pytest.raises(UserError) as error:
+        started(load=run, seed=7, adam_beta1=0.8, lr_mult={"mlp": 0.1})
+    assert [line.partition(":")[0] for line in error.value.problems] == [
+        "--seed 7",
+        "--lr-mult mlp=0.1",
+        "--adam-beta1 0.8",
+    ]
+    assert "was trained with 1234" in error.value.problems[0]
+    assert "was trained with no factors" in error.value.problems[1]
+    assert started(load=run, seed=7, finetune=True) == "iter_0000030"
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [
+        (0, 0, [10, 20, 30]),
+        (1, 0, [30]),
+        (2, 0, [20, 30]),
+        (9, 0, [10, 20, 30]),
+        (1, 20, [20, 30]),
+        (1, 10, [10, 20, 30]),
+    ],
+)
+def test_what_is_kept(keep_last: int, keep_every: int, kept: list[int], run: Path) -> None:
+    remove_old(build({"save": str(run), "keep_last": keep_last, "keep_every": keep_every}).training, 30)
+    assert sorted(int(path.name[5:]) for path in run.glob("iter_*")) == kept
+    assert not list(run.glob(".*"))
+
+
+def test_a_newer_checkpoint_that_was_given_up_is_neither_counted_nor_removed(run: Path) -> None:
+    remove_old(build({"save": str(run), "keep_last": 1}).training, 20)
+    assert sorted(path.name for path in run.glob("iter_*")) == ["iter_0000020", "iter_0000030"]
+
+
+def test_a_removal_cut_short_leaves_nothing_that_looks_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the rename and the removal of the files."""
+    calls: list[Any] = []
+
+    def removed(path: Any, **_: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    remove: Callable[[], None] = lambda: remove_old(build({"save": str(run), "keep_last": 1}).training, 30)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        remove()
+    assert sorted(path.name for path in run.glob("iter_*")) == ["iter_0000020", "iter_0000030"]
