@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 TRANSFORMERS4 := $(VENV)/transformers4
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One thread a process: tests and demo run several processes on few cores.
-TESTS := A2D_TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+TESTS := A2D_TRANSFORMERS4=$(CURDIR)/$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-FORMAT ?= rnd1
+FORMAT ?=
+# A variable that a target needs and was not given.
+needs = $(foreach name,$(1),$(if $($(name)),,$(error $@: give $(name)=..., see the README)))
 NPROC ?= 1
 INPUT ?=
 OUT ?=
@@ -42,8 +44,8 @@ demo: setup  ## the whole way on two CPU cores, offline, in minutes
 test: setup  ## the tests
 	$(TESTS) $(ARGS)
 
-test-parity: setup  ## the layouts against one process
-	$(TESTS) tests/parity $(ARGS)
+test-parity: setup  ## the layouts against one process; writes docs/exactness.md
+	$(TESTS) tests/parity --exactness docs/exactness.md $(ARGS)
 
 check: setup  ## linter, formatter, types
 	$(BIN)/ruff check .
@@ -51,25 +53,31 @@ check: setup  ## linter, formatter, types
 	$(BIN)/mypy
 
 data: setup  ## tokenise INPUT with TOKENIZER to OUT.bin/.idx
+	$(call needs,INPUT TOKENIZER OUT)
 	$(BIN)/python -m data_prep.tokenize_corpus --input $(INPUT) --tokenizer $(TOKENIZER) --output-prefix $(OUT) $(ARGS)
 
 convert-hf: setup  ## HF (directory or hub id) -> checkpoint OUT
+	$(call needs,HF OUT)
 	$(BIN)/python -m checkpoints_tools.convert_hf --hf $(HF) --out $(OUT) $(ARGS)
 
 train: setup  ## RECIPE on NPROC processes of this machine
+	$(call needs,RECIPE)
 	NPROC=$(NPROC) launch/train.sh --config $(RECIPE) $(ARGS)
 
 export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d, qwen3)
-	$(BIN)/python -m checkpoints_tools.export_hf --checkpoint $(CHECKPOINT) --out $(OUT) --format $(FORMAT) $(ARGS)
+	$(call needs,CHECKPOINT OUT)
+	$(BIN)/python -m checkpoints_tools.export_hf --checkpoint $(CHECKPOINT) --out $(OUT) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
 verify: setup  ## compare the tensors of HF and CHECKPOINT
+	$(call needs,HF CHECKPOINT)
 	$(BIN)/python -m checkpoints_tools.verify --hf $(HF) --checkpoint $(CHECKPOINT) $(ARGS)
 
 export PROMPT PREFIX SUFFIX
 generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' SUFFIX='...'
+	$(call needs,MODEL)
 	@$(BIN)/python -m megatron_a2d.generate --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT") \
 	  $(if $(PREFIX),--prefix "$$PREFIX" --suffix "$$SUFFIX") $(ARGS)
 
 bench: setup  ## the benchmarks, as tables
-	$(BIN)/python -m bench.train_step
-	$(BIN)/python -m bench.masked_head
+	$(BIN)/python -m bench.train_step --out bench/results/train_step_cpu.json
+	$(BIN)/python -m bench.masked_head --out bench/results/masked_head_cpu.json

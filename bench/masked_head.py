@@ -1,6 +1,6 @@
 """Head and loss on the masked rows alone, against head and loss on all rows.
 
-    python -m bench.masked_head [--rounds 7] [--out bench/results/masked_head_cpu.json]
+    python -m bench.masked_head [--rounds 5] [--out bench/results/masked_head_cpu.json]
 
 Forward and backward of the vocabulary projection and the cross-entropy, at Qwen3's vocabulary. Half of the rows are
 masked, the mean of a linear schedule. Times are taken in turns; peak memory is that of a process of its own
@@ -9,7 +9,6 @@ for each, above what it held before.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
 import statistics
@@ -22,15 +21,16 @@ from typing import Any
 import torch
 
 from bench.report import machine
+from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
 from megatron_a2d.files import write_json
 
-VOCABULARY, HIDDEN, ROWS = 151_936, 512, 512
+VOCABULARY, HIDDEN, ROWS = 151_936, 256, 2_048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="pairs of runs after one warm-up")
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs after one warm-up")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

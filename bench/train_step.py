@@ -9,7 +9,6 @@ positions, the same loss. One process, CPU, fp32.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 import warnings
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.report import machine
+from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
 from megatron_a2d.files import write_json
 
@@ -37,7 +37,7 @@ SEQ_LENGTH, BATCH_SIZE, LEARNING_RATE = 256, 8, 1e-4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9, help="pairs of steps after one warm-up")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
@@ -115,7 +115,7 @@ def hugging_face_step(name: str, shape: dict[str, Any]) -> Callable[[], None]:
         optimizer.zero_grad()
         logits = model(batch.tokens, attention_mask=mask, use_cache=False).logits
         losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-        ((losses * batch.weights.flatten()).sum() / batch.num_maskable).backward()
+        ((losses * batch.weights.flatten()).sum() / batch.num_maskable.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.encoders import Encoder, open_encoder
+from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human, progress
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.indexed import TokenFile, read_metadata
@@ -140,7 +141,7 @@ def find_tokenizer(arguments: argparse.Namespace) -> Path | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="data_prep.inspect_dataset", description="Look into .bin/.idx token files.")
+    parser = Parser(prog="data_prep.inspect_dataset", description="Look into .bin/.idx token files.")
     parser.add_argument("--data-path", required=True, help="path without .bin and .idx")
     parser.add_argument("--tokenizer", type=Path, help="to show text; default: the one that made the tokens")
     parser.add_argument("--show", type=int, default=2, help="how many samples to show")

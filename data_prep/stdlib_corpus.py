@@ -10,7 +10,6 @@ The same Python gives the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sysconfig
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human, progress
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
@@ -80,9 +80,7 @@ def read_documents(root: Path, files: Sequence[Path], max_chars: int) -> Iterato
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="data_prep.stdlib_corpus", description="Write Python's standard library as .jsonl documents."
-    )
+    parser = Parser(prog="data_prep.stdlib_corpus", description="Write Python's standard library as .jsonl documents.")
     parser.add_argument("--out", required=True, type=Path, help="the .jsonl file to write")
     parser.add_argument("--max-chars", type=int, default=4000, help="longest document, in characters")
     arguments = parser.parse_args(argv)

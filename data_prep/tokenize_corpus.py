@@ -27,6 +27,7 @@ from rich.table import Table
 
 from data_prep.encoders import Encoder, open_encoder
 from data_prep.readers import Counts, Document, input_size, read_documents
+from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file, write_json
@@ -165,9 +166,7 @@ def report(writers: list[TokenWriter], counts: Counts) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="data_prep.tokenize_corpus", description="Tokenise text into Megatron's .bin/.idx files."
-    )
+    parser = Parser(prog="data_prep.tokenize_corpus", description="Tokenise text into Megatron's .bin/.idx files.")
     parser.add_argument(
         "--input", required=True, nargs="+", action="append", type=Path,
         help=".jsonl files (one object in each line) and .txt files (one document each)",

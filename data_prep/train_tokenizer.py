@@ -10,7 +10,6 @@ same bytes.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tokenizers import (
 )
 
 from data_prep.readers import Counts, input_size, read_documents
+from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human, progress
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_directory, write_json
@@ -111,9 +111,7 @@ def hf_configuration(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer of Qwen3's kind."
-    )
+    parser = Parser(prog="data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer of Qwen3's kind.")
     parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, help=".jsonl or .txt files")
     parser.add_argument("--json-key", default="text", help="the key of a document's text in .jsonl")
     parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the model's embedding")

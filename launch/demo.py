@@ -7,7 +7,6 @@ commands that turn a real Qwen3-30B-A3B into a diffusion language model.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_a2d.architecture import read_architecture
+from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human
 from megatron_a2d.errors import UserError
 
@@ -32,7 +32,7 @@ PROMPT = "class Stack:\n    def __init__(self):\n        "
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", default="demo_run", help="directory for everything that the demo writes; made anew")
     out = Path(parser.parse_args(argv).out)
     if out.exists() and any(out.iterdir()) and not (out / "demo.json").exists():

@@ -44,10 +44,6 @@ class Architecture:
     def is_moe(self) -> bool:
         return self.num_experts > 0
 
-    @property
-    def query_heads_per_group(self) -> int:
-        return self.num_attention_heads // self.num_key_value_heads
-
     def num_parameters(self) -> int:
         """All weights, a tied output head counted once."""
         return self._weights(self.num_experts)
@@ -100,6 +96,13 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
             return 1
         return value
 
+    def number(name: str, default: float) -> float:
+        value = get(name, default=default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            problems.append(f"{where}: {name} is {value!r}, not a positive number; correct the file")
+            return default
+        return float(value)
+
     num_heads = size("num_attention_heads")
     hidden_size = size("hidden_size")
     is_moe = MODEL_TYPES[model_type]
@@ -122,10 +125,10 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
         intermediate_size=size("intermediate_size"),
         vocab_size=size("vocab_size"),
         max_position_embeddings=size("max_position_embeddings", default=32768),
-        rms_norm_eps=float(get("rms_norm_eps", default=1e-6)),
+        rms_norm_eps=number("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(config, where, problems),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        initializer_range=float(config.get("initializer_range", 0.02)),
+        initializer_range=number("initializer_range", 0.02),
         mask_token_id=config.get("mask_token_id"),
         **experts,
     )
@@ -137,6 +140,9 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
 
 def _rope_theta(config: dict[str, Any], where: str, problems: list[str]) -> float:
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        problems.append(f"{where}: rope_scaling is {parameters!r}, not an object of settings; correct the file")
+        return 1.0
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind != "default":
         problems.append(f"{where}: rotary scaling {kind!r} is not supported; remove rope_scaling or use the base model")
@@ -144,11 +150,20 @@ def _rope_theta(config: dict[str, Any], where: str, problems: list[str]) -> floa
     if theta is None:
         problems.append(f"{where}: rope_theta is missing; Qwen3 models use 1000000, write it into the file")
         return 1.0
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+        problems.append(f"{where}: rope_theta is {theta!r}, not a positive number; correct the file")
+        return 1.0
     return float(theta)
 
 
 def _unsupported(config: dict[str, Any], architecture: Architecture, where: str) -> list[str]:
     problems = []
+    mask = architecture.mask_token_id
+    if mask is not None and (not isinstance(mask, int) or not 0 <= mask < architecture.vocab_size):
+        problems.append(
+            f"{where}: mask_token_id is {mask!r}, not a row of the embedding (0 to {architecture.vocab_size - 1}); "
+            "convert the model again with checkpoints_tools.convert_hf"
+        )
     if architecture.num_attention_heads % architecture.num_key_value_heads:
         problems.append(
             f"{where}: num_attention_heads {architecture.num_attention_heads} is not a multiple of "

@@ -5,13 +5,16 @@ Every check returns lines: the flag and its value, why it is wrong, what to do. 
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import ROLES, ParallelConfig, RunConfig, flag
+from megatron_a2d.config import ROLES, ParallelConfig, RunConfig, flag, settings
 
 
 def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
     """Everything that is wrong with a run, a line each: flag and value, why, what to do."""
-    problems = _range_problems(config) + _layout_problems(config, world_size)
+    problems = _range_problems(config) + _objective_problems(config) + _layout_problems(config, world_size)
     if architecture is not None:
         problems += _architecture_problems(config, architecture)
     return problems
@@ -28,7 +31,8 @@ def _range_problems(config: RunConfig) -> list[str]:
     for name in (
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
         "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "train_iters",
-        "micro_batch_size", "global_batch_size", "save_interval", "eval_interval", "eval_iters", "log_interval",
+        "micro_batch_size", "global_batch_size", "save_interval", "max_skipped_steps", "eval_interval",
+        "eval_iters", "log_interval",
     ):  # fmt: skip
         need(name, values[name] >= 1, "must be at least 1")
     need("seq_length", values["seq_length"] >= 2, "a sample needs at least 2 tokens; choose a longer one")
@@ -46,6 +50,9 @@ def _range_problems(config: RunConfig) -> list[str]:
         need(name, values[name] >= 0, "must not be negative")
     for name in ("lr", "adam_eps"):
         need(name, values[name] > 0, "must be positive")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{flag(name)} {value}: must be a finite number")
     for name in ("adam_beta1", "adam_beta2"):
         need(name, 0 <= values[name] < 1, "must lie in [0, 1)")
     need("min_time", 0 < values["min_time"] < 1, "must lie between 0 and 1; 0.001 is usual")
@@ -56,7 +63,7 @@ def _range_problems(config: RunConfig) -> list[str]:
     )  # fmt: skip
     for name in ("keep_last", "keep_every"):
         need(name, not values[name] or bool(values["save"]), "has no effect without --save; add it or remove this")
-    need("min_lr", values["min_lr"] <= values["lr"], f"exceeds --lr {values['lr']}; lower it")
+    need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
     need(
         "lr_warmup_iters", values["lr_warmup_iters"] < max(2, values["train_iters"]),
         f"the warm-up would never end in --train-iters {values['train_iters']}; shorten it",
@@ -64,8 +71,8 @@ def _range_problems(config: RunConfig) -> list[str]:
     if values["lr_decay_style"] == "WSD":
         need(
             "lr_wsd_decay_iters",
-            values["lr_wsd_decay_iters"] >= 1,
-            "WSD needs the length of its final decay; set it",
+            1 <= values["lr_wsd_decay_iters"] <= values["train_iters"] - values["lr_warmup_iters"],
+            f"WSD's final decay must be at least 1 and fit into --train-iters {values['train_iters']}",
         )
     else:
         need(
@@ -75,9 +82,22 @@ def _range_problems(config: RunConfig) -> list[str]:
     for role, factor in values["lr_mult"].items():
         if role not in ROLES:
             problems.append(f"--lr-mult {role}={factor}: there is no role {role!r}; roles are {', '.join(ROLES)}")
-        elif not factor >= 0:
-            problems.append(f"--lr-mult {role}={factor}: a factor must not be negative; 0 freezes the role")
+        elif not 0 <= factor < math.inf:
+            problems.append(
+                f"--lr-mult {role}={factor}: a factor must be a finite number, not negative; 0 freezes the role"
+            )
     return problems
+
+
+def _objective_problems(config: RunConfig) -> list[str]:
+    """Settings of the noise mean nothing to the autoregressive objective."""
+    if config.diffusion.objective != "ar":
+        return []
+    return [
+        f"{flag(name)} {value}: has no effect with --objective ar; remove it"
+        for name, value in dataclasses.asdict(config.diffusion).items()
+        if name != "objective" and value != settings()[name].default
+    ]
 
 
 def _layout_problems(config: RunConfig, world_size: int) -> list[str]:

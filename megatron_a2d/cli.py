@@ -28,12 +28,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        result, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        # Before argparse looks: a mistyped flag is a better message than the required one that is then missing.
+        flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
+        unknown = [] if self._subparsers else [word for word in flags if word not in known]
+        if not unknown:
+            result, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            # A value that follows an unknown flag is not worth a line of its own.
-            words = [word for word in unknown if word.startswith("-")] or unknown
-            raise UserError(f"{word}: unknown argument{nearest(word, known)}; see --help" for word in words)
+            raise UserError(f"{word}: unknown argument{nearest(word, known)}; see --help" for word in unknown)
         return result
 
 

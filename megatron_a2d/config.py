@@ -146,6 +146,12 @@ class TrainingConfig:
     """with keep_last: checkpoints of iterations that this divides are never removed; 0: no such exception"""
     on_save_error: Literal["stop", "continue"] = "stop"
     """when a checkpoint cannot be written (a full disk): end with exit code 74, or train on and try at the next one"""
+    exit_interval: int = 0
+    """save and end after an iteration that this divides; 0: never"""
+    exit_duration_in_mins: float = 0.0
+    """save and end after the step that runs when so many minutes are over; 0: never"""
+    max_skipped_steps: int = 5
+    """steps in a row whose gradient is not finite, after which the run saves and ends"""
     eval_interval: int = 500
     """iterations between validations; one is always made at the start and at the end"""
     eval_iters: int = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ def fsync_path(path: Path) -> None:
 def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, else removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield partial
@@ -46,9 +47,9 @@ def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{flag} {path}: already exists and is not an empty directory; remove it or name another one")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
+    _remove_abandoned(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -60,6 +61,23 @@ def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission to write there")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed left beside `path`."""
+    for partial in path.parent.glob(f".{path.name}.partial-*"):
+        owner = partial.name.rpartition("-")[2]
+        if not owner.isdigit() or int(owner) == os.getpid() or not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 
 The loop is in training/loop.py; what is built before it, in training/setup.py; where it starts, in training/resume.py.
 A process ends with 0 when the run is done, 2 when something given to it is wrong, 74 when a checkpoint could not be
-written (--on-save-error).
+written (--on-save-error); training/stopping.py has the others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
 from megatron_a2d.conversion.checkpoint import HF_FILES
+from megatron_a2d.conversion.mask_token import choose_mask_token
 from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.errors import SaveError, UserError
@@ -47,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_a2d.training import loop, parallel
 
-    processes = options.world_size or parallel.world_size()
+    processes = parallel.world_size() if options.world_size is None else options.world_size
+    if processes < 1:
+        raise UserError(f"--world-size {processes}: a run needs at least 1 process")
     try:
         # The first rank alone looks into files; while it does, the others wait for it to join the process group.
         first = _check(config, processes) if parallel.rank() == 0 else None
@@ -61,9 +64,11 @@ def main(argv: list[str] | None = None) -> None:
         try:
             checked = parallel.from_first_rank(first)
             assert checked is not None
-            loop.train(config, checked.architecture, *checked.start)
+            _, exit_code = loop.train(config, checked.architecture, *checked.start)
         finally:
             parallel.finalize()
+        if exit_code:
+            sys.exit(exit_code)
     except (UserError, SaveError):
         if parallel.rank() > 0:
             # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.
@@ -89,6 +94,8 @@ def _check(config: RunConfig, processes: int) -> Checked:
     check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
     with open_checkpoint(start.directory):
         pass  # every tensor of the model is there, in its shape, and no other
+    if config.diffusion.objective == "mdlm":
+        choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
     loop.open_datasets(config, architecture)
     return Checked(start, architecture)
 

@@ -149,3 +149,17 @@ def write_tokenizer(directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def write_tokens(prefix: Path, num_documents: int, vocabulary: int, seed: int) -> None:
+    """Random documents of 20 to 200 tokens."""
+    import numpy as np
+
+    from megatron_a2d.data.indexed import IndexedDatasetBuilder
+
+    random = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(num_documents):
+        tokens = random.integers(0, vocabulary, random.integers(20, 200))
+        builder.add_document(torch.from_numpy(tokens.astype(np.int32)), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     weights: Tensor  # [b, s] float32, 0 where a row carries no loss
     times: Tensor  # [b] float32, diffusion times
     sample_index: Tensor  # [b] int64
-    num_maskable: int  # this micro-batch's part of the loss's denominator, in tokens
+    num_maskable: Tensor  # [b] int64, each sample's part of the loss's denominator, in tokens
     documents: Tensor | None = None  # [b, s] int64: only tokens of equal number see one another; None: all do
 
 
@@ -59,7 +59,7 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
         weights=torch.from_numpy(np.stack([sample.weights for sample in samples])),
         times=torch.tensor([sample.time for sample in samples], dtype=torch.float32),
         sample_index=torch.tensor(indices, dtype=torch.int64),
-        num_maskable=sum(sample.num_maskable for sample in samples),
+        num_maskable=torch.tensor([sample.num_maskable for sample in samples], dtype=torch.int64),
         documents=torch.from_numpy(np.stack(documents)) if documents else None,
     )
 

@@ -24,7 +24,7 @@ def _epoch_order(num_samples: int, seed: int, epoch: int) -> Permutation:
 
 
 class PackedDataset:
-    """Samples of `seq_length` tokens; validation takes shuffle=False and meets them in the stream's order.
+    """Samples of `seq_length` tokens; with shuffle=False they come in the stream's order.
 
     `vocab_size` (rows of the model's embedding) turns a token outside it into a UserError.
     """

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_a2d.diffusion.noise import Noise
+from megatron_a2d.errors import UserError
 
 
 class Corrupted(NamedTuple):
@@ -34,6 +35,11 @@ def corrupt(tokens_L: np.ndarray, sample_index: int, noise: Noise, documents_L: 
     batch and divided by the batch's number of maskable tokens, that is an unbiased estimate of
     the NELBO in nats a token.
     """
+    if (tokens_L == noise.mask_token_id).any():
+        raise UserError(
+            f"sample {sample_index}: its text holds the mask token, id {noise.mask_token_id}; tokenise with the "
+            "model's own tokenizer, or convert the model with another --mask-token-id"
+        )
     time = noise.time(sample_index)
     maskable_L = _has_predecessor(tokens_L, documents_L) if noise.label_shift else np.ones(len(tokens_L), dtype=bool)
     masked_L = noise.uniforms(sample_index, len(tokens_L)) < noise.functions.mask_probability(time)

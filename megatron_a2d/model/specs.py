@@ -23,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_a2d.config import RunConfig
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.layers import CoreAttention, RMSNorm
 from megatron_a2d.runtime.device import has_cuda
@@ -30,8 +31,25 @@ from megatron_a2d.runtime.device import has_cuda
 Implementation = Literal["transformer_engine", "portable"]
 
 
-def choose_implementation(wish: str) -> Implementation:
-    """Resolve --transformer-impl for this machine."""
+def choose_implementation(config: RunConfig) -> Implementation:
+    """Resolve --transformer-impl for this machine and run."""
+    wish = config.training.transformer_impl
+    # Transformer Engine reads no dense mask, and cuts causal sequences into other pieces than ours.
+    refused = [
+        setting
+        for setting, chosen in (
+            ("--document-attention isolated", config.data.document_attention == "isolated"),
+            (
+                "--objective ar with --context-parallel-size above 1",
+                config.diffusion.objective == "ar" and config.parallel.context_parallel_size > 1,
+            ),
+        )
+        if chosen
+    ]
+    if refused and wish == "transformer_engine":
+        raise UserError(f"--transformer-impl transformer_engine: does not go with {refused[0]}; use portable")
+    if refused:
+        return "portable"
     available = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
     if wish == "transformer_engine" and not available:
         missing = "package transformer_engine is not installed" if has_cuda() else "machine has no CUDA device"

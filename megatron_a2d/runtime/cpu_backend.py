@@ -107,8 +107,9 @@ def _neutralise_cuda_module() -> None:
     """torch.cuda's own functions: the current device is the CPU, streams and memory counters are neutral."""
     stream = _NoStream()
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        pass
+    def do_nothing() -> Any:
+        # A function for each name: torch.compile keeps rules by function, and one under two names confuses it.
+        return lambda *args, **kwargs: None
 
     replacements: dict[str, Any] = {
         "current_device": lambda: CPU,
@@ -123,11 +124,11 @@ def _neutralise_cuda_module() -> None:
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "set_device": nothing,
-        "ipc_collect": nothing,
-        "reset_peak_memory_stats": nothing,
+        "synchronize": do_nothing(),
+        "empty_cache": do_nothing(),
+        "set_device": do_nothing(),
+        "ipc_collect": do_nothing(),
+        "reset_peak_memory_stats": do_nothing(),
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)

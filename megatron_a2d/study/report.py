@@ -16,12 +16,14 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{run}: has no log.jsonl; give the --save directory of a run")
     newest: dict[tuple[str, Any], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a run that was killed while it wrote
-        newest[(record["kind"], record.get("iteration"))] = record
+            newest[(record["kind"], record["iteration"])] = record
+        except (json.JSONDecodeError, KeyError, TypeError):
+            if number < len(lines):  # the last line may be that of a run that was killed while it wrote
+                raise UserError(f"{path}: line {number} is no record of a run; remove it") from None
     return list(newest.values())
 
 

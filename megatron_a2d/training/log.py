@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import console, human
+from megatron_a2d.training.stopping import SkippedSteps
 from megatron_a2d.training.validation import ValidationResult
 
 
@@ -94,6 +95,19 @@ class RunLog:
             f"accuracy on {tokens} tokens {result.accuracy.mean:.1%} ± {result.accuracy.standard_error:.1%} "
             f"({result.num_samples} samples)"
         )
+
+    def skipped(self, iteration: int, first_sample: int, end_sample: int, skipped: SkippedSteps) -> None:
+        """A step without an update. Its samples and their noise follow from their indices: nothing else is kept."""
+        self.event("skipped", iteration=iteration, samples=[first_sample, end_sample], total=skipped.total)
+        self.say(
+            f"iteration {iteration}: the gradient is not finite, no rank updated its weights "
+            f"({skipped.in_a_row} in a row, {skipped.total} in all; samples {first_sample} to {end_sample - 1})"
+        )
+
+    def spike(self, iteration: int, loss: float) -> None:
+        """A loss far above the recent ones."""
+        self.event("spike", iteration=iteration, loss=loss)
+        self.say(f"iteration {iteration}: the loss {loss:.4f} is far above the recent ones")
 
     def close(self) -> None:
         if self._enabled:

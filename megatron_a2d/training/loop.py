@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -24,44 +25,59 @@ from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import StepResult, train_step
+from megatron_a2d.training.stopping import EXIT_NOT_FINITE, SkippedSteps, SpikeDetector, StopRequests
 from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
 
 
-def train(config: RunConfig, architecture: Architecture, start: Path, weights_only: bool) -> TrainState:
-    """Train from the checkpoint directory `start` to --train-iters. The process group is up; collective."""
+def train(config: RunConfig, architecture: Architecture, start: Path, weights_only: bool) -> tuple[TrainState, int]:
+    """Train from the checkpoint directory `start`; returns the state and the exit code (stopping.py). Collective."""
     train_data, valid_data = open_datasets(config, architecture)
     state = build_train_state(architecture, config)
     load_checkpoint(state, start, weights_only)
+    training, hf_files = config.training, start / HF_FILES
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
-    hf_files = start / HF_FILES
-    training = config.training
     batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
-    meter = _Meter(config, architecture)
+    meter, spikes = _Meter(config, architecture), SpikeDetector()
+    requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
+    shape = (training.micro_batch_size, config.data.seq_length)
+    end: tuple[str, int] | None = None
     try:
         log.event("start", iteration=state.iteration, settings=config.to_dict())
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration == 0:
             _validate(state, config, architecture, valid_data, log)
         meter.restart()
-        while state.iteration < training.train_iters:
+        while state.iteration < training.train_iters and end is None:
             state.scheduler.step(1)
-            shape = (training.micro_batch_size, config.data.seq_length)
-            meter.add(train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape))
+            result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
+            first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
-            last = state.iteration == training.train_iters
+            meter.add(result)
+            if skipped.add(result.grad_norm):
+                log.skipped(state.iteration, first_sample, state.consumed_samples, skipped)
+            end = requests.reason(state.iteration)
+            if skipped.too_many:
+                end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", EXIT_NOT_FINITE
+            last = state.iteration == training.train_iters or end is not None
             if last or state.iteration % training.log_interval == 0:
-                log.train(state.iteration, meter.read(state))
-            if last or state.iteration % training.eval_interval == 0:
+                values = meter.read(state)
+                log.train(state.iteration, values)
+                if spikes.is_spike(values["loss"]):
+                    log.spike(state.iteration, values["loss"])
+            if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
                 _validate(state, config, architecture, valid_data, log)
             if training.save and (last or state.iteration % training.save_interval == 0):
                 hf_files = _save(state, config, hf_files, last, log)
             meter.resume()
-        log.event("end", iteration=state.iteration)
+        reason, exit_code = end or ("complete", 0)
+        log.event("end", iteration=state.iteration, reason=reason, exit_code=exit_code)
+        if end:
+            log.say(f"ended at iteration {state.iteration}: {reason}")
     finally:
         batches.close()
         log.close()
-    return state
+    return state, exit_code
 
 
 def _save(state: TrainState, config: RunConfig, hf_files: Path, last: bool, log: RunLog) -> Path:
@@ -172,7 +188,7 @@ class _Meter:
 
     def restart(self) -> None:
         self._totals = torch.zeros(5, dtype=torch.float64, device=device())
-        self._grad_norm, self._steps, self._seconds = 0.0, 0, 0.0
+        self._grad_norm, self._steps, self._updates, self._seconds = 0.0, 0, 0, 0.0
         self.resume()
 
     def resume(self) -> None:
@@ -182,9 +198,11 @@ class _Meter:
         now = time.perf_counter()
         self._seconds += now - self._begin
         self._begin = now
-        self._totals += result.totals
-        self._grad_norm += result.grad_norm
         self._steps += 1
+        if math.isfinite(result.grad_norm):  # a step that was skipped is no part of the means
+            self._totals += result.totals
+            self._grad_norm += result.grad_norm
+            self._updates += 1
 
     def read(self, state: TrainState) -> dict[str, float]:
         """The interval's numbers, global; collective. Starts the next interval."""
@@ -192,11 +210,11 @@ class _Meter:
         weighted_loss, cross_entropy, num_rows, num_correct, num_maskable = self._totals.tolist()
         tokens_per_second = self._steps * self._tokens_per_step / self._seconds
         values = {
-            "loss": weighted_loss / num_maskable,
+            "loss": weighted_loss / num_maskable if num_maskable else math.nan,
             "cross_entropy": cross_entropy / max(num_rows, 1),
             "accuracy": num_correct / max(num_rows, 1),
-            "mask_ratio": num_rows / num_maskable,
-            "grad_norm": self._grad_norm / self._steps,
+            "mask_ratio": num_rows / max(num_maskable, 1),
+            "grad_norm": self._grad_norm / max(self._updates, 1),
             "lr": max(group["lr"] for group in state.optimizer.param_groups),
             "tokens_per_second": tokens_per_second,
             "consumed_samples": state.consumed_samples,

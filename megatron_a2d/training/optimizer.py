@@ -7,9 +7,12 @@ parameter group.
 
 from __future__ import annotations
 
+import math
+
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import nn
@@ -78,6 +81,22 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def update_parameters(optimizer: MegatronOptimizer) -> float:
+    """Clip and step; returns the global gradient norm. If that is not finite, no rank steps.
+
+    The norm is a sum over all ranks, so all of them see the same and decide the same.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return grad_norm
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+            megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm
 
 
 def _tag_learning_rates(chunks: list[DistributedDataParallel], factors: dict[str, float], tied: bool) -> list[float]:

@@ -42,7 +42,7 @@ class TrainState:
 def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
     """This rank's part of the model, or one of its virtual stages; its weights mean nothing before a load."""
     transformer_config = build_transformer_config(architecture, config)
-    implementation = choose_implementation(config.training.transformer_impl)
+    implementation = choose_implementation(config)
     spec = build_block_spec(
         transformer_config, implementation, causal=config.diffusion.objective == "ar", vp_stage=vp_stage
     )

@@ -16,6 +16,7 @@ from megatron_a2d.data.batches import Batch
 from megatron_a2d.diffusion.objective import SampleSums, sample_sums
 from megatron_a2d.model.diffusion_lm import RowLosses, own_piece
 from megatron_a2d.runtime.device import device
+from megatron_a2d.training.optimizer import update_parameters
 
 
 class SampleLosses(NamedTuple):
@@ -23,12 +24,15 @@ class SampleLosses(NamedTuple):
 
     sample_index: Tensor  # [b] int64, global
     times: Tensor  # [b]
-    num_maskable: int  # of the whole micro-batch; 0 on all but the first of the ranks that share its sequence
+    num_maskable: Tensor  # [b] int64; 0 on all but the first of the ranks that share the samples' sequences
     sums: SampleSums
 
 
 class StepResult(NamedTuple):
-    """`totals` are this rank's part and may be summed over ranks; the gradient norm is global."""
+    """`totals` are this rank's part and may be summed over ranks; the gradient norm is global.
+
+    A norm that is not finite means that the update was skipped on all ranks.
+    """
 
     totals: Tensor  # [5] float64: weighted loss, cross-entropy, rows, correct rows, maskable tokens
     grad_norm: float
@@ -68,8 +72,7 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = forward_backward(chunks, batches, num_microbatches, shape, forward_only=False)
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(_totals(losses), float(grad_norm))
+    return StepResult(_totals(losses), update_parameters(optimizer))
 
 
 def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]:
@@ -90,10 +93,10 @@ def _loss(batch: Batch, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
     sample_N = has_loss_bs.nonzero()[:, 0]
     sums = sample_sums(rows.losses, weights_N, rows.correct, sample_N, len(batch.weights))
     # The ranks that share a sample's sequence have its rows in pieces; one of them counts the sample.
-    counts = parallel_state.get_context_parallel_rank() == 0
-    num_maskable = torch.tensor(batch.num_maskable * counts, dtype=torch.int, device=weights_N.device)
-    losses = SampleLosses(batch.sample_index, batch.times, batch.num_maskable * counts, sums)
-    return (rows.losses * weights_N).sum(), num_maskable, losses
+    num_maskable = batch.num_maskable * (parallel_state.get_context_parallel_rank() == 0)
+    losses = SampleLosses(batch.sample_index, batch.times, num_maskable, sums)
+    denominator = num_maskable.sum().to(dtype=torch.int, device=weights_N.device)
+    return (rows.losses * weights_N).sum(), denominator, losses
 
 
 def _totals(losses: list[SampleLosses]) -> Tensor:
@@ -101,5 +104,5 @@ def _totals(losses: list[SampleLosses]) -> Tensor:
     if parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor-parallel ranks hold the same rows
         for item in losses:
             totals[:4] += torch.stack([column.sum() for column in item.sums])
-            totals[4] += item.num_maskable
+            totals[4] += item.num_maskable.sum()
     return totals

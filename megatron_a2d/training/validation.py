@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_a2d.data.batches import Batch
-from megatron_a2d.diffusion.objective import Estimate, mean_estimate, ratio_estimate
+from megatron_a2d.diffusion.objective import Estimate, ratio_estimate
 from megatron_a2d.runtime.device import device
 from megatron_a2d.training.parallel import owns_loss
 from megatron_a2d.training.step import forward_backward
@@ -62,13 +62,13 @@ def validate(
             for item in forward_backward(chunks, batches, num_microbatches, shape, forward_only=True):
                 if owns_loss():
                     columns[item.sample_index, :4] = torch.stack(list(item.sums), dim=1)
-                    columns[item.sample_index, 4] = item.num_maskable / len(item.sample_index)
+                    columns[item.sample_index, 4] = item.num_maskable.to(columns)
     for module in modules:
         module.train()
     dist.all_reduce(columns)
     weighted_loss, cross_entropy, num_rows, num_correct, num_maskable = columns.cpu().T
     return ValidationResult(
-        nelbo=mean_estimate(weighted_loss / num_maskable),
+        nelbo=ratio_estimate(weighted_loss, num_maskable),
         cross_entropy=ratio_estimate(cross_entropy, num_rows),
         accuracy=ratio_estimate(num_correct, num_rows),
         num_samples=num_samples,

@@ -6,14 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
-import torch
 
 from checkpoints_tools import convert_hf
-from megatron_a2d.data.indexed import IndexedDatasetBuilder
 from tests.parity.pool import Pool
-from tests.tiny import write_hf
+from tests.tiny import write_hf, write_tokens
 
 
 class Case(NamedTuple):
@@ -22,16 +19,6 @@ class Case(NamedTuple):
     hf: Path
     checkpoint: str
     settings: dict[str, str]
-
-
-def write_tokens(prefix: Path, num_documents: int, vocabulary: int, seed: int) -> None:
-    """Random documents of 20 to 200 tokens."""
-    random = np.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for _ in range(num_documents):
-        tokens = random.integers(0, vocabulary, random.integers(20, 200))
-        builder.add_document(torch.from_numpy(tokens.astype(np.int32)), [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
 
 
 @pytest.fixture(scope="session")

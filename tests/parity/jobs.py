@@ -6,7 +6,10 @@ held against the same slice of the one-process reference, whatever layout made t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,8 +24,9 @@ from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import iteration_of, resolve
 from megatron_a2d.errors import SaveError
-from megatron_a2d.training import checkpoint, loop, parallel
+from megatron_a2d.training import checkpoint, loop, parallel, step
 from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.resume import find_start
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import _totals, forward_backward
@@ -58,7 +62,8 @@ def train_steps(
     if reference:
         expected = torch.load(reference)
         for name, shards in seen.items():
-            result[name] = max((_difference(shards[key], expected[name]) for key in shards), default=0.0)
+            values = torch.tensor([_difference(shard, expected[name]) for shard in shards.values()])
+            result[name] = float(values.max()) if len(values) else float("nan")
     return result
 
 
@@ -130,11 +135,11 @@ def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, fl
     # The distributed optimizer leaves each rank its own part of the gradients alone.
     whole = not config.parallel.use_distributed_optimizer
     gradients = _global_shards(state, lambda parameter: parameter.main_grad) if whole else {}
-    _, norm, _ = state.optimizer.step()
+    norm = update_parameters(state.optimizer)
     if config.parallel.overlap_param_gather:
         for chunk in state.chunks:
             chunk.start_param_sync(force_sync=True)
-    return float(totals[0] / totals[4]), float(norm), gradients
+    return float(totals[0] / totals[4]), norm, gradients
 
 
 def _global_shards(state: TrainState, what: Any) -> dict[str, ShardedTensor]:
@@ -168,10 +173,18 @@ def _difference(shard: ShardedTensor, expected: dict[str, torch.Tensor]) -> floa
     return float((shard.data.reshape(piece.shape) - piece).abs().max())
 
 
-def run(settings: dict[str, Any], stop_at: int | None = None, unwritable: str | None = None) -> dict[str, Any]:
-    """The training loop itself; `stop_at` ends it after that iteration as if the process had been stopped there.
+def run(
+    settings: dict[str, Any],
+    stop_at: int | None = None,
+    poison: tuple[int, ...] = (),
+    signal_at: tuple[int, int, int] | None = None,
+    unwritable: str | None = None,
+) -> dict[str, Any]:
+    """The training loop itself.
 
-    A directory in the place of the file `unwritable` keeps every checkpoint from being written.
+    stop_at: end after that step as if the process had been stopped there. poison: steps of this process in which the
+    last rank's loss is not a number. signal_at: (step, rank, signal) sent in the middle of a step. unwritable: a
+    directory in the place of this file keeps every checkpoint from being written.
     """
     runtime.install()
     config = build(SETTINGS | settings)
@@ -187,7 +200,11 @@ def run(settings: dict[str, Any], stop_at: int | None = None, unwritable: str | 
     def train_step(*arguments: Any) -> Any:
         if len(losses) == stop_at:
             raise _StoppedError
-        result = original(*arguments)
+        number = len(losses) + 1
+        if signal_at and signal_at[:2] == (number, dist.get_rank()):
+            os.kill(os.getpid(), signal_at[2])
+        with _poisoned(number in poison and dist.get_rank() == dist.get_world_size() - 1):
+            result = original(*arguments)
         totals = result.totals.clone()
         dist.all_reduce(totals)
         losses.append(float(totals[0] / totals[4]))
@@ -195,7 +212,7 @@ def run(settings: dict[str, Any], stop_at: int | None = None, unwritable: str | 
 
     loop.train_step = train_step
     try:
-        state = loop.train(config, architecture, start, weights_only)
+        state, exit_code = loop.train(config, architecture, start, weights_only)
     except SaveError as error:
         return {"losses": losses, "error": str(error)}
     except _StoppedError:
@@ -215,9 +232,27 @@ def run(settings: dict[str, Any], stop_at: int | None = None, unwritable: str | 
     return {
         "losses": losses,
         "start": 0 if weights_only else iteration_of(start),
+        "iteration": state.iteration,
+        "exit_code": exit_code,
         "weights": weights.hexdigest(),
         "optimizer": moments.hexdigest(),
     }
+
+
+@contextlib.contextmanager
+def _poisoned(active: bool) -> Iterator[None]:
+    """Every loss of this process is not a number."""
+    original = step._loss
+
+    def poisoned(*arguments: Any) -> Any:
+        loss, *rest = original(*arguments)
+        return loss * float("nan"), *rest
+
+    step._loss = poisoned if active else original
+    try:
+        yield
+    finally:
+        step._loss = original
 
 
 class _StoppedError(Exception):

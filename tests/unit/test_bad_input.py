@@ -16,8 +16,7 @@ from checkpoints_tools import convert_hf
 from megatron_a2d import train
 from megatron_a2d.conversion.manifest import write_manifest
 from megatron_a2d.errors import UserError
-from tests.parity.conftest import write_tokens
-from tests.tiny import write_hf
+from tests.tiny import write_hf, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +47,7 @@ def arguments(root: Path, **changes: Any) -> list[str]:
 def test_a_good_run_passes(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main([*arguments(good, expert_model_parallel_size=4), "--world-size", "8"])
     shown = capsys.readouterr().out
-    assert "8 processes = TP 1 x PP 1 x DP 8, EP 4" in shown and "256 tokens" in shown
+    assert "8 processes = TP 1 x PP 1 x CP 1 x DP 8, experts EP 4 x ETP 1" in shown and "256 tokens" in shown
 
 
 def drop_idx(root: Path) -> dict[str, Any]:
@@ -76,6 +75,16 @@ def damaged(root: Path, change: Callable[[Path], None], intact: bool = True) -> 
 def other_architecture(directory: Path) -> None:
     path = directory / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 128}))
+
+
+def mask_outside(directory: Path) -> None:
+    path = directory / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token_id": 99999}))
+
+
+def mask_is_a_word(directory: Path) -> None:
+    path = directory / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token_id": 5}))
 
 
 def no_config(directory: Path) -> None:
@@ -111,6 +120,8 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("checkpoint is a HF directory", lambda root: {"load": root / "moe"}, "latest_checkpointed_iteration"),
     ("other architecture", lambda root: damaged(root, other_architecture), "embedding"),
     ("dense weights, MoE config", lambda root: damaged(root, dense_weights), "mlp"),
+    ("mask outside the embedding", lambda root: damaged(root, mask_outside), "not a row of the embedding"),
+    ("mask is an ordinary token", lambda root: damaged(root, mask_is_a_word), "which text uses"),
     ("no config", lambda root: damaged(root, no_config), "config"),
     ("not Qwen", lambda root: damaged(root, not_qwen), "llama"),
     ("no metadata", lambda root: damaged(root, no_metadata), "incomplete"),
@@ -121,7 +132,7 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("data are missing", lambda root: {"train_data_path": root / "none"}, "none"),
     (".bin without .idx", drop_idx, "alone.idx is missing"),
     ("empty files", empty_pair, "is empty"),
-    ("foreign token ids", lambda root: {"train_data_path": root / "foreign"}, "outside the model's vocabulary of 256"),
+    ("foreign token ids", lambda root: {"train_data_path": root / "foreign"}, "the model's vocabulary has 256"),
     ("validation too small", lambda root: {"global_batch_size": 4096, "micro_batch_size": 1}, "--valid-data-path"),
     ("samples too long", lambda root: {"seq_length": 513}, "512 positions"),
     ("layout", lambda root: {"tensor_model_parallel_size": 2}, "does not divide the 1 processes"),
@@ -138,7 +149,12 @@ def test_train_refuses(make: Callable[[Path], dict[str, Any]], message: str, goo
 
 def test_exit_code_and_message(good: Path) -> None:
     """As a user sees it: no traceback, exit code 2, and nothing under --save."""
-    command = [sys.executable, "-m", "megatron_a2d.train", *arguments(good, seq_length=513, save=good / "run", lr=-1)]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_a2d.train",
+        *arguments(good, seq_length=513, save=good / "run", weight_decay=-1),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     lines = result.stderr.strip().splitlines()

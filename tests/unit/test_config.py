@@ -127,10 +127,20 @@ BAD = [
     ({"lr_mult": {"router": 1.0}}, DENSE, 1, "no router"),
     ({"lr_mult": {"head": 1.0}}, replace(DENSE, tie_word_embeddings=True), 1, "tied"),
     ({"lr_mult": {"atention": 1.0}}, DENSE, 1, "there is no role 'atention'"),
-    ({"lr_mult": {"mlp": -1.0}}, DENSE, 1, "must not be negative"),
+    ({"lr_mult": {"mlp": -1.0}}, DENSE, 1, "not negative"),
     ({"min_lr": 1.0}, DENSE, 1, "exceeds --lr"),
     ({"lr_warmup_iters": 1000}, DENSE, 1, "warm-up would never end"),
-    ({"lr_decay_style": "WSD"}, DENSE, 1, "WSD needs the length"),
+    ({"lr_decay_style": "WSD"}, DENSE, 1, "WSD's final decay"),
+    ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 1001}, DENSE, 1, "fit into --train-iters"),
+    ({"lr": float("inf")}, DENSE, 1, "finite"),
+    ({"lr_mult": {"mlp": float("inf")}}, DENSE, 1, "finite"),
+    ({"objective": "ar", "label_shift": False}, DENSE, 1, "no effect with --objective ar"),
+    ({"context_parallel_size": 3}, DENSE, 4, "does not divide the 4 processes"),
+    ({"context_parallel_size": 2, "seq_length": 33}, DENSE, 2, "use a multiple of 2"),
+    ({"expert_tensor_parallel_size": 5, "global_batch_size": 10}, MOE, 5, "48 rows of an expert"),
+    ({"num_virtual_stages_per_pipeline_rank": 2}, DENSE, 1, "has no effect"),
+    ({"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 3}, DENSE, 2, "4 layers"),
+    ({"overlap_param_gather": True}, DENSE, 1, "needs --use-distributed-optimizer"),
     ({"lr_wsd_decay_iters": 5}, DENSE, 1, "has no effect with"),
     ({"min_time": 0.0}, DENSE, 1, "between 0 and 1"),
     ({"micro_batch_size": 0}, DENSE, 1, "at least 1"),
@@ -147,6 +157,15 @@ def test_bad_layouts_and_values(values: dict, architecture: Architecture, world_
     assert all(problem.startswith("--") for problem in problems)
 
 
+QWEN3_30B_A3B = Architecture(
+    48, 2048, 32, 4, 128, 6144, 151936, 40960, 1e-6, 1e6, False, 128, 8, 768, mask_token_id=151669
+)
+QWEN3_8B = Architecture(36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e-6, 1e6, False, mask_token_id=151669)
+MODEL_OF_RECIPE = {
+    "demo_ar": (MOE, (2,)), "demo_cpu": (MOE, (2,)), "qwen3_8b": (QWEN3_8B, (8, 64)), "qwen3_30b_a3b": (QWEN3_30B_A3B, (8, 64)),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe: Path) -> None:
     config = parse("--config", str(recipe))
@@ -154,3 +173,6 @@ def test_every_recipe_parses(recipe: Path) -> None:
     assert {name: config.to_dict()[name] for name in chosen if name != "lr_mult"} == {
         name: value for name, value in chosen.items() if name != "lr_mult"
     }
+    architecture, world_sizes = MODEL_OF_RECIPE[recipe.stem]
+    for world_size in world_sizes:
+        assert not find_problems(config, architecture, world_size)

@@ -19,9 +19,8 @@ LEVELS = {
     "training": 3, "study": 3,
     "live_view": 3, "train": 4, "generate": 4,
 }  # fmt: skip
-STRANGERS = {("diffusion", "conversion"), ("diffusion", "hf"), ("conversion", "diffusion"), ("hf", "diffusion"), ("hf", "conversion"),
+STRANGERS = {("diffusion", "conversion"), ("diffusion", "hf"), ("conversion", "diffusion"), ("hf", "diffusion"), ("hf", "conversion"), ("conversion", "hf"),
              ("model", "data"), ("data", "model")}  # fmt: skip
-# conversion copies hf's files into an export: it may ask where they lie, and nothing else.
 
 
 def imports(path: Path) -> set[str]:

@@ -8,6 +8,7 @@ import pytest
 from megatron_a2d.diffusion.corruption import corrupt, next_token
 from megatron_a2d.diffusion.noise import Noise
 from megatron_a2d.diffusion.schedule import SCHEDULES
+from megatron_a2d.errors import UserError
 
 NOISE = Noise(seed=7, mask_token_id=99)
 
@@ -93,3 +94,8 @@ def test_next_token() -> None:
     sample = next_token(np.array([5, 6, 7]))
     assert sample.tokens.tolist() == [5, 6, 7] and sample.labels[:2].tolist() == [6, 7]
     assert sample.weights.tolist() == [1, 1, 0] and sample.num_maskable == 2
+
+
+def test_text_that_holds_the_mask_token_is_refused() -> None:
+    with pytest.raises(UserError, match="holds the mask token"):
+        corrupt(np.array([1, 99, 2]), 0, NOISE)
