@@ -3,7 +3,9 @@
     torchrun --nproc-per-node 8 -m megatron_a2d.train --config launch/recipes/NAME.yaml --load CKPT --save RUN
     python -m megatron_a2d.train --config ... --load CKPT --dry-run --world-size 64     # check, on any machine
 
-The loop is in training/loop.py; what is built before it, in training/setup.py.
+The loop is in training/loop.py; what is built before it, in training/setup.py; where it starts, in training/resume.py.
+A process ends with 0 when the run is done, 2 when something given to it is wrong, 74 when a checkpoint could not be
+written (--on-save-error); training/stopping.py has the others.
 """
 
 from __future__ import annotations
@@ -52,8 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         # The first rank alone looks into files; while it does, the others wait for it to join the process group.
         first = _check(config, processes) if parallel.rank() == 0 else None
-        if first and options.dry_run:
-            print(describe(config, first.architecture, first.start.directory, processes))
+        if options.dry_run:
+            if first:
+                print(describe(config, first.architecture, first.start.directory, processes))
             return
         if problems := find_problems(config, None, processes):
             raise UserError(problems)

@@ -34,7 +34,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     train_data, valid_data = open_datasets(config, architecture)
     state = build_train_state(architecture, config)
     load_checkpoint(state, start, weights_only)
-    training = config.training
+    training, hf_files = config.training, start / HF_FILES
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
     meter, spikes = _Meter(config, architecture), SpikeDetector()

@@ -101,6 +101,10 @@ BAD = [
         "does not divide the model's 8 experts",
     ),
     ({"expert_model_parallel_size": 2}, DENSE, 2, "the model is dense"),
+    ({"keep_every": 100, "save": "run"}, MOE, 1, "--keep-every 100: has no effect without --keep-last"),
+    ({"keep_last": 2}, MOE, 1, "--keep-last 2: has no effect without --save"),
+    ({"keep_last": -1, "save": "run"}, MOE, 1, "--keep-last -1: must not be negative"),
+    ({"load_iteration": 0}, MOE, 1, "--load-iteration 0: must be at least 1"),
     ({"tensor_model_parallel_size": 2}, MOE, 2, "MoE layers need --sequence-parallel"),
     (
         {"tensor_model_parallel_size": 4, "sequence_parallel": True},

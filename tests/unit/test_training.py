@@ -10,7 +10,8 @@ import pytest
 
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import build
-from megatron_a2d.errors import UserError
+from megatron_a2d.console import entry_point
+from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.study.report import draw_run, read_log
 from megatron_a2d.train import state_bytes
@@ -85,3 +86,12 @@ def test_report_without_a_run(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(UserError, match="no training record"):
         draw_run(tmp_path, tmp_path / "report.png")
+
+
+def test_exit_code_of_a_checkpoint_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise SaveError("--save run: no room")
+
+    with pytest.raises(SystemExit) as end:
+        entry_point(main)
+    assert end.value.code == 74 and capsys.readouterr().err == "error: --save run: no room\n"
