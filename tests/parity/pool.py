@@ -20,7 +20,7 @@ import torch.multiprocessing as multiprocessing
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
 # megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads:
 # after so many jobs the processes are started anew.
-MAX_JOBS = 30
+MAX_JOBS = 20
 
 
 class Pool:
