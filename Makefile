@@ -22,7 +22,7 @@ RECIPE ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parity check data convert-hf train export verify generate bench
+.PHONY: help setup demo test test-parity test-faults check data convert-hf train export verify generate bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +46,9 @@ test: setup  ## the tests
 
 test-parity: setup  ## the layouts against one process; writes docs/exactness.md
 	$(TESTS) tests/parity --exactness docs/exactness.md $(ARGS)
+
+test-faults: setup  ## SIGKILL at thirty random moments, and every other fault
+	$(TESTS) tests/faults tests/parity/test_faults.py tests/parity/test_stopping.py -s $(ARGS)
 
 check: setup  ## linter, formatter, types
 	$(BIN)/ruff check .
