@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def head_and_loss(kind: str) -> Callable[[], Any]:
-    """One forward and backward of the model's own head."""
+    """One forward and backward: the projection by torch's linear, the cross-entropy that the model uses."""
     from megatron.core import tensor_parallel
 
     from megatron_a2d.config import build

@@ -26,6 +26,7 @@ from tokenizers import (
     trainers,
 )
 
+from data_prep.encoders import END_OF_TEXT
 from data_prep.readers import Counts, input_size, read_documents
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human, progress
@@ -37,7 +38,6 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-END_OF_TEXT = "<|endoftext|>"
 # Qwen3's added tokens in the order of their ids. Control tokens vanish when text is decoded without
 # special tokens; markup tokens do not, for they are part of what the model says.
 CONTROL_TOKENS = (

@@ -163,12 +163,13 @@ def _write_untrained_model(directory: Path, tokenizer: Path) -> None:
 def _closing_table(out: Path, seconds: float) -> Table:
     from megatron_a2d.data.indexed import TokenFile
     from megatron_a2d.data.statistics import unigram_entropy
+    from megatron_a2d.study.report import read_log
 
     architecture = read_architecture(out / "exported")
     entropy = unigram_entropy(
         TokenFile(out / "corpus_train"), TokenFile(out / "corpus_valid"), architecture.vocab_size, piece_length=128
     )
-    records = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    records = read_log(out / "run")
     before, after = (
         next(record for record in ordering if record["kind"] == "validation")
         for ordering in (records, reversed(records))

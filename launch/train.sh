@@ -16,7 +16,8 @@ if [ "$NNODES" = 1 ]; then
 else
   rendezvous=(--node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:-29500}")
 fi
-# Everything that can be wrong is found here, in seconds and in one process: exit code 2 and a line for each problem.
-"$BIN/python" -m megatron_a2d.train "$@" --dry-run --world-size $((NPROC * NNODES))
+# What can be wrong is found here, in seconds and in one process: exit code 2 and a line for each problem. The checksums
+# of a large checkpoint take longer, and are compared once, when the run itself starts.
+"$BIN/python" -m megatron_a2d.train "$@" --no-verify-checkpoint --dry-run --world-size $((NPROC * NNODES))
 exec "$BIN/python" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC" "${rendezvous[@]}" \
   -m megatron_a2d.train "$@"

@@ -46,6 +46,8 @@ def _range_problems(config: RunConfig) -> list[str]:
         "min_lr",
         "keep_last",
         "keep_every",
+        "exit_interval",
+        "exit_duration_in_mins",
     ):
         need(name, values[name] >= 0, "must not be negative")
     for name in ("lr", "adam_eps"):

@@ -26,7 +26,7 @@ def _epoch_order(num_samples: int, seed: int, epoch: int) -> Permutation:
 class PackedDataset:
     """Samples of `seq_length` tokens; with shuffle=False they come in the stream's order.
 
-    `vocab_size` (rows of the model's embedding) turns a token outside it into a UserError.
+    `vocab_size` (rows of the model's embedding) turns a token outside it into a UserError; `scan`: at once.
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class PackedDataset:
         seed: int = 0,
         shuffle: bool = True,
         vocab_size: int | None = None,
+        scan: bool = True,
     ):
-        self.file = TokenFile(prefix, vocab_size)
+        self.file = TokenFile(prefix, vocab_size, scan)
         self.seq_length = seq_length
         self.seed = seed
         self.shuffle = shuffle
         self.num_samples = self.file.num_tokens // seq_length
         if self.num_samples == 0:
             raise UserError(
-                f"{prefix}: its {self.file.num_tokens} tokens do not fill one sample of "
-                f"--seq-length {seq_length}; "
+                f"{prefix}: its {self.file.num_tokens} tokens do not fill one sample of --seq-length {seq_length}; "
                 "give more text or shorter samples"
             )
 

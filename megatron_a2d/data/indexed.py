@@ -44,7 +44,8 @@ class TokenFile:
     that names the document.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int | None = None):
+    def __init__(self, prefix: str | Path, vocab_size: int | None = None, scan: bool = True):
+        """`scan` looks for such tokens at once, in the file's first GiB; they are found when read in any case."""
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
         index = _open_index(self.prefix)
@@ -53,7 +54,7 @@ class TokenFile:
         self.num_tokens = Path(f"{self.prefix}.bin").stat().st_size // self.dtype.itemsize
         # It unmaps the files when it is collected, and its arrays then point nowhere: everything is copied.
         self._dataset = IndexedDataset(self.prefix)
-        if vocab_size is not None:
+        if vocab_size is not None and scan:
             scanned = min(self.num_tokens, _SCANNED_BYTES // self.dtype.itemsize)
             for start in range(0, scanned, _CHUNK):
                 self._check_ids(self._copy(start, min(_CHUNK, scanned - start), self.dtype), start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, 
 
 def train(config: RunConfig, architecture: Architecture, start: Path, weights_only: bool) -> tuple[TrainState, int]:
     """Train from the checkpoint directory `start`; returns the state and the exit code (stopping.py). Collective."""
-    train_data, valid_data = open_datasets(config, architecture)
+    # Scanned by the first rank before the run (train.py); every token is checked again when it is read.
+    train_data, valid_data = open_datasets(config, architecture, scan=False)
     state = build_train_state(architecture, config)
     load_checkpoint(state, start, weights_only)
     training, hf_files = config.training, start / HF_FILES
@@ -41,10 +43,11 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     shape = (training.micro_batch_size, config.data.seq_length)
     end: tuple[str, int] | None = None
-    hf_files = start / HF_FILES
     try:
         log.event("start", iteration=state.iteration, settings=config.to_dict())
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
+        if state.iteration >= training.train_iters:
+            log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to go on")
         if state.iteration == 0:
             _validate(state, config, architecture, valid_data, log)
         meter.restart()
@@ -99,16 +102,19 @@ def _save(state: TrainState, config: RunConfig, hf_files: Path, last: bool, log:
     return path / HF_FILES
 
 
-def open_datasets(config: RunConfig, architecture: Architecture) -> tuple[PackedDataset, PackedDataset | None]:
+def open_datasets(
+    config: RunConfig, architecture: Architecture, scan: bool = True
+) -> tuple[PackedDataset, PackedDataset | None]:
     """Training and validation data, checked against the model's vocabulary."""
-    data, vocab_size = config.data, architecture.vocab_size
+    data = config.data
+    checks: dict[str, Any] = {"vocab_size": architecture.vocab_size, "scan": scan}
     if not data.train_data_path:
         raise UserError("--train-data-path: is missing; give the prefix that data_prep.tokenize_corpus wrote")
-    train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, vocab_size=vocab_size)
+    train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, **checks)
     if not data.valid_data_path:
         return train_data, None
     # One fixed order: the first samples of it stand for all documents, whatever --seed a run has.
-    valid_data = PackedDataset(data.valid_data_path, data.seq_length, seed=VALIDATION_SEED, vocab_size=vocab_size)
+    valid_data = PackedDataset(data.valid_data_path, data.seq_length, seed=VALIDATION_SEED, **checks)
     if valid_data.num_samples < config.training.global_batch_size:
         raise UserError(
             f"--valid-data-path {data.valid_data_path}: its {valid_data.num_samples} samples of --seq-length "

@@ -144,6 +144,9 @@ BAD = [
     ({"lr_wsd_decay_iters": 5}, DENSE, 1, "has no effect with"),
     ({"min_time": 0.0}, DENSE, 1, "between 0 and 1"),
     ({"micro_batch_size": 0}, DENSE, 1, "at least 1"),
+    ({"max_skipped_steps": 0}, DENSE, 1, "at least 1"),
+    ({"exit_interval": -1}, DENSE, 1, "must not be negative"),
+    ({"exit_duration_in_mins": -1.0}, DENSE, 1, "must not be negative"),
     ({"adam_beta1": 1.0}, DENSE, 1, "[0, 1)"),
 ]
 
