@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
 NPROC=${NPROC:-1}
 NNODES=${NNODES:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would choose the same, with a banner
 if [ "$NNODES" = 1 ]; then
   rendezvous=(--standalone)
 else
