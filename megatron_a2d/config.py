@@ -140,6 +140,8 @@ class TrainingConfig:
     """layers by Transformer Engine, or by torch alone; auto: by Transformer Engine on a GPU if installed"""
     save_interval: int = 500
     """iterations between checkpoints; one is always written at the end"""
+    async_save: bool = False
+    """write checkpoints in the background while training goes on; the last one is waited for"""
     exit_interval: int = 0
     """save and end after an iteration that this divides; 0: never"""
     exit_duration_in_mins: float = 0.0

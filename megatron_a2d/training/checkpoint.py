@@ -7,10 +7,14 @@ is made to name it, and older ones are removed as --keep-last says.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
@@ -24,57 +28,78 @@ from megatron_a2d.conversion.checkpoint import (
     directory_name,
     list_iterations,
 )
-from megatron_a2d.conversion.manifest import Entry, measure, write_manifest
+from megatron_a2d.conversion.manifest import Entry, write_manifest
 from megatron_a2d.conversion.torch_dist import FORMAT
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import fsync_path, new_file, write_json
 from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.runtime.device import device
 from megatron_a2d.runtime.saving import Saving
+from megatron_a2d.training.optimizer_state import OptimizerState, adam_step
+from megatron_a2d.training.parallel import from_first_rank
 from megatron_a2d.training.setup import TrainState
 
 # Optimizer state that any other layout can load; the experts' optimizer is not told apart by its position.
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def save_checkpoint(state: TrainState, config: RunConfig, hf_files: Path) -> Path:
-    """Write `--save`/iter_NNNNNNN; collective. `hf_files` holds the source model's configuration and tokenizer.
+class Save:
+    """The checkpoint `--save`/iter_NNNNNNN of the state as it is now; written from here to `finish`.
 
-    Raises SaveError on all ranks when one of them cannot write; earlier checkpoints are then as they were.
+    `hf_files` holds the source model's configuration and tokenizer. All methods are collective; the constructor and
+    `finish` raise SaveError on all ranks when one of them cannot write, and earlier checkpoints are then as they were.
     """
-    training = config.training
-    assert training.save is not None
-    root = Path(training.save)
-    final = root / directory_name(state.iteration)
-    partial = root / f".{final.name}.partial"
-    on_first_rank = dist.get_rank() == 0
-    saving = Saving()
-    try:
-        if on_first_rank:
-            saving.attempt(_make_room, root, partial)
-        saving.agree()
-        saving.write_state(_sharded_state(state, is_loading=False), partial, dict(_FORMAT))
-        entries: list[dict[str, Entry]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(entries, saving.attempt(_measure_own, partial) or {})
-        saving.agree()
-        known = {name: entry for part in entries for name, entry in part.items()}
-        if on_first_rank:
-            saving.attempt(_complete, partial, final, config, hf_files, known)
-        saving.agree()
-    except SaveError as error:
-        free = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
-        dist.barrier()  # all have looked, and none is reading what is now removed
-        if on_first_rank:
-            shutil.rmtree(partial, ignore_errors=True)
-        earlier = [iteration for iteration in list_iterations(root) if iteration != state.iteration]
-        raise SaveError(
-            f"--save {root}: the checkpoint of iteration {state.iteration} could not be written ({error}; "
-            f"{human(free, 'B')} were left); the newest one is "
-            + (f"that of iteration {earlier[-1]}" if earlier else "what the run started from")
-            + ". Make room, then start the same command again"
-        ) from None
-    if on_first_rank:
-        remove_old(training, state.iteration)
-    return final
+
+    def __init__(self, state: TrainState, config: RunConfig, hf_files: Path):
+        assert config.training.save is not None
+        self._config, self._hf_files, self.iteration = config, hf_files, state.iteration
+        self._root = Path(config.training.save)
+        self._final = self._root / directory_name(state.iteration)
+        # A name of its own: a writer that outlived a killed run must not meet the files of the next one.
+        self._partial = self._root / f".{self._final.name}.{from_first_rank(secrets.token_hex(4))}.partial"
+        self._saving = Saving()
+        with self._all_or_nothing():
+            if dist.get_rank() == 0:
+                self._saving.attempt(_make_room, self._root, self._partial)
+            self._saving.agree()
+            self._saving.start_writing(_sharded_state(state), self._partial, dict(_FORMAT))
+
+    def is_written(self) -> bool:
+        """Whether `finish` would wait for no rank's disk."""
+        written = torch.tensor(int(self._saving.is_written()), device=device())
+        dist.all_reduce(written, op=dist.ReduceOp.MIN)
+        return bool(written)
+
+    def finish(self) -> Path:
+        """Complete it under its final name, and remove old ones; returns its path."""
+        with self._all_or_nothing():
+            known = self._saving.finish_writing()
+            if dist.get_rank() == 0:
+                self._saving.attempt(
+                    _complete, self._partial, self._final, self._config, self._hf_files, known, self.iteration
+                )
+            self._saving.agree()
+        if dist.get_rank() == 0:
+            remove_old(self._config.training, self.iteration)
+        return self._final
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except SaveError as error:
+            root = self._root
+            free = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
+            dist.barrier()  # all have looked, and none is reading what is now removed
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            earlier = [iteration for iteration in list_iterations(root) if iteration != self.iteration]
+            raise SaveError(
+                f"--save {root}: the checkpoint of iteration {self.iteration} could not be written ({error}; "
+                f"{human(free, 'B')} were left); the newest one is "
+                + (f"that of iteration {earlier[-1]}" if earlier else "what the run started from")
+                + ". Make room, then start the same command again"
+            ) from None
 
 
 def remove_old(training: TrainingConfig, newest: int) -> None:
@@ -103,12 +128,9 @@ def _make_room(root: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _measure_own(partial: Path) -> dict[str, Entry]:
-    """Checksums of this rank's chunks: each rank reads back what it wrote, not the first one everything."""
-    return measure(partial, [path.name for path in partial.glob(f"__{dist.get_rank()}_*.distcp")])
-
-
-def _complete(partial: Path, final: Path, config: RunConfig, hf_files: Path, known: dict[str, Entry]) -> None:
+def _complete(
+    partial: Path, final: Path, config: RunConfig, hf_files: Path, known: dict[str, Entry], iteration: int
+) -> None:
     """The rest of the files, flushed, and the rename."""
     (partial / HF_FILES).mkdir()
     copy_hf_files(hf_files, partial / HF_FILES)
@@ -118,11 +140,15 @@ def _complete(partial: Path, final: Path, config: RunConfig, hf_files: Path, kno
     for entry in partial.rglob("*"):
         fsync_path(entry)
     fsync_path(partial)
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = partial.with_name(f".{final.name}.replaced.partial")
+    if final.exists():  # a run that resumed from an earlier one writes it anew
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
     os.rename(partial, final)
     fsync_path(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     with new_file(final.parent / TRACKER) as tracker:
-        tracker.write_text(f"{int(final.name.removeprefix('iter_'))}\n")
+        tracker.write_text(f"{iteration}\n")
 
 
 def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> None:
@@ -132,9 +158,16 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
         _load_model(state, loaded)
         state.optimizer.reload_model_params()
         return
-    loaded = _load(_sharded_state(state, is_loading=True), directory)
+    model = _sharded_model(state)
+    step = dist_checkpointing.load_common_state_dict(str(directory)).get("optimizer_step", 0)
+    # Without an update so far (all steps were skipped) there is no state yet.
+    optimizer = OptimizerState(state.optimizer, model, is_loading=True, metadata=_metadata()) if step else None
+    loaded = _load({**model, "optimizer": optimizer.tensors if optimizer else {}}, directory)
     _load_model(state, loaded)
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    if optimizer:
+        optimizer.load(loaded["optimizer"], step)
+    else:
+        state.optimizer.reload_model_params()
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
@@ -154,12 +187,13 @@ def _sharded_model(state: TrainState) -> dict[str, Any]:
     return {name: model.sharded_state_dict(metadata=_metadata()) for name, model in _models(state).items()}
 
 
-def _sharded_state(state: TrainState, is_loading: bool) -> dict[str, Any]:
-    models = _sharded_model(state)
-    parameters = models if len(models) > 1 else models["model"]
+def _sharded_state(state: TrainState) -> dict[str, Any]:
+    model, step = _sharded_model(state), adam_step(state.optimizer)
+    optimizer = OptimizerState(state.optimizer, model, is_loading=False, metadata=_metadata()) if step else None
     return {
-        **models,
-        "optimizer": state.optimizer.sharded_state_dict(parameters, is_loading=is_loading, metadata=_metadata()),
+        **model,
+        "optimizer": optimizer.tensors if optimizer else {},
+        "optimizer_step": step,
         "scheduler": state.scheduler.state_dict(),
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,

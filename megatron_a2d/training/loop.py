@@ -19,11 +19,12 @@ from megatron_a2d.data.batches import MakeSample, MicroBatches
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.diffusion.corruption import corrupt, next_token
 from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.errors import SaveError, UserError
+from megatron_a2d.errors import UserError
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.runtime.device import device, peak_flops
-from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.log import RunLog
+from megatron_a2d.training.saves import Saves
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import StepResult, train_step
 from megatron_a2d.training.stopping import EXIT_NOT_FINITE, SkippedSteps, SpikeDetector, StopRequests
@@ -36,9 +37,10 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     train_data, valid_data = open_datasets(config, architecture, scan=False)
     state = build_train_state(architecture, config)
     load_checkpoint(state, start, weights_only)
-    training, hf_files = config.training, start / HF_FILES
+    training = config.training
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
+    saves = Saves(config, start / HF_FILES, log)
     meter, spikes = _Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     shape = (training.micro_batch_size, config.data.seq_length)
@@ -72,7 +74,9 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
                 _validate(state, config, architecture, valid_data, log)
             if training.save and (last or state.iteration % training.save_interval == 0):
-                hf_files = _save(state, config, hf_files, last, log)
+                saves.save(state, last)
+            else:
+                saves.poll()
             meter.resume()
         reason, exit_code = end or ("complete", 0)
         log.event("end", iteration=state.iteration, reason=reason, exit_code=exit_code)
@@ -82,24 +86,6 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         batches.close()
         log.close()
     return state, exit_code
-
-
-def _save(state: TrainState, config: RunConfig, hf_files: Path, last: bool, log: RunLog) -> Path:
-    """Save; returns where the source model's files now lie, for `start` may be removed as an old checkpoint.
-
-    A failure ends the run unless --on-save-error says otherwise; that of the last checkpoint always does.
-    """
-    try:
-        path = save_checkpoint(state, config, hf_files)
-    except SaveError as error:
-        log.event("save_error", iteration=state.iteration, error=str(error))
-        if last or config.training.on_save_error == "stop":
-            raise
-        log.say(f"error: {error}")
-        return hf_files
-    log.event("checkpoint", iteration=state.iteration, path=str(path))
-    log.say(f"checkpoint {path}")
-    return path / HF_FILES
 
 
 def open_datasets(

@@ -34,7 +34,7 @@ _FREE = {
     "train_data_path", "valid_data_path", "num_workers", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters",
 }  # fmt: skip
 BOUND = (
-    "global_batch_size", "bf16", "use_distributed_optimizer",
+    "global_batch_size", "bf16",
     *(
         item.name
         for group in (DataConfig, DiffusionConfig, OptimizationConfig)

@@ -25,7 +25,7 @@ from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import iteration_of, resolve
 from megatron_a2d.errors import SaveError
 from megatron_a2d.training import checkpoint, loop, parallel, step
-from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_a2d.training.checkpoint import Save, load_checkpoint
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.resume import find_start
 from megatron_a2d.training.setup import TrainState, build_train_state
@@ -83,7 +83,7 @@ def convert_layout(checkpoint: str, settings: dict[str, Any]) -> None:
     """
     config, state, batches = _start(checkpoint, settings | {"lr": 1e-30})
     _step(config, state, batches)
-    save_checkpoint(state, config, resolve(checkpoint) / "hf")
+    Save(state, config, resolve(checkpoint) / "hf").finish()
 
 
 def logits(checkpoint: str, settings: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
