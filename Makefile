@@ -41,14 +41,14 @@ $(VENV)/installed: setup.py constraints/py311.txt constraints/transformers4.txt
 demo: setup  ## the whole way on two CPU cores, offline, in minutes
 	@$(BIN)/python -m launch.demo $(ARGS)
 
-test: setup  ## the tests
+test: setup  ## the tests: all but the full matrices
 	$(TESTS) $(ARGS)
 
-test-parity: setup  ## the layouts against one process; writes docs/exactness.md
-	$(TESTS) tests/parity --exactness docs/exactness.md $(ARGS)
+test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes docs/exactness.md
+	$(TESTS) tests/parity -m "" --exactness docs/exactness.md $(ARGS)
 
-test-faults: setup  ## SIGKILL at thirty random moments, and every other fault
-	$(TESTS) tests/faults tests/parity/test_faults.py tests/parity/test_stopping.py -s $(ARGS)
+test-faults: setup  ## kill, damage, fill, poison; prints what was lost and writes it to docs/exactness.md
+	$(TESTS) tests/faults -m "" --exactness docs/exactness.md $(ARGS)
 
 check: setup  ## linter, formatter, types
 	$(BIN)/ruff check .

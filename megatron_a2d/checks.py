@@ -50,7 +50,7 @@ def _range_problems(config: RunConfig) -> list[str]:
         "exit_duration_in_mins",
     ):
         need(name, values[name] >= 0, "must not be negative")
-    for name in ("lr", "adam_eps"):
+    for name in ("lr", "adam_eps", "distributed_timeout_minutes"):
         need(name, values[name] > 0, "must be positive")
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -63,7 +63,7 @@ def _range_problems(config: RunConfig) -> list[str]:
         "keep_every", not values["keep_every"] or values["keep_last"] > 0,
         "has no effect without --keep-last, which keeps all; set that too",
     )  # fmt: skip
-    for name in ("keep_last", "keep_every"):
+    for name in ("keep_last", "keep_every", "async_save"):
         need(name, not values[name] or bool(values["save"]), "has no effect without --save; add it or remove this")
     need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
     need(

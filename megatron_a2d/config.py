@@ -45,6 +45,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """gather the distributed optimizer's parameters while the forward pass goes on"""
 
+    distributed_timeout_minutes: float = 10.0
+    """minutes without a sign of life after which a process counts as dead, and the others end"""
+
     @property
     def virtual_pipeline_size(self) -> int | None:
         """As megatron.core wants it: None unless the interleaved schedule is used."""

@@ -5,7 +5,7 @@
 
 The loop is in training/loop.py; what is built before it, in training/setup.py; where it starts, in training/resume.py.
 A process ends with 0 when the run is done, 2 when something given to it is wrong, 74 when a checkpoint could not be
-written (--on-save-error); training/stopping.py has the others.
+written (--on-save-error), 5 when another process died (runtime/peers.py); training/stopping.py has the others.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     # megatron.core insists on it for tensor parallelism on GPUs before Blackwell.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from megatron_a2d.runtime.peers import Peers
     from megatron_a2d.training import loop, parallel
 
     processes = parallel.world_size() if options.world_size is None else options.world_size
@@ -61,15 +62,15 @@ def main(argv: list[str] | None = None) -> None:
         if problems := find_problems(config, None, processes):
             raise UserError(problems)
         parallel.initialize(config.parallel)
-        try:
+        with Peers(60 * config.parallel.distributed_timeout_minutes):
             checked = parallel.from_first_rank(first)
             assert checked is not None
             _, exit_code = loop.train(config, checked.architecture, *checked.start)
-        finally:
-            parallel.finalize()
+        parallel.finalize()
         if exit_code:
             sys.exit(exit_code)
     except (UserError, SaveError):
+        parallel.finalize()
         if parallel.rank() > 0:
             # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.
             time.sleep(10)

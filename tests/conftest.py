@@ -1,35 +1,28 @@
-"""Fixtures that all tests share, and the page that the layouts' differences are written to."""
+"""Fixtures that all tests share, and what is written when a suite has passed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.cases import Case
+from tests.exactness import Exactness
 from tests.parity.pool import Pool
+from tests.tiny import write_hf, write_tokens
 
-
-class Measured(NamedTuple):
-    """The largest differences of a layout from one process."""
-
-    model: str
-    layout: str
-    num_processes: int
-    differences: dict[str, float]
-
-
-_MEASURED: list[Measured] = []
+EXACTNESS = Exactness()
 
 
 @pytest.fixture(scope="session")
-def measured() -> list[Measured]:
-    """Where the comparisons of layouts put their figures."""
-    return _MEASURED
+def exactness() -> Exactness:
+    """Where tests put the figures of docs/exactness.md."""
+    return EXACTNESS
 
 
 @pytest.fixture(scope="session")
@@ -40,37 +33,48 @@ def pool() -> Iterator[Pool]:
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """dense, dense_tied and moe; and moe with isolated documents, and with the autoregressive objective."""
+    from checkpoints_tools import convert_hf
+
+    root = tmp_path_factory.mktemp("cases")
+    write_tokens(root / "train", 60, 250, seed=0)
+    write_tokens(root / "valid", 20, 250, seed=1)
+    settings = {"train_data_path": str(root / "train"), "valid_data_path": str(root / "valid")}
+    cases = {}
+    for kind in ("dense", "dense_tied", "moe"):
+        write_hf(root / kind, kind)
+        convert_hf.main(["--hf", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
+        cases[kind] = Case(root / kind, str(root / f"{kind}_checkpoint"), settings)
+    cases["isolated"] = cases["moe"]._replace(settings={**settings, "document_attention": "isolated"})
+    cases["ar"] = cases["moe"]._replace(settings={**settings, "objective": "ar"})
+    return cases
+
+
+@pytest.fixture(scope="session")
+def trained(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a run on two ranks that has saved iterations 1, 2, 3 and 4, and its results."""
+    root = tmp_path_factory.mktemp("faults")
+    case = cases["moe"]
+    settings = {
+        **case.settings, "expert_model_parallel_size": 2, "use_distributed_optimizer": True, "load": case.checkpoint, "train_iters": 4, "save_interval": 1, "log_interval": 1,
+        "eval_interval": 4, "save": str(root / "run"),
+    }  # fmt: skip
+    return {"settings": settings, "results": pool.run("run", 2, settings=settings)}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exactness", type=Path, default=None, help="write the layouts' differences to this page")
+    parser.addoption("--exactness", type=Path, default=None, help="write the measured tables into this page")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path: Path | None = session.config.getoption("--exactness")
-    if path is not None and exitstatus == 0 and _MEASURED:
-        path.write_text(exactness_page(_MEASURED), encoding="utf-8")
+    if path is not None and exitstatus == 0:
+        EXACTNESS.write(path)
 
 
-def exactness_page(rows: list[Measured]) -> str:
-    """The page, in Markdown."""
-    quantities = list(rows[0].differences)
-    lines = [
-        "# Exactness",
-        "",
-        f"Written by `make test-parity`. {len(rows)} layouts against one process, in fp32 on CPUs with gloo, through",
-        "megatron.core's own schedules: two optimizer steps on the same global batch of 8 samples. Loss and gradient norm:",
-        "largest relative difference. Gradients (where they are whole: not under the distributed optimizer) and",
-        "parameters after the second step: largest absolute difference of any element. The tolerance is 1e-6.",
-        "",
-        "| model | layout | processes | " + " | ".join(quantities) + " |",
-        "| --- " * (3 + len(quantities)) + "|",
-    ]
-    for row in rows:
-        whole = "distributed optimizer" not in row.layout and not row.layout.endswith("overlap")
-        figures = [
-            "sharded" if name == "gradients" and not whole else f"{value:.1e}"
-            for name, value in row.differences.items()
-        ]
-        lines.append(f"| {row.model} | {row.layout} | {row.num_processes} | " + " | ".join(figures) + " |")
-    worst = max(value for row in rows for value in row.differences.values())
-    lines += ["", f"Largest difference of all: {worst:.1e}.", ""]
-    return "\n".join(lines)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if EXACTNESS.faults:
+        terminalreporter.section("faults tried, and what was lost")
+        terminalreporter.write_line(EXACTNESS.faults_table())

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_a2d.errors import UserError
+from megatron_a2d.files import new_file
 
 
 class Samples(Protocol):
@@ -62,6 +64,13 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
         num_maskable=torch.tensor([sample.num_maskable for sample in samples], dtype=torch.int64),
         documents=torch.from_numpy(np.stack(documents)) if documents else None,
     )
+
+
+def write_batch(path: Path, batch: Batch) -> None:
+    """The batch as an .npz of its fields, for numpy.load."""
+    fields = {name: value.numpy() for name, value in batch._asdict().items() if value is not None}
+    with new_file(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **fields)
 
 
 class MicroBatches(Iterator[Batch]):

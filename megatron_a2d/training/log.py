@@ -101,11 +101,16 @@ class RunLog:
             f"({result.num_samples} samples)"
         )
 
-    def skipped(self, iteration: int, first_sample: int, end_sample: int, skipped: SkippedSteps) -> None:
-        """A step without an update. Its samples and their noise follow from their indices: nothing else is kept."""
-        self.event("skipped", iteration=iteration, samples=[first_sample, end_sample], total=skipped.total)
+    def skipped(
+        self, iteration: int, first_sample: int, end_sample: int, culprits: list[int], skipped: SkippedSteps
+    ) -> None:
+        """A step without an update. `culprits`: the samples whose loss is not finite; their noise follows from them."""
+        samples = [first_sample, end_sample]
+        self.event("skipped", iteration=iteration, samples=samples, not_finite=culprits, total=skipped.total)
+        shown = ", ".join(map(str, culprits[:8])) + (" ..." if len(culprits) > 8 else "")
+        cause = f"the loss of samples {shown}" if culprits else "the losses are finite, their gradient"
         self.say(
-            f"iteration {iteration}: the gradient is not finite, no rank updated its weights "
+            f"iteration {iteration}: {cause} is not finite, no rank updated its weights "
             f"({skipped.in_a_row} in a row, {skipped.total} in all; samples {first_sample} to {end_sample - 1})"
         )
 

@@ -15,13 +15,14 @@ from megatron.core import parallel_state
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.conversion.checkpoint import HF_FILES
-from megatron_a2d.data.batches import MakeSample, MicroBatches
+from megatron_a2d.data.batches import MakeSample, MicroBatches, make_batch, write_batch
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.diffusion.corruption import corrupt, next_token
 from megatron_a2d.diffusion.noise import Noise
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.runtime.device import device, peak_flops
+from megatron_a2d.training import parallel
 from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.saves import Saves
@@ -61,10 +62,12 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             state.consumed_samples += training.global_batch_size
             meter.add(result)
             if skipped.add(result.grad_norm):
-                log.skipped(state.iteration, first_sample, state.consumed_samples, skipped)
+                culprits = parallel.union(result.not_finite)
+                log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
             end = requests.reason(state.iteration)
             if skipped.too_many:
                 end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", EXIT_NOT_FINITE
+                _keep_batch(config, architecture, train_data, state.iteration, first_sample, log)
             last = state.iteration == training.train_iters or end is not None
             if last or state.iteration % training.log_interval == 0:
                 values = meter.read(state)
@@ -86,6 +89,22 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         batches.close()
         log.close()
     return state, exit_code
+
+
+def _keep_batch(
+    config: RunConfig, architecture: Architecture, dataset: PackedDataset, iteration: int, first: int, log: RunLog
+) -> None:
+    """Keep the global batch that starts at sample `first`: with the checkpoint that follows, the step repeats."""
+    if config.training.save and dist.get_rank() == 0:
+        batch = make_batch(
+            dataset,
+            make_sample(config, architecture, dataset, config.data.seed),
+            first,
+            config.training.global_batch_size,
+        )
+        path = Path(config.training.save) / f"not_finite_iter_{iteration:07d}.npz"
+        write_batch(path, batch)
+        log.say(f"its batch is in {path}: tokens, labels, weights, times and sample indices, as the model saw them")
 
 
 def open_datasets(

@@ -75,7 +75,9 @@ def _take_own_copies(part: MegatronOptimizer, state: dict[str, Any]) -> list[tup
     if not isinstance(part, DistributedOptimizer):
         return []
     parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
-    own = [pair for pair in zip(state["param_state"].values(), parameters, strict=True) if pair[1].dtype == torch.float32]
+    own = [
+        pair for pair in zip(state["param_state"].values(), parameters, strict=True) if pair[1].dtype == torch.float32
+    ]
     for container, _ in own:
         del container["param"]
     return own

@@ -34,7 +34,8 @@ def initialize(config: ParallelConfig) -> None:
         torch.cuda.set_device(device())
     if not dist.is_initialized():
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(communication_backend(), timeout=timedelta(minutes=30))
+            timeout = timedelta(minutes=config.distributed_timeout_minutes)
+            dist.init_process_group(communication_backend(), timeout=timeout)
         else:
             dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.destroy_model_parallel()
@@ -62,6 +63,13 @@ def from_first_rank(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def union(values: list[int]) -> list[int]:
+    """All ranks' values, sorted, each once; collective."""
+    box: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(box, values)
+    return sorted(set().union(*box))
 
 
 def owns_loss() -> bool:

@@ -1,13 +1,11 @@
 """Where a run starts: the checkpoint to take, whether its files are whole, and whether its settings are this run's.
 
-A resumed run must be the run that was stopped. Its settings fall in two kinds:
+A resumed run must be the run that was stopped. Its settings fall in three kinds:
 
-bound   what decides samples and noise (seed, seq_length, document_attention, global_batch_size), the objective
-        (all diffusion settings), the numbers' type (bf16), and the optimizer: its state and parameter groups are
-        in the checkpoint, with their learning rates, decay and betas, so that new values would silently not count;
-        the distributed optimizer stores it in another form (use_distributed_optimizer).
-free    the layout, micro_batch_size, intervals, paths, workers; and the future: train_iters and the shape of the
-        learning rate's schedule (lr_warmup_iters, lr_decay_style, lr_wsd_decay_iters), which hold from now on.
+bound    what decides samples and noise (seed, seq_length, document_attention, global_batch_size), the objective
+         (all diffusion settings), and the numbers' type (bf16): another value is an error.
+noted    the optimizer's settings hold from now on, as the learning rate of a run that is mended must; a change is told.
+free     the layout, micro_batch_size, intervals, paths, workers, train_iters.
 """
 
 from __future__ import annotations
@@ -30,18 +28,17 @@ from megatron_a2d.conversion.manifest import MANIFEST, check_manifest
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 
-_FREE = {
-    "train_data_path", "valid_data_path", "num_workers", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters",
-}  # fmt: skip
+_FREE = {"train_data_path", "valid_data_path", "num_workers"}
 BOUND = (
     "global_batch_size", "bf16",
     *(
         item.name
-        for group in (DataConfig, DiffusionConfig, OptimizationConfig)
+        for group in (DataConfig, DiffusionConfig)
         for item in dataclasses.fields(group)
         if item.name not in _FREE
     ),
 )  # fmt: skip
+NOTED = tuple(item.name for item in dataclasses.fields(OptimizationConfig))
 
 
 class Start(NamedTuple):
@@ -80,27 +77,32 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
         raise UserError(
             "--load: is missing; give the checkpoint to start from, as python -m checkpoints_tools.convert_hf writes it"
         )
-    if not weights_only and (problems := differences(config, directory)):
-        raise UserError(problems)
+    if not weights_only:
+        if problems := differences(config, directory):
+            raise UserError(problems)
+        for name, was, now in _changes(config, directory, NOTED):
+            report(f"{flag(name)} {now}: was {was} until iteration {iteration_of(directory)}, and holds from now on")
     return Start(directory, weights_only)
 
 
 def differences(config: RunConfig, directory: Path) -> list[str]:
-    """A line for each bound setting in which `config` is not the run that wrote `directory`.
+    """A line for each bound setting in which `config` is not the run that wrote `directory`."""
+    return [
+        f"{flag(name)} {now}: {directory} was trained with {was}; resume with that, or "
+        f"start a new run from its weights: --load {directory} --finetune and another --save"
+        for name, was, now in _changes(config, directory, BOUND)
+    ]
+
+
+def _changes(config: RunConfig, directory: Path, names: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    """(name, value then, value now) where they differ.
 
     A setting that the checkpoint does not know is younger than it and had the default's effect.
     """
     recorded = read_json(directory / RUN_CONFIG, "the settings of the run that wrote the checkpoint")
     now = config.to_dict()
-    lines = []
-    for name in BOUND:
-        was = recorded.get(name, settings()[name].default)
-        if was != now[name]:
-            lines.append(
-                f"{flag(name)} {_text(now[name])}: {directory} was trained with {_text(was)}; resume with that, or "
-                f"start a new run from its weights: --load {directory} --finetune and another --save"
-            )
-    return lines
+    pairs = [(name, recorded.get(name, settings()[name].default), now[name]) for name in names]
+    return [(name, _text(was), _text(value)) for name, was, value in pairs if was != value]
 
 
 def _own_start(

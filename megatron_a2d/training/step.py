@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,11 +32,13 @@ class SampleLosses(NamedTuple):
 class StepResult(NamedTuple):
     """`totals` are this rank's part and may be summed over ranks; the gradient norm is global.
 
-    A norm that is not finite means that the update was skipped on all ranks.
+    A norm that is not finite means that the update was skipped on all ranks; `not_finite` then holds the indices of
+    this rank's samples whose loss is not finite (none, where the loss is finite and its gradient is not).
     """
 
     totals: Tensor  # [5] float64: weighted loss, cross-entropy, rows, correct rows, maskable tokens
     grad_norm: float
+    not_finite: list[int]
 
 
 def forward_backward(
@@ -72,7 +75,8 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = forward_backward(chunks, batches, num_microbatches, shape, forward_only=False)
-    return StepResult(_totals(losses), update_parameters(optimizer))
+    grad_norm = update_parameters(optimizer)
+    return StepResult(_totals(losses), grad_norm, [] if math.isfinite(grad_norm) else _not_finite(losses))
 
 
 def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]:
@@ -97,6 +101,15 @@ def _loss(batch: Batch, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
     losses = SampleLosses(batch.sample_index, batch.times, num_maskable, sums)
     denominator = num_maskable.sum().to(dtype=torch.int, device=weights_N.device)
     return (rows.losses * weights_N).sum(), denominator, losses
+
+
+def _not_finite(losses: list[SampleLosses]) -> list[int]:
+    return [
+        int(index)
+        for item in losses
+        for index, loss in zip(item.sample_index, item.sums.weighted_loss, strict=True)
+        if not math.isfinite(loss)
+    ]
 
 
 def _totals(losses: list[SampleLosses]) -> Tensor:

@@ -1,13 +1,15 @@
-"""SIGKILL at random moments, of one rank or of all: nothing is lost but the steps since the last checkpoint.
+"""SIGKILL at random moments and at chosen points, of one rank or of all: nothing is lost but the last interval.
 
 Every kill is followed by a new start with the same command, which resumes from the newest whole checkpoint; at the
-end the weights and the optimizer equal those of the run that nobody touched, in every bit.
+end the weights and the optimizer equal those of the run that nobody touched, in every bit. Ranks that outlive a
+dead one end within seconds, and name it.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,12 +19,24 @@ from typing import Any
 import pytest
 
 from checkpoints_tools import convert_hf
-from megatron_a2d.conversion.checkpoint import TRACKER
-from tests.faults.zygote import NUM_RANKS, PATIENCE
+from megatron_a2d.conversion.checkpoint import latest_iteration
+from megatron_a2d.runtime.peers import EXIT_PEER_LOST
+from tests.exactness import Exactness, Fault
+from tests.faults.zygote import NUM_RANKS, OF_FIRST_RANK, PATIENCE, POINTS
+from tests.parity.layouts import DISTRIBUTED, EP, PP, TP_SP
 from tests.tiny import write_hf, write_tokens
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[2]
-NUM_KILLS = 30
+TRAIN_ITERS, SAVE_INTERVAL = 6, 2
+RANDOM_KILLS = 8  # in each layout
+LAYOUTS = {
+    "EP2, distributed optimizer": {**EP, **DISTRIBUTED},
+    "TP2+SP, EP2": {**TP_SP, **EP},
+    "PP2, asynchronous saves": {**PP, "async_save": True},
+    "DP2, distributed optimizer, asynchronous saves": {**DISTRIBUTED, "async_save": True},
+}
 
 
 class Zygote:
@@ -36,9 +50,12 @@ class Zygote:
         )
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
 
-    def attempt(self, kill_after: float | None = None, victims: tuple[int, ...] = ()) -> dict[str, Any]:
+    def attempt(
+        self, victims: tuple[int, ...] = (), after: float | None = None, point: str | None = None, pass_by: int = 0
+    ) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"kill_after": kill_after, "victims": victims}) + "\n")
+        command = {"victims": victims, "after": after, "point": point, "pass_by": pass_by}
+        self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
@@ -48,60 +65,122 @@ class Zygote:
         self._log.close()
 
 
-@pytest.fixture
-def zygotes(tmp_path: Path) -> Iterator[Any]:
-    """Start a zygote for a run under tmp_path / name."""
+class Run:
+    """A run that is killed again and again, beside one that is not."""
+
+    def __init__(self, root: Path, layout: dict[str, Any]):
+        settings = {
+            "load": str(root / "checkpoint"), "train_data_path": str(root / "tokens"), "train_iters": TRAIN_ITERS,
+            "save_interval": SAVE_INTERVAL, "log_interval": 1, "keep_last": 2, "lr_warmup_iters": 3, **layout,
+        }  # fmt: skip
+        self.save, self.seconds_lost, self.named, self.survivors = root / "killed", 0.0, 0, 0
+        self._zygotes = []
+        for name in ("unbroken", "killed"):
+            (root / f"{name}.json").write_text(json.dumps({**settings, "save": str(root / name)}))
+            self._zygotes.append(Zygote(root / f"{name}.json", root / f"{name}.log"))
+        result = self._zygotes[0].attempt()
+        assert result["codes"] == [0] * NUM_RANKS, result
+        self.seconds, self._expected = result["seconds"], self._final(root / "unbroken")
+
+    def kill(self, **how: Any) -> int | None:
+        """Start, be killed; steps lost since the newest checkpoint, None if the run was over before."""
+        if not self._logged() or self.reached() == TRAIN_ITERS:
+            shutil.rmtree(self.save, ignore_errors=True)  # whole or not begun: a fresh one
+        before = self.reached()
+        result = self._zygotes[1].attempt(**how)
+        assert None not in result["codes"], f"a rank outlived its dead peer by {PATIENCE} s: {result}"
+        dead = {rank for rank, code in enumerate(result["codes"]) if code == -9}
+        if not dead:
+            assert result["codes"] == [0] * NUM_RANKS, result
+            self.check_equal()
+            return None
+        assert self.reached() >= before, "a checkpoint that was complete is gone"
+        for rank in set(range(NUM_RANKS)) - dead:
+            self.seconds_lost = max(self.seconds_lost, result["survivors_ended_after"])
+            if result["codes"][rank] == EXIT_PEER_LOST:
+                assert all(f"rank {other} (" in result["said"][rank] for other in dead), result
+                self.named += 1
+            self.survivors += 1
+        return max(0, self._logged() - self.reached())
+
+    def complete(self) -> None:
+        """Let it run to its end, and compare it with the one that was left alone."""
+        result = self._zygotes[1].attempt()
+        assert result["codes"] == [0] * NUM_RANKS, result
+        self.check_equal()
+
+    def check_equal(self) -> None:
+        assert self._final(self.save) == self._expected
+
+    def reached(self) -> int:
+        """The newest complete checkpoint."""
+        return (latest_iteration(self.save) or 0) if self.save.exists() else 0
+
+    def close(self) -> None:
+        for zygote in self._zygotes:
+            zygote.close()
+
+    def _logged(self) -> int:
+        """The last step that the log knows of."""
+        log = self.save / "log.jsonl"
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return next((record["iteration"] for record in reversed(records) if record["kind"] == "train"), 0)
+
+    def _final(self, save: Path) -> list[tuple[str, str]]:
+        results = [json.loads((save / f"final_{rank}.json").read_text()) for rank in range(NUM_RANKS)]
+        return [(result["weights"], result["optimizer"]) for result in results]
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Run]]:
     write_hf(tmp_path / "hf", "moe")
     convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
     write_tokens(tmp_path / "tokens", 60, 250, seed=0)
-    started = []
-
-    def start(name: str) -> Zygote:
-        settings = {
-            "load": str(tmp_path / "checkpoint"), "train_data_path": str(tmp_path / "tokens"),
-            "save": str(tmp_path / name), "train_iters": 6, "save_interval": 2, "log_interval": 1, "keep_last": 2,
-            "expert_model_parallel_size": NUM_RANKS, "use_distributed_optimizer": True, "lr_warmup_iters": 3,
-        }  # fmt: skip
-        (tmp_path / f"{name}.json").write_text(json.dumps(settings))
-        started.append(Zygote(tmp_path / f"{name}.json", tmp_path / f"{name}.log"))
-        return started[-1]
-
-    yield start
-    for zygote in started:
-        zygote.close()
+    run = Run(tmp_path, LAYOUTS[request.param])
+    yield request.param, run
+    run.close()
 
 
-def final(save: Path) -> list[tuple[str, str]]:
-    results = [json.loads((save / f"final_{rank}.json").read_text()) for rank in range(NUM_RANKS)]
-    return [(result["weights"], result["optimizer"]) for result in results]
-
-
-def test_killed_at_thirty_moments(zygotes: Any, tmp_path: Path) -> None:
-    unbroken = zygotes("unbroken").attempt()
-    assert unbroken["codes"] == [0] * NUM_RANKS, (tmp_path / "unbroken.log").read_text()[-3000:]
-    expected = final(tmp_path / "unbroken")
-
-    zygote = zygotes("killed")
-    randomness = random.Random(0)
-    kills, completions, slowest, resumed_from = 0, 0, 0.0, []
-    for _ in range(4 * NUM_KILLS):
-        if kills >= NUM_KILLS and completions:
+def test_killed_at_random_moments(run: tuple[str, Run], exactness: Exactness) -> None:
+    name, killed = run
+    randomness = random.Random(name)
+    lost: list[int] = []
+    for _ in range(5 * RANDOM_KILLS):
+        if len(lost) == RANDOM_KILLS:
             break
-        tracker = tmp_path / "killed" / TRACKER
-        resumed_from.append(tracker.read_text().strip() if tracker.exists() else "release")
-        if kills >= NUM_KILLS:
-            result = zygote.attempt()
-        else:
-            victims = randomness.choice([(0,), (1,), (0, 1)])
-            result = zygote.attempt(randomness.uniform(0.05, 1.0) * unbroken["seconds"], victims)
-            kills += -9 in result["codes"]
-            slowest = max(slowest, result["survivors_ended_after"])
-            assert None not in result["codes"], f"a rank outlived its dead peer by {PATIENCE} s"
-        if result["codes"] == [0] * NUM_RANKS:
-            completions += 1
-            assert final(tmp_path / "killed") == expected
-            # The run is whole: start over, for more moments to be killed at.
-            subprocess.run(["rm", "-rf", str(tmp_path / "killed")], check=True)
-    assert kills >= NUM_KILLS and completions >= 1
-    assert {"release", "2"} <= set(resumed_from), "the kills must have met different stages of the run"
-    print(f"{kills} kills, {completions} runs completed bit for bit, survivors ended within {slowest:.1f} s")
+        victims = randomness.choice([(0,), (1,), (0, 1)])
+        steps = killed.kill(victims=victims, after=randomness.uniform(0.05, 1.0) * killed.seconds)
+        if steps is not None:
+            lost.append(steps)
+    assert len(lost) == RANDOM_KILLS
+    killed.complete()
+    # One more may have been logged before the save of an interval's last step was complete.
+    assert max(lost) <= 2 * SAVE_INTERVAL
+    exactness.faults.append(
+        Fault(f"SIGKILL at random moments, of one rank or both; {name}", len(lost), up_to(lost), ended(killed))
+    )
+
+
+def test_killed_at_chosen_points(run: tuple[str, Run], exactness: Exactness) -> None:
+    name, killed = run
+    lost: list[int] = []
+    for number, point in enumerate(POINTS):
+        victim = 0 if point in OF_FIRST_RANK else number % NUM_RANKS
+        steps = killed.kill(victims=(victim,), point=point, pass_by=0 if "load" in point else 1)
+        assert steps is not None, f"{point}: the run ended without coming there"
+        lost.append(steps)
+    killed.complete()
+    assert max(lost) <= 2 * SAVE_INTERVAL
+    points = ", ".join(POINTS)
+    exactness.faults.append(Fault(f"SIGKILL of one rank {points}; {name}", len(lost), up_to(lost), ended(killed)))
+
+
+def up_to(lost: list[int]) -> str:
+    return f"up to {max(lost)} steps of an interval of {SAVE_INTERVAL}, {sum(lost) / len(lost):.1f} on average"
+
+
+def ended(run: Run) -> str:
+    survivors = (
+        f"{run.named} of {run.survivors} survivors named the dead rank, all ended within {run.seconds_lost:.0f} s"
+    )
+    return f"bit for bit the unbroken run; {survivors}"

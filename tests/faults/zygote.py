@@ -2,7 +2,8 @@
 
     python -m tests.faults.zygote SETTINGS.json COMMANDS...     is started by test_kill.py, and speaks JSON lines
 
-One line in, {"kill_after": seconds or null, "victims": [ranks]}; one line out, {"codes": [...], "seconds": ...}.
+One line in, {"victims": [ranks], "after": seconds or null, "point": name or null, "pass_by": times}; one line out,
+{"codes": [...], "seconds": ..., "survivors_ended_after": ..., "said": [each rank's last error line]}.
 """
 
 from __future__ import annotations
@@ -15,12 +16,30 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 NUM_RANKS = 2
 # A rank whose peer is dead must end by itself within this time.
 PATIENCE = 60.0
+# Where a rank kills itself, as (module, object or None, function): when that is called for the nth time.
+POINTS: dict[str, tuple[str, str | None, str]] = {
+    "while it loads the checkpoint": ("megatron_a2d.training.loop", None, "load_checkpoint"),
+    "in the middle of a step": ("megatron_a2d.training.step", None, "_loss"),
+    "between backward and update": ("megatron_a2d.training.step", None, "update_parameters"),
+    "while chunks are written": ("megatron_a2d.runtime.saving", "Saving", "finish_writing"),
+    "before the manifest is written": ("megatron_a2d.training.checkpoint", None, "write_manifest"),
+    "between rename and tracker": ("megatron_a2d.training.checkpoint", None, "new_file"),
+    "while an old checkpoint is removed": ("megatron_a2d.training.checkpoint", None, "remove_old"),
+}
+# The first rank alone does these.
+OF_FIRST_RANK = {
+    "before the manifest is written",
+    "between rename and tracker",
+    "while an old checkpoint is removed",
+}
 
 
 def main() -> None:
@@ -36,28 +55,44 @@ def main() -> None:
         print(json.dumps(attempt(settings, **json.loads(line))), flush=True)
 
 
-def attempt(settings: dict[str, Any], kill_after: float | None, victims: list[int]) -> dict[str, Any]:
-    """One start of the run on all ranks; `victims` get SIGKILL after `kill_after` seconds."""
+def attempt(
+    settings: dict[str, Any], victims: list[int], after: float | None, point: str | None, pass_by: int
+) -> dict[str, Any]:
+    """One start of the run on all ranks; `victims` die by SIGKILL, after so many seconds or at a point of the program."""
+    from torch.distributed import TCPStore
+
     with tempfile.TemporaryDirectory() as directory:
         begin = time.monotonic()
-        ranks = [fork_rank(rank, str(Path(directory) / "store"), settings) for rank in range(NUM_RANKS)]
-        if kill_after is not None:
-            time.sleep(kill_after)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's agent holds it too
+        errors = [Path(directory) / str(rank) for rank in range(NUM_RANKS)]
+        ranks = [
+            fork_rank(rank, store.port, settings, errors[rank], (point, pass_by) if rank in victims and point else None)
+            for rank in range(NUM_RANKS)
+        ]
+        if after is not None:
+            time.sleep(after)
             for rank in victims:
                 os.killpg(ranks[rank], signal.SIGKILL)
-        killed = time.monotonic()
-        codes = [wait(pid, killed + PATIENCE + 120 * (kill_after is None)) for pid in ranks]
-        return {"codes": codes, "seconds": time.monotonic() - begin, "survivors_ended_after": time.monotonic() - killed}
+        codes, first_end = wait(ranks, time.monotonic() + PATIENCE + 120 * (after is None))
+        return {
+            "codes": codes,
+            "seconds": time.monotonic() - begin,
+            "survivors_ended_after": time.monotonic() - first_end,
+            "said": [last_error(path) for path in errors],
+        }
 
 
-def fork_rank(rank: int, store: str, settings: dict[str, Any]) -> int:
+def fork_rank(rank: int, port: int, settings: dict[str, Any], errors: Path, kill: tuple[str, int] | None) -> int:
     pid = os.fork()
     if pid:
         return pid
     os.setsid()
     code = 1
     try:
-        code = run_rank(rank, store, settings)
+        os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
+        if kill:
+            kill_at(*kill)
+        code = run_rank(rank, port, settings)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -65,29 +100,62 @@ def fork_rank(rank: int, store: str, settings: dict[str, Any]) -> int:
         os._exit(code)
 
 
-def run_rank(rank: int, store: str, settings: dict[str, Any]) -> int:
+def kill_at(point: str, pass_by: int) -> None:
+    """Let this process kill itself when it comes to `point`, after it has come there `pass_by` times."""
+    module_name, owner_name, function_name = POINTS[point]
+    owner: Any = sys.modules[module_name]
+    owner = getattr(owner, owner_name) if owner_name else owner
+    original: Callable[..., Any] = getattr(owner, function_name)
+    calls = 0
+
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > pass_by:
+            os.killpg(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, function_name, wrapper)
+
+
+def run_rank(rank: int, port: int, settings: dict[str, Any]) -> int:
     """The training entry point's work on one rank; writes a fingerprint of the final weights."""
     import torch.distributed as dist
 
+    from megatron_a2d.runtime.peers import Peers
     from tests.parity import jobs
 
     sys.stdout = sys.stderr
-    dist.init_process_group("gloo", store=dist.FileStore(store, NUM_RANKS), rank=rank, world_size=NUM_RANKS)
-    result = jobs.run(settings)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    timeout = timedelta(seconds=PATIENCE / 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=timeout)
+    with Peers(PATIENCE):
+        result = jobs.run(settings)
     Path(settings["save"], f"final_{rank}.json").write_text(json.dumps(result))
     return int(result["exit_code"])
 
 
-def wait(pid: int, deadline: float) -> int | None:
-    """The exit code (negative: the signal), None if the process had to be put down at the deadline."""
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+def wait(ranks: list[int], deadline: float) -> tuple[list[int | None], float]:
+    """Exit codes (negative: the signal; None: had to be put down at the deadline), and when the first rank ended."""
+    codes: dict[int, int | None] = {}
+    first_end = None
+    while len(codes) < len(ranks):
+        for pid in set(ranks) - codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                first_end = first_end or time.monotonic()
+            elif time.monotonic() > deadline:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                codes[pid] = None
         time.sleep(0.02)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    return [codes[pid] for pid in ranks], first_end or time.monotonic()
+
+
+def last_error(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    return lines[-1] if lines else ""
 
 
 if __name__ == "__main__":

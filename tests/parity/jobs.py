@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +25,11 @@ from megatron_a2d import runtime
 from megatron_a2d.architecture import read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
-from megatron_a2d.conversion.checkpoint import iteration_of, resolve
+from megatron_a2d.conversion.checkpoint import iteration_of, latest_iteration, resolve
 from megatron_a2d.errors import SaveError
+from megatron_a2d.runtime import saving
 from megatron_a2d.training import checkpoint, loop, parallel, step
+from megatron_a2d.training import saves as saves_module
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.resume import find_start
@@ -46,14 +51,24 @@ def train_steps(
     save_reference: str | None = None,
     reference: str | None = None,
     fix_experts: bool = True,
+    relative: bool = False,
+    pieces: int = 1,
+    reverse: bool = False,
 ) -> dict[str, Any]:
-    """Train a few steps; returns losses, gradient norms and the largest differences from `reference`."""
+    """Train a few steps; returns losses, gradient norms and the largest differences from `reference`.
+
+    relative: the worst tensor's root mean square difference over its root mean square, instead of the largest absolute
+    one. pieces: matrix products sum their contraction in so many pieces. reverse: the samples of a batch backwards.
+    """
     config, state, batches = _start(checkpoint, settings, fix_experts)
+    if reverse:
+        batches = _Reversed(batches)
     losses, norms, gradients = [], [], {}
-    for _ in range(num_steps):
-        loss, norm, gradients = _step(config, state, batches)
-        losses.append(loss)
-        norms.append(norm)
+    with _split_contractions(pieces):
+        for _ in range(num_steps):
+            loss, norm, gradients = _step(config, state, batches)
+            losses.append(loss)
+            norms.append(norm)
     seen = {"gradients": gradients, "parameters": _global_shards(state, lambda parameter: parameter.data)}
     if save_reference:
         assert dist.get_world_size() == 1
@@ -61,10 +76,45 @@ def train_steps(
     result: dict[str, Any] = {"losses": losses, "grad_norms": norms}
     if reference:
         expected = torch.load(reference)
+        difference = _relative_difference if relative else _difference
         for name, shards in seen.items():
-            values = torch.tensor([_difference(shard, expected[name]) for shard in shards.values()])
+            values = torch.tensor([difference(shard, expected[name]) for shard in shards.values()])
             result[name] = float(values.max()) if len(values) else float("nan")
     return result
+
+
+class _Reversed:
+    """The micro-batches of an iteration, last one first."""
+
+    def __init__(self, batches: Any):
+        self.num_microbatches = batches.num_microbatches
+        self._batches, self._waiting = batches, []
+
+    def __next__(self) -> Any:
+        if not self._waiting:
+            self._waiting = [next(self._batches) for _ in range(self.num_microbatches)]
+        return self._waiting.pop()
+
+    def __iter__(self) -> Any:
+        return self
+
+
+@contextlib.contextmanager
+def _split_contractions(pieces: int) -> Iterator[None]:
+    """a @ b as a sum over pieces of the contraction, each rounded to the type of a: as tensor parallelism does it."""
+    original, method = torch.matmul, torch.Tensor.matmul
+
+    def split(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        if b.dim() != 2 or pieces == 1:
+            return original(a, b, **options)
+        parts = zip(a.tensor_split(pieces, -1), b.tensor_split(pieces, 0), strict=True)
+        return torch.stack([original(left, right, **options) for left, right in parts]).sum(0)
+
+    torch.matmul, torch.Tensor.matmul = split, split  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.matmul, torch.Tensor.matmul = original, method
 
 
 def validate(checkpoint: str, settings: dict[str, Any]) -> dict[str, float]:
@@ -147,13 +197,21 @@ def _global_shards(state: TrainState, what: Any) -> dict[str, ShardedTensor]:
     sharded = []
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     for model in state.models:
-        originals = {name: parameter.data for name, parameter in model.named_parameters()}
-        for parameter in model.parameters():
-            parameter.data = what(parameter).detach().clone()
+        originals = [
+            (module, name, parameter)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        for module, name, parameter in originals:
+            # Not parameter.data: a gradient of another type there would break the next backward pass.
+            stand_in = torch.nn.Parameter(what(parameter).detach().clone(), requires_grad=False)
+            stand_in.__dict__.update(parameter.__dict__)
+            module._parameters[name] = stand_in
         sharded.append(model.sharded_state_dict(metadata=metadata))
         apply_factories(sharded[-1])
-        for name, parameter in model.named_parameters():
-            parameter.data = originals[name]
+        for module, name, parameter in originals:
+            module._parameters[name] = parameter
     shards = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
     return {f"{shard.key} {shard.global_offset}": shard for shard in shards}
 
@@ -161,7 +219,7 @@ def _global_shards(state: TrainState, what: Any) -> dict[str, ShardedTensor]:
 def _assemble(shards: dict[str, ShardedTensor]) -> dict[str, torch.Tensor]:
     full: dict[str, torch.Tensor] = {}
     for shard in shards.values():
-        tensor = full.setdefault(shard.key, torch.full(shard.global_shape, float("nan")))
+        tensor = full.setdefault(shard.key, torch.full(shard.global_shape, float("nan"), dtype=shard.data.dtype))
         tensor[shard.global_slice()] = shard.data.reshape(tensor[shard.global_slice()].shape)
     assert not any(tensor.isnan().any() for tensor in full.values()), "the reference has holes"
     return full
@@ -173,18 +231,31 @@ def _difference(shard: ShardedTensor, expected: dict[str, torch.Tensor]) -> floa
     return float((shard.data.reshape(piece.shape) - piece).abs().max())
 
 
+def _relative_difference(shard: ShardedTensor, expected: dict[str, torch.Tensor]) -> float:
+    """Root mean square difference from the same slice of the reference, over the root mean square of the whole tensor."""
+    whole = expected[shard.key].double()
+    piece = whole[shard.global_slice()]
+    difference = shard.data.reshape(piece.shape).double() - piece
+    return float(difference.square().mean().sqrt() / whole.square().mean().sqrt())
+
+
 def run(
     settings: dict[str, Any],
     stop_at: int | None = None,
     poison: tuple[int, ...] = (),
     signal_at: tuple[int, int, int] | None = None,
     unwritable: str | None = None,
+    finish_saves: bool = False,
+    hold_writer: tuple[str, int] | None = None,
+    kill_writer: int | None = None,
 ) -> dict[str, Any]:
     """The training loop itself.
 
     stop_at: end after that step as if the process had been stopped there. poison: steps of this process in which the
     last rank's loss is not a number. signal_at: (step, rank, signal) sent in the middle of a step. unwritable: a
-    directory in the place of this file keeps every checkpoint from being written.
+    directory in the place of this file keeps every checkpoint from being written. finish_saves: with stop_at, wait for a
+    save in the background first. hold_writer: (file, step): chunks are written when the file is there, which the first
+    rank makes before that step. kill_writer: the rank whose first writing process gets SIGKILL.
     """
     runtime.install()
     config = build(SETTINGS | settings)
@@ -192,6 +263,27 @@ def run(
     start, weights_only = parallel.from_first_rank(find_start(config) if dist.get_rank() == 0 else None)
     architecture = read_architecture(start / "hf")
     losses: list[float] = []
+    saves: list[Any] = []
+    make_saves = loop.Saves
+    loop.Saves = lambda *arguments: saves.append(make_saves(*arguments)) or saves[-1]  # type: ignore
+    newest: list[int | None] = []
+    write = saving._write
+    writes = 0
+
+    def write_with_faults(*arguments: Any) -> None:
+        if kill_writer == dist.get_rank() and writes == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while hold_writer and not Path(hold_writer[0]).exists():
+            time.sleep(0.01)
+        write(*arguments)
+
+    def count_and_save(*arguments: Any) -> Any:
+        nonlocal writes
+        writes += 1
+        return make_save(*arguments)
+
+    make_save = saves_module.Save
+    saving._write, saves_module.Save = write_with_faults, count_and_save  # type: ignore
     make_room = checkpoint._make_room
     if unwritable:
         checkpoint._make_room = lambda root, partial: (make_room(root, partial), (partial / unwritable).mkdir())
@@ -199,8 +291,13 @@ def run(
 
     def train_step(*arguments: Any) -> Any:
         if len(losses) == stop_at:
+            if finish_saves:
+                saves[-1].finish(last=False)
             raise _StoppedError
         number = len(losses) + 1
+        if hold_writer and hold_writer[1] == number and dist.get_rank() == 0:
+            newest.append(latest_iteration(config.training.save))
+            Path(hold_writer[0]).touch()
         if signal_at and signal_at[:2] == (number, dist.get_rank()):
             os.kill(os.getpid(), signal_at[2])
         with _poisoned(number in poison and dist.get_rank() == dist.get_world_size() - 1):
@@ -218,7 +315,8 @@ def run(
     except _StoppedError:
         return {"losses": losses, "start": 0 if weights_only else iteration_of(start)}
     finally:
-        loop.train_step = original
+        loop.train_step, loop.Saves = original, make_saves
+        saving._write, saves_module.Save = write, make_save
         checkpoint._make_room = make_room
     weights, moments = hashlib.sha256(), hashlib.sha256()
     for parameter in (parameter for model in state.models for parameter in model.parameters()):
@@ -233,6 +331,7 @@ def run(
         "losses": losses,
         "start": 0 if weights_only else iteration_of(start),
         "iteration": state.iteration,
+        "newest_when_released": newest,
         "exit_code": exit_code,
         "weights": weights.hexdigest(),
         "optimizer": moments.hexdigest(),
@@ -244,9 +343,8 @@ def _poisoned(active: bool) -> Iterator[None]:
     """Every loss of this process is not a number."""
     original = step._loss
 
-    def poisoned(*arguments: Any) -> Any:
-        loss, *rest = original(*arguments)
-        return loss * float("nan"), *rest
+    def poisoned(batch: Any, rows: Any) -> Any:
+        return original(batch, rows._replace(losses=rows.losses * float("nan")))
 
     step._loss = poisoned if active else original
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoints_tools import export_hf
-from tests.parity.conftest import Case
+from tests.cases import Case
 from tests.parity.pool import Pool
 from tests.parity.test_hf import TOKENS, largest_difference, our_logits
 

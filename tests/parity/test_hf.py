@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints_tools import convert_hf, export_hf
-from tests.parity.conftest import Case
+from tests.cases import Case
 from tests.parity.pool import Pool
 from tests.tiny import hf_model, write_hf
 

@@ -13,75 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import Measured
-from tests.parity.conftest import Case
+from tests.cases import Case
+from tests.exactness import Compared, Exactness
+from tests.parity.layouts import CP, EP, LAYOUTS, PP, TP_SP, Layout, each
 from tests.parity.pool import Pool
 
 TOLERANCE = 1e-6
-
-TP = {"tensor_model_parallel_size": 2}
-TP_SP = {**TP, "sequence_parallel": True}
-PP = {"pipeline_model_parallel_size": 2}
-EP = {"expert_model_parallel_size": 2}
-DISTRIBUTED = {"use_distributed_optimizer": True}
-CP = {"context_parallel_size": 2}
-VPP = {**PP, "num_virtual_stages_per_pipeline_rank": 2}
-ETP = {"expert_tensor_parallel_size": 2, "moe_token_dispatcher_type": "allgather"}
-ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
-OVERLAP = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
-ISOLATED = {"document_attention": "isolated"}
-
-LAYOUTS: list[tuple[str, str, int, dict[str, Any]]] = [
-    ("dense", "DP2", 2, {}),
-    ("dense", "TP2", 2, TP),
-    ("dense", "TP2+SP", 2, TP_SP),
-    ("dense", "PP2", 2, PP),
-    ("dense", "DP2, distributed optimizer", 2, DISTRIBUTED),
-    ("dense", "TP2+SP x PP2", 4, {**TP_SP, **PP}),
-    ("dense_tied", "TP2+SP", 2, TP_SP),
-    ("dense_tied", "PP2", 2, PP),
-    ("dense_tied", "PP2 x DP2, distributed optimizer", 4, {**PP, **DISTRIBUTED}),
-    ("moe", "micro-batches of 4", 1, {"micro_batch_size": 4}),
-    ("moe", "DP2", 2, {}),
-    ("moe", "DP4, distributed optimizer", 4, DISTRIBUTED),
-    ("moe", "EP2", 2, EP),
-    ("moe", "EP2, distributed optimizer", 2, {**EP, **DISTRIBUTED}),
-    ("moe", "EP4, distributed optimizer", 4, {"expert_model_parallel_size": 4, **DISTRIBUTED}),
-    ("moe", "TP2+SP, EP1", 2, TP_SP),
-    ("moe", "TP2+SP, EP2", 2, {**TP_SP, **EP}),
-    ("moe", "TP2+SP x DP2, EP2, distributed optimizer", 4, {**TP_SP, **EP, **DISTRIBUTED}),
-    ("moe", "TP2+SP x DP2, EP4", 4, {**TP_SP, "expert_model_parallel_size": 4}),
-    ("moe", "PP2", 2, PP),
-    ("moe", "PP2, EP2", 4, {**PP, **EP}),
-    ("moe", "PP2 x TP2+SP, EP2, distributed optimizer", 4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
-    ("dense", "CP2", 2, CP),
-    ("dense", "CP4, distributed optimizer", 4, {"context_parallel_size": 4, **DISTRIBUTED}),
-    ("dense_tied", "CP2 x TP2+SP", 4, {**CP, **TP_SP}),
-    ("dense", "VPP2", 2, VPP),
-    ("dense_tied", "VPP2 x DP2, distributed optimizer", 4, {**VPP, **DISTRIBUTED}),
-    ("dense", "PP4", 4, {"pipeline_model_parallel_size": 4}),
-    ("moe", "CP2, EP2", 2, {**CP, **EP}),
-    ("moe", "CP2 x TP2+SP, EP4", 4, {**CP, **TP_SP, "expert_model_parallel_size": 4}),
-    ("moe", "CP2 x PP2, EP2, distributed optimizer", 4, {**CP, **PP, **EP, **DISTRIBUTED}),
-    ("moe", "VPP2 x DP2, EP2, distributed optimizer", 4, {**VPP, **EP, **DISTRIBUTED}),
-    ("moe", "VPP2 x TP2+SP, EP2", 4, {**VPP, **TP_SP, **EP}),
-    ("moe", "TP2+SP, ETP2", 2, {**TP_SP, **ETP}),
-    ("moe", "TP2+SP x DP2, EP2, ETP2", 4, {**TP_SP, **EP, **ETP}),
-    ("moe", "DP2, ETP2", 2, ETP),
-    ("moe", "EP2, allgather dispatcher", 2, {**EP, **ALLGATHER}),
-    ("moe", "TP2+SP, EP2, allgather dispatcher", 2, {**TP_SP, **EP, **ALLGATHER}),
-    ("moe", "DP2, overlap", 2, OVERLAP),
-    ("moe", "DP4, EP2, overlap", 4, {**EP, **OVERLAP}),
-    ("moe", "VPP2 x DP2, overlap", 4, {**VPP, **OVERLAP}),
-    ("dense", "DP2, overlap of the gradient reduction", 2, {"overlap_grad_reduce": True}),
-    ("isolated", "DP2", 2, {}),
-    ("isolated", "TP2+SP, EP2", 2, {**TP_SP, **EP}),
-    ("isolated", "CP2, EP2", 2, {**CP, **EP}),
-    ("isolated", "PP2 x CP2", 4, {**PP, **CP}),
-    ("ar", "TP2+SP, EP2", 2, {**TP_SP, **EP}),
-    ("ar", "CP2", 2, CP),
-    ("ar", "PP2 x DP2, distributed optimizer", 4, {**PP, **DISTRIBUTED}),
-]
 
 
 @pytest.fixture(scope="session")
@@ -104,11 +41,11 @@ def references(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.Temp
 
 
 def compare(
-    pool: Pool, case: Case, reference: dict[str, Any], ranks: int, layout: dict[str, Any], **options: Any
+    pool: Pool, case: Case, reference: dict[str, Any], ranks: int, settings: dict[str, Any], **options: Any
 ) -> dict[str, float]:
     """Largest differences over the ranks of a layout."""
     results = pool.run(
-        "train_steps", ranks, checkpoint=case.checkpoint, settings={**case.settings, **layout}, num_steps=2,
+        "train_steps", ranks, checkpoint=case.checkpoint, settings={**case.settings, **settings}, num_steps=2,
         reference=reference["path"], **options,
     )  # fmt: skip
 
@@ -117,7 +54,7 @@ def compare(
         return max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
 
     differences = {"loss": relative("losses"), "gradient norm": relative("grad_norms")}
-    whole = not layout.get("use_distributed_optimizer")
+    whole = not settings.get("use_distributed_optimizer")
     for name in ("gradients", "parameters"):
         # Python's max() passes over what is not a number; and nothing compared is no agreement.
         values = torch.tensor([result[name] for result in results])
@@ -126,15 +63,12 @@ def compare(
     return differences
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "ranks", "layout"), LAYOUTS, ids=[f"{kind}: {name}" for kind, name, *_ in LAYOUTS]
-)
+@each(LAYOUTS)
 def test_layout_equals_one_process(
-    kind: str, name: str, ranks: int, layout: dict[str, Any], cases: dict[str, Case], references: dict[str, Any], pool: Pool,
-    measured: list[Measured],
-) -> None:  # fmt: skip
-    differences = compare(pool, cases[kind], references[kind], ranks, layout)
-    measured.append(Measured(kind, name, ranks, differences))
+    layout: Layout, cases: dict[str, Case], references: dict[str, Any], pool: Pool, exactness: Exactness
+) -> None:
+    differences = compare(pool, cases[layout.case], references[layout.case], layout.ranks, layout.settings)
+    exactness.fp32.append(Compared(layout, differences))
     assert all(value < TOLERANCE for value in differences.values()), differences
 
 

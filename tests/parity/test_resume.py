@@ -3,70 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from tests.parity.conftest import Case
+from tests.cases import Case
+from tests.exactness import Exactness
+from tests.parity.layouts import CP, DISTRIBUTED, EP, ETP, OVERLAP, PP, TP_SP, VPP, Layout, each
 from tests.parity.pool import Pool
 
-LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
-    ("one process", 1, {}),
-    ("EP2, distributed optimizer", 2, {"expert_model_parallel_size": 2, "use_distributed_optimizer": True}),
-    (
-        "TP2+SP, EP2",
-        2,
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
-    ),
-    (
-        "PP2 x DP2, distributed optimizer",
-        4,
-        {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True},
-    ),
+QUICK = [
+    Layout("moe", "one process", 1, {}),
+    Layout("moe", "EP2, distributed optimizer", 2, {**EP, **DISTRIBUTED}),
+    Layout("moe", "TP2+SP, EP2, asynchronous saves", 2, {**TP_SP, **EP, "async_save": True}),
+    Layout("moe", "PP2 x DP2, distributed optimizer", 4, {**PP, **DISTRIBUTED}),
+]
+FULL = [
+    Layout("dense_tied", "DP2", 2, {}),
+    Layout("dense", "DP4, distributed optimizer, bf16", 4, {**DISTRIBUTED, "bf16": True}),
+    Layout("moe", "TP2+SP, EP1, bf16", 2, {**TP_SP, "bf16": True}),
+    Layout("moe", "TP2+SP x DP2, EP2, ETP2, overlap", 4, {**TP_SP, **EP, **ETP, **OVERLAP}),
+    Layout("moe", "VPP2 x DP2, EP2, distributed optimizer", 4, {**VPP, **EP, **DISTRIBUTED}),
+    Layout("isolated", "CP2 x PP2", 4, {**CP, **PP}),
+    Layout("ar", "TP2+SP, EP2", 2, {**TP_SP, **EP}),
 ]
 
 
-@pytest.mark.parametrize(("name", "ranks", "layout"), LAYOUTS, ids=[name for name, *_ in LAYOUTS])
+@each(QUICK + FULL, quick=lambda layout: layout in QUICK)
 def test_resume_is_bitwise(
-    name: str, ranks: int, layout: dict[str, Any], cases: dict[str, Case], pool: Pool, tmp_path: Path
+    layout: Layout, cases: dict[str, Case], pool: Pool, tmp_path: Path, exactness: Exactness
 ) -> None:
     """4 steps, and 2 + a new process group + 2: weights and losses agree in every bit. Warm-up, decay and learning
     rates by role are in force."""
-    case = cases["moe"]
+    case, ranks = cases[layout.case], layout.ranks
     settings = {
-        **case.settings, **layout, "load": case.checkpoint, "train_iters": 4, "save_interval": 2, "log_interval": 1,
-        "lr_warmup_iters": 3, "eval_interval": 4,
+        **case.settings, **layout.settings, "load": case.checkpoint, "train_iters": 4, "save_interval": 2,
+        "log_interval": 1, "lr_warmup_iters": 3, "eval_interval": 4,
     }  # fmt: skip
     unbroken = pool.run("run", ranks, settings={**settings, "save": str(tmp_path / "unbroken")})
     stopped = str(tmp_path / "stopped")
-    pool.run("run", ranks, settings={**settings, "save": stopped}, stop_at=2)
+    # With asynchronous saves the checkpoint of step 2 is whole a step later.
+    pool.run("run", ranks, settings={**settings, "save": stopped}, stop_at=2, finish_saves=True)
     resumed = pool.run("run", ranks, settings={**settings, "save": stopped})
     assert [rank["start"] for rank in resumed] == [2] * ranks and [rank["start"] for rank in unbroken] == [0] * ranks
     for one, other in zip(unbroken, resumed, strict=True):
         assert one["weights"] == other["weights"] and one["optimizer"] == other["optimizer"]
         assert one["losses"][2:] == other["losses"][-2:]
-
-
-def test_other_layout_goes_on(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
-    """A checkpoint of EP2 goes on under TP2+SP with EP1, and under PP2: the next losses agree."""
-    case = cases["moe"]
-    settings = {
-        **case.settings, "load": case.checkpoint, "train_iters": 4, "save_interval": 2, "log_interval": 1,
-        "use_distributed_optimizer": True,
-    }  # fmt: skip
-    ep2 = {**settings, "expert_model_parallel_size": 2}
-    unbroken = pool.run("run", 2, settings={**ep2, "save": str(tmp_path / "unbroken")})[0]["losses"]
-    for number, layout in enumerate(
-        (
-            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-            {"pipeline_model_parallel_size": 2},
-            {},
-        )
-    ):
-        save = str(tmp_path / f"stopped{number}")
-        pool.run("run", 2, settings={**ep2, "save": save}, stop_at=2)
-        resumed = pool.run("run", 2, settings={**settings, **layout, "save": save})[0]["losses"]
-        assert resumed[-2:] == pytest.approx(unbroken[-2:], rel=1e-6)
+    exactness.resumed.append((f"{layout.case}: {layout.name}", ranks))
 
 
 def test_weights_alone_start_at_zero(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
-"""A checkpoint is data: a pickle that would run code, in each file that training reads, does not run.
+"""Checkpoints, recipes and data are data: a pickle that would run code, in each file that we read, does not run.
 
-The manifest is written anew each time, as whoever made the checkpoint would.
+A checkpoint's manifest is written anew each time, as whoever made the checkpoint would.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +17,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from checkpoints_tools import convert_hf, export_hf
+from megatron_a2d import generate, train
 from megatron_a2d.config import build
 from megatron_a2d.conversion.manifest import write_manifest
 from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.errors import UserError
 from megatron_a2d.train import _check
-from tests.parity.conftest import copy_of
+from tests.cases import Case, copy_of
 from tests.parity.jobs import SETTINGS
 from tests.parity.pool import Pool
 
@@ -127,6 +132,62 @@ def test_a_hostile_pickle_does_not_run(
     else:
         with pytest.raises(UserError, match=message):
             _check(build(SETTINGS | settings), 2)
+    assert not (tmp_path / "owned").exists()
+
+
+# (the file, what reads it); a pickle takes the whole file's place.
+READ_BY_TRAINING = [
+    "run/iter_0000004/metadata.json", "run/iter_0000004/manifest.json", "run/iter_0000004/run.json",
+    "run/iter_0000004/.metadata", "run/iter_0000004/common.pt", "run/iter_0000004/__0_0.distcp",
+    "run/iter_0000004/hf/config.json", "run/iter_0000004/hf/tokenizer.json",
+    "run/latest_checkpointed_iteration.txt", "tokens.bin", "tokens.idx",
+]  # fmt: skip
+READ_BY_CONVERSION = ["config.json", "model.safetensors", "tokenizer.json", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", READ_BY_TRAINING)
+def test_no_file_of_a_run_is_unpickled(name: str, trained: dict[str, Any], tmp_path: Path) -> None:
+    settings = copy_of(trained, tmp_path, train_data_path=str(tmp_path / "tokens"))
+    for suffix in (".bin", ".idx"):
+        shutil.copy(trained["settings"]["train_data_path"] + suffix, tmp_path / f"tokens{suffix}")
+    (tmp_path / name).write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    if "iter_" in name and not name.endswith("manifest.json"):
+        write_manifest(tmp_path / "run" / "iter_0000004")
+    settings["load_iteration"] = None if name.endswith(".txt") else 4
+    with pytest.raises(UserError) if not name.endswith(".bin") else contextlib.nullcontext():
+        _check(build(SETTINGS | settings), 2)  # a .bin is numbers, whatever stands there
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", READ_BY_CONVERSION)
+def test_no_file_of_a_download_is_unpickled(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
+    shutil.copytree(cases["moe"].hf, tmp_path / "hf")
+    if name == "pytorch_model.bin":  # torch would unpickle it
+        (tmp_path / "hf" / "model.safetensors").unlink()
+    (tmp_path / "hf" / name).write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    with pytest.raises(UserError):
+        convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "owned").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_recipe_is_data(tmp_path: Path) -> None:
+    """YAML's own way to call a function, with a control that it would have."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"lr: !!python/object/apply:os.mkdir ['{tmp_path / 'owned'}']\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        train.main(["--config", str(recipe), "--dry-run"])
+    assert not (tmp_path / "owned").exists()
+    yaml.unsafe_load(recipe.read_text())
+    assert (tmp_path / "owned").exists()
+
+
+def test_an_export_brings_no_code(cases: dict[str, Case], tmp_path: Path) -> None:
+    """The modelling files that lie in an export are for others: ours are taken, theirs are never imported."""
+    out = tmp_path / "export"
+    export_hf.main(["--checkpoint", cases["moe"].checkpoint, "--out", str(out), "--format", "a2d"])
+    for code in out.glob("*.py"):
+        code.write_text(f"import os\nos.mkdir({str(tmp_path / 'owned')!r})\n")
+    generate.main(["--model", str(out), "--prompt", "the", "--max-new-tokens", "4", "--num-steps", "2"])
     assert not (tmp_path / "owned").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -15,8 +16,10 @@ import pytest
 from megatron_a2d.config import build
 from megatron_a2d.conversion.checkpoint import list_iterations
 from megatron_a2d.conversion.manifest import check_manifest
+from megatron_a2d.errors import UserError
 from megatron_a2d.training.resume import BOUND, differences, find_start
-from tests.parity.conftest import Case, copy_of
+from tests.cases import Case, copy_of
+from tests.exactness import Exactness, Fault
 from tests.parity.jobs import SETTINGS
 from tests.parity.pool import Pool
 
@@ -36,23 +39,32 @@ def test_every_rank_measures_what_it_wrote(trained: dict[str, Any]) -> None:
     assert check_manifest(directory) == []
 
 
-def test_a_damaged_checkpoint_is_passed_over(trained: dict[str, Any], pool: Pool, tmp_path: Path) -> None:
-    """The newest has a flipped bit, the one before it lacks a file: the run resumes from the one before those and ends
-    with the same weights, bit by bit."""
+def test_a_damaged_checkpoint_is_passed_over(
+    trained: dict[str, Any], pool: Pool, tmp_path: Path, exactness: Exactness
+) -> None:
+    """The newest has a flipped bit, the next a truncated file, the next lacks one: the run resumes from the one before those
+    and ends with the same weights, bit by bit. One that is asked for by --load-iteration is an error instead."""
     settings = copy_of(trained, tmp_path)
     root = Path(settings["save"])
     flip_a_bit(root / "iter_0000004" / "__1_0.distcp")
-    (root / "iter_0000003" / "hf" / "tokenizer.json").unlink()
+    os.truncate(root / "iter_0000003" / "__0_0.distcp", 1000)
+    (root / "iter_0000002" / "hf" / "tokenizer.json").unlink()
     said: list[str] = []
     start = find_start(build(SETTINGS | settings), report=said.append)
-    assert start == (root / "iter_0000002", False)
-    assert len(said) == 2 and "iter_0000004/__1_0.distcp: is damaged" in said[0]
-    assert "iter_0000003/hf/tokenizer.json: is missing" in said[1]
+    assert start == (root / "iter_0000001", False)
+    assert len(said) == 3 and "iter_0000004/__1_0.distcp: is damaged" in said[0]
+    assert "iter_0000003/__0_0.distcp: has" in said[1] and "iter_0000002/hf/tokenizer.json: is missing" in said[2]
+    for number in (4, 3, 2):
+        with pytest.raises(UserError, match=f"iter_000000{number}.*leave out --load-iteration {number}"):
+            find_start(build(SETTINGS | settings | {"load_iteration": number}))
     resumed = pool.run("run", 2, settings=settings)
     for before, after in zip(trained["results"], resumed, strict=True):
-        assert after["start"] == 2 and after["losses"] == before["losses"][2:]
+        assert after["start"] == 1 and after["losses"] == before["losses"][1:]
         assert after["weights"] == before["weights"] and after["optimizer"] == before["optimizer"]
     assert check_manifest(root / "iter_0000004") == []  # written anew
+    end = "named; resumes from the one before, then bit for bit the unbroken run"
+    for damage in ("a flipped bit in", "a truncated file of", "a file missing from"):
+        exactness.faults.append(Fault(f"{damage} the newest checkpoint", 1, "that checkpoint", end))
 
 
 def test_old_checkpoints_are_removed(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
@@ -76,7 +88,6 @@ def test_settings_that_are_bound(trained: dict[str, Any]) -> None:
     values = build(settings).to_dict()
     others: dict[str, Any] = {
         "noise_schedule": "cosine", "time_sampling": "uniform", "objective": "ar", "document_attention": "isolated",
-        "lr_mult": {"mlp": 0.5},
     }  # fmt: skip
     for name in BOUND:
         value = values[name]
@@ -85,8 +96,15 @@ def test_settings_that_are_bound(trained: dict[str, Any]) -> None:
         (line,) = differences(build({**settings, name: others[name]}), directory)
         assert line.startswith(f"--{name.replace('_', '-')} ") and "--finetune" in line
     free = {"tensor_model_parallel_size": 2, "micro_batch_size": 2, "train_iters": 99, "train_data_path": "moved",
-            "lr_decay_style": "linear", "eval_interval": 3, "num_workers": 2, "keep_last": 1}  # fmt: skip
+            "eval_interval": 3, "num_workers": 2, "keep_last": 1, "use_distributed_optimizer": False}  # fmt: skip
     assert differences(build({**settings, **free}), directory) == []
+    told: list[str] = []
+    mended = {**settings, "lr": 5e-3, "lr_mult": {"mlp": 0.5}}
+    assert find_start(build(mended), report=told.append).directory == directory
+    assert told == [
+        "--lr 0.005: was 0.01 until iteration 4, and holds from now on",
+        "--lr-mult mlp=0.5: was mlp=0.5 embedding=0.25 until iteration 4, and holds from now on",
+    ]
 
 
 @pytest.fixture
@@ -106,7 +124,9 @@ def small_disk(trained: dict[str, Any]) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("reaction", ["stop", "continue"])
-def test_a_full_disk(reaction: str, trained: dict[str, Any], pool: Pool, small_disk: Path) -> None:
+def test_a_full_disk(
+    reaction: str, trained: dict[str, Any], pool: Pool, small_disk: Path, exactness: Exactness
+) -> None:
     """The second checkpoint does not fit: all ranks hear of it, the first stays whole, nothing is left of the other; when
     there is room, the same command goes on."""
     root = small_disk / "run"
@@ -123,12 +143,18 @@ def test_a_full_disk(reaction: str, trained: dict[str, Any], pool: Pool, small_d
     resumed = pool.run("run", 2, settings=settings)
     assert {rank["start"] for rank in resumed} == {1}
     assert [rank["weights"] for rank in resumed] == [rank["weights"] for rank in trained["results"]]
+    lost = "the steps since the last whole checkpoint" if reaction == "stop" else "the checkpoints that did not fit"
+    exactness.faults.append(
+        Fault(f"a full disk, --on-save-error {reaction}", 1, lost, "told; goes on when there is room")
+    )
 
 
 @pytest.mark.parametrize(
     "file", ["common.pt", "__1_0.distcp", ".metadata", "metadata.json", "manifest.json", "run.json"]
 )
-def test_a_disk_that_fails_at_any_file(file: str, trained: dict[str, Any], pool: Pool, tmp_path: Path) -> None:
+def test_a_disk_that_fails_at_any_file(
+    file: str, trained: dict[str, Any], pool: Pool, tmp_path: Path, exactness: Exactness
+) -> None:
     """Whichever file of the second checkpoint cannot be written, by whichever rank: all ranks end together."""
     settings = copy_of(trained, tmp_path, train_iters=5)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("iter_*/*")}
@@ -138,3 +164,6 @@ def test_a_disk_that_fails_at_any_file(file: str, trained: dict[str, Any], pool:
         assert file in rank["error"] or "directory" in rank["error"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("iter_*/*")} == before
     assert not list((tmp_path / "run").glob(".*"))
+    exactness.faults.append(
+        Fault(f"{file} cannot be written", 1, "that checkpoint", "all ranks told, earlier ones intact")
+    )
