@@ -114,10 +114,10 @@ def _bf16(measured: list[Compared], bounds: dict[str, dict[str, float]]) -> str:
     return f"""## Layouts, bf16
 
 The same in bf16, held against the bound that one process sets for itself. One process runs again with its sums in
-another order: **split**, every contraction of a matrix product in two or four pieces, each rounded to bf16, as tensor
+another order: **split**, every contraction of a matrix product in 2, 3, 4 or 8 pieces, each rounded to bf16, as tensor
 parallelism sums them; **batch**, micro-batches of 2, 4 and 8 samples; **order**, the samples of the batch reversed. A layout
 does at most these three things, so its distance from the plain run is at most the sum of theirs (triangle inequality):
-that sum is the bound. Loss and gradient norm: relative. Gradients and parameters after the second step: the worst tensor's
+that sum is the bound. Loss and gradient norm: relative (for the bound: the norm of the gradients' difference). Gradients and parameters after the second step: the worst tensor's
 root mean square difference, relative to its root mean square. The MoE model sends every token to all of its experts: where a
 router chooses, the last bit decides between two experts, and no bound on sums holds for what follows.
 

@@ -6,7 +6,7 @@ Exit codes of a worker process (torchrun turns every one but 0 into its own 1):
 
     0  the run is complete, or --exit-interval or --exit-duration-in-mins ended it; a checkpoint was written
     3  SIGTERM or SIGUSR1 ended it after the running step; a checkpoint was written, resume with the same command
-    4  too many steps in a row had a gradient that is not finite; a checkpoint from before them was written, with the batch
+    4  too many steps in a row had a gradient that is not finite; a checkpoint and the batch were written
     5  another process died or failed (runtime/peers.py)
     74 a checkpoint could not be written (--on-save-error, errors.SaveError)
 """

@@ -80,6 +80,7 @@ def train_steps(
         for name, shards in seen.items():
             values = torch.tensor([difference(shard, expected[name]) for shard in shards.values()])
             result[name] = float(values.max()) if len(values) else float("nan")
+        result["gradient_distance"] = _distance(gradients, expected["gradients"])
     return result
 
 
@@ -229,6 +230,15 @@ def _difference(shard: ShardedTensor, expected: dict[str, torch.Tensor]) -> floa
     """Largest absolute difference from the same slice of the reference."""
     piece = expected[shard.key][shard.global_slice()]
     return float((shard.data.reshape(piece.shape) - piece).abs().max())
+
+
+def _distance(shards: dict[str, ShardedTensor], expected: dict[str, torch.Tensor]) -> float:
+    """|g - g'| / |g'| over all of this rank's shards together."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for shard in shards.values():
+        piece = expected[shard.key][shard.global_slice()].double()
+        squares += torch.stack([(shard.data.reshape(piece.shape) - piece).square().sum(), piece.square().sum()])
+    return float((squares[0] / squares[1]).sqrt())
 
 
 def _relative_difference(shard: ShardedTensor, expected: dict[str, torch.Tensor]) -> float:

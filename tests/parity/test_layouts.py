@@ -41,9 +41,13 @@ def references(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.Temp
 
 
 def compare(
-    pool: Pool, case: Case, reference: dict[str, Any], ranks: int, settings: dict[str, Any], **options: Any
-) -> dict[str, float]:
-    """Largest differences over the ranks of a layout."""
+    pool: Pool, case: Case, reference: dict[str, Any], ranks: int, settings: dict[str, Any], norm_by_distance: bool = False,
+    **options: Any,
+) -> dict[str, float]:  # fmt: skip
+    """Largest differences over the ranks of a layout.
+
+    norm_by_distance: in the place of the norms' difference the norm of the gradients' difference, which is never smaller.
+    """
     results = pool.run(
         "train_steps", ranks, checkpoint=case.checkpoint, settings={**case.settings, **settings}, num_steps=2,
         reference=reference["path"], **options,
@@ -54,6 +58,8 @@ def compare(
         return max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
 
     differences = {"loss": relative("losses"), "gradient norm": relative("grad_norms")}
+    if norm_by_distance:
+        differences["gradient norm"] = max(result["gradient_distance"] for result in results)
     whole = not settings.get("use_distributed_optimizer")
     for name in ("gradients", "parameters"):
         # Python's max() passes over what is not a number; and nothing compared is no agreement.
