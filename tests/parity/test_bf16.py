@@ -2,9 +2,10 @@
 
 The bound is derived, not chosen. What a layout changes in the arithmetic is the order of sums: contractions of matrix
 products come in pieces that are rounded to bf16 (TP, ETP), samples in other groups (DP, micro-batches), and tokens and
-samples one after the other in another order (EP, CP). One process does each of these alone; their distances from
-its plain run add up to the bound, by the triangle inequality; two norms differ by no more than their vectors do. The MoE model sends every token to every expert here: where
-the router chooses, the last bit of a sum decides between experts, and no bound on sums bounds what follows.
+samples one after the other in another order (EP, CP). One process does each of these alone; their distances from its
+plain run add up to the bound, by the triangle inequality, and two norms differ by no more than their vectors do. The MoE
+model sends every token to every expert here: where the router chooses, the last bit of a sum decides between two
+experts, and no bound on sums bounds what follows.
 """
 
 from __future__ import annotations
