@@ -122,14 +122,15 @@ def run_rank(rank: int, port: int, settings: dict[str, Any]) -> int:
     """The training entry point's work on one rank; writes a fingerprint of the final weights."""
     import torch.distributed as dist
 
-    from megatron_a2d.runtime.peers import Peers
+    from megatron_a2d.runtime import peers
     from tests.parity import jobs
 
+    peers.BEAT, peers.SUSPICION = 0.25, 0.75  # two ranks: nobody else can be slow (test_peers.py has the real ones)
     sys.stdout = sys.stderr
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     timeout = timedelta(seconds=PATIENCE / 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=timeout)
-    with Peers(PATIENCE):
+    with peers.Peers(PATIENCE):
         result = jobs.run(settings)
     Path(settings["save"], f"final_{rank}.json").write_text(json.dumps(result))
     return int(result["exit_code"])
