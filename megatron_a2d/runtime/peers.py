@@ -28,8 +28,10 @@ JUDGEMENT = 4  # beats over which the judge sees a rank stand still
 # A broken connection waits so long for a verdict, which ends the process; without one it is this rank's own failure.
 ANSWER = 25.0 * BEAT
 
-_VERDICT, _SUSPECT = "a2d/verdict", "a2d/suspect"
-_EXPECTED = (UserError, SaveError, SystemExit, KeyboardInterrupt)
+# A rank that ends with an error for the user leaves it; where all have the same one, all have left by then.
+COMPANY = 10.0 * BEAT
+
+_VERDICT, _SUSPECT, _ENDED = "a2d/verdict", "a2d/suspect", "a2d/ended"
 
 
 class Peers:
@@ -58,7 +60,10 @@ class Peers:
     ) -> None:
         if self._size == 1:
             return
-        if error is not None and not isinstance(error, _EXPECTED):
+        if isinstance(error, UserError | SaveError):
+            store = _own_connection()
+            store.set(_ENDED, f"{_who(store, self._rank)} ended: {error}")
+        elif error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
             self._failed(error)
         self._leaving.set()
         self._thread.join()
@@ -74,13 +79,17 @@ class Peers:
 
     def _watch(self) -> None:
         store, number, seen = self._store, 0, b""
-        moved = time.monotonic()
+        moved = alone = time.monotonic()
         try:
             while not self._leaving.wait(BEAT):
                 number += 1
                 store.set(f"a2d/beat/{self._rank}", str(number))
                 if store.check([_VERDICT]):
                     self._end(store.get(_VERDICT).decode())
+                if not store.check([_ENDED]):
+                    alone = time.monotonic()
+                elif time.monotonic() - alone > COMPANY:
+                    self._end(store.get(_ENDED).decode())
                 beat = _beat(store, self._next)
                 if beat != seen:
                     seen, moved = beat, time.monotonic()

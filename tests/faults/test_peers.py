@@ -21,6 +21,7 @@ SIZE, VICTIM, PATIENCE = 3, 1, 6.0
 PROGRAM = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
+from megatron_a2d.errors import UserError
 from megatron_a2d.runtime.peers import Peers
 
 fault, patience = sys.argv[1], float(sys.argv[2])
@@ -31,6 +32,8 @@ with Peers(patience):
         if dist.get_rank() == 1 and step == 10:
             if fault == "raises":
                 raise ValueError("no such thing")
+            if fault == "has bad input":
+                raise UserError("--x: is bad; change it")
             if fault != "nothing":
                 os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[fault])
         dist.all_reduce(torch.zeros(1))
@@ -71,8 +74,12 @@ def start(fault: str) -> tuple[list[int | None], list[str], float]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "word"), [("dies", "must be dead"), ("hangs", "must be dead"), ("raises", "failed with ValueError")]
-)
+    ("fault", "word"),
+    [
+        ("dies", "must be dead"), ("hangs", "must be dead"), ("raises", "failed with ValueError"),
+        ("has bad input", "ended: --x: is bad"),
+    ],
+)  # fmt: skip
 def test_a_lost_rank_is_named(fault: str, word: str, exactness: Exactness) -> None:
     codes, said, seconds = start(fault)
     for rank in set(range(SIZE)) - {VICTIM}:
