@@ -12,7 +12,7 @@ from megatron_a2d.errors import UserError
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def add_streaming_options(parser: Parser) -> None:
+def add_workers(parser: Parser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
@@ -21,6 +21,11 @@ def add_streaming_options(parser: Parser) -> None:
         help="threads that read, check and write at once",
     )
     parser.add_argument("--allow-nonfinite", action="store_true", help="let NaN and infinity pass")
+
+
+def add_streaming_options(parser: Parser) -> None:
+    """Of the commands that write one form of a model from another."""
+    add_workers(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not read the result back, and print no report")
 
 

@@ -69,7 +69,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str, done: float = 0) -> Iterator[Callable[[float], None]]:
+def progress(description: str, total: float, unit: str, done: int = 0) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr with speed and ETA; yields `advance(amount)`. `done` is what an earlier run did.
 
     Where stderr is no terminal only the closing line is printed.

@@ -29,7 +29,7 @@ def compare_weights(
 ) -> Comparison:
     """Compare architectures, then all tensors, `workers` at a time. Where types differ the reference is cast to the
     candidate's and must then agree in every bit. Raises UserError that names every difference."""
-    problems = _architecture_differences(reference, candidate)
+    problems = architecture_differences(reference, candidate)
     problems += account(reference.tensors.shapes, candidate.tensors.shapes, str(candidate.directory))
     if problems:
         raise UserError(problems)
@@ -87,7 +87,7 @@ def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.inf if bool(difference.isnan().any()) else float(difference.max())
 
 
-def _architecture_differences(reference: Weights, candidate: Weights) -> list[str]:
+def architecture_differences(reference: Weights, candidate: Weights) -> list[str]:
     ours, theirs = (dataclasses.asdict(weights.architecture) for weights in (reference, candidate))
     return [
         f"{candidate.directory}: {key} is {theirs[key]}, but {ours[key]} in {reference.directory}; "

@@ -173,13 +173,16 @@ class OpenFiles:
     def read_tensor(self, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of the values at `offset`. Plain reads: mapped pages count as memory."""
         tensor = torch.empty(tuple(shape), dtype=dtype)
-        rest = bytes_of(tensor)
+        self.read_into(path, offset, bytes_of(tensor))
+        return tensor
+
+    def read_into(self, path: Path, offset: int, rest: memoryview) -> None:
+        """Fill `rest` with what lies at `offset`."""
         while rest:
             count = os.preadv(self._descriptor(path), [rest], offset)
             if count <= 0:
                 raise UserError(f"{path}: ends after byte {offset}; the file is truncated, fetch it again")
             offset, rest = offset + count, rest[count:]
-        return tensor
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -259,5 +258,4 @@ def _write_file(
                 write_all(file, data)
                 digest.update(data)
                 advance(len(data))
-        os.fsync(file.fileno())
     work.record(file_name, {"sha256": digest.hexdigest()})

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -148,8 +147,7 @@ def _write_file(
                 write(bytes_of(rows))
                 advance(rows.nbytes)
             write(suffix)
-        os.fsync(file.fileno())
-    work.record(name, Entry(size, f"{crc:08x}")._asdict())
+    work.record(name, {"size": size, "crc32": f"{crc:08x}"})
 
 
 def _write_metadata(

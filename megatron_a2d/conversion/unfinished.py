@@ -1,28 +1,35 @@
 """A large output directory whose writing may be interrupted and taken up again by the same command.
 
-Everything is written into `.NAME.partial` beside the final name. A file that is complete and flushed gets a line in a
-journal; the next run of the same command keeps those files and writes the others. What "the same" means is the
-`identity`, a dictionary that names the sources and the options: with another one the work starts anew.
+Everything is written into `.NAME.partial` beside the final name. A file that is complete gets a line in a journal, with
+its checksum; the next run of the same command keeps the files whose checksums are right (what was not yet on the disk
+when the power failed is not) and writes the others. What "the same" means is the `identity`, a dictionary that names
+the sources and the options: with another one the work starts anew.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
+import hashlib
 import json
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_a2d.console import console
+from megatron_a2d.console import console, progress
+from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import check_new_directory, fsync_path, make_parent
 
 JOURNAL = ".journal"
+_BLOCK = 1 << 20
+_CHECKERS = 4  # threads
 
 
 class Unfinished:
@@ -35,14 +42,16 @@ class Unfinished:
         self._journal, self._lock = journal, threading.Lock()
 
     def record(self, name: str, facts: dict[str, Any]) -> None:
-        """The file `name`, relative to the directory, is complete and flushed. Safe from several threads."""
+        """The file `name`, relative to the directory, is complete; `facts` holds its "crc32" or its "sha256".
+
+        Safe from several threads.
+        """
         with self._lock:
             self.done[name] = facts
             if not self.may_keep():
                 return
             self._journal.write(json.dumps({"file": name, "facts": facts}) + "\n")
             self._journal.flush()
-            os.fsync(self._journal.fileno())
 
     def num_bytes_done(self) -> int:
         return sum((self.directory / name).stat().st_size for name in self.done)
@@ -103,24 +112,43 @@ def _take_up(partial: Path, journal: Any, identity: dict[str, Any]) -> dict[str,
     lines = [_parse(line) for line in journal]
     done: dict[str, dict[str, Any]] = {}
     if lines and lines[0] == {"identity": identity}:
-        for line in lines[1:]:
-            if line and (partial / line["file"]).is_file():
-                done[line["file"]] = line["facts"]
+        whole = [line for line in lines[1:] if line and (partial / line["file"]).is_file()]
+        with progress("checking what is there", sum(_size(partial / line["file"]) for line in whole), "B") as advance:
+            jobs = [functools.partial(_is_intact, partial / line["file"], line["facts"]) for line in whole]
+            intact = run_jobs(jobs, _CHECKERS, advance)
+        done = {line["file"]: line["facts"] for line, good in zip(whole, intact, strict=True) if good}
     elif lines:
         console.print(f"{partial}: is of another source or other options; starting anew")
-    for entry in sorted(partial.rglob("*"), reverse=True):
-        if entry.is_dir():
-            if not any(entry.iterdir()):
-                entry.rmdir()
-        elif entry.name != JOURNAL and entry.relative_to(partial).as_posix() not in done:
-            entry.unlink()
+    for path in sorted(partial.rglob("*"), reverse=True):
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.name != JOURNAL and path.relative_to(partial).as_posix() not in done:
+            path.unlink()
     # Written anew: a last line that was cut short would swallow the next one.
     journal.seek(0)
     journal.truncate()
-    for line in [{"identity": identity}, *({"file": name, "facts": facts} for name, facts in done.items())]:
-        journal.write(json.dumps(line) + "\n")
+    kept: list[dict[str, Any]] = [{"file": name, "facts": facts} for name, facts in done.items()]
+    for entry in [{"identity": identity}, *kept]:
+        journal.write(json.dumps(entry) + "\n")
     journal.flush()
     return done
+
+
+def _is_intact(path: Path, facts: dict[str, Any], advance: Callable[[float], None]) -> bool:
+    crc, sha = 0, hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            if "sha256" in facts:
+                sha.update(block)
+            else:
+                crc = zlib.crc32(block, crc)
+            advance(len(block))
+    return facts["sha256"] == sha.hexdigest() if "sha256" in facts else facts["crc32"] == f"{crc:08x}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _parse(line: str) -> dict[str, Any]:

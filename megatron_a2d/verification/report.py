@@ -39,7 +39,8 @@ def tensors_line(comparison: Comparison, first: Weights, second: Weights) -> str
 def logits_line(hf: Path, other: Weights, asked: bool, rounded: bool = False) -> str:
     """The Hugging Face directory `hf`, run by transformers, against `other`, streamed, in fp32 on random tokens.
 
-    UserError if a logit differs, unless the weights of one are `rounded`, and when the model does not fit into memory though it was `asked` for.
+    UserError if a logit differs, unless the weights of one are `rounded`; and when the model does not fit into memory
+    though it was `asked` for.
     """
     import psutil
 
@@ -78,8 +79,8 @@ def compare_logits(
             f"{scale:.3g}), at {bad} of {len(per_position)} positions; the two are not the same model"
         )
     return (
-        f"logits of {actual_BLV.shape[0]} x {len(per_position)} positions in fp32: largest difference {largest:.3g}, at "
-        f"position {position}; median over positions {float(per_position.median()):.3g} (largest logit {scale:.3g})"
+        f"logits of {actual_BLV.shape[0]} x {len(per_position)} positions in fp32: largest difference {largest:.3g}, "
+        f"at position {position}; median over positions {float(per_position.median()):.3g} (largest logit {scale:.3g})"
     )
 
 
