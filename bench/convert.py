@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any, NamedTuple
 
 from bench.report import machine
@@ -129,14 +129,22 @@ def describe(figures: dict[str, Any]) -> str:
     )
 
 
+# Not getrusage: its peak begins with that of the process that started this one.
+RUN = """
+import runpy, sys
+out, sys.argv = sys.argv[1], sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+open(out, "w").write(peak.split()[1])
+"""
+
+
 def run(command: list[str]) -> Measured:
     """A command of this project, in a process of its own."""
-    begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)}: exit status {os.waitstatus_to_exitcode(status)}")
-    return Measured(time.perf_counter() - begin, usage.ru_maxrss * 1024)
+    with NamedTemporaryFile("r") as peak:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", RUN, peak.name, *command], stdout=subprocess.DEVNULL, check=True)
+        return Measured(time.perf_counter() - begin, int(peak.read()) * 1024)
 
 
 if __name__ == "__main__":

@@ -130,10 +130,7 @@ def _check_alike(opened: Sequence[Weights]) -> None:
         raise UserError("--checkpoints: a mean needs at least two; name more iterations")
     problems = [line for other in opened[1:] for line in architecture_differences(opened[0], other)]
     directories = [weights.directory.resolve() for weights in opened]
-    problems += [
-        f"--checkpoints {path}: is named twice; name each once"
-        for path in set(directories)
-        if directories.count(path) > 1
-    ]
+    twice = sorted({path for path in directories if directories.count(path) > 1})
+    problems += [f"--checkpoints {path}: is named twice; name each once" for path in twice]
     if problems:
         raise UserError(problems)

@@ -99,8 +99,9 @@ def _describe(weights: Weights, dtype: str) -> tuple[Exported, Origin]:
         dtype,
         bool(settings.get("label_shift", True)),
     )
-    samples = read_common(weights.directory).get("consumed_samples")
-    return model, Origin(iteration_of(weights.directory), samples, settings)
+    common = read_common(weights.directory)
+    averaged = common.get("averaged_iterations", ())
+    return model, Origin(iteration_of(weights.directory), common.get("consumed_samples"), settings, averaged)
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Origin(NamedTuple):
     iteration: int
     consumed_samples: int | None
     settings: Mapping[str, Any]
+    averaged: Sequence[int] = ()  # iterations whose mean the weights are
 
     @property
     def num_tokens(self) -> int | None:
@@ -85,6 +86,8 @@ def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
     )
     yield f"Base model: {_base_model(model) or 'not recorded'}."
     yield f"Training: {_training(origin)}."
+    if origin.averaged:
+        yield f"Weights: mean of the iterations {', '.join(map(str, origin.averaged))}."
     if kind != "qwen3":
         shift = "row i - 1 predicts token i" if model.label_shift else "row i predicts token i"
         yield f"Mask token id: {a.mask_token_id}; {shift}."

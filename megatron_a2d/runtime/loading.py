@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -51,9 +51,10 @@ class SliceReader(CachedMetadataFileSystemReader):
         self._sizes: dict[MetadataIndex, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         for name, item in metadata.state_dict_metadata.items():
-            for chunk in getattr(item, "chunks", ()):
-                self._sizes[MetadataIndex(name, chunk.offsets)] = tuple(chunk.sizes)
+            if isinstance(item, TensorStorageMetadata):
                 self._dtypes[name] = item.properties.dtype
+                for chunk in item.chunks:
+                    self._sizes[MetadataIndex(name, chunk.offsets)] = tuple(chunk.sizes)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         others: list[ReadItem] = []
@@ -96,7 +97,8 @@ def read_box(
     if inner > 0 and run < _SHORTEST_RUN:  # whole inner rows, then cut
         whole = (*offsets[:inner], *(0 for _ in sizes[inner:])), (*lengths[:inner], *sizes[inner:])
         rows = read_box(files, path, begin, sizes, dtype, *whole)
-        return rows[(..., *(slice(a, a + n) for a, n in zip(offsets[inner:], lengths[inner:], strict=True)))]
+        cut: list[slice] = [slice(a, a + n) for a, n in zip(offsets[inner:], lengths[inner:], strict=True)]
+        return rows[(slice(None),) * inner + tuple(cut)]
     strides = [math.prod(sizes[i + 1 :]) for i in range(axes)]
     result = torch.empty(lengths, dtype=dtype)
     data, position = bytes_of(result), 0
