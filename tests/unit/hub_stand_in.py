@@ -70,7 +70,7 @@ class Hub:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             self.repositories.setdefault(name, {})
-            self.private[name] = bool(asked.get("private"))
+            self.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
             return 200, {"url": f"{self.url}/{name}", "name": name, "id": name}
         if path == "/api/validate-yaml":  # the model card's front matter
             return (200, {"errors": [], "warnings": []}) if json.loads(body)["content"].startswith("---") else (400, {})
