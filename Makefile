@@ -19,10 +19,12 @@ HF ?=
 CHECKPOINT ?=
 MODEL ?=
 RECIPE ?=
+REPO ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parity test-faults check data convert-hf train export verify generate bench
+.PHONY: help setup demo test test-parity test-faults check data convert-hf train export verify inspect publish generate bench \
+  bench-convert
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -75,6 +77,14 @@ verify: setup  ## compare the tensors of HF and CHECKPOINT
 	$(call needs,HF CHECKPOINT)
 	$(BIN)/python -m checkpoints_tools.verify --hf $(HF) --checkpoint $(CHECKPOINT) $(ARGS)
 
+inspect: setup  ## what CHECKPOINT holds: sizes, norms by role, iteration, tokens, recipe
+	$(call needs,CHECKPOINT)
+	@$(BIN)/python -m checkpoints_tools.inspect --checkpoint $(CHECKPOINT) $(ARGS)
+
+publish: setup  ## push the export MODEL to the hub as REPO (ARGS=--dry-run shows what would go)
+	$(call needs,MODEL REPO)
+	$(BIN)/python -m checkpoints_tools.publish --export $(MODEL) --repo $(REPO) $(ARGS)
+
 export PROMPT PREFIX SUFFIX
 generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' SUFFIX='...'
 	$(call needs,MODEL)
@@ -84,3 +94,6 @@ generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' 
 bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.train_step --out bench/results/train_step_cpu.json
 	$(BIN)/python -m bench.masked_head --out bench/results/masked_head_cpu.json
+
+bench-convert: setup  ## conversion against cp on a checkpoint of 8.7 GB: time and memory; takes 18 GB of disk
+	$(BIN)/python -m bench.convert --out bench/results/convert_cpu.json $(ARGS)

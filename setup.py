@@ -23,6 +23,7 @@ setup(
         "safetensors",
         "tokenizers",
         "transformers>=4.57",
+        "huggingface_hub",
         "sentencepiece",
         "tensorboard",
         "rich",

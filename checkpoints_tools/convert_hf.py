@@ -2,13 +2,17 @@
 
     python -m checkpoints_tools.convert_hf --hf Qwen/Qwen3-30B-A3B-Base --out checkpoints/qwen3-30b-a3b
 
-Nothing but weights is converted, and no value changes unless --dtype asks for it.
+Nothing but weights is converted, and no value changes unless --dtype asks for it. The model is streamed: memory does
+not grow with its size. What was written is read back and compared, bit by bit, before it gets its name; a short report
+says how the model behaves. An interrupted run is continued by the same command.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from checkpoints_tools.options import add_streaming_options, check_streaming_options
+from checkpoints_tools.verify import print_report
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human
 
@@ -24,19 +28,34 @@ def main(argv: list[str] | None = None) -> None:
         help="token that stands for a masked position; by default the first that the tokenizer leaves unused",
     )
     parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="type to store")
+    add_streaming_options(parser)
     options = parser.parse_args(argv)
+    check_streaming_options(options)
 
     from megatron_a2d.conversion.convert import convert
     from megatron_a2d.conversion.hub import find_model
     from megatron_a2d.conversion.rows import DTYPES
+    from megatron_a2d.conversion.sources import open_checkpoint, open_hf
 
     model = find_model(options.hf)
-    done = convert(model.directory, options.out, options.mask_token_id, DTYPES.get(options.dtype), model.hub_id)
+    done = convert(
+        model.directory,
+        options.out,
+        options.mask_token_id,
+        DTYPES.get(options.dtype),
+        model.hub_id,
+        workers=options.workers,
+        allow_nonfinite=options.allow_nonfinite,
+        verify=not options.no_verify,
+    )
     types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in done.dtypes))
     print(
         f"{done.directory}: {human(done.architecture.num_parameters())} parameters, "
         f"{human(done.num_bytes, 'B')} of {types}, mask token {done.mask_token_id}"
     )
+    if done.comparison:
+        with open_hf(model.directory) as source, open_checkpoint(done.directory) as written:
+            print_report(done.comparison, source, written)
 
 
 if __name__ == "__main__":

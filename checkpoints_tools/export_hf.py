@@ -4,18 +4,18 @@
 
 Formats: `rnd1` (mixture of experts; the form of the published RND1), `a2d` (any model; bidirectional),
 `qwen3` (any model; the autoregressive form that it came from).
+What was written is read back and compared before it gets its name; an interrupted run is continued by the same command.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from checkpoints_tools.options import add_streaming_options, check_streaming_options, parse_size
+from checkpoints_tools.verify import print_report
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human
-from megatron_a2d.errors import UserError
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+from megatron_a2d.files import read_json
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,12 +27,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", choices=("rnd1", "a2d", "qwen3"), default="a2d", help="form of the export")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB")
     parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="type to store")
-    parser.add_argument("--no-verify", action="store_true", help="do not read the export back to compare it")
+    parser.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of results for the model card's table")
+    add_streaming_options(parser)
     options = parser.parse_args(argv)
+    check_streaming_options(options)
     max_shard_bytes = parse_size("--max-shard-size", options.max_shard_size)
+    evaluation = read_json(options.evaluation, "the evaluation") if options.evaluation else None
 
     from megatron_a2d.conversion.export import export
     from megatron_a2d.conversion.rows import DTYPES
+    from megatron_a2d.conversion.sources import open_checkpoint, open_hf
     from megatron_a2d.hf import TRAVELLING
 
     done = export(
@@ -43,20 +47,17 @@ def main(argv: list[str] | None = None) -> None:
         max_shard_bytes=max_shard_bytes,
         dtype=DTYPES.get(options.dtype),
         verify=not options.no_verify,
+        workers=options.workers,
+        allow_nonfinite=options.allow_nonfinite,
+        evaluation=evaluation,
     )
     print(
         f"{done.directory}: iteration {done.iteration}, {human(done.num_parameters)} parameters, "
-        f"{human(done.num_bytes, 'B')}{', verified' if done.verified else ''}"
+        f"{human(done.num_bytes, 'B')}{', verified' if done.comparison else ''}"
     )
-
-
-def parse_size(flag: str, text: str) -> int:
-    """'5GB', '500 MB', '1000' -> bytes (powers of ten)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), flags=re.IGNORECASE)
-    size = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if size < 1:
-        raise UserError(f"{flag} {text}: is no size; write a number and KB, MB, GB or TB, such as 5GB")
-    return size
+    if done.comparison:
+        with open_checkpoint(options.checkpoint) as source, open_hf(done.directory) as written:
+            print_report(done.comparison, source, written)
 
 
 if __name__ == "__main__":

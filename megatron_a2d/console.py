@@ -69,8 +69,8 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-    """A progress bar on stderr with speed and ETA; yields `advance(amount)`.
+def progress(description: str, total: float, unit: str, done: int = 0) -> Iterator[Callable[[float], None]]:
+    """A progress bar on stderr with speed and ETA; yields `advance(amount)`. `done` is what an earlier run did.
 
     Where stderr is no terminal only the closing line is printed.
     """
@@ -79,5 +79,5 @@ def progress(description: str, total: float, unit: str) -> Iterator[Callable[[fl
         _Rate(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(description, total=total, unit=unit)
+        task = bar.add_task(description, total=total, completed=done, unit=unit)
         yield lambda amount: bar.advance(task, amount)

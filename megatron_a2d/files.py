@@ -27,7 +27,7 @@ def fsync_path(path: Path) -> None:
 def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, else removed."""
     path = Path(path)
-    _make_parent(path)
+    make_parent(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield partial
@@ -45,9 +45,8 @@ def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
     `flag` is the command-line name of `path`, for the message when something is already there.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{flag} {path}: already exists and is not an empty directory; remove it or name another one")
-    _make_parent(path)
+    check_new_directory(path, flag)
+    make_parent(path)
     _remove_abandoned(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.mkdir()
@@ -63,7 +62,14 @@ def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _make_parent(path: Path) -> None:
+def check_new_directory(path: Path, flag: str) -> None:
+    """UserError when something is at `path` already; an empty directory does no harm."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{flag} {path}: already exists and is not an empty directory; remove it or name another one")
+
+
+def make_parent(path: Path) -> None:
+    """Make the directory that `path` lies in; UserError when that cannot be, or nothing can be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):

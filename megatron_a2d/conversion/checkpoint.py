@@ -26,6 +26,7 @@ REQUIRED_FILES = (".metadata", "common.pt", "metadata.json")
 HF_PATTERNS = (
     "config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
+    "LICENSE*",
 )  # fmt: skip
 
 
@@ -87,6 +88,14 @@ def copy_hf_files(source: str | Path, destination: str | Path) -> None:
                 shutil.copytree(path, target, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, target)
+
+
+def read_license(source: str | Path) -> str | None:
+    """The licence that the model card (README.md) in `source` names in its front matter, as the hub spells it."""
+    card = Path(source) / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    match = re.match(r"---\n(?:.*\n)*?license: *([\w.-]+) *\n(?:.*\n)*?---", text)
+    return match[1] if match else None
 
 
 def _latest(tracker: Path) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from megatron_a2d.conversion.rows import RowSource, Span, account, slabs
 from megatron_a2d.conversion.sources import Weights
+from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
 
 
@@ -22,25 +24,34 @@ class Comparison(NamedTuple):
     largest_rounding: float
 
 
-def compare_weights(reference: Weights, candidate: Weights, advance: Callable[[float], None]) -> Comparison:
-    """Compare architectures, then all tensors. Where types differ the reference is cast to the candidate's
-    and must then agree in every bit. Raises UserError that names every difference."""
-    problems = _architecture_differences(reference, candidate)
+def compare_weights(
+    reference: Weights, candidate: Weights, advance: Callable[[float], None], workers: int = 1
+) -> Comparison:
+    """Compare architectures, then all tensors, `workers` at a time. Where types differ the reference is cast to the
+    candidate's and must then agree in every bit. Raises UserError that names every difference."""
+    problems = architecture_differences(reference, candidate)
     problems += account(reference.tensors.shapes, candidate.tensors.shapes, str(candidate.directory))
     if problems:
         raise UserError(problems)
-    largest_rounding = 0.0
-    for name, shape in reference.tensors.shapes.items():
-        largest, rounding = _compare_tensor(reference.tensors, candidate.tensors, name, shape, advance)
-        largest_rounding = max(largest_rounding, rounding)
-        if largest is not None:
-            problems.append(
-                f"{candidate.directory}: tensor {name} differs from {reference.directory} "
-                f"by up to {largest:.3g}; convert or export again"
-            )
+    jobs = [
+        partial(_compare_tensor, reference.tensors, candidate.tensors, name, shape)
+        for name, shape in reference.tensors.shapes.items()
+    ]
+    results = run_jobs(jobs, workers, advance)
+    problems = [
+        f"{candidate.directory}: tensor {name} differs from {reference.directory} "
+        f"by up to {result.difference:.3g}; convert or export again"
+        for name, result in zip(reference.tensors.shapes, results, strict=True)
+        if result.difference is not None
+    ]
     if problems:
         raise UserError(problems)
-    return Comparison(len(reference.tensors.shapes), reference.num_bytes(), largest_rounding)
+    return Comparison(len(jobs), reference.num_bytes(), max(result.rounding for result in results))
+
+
+class _Result(NamedTuple):
+    difference: float | None  # the largest, of a tensor whose bits differ
+    rounding: float  # the largest, of one whose bits agree
 
 
 def _compare_tensor(
@@ -49,8 +60,7 @@ def _compare_tensor(
     name: str,
     shape: tuple[int, ...],
     advance: Callable[[float], None],
-) -> tuple[float | None, float]:
-    """(largest difference of a tensor whose bits differ, else None; largest rounding of one whose agree)."""
+) -> _Result:
     largest: float | None = None
     rounding = 0.0
     for start, stop in slabs(shape, 0, shape[0], 4):
@@ -62,11 +72,14 @@ def _compare_tensor(
             largest = difference if largest is None else max(largest, difference)
         elif expected.dtype != found.dtype:
             rounding = max(rounding, _largest_difference(expected, found))
-    return largest, rounding
+    return _Result(largest, rounding)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    a, b = a.contiguous(), b.contiguous()
+    # Eight bytes at a time are compared ten times as fast.
+    words = torch.int64 if a.nbytes % 8 == 0 and a.numel() else torch.uint8
+    return torch.equal(a.view(-1).view(words), b.view(-1).view(words))
 
 
 def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -74,7 +87,7 @@ def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.inf if bool(difference.isnan().any()) else float(difference.max())
 
 
-def _architecture_differences(reference: Weights, candidate: Weights) -> list[str]:
+def architecture_differences(reference: Weights, candidate: Weights) -> list[str]:
     ours, theirs = (dataclasses.asdict(weights.architecture) for weights in (reference, candidate))
     return [
         f"{candidate.directory}: {key} is {theirs[key]}, but {ours[key]} in {reference.directory}; "

@@ -1,23 +1,30 @@
-"""Hugging Face directory -> torch_dist checkpoint, without building the model. Memory: a few slabs."""
+"""Hugging Face directory -> torch_dist checkpoint, without building the model. Memory: a few slabs a worker."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from megatron_a2d import __version__
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.console import human, progress
-from megatron_a2d.conversion.checkpoint import HF_FILES, RELEASE, TRACKER, copy_hf_files
+from megatron_a2d.conversion.checkpoint import HF_FILES, RELEASE, TRACKER, copy_hf_files, read_license
+from megatron_a2d.conversion.compare import Comparison, compare_weights
 from megatron_a2d.conversion.manifest import write_manifest
 from megatron_a2d.conversion.mask_token import choose_mask_token
-from megatron_a2d.conversion.rows import num_bytes
-from megatron_a2d.conversion.sources import as_megatron, open_hf
+from megatron_a2d.conversion.rows import FiniteCheck, num_bytes
+from megatron_a2d.conversion.sources import as_megatron, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist import write_torch_dist
+from megatron_a2d.conversion.unfinished import describe_files, size_of_unfinished, unfinished_directory
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_directory, read_json, write_json
+from megatron_a2d.files import check_new_directory, read_json, write_json
+
+# More than a few only compete for the disk.
+DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 
 
 class Converted(NamedTuple):
@@ -26,6 +33,7 @@ class Converted(NamedTuple):
     num_bytes: int
     dtypes: set[torch.dtype]
     mask_token_id: int
+    comparison: Comparison | None  # of the source and what was written; None without `verify`
 
 
 def convert(
@@ -34,40 +42,57 @@ def convert(
     mask_token_id: int | None = None,
     dtype: torch.dtype | None = None,
     origin: str | None = None,
+    workers: int = DEFAULT_WORKERS,
+    allow_nonfinite: bool = False,
+    verify: bool = True,
 ) -> Converted:
     """Write the model in `hf` as the release checkpoint `out`.
 
-    `dtype` None keeps the types of the files. `origin`, a hub id, is remembered for model cards.
-    Raises UserError, and leaves nothing behind, when a tensor or the mask token is not as it must be.
+    `dtype` None keeps the types of the files. `origin`, a hub id, is remembered for model cards. With `verify` what was
+    written is read back and compared before it gets its name. Raises UserError, and leaves nothing behind, when a
+    tensor or the mask token is not as it must be; an interrupted run is continued by the next one.
     """
-    with open_hf(hf) as weights:
+    check_new_directory(out, "--out")
+    with open_hf(hf, check_values=not allow_nonfinite) as weights:
         config = read_json(hf / "config.json", "the model's configuration")
         config["mask_token_id"] = choose_mask_token(
             hf, weights.architecture.vocab_size, mask_token_id, weights.architecture.mask_token_id
         )
         if origin:
             config["_name_or_path"] = origin
-        tensors = as_megatron(weights, dtype)
+        if license_name := read_license(hf):
+            config["_license"] = license_name
+        checked = FiniteCheck(weights.tensors)
+        tensors = as_megatron(weights._replace(tensors=checked), dtype)
         size = num_bytes(tensors)
         check_space(out, size)
-        with new_directory(out, "--out") as partial:
-            (partial / RELEASE / HF_FILES).mkdir(parents=True)
-            copy_hf_files(hf, partial / RELEASE / HF_FILES)
-            write_json(partial / RELEASE / HF_FILES / "config.json", config)
-            with progress("converting", size, "B") as advance:
+        identity = {"version": __version__, "config": config, "dtype": str(dtype), "source": describe_files(hf)}
+        with unfinished_directory(out, "--out", identity) as work:
+            work.may_keep = lambda: allow_nonfinite or not checked.non_finite
+            release = work.directory / RELEASE
+            (release / HF_FILES).mkdir(parents=True, exist_ok=True)
+            with progress("converting", size, "B", work.num_bytes_done()) as advance:
                 common = {"iteration": 0, "consumed_samples": 0}
-                write_torch_dist(partial / RELEASE, tensors, weights.map, common, advance)
-            write_manifest(partial / RELEASE)
-            (partial / TRACKER).write_text(RELEASE + "\n", encoding="utf-8")
+                entries = write_torch_dist(work, RELEASE, tensors, weights.map, common, advance, workers)
+            if not allow_nonfinite and (problems := checked.problems(hf)):
+                raise UserError(problems)
+            copy_hf_files(hf, release / HF_FILES)
+            write_json(release / HF_FILES / "config.json", config)
+            write_manifest(release, entries)
+            (work.directory / TRACKER).write_text(RELEASE + "\n", encoding="utf-8")
+            comparison = None
+            if verify:
+                with open_checkpoint(release) as written, progress("verifying", weights.num_bytes(), "B") as advance:
+                    comparison = compare_weights(weights, written, advance, workers)
         dtypes = {tensors.dtype(key) for key in tensors.shapes}
-        return Converted(out, weights.architecture, size, dtypes, config["mask_token_id"])
+        return Converted(out, weights.architecture, size, dtypes, config["mask_token_id"], comparison)
 
 
 def check_space(out: Path, size: int) -> None:
-    """UserError when the disk of the directory `out` cannot take `size` bytes."""
+    """UserError when the disk of the directory `out` cannot take `size` bytes, less what an interrupted run wrote."""
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < size:
+    if free < size - size_of_unfinished(out):
         raise UserError(
             f"--out {out}: needs {human(size, 'B')} and its disk has {human(free, 'B')} left; choose another disk"
         )

@@ -1,4 +1,4 @@
-"""torch_dist checkpoint, in any layout -> Hugging Face directory. Memory: a few slabs."""
+"""torch_dist checkpoint, in any layout -> Hugging Face directory. Memory: a few slabs a worker."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_a2d import __version__
 from megatron_a2d.console import progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, copy_hf_files, iteration_of
-from megatron_a2d.conversion.compare import compare_weights
-from megatron_a2d.conversion.convert import check_space
+from megatron_a2d.conversion.compare import Comparison, compare_weights
+from megatron_a2d.conversion.convert import DEFAULT_WORKERS, check_space
 from megatron_a2d.conversion.hf_config import Exported, Format, config_json, generation_json, refusals
-from megatron_a2d.conversion.model_card import model_card
-from megatron_a2d.conversion.rows import num_bytes
+from megatron_a2d.conversion.model_card import Origin, model_card
+from megatron_a2d.conversion.rows import FiniteCheck, num_bytes
 from megatron_a2d.conversion.safetensors_files import write_safetensors
-from megatron_a2d.conversion.sources import EMBEDDING, as_type, open_checkpoint, open_hf
+from megatron_a2d.conversion.sources import EMBEDDING, Weights, as_type, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_reader import read_common
+from megatron_a2d.conversion.unfinished import JOURNAL, describe_files, unfinished_directory
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_directory, read_json, write_json
+from megatron_a2d.files import check_new_directory, read_json, write_json
 
 SUMS = "SHA256SUMS"
 
@@ -31,7 +33,7 @@ class Written(NamedTuple):
     iteration: int
     num_parameters: int
     num_bytes: int
-    verified: bool
+    comparison: Comparison | None  # of the checkpoint and what was written; None without `verify`
 
 
 def export(
@@ -42,43 +44,64 @@ def export(
     max_shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    workers: int = DEFAULT_WORKERS,
+    allow_nonfinite: bool = False,
+    evaluation: dict[str, Any] | None = None,
 ) -> Written:
     """Write the latest iteration of `checkpoint` (or the one it names) as the Hugging Face directory `out`.
 
-    `travelling` are the python files that the format's auto_map names. With `verify` what was written is
-    read back and compared, before it gets its final name. Raises UserError and leaves nothing behind.
+    `travelling` are the python files that the format's auto_map names. `evaluation` is shown in the model card. With
+    `verify` what was written is read back and compared, before it gets its final name. Raises UserError and leaves
+    nothing behind; an interrupted run is continued by the next one.
     """
+    check_new_directory(out, "--out")
     with open_checkpoint(checkpoint) as weights:
-        tensors = as_type(weights, dtype)
-        run = weights.directory / RUN_CONFIG
-        settings = read_json(run, "the run's configuration") if run.exists() else {}
-        model = Exported(
-            weights.architecture,
-            read_json(weights.directory / HF_FILES / "config.json", "the model's configuration"),
-            _optional(weights.directory / HF_FILES / "generation_config.json"),
-            str(tensors.dtype(EMBEDDING)).removeprefix("torch."),
-            bool(settings.get("label_shift", True)),
-        )
+        checked = FiniteCheck(weights.tensors)
+        tensors = as_type(weights._replace(tensors=checked), dtype)
+        model, origin = _describe(weights, str(tensors.dtype(EMBEDDING)).removeprefix("torch."))
         if problems := refusals(kind, model):
             raise UserError(problems)
-        card = model_card(kind, model, iteration_of(weights.directory), read_common(weights.directory), settings)
         size = num_bytes(tensors)
         check_space(out, size)
-        with new_directory(out, "--out") as partial:
-            copy_hf_files(weights.directory / HF_FILES, partial)
+        options = [kind, str(dtype), max_shard_bytes, evaluation]
+        identity = {"version": __version__, "options": options, "source": describe_files(weights.directory)}
+        with unfinished_directory(out, "--out", identity) as work:
+            work.may_keep = lambda: allow_nonfinite or not checked.non_finite
+            with progress("exporting", size, "B", work.num_bytes_done()) as advance:
+                digests = write_safetensors(work, tensors, max_shard_bytes, advance, workers)
+            if not allow_nonfinite and (problems := checked.problems(weights.directory)):
+                raise UserError(problems)
+            copy_hf_files(weights.directory / HF_FILES, work.directory)
             for file in travelling:
-                shutil.copyfile(file, partial / file.name)
-            write_json(partial / "config.json", config_json(kind, model))
+                shutil.copyfile(file, work.directory / file.name)
+            write_json(work.directory / "config.json", config_json(kind, model))
             if generation := generation_json(kind, model):
-                write_json(partial / "generation_config.json", generation)
-            (partial / "README.md").write_text(card, encoding="utf-8")
-            with progress("exporting", size, "B") as advance:
-                digests = write_safetensors(partial, tensors, max_shard_bytes, advance)
-            _write_sums(partial, digests)
+                write_json(work.directory / "generation_config.json", generation)
+            card = model_card(kind, model, origin, evaluation)
+            (work.directory / "README.md").write_text(card, encoding="utf-8")
+            _write_sums(work.directory, digests)
+            comparison = None
             if verify:
-                with open_hf(partial) as written, progress("verifying", weights.num_bytes(), "B") as advance:
-                    compare_weights(weights, written, advance)
-        return Written(out, iteration_of(weights.directory), weights.architecture.num_parameters(), size, verify)
+                with open_hf(work.directory) as written, progress("verifying", weights.num_bytes(), "B") as advance:
+                    comparison = compare_weights(weights, written, advance, workers)
+        return Written(out, origin.iteration, weights.architecture.num_parameters(), size, comparison)
+
+
+def _describe(weights: Weights, dtype: str) -> tuple[Exported, Origin]:
+    """What the configuration and the model card of an export say, read from the checkpoint's small files."""
+    run = weights.directory / RUN_CONFIG
+    settings = read_json(run, "the run's configuration") if run.exists() else {}
+    hf = weights.directory / HF_FILES
+    model = Exported(
+        weights.architecture,
+        read_json(hf / "config.json", "the model's configuration"),
+        _optional(hf / "generation_config.json"),
+        dtype,
+        bool(settings.get("label_shift", True)),
+    )
+    common = read_common(weights.directory)
+    averaged = common.get("averaged_iterations", ())
+    return model, Origin(iteration_of(weights.directory), common.get("consumed_samples"), settings, averaged)
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -89,7 +112,7 @@ def _write_sums(directory: Path, digests: dict[str, str]) -> None:
     """A SHA256SUMS of all files, for `sha256sum -c`; `digests` are those already known."""
     lines = []
     for path in sorted(directory.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != JOURNAL:
             name = path.relative_to(directory).as_posix()
             digest = digests.get(name) or hashlib.sha256(path.read_bytes()).hexdigest()
             lines.append(f"{digest}  {name}\n")

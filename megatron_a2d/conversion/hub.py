@@ -24,7 +24,7 @@ def find_model(given: str) -> Model:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = [*HF_PATTERNS, "*.safetensors", "*.safetensors.index.json"]
+    patterns = [*HF_PATTERNS, "README.md", "*.safetensors", "*.safetensors.index.json"]
     try:
         return Model(Path(snapshot_download(given, allow_patterns=patterns)), given)
     except (OSError, ValueError, HfHubHTTPError) as error:

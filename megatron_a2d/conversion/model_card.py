@@ -1,50 +1,170 @@
-"""The README.md of an export: what it is, where it comes from, how to load it."""
+"""The README.md of an export: what it is, what it was made of and how, how to load it.
+
+All of it is read from the checkpoint: hf/config.json says what was converted, run.json how it was trained,
+common.pt for how long. What they lack is left out or called not recorded.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
 
+from megatron_a2d.config import ROLES
 from megatron_a2d.console import human
 from megatron_a2d.conversion.hf_config import Exported, Format
 
+# The settings that make a recipe, in the order of the card.
+RECIPE = (
+    "objective", "noise_schedule", "time_sampling", "min_time", "label_shift", "document_attention", "seq_length",
+    "global_batch_size", "lr", "min_lr", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "seed",
+)  # fmt: skip
 
-def model_card(kind: Format, model: Exported, iteration: int, common: dict[str, Any], settings: dict[str, Any]) -> str:
-    """`common` is the checkpoint's common.pt, `settings` its run.json; what they lack is left out."""
-    architecture = model.architecture
-    base = _base_model(model)
-    shape = "mixture of experts" if architecture.is_moe else "dense"
-    facts = [
-        f"Format: `{kind}`, {shape}, {human(architecture.num_parameters())} parameters "
-        f"({human(architecture.num_active_parameters())} active), {model.dtype}.",
-        f"Base model: {base}." if base else "Base model: not recorded.",
-        f"Training: {_training(iteration, common.get('consumed_samples'), settings.get('seq_length'))}.",
+
+class Origin(NamedTuple):
+    """Where an export's weights come from: an iteration of a run, with that run's settings ({} for a release)."""
+
+    iteration: int
+    consumed_samples: int | None
+    settings: Mapping[str, Any]
+    averaged: Sequence[int] = ()  # iterations whose mean the weights are
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens seen in training; None when that is not recorded."""
+        length = self.settings.get("seq_length")
+        return None if self.consumed_samples is None or length is None else self.consumed_samples * length
+
+
+def model_card(kind: Format, model: Exported, origin: Origin, evaluation: Mapping[str, Any] | None = None) -> str:
+    """`evaluation`: results by name, nested as one likes; numbers become the rows of a table."""
+    trained = origin.iteration > 0
+    sections = [
+        _front_matter(kind, model),
+        "# Masked diffusion language model" if kind != "qwen3" else "# Language model",
+        "Written by megatron_a2d.",
+        "\n".join(f"- {fact}" for fact in _facts(kind, model, origin)),
+        _usage(kind),
+        *(["## Data", _data(origin.settings)] if trained else []),
+        *(["## Recipe", _recipe(origin.settings)] if trained and origin.settings else []),
+        *(["## Learning rates by role", _learning_rates(origin.settings)] if trained and origin.settings else []),
+        *(["## Evaluation", _table(("measure", "value"), _numbers(evaluation))] if evaluation else []),
+        "## Licence",
+        f"The weights are under the terms of the base model's licence{_named(license_of(model))}; the Python files in "
+        "this directory, if any, are under Apache-2.0.",
     ]
-    tags, loader, arguments, title = "", "AutoModelForCausalLM", "", "Language model"
+    return "\n\n".join(sections) + "\n"
+
+
+def license_of(model: Exported) -> str | None:
+    """The licence that the base model's own card names, as the hub spells it."""
+    name = model.source.get("_license")
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) else None
+
+
+def _named(name: str | None) -> str:
+    return f" (`{name}`)" if name else ""
+
+
+def _front_matter(kind: Format, model: Exported) -> str:
+    lines = ["library_name: transformers"]
+    lines += ["pipeline_tag: text-generation"]
+    lines += ["tags:", "- diffusion-language-model"] if kind != "qwen3" else []
+    lines += [f"base_model: {base}"] if (base := _base_model(model)) else []
+    lines += [f"license: {name}"] if (name := license_of(model)) else []
+    return "\n".join(["---", *lines, "---"])
+
+
+def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
+    a = model.architecture
+    shape = "mixture of experts" if a.is_moe else "dense"
+    yield (
+        f"Format: `{kind}`, {shape}, {human(a.num_parameters())} parameters "
+        f"({human(a.num_active_parameters())} active), {model.dtype}."
+    )
+    yield f"Base model: {_base_model(model) or 'not recorded'}."
+    yield f"Training: {_training(origin)}."
+    if origin.averaged:
+        yield f"Weights: mean of the iterations {', '.join(map(str, origin.averaged))}."
     if kind != "qwen3":
-        facts.append(f"Mask token id: {architecture.mask_token_id}.")
-        tags, loader = "tags:\n- diffusion-language-model\n", "AutoModelForMaskedLM"
-        arguments, title = ", trust_remote_code=True", "Masked diffusion language model"
+        shift = "row i - 1 predicts token i" if model.label_shift else "row i predicts token i"
+        yield f"Mask token id: {a.mask_token_id}; {shift}."
+
+
+def _usage(kind: Format) -> str:
+    if kind == "qwen3":
+        loader, arguments, use = "AutoModelForCausalLM", "", ""
+    else:
+        loader, arguments = "AutoModelForMaskedLM", ", trust_remote_code=True"
+        use = (
+            'prompt = tokenizer("def mean(values):", return_tensors="pt")\n'
+            "tokens = model.generate(**prompt, max_new_tokens=64, num_steps=64)\n"
+            "print(tokenizer.decode(tokens[0]))\n"
+        )
     return (
-        f"---\nlibrary_name: transformers\n{tags}{f'base_model: {base}' + chr(10) if base else ''}---\n\n"
-        f"# {title}\n\n"
-        "Written by megatron_a2d.\n\n" + "".join(f"- {fact}\n" for fact in facts) + "\n"
-        f"```python\nfrom transformers import {loader}\n\n"
-        f'model = {loader}.from_pretrained("DIRECTORY"{arguments})\n```\n\n'
-        "Licence: the weights are under the terms of the base model's licence; the Python files in this "
-        "directory, if any, are under Apache-2.0.\n"
+        f"```python\nfrom transformers import AutoTokenizer, {loader}\n\n"
+        f'model = {loader}.from_pretrained("DIRECTORY"{arguments})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")\n{use}```'
     )
 
 
+def _training(origin: Origin) -> str:
+    if origin.iteration == 0:
+        return "none; these are the base model's weights"
+    if origin.num_tokens is None:
+        return f"{origin.iteration} iterations"
+    return (
+        f"{origin.iteration} iterations, {origin.consumed_samples} samples of {origin.settings['seq_length']} tokens "
+        f"({origin.num_tokens} tokens seen)"
+    )
+
+
+def _data(settings: Mapping[str, Any]) -> str:
+    """The training mixture: names of data sets and their weights. Paths of someone's disk do not belong into a card."""
+    given = settings.get("train_data_path")
+    words = given.split() if isinstance(given, str) else [str(word) for word in given or ()]
+    if not words:
+        return "Not recorded."
+    rows, weight = [], ""
+    for word in words:
+        if re.fullmatch(r"[\d.eE+-]+", word):
+            weight = word
+        else:
+            rows.append((PurePath(word).name, weight or "all"))
+            weight = ""
+    return _table(("data set", "weight"), rows)
+
+
+def _recipe(settings: Mapping[str, Any]) -> str:
+    return _table(("setting", "value"), [(name, str(settings[name])) for name in RECIPE if name in settings])
+
+
+def _learning_rates(settings: Mapping[str, Any]) -> str:
+    if "lr" not in settings:
+        return "Not recorded."
+    factors = settings.get("lr_mult") or {}
+    rows = [(role, f"{factors.get(role, 1.0):g}", f"{settings['lr'] * factors.get(role, 1.0):.3g}") for role in ROLES]
+    return _table(("role", "factor", "peak learning rate"), rows)
+
+
+def _numbers(results: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            rows += _numbers(value, f"{prefix}{name} / ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            rows.append((f"{prefix}{name}", f"{value:.4g}"))
+    return rows
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def _base_model(model: Exported) -> str | None:
-    """The hub id that was converted. Paths of someone's disk do not belong into a card."""
+    """The hub id that was converted."""
     name = model.source.get("_name_or_path")
     return name if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
-
-
-def _training(iteration: int, samples: int | None, length: int | None) -> str:
-    if iteration == 0:
-        return "none; these are the base model's weights"
-    if samples is None or length is None:
-        return f"{iteration} iterations"
-    return f"{iteration} iterations, {samples} samples of {length} tokens ({samples * length} tokens seen)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,9 +17,9 @@ import torch
 
 from megatron_a2d.errors import UserError
 
-# Large enough for sequential disks, small enough that a handful never matters. Also the largest chunk
-# that is written: loaders read whole chunks.
-SLAB_BYTES = 32 << 20
+# What is read at once: it stays in the processor's cache between its reading, its checks and its writing, and the
+# allocator hands the same memory out again.
+SLAB_BYTES = 4 << 20
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -78,15 +79,56 @@ def cast(rows: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return result
 
 
+class FiniteCheck:
+    """`source`, remembering in `non_finite` the tensors in which a NaN or an infinity was read."""
+
+    def __init__(self, source: RowSource):
+        self.shapes, self.dtype = source.shapes, source.dtype
+        self._source = source
+        self.non_finite: set[str] = set()
+
+    def read(self, span: Span) -> torch.Tensor:
+        rows = self._source.read(span)
+        if not is_finite(rows):
+            self.non_finite.add(span.name)
+        return rows
+
+    def problems(self, where: Path) -> list[str]:
+        """A line for each tensor, in the order of the model."""
+        return [
+            f"{where}: tensor {name} has values that are not finite (NaN or infinity); fetch or write it again, or "
+            "let them pass with --allow-nonfinite"
+            for name in self.shapes
+            if name in self.non_finite
+        ]
+
+
+def is_finite(rows: torch.Tensor) -> bool:
+    """No NaN and no infinity. The extremes show both, and cost one pass at the speed of memory."""
+    if not rows.numel():
+        return True
+    low, high = rows.aminmax()
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def write_all(file: Any, data: Any) -> None:
+    """Write all of `data` to the unbuffered `file`."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor; writing to it writes the tensor."""
     raw: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(raw)
 
 
-def slabs(shape: Sequence[int], row_start: int, row_stop: int, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Cut rows of a matrix of `shape` ([rows, *rest]) into ranges of at most SLAB_BYTES."""
-    step = max(1, SLAB_BYTES // max(1, math.prod(shape[1:]) * itemsize))
+def slabs(
+    shape: Sequence[int], row_start: int, row_stop: int, itemsize: int, limit: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Cut rows of a matrix of `shape` ([rows, *rest]) into ranges of at most `limit` bytes, by default SLAB_BYTES."""
+    step = max(1, (limit or SLAB_BYTES) // max(1, math.prod(shape[1:]) * itemsize))
     for start in range(row_start, row_stop, step):
         yield start, min(start + step, row_stop)
 
@@ -116,10 +158,11 @@ def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: st
 
 
 class OpenFiles:
-    """Descriptors of files that are read here and there, closed together."""
+    """Descriptors of files that are read here and there, by several threads, closed together."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def read_bytes(self, path: Path, offset: int, length: int) -> bytes:
         data = os.pread(self._descriptor(path), length, offset)
@@ -130,13 +173,16 @@ class OpenFiles:
     def read_tensor(self, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of the values at `offset`. Plain reads: mapped pages count as memory."""
         tensor = torch.empty(tuple(shape), dtype=dtype)
-        rest = bytes_of(tensor)
+        self.read_into(path, offset, bytes_of(tensor))
+        return tensor
+
+    def read_into(self, path: Path, offset: int, rest: memoryview) -> None:
+        """Fill `rest` with what lies at `offset`."""
         while rest:
             count = os.preadv(self._descriptor(path), [rest], offset)
             if count <= 0:
                 raise UserError(f"{path}: ends after byte {offset}; the file is truncated, fetch it again")
             offset, rest = offset + count, rest[count:]
-        return tensor
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
@@ -144,9 +190,10 @@ class OpenFiles:
         self._descriptors.clear()
 
     def _descriptor(self, path: Path) -> int:
-        if path not in self._descriptors:
-            try:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from None
-        return self._descriptors[path]
+        with self._lock:
+            if path not in self._descriptors:
+                try:
+                    self._descriptors[path] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+            return self._descriptors[path]

@@ -12,12 +12,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
-from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, bytes_of, slabs
+from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, bytes_of, slabs, write_all
+from megatron_a2d.conversion.unfinished import Unfinished
+from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 
@@ -194,12 +197,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_safetensors(
-    directory: Path, source: RowSource, max_shard_bytes: int, advance: Callable[[float], None]
+    work: Unfinished, source: RowSource, max_shard_bytes: int, advance: Callable[[float], None], workers: int = 1
 ) -> dict[str, str]:
-    """Write all tensors of `source`, in its order, as one file or several with an index.
+    """Write all tensors of `source`, in its order, as one file or several with an index, `workers` at a time.
 
-    A shard is larger than `max_shard_bytes` only if a single tensor is. `advance` is told of the bytes
-    written. Returns file name -> SHA-256.
+    A shard is larger than `max_shard_bytes` only if a single tensor is. Shards that an earlier run completed are
+    kept. `advance` is told of the bytes written. Returns file name -> SHA-256.
     """
     sizes = {name: math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items()}
     shards: list[list[str]] = [[]]
@@ -210,24 +213,29 @@ def write_safetensors(
             filled = 0
         shards[-1].append(name)
         filled += size
-    digests: dict[str, str] = {}
     weight_map: dict[str, str] = {}
+    jobs = []
     for number, names in enumerate(shards, 1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        digests[file] = _write_file(directory / file, source, names, advance)
         weight_map.update(dict.fromkeys(names, file))
+        if file not in work.done:
+            jobs.append(partial(_write_file, work, file, source, names))
+    run_jobs(jobs, workers, advance)
+    digests = {file: work.done[file]["sha256"] for file in dict.fromkeys(weight_map.values())}
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
         text = (json.dumps(index, indent=2) + "\n").encode()
-        (directory / INDEX_FILE).write_bytes(text)
+        (work.directory / INDEX_FILE).write_bytes(text)
         digests[INDEX_FILE] = hashlib.sha256(text).hexdigest()
     return digests
 
 
-def _write_file(path: Path, source: RowSource, names: Sequence[str], advance: Callable[[float], None]) -> str:
+def _write_file(
+    work: Unfinished, file_name: str, source: RowSource, names: Sequence[str], advance: Callable[[float], None]
+) -> None:
     # Wide types first: every tensor is then aligned to its own type.
     names = sorted(names, key=lambda name: -source.dtype(name).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -239,15 +247,15 @@ def _write_file(path: Path, source: RowSource, names: Sequence[str], advance: Ca
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with (work.directory / file_name).open("wb", buffering=0) as file:
         for piece in (len(text).to_bytes(8, "little"), text):
-            file.write(piece)
+            write_all(file, piece)
             digest.update(piece)
         for name in names:
             shape = source.shapes[name]
             for start, stop in slabs(shape, 0, shape[0], source.dtype(name).itemsize):
                 data = bytes_of(source.read(Span(name, (), start, stop)).contiguous())
-                file.write(data)
+                write_all(file, data)
                 digest.update(data)
                 advance(len(data))
-    return digest.hexdigest()
+    work.record(file_name, {"sha256": digest.hexdigest()})

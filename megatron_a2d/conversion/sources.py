@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.console import progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
-from megatron_a2d.conversion.rows import Remapped, RowSource, Span, account, num_bytes, slabs
+from megatron_a2d.conversion.rows import FiniteCheck, Remapped, RowSource, Span, account, num_bytes, slabs
 from megatron_a2d.conversion.safetensors_files import SafetensorsDirectory, open_safetensors
 from megatron_a2d.conversion.table import WeightMap
 from megatron_a2d.conversion.torch_dist_reader import open_torch_dist
@@ -40,8 +41,12 @@ class Weights(NamedTuple):
 
 
 @contextmanager
-def open_hf(directory: Path) -> Iterator[Weights]:
-    """The weights of a Hugging Face directory; experts may be fused, a tied head may be stored or not."""
+def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
+    """The weights of a Hugging Face directory; experts may be fused, a tied head may be stored or not.
+
+    With `check_values`, a directory that is refused is also searched for values that are not finite, so that all that
+    is wrong with it is known at once.
+    """
     architecture = read_architecture(directory)
     with open_safetensors(directory) as files:
         stored = WeightMap(architecture, files.shapes)
@@ -49,7 +54,7 @@ def open_hf(directory: Path) -> Iterator[Weights]:
         if architecture.tie_word_embeddings and HEAD in files.shapes:
             expected[HEAD] = expected[EMBEDDING]
         if problems := files.problems + account(expected, files.shapes, str(directory)):
-            raise UserError(problems)
+            raise UserError(problems + (_non_finite(files, directory) if check_values else []))
         if HEAD in expected and HEAD not in stored.hf_shapes:
             _check_tied(files, directory)
         canonical = WeightMap(architecture)
@@ -100,6 +105,15 @@ def as_type(weights: Weights, dtype: torch.dtype | None) -> RowSource:
         return weights.tensors
     shapes = weights.tensors.shapes
     return Remapped(weights.tensors, shapes, dict.fromkeys(shapes, dtype), lambda span: [span])
+
+
+def _non_finite(files: SafetensorsDirectory, directory: Path) -> list[str]:
+    checked = FiniteCheck(files)
+    with progress("checking values", num_bytes(files), "B") as advance:
+        for name, shape in files.shapes.items():
+            for start, stop in slabs(shape, 0, shape[0] if shape else 0, files.dtype(name).itemsize):
+                advance(checked.read(Span(name, (), start, stop)).nbytes)
+    return checked.problems(directory)
 
 
 def _check_tied(files: SafetensorsDirectory, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where the values of one tensor lie inside a torch.save archive, so that any rows can be read alone.
+"""Where the values of one tensor lie inside a torch.save archive, so that any rows can be read or written alone.
 
 The archive is an uncompressed zip: `data.pkl` describes the tensor, `data/0` is its storage. The pickle is
 read with an allow-list that rebuilds nothing.
@@ -11,11 +11,13 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_a2d.conversion.rows import OpenFiles
 
@@ -29,6 +31,8 @@ DAMAGED = (
     IndexError, KeyError, TypeError, ValueError, RuntimeError, OverflowError,
 )  # fmt: skip
 
+ReadBytes = Callable[[int, int], bytes]  # offset, length
+
 
 def find_values(
     files: OpenFiles, path: Path, offset: int, length: int, dtype: torch.dtype, shape: Sequence[int]
@@ -37,7 +41,11 @@ def find_values(
 
     Raises one of DAMAGED unless the archive holds one contiguous tensor of `dtype` and `shape`.
     """
-    view = _Slice(files, path, offset, length)
+    return _find(partial(files.read_bytes, path), offset, length, dtype, shape)
+
+
+def _find(read_bytes: ReadBytes, offset: int, length: int, dtype: torch.dtype, shape: Sequence[int]) -> int:
+    view = _Slice(read_bytes, offset, length)
     with zipfile.ZipFile(view) as archive:
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
 
@@ -46,12 +54,12 @@ def find_values(
 
     def position(name: str) -> int:
         # A record's own header may be padded differently from its entry in the zip's directory.
-        header = files.read_bytes(path, offset + records[name].header_offset, 30)
+        header = read_bytes(offset + records[name].header_offset, 30)
         name_length, extra_length = struct.unpack_from("<HH", header, 26)
         return offset + records[name].header_offset + 30 + name_length + extra_length
 
     def content(name: str) -> bytes:
-        return files.read_bytes(path, position(name), records[name].file_size)
+        return read_bytes(position(name), records[name].file_size)
 
     if any(records[name].compress_type != zipfile.ZIP_STORED for name in ("data.pkl", "data/0")):
         raise ValueError("it is compressed")
@@ -68,6 +76,26 @@ def find_values(
     if records["data/0"].file_size != size or begin + size > offset + length:
         raise ValueError("it is cut short")
     return begin
+
+
+@lru_cache(maxsize=256)
+def archive_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What torch.save writes before and after the values of a contiguous tensor.
+
+    Without checksums of the values (no torch reads them; a checkpoint's manifest covers whole files) nothing else of an
+    archive depends on them, so that an archive is prefix + values + suffix, of known length.
+    """
+    with_checksums = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        blob = io.BytesIO()
+        torch.save(torch.zeros(shape, dtype=dtype), blob)
+    finally:
+        set_crc32_options(with_checksums)
+    data = blob.getbuffer()
+    size = math.prod(shape) * dtype.itemsize
+    begin = _find(lambda offset, length: bytes(data[offset : offset + length]), 0, len(data), dtype, shape)
+    return bytes(data[:begin]), bytes(data[begin + size :])
 
 
 class _StoredTensor(NamedTuple):
@@ -104,8 +132,8 @@ def _describe(
 class _Slice(io.RawIOBase):
     """Part of a file as a file of its own, for zipfile."""
 
-    def __init__(self, files: OpenFiles, path: Path, offset: int, length: int):
-        self._files, self._path, self._offset, self._length, self._position = files, path, offset, length, 0
+    def __init__(self, read_bytes: ReadBytes, offset: int, length: int):
+        self._read_bytes, self._offset, self._length, self._position = read_bytes, offset, length, 0
 
     def seekable(self) -> bool:
         return True
@@ -123,6 +151,6 @@ class _Slice(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self._length - self._position)
         size = left if size is None or size < 0 else min(size, left)
-        data = self._files.read_bytes(self._path, self._offset + self._position, size)
+        data = self._read_bytes(self._offset + self._position, size)
         self._position += size
         return data

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_a2d import A2DConfig
+from .generation_a2d import DiffusionGeneration
 
 
 class A2DRMSNorm(nn.Module):
@@ -196,8 +197,8 @@ class A2DModel(A2DPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.norm(x))
 
 
-class A2DForMaskedLM(A2DPreTrainedModel):
-    """The diffusion language model: hidden states, then the output head."""
+class A2DForMaskedLM(DiffusionGeneration, A2DPreTrainedModel):
+    """The diffusion language model: hidden states, then the output head; `generate` samples from it."""
 
     base_class: type[A2DModel] = A2DModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

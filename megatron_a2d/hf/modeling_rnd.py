@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from .configuration_rnd import RND1Config
+from .generation_a2d import DiffusionGeneration
 from .modeling_a2d import A2DForMaskedLM, A2DModel
+
+# Named here because transformers 4 takes along only the files that this one imports itself.
+__all__ = ["RND1LM", "DiffusionGeneration", "RND1Model"]
 
 
 class RND1Model(A2DModel):

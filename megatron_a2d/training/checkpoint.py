@@ -34,6 +34,7 @@ from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import fsync_path, new_file, write_json
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
+from megatron_a2d.runtime.loading import load_state
 from megatron_a2d.runtime.saving import Saving
 from megatron_a2d.training.optimizer_state import OptimizerState, adam_step
 from megatron_a2d.training.parallel import from_first_rank
@@ -202,7 +203,7 @@ def _sharded_state(state: TrainState) -> dict[str, Any]:
 
 def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(wanted, str(directory))
+        return load_state(wanted, directory)
     except (dist_checkpointing.core.CheckpointingException, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

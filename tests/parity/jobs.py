@@ -365,3 +365,39 @@ def _poisoned(active: bool) -> Iterator[None]:
 
 class _StoppedError(Exception):
     """Stands for the end of the process."""
+
+
+def bytes_of_a_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that this process reads to load the weights, by the training's load and by megatron.core's own, and whether
+    both give the same."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_a2d.training import checkpoint as checkpoint_code
+
+    runtime.install()
+    config = build(SETTINGS | {"global_batch_size": 8} | settings)
+    start = resolve(checkpoint)
+    architecture = read_architecture(start / "hf")
+    parallel.initialize(config.parallel)
+    state = build_train_state(architecture, config)
+    counts, values = [], []
+    training_load = checkpoint_code.load_state
+    for load in (training_load, lambda wanted, directory: dist_checkpointing.load(wanted, str(directory))):
+        for parameter in (parameter for model in state.models for parameter in model.parameters()):
+            parameter.data.fill_(float("nan"))
+        checkpoint_code.load_state = load
+        before = _bytes_read()
+        try:
+            load_checkpoint(state, start, weights_only=True)
+        finally:
+            checkpoint_code.load_state = training_load
+        counts.append(_bytes_read() - before)
+        values.append([parameter.detach().clone() for model in state.models for parameter in model.parameters()])
+    same = all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+    return {"read": counts[0], "plain_read": counts[1], "same": same}
+
+
+def _bytes_read() -> int:
+    """By read calls of this process, whether they reached the disk or the page cache."""
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])

@@ -38,6 +38,7 @@ from megatron_a2d.conversion.table import WeightMap
 from megatron_a2d.conversion.torch_dist_reader import open_torch_dist, read_common
 from megatron_a2d.errors import UserError
 from megatron_a2d.hf import TRAVELLING
+from megatron_a2d.verification import report
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Transformer Engine and Apex")
@@ -258,12 +259,15 @@ def test_logits_of_exports_are_those_of_the_source(kind: str, form: Format, tmp_
     export(tmp_path / "ckpt", tmp_path / "out", form, travelling=TRAVELLING.get(form, []))
     arguments = ["--hf", str(hf), "--export", str(tmp_path / "out"), "--logits"]
     verify.main(arguments)
-    assert f"{'causal' if form == 'qwen3' else 'bidirectional'}: largest difference" in capsys.readouterr().out
+    assert (
+        f"{'causal' if form == 'qwen3' else 'bidirectional'} logits of 2 x 64 positions in fp32: largest difference"
+        in capsys.readouterr().out
+    )
     if form == "a2d":  # control: another model of the same shape
         other = tiny.write_hf(tmp_path / "other", kind, seed=1)
         with open_hf(other) as first, open_hf(tmp_path / "out") as second:
             with pytest.raises(UserError, match="logits differ"):
-                verify.compare_logits(first, second)
+                report.logits_line(first.directory, second, asked=True)
 
 
 def test_a_trained_checkpoint_is_exported_with_its_history(tmp_path: Path) -> None:

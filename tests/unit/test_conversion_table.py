@@ -9,41 +9,14 @@ from collections.abc import Mapping
 import pytest
 
 from megatron_a2d.architecture import Architecture, architecture_from_config
+from megatron_a2d.conversion.qwen3 import SIZES, hub_config
 from megatron_a2d.conversion.rows import Span
 from megatron_a2d.conversion.table import WeightMap
 from tests import tiny
 
-# hidden, layers, heads, KV heads, MLP width, tied; experts and their width
-SIZES: dict[str, tuple] = {
-    "0.6B": (1024, 28, 16, 8, 3072, True),
-    "1.7B": (2048, 28, 16, 8, 6144, True),
-    "4B": (2560, 36, 32, 8, 9728, True),
-    "8B": (4096, 36, 32, 8, 12288, False),
-    "14B": (5120, 40, 40, 8, 17408, False),
-    "32B": (5120, 64, 64, 8, 25600, False),
-    "30B-A3B": (2048, 48, 32, 4, 6144, False, 128, 768),
-    "235B-A22B": (4096, 94, 64, 4, 12288, False, 128, 1536),
-}
-
 
 def architecture(size: str) -> Architecture:
-    hidden, layers, heads, groups, width, tied, *experts = SIZES[size]
-    return Architecture(
-        num_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=128,
-        intermediate_size=width,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        tie_word_embeddings=tied,
-        num_experts=experts[0] if experts else 0,
-        num_experts_per_tok=8 if experts else 0,
-        moe_intermediate_size=experts[1] if experts else 0,
-    )
+    return architecture_from_config(hub_config(size), size)
 
 
 def fused_names(a: Architecture) -> list[str]:

@@ -19,6 +19,7 @@ import transformers
 from safetensors import safe_open
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from megatron_a2d.diffusion.sampling import denoise
 from megatron_a2d.hf import TRAVELLING
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.configuration_rnd import RND1Config
@@ -293,6 +294,70 @@ def test_travelling_files_are_self_contained():
                     assert roots <= {"__future__", "typing", "torch", "transformers"}, (path.name, roots)
 
 
+@pytest.mark.parametrize("label_shift", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_generate_is_the_sampler(kind, label_shift, tmp_path):
+    """The method that travels with an export decides as megatron_a2d.diffusion.sampling does."""
+    _, ours = export_and_load(kind, tmp_path, label_shift=label_shift)
+    canvas = torch.cat([tokens(2, 9), torch.full((2, 13), 96), tokens(2, 4)], dim=1)
+    with torch.no_grad():
+        expected = denoise(lambda t: ours(t).logits, canvas, canvas == 96, 96, num_steps=5, label_shift=label_shift)
+    assert torch.equal(ours.generate(canvas, num_steps=5), expected)
+    assert not torch.equal(ours.generate(canvas, num_steps=13), expected), "the number of steps must matter"
+    assert torch.equal(ours.generate(tokens(), max_new_tokens=0), tokens())
+    prompts = tokens(2, 9)
+    longer = ours.generate(prompts, max_new_tokens=7, num_steps=3)
+    assert torch.equal(longer[:, :9], prompts) and longer.shape == (2, 16) and not (longer == 96).any()
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_generate_rows_of_a_batch_do_not_see_one_another(kind, tmp_path):
+    _, ours = export_and_load(kind, tmp_path)
+    rows = [tokens(1, 12), tokens(1, 5)]
+    padded = torch.cat([rows[0], torch.cat([torch.full((1, 7), 95), rows[1]], dim=1)])
+    mask = torch.ones_like(padded)
+    mask[1, :7] = 0
+    together = ours.generate(padded, attention_mask=mask, max_new_tokens=8, num_steps=4)
+    for index, row in enumerate(rows):
+        alone = ours.generate(row, max_new_tokens=8, num_steps=4)
+        assert torch.equal(together[index, -8:], alone[0, -8:])
+    without = ours.generate(padded, max_new_tokens=8, num_steps=4)
+    assert not torch.equal(without[1], together[1]), "padding must matter without its mask"
+
+
+def test_generate_draws(tmp_path):
+    _, ours = export_and_load("dense", tmp_path)
+
+    def draw(seed, **settings):
+        generator = torch.Generator().manual_seed(seed)
+        return ours.generate(tokens(), max_new_tokens=10, num_steps=5, generator=generator, **settings)
+
+    assert torch.equal(draw(0, temperature=1.0), draw(0, temperature=1.0))
+    assert not torch.equal(draw(0, temperature=1.0), draw(1, temperature=1.0))
+    for only_one in ({"top_k": 1}, {"top_p": 1e-6}):  # the likeliest token, in the order of the filtered entropies
+        assert torch.equal(draw(0, temperature=1.0, **only_one), draw(1, temperature=1.0, **only_one))
+    for count, settings in ((3, {"top_k": 3}), (97, {})):
+        drawn = ours._log_probabilities(torch.randn(50, 32), 1.0, settings.get("top_k", 0), 1.0)
+        assert int((drawn > -torch.inf).sum(1).max()) == min(count, 96), "the mask token is never predicted"
+
+
+def test_generate_refuses(tmp_path):
+    _, ours = export_and_load("dense", tmp_path)
+    right = torch.ones(2, 21)
+    right[1, -3:] = 0
+    for arguments, message in (
+        ({"attention_mask": right, "max_new_tokens": 4}, "pad on the left"),
+        ({"num_steps": 0}, "num_steps >= 1"),
+        ({"temperature": -1.0}, "temperature >= 0"),
+        ({"num_beams": 4}, "no num_beams"),
+        ({"attention_mask": torch.ones(2, 5)}, "batch, sequence"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours.generate(tokens(), **arguments)
+    with pytest.raises(ValueError, match="nothing predicts"):
+        ours.generate(torch.full((1, 4), 96))
+
+
 REMOTE = """
 import sys, torch, transformers
 from transformers import AutoModel, AutoModelForMaskedLM
@@ -310,6 +375,9 @@ for directory in directories:
         logits = model.eval()(tokens).logits
         assert torch.equal(again.eval()(tokens).logits, logits)
         assert torch.equal(model.lm_head(base.eval()(tokens).last_hidden_state), logits)
+    made = model.generate(tokens, max_new_tokens=6, num_steps=3)
+    assert made.shape == (len(tokens), tokens.shape[1] + 6) and not (made == model.config.mask_token_id).any()
+    assert torch.equal(again.generate(tokens, max_new_tokens=6, num_steps=3), made)
     result[directory] = logits
 assert "megatron_a2d" not in sys.modules
 torch.save(result, out)

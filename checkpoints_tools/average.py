@@ -1,0 +1,44 @@
+"""Write the mean of several checkpoints of a run, or their exponential moving average, as a new checkpoint.
+
+    python -m checkpoints_tools.average --checkpoints runs/rnd1/iter_00{08,09,10}000 --out checkpoints/mean
+    python -m checkpoints_tools.average --checkpoints runs/rnd1/iter_* --ema-decay 0.9 --out checkpoints/ema
+
+The result holds weights only: train on from it with --finetune, or export it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints_tools.options import add_workers, check_streaming_options
+from megatron_a2d.cli import Parser
+from megatron_a2d.console import entry_point
+from megatron_a2d.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m checkpoints_tools.average", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--checkpoints", required=True, nargs="+", type=Path, metavar="DIR", help="iterations of a run, two or more"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must be new")
+    parser.add_argument(
+        "--ema-decay", type=float, metavar="D", help="oldest first, mean <- D mean + (1 - D) next; by default all alike"
+    )
+    add_workers(parser)
+    options = parser.parse_args(argv)
+    check_streaming_options(options)
+    if options.ema_decay is not None and not 0 < options.ema_decay < 1:
+        raise UserError(f"--ema-decay {options.ema_decay}: must be above 0 and below 1")
+
+    from megatron_a2d.conversion.average import average
+
+    done = average(
+        options.checkpoints, options.out, options.ema_decay, options.workers, allow_nonfinite=options.allow_nonfinite
+    )
+    parts = ", ".join(f"{factor:.4g} of {number}" for number, factor in zip(done.iterations, done.factors, strict=True))
+    print(f"{done.directory}: {parts}")
+
+
+if __name__ == "__main__":
+    entry_point(main)

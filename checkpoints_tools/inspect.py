@@ -1,0 +1,109 @@
+"""Show what a checkpoint or a Hugging Face directory holds: sizes, types and norms by role, iteration, tokens, recipe.
+
+python -m checkpoints_tools.inspect --checkpoint checkpoints/run
+python -m checkpoints_tools.inspect --hf exports/run --no-norms
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_a2d.cli import Parser
+from megatron_a2d.console import entry_point, human, progress
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import read_json
+
+if TYPE_CHECKING:
+    from megatron_a2d.architecture import Architecture
+    from megatron_a2d.conversion.summary import RoleSummary
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m checkpoints_tools.inspect", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint or an iteration of one")
+    parser.add_argument("--hf", type=Path, metavar="DIR", help="a Hugging Face directory, such as an export")
+    parser.add_argument("--no-norms", action="store_true", help="read no values: sizes and types only, at once")
+    options = parser.parse_args(argv)
+    if (options.checkpoint is None) == (options.hf is None):
+        raise UserError("--checkpoint, --hf: give exactly one")
+
+    from megatron_a2d.conversion.sources import open_checkpoint, open_hf
+    from megatron_a2d.conversion.summary import summarise
+
+    opened = open_checkpoint(options.checkpoint) if options.checkpoint else open_hf(options.hf)
+    with opened as weights:
+        if options.no_norms:
+            roles = summarise(weights, None)
+        else:
+            with progress("reading", weights.num_bytes(), "B") as advance:
+                roles = summarise(weights, advance, min(4, os.cpu_count() or 1))
+        facts = {"directory": str(weights.directory), **shape_facts(weights.architecture)}
+        if options.checkpoint:
+            facts |= training_facts(weights.directory)
+    # A pipe has no width; a table cut to eighty columns would be of no use there.
+    output = Console(width=None if os.isatty(1) else 140)
+    output.print(facts_table(facts))
+    output.print(roles_table(roles))
+
+
+def shape_facts(a: Architecture) -> dict[str, str]:
+    kind = f"{a.num_experts} experts, {a.num_experts_per_tok} a token" if a.is_moe else "dense"
+    return {
+        "model": f"{a.num_layers} layers of {a.hidden_size}, {kind}, vocabulary {a.vocab_size}"
+        + (", head tied" if a.tie_word_embeddings else ""),
+        "parameters": f"{human(a.num_parameters())}, {human(a.num_active_parameters())} active",
+        "mask token": str(a.mask_token_id),
+    }
+
+
+def training_facts(directory: Path) -> dict[str, str]:
+    """Iteration, tokens and recipe of an iteration's directory."""
+    from megatron_a2d.conversion.checkpoint import RUN_CONFIG, iteration_of
+    from megatron_a2d.conversion.model_card import RECIPE, Origin
+    from megatron_a2d.conversion.torch_dist_reader import read_common
+
+    run = directory / RUN_CONFIG
+    settings: dict[str, Any] = read_json(run, "the run's configuration") if run.exists() else {}
+    common = read_common(directory)
+    origin = Origin(iteration_of(directory), common.get("consumed_samples"), settings)
+    facts = {"iteration": str(origin.iteration)}
+    if common.get("averaged_iterations"):
+        facts["mean of iterations"] = ", ".join(map(str, common["averaged_iterations"]))
+    facts["tokens seen"] = "not recorded" if origin.num_tokens is None else human(origin.num_tokens)
+    names = [*RECIPE, "lr_mult"]
+    facts["recipe"] = ", ".join(f"{name} {settings[name]}" for name in names if name in settings) or "none"
+    return facts
+
+
+def facts_table(facts: dict[str, str]) -> Table:
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def roles_table(roles: list[RoleSummary]) -> Table:
+    table = Table()
+    for name in ("role", "tensors", "parameters", "size", "type", "norm", "rms", "largest", "not finite"):
+        table.add_column(name, justify="left" if name in ("role", "type") else "right")
+    for item in roles:
+        values = [item.norm, item.root_mean_square, item.largest]
+        table.add_row(
+            item.role,
+            str(item.num_tensors),
+            human(item.num_parameters),
+            human(item.num_bytes, "B"),
+            " ".join(item.dtypes),
+            *("" if value is None else f"{value:.4g}" for value in values),
+            str(item.num_not_finite or "") if item.norm is not None else "",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    entry_point(main)

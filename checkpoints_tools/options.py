@@ -1,0 +1,43 @@
+"""Flags that several commands share, and sizes as people write them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+from megatron_a2d.cli import Parser
+from megatron_a2d.errors import UserError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def add_workers(parser: Parser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="threads that read, check and write at once",
+    )
+    parser.add_argument("--allow-nonfinite", action="store_true", help="let NaN and infinity pass")
+
+
+def add_streaming_options(parser: Parser) -> None:
+    """Of the commands that write one form of a model from another."""
+    add_workers(parser)
+    parser.add_argument("--no-verify", action="store_true", help="do not read the result back, and print no report")
+
+
+def check_streaming_options(options: argparse.Namespace) -> None:
+    if not 1 <= options.workers <= 64:
+        raise UserError(f"--workers {options.workers}: must be 1 to 64")
+
+
+def parse_size(flag: str, text: str) -> int:
+    """'5GB', '500 MB', '1000' -> bytes (powers of ten)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), flags=re.IGNORECASE)
+    size = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"{flag} {text}: is no size; write a number and KB, MB, GB or TB, such as 5GB")
+    return size

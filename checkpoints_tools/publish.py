@@ -1,0 +1,104 @@
+"""Push an export to the Hugging Face hub, after its files have been held against their checksums.
+
+    python -m checkpoints_tools.publish --export exports/rnd1 --repo me/rnd1 --dry-run
+    python -m checkpoints_tools.publish --export exports/rnd1 --repo me/rnd1 --private
+
+The token comes from HF_TOKEN or from `hf auth login` and is never shown; HF_ENDPOINT names another hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_a2d.cli import Parser
+from megatron_a2d.console import entry_point, human, progress
+from megatron_a2d.errors import UserError
+
+SUMS = "SHA256SUMS"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m checkpoints_tools.publish", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="a directory that export_hf wrote")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the model's repository; made if it is new")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--message", default="Upload model", help="of the commit")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and show what would go; send nothing")
+    options = parser.parse_args(argv)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
+        raise UserError(f"--repo {options.repo}: is no repository; write owner/name")
+    files = check_export(options.export)
+
+    from huggingface_hub import constants, get_token
+
+    token = get_token()
+    total = human(sum(files.values()), "B")
+    for name, size in files.items():
+        print(f"{human(size, 'B'):>10}  {name}")
+    print(f"{len(files)} files, {total}, to {options.repo} on {constants.ENDPOINT}; checksums are right")
+    if options.dry_run:
+        print("dry run: nothing was sent" + ("" if token else "; there is no token, set HF_TOKEN or run hf auth login"))
+        return
+    if not token:
+        raise UserError("no token for the hub: set HF_TOKEN, or run hf auth login")
+    print(f"{options.repo}: {push(options.export, options.repo, options.private, options.message, token)}")
+
+
+def check_export(directory: Path) -> dict[str, int]:
+    """File -> size of all that will be pushed; UserError unless SHA256SUMS names all files, rightly."""
+    if not (directory / SUMS).is_file():
+        raise UserError(f"--export {directory}: has no {SUMS}; give a directory that export_hf wrote")
+    lines = [line.split(maxsplit=1) for line in (directory / SUMS).read_text(encoding="utf-8").splitlines()]
+    expected = {parts[1]: parts[0] for parts in lines if len(parts) == 2}
+    found = {
+        path.relative_to(directory).as_posix(): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    problems = [f"{directory / name}: is missing, though {SUMS} names it" for name in expected if name not in found]
+    problems += [
+        f"{directory / name}: is not in {SUMS}; remove it, or export again"
+        for name in found
+        if name not in expected and name != SUMS
+    ]
+    if not problems:
+        with progress("checksums", sum(found.values()), "B") as advance, ThreadPoolExecutor(4) as pool:
+
+            def digest(name: str) -> str:
+                result = hashlib.sha256()
+                with (directory / name).open("rb") as file:
+                    while block := file.read(1 << 20):
+                        result.update(block)
+                        advance(len(block))
+                return result.hexdigest()
+
+            digests = dict(zip(expected, pool.map(digest, expected), strict=True))
+        problems = [
+            f"{directory / name}: is not what was exported (its checksum differs); export again"
+            for name in expected
+            if digests[name] != expected[name]
+        ]
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def push(directory: Path, repo: str, private: bool, message: str, token: str) -> str:
+    """The address of the commit. What the hub refuses is a UserError without the token in it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(token=token, library_name="megatron_a2d")
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message).commit_url)
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).replace(token, "***")
+        raise UserError(f"--repo {repo}: the hub did not take it ({reason}); correct it and push again") from None
+
+
+if __name__ == "__main__":
+    entry_point(main)

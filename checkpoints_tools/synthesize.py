@@ -1,0 +1,46 @@
+"""Write a Hugging Face checkpoint of random weights in the shape of any Qwen3, for tests and benchmarks.
+
+    python -m checkpoints_tools.synthesize --size 30B-A3B --num-hidden-layers 4 --out /tmp/qwen3-30b-a3b-4-layers
+
+Matrices have the true shape whatever the depth. With --fused, experts are stored as one tensor a layer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints_tools.options import parse_size
+from megatron_a2d.cli import Parser
+from megatron_a2d.console import entry_point, human
+
+
+def main(argv: list[str] | None = None) -> None:
+    from megatron_a2d.conversion.qwen3 import SIZES, hub_config
+
+    parser = Parser(prog="python -m checkpoints_tools.synthesize", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", required=True, metavar="|".join(SIZES), help="the model whose shape to take")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write; must be new")
+    parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="another depth")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="type to store")
+    parser.add_argument("--fused", action="store_true", help="store all experts of a layer in one tensor")
+    parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest weight file, such as 500MB")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a directory whose tokenizer travels along")
+    options = parser.parse_args(argv)
+
+    from megatron_a2d.conversion.rows import DTYPES
+    from megatron_a2d.conversion.synthetic import write_synthetic
+
+    depth = {} if options.num_hidden_layers is None else {"num_hidden_layers": options.num_hidden_layers}
+    size = write_synthetic(
+        options.out,
+        hub_config(options.size, **depth),
+        DTYPES[options.dtype],
+        options.fused,
+        parse_size("--max-shard-size", options.max_shard_size),
+        options.tokenizer,
+    )
+    print(f"{options.out}: {human(size, 'B')} of random {options.dtype} weights")
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,108 @@
+"""Diffusion sampling as a method of the model: `model.generate(input_ids, max_new_tokens=64)`.
+
+The schedule of RND1 (Radical Numerics, 2025): all holes start masked; before each of S steps every masked position is
+predicted; after step n the floor(N * (S - n) / S) of a row's N holes with the highest entropy stay masked, the
+others keep their tokens. The mask token is never predicted, and rows of a batch do not influence one another.
+
+Shapes: B batch, L sequence, V vocabulary, N masked positions of all rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class DiffusionGeneration:
+    """For a model with `config.mask_token_id`, `model` (tokens to hidden states) and `lm_head`."""
+
+    config: Any
+    model: Any
+    lm_head: Any
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 0,
+        num_steps: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        **ignored_by_none: Any,
+    ) -> torch.Tensor:
+        """Fill the holes of `input_ids` [B, L] and `max_new_tokens` more at the end; int64 [B, L + max_new_tokens].
+
+        Mask tokens in `input_ids` are holes. `attention_mask` is 0 at padding; prompts of different length are padded
+        on the left, as for every `generate`. `num_steps` defaults to `config.num_diffusion_steps`. Temperature 0
+        takes the likeliest token; `top_k` 0 and `top_p` 1 filter nothing; `generator` makes draws repeatable.
+        Raises ValueError for arguments out of range, and for a hole with nothing before it, which under the label
+        shift nothing predicts.
+        """
+        given = sorted(name for name, value in ignored_by_none.items() if value is not None)
+        if given:
+            raise ValueError(f"generate() of a diffusion model has no {', '.join(given)}")
+        steps = self.config.num_diffusion_steps if num_steps is None else num_steps
+        if steps < 1 or max_new_tokens < 0 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError("need num_steps >= 1, max_new_tokens >= 0, temperature >= 0, top_k >= 0, 0 < top_p <= 1")
+        tokens_BL, visible_BL = self._canvas(input_ids, attention_mask, max_new_tokens)
+        masked_BL = (tokens_BL == self.config.mask_token_id) & visible_BL
+        num_holes_B = masked_BL.sum(1)
+        shift = int(self.config.label_shift)
+        for step in range(1, steps + 1):
+            num_left_B = num_holes_B * (steps - step) // steps
+            due_BL = masked_BL & (masked_BL.sum(1) > num_left_B)[:, None]
+            if not due_BL.any():
+                continue
+            hidden = self.model(tokens_BL, attention_mask=None if visible_BL.all() else visible_BL)[0]
+            rows, positions = due_BL.nonzero(as_tuple=True)
+            logprobs_NV = self._log_probabilities(hidden[rows, positions - shift], temperature, top_k, top_p)
+            entropies_BL = torch.full(tokens_BL.shape, torch.inf, device=tokens_BL.device)
+            entropies_BL[due_BL] = -(logprobs_NV.exp() * logprobs_NV.nan_to_num(neginf=0.0)).sum(-1)
+            ranks_BL = entropies_BL.argsort(dim=1, stable=True).argsort(dim=1)
+            decided_BL = due_BL & (ranks_BL < (masked_BL.sum(1) - num_left_B)[:, None])
+            chosen_NV = logprobs_NV[decided_BL[due_BL]]
+            if temperature == 0:
+                tokens_BL[decided_BL] = chosen_NV.argmax(-1)
+            else:
+                tokens_BL[decided_BL] = torch.multinomial(chosen_NV.exp(), 1, generator=generator)[:, 0]
+            masked_BL &= ~decided_BL
+        return tokens_BL
+
+    def _canvas(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_new_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and visibility [B, L + new], checked."""
+        visible_BL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if input_ids.dim() != 2 or visible_BL.shape != input_ids.shape:
+            raise ValueError("input_ids and attention_mask must both be [batch, sequence]")
+        if max_new_tokens and not visible_BL[:, -1].all():
+            raise ValueError("prompts are padded on the right; pad on the left, so that new tokens follow them")
+        new_BN = input_ids.new_full((len(input_ids), max_new_tokens), self.config.mask_token_id)
+        tokens_BL = torch.cat([input_ids, new_BN], dim=1).long()
+        visible_BL = torch.cat([visible_BL, torch.ones_like(new_BN, dtype=torch.bool)], dim=1)
+        if self.config.label_shift:
+            before_BL = torch.cat([torch.zeros_like(visible_BL[:, :1]), visible_BL[:, :-1]], dim=1)
+            if ((tokens_BL == self.config.mask_token_id) & visible_BL & ~before_BL).any():
+                raise ValueError("a row begins with a hole, which nothing predicts; put a token before it")
+        return tokens_BL, visible_BL
+
+    def _log_probabilities(self, hidden_ND: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+        """Log-probabilities [N, V] in fp32 without the mask token, after temperature, top-k, then top-p."""
+        logits_NV = self.lm_head(hidden_ND).float()
+        logits_NV[:, self.config.mask_token_id] = -torch.inf
+        if temperature > 0:
+            logits_NV = logits_NV / temperature
+        if 0 < top_k < logits_NV.shape[-1]:
+            smallest = logits_NV.topk(top_k, dim=-1).values[:, -1:]
+            logits_NV = logits_NV.masked_fill(logits_NV < smallest, -torch.inf)
+        if top_p < 1:
+            values, indices = logits_NV.sort(dim=-1, descending=True)
+            probabilities = values.softmax(-1)
+            # A token goes when the likelier ones alone have reached the mass top_p; the first always stays.
+            values = values.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, -torch.inf)
+            logits_NV = torch.full_like(logits_NV, -torch.inf).scatter(-1, indices, values)
+        return logits_NV.log_softmax(-1)

@@ -1,0 +1,279 @@
+"""inspect, average, publish, verify's report, the model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints_tools import average as average_command
+from checkpoints_tools import export_hf, inspect, publish, verify
+from megatron_a2d.config import build
+from megatron_a2d.conversion.average import average, factors_of
+from megatron_a2d.conversion.convert import convert
+from megatron_a2d.conversion.export import export
+from megatron_a2d.conversion.manifest import check_manifest
+from megatron_a2d.conversion.sources import open_checkpoint, open_hf
+from megatron_a2d.conversion.torch_dist_reader import read_common
+from megatron_a2d.errors import UserError
+from megatron_a2d.verification import report
+from megatron_a2d.verification.streamed import StreamedModel
+from tests import tiny
+from tests.unit.hub_stand_in import TOKEN, Hub
+from tests.unit.test_conversion_roundtrip import tensors_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's directory with iterations 10, 20 and 30: three different models, bf16; and hf_10, ... beside it."""
+    root = tmp_path_factory.mktemp("run")
+    settings = build(
+        {"seq_length": 32, "lr": 1e-3, "lr_mult": {"mlp": 0.1}, "train_data_path": "/home/me/corpus_train"}
+    )
+    for number in (10, 20, 30):
+        hf = tiny.write_hf(root / f"hf_{number}", "moe", torch.bfloat16, seed=number)
+        (hf / "README.md").write_text("---\ntags:\n- x\nlicense: apache-2.0\n---\n# Tiny\n")
+        convert(hf, root / f"ckpt_{number}", origin="Qwen/Tiny")
+        directory = root / "run" / f"iter_{number:07d}"
+        shutil.move(root / f"ckpt_{number}" / "release", directory)
+        torch.save({"iteration": number, "consumed_samples": 8 * number}, directory / "common.pt")
+        (directory / "run.json").write_text(json.dumps(settings.to_dict()))
+    (root / "run" / "latest_checkpointed_iteration.txt").write_text("30\n")
+    return root / "run"
+
+
+# --- average ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.75])
+def test_the_mean_is_that_of_the_tensors(ema_decay: float | None, run: Path, tmp_path: Path) -> None:
+    iterations = [run / f"iter_{number:07d}" for number in (30, 10, 20)]  # in any order
+    done = average(iterations, tmp_path / "mean", ema_decay)
+    assert done.iterations == [10, 20, 30]
+    export(tmp_path / "mean", tmp_path / "out", "qwen3")
+    tensors = [tensors_of(run.parent / f"hf_{number}") for number in (10, 20, 30)]
+    found = tensors_of(tmp_path / "out")
+    for name in tensors[0]:
+        first, second, third = (item[name].double() for item in tensors)
+        if ema_decay is None:
+            expected = (first + second + third) / 3
+        else:
+            expected = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third
+        torch.testing.assert_close(found[name].double(), expected.bfloat16().double(), rtol=2**-7, atol=1e-6)
+        assert not torch.equal(found[name], tensors[2][name])
+    directory = tmp_path / "mean" / "iter_0000030"
+    assert read_common(directory) == {"iteration": 30, "consumed_samples": 240, "averaged_iterations": [10, 20, 30]}
+    assert not check_manifest(directory) and (directory / "run.json").exists()
+    assert "mean of the iterations 10, 20, 30" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_factors_add_up_to_one() -> None:
+    assert factors_of(4, None) == [0.25] * 4
+    assert factors_of(3, 0.5) == [0.25, 0.25, 0.5]
+    assert sum(factors_of(7, 0.9)) == pytest.approx(1)
+
+
+def test_what_cannot_be_averaged(run: Path, tmp_path: Path) -> None:
+    one = run / "iter_0000010"
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="at least two"):
+        average_command.main(["--checkpoints", str(one), *out])
+    with pytest.raises(UserError, match="named twice"):
+        average_command.main(["--checkpoints", str(one), str(one), *out])
+    with pytest.raises(UserError, match=r"--ema-decay 1\.5"):
+        average_command.main(["--checkpoints", str(one), str(run), *out, "--ema-decay", "1.5"])
+    convert(tiny.write_hf(tmp_path / "hf", "moe", rms_norm_eps=1e-5), tmp_path / "other")
+    with pytest.raises(UserError, match="rms_norm_eps"):
+        average([one, tmp_path / "other"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- inspect ------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_both_sides(run: Path, capsys) -> None:
+    inspect.main(["--checkpoint", str(run)])
+    shown = capsys.readouterr().out
+    for word in ("iteration", "30", "7.68k", "bfloat16", "router", "lr 0.001", "mlp': 0.1", "8 experts, 2 a token"):
+        assert word in shown, word
+    inspect.main(["--hf", str(run.parent / "hf_30")])
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    tensors = tensors_of(run.parent / "hf_30")
+    head = tensors["lm_head.weight"].float()
+    assert f"{float(head.norm()):.4g}" in lines["head"] and f"{float(head.abs().max()):.4g}" in lines["head"]
+    routers = torch.cat([tensor.float().flatten() for name, tensor in tensors.items() if ".mlp.gate." in name])
+    assert f"{float(routers.square().mean().sqrt()):.4g}" in lines["router"]
+    inspect.main(["--hf", str(run.parent / "hf_30"), "--no-norms"])
+    assert f"{float(head.norm()):.4g}" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="exactly one"):
+        inspect.main([])
+
+
+def test_inspect_counts_values_that_are_not_finite(run: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(run.parent / "hf_10", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["lm_head.weight"][3, 3] = float("nan")
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    inspect.main(["--hf", str(tmp_path / "hf")])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ head"))
+    assert line.split()[-2] == "1"
+
+
+# --- model card ---------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_went_in(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(
+        json.dumps({"results": {"arc": {"acc": 0.5123, "alias": "arc"}}, "nelbo": 2})
+    )
+    arguments = [
+        "--checkpoint",
+        str(run),
+        "--out",
+        str(tmp_path / "out"),
+        "--evaluation",
+        str(tmp_path / "results.json"),
+    ]
+    export_hf.main(arguments)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in (
+        "license: apache-2.0", "base_model: Qwen/Tiny", "30 iterations, 240 samples of 32 tokens (7680 tokens seen)",
+        "| corpus_train | all |", "| noise_schedule | linear |", "| mlp | 0.1 | 0.0001 |", "| attention | 1 | 0.001 |",
+        "| results / arc / acc | 0.5123 |", "| nelbo | 2 |",
+    ):  # fmt: skip
+        assert line in card, line
+    assert "/home/me" not in card
+    convert(run.parent / "hf_10", tmp_path / "release")
+    export(tmp_path / "release", tmp_path / "plain", "a2d")
+    plain = (tmp_path / "plain" / "README.md").read_text()
+    assert "## Recipe" not in plain and "## Evaluation" not in plain and "not recorded" in plain
+
+
+# --- verify's report ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_streamed_pass_is_the_model(kind: str, causal: bool, tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", kind)
+    tokens_BL = report.random_tokens(tiny.VOCAB_SIZE)
+    expected_BLV = report.transformers_logits(hf, tokens_BL, bidirectional=not causal)
+    with open_hf(hf) as weights:
+        model = StreamedModel(weights, causal)
+        assert (model.logits(tokens_BL) - expected_BLV).abs().max() < 1e-5
+        assert (StreamedModel(weights, not causal).logits(tokens_BL) - expected_BLV).abs().max() > 0.1
+        losses_N = model.cross_entropy(model.hidden(tokens_BL).flatten(0, 1), tokens_BL.flatten())
+    expected_N = torch.nn.functional.cross_entropy(expected_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none")
+    torch.testing.assert_close(losses_N, expected_N, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_by_time_is_of_masked_tokens(tmp_path: Path, capsys) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "dense")
+    convert(hf, tmp_path / "ckpt")
+    with open_checkpoint(tmp_path / "ckpt") as weights:
+        text, losses = report.loss_by_time(weights)
+        assert text == "text of Python's manual"
+        assert [item.time for item in losses] == list(report.TIMES)
+        counts = [item.num_masked for item in losses]
+        assert counts == sorted(counts) and counts[0] > 0 and counts[-1] > 100
+        # A model that knows the answer: another seed of the weights must change the loss.
+        assert all(4 < item.loss < 8 for item in losses)
+        other = report.loss_by_time(weights, label_shift=False)[1]
+        assert other != losses
+    (tmp_path / "ckpt" / "release" / "hf" / "tokenizer.json").unlink()
+    with open_checkpoint(tmp_path / "ckpt") as weights:
+        assert report.loss_by_time(weights)[0] == "random tokens"
+    with open_hf(hf) as weights:  # an autoregressive model has no mask token
+        assert report.loss_lines(*report.loss_by_time(weights), 256) == [
+            "masked cross-entropy: not measured, the model has no mask token"
+        ]
+
+
+def test_a_large_model_is_not_loaded_unasked(run: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(report, "UNASKED_BYTES", 1000)
+    monkeypatch.setattr(report, "transformers_logits", lambda *a, **k: pytest.fail("it was loaded"))
+    verify.main(["--hf", str(run.parent / "hf_30"), "--checkpoint", str(run)])
+    assert "logits: not compared, transformers would take" in capsys.readouterr().out
+
+
+# --- publish ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "out"
+    export_hf.main(["--checkpoint", str(run), "--out", str(out), "--format", "rnd1", "--max-shard-size", "400KB"])
+    return out
+
+
+def push(directory: Path, hub: Hub, *arguments: str, token: str | None = TOKEN) -> Any:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(directory.parent / "home"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    if token:
+        environment["HF_TOKEN"] = token
+    command = [sys.executable, "-m", "checkpoints_tools.publish", "--export", str(directory), "--repo", "me/rnd1"]
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_publish_pushes_every_file(exported: Path, hub: Hub) -> None:
+    done = push(exported, hub, "--private")
+    assert done.returncode == 0, done.stderr
+    assert hub.repositories["me/rnd1"] == {path.name: path.read_bytes() for path in exported.iterdir()}
+    assert hub.private["me/rnd1"] and f"{hub.url}/me/rnd1/commit/" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_dry_run_sends_nothing(exported: Path, hub: Hub) -> None:
+    done = push(exported, hub, "--dry-run", token=None)
+    assert done.returncode == 0, done.stderr
+    assert not hub.requests and "SHA256SUMS" in done.stdout and "there is no token" in done.stdout
+    assert all(path.name in done.stdout for path in exported.iterdir())
+
+
+def test_what_the_hub_refuses_is_one_line_without_the_token(exported: Path, hub: Hub) -> None:
+    wrong = "hf_" + "other" * 6
+    done = push(exported, hub, token=wrong)
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "did not take it" in done.stderr
+    assert wrong not in done.stdout + done.stderr
+    done = push(exported, hub, token=None)
+    assert done.returncode == 2 and "set HF_TOKEN" in done.stderr
+    assert "me/rnd1" not in hub.repositories
+
+
+def test_an_export_that_was_changed_is_not_published(exported: Path, tmp_path: Path) -> None:
+    arguments = ["--export", str(tmp_path / "out"), "--repo", "me/rnd1", "--dry-run"]
+    with pytest.raises(UserError, match="no SHA256SUMS"):
+        publish.main(arguments)
+    with pytest.raises(UserError, match="is no repository"):
+        publish.main([*arguments[:3], "rnd1"])
+    for change, message in (
+        (lambda d: (d / "config.json").write_text("{}"), "is not what was exported"),
+        (lambda d: (d / "notes.txt").write_text("x"), "is not in SHA256SUMS"),
+        (lambda d: (d / "tokenizer.json").unlink(), "is missing"),
+    ):
+        shutil.copytree(exported, tmp_path / "out")
+        change(tmp_path / "out")
+        with pytest.raises(UserError, match=message):
+            publish.main(arguments)
+        shutil.rmtree(tmp_path / "out")
