@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_a2d.errors import UserError
+
+_HELD: list[Any] = []  # locks
 
 
 def fsync_path(path: Path) -> None:
@@ -84,6 +88,26 @@ def _remove_abandoned(path: Path) -> None:
         owner = partial.name.rpartition("-")[2]
         if not owner.isdigit() or int(owner) == os.getpid() or not Path(f"/proc/{owner}").exists():
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def hold_directory(path: str | Path, flag: str) -> None:
+    """Keep `path` for this process until it ends; UserError if another one on this machine holds it."""
+    path = Path(path)
+    make_parent(path / "x")
+    file = open(path / ".lock", "a+")  # noqa: SIM115  (closed, and with it released, by the end of the process)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(f"{flag} {path}: {owner} is writing there; wait for it, or name another directory") from None
+    except OSError:
+        return  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _HELD.append(file)
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:

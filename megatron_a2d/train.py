@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -28,6 +29,7 @@ from megatron_a2d.conversion.mask_token import choose_mask_token
 from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.errors import SaveError, UserError
+from megatron_a2d.files import hold_directory
 
 if TYPE_CHECKING:  # at run time only after warnings are silenced
     from megatron_a2d.training import resume
@@ -54,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--world-size {processes}: a run needs at least 1 process")
     try:
         # The first rank alone looks into files; while it does, the others wait for it to join the process group.
+        if parallel.rank() == 0 and config.training.save and not options.dry_run:
+            hold_directory(config.training.save, "--save")
         first = _check(config, processes) if parallel.rank() == 0 else None
         if options.dry_run:
             if first:
@@ -73,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         parallel.finalize()
         if parallel.rank() > 0:
             # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
         raise
 

@@ -68,9 +68,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exactness", type=Path, default=None, help="write the measured tables into this page")
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    EXACTNESS.is_partial = True
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        EXACTNESS.is_partial = True
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path: Path | None = session.config.getoption("--exactness")
-    if path is not None and exitstatus == 0:
+    if path is not None and exitstatus == 0 and not EXACTNESS.is_partial:
         EXACTNESS.write(path)
 
 

@@ -44,6 +44,7 @@ class Exactness:
     """Collects figures; `write` replaces the sections of the page that they belong to."""
 
     def __init__(self) -> None:
+        self.is_partial = False  # tests were left out or skipped: the page is not written
         self.fp32: list[Compared] = []
         self.bf16: list[Compared] = []
         self.bf16_bounds: dict[str, dict[str, float]] = {}
@@ -84,15 +85,18 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _figures(layout: Layout, differences: dict[str, float]) -> list[str]:
+    return [
+        "sharded" if name == "gradients" and layout.is_sharded else f"{value:.1e}"
+        for name, value in differences.items()
+    ]
+
+
 def _layouts(measured: list[Compared]) -> str:
     quantities = list(measured[0].differences)
     rows = []
     for layout, differences in measured:
-        figures = [
-            "sharded" if name == "gradients" and layout.is_sharded else f"{value:.1e}"
-            for name, value in differences.items()
-        ]
-        rows.append([layout.case, layout.name, str(layout.ranks), *figures])
+        rows.append([layout.case, layout.name, str(layout.ranks), *_figures(layout, differences)])
     worst = max(value for item in measured for value in item.differences.values())
     return f"""## Layouts, fp32
 
@@ -108,16 +112,17 @@ def _bf16(measured: list[Compared], bounds: dict[str, dict[str, float]]) -> str:
     quantities = list(measured[0].differences)
     own = [[name, *(f"{values[key]:.1e}" for key in quantities)] for name, values in bounds.items()]
     rows = [
-        [layout.case, layout.name, str(layout.ranks), *(f"{differences[key]:.1e}" for key in quantities)]
+        [layout.case, layout.name, str(layout.ranks), *_figures(layout, differences)]
         for layout, differences in measured
     ]
     return f"""## Layouts, bf16
 
-The same in bf16, held against the bound that one process sets for itself. One process runs again with its sums in
-another order: **split**, every contraction of a matrix product in 2, 3, 4 or 8 pieces, each rounded to bf16, as tensor
-parallelism sums them; **batch**, micro-batches of 2, 4 and 8 samples; **order**, the samples of the batch reversed. A layout
-does at most these three things, so its distance from the plain run is at most the sum of theirs (triangle inequality):
-that sum is the bound. Loss and gradient norm: relative (for the bound: the norm of the gradients' difference). Gradients and parameters after the second step: the worst tensor's
+The same in bf16, held against what one process does to itself. It runs again with its sums in another order: **split**,
+every contraction of a matrix product in 2, 3, 4 or 8 pieces, each rounded to bf16, as tensor parallelism sums them;
+**batch**, micro-batches of 2, 4 and 8 samples; **order**, the samples of the batch reversed. A layout does these three
+things to the sums, possibly all at once: where distances at most add up, its own is at most the sum of the largest of each
+kind, and that sum is the bound. It is an estimate from a few reorderings, not a proof. Loss and gradient norm: relative (for
+the bound: the norm of the gradients' difference). Gradients and parameters after the second step: the worst tensor's
 root mean square difference, relative to its root mean square. The MoE model sends every token to all of its experts: where a
 router chooses, the last bit decides between two experts, and no bound on sums holds for what follows.
 
@@ -152,5 +157,5 @@ names and shapes, largest absolute difference {content:.1e}. Largest difference 
 """
 
 
-FAULTS = """What was done to runs of the tiny MoE model, and what it cost. A checkpoint is written every second step.
+FAULTS = """What was done to runs of the tiny MoE model on two processes, and what it cost.
 """

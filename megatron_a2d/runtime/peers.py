@@ -9,6 +9,7 @@ A rank that fails by itself leaves its own verdict. One write and two reads a se
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -30,6 +31,9 @@ ANSWER = 25.0 * BEAT
 
 # A rank that ends with an error for the user leaves it; where all have the same one, all have left by then.
 COMPANY = 10.0 * BEAT
+
+# What a broken connection or a collective without an answer calls itself, in gloo and NCCL.
+_CONNECTION = re.compile(r"connect|timed out|time-?out|broken pipe|gloo|nccl", re.IGNORECASE)
 
 _VERDICT, _SUSPECT, _ENDED = "a2d/verdict", "a2d/suspect", "a2d/ended"
 
@@ -65,17 +69,24 @@ class Peers:
             store.set(_ENDED, f"{_who(store, self._rank)} ended: {error}")
         elif error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
             self._failed(error)
+            return
+        self._leave()
+
+    def _leave(self) -> None:
         self._leaving.set()
         self._thread.join()
 
     def _failed(self, error: BaseException) -> None:
         """An error of this rank, or what the death of another looks like from here: the watchers know which."""
         store = _own_connection()
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "onnect" in str(error)):
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _CONNECTION.search(str(error))):
             store.set(_SUSPECT, "1")
-            time.sleep(ANSWER)
+            time.sleep(ANSWER)  # a verdict ends the process before this does
+        self._leave()  # before its own verdict ends it, without a traceback
         reason = " ".join(str(error).split())[:200]
-        _give_verdict(store, f"{_who(store, self._rank)} failed with {type(error).__name__}: {reason}")
+        _give_verdict(
+            store, f"{_who(store, self._rank)} failed with {type(error).__name__}: {reason}; see its traceback"
+        )
 
     def _watch(self) -> None:
         store, number, seen = self._store, 0, b""
@@ -116,11 +127,11 @@ class Peers:
             if _beat(store, rank) == before[rank] and rank != self._rank and not store.check([f"a2d/left/{rank}"])
         ]
         if lost:
-            _give_verdict(store, f"{', '.join(lost)} gave no sign of life and must be dead")
+            remedy = "start the same command again, it goes on from the newest checkpoint"
+            _give_verdict(store, f"{', '.join(lost)} gave no sign of life; {remedy}")
 
     def _end(self, verdict: str) -> None:
-        remedy = "start the same command again, it goes on from the newest checkpoint"
-        sys.stderr.write(f"error: {verdict}; rank {self._rank} ends with it: {remedy}\n")  # one piece: all ranks do it
+        sys.stderr.write(f"error: {verdict} (rank {self._rank} ends with it)\n")  # one piece: all ranks do it
         sys.stderr.flush()
         os._exit(EXIT_PEER_LOST)
 

@@ -1,37 +1,30 @@
 """Saving in steps that every rank ends together, whatever fails on one of them; in the background if wanted.
 
 megatron.core.dist_checkpointing.save raises on the rank whose disk is full while the others wait for it in the
-next collective. Here a failed write is remembered instead, and `agree` tells all ranks after each step. Each rank's
-chunks are written by a process of its own: a fork, which keeps the tensors as they were while training goes on.
+next collective. Here a failed write is remembered instead, and `agree` tells all ranks after each step.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import multiprocessing
-import os
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_a2d.conversion.manifest import Entry, measure
-from megatron_a2d.errors import SaveError
-from megatron_a2d.runtime.device import has_cuda
+from megatron_a2d.conversion.manifest import Entry
+from megatron_a2d.errors import SaveError, UserError
+from megatron_a2d.runtime.writer import ChunkWriter, without_queues
 
 # torch.save reports a full disk as a RuntimeError. CheckpointException carries what happened on other ranks.
-_WRITE_ERRORS = (OSError, RuntimeError, CheckpointException)
+_WRITE_ERRORS = (OSError, RuntimeError, CheckpointException, UserError)
 
 # It announces what its processes raise, which we are told anyway.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
@@ -63,35 +56,34 @@ class Saving:
 
         When it returns, the tensors in `state` may change: what is written is what they are now.
         """
-        self._directory = directory
-        # Results come through our own pipe: megatron.core would start a process to hold a queue.
-        filesystem_async._results_queue = _NO_QUEUE
-        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonStrategy(self))
         strategy = _ShardedStrategy(self)
-        request = dist_checkpointing.save(
-            state, str(directory), strategy, async_sharded_save=True, content_metadata=content_metadata
-        )
-        assert isinstance(request, AsyncRequest) and strategy.writer is not None
-        self._request, self._chunks = request, strategy.writer
+        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonStrategy(self))
+        try:
+            with without_queues():
+                request = dist_checkpointing.save(
+                    state, str(directory), strategy, async_sharded_save=True, content_metadata=content_metadata
+                )
+        finally:  # megatron.core would keep this save, and with it the state, until the next one
+            register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, TorchCommonSaveStrategy("torch", 1))
         self.agree()
-        self._process = self.attempt(_WriterProcess, self._chunks, directory)
+        assert isinstance(request, AsyncRequest)
+        # The other finalizer writes metadata.json before a barrier.
+        self._finalize = request.finalize_fns[0]
+        self._writer = self.attempt(ChunkWriter, strategy.chunks, directory)
         self.agree()
 
     def is_written(self) -> bool:
         """Whether this rank's chunks are written, or cannot be."""
-        return self._process.is_done()
+        return self._writer.is_done()
 
     def finish_writing(self) -> dict[str, Entry]:
-        """Wait for all ranks' chunks, then write .metadata (metadata.json is left); collective.
+        """Wait for all ranks' chunks, then write .metadata (metadata.json is left); collective, to be called once.
 
         Returns size and checksum of each chunk file, of all ranks.
         """
-        answer = self.attempt(self._process.answer)
-        results, entries = answer or (OSError(self._error or ""), {})
-        if self._chunks.write_buckets:
-            self._chunks.results_queue = _Answer(results)
-        # Its collectives run whatever happened above. The other finalizer writes metadata.json before a barrier.
-        self.attempt(self._request.finalize_fns[0])
+        entries = self.attempt(self._writer.finish) or {}
+        self.attempt(self._finalize)  # its collectives run whatever happened above
+        del self._writer, self._finalize
         self.agree()
         parts: list[dict[str, Entry]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, entries)
@@ -115,86 +107,13 @@ class _ShardedStrategy(TorchDistSaveShardedStrategy):
     def __init__(self, saving: Saving):
         super().__init__("torch_dist", 1)
         self._saving = saving
-        self.writer: FileSystemWriterAsync | None = None
+        self.chunks: Any = None
 
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
-        self.writer = writer
+        self.chunks = writer
         finish = writer.finish
         writer.finish = lambda *arguments: self._saving.attempt(finish, *arguments)
         return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
-
-
-class _WriterProcess:
-    """Writes this rank's chunks, and measures what it wrote."""
-
-    def __init__(self, chunks: FileSystemWriterAsync, directory: Path):
-        buckets = chunks.write_buckets or []
-        if has_cuda():
-            buckets = chunks.preload_tensors(buckets)  # copies from the GPU
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe(duplex=False)
-        transforms = [chunks.transforms] if hasattr(chunks, "transforms") else []
-        self._process = context.Process(target=_write, args=(theirs, buckets, transforms, directory), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def is_done(self) -> bool:
-        return self._connection.poll()  # an end without an answer counts too
-
-    def answer(self) -> tuple[dict[int, Any], dict[str, Entry]]:
-        """Write results by bucket, and the files' sizes and checksums; raises what kept it from writing."""
-        try:
-            answer = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            raise OSError(f"the process that wrote the chunks ended with exit code {code} before it was done") from None
-        self._process.join()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def _write(connection: Connection, buckets: list[Any], transforms: list[Any], directory: Path) -> None:
-    """In the process of its own. Garbage is not collected: GPU tensors in it are the parent's."""
-    gc.disable()
-    results: _Results = _Results()
-    try:
-        for number, bucket in enumerate(buckets):
-            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, results, use_fsync=True)
-        if error := next((value for value in results.values() if isinstance(value, Exception)), None):
-            raise error
-        entries = measure(directory, [os.path.basename(path) for path, *_ in buckets])
-        connection.send((dict(results), entries))
-    except Exception as error:
-        connection.send(error if isinstance(error, OSError) else RuntimeError(str(error)))
-
-
-class _Results(dict[int, Any]):
-    """Stands for both queues of megatron.core's writer: what it found, and that it has ended."""
-
-    def put(self, item: tuple[int, Any]) -> None:
-        number, result = item
-        self[number] = result
-
-    def get(self) -> None:  # type: ignore[override]
-        pass
-
-    def task_done(self) -> None:
-        pass
-
-
-class _Answer:
-    """Stands for the queue that megatron.core's finalizer reads."""
-
-    def __init__(self, results: Any):
-        self._results = results
-
-    def get_nowait(self) -> Any:
-        return self._results
-
-
-_NO_QUEUE = _Answer({})
 
 
 def _reason(error: BaseException) -> str | None:

@@ -72,7 +72,7 @@ class Save:
         return bool(written)
 
     def finish(self) -> Path:
-        """Complete it under its final name, and remove old ones; returns its path."""
+        """Complete it under its final name; returns its path."""
         with self._all_or_nothing():
             known = self._saving.finish_writing()
             if dist.get_rank() == 0:
@@ -80,8 +80,6 @@ class Save:
                     _complete, self._partial, self._final, self._config, self._hf_files, known, self.iteration
                 )
             self._saving.agree()
-        if dist.get_rank() == 0:
-            remove_old(self._config.training, self.iteration)
         return self._final
 
     @contextmanager
@@ -95,11 +93,12 @@ class Save:
             if dist.get_rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             earlier = [iteration for iteration in list_iterations(root) if iteration != self.iteration]
+            is_full = any(text in str(error) for text in ("No space left", "Disk quota", "file write failed"))
             raise SaveError(
                 f"--save {root}: the checkpoint of iteration {self.iteration} could not be written ({error}; "
                 f"{human(free, 'B')} were left); the newest one is "
                 + (f"that of iteration {earlier[-1]}" if earlier else "what the run started from")
-                + ". Make room, then start the same command again"
+                + f". {'Make room' if is_full else 'Mend that'}, then start the same command again"
             ) from None
 
 
@@ -160,7 +159,12 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
         state.optimizer.reload_model_params()
         return
     model = _sharded_model(state)
-    step = dist_checkpointing.load_common_state_dict(str(directory)).get("optimizer_step", 0)
+    common = dist_checkpointing.load_common_state_dict(str(directory))
+    if "optimizer_step" not in common:
+        raise UserError(
+            f"{directory}: its optimizer's state is of a form that is not known here; take its weights with --finetune"
+        )
+    step = common["optimizer_step"]
     # Without an update so far (all steps were skipped) there is no state yet.
     optimizer = OptimizerState(state.optimizer, model, is_loading=True, metadata=_metadata()) if step else None
     loaded = _load({**model, "optimizer": optimizer.tensors if optimizer else {}}, directory)

@@ -25,7 +25,7 @@ from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.training import parallel
 from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.log import RunLog
-from megatron_a2d.training.saves import Saves
+from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import StepResult, train_step
 from megatron_a2d.training.stopping import EXIT_NOT_FINITE, SkippedSteps, SpikeDetector, StopRequests
@@ -41,7 +41,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     training = config.training
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
-    saves = Saves(config, start / HF_FILES, log)
+    saves = SaveSchedule(config, start / HF_FILES, log)
     meter, spikes = _Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     shape = (training.micro_batch_size, config.data.seq_length)
@@ -67,7 +67,6 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             end = requests.reason(state.iteration)
             if skipped.too_many:
                 end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", EXIT_NOT_FINITE
-                _keep_batch(config, architecture, train_data, state.iteration, first_sample, log)
             last = state.iteration == training.train_iters or end is not None
             if last or state.iteration % training.log_interval == 0:
                 values = meter.read(state)
@@ -81,6 +80,8 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             else:
                 saves.poll()
             meter.resume()
+        if skipped.too_many:
+            _keep_batch(config, architecture, train_data, state, log)
         reason, exit_code = end or ("complete", 0)
         log.event("end", iteration=state.iteration, reason=reason, exit_code=exit_code)
         if end:
@@ -92,19 +93,20 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
 
 
 def _keep_batch(
-    config: RunConfig, architecture: Architecture, dataset: PackedDataset, iteration: int, first: int, log: RunLog
+    config: RunConfig, architecture: Architecture, dataset: PackedDataset, state: TrainState, log: RunLog
 ) -> None:
-    """Keep the global batch that starts at sample `first`: with the checkpoint that follows, the step repeats."""
-    if config.training.save and dist.get_rank() == 0:
-        batch = make_batch(
-            dataset,
-            make_sample(config, architecture, dataset, config.data.seed),
-            first,
-            config.training.global_batch_size,
-        )
-        path = Path(config.training.save) / f"not_finite_iter_{iteration:07d}.npz"
-        write_batch(path, batch)
-        log.say(f"its batch is in {path}: tokens, labels, weights, times and sample indices, as the model saw them")
+    """Keep the last global batch: the checkpoint's weights and this batch are all that its step depends on."""
+    if not config.training.save or dist.get_rank() > 0:
+        return
+    size = config.training.global_batch_size
+    path = Path(config.training.save) / f"not_finite_iter_{state.iteration:07d}.npz"
+    sample = make_sample(config, architecture, dataset, config.data.seed)
+    try:
+        write_batch(path, make_batch(dataset, sample, state.consumed_samples - size, size))
+    except (OSError, UserError) as error:
+        log.say(f"warning: {path}: its batch could not be kept ({error})")
+        return
+    log.say(f"its batch is in {path}: tokens, labels, weights, times and sample indices, as the model saw them")
 
 
 def open_datasets(

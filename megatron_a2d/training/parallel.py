@@ -16,6 +16,7 @@ from megatron_a2d.config import ParallelConfig
 from megatron_a2d.runtime.device import communication_backend, device, has_cuda
 
 T = TypeVar("T")
+_STARTING = timedelta(hours=2)
 
 
 def world_size() -> int:
@@ -34,8 +35,11 @@ def initialize(config: ParallelConfig) -> None:
         torch.cuda.set_device(device())
     if not dist.is_initialized():
         if "MASTER_ADDR" in os.environ:
-            timeout = timedelta(minutes=config.distributed_timeout_minutes)
-            dist.init_process_group(communication_backend(), timeout=timeout)
+            # Long: the others wait here while the first rank reads checksums. runtime/peers.py says who is dead.
+            store, rank, size = next(dist.rendezvous("env://", timeout=_STARTING))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives it
+            store = dist.PrefixStore(f"attempt_{attempt}", store)
+            dist.init_process_group(communication_backend(), store=store, rank=rank, world_size=size, timeout=_STARTING)
         else:
             dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.destroy_model_parallel()
@@ -46,6 +50,8 @@ def initialize(config: ParallelConfig) -> None:
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tensor_parallel_size,
+        # A rank that hangs is found before a collective gives up on it, and then it has a name.
+        distributed_timeout_minutes=config.distributed_timeout_minutes + 1,
     )
     # Weights come from checkpoints and there is no dropout; megatron.core still wants its generators.
     model_parallel_cuda_manual_seed(1)

@@ -4,8 +4,9 @@ A resumed run must be the run that was stopped. Its settings fall in three kinds
 
 bound    what decides samples and noise (seed, seq_length, document_attention, global_batch_size), the objective
          (all diffusion settings), and the numbers' type (bf16): another value is an error.
-noted    the optimizer's settings hold from now on, as the learning rate of a run that is mended must; a change is told.
-free     the layout, micro_batch_size, intervals, paths, workers, train_iters.
+noted    the optimizer's settings and train_iters hold from now on, as the learning rate of a run that is mended must; a
+         change is told.
+free     the layout, micro_batch_size, intervals, paths, workers.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ BOUND = (
         if item.name not in _FREE
     ),
 )  # fmt: skip
-NOTED = tuple(item.name for item in dataclasses.fields(OptimizationConfig))
+# train_iters is the length of the learning rate's decay.
+NOTED = ("train_iters", *(item.name for item in dataclasses.fields(OptimizationConfig)))
 
 
 class Start(NamedTuple):

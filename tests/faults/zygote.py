@@ -30,10 +30,13 @@ POINTS: dict[str, tuple[str, str | None, str]] = {
     "in the middle of a step": ("megatron_a2d.training.step", None, "_loss"),
     "between backward and update": ("megatron_a2d.training.step", None, "update_parameters"),
     "while chunks are written": ("megatron_a2d.runtime.saving", "Saving", "finish_writing"),
+    "while they are written in the background": ("megatron_a2d.training.loop", None, "train_step"),
     "before the manifest is written": ("megatron_a2d.training.checkpoint", None, "write_manifest"),
     "between rename and tracker": ("megatron_a2d.training.checkpoint", None, "new_file"),
-    "while an old checkpoint is removed": ("megatron_a2d.training.checkpoint", None, "remove_old"),
+    "while an old checkpoint is removed": ("megatron_a2d.training.save_schedule", None, "remove_old"),
 }
+# There the victim's chunks take ten seconds more to write: their process must end with it, or its peers wait for that.
+SLOW_WRITER = "while they are written in the background"
 # The first rank alone does these.
 OF_FIRST_RANK = {
     "before the manifest is written",
@@ -72,7 +75,9 @@ def attempt(
         if after is not None:
             time.sleep(after)
             for rank in victims:
-                os.killpg(ranks[rank], signal.SIGKILL)
+                os.kill(
+                    ranks[rank], signal.SIGKILL
+                )  # not what it has started: the kernel's memory killer does not either
         codes, first_end = wait(ranks, time.monotonic() + PATIENCE + 120 * (after is None))
         return {
             "codes": codes,
@@ -102,6 +107,11 @@ def fork_rank(rank: int, port: int, settings: dict[str, Any], errors: Path, kill
 
 def kill_at(point: str, pass_by: int) -> None:
     """Let this process kill itself when it comes to `point`, after it has come there `pass_by` times."""
+    if point == SLOW_WRITER:
+        from megatron_a2d.runtime import writer
+
+        write = writer._write
+        writer._write = lambda *arguments: (time.sleep(10), write(*arguments))
     module_name, owner_name, function_name = POINTS[point]
     owner: Any = sys.modules[module_name]
     owner = getattr(owner, owner_name) if owner_name else owner
@@ -112,7 +122,7 @@ def kill_at(point: str, pass_by: int) -> None:
         nonlocal calls
         calls += 1
         if calls > pass_by:
-            os.killpg(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
 
     setattr(owner, function_name, wrapper)

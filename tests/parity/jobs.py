@@ -27,9 +27,9 @@ from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import iteration_of, latest_iteration, resolve
 from megatron_a2d.errors import SaveError
-from megatron_a2d.runtime import saving
+from megatron_a2d.runtime import writer
 from megatron_a2d.training import checkpoint, loop, parallel, step
-from megatron_a2d.training import saves as saves_module
+from megatron_a2d.training import save_schedule as saves_module
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.resume import find_start
@@ -274,10 +274,10 @@ def run(
     architecture = read_architecture(start / "hf")
     losses: list[float] = []
     saves: list[Any] = []
-    make_saves = loop.Saves
-    loop.Saves = lambda *arguments: saves.append(make_saves(*arguments)) or saves[-1]  # type: ignore
+    make_saves = loop.SaveSchedule
+    loop.SaveSchedule = lambda *arguments: saves.append(make_saves(*arguments)) or saves[-1]  # type: ignore
     newest: list[int | None] = []
-    write = saving._write
+    write = writer._write
     writes = 0
 
     def write_with_faults(*arguments: Any) -> None:
@@ -293,7 +293,7 @@ def run(
         return make_save(*arguments)
 
     make_save = saves_module.Save
-    saving._write, saves_module.Save = write_with_faults, count_and_save  # type: ignore
+    writer._write, saves_module.Save = write_with_faults, count_and_save  # type: ignore
     make_room = checkpoint._make_room
     if unwritable:
         checkpoint._make_room = lambda root, partial: (make_room(root, partial), (partial / unwritable).mkdir())
@@ -325,18 +325,18 @@ def run(
     except _StoppedError:
         return {"losses": losses, "start": 0 if weights_only else iteration_of(start)}
     finally:
-        loop.train_step, loop.Saves = original, make_saves
-        saving._write, saves_module.Save = write, make_save
+        loop.train_step, loop.SaveSchedule = original, make_saves
+        writer._write, saves_module.Save = write, make_save
         checkpoint._make_room = make_room
     weights, moments = hashlib.sha256(), hashlib.sha256()
     for parameter in (parameter for model in state.models for parameter in model.parameters()):
-        weights.update(parameter.detach().numpy().tobytes())
+        weights.update(bits(parameter))
     for optimizer in state.optimizer.chained_optimizers:
         for group in optimizer.param_groups:
             moments.update(repr((group["lr"], group["step"], group["weight_decay"])).encode())
             for parameter in group["params"]:
                 for name, value in sorted(optimizer.optimizer.state[parameter].items()):
-                    moments.update(name.encode() + value.numpy().tobytes())
+                    moments.update(name.encode() + bits(value))
     return {
         "losses": losses,
         "start": 0 if weights_only else iteration_of(start),
@@ -361,6 +361,10 @@ def _poisoned(active: bool) -> Iterator[None]:
         yield
     finally:
         step._loss = original
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else repr(tensor).encode()
 
 
 class _StoppedError(Exception):

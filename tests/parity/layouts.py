@@ -9,7 +9,7 @@ import pytest
 
 
 class Layout(NamedTuple):
-    """A case of tests/parity/conftest.py, and how it is laid out over processes."""
+    """A case of tests/cases.py, and how it is laid out over processes."""
 
     case: str
     name: str

@@ -1,11 +1,11 @@
 """Every layout in bf16, within the distance that one process has from itself when it sums in another order.
 
-The bound is derived, not chosen. What a layout changes in the arithmetic is the order of sums: contractions of matrix
-products come in pieces that are rounded to bf16 (TP, ETP), samples in other groups (DP, micro-batches), and tokens and
-samples one after the other in another order (EP, CP). One process does each of these alone; their distances from its
-plain run add up to the bound, by the triangle inequality, and two norms differ by no more than their vectors do. The MoE
-model sends every token to every expert here: where the router chooses, the last bit of a sum decides between two
-experts, and no bound on sums bounds what follows.
+What a layout changes in the arithmetic is the order of sums: contractions of matrix products come in pieces that are
+rounded to bf16 (TP, ETP), samples in other groups (DP, micro-batches), and tokens and samples in another order (EP, CP).
+One process does each of these alone; where distances at most add up, the sum of the largest of each kind is a bound for
+a layout that does all at once. It is estimated from the run's own figures, not chosen. The MoE model sends every token
+to every expert here: where the router chooses, the last bit of a sum decides between two experts, and no bound on sums
+bounds what follows.
 """
 
 from __future__ import annotations

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_a2d.config import RunConfig
 from megatron_a2d.conversion.checkpoint import HF_FILES
 from megatron_a2d.errors import SaveError
-from megatron_a2d.training.checkpoint import Save
+from megatron_a2d.training.checkpoint import Save, remove_old
 from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.setup import TrainState
 
 
-class Saves:
+class SaveSchedule:
     """At most one checkpoint is being written. All methods are collective.
 
     A failure ends the run unless --on-save-error says otherwise; that of the last checkpoint always does.
@@ -57,6 +59,11 @@ class Saves:
         waited = self._seconds + time.perf_counter() - begin
         self._log.event("checkpoint", iteration=save.iteration, path=str(path), seconds_waited=round(waited, 3))
         self._log.say(f"checkpoint {path}")
+        if dist.get_rank() == 0:
+            try:
+                remove_old(self._config.training, save.iteration)
+            except OSError as error:
+                self._log.say(f"warning: --keep-last: an old checkpoint could not be removed ({error})")
 
     def _failed(self, error: SaveError, iteration: int, last: bool) -> None:
         self._log.event("save_error", iteration=iteration, error=str(error))
