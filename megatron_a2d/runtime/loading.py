@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
@@ -35,12 +36,15 @@ def load_state(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     """dist_checkpointing.load. Collective; raises what that raises."""
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(directory)))
     # megatron.core's strategy makes its reader by this name.
-    original = torch_strategies.CachedMetadataFileSystemReader
+    reader, init_data = torch_strategies.CachedMetadataFileSystemReader, ShardedTensor.init_data
     torch_strategies.CachedMetadataFileSystemReader = SliceReader
+    if not torch.cuda.is_available():
+        # The place to receive a slice is made on "cuda" by a torch.empty that was bound before runtime.install().
+        ShardedTensor.init_data = lambda self, device, init_fn=torch.empty: init_data(self, "cpu", init_fn)
     try:
         return dist_checkpointing.load(wanted, str(directory), sharded_strategy=strategy)
     finally:
-        torch_strategies.CachedMetadataFileSystemReader = original
+        torch_strategies.CachedMetadataFileSystemReader, ShardedTensor.init_data = reader, init_data
 
 
 class SliceReader(CachedMetadataFileSystemReader):
