@@ -2,7 +2,8 @@
 
 A resumed run must be the run that was stopped. Its settings fall in two kinds:
 
-bound   what decides samples and noise (seed, seq_length, document_attention, global_batch_size), the objective
+bound   what decides samples and noise (seed, seq_length, document_attention, reset_position_ids, random_length_prob,
+        eod_maskable, global_batch_size, and what the tokens are: train_data_fingerprint), the objective
         (all diffusion settings), the numbers' type (bf16), and the optimizer: its state and parameter groups are
         in the checkpoint, with their learning rates, decay and betas, so that new values would silently not count;
         the distributed optimizer stores it in another form (use_distributed_optimizer).
@@ -31,7 +32,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 
 _FREE = {
-    "train_data_path", "valid_data_path", "num_workers", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters",
+    "train_data_path", "valid_data_path", "data_mixture", "num_workers", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters",
 }  # fmt: skip
 BOUND = (
     "global_batch_size", "bf16", "use_distributed_optimizer",
@@ -95,7 +96,16 @@ def differences(config: RunConfig, directory: Path) -> list[str]:
     lines = []
     for name in BOUND:
         was = recorded.get(name, settings()[name].default)
+        if name == "train_data_fingerprint" and not (was and now[name]):
+            continue  # older than the setting, or not looked at yet
         if was != now[name]:
+            if name == "train_data_fingerprint":
+                lines.append(
+                    f"--train-data-path {now['train_data_path'] or now['data_mixture']}: holds other tokens, or other "
+                    f"weights, than {directory} was trained on; give it what that run had, or start a new one from its "
+                    f"weights: --load {directory} --finetune and another --save"
+                )
+                continue
             lines.append(
                 f"{flag(name)} {_text(now[name])}: {directory} was trained with {_text(was)}; resume with that, or "
                 f"start a new run from its weights: --load {directory} --finetune and another --save"

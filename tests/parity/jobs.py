@@ -72,8 +72,7 @@ def validate(checkpoint: str, settings: dict[str, Any]) -> dict[str, float]:
     config, state, _ = _start(checkpoint, settings)
     architecture = read_architecture(resolve(checkpoint) / "hf")
     _, valid_data = loop.open_datasets(config, architecture)
-    assert valid_data is not None
-    return loop.run_validation(state, config, architecture, valid_data).to_dict()
+    return loop.run_validation(state, config, architecture, valid_data["valid"]).to_dict()
 
 
 def convert_layout(checkpoint: str, settings: dict[str, Any]) -> None:
