@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -149,9 +150,9 @@ class _Zstandard:
 
     def __init__(self, package: Any, raw: IO[bytes]):
         self._package, self._raw = package, raw
+        self._lines: deque[bytes] = deque()
         self._rest = b""
         self._decoder: Any = None
-        self._ended = False
 
     def __enter__(self) -> Any:
         return self
@@ -163,17 +164,15 @@ class _Zstandard:
         return self._decoder is not None and self._raw.tell() >= size
 
     def readline(self) -> bytes:
-        while (end := self._rest.find(b"\n")) < 0 and not self._ended:
-            self._rest += self._more()
-        if end < 0:
-            line, self._rest = self._rest, b""
-        else:
-            line, self._rest = self._rest[: end + 1], self._rest[end + 1 :]
+        while not self._lines and (data := self._raw.read(1 << 16)):
+            *lines, self._rest = (self._rest + self._decompressed(data)).split(b"\n")
+            self._lines.extend(line + b"\n" for line in lines)
+        if self._lines:
+            return self._lines.popleft()
+        line, self._rest = self._rest, b""
         return line
 
-    def _more(self) -> bytes:
-        data = self._raw.read(1 << 16)
-        self._ended = not data
+    def _decompressed(self, data: bytes) -> bytes:
         text = b""
         while data:
             if self._decoder is None:
