@@ -18,16 +18,22 @@ from megatron_a2d.files import read_json
 END_OF_TEXT = "<|endoftext|>"
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """megatron.core's choice for a token file: two bytes where every id fits."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
 class Encoded(NamedTuple):
     """A batch of documents."""
 
-    ids: np.ndarray  # [tokens of all documents] an integer type
+    ids: np.ndarray  # [tokens of all documents], of the type that token files have
     lengths: np.ndarray  # [documents] int64, end-of-document tokens included
 
     @classmethod
-    def of(cls, documents: list[list[int]]) -> Encoded:
+    def of(cls, documents: list[list[int]], vocab_size: int) -> Encoded:
+        dtype = token_dtype(vocab_size)
         lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-        ids = np.fromiter((token for ids in documents for token in ids), dtype=np.int64, count=int(lengths.sum()))
+        ids = np.fromiter((token for ids in documents for token in ids), dtype=dtype, count=int(lengths.sum()))
         return cls(ids, lengths)
 
 
@@ -41,7 +47,7 @@ class Encoder(Protocol):
         ...
 
     def encode_batch(self, texts: list[bytes]) -> Encoded:
-        """The same for UTF-8, all in one array."""
+        """The same for UTF-8, all in one array of the file's type."""
         ...
 
     def decode(self, token_ids: list[int]) -> str:
@@ -95,7 +101,7 @@ class HFEncoder:
         return [encoding.ids + self._suffix for encoding in encodings]
 
     def encode_batch(self, texts: list[bytes]) -> Encoded:
-        return Encoded.of(self.encode([text.decode("utf-8") for text in texts]))
+        return Encoded.of(self.encode([text.decode("utf-8") for text in texts]), self.vocab_size)
 
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
@@ -124,7 +130,7 @@ class SentencePieceEncoder:
         return [ids + self._suffix for ids in self._processor.encode(texts, num_threads=self._workers)]
 
     def encode_batch(self, texts: list[bytes]) -> Encoded:
-        return Encoded.of(self.encode([text.decode("utf-8") for text in texts]))
+        return Encoded.of(self.encode([text.decode("utf-8") for text in texts]), self.vocab_size)
 
     def decode(self, token_ids: list[int]) -> str:
         return self._processor.decode(token_ids)

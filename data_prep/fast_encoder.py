@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data_prep.encoders import END_OF_TEXT, Encoded, Encoder, open_encoder, tokenizer_file
+from data_prep.encoders import END_OF_TEXT, Encoded, Encoder, token_dtype, tokenizer_file
 from data_prep.readers import Counts, Piece, read_span
 from megatron_a2d.errors import UserError
 
@@ -30,23 +30,23 @@ PROBES = (
 
 
 class GigatokenEncoder:
-    """The fast encoder; `like` is the reference, whose vocabulary and end-of-document token it takes."""
+    """The fast encoder; `vocab_size` and `eod_token_id` are the reference's."""
 
     name = "gigatoken"
 
-    def __init__(self, path: Path, like: Encoder, workers: int):
+    def __init__(self, path: Path, vocab_size: int, eod_token_id: int | None, workers: int):
         os.environ["RAYON_NUM_THREADS"] = str(workers)
         import gigatoken
 
         load: Any = gigatoken.Tokenizer.from_sentencepiece if path.suffix == ".model" else gigatoken.Tokenizer
         self._tokenizer = load(str(path))
-        self._like, self._parallel = like, workers > 1
-        self.vocab_size, self.eod_token_id = like.vocab_size, like.eod_token_id
+        self._parallel = workers > 1
+        self.vocab_size, self.eod_token_id = vocab_size, eod_token_id
 
     def encode_batch(self, texts: list[bytes]) -> Encoded:
         layout = self._tokenizer.encode_batch(texts, parallel=self._parallel).layout
         offsets = np.asarray(layout.offsets)
-        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(token_dtype(self.vocab_size))
         lengths = np.diff(offsets).astype(np.int64)
         if self.eod_token_id is None:
             return Encoded(ids, lengths)
@@ -57,7 +57,7 @@ class GigatokenEncoder:
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
     def decode(self, token_ids: list[int]) -> str:
-        return self._like.decode(token_ids)
+        return self._tokenizer.decode(token_ids).decode("utf-8", "replace")
 
 
 class Chosen(NamedTuple):
@@ -67,11 +67,10 @@ class Chosen(NamedTuple):
     reason: str  # a line for the report
 
 
-def choose(tokenizer: Path, wish: Choice, texts: Sequence[bytes]) -> Chosen:
+def choose(tokenizer: Path, reference: Encoder, wish: Choice, texts: Sequence[bytes]) -> Chosen:
     """Whether gigatoken may encode a corpus of which `texts` are a sample."""
     if wish == "reference":
-        return Chosen("reference", "asked for")
-    reference = open_encoder(tokenizer, append_eod=False, workers=os.cpu_count() or 1)
+        return Chosen("reference", f"{reference.name}, as asked for")
     problem, compared = _compare(tokenizer, reference, [*map(str.encode, PROBES), *texts])
     if problem and wish == "gigatoken":
         raise UserError(f"--encoder gigatoken: {problem}; leave the flag out, and {reference.name} encodes")
@@ -83,7 +82,7 @@ def choose(tokenizer: Path, wish: Choice, texts: Sequence[bytes]) -> Chosen:
 def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[str, str]:
     """(what stands against gigatoken, '' for nothing; what was compared)."""
     try:
-        fast = GigatokenEncoder(tokenizer_file(tokenizer), reference, workers=1)
+        fast = GigatokenEncoder(tokenizer_file(tokenizer), reference.vocab_size, reference.eod_token_id, workers=1)
     except ImportError:
         return "gigatoken is not installed (pip install 'megatron_a2d[data]')", ""
     # Its Rust code may also end in a panic, which is no Exception.
@@ -119,9 +118,3 @@ def _documents(piece: Piece, json_key: str) -> Any:
     for span in piece.spans:
         for document in read_span(span, json_key, Counts(), skip_invalid=True):
             yield document.data
-
-
-def open_chosen(name: str, tokenizer: Path, append_eod: bool, workers: int) -> Encoder:
-    """The encoder that was chosen."""
-    reference = open_encoder(tokenizer, append_eod, workers)
-    return GigatokenEncoder(tokenizer_file(tokenizer), reference, workers) if name == "gigatoken" else reference

@@ -80,14 +80,14 @@ def _write(
     total = int(ends[-1]) if len(ends) else 0
     if path.stat().st_size != total * dtype.itemsize:
         raise UserError(f"{path}: is not as it was written; remove {job.directory} and run again")
-    with open(path, "rb") as stream:
+    with open(path, "rb", buffering=0) as stream:
         begin = 0
         while begin < len(lengths):
             before = int(ends[begin - 1]) if begin else 0
             end = max(begin + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
             some = slice(begin, end)
             count = int(ends[end - 1]) - before
-            ids = np.frombuffer(stream.read(count * dtype.itemsize), dtype=dtype)
+            ids = np.fromfile(stream, dtype=dtype, count=count)
             for writer, mask in zip(writers, chosen, strict=False):
                 part = mask[some]
                 if part.any():

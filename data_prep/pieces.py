@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from data_prep.encoders import Encoder
-from data_prep.fast_encoder import open_chosen
+from data_prep.encoders import Encoder, open_encoder, tokenizer_file
+from data_prep.fast_encoder import GigatokenEncoder
 from data_prep.formats import Document
 from data_prep.readers import Counts, Piece, read_span
-from data_prep.token_writer import token_dtype
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
 
@@ -42,13 +41,19 @@ class Job:
     directory: Path
     tokenizer: Path
     encoder: str  # "gigatoken" or "reference"
+    vocab_size: int
     append_eod: bool
+    eod_token_id: int | None
     json_key: str
     min_tokens: int
     max_tokens: int | None
     skip_invalid: bool
     tokenizer_checksum: str
-    threads: int = 1  # that encode, in each worker
+
+    def open_encoder(self, threads: int) -> Encoder:
+        if self.encoder == "gigatoken":
+            return GigatokenEncoder(tokenizer_file(self.tokenizer), self.vocab_size, self.eod_token_id, threads)
+        return open_encoder(self.tokenizer, self.append_eod, threads)
 
     def path(self, number: int, suffix: str) -> Path:
         return self.directory / f"{number:05d}{suffix}"
@@ -96,7 +101,7 @@ def tokenize_piece(job: Job, number: int, piece: Piece, encoder: Encoder, report
     digests: list[bytes] = []
     too_short = too_long = 0
     documents = (item for span in piece.spans for item in read_span(span, job.json_key, counts, job.skip_invalid))
-    dtype, smallest = token_dtype(encoder.vocab_size), max(job.min_tokens, 1) + job.append_eod
+    smallest = max(job.min_tokens, 1) + job.append_eod
     largest = None if job.max_tokens is None else job.max_tokens + job.append_eod
     with new_file(job.path(number, ".tokens")) as partial, open(partial, "wb") as stream:
         for batch in batches(documents):
@@ -108,7 +113,7 @@ def tokenize_piece(job: Job, number: int, piece: Piece, encoder: Encoder, report
                 too_long += int((encoded.lengths > largest).sum())
                 keep &= encoded.lengths <= largest
             ids = encoded.ids if keep.all() else encoded.ids[np.repeat(keep, encoded.lengths)]
-            stream.write(ids.astype(dtype).tobytes())
+            stream.write(memoryview(ids))
             lengths.append(encoded.lengths[keep])
             digests += [digest(text) for text, kept in zip(data, keep.tolist(), strict=True) if kept]
             report(sum(document.num_bytes for document in batch), len(encoded.ids))
@@ -149,7 +154,7 @@ def tokenize_pieces(job: Job, todo: dict[int, Piece], workers: int, advance: Cal
     """All pieces of `todo`, by so many processes; one alone works here, with so many threads."""
     if workers == 1 or len(todo) <= 1:
         if todo:
-            encoder = open_chosen(job.encoder, job.tokenizer, job.append_eod, workers)
+            encoder = job.open_encoder(workers)
             for number, piece in todo.items():
                 tokenize_piece(job, number, piece, encoder, advance)
         return
@@ -189,7 +194,7 @@ def _start_worker(job: Job, shared: Any) -> None:
     global _worker
     # Ctrl-C reaches every process; the first one tells the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker = job, open_chosen(job.encoder, job.tokenizer, job.append_eod, job.threads), shared
+    _worker = job, job.open_encoder(threads=1), shared
 
 
 class _StoppedError(Exception):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.encoders import token_dtype
 from megatron_a2d.data.checksums import INDEX_CHECKSUM, TABLE_CHECKSUM, BlockHasher, file_checksum, write_metadata
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
@@ -23,11 +24,6 @@ from megatron_a2d.files import new_file
 SUFFIXES = (".bin", ".sums", ".json", ".idx")  # in the order in which they appear: the index completes a token file
 _DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _CHUNK = 1 << 20
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """megatron.core's choice: two bytes where every id fits."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class TokenWriter:
@@ -46,12 +42,12 @@ class TokenWriter:
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: `ids` of all, one after another, in this file's type."""
         assert ids.dtype == self.dtype and len(ids) == lengths.sum()
-        data = ids.tobytes()
+        data = memoryview(ids).cast("B")
         self._files[self._partial[".bin"]].write(data)
         self._files[self._partial[".sums"]].write(self._hasher.update(data))
         self._files[self._lengths].write(lengths.astype("<i4").tobytes())
         if len(ids) and (self._largest is None or ids.max() > self._largest[0]):
-            place = int(ids.argmax())
+            place = int((ids == ids.max()).argmax())  # of booleans: ends at the first
             document = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
             self._largest = int(ids[place]), self.num_documents + document
         self.num_documents += len(lengths)

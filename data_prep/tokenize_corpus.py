@@ -27,7 +27,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from data_prep.encoders import open_encoder, tokenizer_file
+from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.fast_encoder import choose, corpus_sample
 from data_prep.merge import merge
 from data_prep.pieces import Job, is_done, tokenize_pieces
@@ -70,17 +70,17 @@ def prefixes_of(arguments: argparse.Namespace, json_key: str) -> tuple[str, list
     return prefix, [f"{prefix}_train", f"{prefix}_valid"] if arguments.valid_fraction else [prefix]
 
 
-def tokenize(arguments: argparse.Namespace, pieces: list[Piece], json_key: str) -> None:
+def tokenize(arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], json_key: str) -> None:
     """Read, encode and write everything under one key of the documents."""
     prefix, prefixes = prefixes_of(arguments, json_key)
-    chosen = choose(arguments.tokenizer, arguments.encoder, corpus_sample(pieces, json_key))
+    chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(pieces, json_key))
     job = Job(
         directory=Path(f"{prefix}.parts"), tokenizer=arguments.tokenizer, encoder=chosen.name,
-        append_eod=arguments.append_eod, json_key=json_key, min_tokens=arguments.min_tokens,
+        vocab_size=reference.vocab_size, eod_token_id=reference.eod_token_id, append_eod=arguments.append_eod,
+        json_key=json_key, min_tokens=arguments.min_tokens,
         max_tokens=arguments.max_tokens, skip_invalid=arguments.on_error == "skip",
         tokenizer_checksum=file_checksum(tokenizer_file(arguments.tokenizer)),
     )  # fmt: skip
-    encoder = open_encoder(arguments.tokenizer, arguments.append_eod, arguments.workers)
     todo = missing_pieces(job, pieces)
     size = sum(piece.num_bytes for piece in pieces)
     begin = time.perf_counter()
@@ -91,8 +91,8 @@ def tokenize(arguments: argparse.Namespace, pieces: list[Piece], json_key: str) 
         if not list(job.directory.glob("*.npz")):
             shutil.rmtree(job.directory, ignore_errors=True)  # nothing to go on from
         raise
-    description = {"tokenizer": str(arguments.tokenizer), "eod_token_id": encoder.eod_token_id}
-    with open_writers(prefixes, encoder.vocab_size, description) as writers:
+    description = {"tokenizer": str(arguments.tokenizer), "eod_token_id": reference.eod_token_id}
+    with open_writers(prefixes, reference.vocab_size, description) as writers:
         total = sum(path.stat().st_size for path in job.directory.glob("*.tokens")) // writers[0].dtype.itemsize
         with progress("write", total, "tokens") as advance_tokens:
             counts = merge(
@@ -201,11 +201,11 @@ def main(argv: list[str] | None = None) -> None:
     prefix = arguments.output_prefix
     if prefix.endswith("/") or Path(prefix).is_dir():
         raise UserError(f"--output-prefix {prefix}: is a directory; add the beginning of the files' names")
-    open_encoder(arguments.tokenizer, arguments.append_eod, arguments.workers)  # a bad tokenizer ends the job at once
+    reference = open_encoder(arguments.tokenizer, arguments.append_eod, arguments.workers)
     check_free([name for key in arguments.json_keys for name in prefixes_of(arguments, key)[1]])
     pieces = plan_pieces(expand_inputs(arguments.input))
     for key in arguments.json_keys:
-        tokenize(arguments, pieces, key)
+        tokenize(arguments, reference, pieces, key)
 
 
 if __name__ == "__main__":

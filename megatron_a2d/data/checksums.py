@@ -89,24 +89,26 @@ class BlockHasher:
     """Makes the table of a token file while it is written."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._open, self._filled = xxhash.xxh3_64(), 0  # the block that is not full yet
 
-    def update(self, data: bytes) -> bytes:
+    def update(self, data: memoryview) -> bytes:
         """The table's next entries, after `data`."""
-        data = self._rest + data
-        whole = len(data) - len(data) % BLOCK
-        self._rest = data[whole:]
-        return self._entries(data[:whole])
+        sums = []
+        start = min(BLOCK - self._filled, len(data)) if self._filled else 0
+        if start:
+            self._open.update(data[:start])
+            self._filled += start
+            if self._filled < BLOCK:
+                return b""
+            sums.append(self._open.intdigest())
+        whole = len(data) - (len(data) - start) % BLOCK
+        sums += [xxhash.xxh3_64_intdigest(data[at : at + BLOCK]) for at in range(start, whole, BLOCK)]
+        self._open, self._filled = xxhash.xxh3_64(data[whole:]), len(data) - whole
+        return np.array(sums, dtype="<u8").tobytes()
 
     def finish(self) -> bytes:
         """The last entry, of a block that is not full."""
-        return self._entries(self._rest)
-
-    @staticmethod
-    def _entries(data: bytes) -> bytes:
-        view = memoryview(data)
-        sums = [xxhash.xxh3_64_intdigest(view[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
-        return np.array(sums, dtype="<u8").tobytes()
+        return np.array([self._open.intdigest()] if self._filled else [], dtype="<u8").tobytes()
 
 
 def write_metadata(path: Path, values: dict[str, Any]) -> None:

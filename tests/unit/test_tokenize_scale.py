@@ -257,14 +257,16 @@ def test_inputs_are_files_directories_and_globs(tmp_path):
 def test_gigatoken_gives_the_reference_ids(tokenizer):
     pytest.importorskip("gigatoken")
     texts = [*map(str.encode, fast_encoder.PROBES), *map(str.encode, TEXTS)]
-    chosen = fast_encoder.choose(tokenizer, "auto", texts)
-    assert chosen.name == "gigatoken" and f"{len(texts) + len(fast_encoder.PROBES)} texts" in chosen.reason
     for append_eod in (True, False):
-        fast = fast_encoder.open_chosen("gigatoken", tokenizer, append_eod, 1)
-        slow = fast_encoder.open_chosen("reference", tokenizer, append_eod, 1)
+        slow = open_encoder(tokenizer, append_eod, workers=1)
+        chosen = fast_encoder.choose(tokenizer, slow, "auto", texts)
+        assert chosen.name == "gigatoken" and f"{len(texts) + len(fast_encoder.PROBES)} texts" in chosen.reason
+        fast = fast_encoder.GigatokenEncoder(tokenizer / "tokenizer.json", slow.vocab_size, slow.eod_token_id, 1)
         for some in (texts, texts[:1], [b""]):
             one, other = fast.encode_batch(some), slow.encode_batch(some)
             assert np.array_equal(one.ids, other.ids) and np.array_equal(one.lengths, other.lengths)
+            assert one.ids.dtype == other.ids.dtype == np.uint16
+        assert fast.decode(fast.encode(["ünï"])[0][:-1] if append_eod else fast.encode(["ünï"])[0]) == "ünï"
 
 
 def test_gigatoken_is_not_used_where_one_id_differs(tokenizer, tmp_path, monkeypatch):
