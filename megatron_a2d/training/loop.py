@@ -39,7 +39,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     load_checkpoint(state, start, weights_only)
     training, hf_files = config.training, start / HF_FILES
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
-    batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples, cuts_lengths=True)
+    batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
     # What has checksums is checked at every read; the rest is looked through once, while the run goes on.
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and not file.has_checksums])
@@ -149,9 +149,12 @@ def micro_batches(
     dataset: PackedDataset | MixedDataset,
     noise_seed: int,
     start_sample: int,
-    cuts_lengths: bool = False,
+    cuts_lengths: bool = True,
 ) -> MicroBatches:
-    """This rank's micro-batches, from the sample with the global index `start_sample` on."""
+    """This rank's micro-batches, from the sample with the global index `start_sample` on.
+
+    `cuts_lengths`: --random-length-prob is in force; validation keeps its samples whole.
+    """
     return MicroBatches(
         dataset,
         make_sample(config, architecture, dataset, noise_seed, cuts_lengths),
@@ -171,7 +174,7 @@ def run_validation(
     batch_size = config.training.global_batch_size
     num_samples = min(config.training.eval_iters, valid_data.num_samples // batch_size) * batch_size
     shape = (config.training.micro_batch_size, config.data.seq_length)
-    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0) as batches:
+    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, cuts_lengths=False) as batches:
         return validate(state.chunks, batches, num_samples, batches.num_microbatches, shape)
 
 

@@ -443,15 +443,21 @@ def test_inspect_shows_contents_and_masked_samples(corpus, texts, tokenizer, tmp
     prefix = tmp_path / "c"
     tokenize("--input", corpus, "--tokenizer", tokenizer, "--output-prefix", prefix, "--valid-fraction", 0)
     capsys.readouterr()
-    inspect_dataset.main(["--data-path", str(prefix), "--mask-ratio", "0.5", "--show", "3", "--seq-length", "200"])
+    inspect_dataset.main(["--data-path", str(prefix), "--times", "0.5", "--show", "3", "--seq-length", "200"])
     out = capsys.readouterr().out
     assert re.search(rf"documents +│ +{len(texts):,} ", out) and "uint16" in out and "█" in out
-    masked = [int(count) for count in re.findall(r"sample \d: (\d+) of 200 tokens masked", out)]
+    masked = [int(count) for count in re.findall(r"sample \d: t = 0.500, (\d+) of 200 tokens masked", out)]
     assert len(masked) == 3 and all(70 < count < 130 for count in masked) and "▒" in out
-    inspect_dataset.main(["--data-path", str(prefix), "--mask-ratio", "0", "--show", "1"])
+    inspect_dataset.main(["--data-path", str(prefix), "--times", "0", "--show", "1"])
     assert "▒" not in capsys.readouterr().out
     inspect_dataset.main(["--data-path", str(prefix), "--tokenizer", str(tokenizer), "--show", "1"])
     assert re.search(r"t = 0\.\d+, \d+ of 256 tokens masked", capsys.readouterr().out)
+    inspect_dataset.main(["--data-path", str(prefix), "--times", "0.1", "0.9", "--show", "1"])
+    few, many = (int(count) for count in re.findall(r"t = 0\.\d+, (\d+) of 256", capsys.readouterr().out))
+    assert few < 60 < 180 < many
+    inspect_dataset.main(["--data-path", str(prefix), "--show", "0"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "every checksum holds; all closed by token" in out
     (tmp_path / "c.json").unlink()
     inspect_dataset.main(["--data-path", str(prefix)])
     assert "name it with --tokenizer" in capsys.readouterr().out
@@ -471,7 +477,7 @@ def test_inspect_bad_input(corpus, tokenizer, tmp_path, monkeypatch):
     prefix = ["--data-path", tmp_path / "t"]
     inspect = inspect_dataset.main
     assert "document 0 holds token id 600" in problem(inspect, *prefix, "--tokenizer", tokenizer)
-    assert "--mask-ratio 1.5" in problem(inspect, *prefix, "--mask-ratio", 1.5)
+    assert "--times 1.5" in problem(inspect, *prefix, "--times", 0.5, 1.5)
     assert "--show -1" in problem(inspect, *prefix, "--show", -1)
     assert "--seq-length 0" in problem(inspect, *prefix, "--seq-length", 0)
     assert "there is no u.idx" in problem(inspect, "--data-path", tmp_path / "u")

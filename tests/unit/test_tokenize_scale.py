@@ -313,3 +313,30 @@ def test_problems_are_found_by_readers_not_raised(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with contextlib.suppress(StopIteration):
         assert isinstance(next(iter(read_text(Span(str(tmp_path / "a.txt"), ".txt", 0, 1, 1), ""))), Problem)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+def test_damaged_inputs_never_crash(kind, tmp_path):
+    """40 flips and cuts of each kind of input: documents, problems that are counted, or one clear line."""
+    import random
+
+    path = write_kind(tmp_path, kind, TEXTS[:60])
+    path = path / "0000.txt" if kind == ".txt" else path
+    whole, chance, refused = path.read_bytes(), random.Random(kind), 0
+    for number in range(40):
+        data = bytearray(whole if number % 2 else whole[: chance.randrange(1, len(whole))])
+        for _ in range(number % 5):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(bytes(data))
+        counts = Counts()
+        try:
+            for piece in plan_pieces(expand_inputs([path])):
+                for span in piece.spans:
+                    for document in read_span(span, "text", counts, skip_invalid=True):
+                        document.text.encode("utf-8")
+        except UserError as error:
+            assert str(path) in error.problems[0] and "\n" not in error.problems[0]
+            refused += 1
+        assert all(str(path) in line and "\n" not in line for line in counts.problems)
+        refused += bool(counts.invalid)
+    assert refused >= 10
