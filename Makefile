@@ -84,3 +84,6 @@ generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' 
 bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.train_step --out bench/results/train_step_cpu.json
 	$(BIN)/python -m bench.masked_head --out bench/results/masked_head_cpu.json
+	$(BIN)/python -m bench.tokenize --out bench/results/tokenize_cpu.json
+	$(BIN)/python -m bench.mixing --out bench/results/mixing_cpu.json
+	$(BIN)/python -m bench.loader --out bench/results/loader_cpu.json

@@ -8,8 +8,8 @@ again until there is enough, and in every pass but the first one word in eight i
 file's name, the pass and the word: new words reach the tokenizer all the time, so that remembering old ones does not
 make its work trivial. The tokenizer is trained on the first pass, a vocabulary of 16,384 with Qwen's splitting pattern.
 
-classic    the loop of preprocess_data.py: lines of the file go through a multiprocessing pool, 32 at a time; each worker
-           parses one and calls the Hugging Face tokenizer on it; the first process adds each to megatron.core's builder
+classic    the loop of preprocess_data.py: lines of the file go through a multiprocessing pool, 32 at a time; a worker
+           parses one and calls the Hugging Face tokenizer on it; the first process adds it to megatron.core's builder
 ours       the whole command, start to end, in a process of its own: reading, parsing, checking, encoding, writing
 raw        encode_batch of gigatoken on a list that lies in memory, as many threads, nothing read and nothing written
 
@@ -106,7 +106,9 @@ def write_corpus(path: Path, beginning: Path, training: Path, size: int) -> tupl
     num_documents = trained = 0
     sizes = {"all": 0, "beginning": 0}
     with ExitStack() as stack:
-        everything, some, few = (stack.enter_context(open(p, "w", encoding="utf-8")) for p in (path, beginning, training))
+        everything, some, few = (
+            stack.enter_context(open(p, "w", encoding="utf-8")) for p in (path, beginning, training)
+        )
         for text in texts():
             line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
             everything.write(line)
@@ -125,8 +127,12 @@ def write_corpus(path: Path, beginning: Path, training: Path, size: int) -> tupl
 
 
 def texts() -> Iterator[str]:
-    roots = sorted({sysconfig.get_paths()[name] for name in ("stdlib", "purelib")} | {p for p in sys.path if "site-" in p})
-    files = sorted({file for root in roots for file in Path(root).rglob("*") if file.suffix in KINDS and file.is_file()})
+    roots = sorted(
+        {sysconfig.get_paths()[name] for name in ("stdlib", "purelib")} | {p for p in sys.path if "site-" in p}
+    )
+    files = sorted(
+        {file for root in roots for file in Path(root).rglob("*") if file.suffix in KINDS and file.is_file()}
+    )
     for number in count():
         for file in files:
             try:
@@ -182,7 +188,7 @@ def classic(corpus: Path, tokenizer: Path, out: Path, workers: int) -> None:
 def _run(module: str, *arguments: object, threads: int = 1) -> str:
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
     environment = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr[-2000:]}")
     return result.stdout

@@ -47,8 +47,8 @@ def stream(source: HubSource, skip: int) -> Iterator[dict[str, Any]]:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # of the library, the hub, the network
         words = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--dataset {source.dataset}: cannot be read ({type(error).__name__}: {words}); check its name, --name, --split "
-            "and the network, and run the same command again to go on"
+            f"--dataset {source.dataset}: cannot be read ({type(error).__name__}: {words}); check its name, --name, "
+            "--split and the network, and run the same command again to go on"
         ) from None
 
 
@@ -126,12 +126,15 @@ def sources_of(arguments: argparse.Namespace) -> dict[Path, HubSource]:
 
     sources = {source.name: source for source in read_mixture(arguments.data_mixture)}
     wanted = arguments.sources or list(sources)
-    problems = [f"--sources {name}: is not in the mixture{nearest(name, sources)}" for name in wanted if name not in sources]
+    problems = [
+        f"--sources {name}: is not in the mixture{nearest(name, sources)}" for name in wanted if name not in sources
+    ]
     fields = HubSource._fields
     for name in wanted:
-        hub = sources[name].hub if name in sources else {"dataset": ""}
-        if "dataset" not in hub or not set(hub) <= set(fields):
-            problems.append(f"--data-mixture: {name}: hub must hold `dataset`, and of {', '.join(fields[1:])} what differs")
+        settings = sources[name].hub if name in sources else {"dataset": ""}
+        if "dataset" not in settings or not set(settings) <= set(fields):
+            others = ", ".join(fields[1:])
+            problems.append(f"--data-mixture: {name}: hub must hold `dataset`, and of {others} what differs")
     if problems:
         raise UserError(problems)
     return {arguments.out / name: HubSource(**sources[name].hub) for name in wanted}

@@ -8,6 +8,7 @@ What a piece gives depends on its text alone: neither the number of workers nor 
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -52,7 +53,9 @@ class Job:
 
     def open_encoder(self, threads: int) -> Encoder:
         if self.encoder == "gigatoken":
-            return GigatokenEncoder(tokenizer_file(self.tokenizer), self.vocab_size, self.eod_token_id, threads)
+            path = tokenizer_file(self.tokenizer)
+            reference = functools.partial(open_encoder, path, False, threads)
+            return GigatokenEncoder(path, self.vocab_size, self.eod_token_id, threads, reference)
         return open_encoder(self.tokenizer, self.append_eod, threads)
 
     def path(self, number: int, suffix: str) -> Path:
@@ -113,7 +116,7 @@ def tokenize_piece(job: Job, number: int, piece: Piece, encoder: Encoder, report
                 too_long += int((encoded.lengths > largest).sum())
                 keep &= encoded.lengths <= largest
             ids = encoded.ids if keep.all() else encoded.ids[np.repeat(keep, encoded.lengths)]
-            stream.write(memoryview(ids))
+            stream.write(memoryview(ids))  # type: ignore[arg-type]
             lengths.append(encoded.lengths[keep])
             digests += [digest(text) for text, kept in zip(data, keep.tolist(), strict=True) if kept]
             report(sum(document.num_bytes for document in batch), len(encoded.ids))
@@ -179,8 +182,8 @@ def tokenize_pieces(job: Job, todo: dict[int, Piece], workers: int, advance: Cal
                     future.result()
         except BrokenProcessPool:
             raise UserError(
-                "--workers: a worker was killed, most likely for want of memory; run the same command again to go on, with "
-                "fewer --workers"
+                "--workers: a worker was killed, most likely for want of memory; run the same command again to go on, "
+                "with fewer --workers"
             ) from None
         finally:
             shared[2] = 1  # whoever is still at work ends with its batch
@@ -212,5 +215,3 @@ def _work(number: int, piece: Piece) -> None:
             raise _StoppedError
 
     tokenize_piece(job, number, Piece([*piece.spans]), encoder, report)
-
-

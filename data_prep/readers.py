@@ -112,7 +112,9 @@ def read_span(span: Span, json_key: str, counts: Counts, skip_invalid: bool = Fa
     for item in READERS[span.kind](span, json_key):
         if isinstance(item, Problem):
             if not skip_invalid:
-                raise UserError(f"{item.where}: {item.reason}; correct or remove it, or pass over such with --on-error skip")
+                raise UserError(
+                    f"{item.where}: {item.reason}; correct or remove it, or pass over such with --on-error skip"
+                )
             counts.invalid += 1
             if len(counts.problems) < MAX_PROBLEMS:
                 counts.problems.append(f"{item.where}: {item.reason}")

@@ -42,7 +42,7 @@ class TokenWriter:
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: `ids` of all, one after another, in this file's type."""
         assert ids.dtype == self.dtype and len(ids) == lengths.sum()
-        data = memoryview(ids).cast("B")
+        data = memoryview(ids).cast("B")  # type: ignore[arg-type]
         self._files[self._partial[".bin"]].write(data)
         self._files[self._partial[".sums"]].write(self._hasher.update(data))
         self._files[self._lengths].write(lengths.astype("<i4").tobytes())

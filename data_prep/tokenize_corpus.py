@@ -1,6 +1,6 @@
 """Text to token files that training reads: PREFIX.bin and PREFIX.idx, as megatron.core writes them.
 
-    python -m data_prep.tokenize_corpus --input corpus/ 'more/*.jsonl.zst' --tokenizer tokenizer --output-prefix data/corpus
+    python -m data_prep.tokenize_corpus --input corpus/ 'more/*.zst' --tokenizer tokenizer --output-prefix data/corpus
 
 reads .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .txt, and writes data/corpus_train.{bin,idx,json,sums} and
 data/corpus_valid.*; `--valid-fraction 0` writes only data/corpus.*. Whether a document is held out is decided by a hash
@@ -95,9 +95,7 @@ def tokenize(arguments: argparse.Namespace, reference: Encoder, pieces: list[Pie
     with open_writers(prefixes, reference.vocab_size, description) as writers:
         total = sum(path.stat().st_size for path in job.directory.glob("*.tokens")) // writers[0].dtype.itemsize
         with progress("write", total, "tokens") as advance_tokens:
-            counts = merge(
-                job, len(pieces), writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens
-            )
+            counts = merge(job, len(pieces), writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens)
         if problem := _nothing_left(writers, counts, arguments):
             shutil.rmtree(job.directory)
             raise UserError(problem)

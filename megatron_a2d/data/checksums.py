@@ -50,7 +50,10 @@ class Checksums:
         """The number of the first block of `data`, which begins with block `first_block`, that is not as it was."""
         view = memoryview(data)
         for number, start in enumerate(range(0, len(data), BLOCK), start=first_block):
-            if number >= len(self.blocks) or xxhash.xxh3_64_intdigest(view[start : start + BLOCK]) != self.blocks[number]:
+            if (
+                number >= len(self.blocks)
+                or xxhash.xxh3_64_intdigest(view[start : start + BLOCK]) != self.blocks[number]
+            ):
                 return number
         return None
 

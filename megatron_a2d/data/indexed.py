@@ -270,7 +270,5 @@ def _read_header(index_path: Path) -> tuple[np.dtype, int, int]:
     if size == expected + num_sequences and num_sequences:
         raise UserError(f"{index_path}: is a multimodal index, and only text is supported; {REWRITE}")
     if size != expected:
-        raise UserError(
-            f"{index_path}: has {size} bytes where its header says {expected}; copy it again, or {REWRITE}"
-        )
+        raise UserError(f"{index_path}: has {size} bytes where its header says {expected}; copy it again, or {REWRITE}")
     return np.dtype(DType.dtype_from_code(code)), num_sequences, num_marks

@@ -81,7 +81,9 @@ def _entry_problems(where: str, entry: Any) -> list[str]:
             problems.append(f"{where}: {key} {entry.get(key)}: must be the prefix of a .bin/.idx pair")
     weight, epochs = entry.get("weight"), entry.get("max_epochs")
     if not _is_positive(weight):
-        problems.append(f"{where}: weight {weight}: must be a positive number; leave the source out to weigh it nothing")
+        problems.append(
+            f"{where}: weight {weight}: must be a positive number; leave the source out to weigh it nothing"
+        )
     if epochs is not None and not _is_positive(epochs):
         problems.append(f"{where}: max_epochs {epochs}: must be a positive number; leave it out for no cap")
     if not isinstance(entry.get("hub") or {}, dict):
@@ -195,24 +197,24 @@ class MixedDataset:
 
     def fingerprint(self) -> str:
         """Stands for the tokens, their order and the weights."""
-        parts = [
-            f"{source.weight} {file.fingerprint()}" for source, file in zip(self.sources, self.files, strict=True)
-        ]
+        parts = [f"{source.weight} {file.fingerprint()}" for source, file in zip(self.sources, self.files, strict=True)]
         return checksum(" ".join(parts).encode())
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """How often the first `num_samples` samples go through each source."""
         counts = self.choice.counts(num_samples)
         return {
-            source.name: counts[number] / self.datasets[number].num_samples for number, source in enumerate(self.sources)
+            source.name: counts[number] / self.datasets[number].num_samples
+            for number, source in enumerate(self.sources)
         }
 
     def check_epochs(self, num_samples: int) -> None:
         """UserError with every source that a run of so many samples would repeat more often than its cap allows."""
         epochs = self.epochs(num_samples)
         problems = [
-            f"--data-mixture: {source.name} would be repeated {epochs[source.name]:.2f} times in {num_samples} samples, "
-            f"and its max_epochs is {source.max_epochs}; give it less weight, more text or a higher cap, or train less"
+            f"--data-mixture: {source.name} would be repeated {epochs[source.name]:.2f} times in {num_samples} "
+            f"samples, and its max_epochs is {source.max_epochs}; give it less weight, more text or a higher cap, or "
+            "train less"
             for source in self.sources
             if source.max_epochs is not None and epochs[source.name] > source.max_epochs
         ]

@@ -52,14 +52,17 @@ def draw_run(run: Path, image: Path) -> Path:
     for axis, (key, validation_key, title) in zip(axes.flat, panels, strict=True):
         values = [math.nan if record[key] is None else record[key] for record in train]
         axis.plot([record["iteration"] for record in train], values, label="training", linewidth=1)
-        for number, source in enumerate(dict.fromkeys(r.get("source") for r in valid) if validation_key else ()):
-            of_source = [r for r in valid if r.get("source") == source]
+        sources = list(dict.fromkeys(record.get("source") for record in valid)) if validation_key else []
+        for number, source in enumerate(sources):
+            of_source = [record for record in valid if record.get("source") == source]
+            held_out = f"held out, {source}" if source else "held out"
             axis.errorbar(
                 [r["iteration"] for r in of_source],
-                [r[validation_key] for r in of_source],
+                [r[str(validation_key)] for r in of_source],
                 [r[f"{validation_key}_standard_error"] for r in of_source],
-                fmt="o", capsize=3, color=f"C{3 + number}", label=f"held out{f' {source}' if source else ''} (± standard error)",
+                fmt="o", capsize=3, color=f"C{3 + number}", label=f"{held_out} (± standard error)",
             )  # fmt: skip
+        if sources:
             axis.legend()
         axis.set_title(title)
         axis.set_xlabel("iteration")

@@ -32,7 +32,8 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 
 _FREE = {
-    "train_data_path", "valid_data_path", "data_mixture", "num_workers", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters",
+    "train_data_path", "valid_data_path", "data_mixture", "num_workers", "lr_warmup_iters", "lr_decay_style",
+    "lr_wsd_decay_iters",
 }  # fmt: skip
 BOUND = (
     "global_batch_size", "bf16", "use_distributed_optimizer",

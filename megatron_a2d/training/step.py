@@ -81,9 +81,7 @@ def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]
     tokens, labels, weights = (
         own_piece(rows.to(device()), dim=1) for rows in (batch.tokens, batch.labels, batch.weights)
     )
-    documents, positions = (
-        None if rows is None else rows.to(device()) for rows in (batch.documents, batch.positions)
-    )
+    documents, positions = (None if rows is None else rows.to(device()) for rows in (batch.documents, batch.positions))
     batch = batch._replace(tokens=tokens, labels=labels, weights=weights)
     return model(batch.tokens, batch.labels, batch.weights > 0, documents, positions), partial(_loss, batch)
 

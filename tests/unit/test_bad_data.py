@@ -261,7 +261,9 @@ def test_runs_refuse_bad_data(good, checkpoint, tmp_path):
     assert dry_run(checkpoint, data_mixture=mixture(fine)) == []
     (line,) = dry_run(checkpoint, data_mixture=mixture(fine.replace("weight: 1", "weight: 0")))
     assert "a: weight 0" in line
-    (line,) = dry_run(checkpoint, data_mixture=mixture(fine.replace("weight: 1", "weight: 1, max_epochs: 1")), train_iters=5000)
+    (line,) = dry_run(
+        checkpoint, data_mixture=mixture(fine.replace("weight: 1", "weight: 1, max_epochs: 1")), train_iters=5000
+    )
     assert "a would be repeated" in line and "max_epochs is 1" in line
     (line,) = dry_run(checkpoint, data_mixture=mixture(fine), train_data_path=prefix)
     assert "--train-data-path" in line and "does not go with --data-mixture" in line

@@ -259,9 +259,9 @@ def test_output_does_not_depend_on_workers_or_batches(corpus, tokenizer, tmp_pat
     monkeypatch.setattr(pieces, "batches", lambda documents: ([document] for document in documents))
     tokenize(*arguments)
     outputs = [
-        {
-            path.name: path.read_bytes() for path in directory.iterdir() if path.name != "out.report.json"
-        } for directory in directories]
+        {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "out.report.json"}
+        for directory in directories
+    ]
     assert len(outputs[0]) == 8 and outputs[0] == outputs[1] == outputs[2]
 
 

@@ -86,7 +86,6 @@ def test_the_mixture_of_rnd1_names_six_sources(tmp_path):
     path = Path(__file__).resolve().parents[2] / "launch" / "mixtures" / "rnd1.yaml"
     sources = read_mixture(path)
     assert len(sources) == 6 and sum(source.weight for source in sources) == 1 and "unpublished" in path.read_text()
-    parser_like = download.main
-    with pytest.raises(UserError, match="--sources flam: is not in the mixture .did you mean flan"):
-        parser_like(["--data-mixture", str(path), "--sources", "flam", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match=r"--sources flam: is not in the mixture \(did you mean flan"):
+        download.main(["--data-mixture", str(path), "--sources", "flam", "--out", str(tmp_path)])
     assert all(download.HubSource(**source.hub).dataset.count("/") == 1 for source in sources)

@@ -38,7 +38,9 @@ def write(prefix: Path, num_tokens: int, first: int) -> str:
 def mixture(tmp_path: Path) -> Path:
     for number, name in enumerate("abc"):
         write(tmp_path / name, 700 * (number + 1), 10_000 * (number + 1))
-    lines = [f"  {name}: {{train_path: {tmp_path / name}, weight: {w}}}" for name, w in zip("abc", (5, 3, 2), strict=True)]
+    lines = [
+        f"  {name}: {{train_path: {tmp_path / name}, weight: {w}}}" for name, w in zip("abc", (5, 3, 2), strict=True)
+    ]
     (tmp_path / "mix.yaml").write_text("sources:\n" + "\n".join(lines) + "\n")
     return tmp_path / "mix.yaml"
 
@@ -121,7 +123,9 @@ def test_samples_of_a_mixture(mixture):
 def test_equally_long_sources_have_orders_of_their_own(tmp_path):
     for name in "ab":
         write(tmp_path / name, 7000, 10_000)
-    (tmp_path / "m.yaml").write_text("sources:\n" + "".join(f"  {n}: {{train_path: {tmp_path / n}, weight: 1}}\n" for n in "ab"))
+    (tmp_path / "m.yaml").write_text(
+        "sources:\n" + "".join(f"  {n}: {{train_path: {tmp_path / n}, weight: 1}}\n" for n in "ab")
+    )
     data = MixedDataset(read_mixture(tmp_path / "m.yaml"), 14)
     one, other = ([tuple(dataset.tokens(i)) for i in range(50)] for dataset in data.datasets)
     assert one != other

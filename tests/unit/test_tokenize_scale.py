@@ -193,7 +193,9 @@ def test_parquet_columns(tokenizer, tmp_path):
 
     path = tmp_path / "t.parquet"
     parquet.write_table(arrow.table({"text": ["a", None, "b"], "n": [1, 2, 3]}), path)
-    assert "no column 'txt' (did you mean text?)" in problem(tokenizer, tmp_path / "c", "--input", path, "--json-keys", "txt")
+    assert "no column 'txt' (did you mean text?)" in problem(
+        tokenizer, tmp_path / "c", "--input", path, "--json-keys", "txt"
+    )
     assert "column 'n' holds int64" in problem(tokenizer, tmp_path / "c", "--input", path, "--json-keys", "n")
     assert f"{path}: row 2: 'text' is null" in problem(tokenizer, tmp_path / "c", "--input", path)
     run(tokenizer, tmp_path / "c", "--input", path, "--on-error", "skip")
@@ -257,15 +259,21 @@ def test_inputs_are_files_directories_and_globs(tmp_path):
 def test_gigatoken_gives_the_reference_ids(tokenizer):
     pytest.importorskip("gigatoken")
     texts = [*map(str.encode, fast_encoder.PROBES), *map(str.encode, TEXTS)]
+    plain = open_encoder(tokenizer, False, workers=1)
     for append_eod in (True, False):
         slow = open_encoder(tokenizer, append_eod, workers=1)
         chosen = fast_encoder.choose(tokenizer, slow, "auto", texts)
         assert chosen.name == "gigatoken" and f"{len(texts) + len(fast_encoder.PROBES)} texts" in chosen.reason
-        fast = fast_encoder.GigatokenEncoder(tokenizer / "tokenizer.json", slow.vocab_size, slow.eod_token_id, 1)
+        fast = fast_encoder.GigatokenEncoder(
+            tokenizer / "tokenizer.json", slow.vocab_size, slow.eod_token_id, 1, lambda: plain
+        )
         for some in (texts, texts[:1], [b""]):
             one, other = fast.encode_batch(some), slow.encode_batch(some)
             assert np.array_equal(one.ids, other.ids) and np.array_equal(one.lengths, other.lengths)
             assert one.ids.dtype == other.ids.dtype == np.uint16
+        marks = [b"plain", "\u07f3\u07fd".encode(), "\u00fc".encode(), "u\u0308".encode()]
+        assert fast.encode_batch(marks).ids.tolist() == slow.encode_batch(marks).ids.tolist()
+        assert [fast_encoder.is_normal(text) for text in marks] == [True, False, True, False]
         assert fast.decode(fast.encode(["ünï"])[0][:-1] if append_eod else fast.encode(["ünï"])[0]) == "ünï"
 
 
