@@ -119,7 +119,8 @@ def theirs(directory: Path, length: int, num_samples: int, cache: Path) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=length, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+        random_seed=1, sequence_length=length, reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=False,
         create_attention_mask=False, tokenizer=_Tokenizer(), path_to_cache=str(cache), mmap_bin_files=True,
         blend_per_split=[([str(directory / name) for name in WEIGHTS], list(WEIGHTS.values())), None, None],
     )  # fmt: skip
