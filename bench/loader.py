@@ -4,8 +4,8 @@
 
 Token files with checksums (uint16, documents of 50 to 1,500 tokens), samples of 4,096, micro-batches of 4. First one
 thread makes batches as fast as it can: tokens a second and core, for the plain masked diffusion objective and with
-everything on (a mixture of three sources, isolated documents, positions anew, 1% cut). Then batches are made ahead, as
-everything on (mixture of three sources, isolated documents, positions anew, 1% cut). Then batches are made ahead, as
+everything on (a mixture of three sources, isolated documents, positions anew, 1% cut). Then batches are made ahead,
+as in training, while the first thread sleeps the time of a step on an accelerator: how long it waits for one, and which
 part of the time that is at steps of 100 ms.
 """
 
