@@ -94,6 +94,9 @@ generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' 
 bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.train_step --out bench/results/train_step_cpu.json
 	$(BIN)/python -m bench.masked_head --out bench/results/masked_head_cpu.json
+	$(BIN)/python -m bench.tokenize --out bench/results/tokenize_cpu.json
+	$(BIN)/python -m bench.mixing --out bench/results/mixing_cpu.json
+	$(BIN)/python -m bench.loader --out bench/results/loader_cpu.json
 
 bench-convert: setup  ## conversion against cp on a checkpoint of 8.7 GB: time and memory; takes 18 GB of disk
 	$(BIN)/python -m bench.convert --out bench/results/convert_cpu.json $(ARGS)

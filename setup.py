@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 version: dict[str, str] = {}
 exec(Path(__file__).with_name("megatron_a2d").joinpath("__init__.py").read_text(), version)
 
+DATA = ["datasets", "zstandard", "pyarrow", "gigatoken"]
+
 setup(
     name="megatron_a2d",
     version=version["__version__"],
@@ -28,6 +30,8 @@ setup(
         "tensorboard",
         "rich",
         "PyYAML",
+        "orjson",
+        "xxhash",
         # dist_checkpointing needs psutil and does not declare it.
         "psutil",
     ],
@@ -36,7 +40,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "eval": ["lm-eval"],
         "plot": ["matplotlib"],
-        "data": ["datasets", "zstandard", "pyarrow"],
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML"],
+        "data": DATA,
+        "dev": [*DATA, "pytest", "ruff", "mypy", "types-PyYAML"],
     },
 )

@@ -1,10 +1,16 @@
-"""Text to token ids, whichever library the tokenizer belongs to. Each encodes a batch on several threads."""
+"""Text to token ids, whichever library the tokenizer belongs to. Each encodes a batch on several threads.
+
+The reference is the tokenizer's own library: tokenizers, or sentencepiece. gigatoken gives the same ids many times
+faster; data_prep/fast_encoder.py holds it against the reference before it is used.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
@@ -12,12 +18,36 @@ from megatron_a2d.files import read_json
 END_OF_TEXT = "<|endoftext|>"
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """megatron.core's choice for a token file: two bytes where every id fits."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+class Encoded(NamedTuple):
+    """A batch of documents."""
+
+    ids: np.ndarray  # [tokens of all documents], of the type that token files have
+    lengths: np.ndarray  # [documents] int64, end-of-document tokens included
+
+    @classmethod
+    def of(cls, documents: list[list[int]], vocab_size: int) -> Encoded:
+        dtype = token_dtype(vocab_size)
+        lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+        ids = np.fromiter((token for ids in documents for token in ids), dtype=dtype, count=int(lengths.sum()))
+        return cls(ids, lengths)
+
+
 class Encoder(Protocol):
+    name: str  # of the library
     vocab_size: int  # ids that the tokenizer can give are 0 .. vocab_size - 1
     eod_token_id: int | None  # appended to each document, where it is not None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, end-of-document token included."""
+        ...
+
+    def encode_batch(self, texts: list[bytes]) -> Encoded:
+        """The same for UTF-8, all in one array of the file's type."""
         ...
 
     def decode(self, token_ids: list[int]) -> str:
@@ -27,6 +57,8 @@ class Encoder(Protocol):
 
 class HFEncoder:
     """A `tokenizer.json`. Text that spells a special token becomes that token, as in transformers."""
+
+    name = "tokenizers"
 
     def __init__(self, path: Path, append_eod: bool, workers: int):
         # The library's threads start on its first batch, and are never fewer or more from then on.
@@ -68,12 +100,17 @@ class HFEncoder:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids + self._suffix for encoding in encodings]
 
+    def encode_batch(self, texts: list[bytes]) -> Encoded:
+        return Encoded.of(self.encode([text.decode("utf-8") for text in texts]), self.vocab_size)
+
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 class SentencePieceEncoder:
     """A sentencepiece `.model`; documents end with its </s>."""
+
+    name = "sentencepiece"
 
     def __init__(self, path: Path, append_eod: bool, workers: int):
         from sentencepiece import SentencePieceProcessor
@@ -92,12 +129,15 @@ class SentencePieceEncoder:
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [ids + self._suffix for ids in self._processor.encode(texts, num_threads=self._workers)]
 
+    def encode_batch(self, texts: list[bytes]) -> Encoded:
+        return Encoded.of(self.encode([text.decode("utf-8") for text in texts]), self.vocab_size)
+
     def decode(self, token_ids: list[int]) -> str:
         return self._processor.decode(token_ids)
 
 
-def open_encoder(tokenizer: Path, append_eod: bool, workers: int) -> Encoder:
-    """The encoder for a Hugging Face directory, a tokenizer.json or a sentencepiece model."""
+def tokenizer_file(tokenizer: Path) -> Path:
+    """The tokenizer.json or sentencepiece .model that `tokenizer`, a file or a directory, stands for."""
     path = tokenizer
     if path.is_dir():
         models = sorted(path.glob("*.model"))
@@ -107,8 +147,14 @@ def open_encoder(tokenizer: Path, append_eod: bool, workers: int) -> Encoder:
             f"--tokenizer {tokenizer}: {path} does not exist; "
             "give a tokenizer.json, a sentencepiece .model or the directory of one"
         )
+    if path.suffix not in (".json", ".model"):
+        raise UserError(f"--tokenizer {tokenizer}: is neither a .json nor a .model file; give one of these")
+    return path
+
+
+def open_encoder(tokenizer: Path, append_eod: bool, workers: int) -> Encoder:
+    """The reference encoder for a Hugging Face directory, a tokenizer.json or a sentencepiece model."""
+    path = tokenizer_file(tokenizer)
     if path.suffix == ".json":
         return HFEncoder(path, append_eod, workers)
-    if path.suffix == ".model":
-        return SentencePieceEncoder(path, append_eod, workers)
-    raise UserError(f"--tokenizer {tokenizer}: is neither a .json nor a .model file; give one of these")
+    return SentencePieceEncoder(path, append_eod, workers)

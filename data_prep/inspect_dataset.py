@@ -2,8 +2,9 @@
 
     python -m data_prep.inspect_dataset --data-path data/corpus_train [--tokenizer tokenizer] [--show 2]
 
-Samples are shown as a masked diffusion model meets them: shuffled, packed, masked (▒). `--mask-ratio` hides
-about that part of each; without it each sample has a diffusion time of its own, as in training.
+Samples are shown as a masked diffusion model meets them: shuffled, packed, masked (▒, in colour). `--times 0.2 0.8`
+shows each at these diffusion times; without it each sample has a time of its own, as in training. Every token is read:
+a checksum that does not hold, or a document that is not closed by the end-of-document token, ends with exit code 2.
 `--plot out.png` draws document lengths and token frequencies (needs the extra `plot`).
 """
 
@@ -23,9 +24,9 @@ from rich.text import Text
 from data_prep.encoders import Encoder, open_encoder
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human, progress
+from megatron_a2d.data.checksums import REWRITE
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.indexed import TokenFile, read_metadata
-from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.noise import Noise
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
@@ -37,11 +38,17 @@ BAR_WIDTH = 40
 class Contents(NamedTuple):
     lengths: np.ndarray  # [num_documents] int64, tokens of each document
     counts: np.ndarray  # [max token id + 1] int64, how often each token occurs
+    num_unclosed: int  # documents that do not end with the end-of-document token
+    first_unclosed: int | None
 
 
 def read_contents(file: TokenFile) -> Contents:
-    """One pass over all tokens."""
+    """One pass over all tokens, which their checksums are compared with where there are any."""
     counts = np.zeros(1, dtype=np.int64)
+    lengths = file.document_lengths()
+    ends = np.cumsum(lengths)
+    unclosed: list[np.ndarray] = []
+    start = 0
     with progress(Path(file.prefix).name, file.num_tokens * file.dtype.itemsize, "B") as advance:
         for tokens in file.chunks():
             if tokens.min() < 0:
@@ -49,8 +56,22 @@ def read_contents(file: TokenFile) -> Contents:
             more = np.bincount(tokens, minlength=len(counts))
             more[: len(counts)] += counts
             counts = more
+            if file.eod_token_id is not None:
+                first, last = np.searchsorted(ends, [start, start + len(tokens)], side="right")
+                here = np.arange(first, last)[lengths[first:last] > 0]
+                unclosed.append(here[tokens[ends[here] - 1 - start] != file.eod_token_id])
+            start += len(tokens)
             advance(len(tokens) * file.dtype.itemsize)
-    return Contents(file.document_lengths(), counts)
+    wrong = np.concatenate([*unclosed, np.zeros(0, dtype=np.int64)])
+    return Contents(lengths, counts, len(wrong), int(wrong[0]) if len(wrong) else None)
+
+
+def integrity(file: TokenFile, contents: Contents) -> str:
+    """What was found about the whole of the documents."""
+    sums = "every checksum holds" if file.has_checksums else "no checksums (no .json, .sums)"
+    empty = int((contents.lengths == 0).sum())
+    closed = f"; all closed by token {file.eod_token_id}" if file.eod_token_id is not None else ""
+    return sums + (closed if not contents.num_unclosed else "") + (f"; {empty:,} empty" if empty else "")
 
 
 def summary(file: TokenFile, contents: Contents) -> Table:
@@ -69,6 +90,7 @@ def summary(file: TokenFile, contents: Contents) -> Table:
         "tokens a document, mean": f"{contents.lengths.mean():,.1f}",
         "percentiles " + " ".join(map(str, PERCENTILES)): "  ".join(f"{value:,.0f}" for value in percentiles),
     }
+    rows["integrity"] = integrity(file, contents)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -97,19 +119,18 @@ def masked_text(tokens: np.ndarray, masked: np.ndarray, encoder: Encoder) -> Tex
 
 
 def samples(arguments: argparse.Namespace, encoder: Encoder, num_tokens: int) -> list[Panel]:
+    """The first samples, each masked at every chosen time, or at the time that its index has in training."""
     dataset = PackedDataset(arguments.data_path, min(arguments.seq_length, num_tokens), vocab_size=encoder.vocab_size)
     noise = Noise(seed=0, mask_token_id=encoder.vocab_size)
     panels = []
     for index in range(min(arguments.show, dataset.num_samples)):
         tokens = dataset.tokens(index)
-        if arguments.mask_ratio is None:
-            sample = corrupt(tokens, index, noise)
-            masked, title = sample.tokens == noise.mask_token_id, f"t = {sample.time:.3f}, "
-        else:
-            masked, title = noise.uniforms(index, len(tokens)) < arguments.mask_ratio, ""
+        for time in arguments.times or [noise.time(index)]:
+            # The same uniforms for every time: what is hidden early stays hidden later, as in the process itself.
+            masked = noise.uniforms(index, len(tokens)) < noise.functions.mask_probability(time)
             masked[0] = False
-        title = f"sample {index}: {title}{int(masked.sum())} of {len(tokens)} tokens masked"
-        panels.append(Panel(masked_text(tokens, masked, encoder), title=title, title_align="left"))
+            title = f"sample {index}: t = {time:.3f}, {int(masked.sum())} of {len(tokens)} tokens masked"
+            panels.append(Panel(masked_text(tokens, masked, encoder), title=title, title_align="left"))
     return panels
 
 
@@ -146,11 +167,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, help="to show text; default: the one that made the tokens")
     parser.add_argument("--show", type=int, default=2, help="how many samples to show")
     parser.add_argument("--seq-length", type=int, default=256, help="tokens of a sample")
-    parser.add_argument("--mask-ratio", type=float, help="hide about this part of each sample, 0 to 1")
+    parser.add_argument(
+        "--times", type=float, nargs="+", metavar="T",
+        help="show each sample as it is at these diffusion times, 0 (clear) to 1 (hidden); default: as in training",
+    )  # fmt: skip
     parser.add_argument("--plot", type=Path, help="draw lengths and frequencies into this .png, .pdf or .svg")
     arguments = parser.parse_args(argv)
-    if arguments.mask_ratio is not None and not 0 <= arguments.mask_ratio <= 1:
-        raise UserError(f"--mask-ratio {arguments.mask_ratio}: is no part of a whole; give 0 to 1")
+    for time in arguments.times or ():
+        if not 0 <= time <= 1:
+            raise UserError(f"--times {time}: is no diffusion time; give 0 to 1")
     if arguments.show < 0:
         raise UserError(f"--show {arguments.show}: cannot show fewer than no samples; give 0 or more")
     if arguments.seq_length < 1:
@@ -170,6 +195,11 @@ def main(argv: list[str] | None = None) -> None:
         console.print("no tokenizer to show samples with; name it with --tokenizer")
     if arguments.plot is not None:
         plot(arguments.plot, contents, arguments.data_path)
+    if contents.num_unclosed:
+        raise UserError(
+            f"{arguments.data_path}: document {contents.first_unclosed} is not closed by the end-of-document token "
+            f"{file.eod_token_id}, nor are {contents.num_unclosed - 1:,} others; {REWRITE}"
+        )
 
 
 if __name__ == "__main__":

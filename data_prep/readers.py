@@ -1,26 +1,23 @@
-"""Text files as streams of documents. One reader for each file name extension; memory holds one document.
+"""Text files as streams of documents. One reader for each kind of file; memory holds one document, or one batch.
 
-A reader yields `Document`s and raises UserError that names the file and the line of what it cannot read.
+A corpus is cut into pieces of about 32 MB, each a few `Span`s of files: what a worker takes at a time, and what is
+kept when a job is interrupted. The cut follows from the files alone, not from who reads them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_a2d.errors import UserError, nearest
+from data_prep.formats import READERS, Document, Problem, Span, num_units
+from megatron_a2d.errors import UserError
 
-
-class Document(NamedTuple):
-    text: str
-    num_bytes: int  # of the file that it took, for progress
-    where: str  # file and line, for messages
-
-
-Reader = Callable[[Path, str], Iterator[Document]]
+PIECE_BYTES = 1 << 25
+MAX_PROBLEMS = 1000  # that are kept of a piece; all are counted
 
 
 @dataclass
@@ -29,89 +26,114 @@ class Counts:
 
     documents: int = 0
     empty: int = 0
+    invalid: int = 0
+    problems: list[str] = field(default_factory=list)  # the first of the invalid ones, with file and line
 
 
-def _decoded(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); convert the file to UTF-8"
-        ) from None
+class Piece(NamedTuple):
+    """Consecutive parts of the corpus."""
+
+    spans: list[Span]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(span.num_bytes for span in self.spans)
 
 
-def read_jsonl(path: Path, json_key: str) -> Iterator[Document]:
-    """One JSON object in each line, the text under `json_key`. Blank lines are passed over."""
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            where = f"{path}:{number}"
-            if not (content := _decoded(line, where).strip()):
-                continue
-            try:
-                value = json.loads(content)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{where}: not valid JSON ({error}); correct or remove the line") from None
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: holds a JSON {type(value).__name__}, not an object; correct the line")
-            if json_key not in value:
-                hint = nearest(json_key, value) or f"; the line has {', '.join(list(value)[:8]) or 'none'}"
-                raise UserError(f"{where}: no key {json_key!r}{hint}; name the text's key with --json-key")
-            text = value[json_key]
-            if not isinstance(text, str):
-                raise UserError(f"{where}: {json_key!r} is {type(text).__name__}, not a string; correct the line")
-            if not _is_encodable(text):
-                raise UserError(f"{where}: {json_key!r} holds half of a surrogate pair, no text; correct the line")
-            yield Document(text, len(line), where)
+def suffix_of(path: Path) -> str:
+    """`.jsonl.gz` for a.b.jsonl.gz; only such double endings that a reader knows."""
+    double = "".join(path.suffixes[-2:])
+    return double if double in READERS else path.suffix
 
 
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def expand_inputs(patterns: Sequence[Path | str]) -> list[Path]:
+    """Files of files, directories (with all below them) and globs; a directory's files in the order of their paths.
 
-
-def read_text(path: Path, json_key: str) -> Iterator[Document]:
-    """The whole file is one document."""
-    data = path.read_bytes()
-    yield Document(_decoded(data, str(path)), len(data), str(path))
-
-
-READERS: dict[str, Reader] = {".jsonl": read_jsonl, ".txt": read_text}
-
-
-def check_inputs(paths: Sequence[Path]) -> None:
-    """UserError with every file that is missing, empty or of a kind that no reader knows."""
-    problems = []
+    UserError with every one that is missing, empty or of a kind that no reader knows.
+    """
+    problems: list[str] = []
+    paths: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file) in READERS)
+            missing = f"--input {path}: holds no {', '.join(READERS)} files; name another directory"
+        elif path.exists():
+            found, missing = [path], ""
+        elif glob.has_magic(str(path)):
+            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+            missing = f"--input {path}: matches no file; check the pattern"
+        else:
+            found, missing = [], f"--input {path}: does not exist; check the path"
+        if not found:
+            problems.append(missing)
+        paths += found
     for path in paths:
-        if not path.exists():
-            problems.append(f"--input {path}: does not exist; check the path")
-        elif not path.is_file():
-            problems.append(f"--input {path}: is not a file; name the files in it")
-        elif path.suffix not in READERS:
+        if not path.is_file():
+            problems.append(f"--input {path}: is not a file; name a file, a directory or a glob")
+        elif suffix_of(path) not in READERS:
             problems.append(f"--input {path}: unknown kind of file; give {' or '.join(READERS)}")
         elif path.stat().st_size == 0:
             problems.append(f"--input {path}: is empty; leave it out or write it again")
+    twice = {path for path in paths if paths.count(path) > 1} if len(paths) < 10_000 else set()
+    problems += [f"--input {path}: is named twice; name it once" for path in sorted(twice)]
     if problems:
         raise UserError(problems)
+    return paths
 
 
-def input_size(paths: Sequence[Path]) -> int:
-    """Bytes of all inputs; checks them first."""
-    check_inputs(paths)
-    return sum(path.stat().st_size for path in paths)
-
-
-def read_documents(paths: Sequence[Path], json_key: str, counts: Counts) -> Iterator[Document]:
-    """Every document that has text, in the order of the files; UserError where there is none at all."""
-    check_inputs(paths)
+def plan_pieces(paths: Sequence[Path], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+    """The corpus in pieces: large files are cut where their kind allows it, small ones put together."""
+    pieces: list[Piece] = []
+    spans: list[Span] = []
+    filled = 0
     for path in paths:
-        for document in READERS[path.suffix](path, json_key):
-            if document.text.strip():
-                counts.documents += 1
-                yield document
-            else:
-                counts.empty += 1
+        for span in _spans(path, piece_bytes):
+            spans.append(span)
+            filled += span.num_bytes
+            if filled >= piece_bytes:
+                pieces.append(Piece(spans))
+                spans, filled = [], 0
+    return [*pieces, Piece(spans)] if spans else pieces
+
+
+def _spans(path: Path, piece_bytes: int) -> Iterator[Span]:
+    """Lines of .jsonl by bytes, .parquet by row groups; other kinds are read from their beginning alone."""
+    kind, size = suffix_of(path), path.stat().st_size
+    units = num_units(path, kind)
+    count = max(1, min(units, round(size / piece_bytes)))
+    for number in range(count):
+        start, stop = number * units // count, (number + 1) * units // count
+        yield Span(str(path), kind, start, stop, size * (number + 1) // count - size * number // count)
+
+
+def read_span(span: Span, json_key: str, counts: Counts, skip_invalid: bool = False) -> Iterator[Document]:
+    """Every document of a span that has text. What cannot be read is a UserError, or counted and passed over."""
+    for item in READERS[span.kind](span, json_key):
+        if isinstance(item, Problem):
+            if not skip_invalid:
+                raise UserError(
+                    f"{item.where}: {item.reason}; correct or remove it, or pass over such with --on-error skip"
+                )
+            counts.invalid += 1
+            if len(counts.problems) < MAX_PROBLEMS:
+                counts.problems.append(f"{item.where}: {item.reason}")
+        elif item.is_blank:
+            counts.empty += 1
+        else:
+            counts.documents += 1
+            yield item
+
+
+def input_size(patterns: Sequence[Path]) -> int:
+    """Bytes of all inputs; checks them first."""
+    return sum(path.stat().st_size for path in expand_inputs(patterns))
+
+
+def read_documents(patterns: Sequence[Path], json_key: str, counts: Counts) -> Iterator[Document]:
+    """Every document that has text, in the order of the files; UserError where there is none at all."""
+    for piece in plan_pieces(expand_inputs(patterns)):
+        for span in piece.spans:
+            yield from read_span(span, json_key, counts)
     if counts.documents == 0:
-        raise UserError(f"--input {' '.join(map(str, paths))}: holds no text at all; give documents")
+        raise UserError(f"--input {' '.join(map(str, patterns))}: holds no text at all; give documents")

@@ -1,118 +1,49 @@
-"""Text to token files that training reads: .jsonl or .txt in, PREFIX.bin and PREFIX.idx out.
+"""Text to token files that training reads: PREFIX.bin and PREFIX.idx, as megatron.core writes them.
 
-    python -m data_prep.tokenize_corpus --input corpus.jsonl --tokenizer tokenizer --output-prefix data/corpus
+    python -m data_prep.tokenize_corpus --input corpus/ 'more/*.zst' --tokenizer tokenizer --output-prefix data/corpus
 
-writes data/corpus_train.{bin,idx,json} and data/corpus_valid.{bin,idx,json}; `--valid-fraction 0` writes only
-data/corpus.{bin,idx,json}. Whether a document is held out is decided by a hash of its text: the same
-document always falls on the same side, whatever else is in the corpus, and copies of it too.
-The documents stream through in batches, so memory stays bounded; the output does not depend on `--workers`.
+reads .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .txt, and writes data/corpus_train.{bin,idx,json,sums} and
+data/corpus_valid.*; `--valid-fraction 0` writes only data/corpus.*. Whether a document is held out is decided by a hash
+of its text: the same document always falls on the same side, whatever else is in the corpus, whatever the tokenizer,
+and copies of it too. data/corpus.report.json says what was read and what was left out.
+
+The corpus is tokenised in pieces, by --workers processes; memory does not grow with it. A job that was interrupted
+goes on with the pieces that are missing when the same command is given again. Until the end the disk holds the tokens
+twice.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from data_prep.encoders import Encoder, open_encoder
-from data_prep.readers import Counts, Document, input_size, read_documents
+from data_prep.encoders import Encoder, open_encoder, tokenizer_file
+from data_prep.fast_encoder import choose, corpus_sample
+from data_prep.merge import merge
+from data_prep.pieces import Job, is_done, tokenize_pieces
+from data_prep.readers import Piece, expand_inputs, plan_pieces
+from data_prep.token_writer import TokenWriter, check_free, open_writers
 from megatron_a2d.cli import Parser
-from megatron_a2d.console import console, entry_point, human
+from megatron_a2d.console import console, entry_point, human, progress
+from megatron_a2d.data.checksums import file_checksum
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_file, write_json
+from megatron_a2d.files import write_json
 
-# A batch is what is encoded at a time. By characters, so that long documents do not make it large.
-BATCH_CHARACTERS = 1 << 21
-SUFFIXES = (".bin", ".json", ".idx")  # in the order in which they appear: the index completes a token file
-
-
-@dataclass
-class TokenWriter:
-    """One token file while it is written, under temporary names."""
-
-    prefix: str
-    partial: dict[str, Path]
-    encoder: Encoder
-    tokenizer: Path
-    num_documents: int = 0
-    num_tokens: int = 0
-    builder: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Here, for it takes seconds: whoever asks for --help or mistypes a path need not wait.
-        from megatron_a2d.data.indexed import DType, IndexedDatasetBuilder
-
-        dtype = DType.optimal_dtype(self.encoder.vocab_size)
-        self.builder = IndexedDatasetBuilder(str(self.partial[".bin"]), dtype=dtype)
-
-    def add(self, token_ids: list[int]) -> None:
-        self.builder.add_document(np.array(token_ids, dtype=np.int64), [len(token_ids)])
-        self.num_documents += 1
-        self.num_tokens += len(token_ids)
-
-    def finish(self) -> None:
-        self.builder.finalize(str(self.partial[".idx"]))
-        description = {
-            "tokenizer": str(self.tokenizer),
-            "vocab_size": self.encoder.vocab_size,
-            "eod_token_id": self.encoder.eod_token_id,
-            "documents": self.num_documents,
-            "tokens": self.num_tokens,
-        }
-        write_json(self.partial[".json"], description)
+SHOWN_PROBLEMS = 10
 
 
 @contextmanager
-def open_writers(prefixes: list[str], encoder: Encoder, tokenizer: Path) -> Iterator[list[TokenWriter]]:
-    """Writers whose files get their final names together, when the block ends without an error."""
-    taken = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES if os.path.exists(prefix + suffix)]
-    if taken:
-        raise UserError(f"--output-prefix: {taken[0]} already exists; remove it or name another prefix")
-    with ExitStack() as stack:
-        writers = []
-        for prefix in prefixes:
-            # Leaving the stack renames in the reverse order of entering.
-            partial = {suffix: stack.enter_context(new_file(prefix + suffix)) for suffix in reversed(SUFFIXES)}
-            writers.append(TokenWriter(prefix, partial, encoder, tokenizer))
-            stack.callback(writers[-1].builder.data_file.close)
-        yield writers
-        for writer in writers:
-            writer.finish()
-
-
-def is_held_out(text: str, valid_fraction: float) -> bool:
-    """A stable draw by the document's text, the same on every machine."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < valid_fraction * 2.0**64
-
-
-def batches(documents: Iterator[Document], num_characters: int = BATCH_CHARACTERS) -> Iterator[list[Document]]:
-    """Consecutive documents of about so many characters in all."""
-    batch: list[Document] = []
-    filled = 0
-    for document in documents:
-        batch.append(document)
-        filled += len(document.text)
-        if filled >= num_characters:
-            yield batch
-            batch, filled = [], 0
-    if batch:
-        yield batch
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
+def _progress(total: int, done: int) -> Iterator[Any]:
     """A bar with bytes and tokens a second; yields `advance(num_bytes, num_tokens)`."""
     columns = (
         TextColumn("tokenise"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -121,7 +52,7 @@ def _progress(total: int) -> Iterator[Any]:
     )  # fmt: skip
     start, num_bytes, num_tokens = time.perf_counter(), 0, 0
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total, speed="")
+        task = bar.add_task("", total=total, completed=done, speed="")
 
         def advance(more_bytes: int, more_tokens: int) -> None:
             nonlocal num_bytes, num_tokens
@@ -133,30 +64,74 @@ def _progress(total: int) -> Iterator[Any]:
         yield advance
 
 
-def tokenize(arguments: argparse.Namespace, encoder: Encoder, counts: Counts) -> list[TokenWriter]:
-    """Read, encode and write everything; the writers' counts are final when this returns."""
-    prefix, fraction = arguments.output_prefix, arguments.valid_fraction
-    if prefix.endswith("/") or Path(prefix).is_dir():
-        raise UserError(f"--output-prefix {prefix}: is a directory; add the beginning of the files' names")
-    prefixes = [f"{prefix}_train", f"{prefix}_valid"] if fraction else [prefix]
-    size = input_size(arguments.input)
-    with open_writers(prefixes, encoder, arguments.tokenizer) as writers:
-        with _progress(size) as advance:
-            for batch in batches(read_documents(arguments.input, arguments.json_key, counts)):
-                encoded = encoder.encode([document.text for document in batch])
-                for document, token_ids in zip(batch, encoded, strict=True):
-                    writers[bool(fraction) and is_held_out(document.text, fraction)].add(token_ids)
-                advance(sum(document.num_bytes for document in batch), sum(map(len, encoded)))
-        for writer in writers:
-            if writer.num_tokens == 0:
-                raise UserError(
-                    f"--valid-fraction {fraction}: {writer.prefix} gets no token of the {counts.documents} "
-                    "documents; give more documents or another fraction (0: hold out none)"
-                )
-    return writers
+def prefixes_of(arguments: argparse.Namespace, json_key: str) -> tuple[str, list[str]]:
+    """The prefix for one key, and those of its token files."""
+    prefix = arguments.output_prefix if len(arguments.json_keys) == 1 else f"{arguments.output_prefix}_{json_key}"
+    return prefix, [f"{prefix}_train", f"{prefix}_valid"] if arguments.valid_fraction else [prefix]
 
 
-def report(writers: list[TokenWriter], counts: Counts) -> None:
+def tokenize(arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], json_key: str) -> None:
+    """Read, encode and write everything under one key of the documents."""
+    prefix, prefixes = prefixes_of(arguments, json_key)
+    chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(pieces, json_key))
+    job = Job(
+        directory=Path(f"{prefix}.parts"), tokenizer=arguments.tokenizer, encoder=chosen.name,
+        vocab_size=reference.vocab_size, eod_token_id=reference.eod_token_id, append_eod=arguments.append_eod,
+        json_key=json_key, min_tokens=arguments.min_tokens,
+        max_tokens=arguments.max_tokens, skip_invalid=arguments.on_error == "skip",
+        tokenizer_checksum=file_checksum(tokenizer_file(arguments.tokenizer)),
+    )  # fmt: skip
+    todo = missing_pieces(job, pieces)
+    size = sum(piece.num_bytes for piece in pieces)
+    begin = time.perf_counter()
+    try:
+        with _progress(size, size - sum(piece.num_bytes for piece in todo.values())) as advance:
+            tokenize_pieces(job, todo, arguments.workers, advance)
+    except UserError:
+        if not list(job.directory.glob("*.npz")):
+            shutil.rmtree(job.directory, ignore_errors=True)  # nothing to go on from
+        raise
+    description = {"tokenizer": str(arguments.tokenizer), "eod_token_id": reference.eod_token_id}
+    with open_writers(prefixes, reference.vocab_size, description) as writers:
+        total = sum(path.stat().st_size for path in job.directory.glob("*.tokens")) // writers[0].dtype.itemsize
+        with progress("write", total, "tokens") as advance_tokens:
+            counts = merge(job, len(pieces), writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens)
+        if problem := _nothing_left(writers, counts, arguments):
+            shutil.rmtree(job.directory)
+            raise UserError(problem)
+    counts["seconds"] = round(time.perf_counter() - begin, 3)
+    counts["encoder"] = chosen.reason
+    write_json(f"{prefix}.report.json", counts | {"files": {writer.prefix: writer.num_documents for writer in writers}})
+    shutil.rmtree(job.directory)
+    report(writers, counts, f"{prefix}.report.json")
+
+
+def missing_pieces(job: Job, pieces: list[Piece]) -> dict[int, Piece]:
+    """The pieces that are not done, by number: all of them, unless an earlier command was interrupted."""
+    job.directory.mkdir(parents=True, exist_ok=True)
+    for partial in job.directory.glob(".*.partial-*"):
+        partial.unlink()
+    missing = {number: piece for number, piece in enumerate(pieces) if not is_done(job, number, piece)}
+    if len(missing) < len(pieces):
+        console.print(f"going on: {len(pieces) - len(missing)} of {len(pieces)} pieces are done")
+    return missing
+
+
+def _nothing_left(writers: list[TokenWriter], counts: dict[str, Any], arguments: argparse.Namespace) -> str:
+    """Why a file would be empty; '' where none is."""
+    if counts["documents"] == 0:
+        return f"--input {' '.join(map(str, arguments.input))}: holds no text at all; give documents"
+    empty = next((writer for writer in writers if writer.num_tokens == 0), None)
+    if empty and arguments.valid_fraction:
+        return (
+            f"--valid-fraction {arguments.valid_fraction}: {empty.prefix} gets no token of the {counts['documents']} "
+            "documents; give more documents or another fraction (0: hold out none)"
+        )
+    return "--min-tokens, --max-tokens: leave no document at all; widen them" if empty else ""
+
+
+def report(writers: list[TokenWriter], counts: dict[str, Any], path: str) -> None:
+    """What was read, left out and written."""
     table = Table()
     for heading in ("file", "documents", "tokens", "bytes"):
         table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
@@ -164,45 +139,71 @@ def report(writers: list[TokenWriter], counts: Counts) -> None:
         num_bytes = os.path.getsize(writer.prefix + ".bin")
         table.add_row(writer.prefix, f"{writer.num_documents:,}", f"{writer.num_tokens:,}", human(num_bytes, "B"))
     console.print(table)
-    console.print(f"{counts.empty:,} empty documents skipped")
+    left_out = {name.replace("_", " "): counts[name] for name in ("too_short", "too_long", "duplicates", "invalid")}
+    others = "".join(f", {count:,} {name}" for name, count in left_out.items() if count)
+    console.print(f"{counts['empty']:,} empty documents skipped{others}", soft_wrap=True)
+    for problem in counts["problems"][:SHOWN_PROBLEMS]:
+        console.print(f"  {problem}", markup=False, soft_wrap=True)
+    if counts["invalid"] > SHOWN_PROBLEMS:
+        console.print(f"  ... and {counts['invalid'] - SHOWN_PROBLEMS:,} more: {path}", markup=False, soft_wrap=True)
+    console.print(f"encoded by {counts['encoder']}", markup=False, soft_wrap=True)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="data_prep.tokenize_corpus", description="Tokenise text into Megatron's .bin/.idx files.")
     parser.add_argument(
-        "--input", required=True, nargs="+", action="append", type=Path,
-        help=".jsonl files (one object in each line) and .txt files (one document each)",
+        "--input", required=True, nargs="+", action="append",
+        help=".jsonl (one object in each line), .jsonl.gz, .jsonl.zst, .parquet and .txt (one document each) files, "
+        "directories and globs of them",
     )  # fmt: skip
-    parser.add_argument("--json-key", default="text", help="the key of a document's text in .jsonl")
     parser.add_argument(
-        "--tokenizer",
-        required=True,
-        type=Path,
+        "--json-keys", nargs="+", default=["text"],
+        help="the key or column of a document's text; each of several becomes files of its own, PREFIX_KEY",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", required=True, type=Path,
         help="a Hugging Face directory, a tokenizer.json or a sentencepiece .model",
-    )
+    )  # fmt: skip
+    parser.add_argument(
+        "--encoder", choices=("auto", "gigatoken", "reference"), default="auto",
+        help="auto: gigatoken where it gives the ids of the tokenizer's own library on a sample of this corpus",
+    )  # fmt: skip
     parser.add_argument("--output-prefix", required=True, help="path without .bin and .idx")
     parser.add_argument("--valid-fraction", type=float, default=0.02, help="part of the documents to hold out; 0: none")
     parser.add_argument(
-        "--append-eod",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end each document with its own token",
+        "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end each document with its own token"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that encode")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read and encode")
+    parser.add_argument("--deduplicate", action="store_true", help="keep only the first of documents with equal text")
+    parser.add_argument("--min-tokens", type=int, default=1, help="leave out shorter documents")
+    parser.add_argument("--max-tokens", type=int, help="leave out longer documents; default: none is too long")
+    parser.add_argument(
+        "--on-error", choices=("fatal", "skip"), default="fatal",
+        help="what a line that is not UTF-8, not JSON or has no text does: end the job, or be reported and passed over",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     arguments.input = list(chain.from_iterable(arguments.input))
     if not 0 <= arguments.valid_fraction < 1:
         raise UserError(f"--valid-fraction {arguments.valid_fraction}: must be at least 0 and below 1")
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: something must encode; give 1 or more")
+    if arguments.min_tokens < 1:
+        raise UserError(f"--min-tokens {arguments.min_tokens}: a document has tokens; give 1 or more")
+    if arguments.max_tokens is not None and arguments.max_tokens < arguments.min_tokens:
+        raise UserError(f"--max-tokens {arguments.max_tokens}: is below --min-tokens {arguments.min_tokens}; raise it")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    encoder = open_encoder(arguments.tokenizer, arguments.append_eod, arguments.workers)
-    counts = Counts()
-    report(tokenize(arguments, encoder, counts), counts)
+    prefix = arguments.output_prefix
+    if prefix.endswith("/") or Path(prefix).is_dir():
+        raise UserError(f"--output-prefix {prefix}: is a directory; add the beginning of the files' names")
+    reference = open_encoder(arguments.tokenizer, arguments.append_eod, arguments.workers)
+    check_free([name for key in arguments.json_keys for name in prefixes_of(arguments, key)[1]])
+    pieces = plan_pieces(expand_inputs(arguments.input))
+    for key in arguments.json_keys:
+        tokenize(arguments, reference, pieces, key)
 
 
 if __name__ == "__main__":

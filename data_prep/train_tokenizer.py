@@ -112,7 +112,9 @@ def hf_configuration(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer of Qwen3's kind.")
-    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, help=".jsonl or .txt files")
+    parser.add_argument(
+        "--input", required=True, nargs="+", action="extend", type=Path, help="files, directories, globs"
+    )
     parser.add_argument("--json-key", default="text", help="the key of a document's text in .jsonl")
     parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the model's embedding")
     parser.add_argument("--reserved-tokens", type=int, default=8, help="rows at the end that no token uses")

@@ -57,6 +57,10 @@ def _range_problems(config: RunConfig) -> list[str]:
             problems.append(f"{flag(name)} {value}: must be a finite number")
     for name in ("adam_beta1", "adam_beta2"):
         need(name, 0 <= values[name] < 1, "must lie in [0, 1)")
+    need("random_length_prob", 0 <= values["random_length_prob"] <= 1, "must lie in [0, 1]; 0.01 is LLaDA's")
+    if values["data_mixture"]:
+        for name in ("train_data_path", "valid_data_path"):
+            need(name, not values[name], "does not go with --data-mixture, which names its own; remove one of them")
     need("min_time", 0 < values["min_time"] < 1, "must lie between 0 and 1; 0.001 is usual")
     need("load_iteration", values["load_iteration"] is None or values["load_iteration"] >= 1, "must be at least 1")
     need(

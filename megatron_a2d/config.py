@@ -61,12 +61,22 @@ class DataConfig:
 
     train_data_path: str | None = None
     """prefix of the training .bin/.idx pair"""
+    data_mixture: str | None = None
+    """YAML file of several sources with weights, instead of the two paths (launch/mixtures has an example)"""
+    train_data_fingerprint: str = ""
+    """what the training tokens and their weights must be; empty: whatever they are. Checkpoints remember it"""
     valid_data_path: str | None = None
     """prefix of the validation .bin/.idx pair; no validation without it"""
     seq_length: int = 4096
     """tokens in a sample"""
     document_attention: Literal["open", "isolated"] = "open"
     """whether the documents packed into a sample see one another"""
+    reset_position_ids: bool = False
+    """count positions from 0 in each document of a sample"""
+    random_length_prob: float = 0.0
+    """part of the training samples that are cut in two at a random place, so that short texts are seen (LLaDA: 0.01)"""
+    eod_maskable: bool = True
+    """mask and predict end-of-document tokens as all others; without: they stay visible and carry no loss"""
     num_workers: int = 1
     """threads that prepare samples ahead of the step; 0 prepares them inside it"""
     seed: int = 1234

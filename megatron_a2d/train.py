@@ -10,6 +10,7 @@ written (--on-save-error), 5 when another process died (runtime/peers.py); train
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         with Peers(60 * config.parallel.distributed_timeout_minutes):
             checked = parallel.from_first_rank(first)
             assert checked is not None
-            _, exit_code = loop.train(config, checked.architecture, *checked.start)
+            _, exit_code = loop.train(checked.config, checked.architecture, *checked.start)
         parallel.finalize()
         if exit_code:
             sys.exit(exit_code)
@@ -87,11 +88,13 @@ class Checked(NamedTuple):
 
     start: resume.Start
     architecture: Architecture
+    config: RunConfig  # with the fingerprint of the data
 
 
 def _check(config: RunConfig, processes: int) -> Checked:
     """Everything that can be found wrong before processes meet; UserError with all of it."""
     from megatron_a2d.training import loop, resume
+    from megatron_a2d.training.samples import make_sample
 
     start = resume.find_start(config, report=_warn)
     architecture = read_architecture(start.directory / HF_FILES)
@@ -102,8 +105,13 @@ def _check(config: RunConfig, processes: int) -> Checked:
         pass  # every tensor of the model is there, in its shape, and no other
     if config.diffusion.objective == "mdlm":
         choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
-    loop.open_datasets(config, architecture)
-    return Checked(start, architecture)
+    train_data, _ = loop.open_datasets(config, architecture)
+    data = dataclasses.replace(config.data, train_data_fingerprint=train_data.fingerprint())
+    config = dataclasses.replace(config, data=data)
+    if not start.weights_only and (problems := resume.differences(config, start.directory)):
+        raise UserError(problems)
+    make_sample(config, architecture, train_data, data.seed)
+    return Checked(start, architecture, config)
 
 
 def _warn(line: str) -> None:

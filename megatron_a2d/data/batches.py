@@ -48,13 +48,13 @@ class Batch(NamedTuple):
     sample_index: Tensor  # [b] int64
     num_maskable: Tensor  # [b] int64, each sample's part of the loss's denominator, in tokens
     documents: Tensor | None = None  # [b, s] int64: only tokens of equal number see one another; None: all do
+    positions: Tensor | None = None  # [b, s] int64; None: 0 .. s - 1
 
 
 def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int) -> Batch:
     """The samples first .. first + size - 1 as one batch."""
     indices = range(first, first + size)
     samples = [make_sample(dataset.tokens(index), index) for index in indices]
-    documents = [sample.documents for sample in samples if sample.documents is not None]
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
         labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
@@ -62,8 +62,17 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
         times=torch.tensor([sample.time for sample in samples], dtype=torch.float32),
         sample_index=torch.tensor(indices, dtype=torch.int64),
         num_maskable=torch.tensor([sample.num_maskable for sample in samples], dtype=torch.int64),
-        documents=torch.from_numpy(np.stack(documents)) if documents else None,
+        documents=_stack([sample.documents for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
+        positions=_stack([sample.positions for sample in samples], lambda length: np.arange(length, dtype=np.int64)),
     )
+
+
+def _stack(rows: list[np.ndarray | None], ordinary: Callable[[int], np.ndarray]) -> Tensor | None:
+    """[b, s], with an ordinary row where a sample has none; None where all are ordinary."""
+    length = next((len(row) for row in rows if row is not None), None)
+    if length is None:
+        return None
+    return torch.from_numpy(np.stack([ordinary(length) if row is None else row for row in rows]))
 
 
 def write_batch(path: Path, batch: Batch) -> None:
@@ -114,6 +123,10 @@ class MicroBatches(Iterator[Batch]):
         # Two in reserve for each worker, and at least a few for steps of several micro-batches.
         for _ in range(max(4, 2 * num_workers) if self._pool else 0):
             self._submit()
+
+    def samples(self, first: int, size: int) -> Batch:
+        """The samples first .. first + size - 1, whichever rank they go to."""
+        return make_batch(self._dataset, self._make_sample, first, size)
 
     def _arguments(self) -> tuple[Samples, MakeSample, int, int]:
         first = self._next

@@ -50,6 +50,18 @@ class PackedDataset:
             )
 
     @property
+    def files(self) -> list[TokenFile]:
+        return [self.file]
+
+    def eod_token_id(self) -> int | None:
+        """The token that closes documents, None where there is none or it is not known."""
+        return self.file.eod_token_id
+
+    def fingerprint(self) -> str:
+        """Stands for the tokens and their order."""
+        return self.file.fingerprint()
+
+    @property
     def num_unused_tokens(self) -> int:
         """Tokens at the end of the stream that fill no sample."""
         return self.file.num_tokens - self.num_samples * self.seq_length

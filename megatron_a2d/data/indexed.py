@@ -1,7 +1,7 @@
 """Token files: `PREFIX.bin` (the tokens) and `PREFIX.idx` (lengths and documents), Megatron's indexed format.
 
-megatron.core's own IndexedDataset reads them, after checks of ours: a damaged file makes it fail with a bare
-assertion, or not at all. Layout of the index, little endian:
+megatron.core's IndexedDataset reads and writes the same bytes. The reader here checks first: a damaged file makes
+theirs fail with a bare assertion, or not at all. Layout of the index, little endian:
 
     9 bytes magic, u64 version 1, u8 dtype code, u64 S sequences, u64 D document marks,
     i32[S] lengths in tokens, i64[S] byte offsets, i64[D] document marks (0, ..., S)
@@ -9,21 +9,24 @@ assertion, or not at all. Layout of the index, little endian:
 
 from __future__ import annotations
 
+import bisect
+import os
 import struct
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_a2d.data.checksums import BLOCK, INDEX_CHECKSUM, REWRITE, checksum, open_checksums, read_at, read_metadata
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json
 
 with warnings.catch_warnings():
     # Importing megatron.core without Transformer Engine warns once a module; the data needs neither.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 __all__ = ["DType", "IndexedDatasetBuilder", "TokenFile", "read_metadata"]
 
@@ -34,34 +37,59 @@ _CHUNK = 1 << 24  # items looked at in one go: bounds memory, large enough for f
 # at once, all of an ordinary corpus. What lies beyond is checked when it is read.
 _SCANNED_BYTES = 1 << 30
 _SCANNED_SEQUENCES = 1 << 24
-_REWRITE = "write it again with data_prep.tokenize_corpus"
 
 
 class TokenFile:
     """One contiguous stream of tokens, with the documents' boundaries.
 
     `vocab_size`, where given, is the number of rows of the model's embedding: a token outside is a UserError
-    that names the document.
+    that names the document. Every read is held against the file's checksums, where it has them, and against size,
+    time and identity of the files when they were opened: a file that changes is a UserError, not other tokens.
+    Tokens are read, not memory-mapped: a mapped file that another process cuts short kills its reader.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None, scan: bool = True):
-        """`scan` looks for such tokens at once, in the file's first GiB; they are found when read in any case."""
+        """`scan` looks for damage and such tokens at once, in the file's first GiB; reads find them in any case."""
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
+        self._state = {path: _file_state(path) for path in (f"{self.prefix}.bin", f"{self.prefix}.idx")}
         index = _open_index(self.prefix)
         self.dtype = index.dtype
         self._offsets, self._marks = index.offsets, index.marks
         self.num_tokens = Path(f"{self.prefix}.bin").stat().st_size // self.dtype.itemsize
-        # It unmaps the files when it is collected, and its arrays then point nowhere: everything is copied.
-        self._dataset = IndexedDataset(self.prefix)
-        if vocab_size is not None and scan:
-            scanned = min(self.num_tokens, _SCANNED_BYTES // self.dtype.itemsize)
-            for start in range(0, scanned, _CHUNK):
-                self._check_ids(self._copy(start, min(_CHUNK, scanned - start), self.dtype), start)
+        self.metadata = read_metadata(self.prefix) or {}
+        self._checksums = open_checksums(self.prefix, self.metadata, whole=scan)
+        self._descriptor = os.open(f"{self.prefix}.bin", os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        if vocab_size is not None:
+            self._check_largest_id()
+            if scan:
+                for _ in self.scan(0, _SCANNED_BYTES // self.dtype.itemsize):
+                    pass
 
     @property
     def num_documents(self) -> int:
         return len(self._marks) - 1
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether every read can tell damaged tokens."""
+        return self._checksums is not None
+
+    @property
+    def eod_token_id(self) -> int | None:
+        """The token that closes each document, where the tokens' description names it."""
+        return self.metadata.get("eod_token_id")
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that stand for the tokens and their order."""
+        if self._checksums is not None:
+            known = f"{self.num_tokens} {self._checksums.digest} {self.metadata.get(INDEX_CHECKSUM)}"
+            return checksum(known.encode())
+        # Without checksums: samples spread over the file.
+        starts = np.linspace(0, max(0, self.num_tokens - 1024), 64).astype(int)
+        pieces = [self.read(int(start), min(1024, self.num_tokens - int(start))).tobytes() for start in starts]
+        return checksum(f"{self.num_tokens} {self.num_documents}".encode() + b"".join(pieces))
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, end-of-document token included, [num_documents] int64."""
@@ -74,9 +102,13 @@ class TokenFile:
 
     def document_numbers(self, start: int, count: int) -> np.ndarray:
         """The number of the document of each token start .. start + count - 1, [count] int64."""
-        bytes_before = np.arange(start, start + count, dtype=np.int64) * self.dtype.itemsize
-        sequences = np.searchsorted(self._offsets, bytes_before, side="right") - 1
-        return np.searchsorted(self._marks, sequences, side="right") - 1
+        self._check_unchanged(f"{self.prefix}.idx")
+        # Not numpy's search: the arrays of an index are not aligned, and it would copy them whole.
+        first = bisect.bisect_right(self._offsets, start * self.dtype.itemsize) - 1
+        last = bisect.bisect_right(self._offsets, (start + count - 1) * self.dtype.itemsize) - 1
+        borders = [0, *(self._offsets[first + 1 : last + 1] // self.dtype.itemsize - start).tolist(), count]
+        documents = [bisect.bisect_right(self._marks, sequence) - 1 for sequence in range(first, last + 1)]
+        return np.repeat(np.array(documents, dtype=np.int64), np.diff(borders))
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of a document, [n] int64."""
@@ -85,7 +117,7 @@ class TokenFile:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count - 1 of the stream, [count] int64, checked against the vocabulary."""
-        tokens = self._copy(start, count, np.dtype(np.int64))
+        tokens = self._copy(start, count).astype(np.int64)
         if self.vocab_size is not None:
             self._check_ids(tokens, start)
         return tokens
@@ -95,17 +127,58 @@ class TokenFile:
         for start in range(0, self.num_tokens, chunk_size):
             yield self.read(start, min(chunk_size, self.num_tokens - start))
 
+    def scan(self, start: int = 0, stop: int | None = None) -> Iterator[int]:
+        """Check the tokens from `start` to `stop` (default: the end); yields how many tokens each step looked at."""
+        stop = self.num_tokens if stop is None else min(stop, self.num_tokens)
+        for begin in range(start, stop, _CHUNK):
+            count = min(_CHUNK, stop - begin)
+            tokens = self._copy(begin, count)
+            if self.vocab_size is not None:
+                self._check_ids(tokens, begin)
+            yield count
+
     def _position(self, sequence: int) -> int:
         """Where a sequence begins in the stream; one past the last sequence: where the stream ends."""
         if sequence == len(self._offsets):
             return self.num_tokens
         return int(self._offsets[sequence]) // self.dtype.itemsize
 
-    def _copy(self, start: int, count: int, dtype: np.dtype) -> np.ndarray:
+    def _copy(self, start: int, count: int) -> np.ndarray:
         if not 0 <= start <= start + count <= self.num_tokens:
             raise IndexError(f"tokens {start}..{start + count - 1} are outside {self.prefix}'s {self.num_tokens}")
-        # Sequences are contiguous, so the first one's offsets reach everything.
-        return self._dataset.get(0, offset=start, length=count).astype(dtype)
+        path = f"{self.prefix}.bin"
+        self._check_unchanged(path)
+        begin, size = start * self.dtype.itemsize, count * self.dtype.itemsize
+        if self._checksums is None:
+            data = read_at(self._descriptor, begin, size)
+        else:
+            # Whole blocks, so that each can be compared.
+            first, last = begin // BLOCK, -(-(begin + size) // BLOCK)
+            blocks = read_at(self._descriptor, first * BLOCK, (last - first) * BLOCK)
+            damaged = self._checksums.first_difference(blocks, first)
+            if damaged is not None:
+                document = self.document_of(min(damaged * BLOCK // self.dtype.itemsize, self.num_tokens - 1))
+                raise UserError(
+                    f"{path}: its checksum does not hold from byte {damaged * BLOCK} on (document {document}), the "
+                    f"file is damaged; copy it again, or {REWRITE}"
+                )
+            data = blocks[begin - first * BLOCK :][:size]
+        if len(data) != size:
+            raise UserError(f"{path}: was cut short while it was read; copy it again, or {REWRITE}")
+        return np.frombuffer(data, dtype=self.dtype)
+
+    def _check_unchanged(self, path: str) -> None:
+        if _file_state(path) != self._state[path]:
+            raise UserError(
+                f"{path}: has changed since it was opened; a run needs the tokens that it began with: restore the "
+                "file, or start another run"
+            )
+
+    def _check_largest_id(self) -> None:
+        """The description knows the largest id: no file is too large to be judged at once."""
+        largest = self.metadata.get("max_token_id")
+        if isinstance(largest, int) and self.vocab_size is not None and largest >= self.vocab_size:
+            raise UserError(_outside(self.prefix, self.metadata.get("max_token_document"), largest, self.vocab_size))
 
     def _check_ids(self, tokens: np.ndarray, position: int) -> None:
         unsigned = tokens.view(f"u{tokens.itemsize}")  # a negative id becomes a huge one: one comparison for both
@@ -113,11 +186,23 @@ class TokenFile:
         if unsigned.max(initial=0) < self.vocab_size:
             return
         first = int(np.argmax(unsigned >= self.vocab_size))
-        document = self.document_of(position + first)
-        raise UserError(
-            f"{self.prefix}: document {document} holds token id {int(tokens[first])}, but the model's "
-            f"vocabulary has {self.vocab_size}; tokenise with the model's own tokenizer"
-        )
+        raise UserError(_outside(self.prefix, self.document_of(position + first), int(tokens[first]), self.vocab_size))
+
+
+def _outside(prefix: str, document: Any, token: int, vocab_size: int) -> str:
+    return (
+        f"{prefix}: document {document} holds token id {token}, but the model's vocabulary has {vocab_size}; tokenise "
+        "with the model's own tokenizer"
+    )
+
+
+def _file_state(path: str) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class _Index(NamedTuple):
@@ -133,7 +218,7 @@ def _open_index(prefix: str) -> _Index:
     _check_pair(prefix, index_path, tokens_path)
     dtype, num_sequences, num_marks = _read_header(index_path)
     if num_sequences == 0 or num_marks < 2 or tokens_path.stat().st_size == 0:
-        raise UserError(f"{prefix}: holds no tokens; {_REWRITE} from documents that have text")
+        raise UserError(f"{prefix}: holds no tokens; {REWRITE} from documents that have text")
     data = np.memmap(index_path, mode="r", dtype=np.uint8)[_HEADER.size :]
     lengths, offsets, marks = np.split(data, [4 * num_sequences, 12 * num_sequences])
     index = _Index(dtype, lengths.view("<i4"), offsets.view("<i8"), marks.view("<i8"))
@@ -145,11 +230,11 @@ def _open_index(prefix: str) -> _Index:
     few_marks = index.marks[:_SCANNED_SEQUENCES]
     in_order = index.marks[0] == 0 and index.marks[-1] == num_sequences and np.all(np.diff(few_marks) >= 0)
     if not (contiguous and in_order):
-        raise UserError(f"{index_path}: its sequences do not follow one another, the file is damaged; {_REWRITE}")
+        raise UserError(f"{index_path}: its sequences do not follow one another, the file is damaged; {REWRITE}")
     expected, size = int(index.offsets[-1]) + int(index.lengths[-1]) * itemsize, tokens_path.stat().st_size
     if size != expected:
         raise UserError(
-            f"{tokens_path}: has {size} bytes where its index promises {expected}; copy both files again, or {_REWRITE}"
+            f"{tokens_path}: has {size} bytes where its index promises {expected}; copy both files again, or {REWRITE}"
         )
     return index
 
@@ -164,7 +249,7 @@ def _check_pair(prefix: str, index_path: Path, tokens_path: Path) -> None:
         raise UserError(f"{prefix}: there is no {index_path.name} and no {tokens_path.name}; {hint}")
     if len(present) == 1:
         missing = tokens_path if present == [index_path] else index_path
-        raise UserError(f"{prefix}: {missing.name} is missing beside {present[0].name}; copy it too, or {_REWRITE}")
+        raise UserError(f"{prefix}: {missing.name} is missing beside {present[0].name}; copy it too, or {REWRITE}")
 
 
 def _read_header(index_path: Path) -> tuple[np.dtype, int, int]:
@@ -173,28 +258,17 @@ def _read_header(index_path: Path) -> tuple[np.dtype, int, int]:
     with open(index_path, "rb") as stream:
         header = stream.read(_HEADER.size)
     if not header:
-        raise UserError(f"{index_path}: is empty; {_REWRITE}")
+        raise UserError(f"{index_path}: is empty; {REWRITE}")
     if not header.startswith(_MAGIC[: len(header)]):
-        raise UserError(f"{index_path}: is no Megatron index (it begins with {header[:9]!r}); {_REWRITE}")
+        raise UserError(f"{index_path}: is no Megatron index (it begins with {header[:9]!r}); {REWRITE}")
     if len(header) < _HEADER.size:
-        raise UserError(f"{index_path}: is cut short at {size} bytes; copy it again, or {_REWRITE}")
+        raise UserError(f"{index_path}: is cut short at {size} bytes; copy it again, or {REWRITE}")
     _, version, code, num_sequences, num_marks = _HEADER.unpack(header)
     if version != 1 or code not in {dtype.value for dtype in DType if "int" in dtype.name}:
-        raise UserError(f"{index_path}: version {version} with data type {code} is unknown; {_REWRITE}")
+        raise UserError(f"{index_path}: version {version} with data type {code} is unknown; {REWRITE}")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_marks
     if size == expected + num_sequences and num_sequences:
-        raise UserError(f"{index_path}: is a multimodal index, and only text is supported; {_REWRITE}")
+        raise UserError(f"{index_path}: is a multimodal index, and only text is supported; {REWRITE}")
     if size != expected:
-        raise UserError(
-            f"{index_path}: has {size} bytes where its header says {expected}; copy it again, or {_REWRITE}"
-        )
+        raise UserError(f"{index_path}: has {size} bytes where its header says {expected}; copy it again, or {REWRITE}")
     return np.dtype(DType.dtype_from_code(code)), num_sequences, num_marks
-
-
-def read_metadata(prefix: str | Path) -> dict[str, Any] | None:
-    """What `data_prep.tokenize_corpus` wrote beside the tokens (`PREFIX.json`), None where there is nothing.
-
-    Keys: tokenizer, vocab_size (ids that the tokenizer can give), eod_token_id (or None), documents, tokens.
-    """
-    path = Path(f"{prefix}.json")
-    return read_json(path, "the tokens' description") if path.exists() else None

@@ -26,14 +26,21 @@ class Corrupted(NamedTuple):
     time: float  # in (0, 1]; 1 for autoregressive samples
     num_maskable: int  # this sample's part of the loss's denominator, in tokens
     documents: np.ndarray | None = None  # [L] int64, the document of each token, where they are isolated
+    positions: np.ndarray | None = None  # [L] int64, where they are not 0 .. L - 1
 
 
-def corrupt(tokens_L: np.ndarray, sample_index: int, noise: Noise, documents_L: np.ndarray | None = None) -> Corrupted:
+def corrupt(
+    tokens_L: np.ndarray,
+    sample_index: int,
+    noise: Noise,
+    documents_L: np.ndarray | None = None,
+    visible_token_id: int | None = None,
+) -> Corrupted:
     """Mask a sample for the masked diffusion objective (MDLM; LLaDA, Nie et al. 2025).
 
     At time t each maskable token is hidden with probability m(t) and weighs m'(t) / m(t). Summed over a
     batch and divided by the batch's number of maskable tokens, that is an unbiased estimate of
-    the NELBO in nats a token.
+    the NELBO in nats a token. `visible_token_id` (end of document) is never masked and not counted.
     """
     if (tokens_L == noise.mask_token_id).any():
         raise UserError(
@@ -42,6 +49,8 @@ def corrupt(tokens_L: np.ndarray, sample_index: int, noise: Noise, documents_L: 
         )
     time = noise.time(sample_index)
     maskable_L = _has_predecessor(tokens_L, documents_L) if noise.label_shift else np.ones(len(tokens_L), dtype=bool)
+    if visible_token_id is not None:
+        maskable_L &= tokens_L != visible_token_id
     masked_L = noise.uniforms(sample_index, len(tokens_L)) < noise.functions.mask_probability(time)
     masked_L &= maskable_L
     weights_L = masked_L * np.float32(noise.functions.weight(time))
@@ -58,9 +67,13 @@ def corrupt(tokens_L: np.ndarray, sample_index: int, noise: Noise, documents_L: 
     )
 
 
-def next_token(tokens_L: np.ndarray, documents_L: np.ndarray | None = None) -> Corrupted:
+def next_token(
+    tokens_L: np.ndarray, documents_L: np.ndarray | None = None, visible_token_id: int | None = None
+) -> Corrupted:
     """The same sample for the autoregressive objective: nothing is masked, every next token counts 1."""
     counted_L = _has_predecessor(tokens_L, documents_L)
+    if visible_token_id is not None:
+        counted_L &= tokens_L != visible_token_id
     labels_L, weights_L = _shift(tokens_L, counted_L.astype(np.float32))
     return Corrupted(tokens_L, labels_L, weights_L, 1.0, int(counted_L.sum()), documents_L)
 

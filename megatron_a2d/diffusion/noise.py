@@ -20,7 +20,7 @@ _INVERSE_GOLDEN_RATIO = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
 
 # Philox keys are 128 bits: the seed, and which of its independent streams.
-_STREAM_MASK, _STREAM_TIME = 0, 1
+_STREAM_MASK, _STREAM_TIME, _STREAM_LENGTH = 0, 1, 2
 
 TIME_SAMPLINGS = ("low_discrepancy", "uniform")
 
@@ -60,6 +60,16 @@ class Noise:
     def uniforms(self, sample_index: int, length: int) -> np.ndarray:
         """One number in [0, 1) for each position of a sample, [length] float64."""
         return uniforms(self.seed, _STREAM_MASK, sample_index, length)
+
+
+def random_cut(seed: int, sample_index: int, length: int, probability: float) -> int | None:
+    """Where a sample is cut in two, 1 .. length - 1, or None for the many that stay whole.
+
+    LLaDA (Nie et al. 2025) gives 1% of its samples a random length, drawn uniformly. Here the rest of such a sample
+    is not thrown away: it becomes a second one, isolated from the first, and every shape stays as it was.
+    """
+    chosen, place = uniforms(seed, _STREAM_LENGTH, sample_index, 2)
+    return 1 + int(place * (length - 1)) if chosen < probability and length > 1 else None
 
 
 def _bits(seed: int, stream: int, sample_index: int, count: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -27,6 +28,21 @@ def own_piece(tensor: Tensor, dim: int) -> Tensor:
     """This context-parallel rank's contiguous piece of the sequence, which runs along `dim`."""
     size = parallel_state.get_context_parallel_world_size()
     return tensor if size == 1 else tensor.chunk(size, dim)[parallel_state.get_context_parallel_rank()]
+
+
+def packed_sequences(documents: Tensor | None, tokens_1s: Tensor) -> PackedSeqParams:
+    """The documents of one sample as Transformer Engine's packed ("thd") sequences; `documents` [1, s]."""
+    length = tokens_1s.size(1)
+    assert len(tokens_1s) == 1, "packed sequences go with one sample a micro-batch"
+    begins = torch.ones(1, dtype=torch.bool, device=tokens_1s.device)
+    same = torch.zeros(length - 1, dtype=torch.bool, device=tokens_1s.device)
+    changes = same if documents is None else documents[0, 1:] != documents[0, :-1]
+    starts = torch.cat([begins, changes]).nonzero()[:, 0]
+    bounds = torch.cat([starts, starts.new_tensor([length])]).int()
+    longest = int((bounds[1:] - bounds[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 class RowLosses(NamedTuple):
@@ -47,8 +63,10 @@ class DiffusionLM(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        packs_documents: bool = False,
     ):
         super().__init__(config=config)
+        self.packs_documents = packs_documents
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
         self.model_type = ModelType.encoder_or_decoder
@@ -94,15 +112,19 @@ class DiffusionLM(LanguageModule):
         labels_bs: Tensor | None = None,
         has_loss_bs: Tensor | None = None,
         documents: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor | RowLosses:
         """Losses of the rows where `has_loss_bs` is True; without labels, this rank's logits [b, s, V / tp].
 
         Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence]
-        isolates the documents from one another.
+        isolates the documents from one another, as a mask or, with `packs_documents`, as packed sequences.
+        `positions` [b, whole sequence] are those of the rotary embedding, 0, 1, ... without.
         """
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None
-        mask = None if documents is None else self._forbidden(documents)
-        hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=self._rotary(hidden))
+        packed = packed_sequences(documents, tokens_bs) if self.packs_documents else None
+        mask = None if documents is None or packed is not None else self._forbidden(documents)
+        rotary = self._rotary(hidden, positions)
+        hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary, packed_seq_params=packed)
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
@@ -118,11 +140,14 @@ class DiffusionLM(LanguageModule):
         # vocab_parallel_cross_entropy works in place: the logits are gone after it.
         return RowLosses(tensor_parallel.vocab_parallel_cross_entropy(logits_NV, labels_N), correct_N)
 
-    def _rotary(self, hidden: Tensor | None) -> Tensor:
-        """Rotary angles of this rank's piece of the sequence, [s, 1, 1, head size]."""
+    def _rotary(self, hidden: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Rotary angles of this rank's piece of the sequence, [s, b or 1, 1, head size]."""
         length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
         # packed_seq=True: no slicing by megatron, whose pieces are made for causal masks.
-        return own_piece(self.rotary_pos_emb(length, packed_seq=True), dim=0)
+        angles = self.rotary_pos_emb(length, packed_seq=True)
+        if positions is None or self.packs_documents:  # packed sequences are counted from 0 by megatron
+            return own_piece(angles, dim=0)
+        return angles[own_piece(positions, dim=1).T, 0]
 
     def _forbidden(self, documents: Tensor) -> Tensor:
         """[b, 1, this rank's piece, whole sequence], True between tokens of different documents."""

@@ -34,11 +34,24 @@ Implementation = Literal["transformer_engine", "portable"]
 def choose_implementation(config: RunConfig) -> Implementation:
     """Resolve --transformer-impl for this machine and run."""
     wish = config.training.transformer_impl
-    # Transformer Engine reads no dense mask, and cuts causal sequences into other pieces than ours.
+    isolated = isolates_documents(config)
+    # Transformer Engine reads no dense mask: documents are packed sequences there, one sample at a time. It cuts
+    # causal sequences into other pieces than ours, and counts positions in each document by itself.
     refused = [
         setting
         for setting, chosen in (
-            ("--document-attention isolated", config.data.document_attention == "isolated"),
+            (
+                "isolated documents (--document-attention, --random-length-prob) and --micro-batch-size above 1",
+                isolated and config.training.micro_batch_size > 1,
+            ),
+            (
+                "isolated documents (--document-attention, --random-length-prob) and --context-parallel-size above 1",
+                isolated and config.parallel.context_parallel_size > 1,
+            ),
+            (
+                "--reset-position-ids with documents that see one another",
+                config.data.reset_position_ids and config.data.document_attention == "open",
+            ),
             (
                 "--objective ar with --context-parallel-size above 1",
                 config.diffusion.objective == "ar" and config.parallel.context_parallel_size > 1,
@@ -57,6 +70,11 @@ def choose_implementation(config: RunConfig) -> Implementation:
     if wish == "portable" or not available:
         return "portable"
     return "transformer_engine"
+
+
+def isolates_documents(config: RunConfig) -> bool:
+    """Whether there are samples in which not all tokens see one another."""
+    return config.data.document_attention == "isolated" or config.data.random_length_prob > 0
 
 
 def build_block_spec(

@@ -16,12 +16,12 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     path = run / "log.jsonl"
     if not path.is_file():
         raise UserError(f"{run}: has no log.jsonl; give the --save directory of a run")
-    newest: dict[tuple[str, Any], dict[str, Any]] = {}
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            newest[(record["kind"], record["iteration"])] = record
+            newest[(record["kind"], record["iteration"], record.get("source"))] = record
         except (json.JSONDecodeError, KeyError, TypeError):
             if number < len(lines):  # the last line may be that of a run that was killed while it wrote
                 raise UserError(f"{path}: line {number} is no record of a run; remove it") from None
@@ -52,13 +52,17 @@ def draw_run(run: Path, image: Path) -> Path:
     for axis, (key, validation_key, title) in zip(axes.flat, panels, strict=True):
         values = [math.nan if record[key] is None else record[key] for record in train]
         axis.plot([record["iteration"] for record in train], values, label="training", linewidth=1)
-        if validation_key and valid:
+        sources = list(dict.fromkeys(record.get("source") for record in valid)) if validation_key else []
+        for number, source in enumerate(sources):
+            of_source = [record for record in valid if record.get("source") == source]
+            held_out = f"held out, {source}" if source else "held out"
             axis.errorbar(
-                [r["iteration"] for r in valid],
-                [r[validation_key] for r in valid],
-                [r[f"{validation_key}_standard_error"] for r in valid],
-                fmt="o", capsize=3, color="C3", label="held out (± standard error)",
+                [r["iteration"] for r in of_source],
+                [r[str(validation_key)] for r in of_source],
+                [r[f"{validation_key}_standard_error"] for r in of_source],
+                fmt="o", capsize=3, color=f"C{3 + number}", label=f"{held_out} (± standard error)",
             )  # fmt: skip
+        if sources:
             axis.legend()
         axis.set_title(title)
         axis.set_xlabel("iteration")

@@ -88,15 +88,15 @@ class RunLog:
             eta = elapsed / (iteration - self._begin[0]) * (self._total - iteration)
             self.say(f"iteration {iteration:>{len(str(self._total))}}/{self._total}  {numbers}  eta {eta:.0f} s")
 
-    def validation(self, iteration: int, result: ValidationResult) -> None:
-        """One validation."""
+    def validation(self, iteration: int, result: ValidationResult, source: str | None = None) -> None:
+        """One validation; `source` is the part of a mixture that it was made on."""
         values = result.to_dict()
-        self.event("validation", iteration=iteration, **values)
+        self.event("validation", iteration=iteration, **values, **({"source": source} if source else {}))
         if self._enabled:
-            self._curves("validation", iteration, values)
+            self._curves(f"validation/{source}" if source else "validation", iteration, values)
         what, tokens = ("NLL", "next") if self._objective == "ar" else ("NELBO", "masked")
         self.say(
-            f"validation at {iteration}: {what} {result.nelbo} nats/token, "
+            f"validation at {iteration}{f' on {source}' if source else ''}: {what} {result.nelbo} nats/token, "
             f"accuracy on {tokens} tokens {result.accuracy.mean:.1%} ± {result.accuracy.standard_error:.1%} "
             f"({result.num_samples} samples)"
         )

@@ -7,24 +7,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import RunConfig
+from megatron_a2d.config import RunConfig, TrainingConfig
 from megatron_a2d.conversion.checkpoint import HF_FILES
-from megatron_a2d.data.batches import MakeSample, MicroBatches, make_batch, write_batch
+from megatron_a2d.data.batches import MicroBatches, write_batch
 from megatron_a2d.data.dataset import PackedDataset
-from megatron_a2d.diffusion.corruption import corrupt, next_token
-from megatron_a2d.diffusion.noise import Noise
+from megatron_a2d.data.mixture import MixedDataset, read_mixture
+from megatron_a2d.data.scan import BackgroundScan
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.training import parallel
 from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.log import RunLog
+from megatron_a2d.training.samples import make_sample
 from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import StepResult, train_step
@@ -42,6 +42,9 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
     saves = SaveSchedule(config, start / HF_FILES, log)
+    # What has checksums is checked at every read; the rest is looked through once, while the run goes on.
+    files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
+    scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and not file.has_checksums])
     meter, spikes = _Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     shape = (training.micro_batch_size, config.data.seq_length)
@@ -55,6 +58,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             _validate(state, config, architecture, valid_data, log)
         meter.restart()
         while state.iteration < training.train_iters and end is None:
+            scan.check()
             state.scheduler.step(1)
             result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
             first_sample = state.consumed_samples
@@ -81,28 +85,26 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
                 saves.poll()
             meter.resume()
         if skipped.too_many:
-            _keep_batch(config, architecture, train_data, state, log)
+            _keep_batch(config.training, batches, state, log)
         reason, exit_code = end or ("complete", 0)
         log.event("end", iteration=state.iteration, reason=reason, exit_code=exit_code)
         if end:
             log.say(f"ended at iteration {state.iteration}: {reason}")
     finally:
         batches.close()
+        scan.close()
         log.close()
     return state, exit_code
 
 
-def _keep_batch(
-    config: RunConfig, architecture: Architecture, dataset: PackedDataset, state: TrainState, log: RunLog
-) -> None:
+def _keep_batch(training: TrainingConfig, batches: MicroBatches, state: TrainState, log: RunLog) -> None:
     """Keep the last global batch: the checkpoint's weights and this batch are all that its step depends on."""
-    if not config.training.save or dist.get_rank() > 0:
+    if not training.save or dist.get_rank() > 0:
         return
-    size = config.training.global_batch_size
-    path = Path(config.training.save) / f"not_finite_iter_{state.iteration:07d}.npz"
-    sample = make_sample(config, architecture, dataset, config.data.seed)
+    size = training.global_batch_size
+    path = Path(training.save) / f"not_finite_iter_{state.iteration:07d}.npz"
     try:
-        write_batch(path, make_batch(dataset, sample, state.consumed_samples - size, size))
+        write_batch(path, batches.samples(state.consumed_samples - size, size))
     except (OSError, UserError) as error:
         log.say(f"warning: {path}: its batch could not be kept ({error})")
         return
@@ -111,32 +113,54 @@ def _keep_batch(
 
 def open_datasets(
     config: RunConfig, architecture: Architecture, scan: bool = True
-) -> tuple[PackedDataset, PackedDataset | None]:
-    """Training and validation data, checked against the model's vocabulary."""
-    data = config.data
+) -> tuple[PackedDataset | MixedDataset, dict[str, PackedDataset]]:
+    """Training data, and validation data by the name of its source, checked against the model's vocabulary."""
+    data, training = config.data, config.training
     checks: dict[str, Any] = {"vocab_size": architecture.vocab_size, "scan": scan}
-    if not data.train_data_path:
+    train_data: PackedDataset | MixedDataset
+    if data.data_mixture:
+        sources = read_mixture(data.data_mixture)
+        train_data = MixedDataset(sources, data.seq_length, seed=data.seed, **checks)
+        train_data.check_epochs(training.train_iters * training.global_batch_size)
+        valid_paths = {source.name: source.valid_path for source in sources if source.valid_path}
+    elif data.train_data_path:
+        train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, **checks)
+        valid_paths = {"valid": data.valid_data_path} if data.valid_data_path else {}
+    else:
         raise UserError("--train-data-path: is missing; give the prefix that data_prep.tokenize_corpus wrote")
-    train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, **checks)
-    if not data.valid_data_path:
-        return train_data, None
     # One fixed order: the first samples of it stand for all documents, whatever --seed a run has.
-    valid_data = PackedDataset(data.valid_data_path, data.seq_length, seed=VALIDATION_SEED, **checks)
-    if valid_data.num_samples < config.training.global_batch_size:
+    valid_data = {
+        name: PackedDataset(path, data.seq_length, seed=VALIDATION_SEED, **checks) for name, path in valid_paths.items()
+    }
+    for dataset in valid_data.values():
+        if dataset.num_samples < training.global_batch_size:
+            raise UserError(
+                f"--valid-data-path {dataset.file.prefix}: its {dataset.num_samples} samples of --seq-length "
+                f"{data.seq_length} do not fill one --global-batch-size {training.global_batch_size}; hold out more"
+            )
+    if data.train_data_fingerprint not in ("", found := train_data.fingerprint()):
         raise UserError(
-            f"--valid-data-path {data.valid_data_path}: its {valid_data.num_samples} samples of --seq-length "
-            f"{data.seq_length} do not fill one --global-batch-size {config.training.global_batch_size}; hold out more"
+            f"--train-data-fingerprint {data.train_data_fingerprint}: the training tokens and their weights are "
+            f"another's, {found}; restore the data, or start another run"
         )
     return train_data, valid_data
 
 
 def micro_batches(
-    config: RunConfig, architecture: Architecture, dataset: PackedDataset, noise_seed: int, start_sample: int
+    config: RunConfig,
+    architecture: Architecture,
+    dataset: PackedDataset | MixedDataset,
+    noise_seed: int,
+    start_sample: int,
+    cuts_lengths: bool = True,
 ) -> MicroBatches:
-    """This rank's micro-batches, from the sample with the global index `start_sample` on."""
+    """This rank's micro-batches, from the sample with the global index `start_sample` on.
+
+    `cuts_lengths`: --random-length-prob is in force; validation keeps its samples whole.
+    """
     return MicroBatches(
         dataset,
-        make_sample(config, architecture, dataset, noise_seed),
+        make_sample(config, architecture, dataset, noise_seed, cuts_lengths),
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -146,28 +170,6 @@ def micro_batches(
     )
 
 
-def make_sample(config: RunConfig, architecture: Architecture, dataset: PackedDataset, noise_seed: int) -> MakeSample:
-    """What the objective makes of a sample's tokens."""
-    diffusion = config.diffusion
-    isolated = config.data.document_attention == "isolated"
-
-    def documents(index: int) -> np.ndarray | None:
-        return dataset.documents(index) if isolated else None
-
-    if diffusion.objective == "ar":
-        return lambda tokens, index: next_token(tokens, documents(index))
-    assert architecture.mask_token_id is not None
-    noise = Noise(
-        seed=noise_seed,
-        mask_token_id=architecture.mask_token_id,
-        schedule=diffusion.noise_schedule,
-        time_sampling=diffusion.time_sampling,
-        min_time=diffusion.min_time,
-        label_shift=diffusion.label_shift,
-    )
-    return lambda tokens, index: corrupt(tokens, index, noise, documents(index))
-
-
 def run_validation(
     state: TrainState, config: RunConfig, architecture: Architecture, valid_data: PackedDataset
 ) -> ValidationResult:
@@ -175,7 +177,7 @@ def run_validation(
     batch_size = config.training.global_batch_size
     num_samples = min(config.training.eval_iters, valid_data.num_samples // batch_size) * batch_size
     shape = (config.training.micro_batch_size, config.data.seq_length)
-    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0) as batches:
+    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, cuts_lengths=False) as batches:
         return validate(state.chunks, batches, num_samples, batches.num_microbatches, shape)
 
 
@@ -183,11 +185,13 @@ def _validate(
     state: TrainState,
     config: RunConfig,
     architecture: Architecture,
-    valid_data: PackedDataset | None,
+    valid_data: dict[str, PackedDataset],
     log: RunLog,
 ) -> None:
-    if valid_data is not None:
-        log.validation(state.iteration, run_validation(state, config, architecture, valid_data))
+    """One validation for each source."""
+    for source, dataset in valid_data.items():
+        result = run_validation(state, config, architecture, dataset)
+        log.validation(state.iteration, result, source if config.data.data_mixture else None)
 
 
 class _Meter:

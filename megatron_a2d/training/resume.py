@@ -2,8 +2,9 @@
 
 A resumed run must be the run that was stopped. Its settings fall in three kinds:
 
-bound    what decides samples and noise (seed, seq_length, document_attention, global_batch_size), the objective
-         (all diffusion settings), and the numbers' type (bf16): another value is an error.
+bound    what decides samples and noise (seed, seq_length, document_attention, reset_position_ids, random_length_prob,
+         eod_maskable, global_batch_size, and what the tokens are: train_data_fingerprint), the objective (all diffusion
+         settings), and the numbers' type (bf16): another value is an error.
 noted    the optimizer's settings and train_iters hold from now on, as the learning rate of a run that is mended must; a
          change is told.
 free     the layout, micro_batch_size, intervals, paths, workers.
@@ -29,7 +30,7 @@ from megatron_a2d.conversion.manifest import MANIFEST, check_manifest
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 
-_FREE = {"train_data_path", "valid_data_path", "num_workers"}
+_FREE = {"train_data_path", "valid_data_path", "data_mixture", "num_workers"}
 BOUND = (
     "global_batch_size", "bf16",
     *(
@@ -89,11 +90,18 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
 
 def differences(config: RunConfig, directory: Path) -> list[str]:
     """A line for each bound setting in which `config` is not the run that wrote `directory`."""
-    return [
-        f"{flag(name)} {now}: {directory} was trained with {was}; resume with that, or "
-        f"start a new run from its weights: --load {directory} --finetune and another --save"
-        for name, was, now in _changes(config, directory, BOUND)
-    ]
+    remedy = f"start a new run from its weights: --load {directory} --finetune and another --save"
+    lines = []
+    for name, was, now in _changes(config, directory, BOUND):
+        if name == "train_data_fingerprint":
+            data = config.data.train_data_path or config.data.data_mixture
+            lines.append(
+                f"--train-data-path {data}: holds other tokens, or other weights, than {directory} was trained on; "
+                f"give it what that run had, or {remedy}"
+            )
+        else:
+            lines.append(f"{flag(name)} {now}: {directory} was trained with {was}; resume with that, or {remedy}")
+    return lines
 
 
 def _changes(config: RunConfig, directory: Path, names: tuple[str, ...]) -> list[tuple[str, str, str]]:
@@ -104,7 +112,12 @@ def _changes(config: RunConfig, directory: Path, names: tuple[str, ...]) -> list
     recorded = read_json(directory / RUN_CONFIG, "the settings of the run that wrote the checkpoint")
     now = config.to_dict()
     pairs = [(name, recorded.get(name, settings()[name].default), now[name]) for name in names]
-    return [(name, _text(was), _text(value)) for name, was, value in pairs if was != value]
+    return [
+        (name, _text(was), _text(value))
+        for name, was, value in pairs
+        # The data's fingerprint may be older than the setting, or not looked at yet.
+        if was != value and (name != "train_data_fingerprint" or (was and value))
+    ]
 
 
 def _own_start(

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.model.diffusion_lm import DiffusionLM
-from megatron_a2d.model.specs import build_block_spec, choose_implementation
+from megatron_a2d.model.specs import build_block_spec, choose_implementation, isolates_documents
 from megatron_a2d.model.transformer_config import build_transformer_config
 from megatron_a2d.runtime.device import device
 from megatron_a2d.runtime.upstream import mark_expert_parameters
@@ -53,6 +53,7 @@ def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | N
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         vp_stage=vp_stage,
+        packs_documents=implementation == "transformer_engine" and isolates_documents(config),
     ).to(device())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import signal
 import time
@@ -27,6 +28,7 @@ from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import iteration_of, latest_iteration, resolve
 from megatron_a2d.errors import SaveError
+from megatron_a2d.model.layers import CoreAttention
 from megatron_a2d.runtime import writer
 from megatron_a2d.training import checkpoint, loop, parallel, step
 from megatron_a2d.training import save_schedule as saves_module
@@ -123,8 +125,7 @@ def validate(checkpoint: str, settings: dict[str, Any]) -> dict[str, float]:
     config, state, _ = _start(checkpoint, settings)
     architecture = read_architecture(resolve(checkpoint) / "hf")
     _, valid_data = loop.open_datasets(config, architecture)
-    assert valid_data is not None
-    return loop.run_validation(state, config, architecture, valid_data).to_dict()
+    return loop.run_validation(state, config, architecture, valid_data["valid"]).to_dict()
 
 
 def convert_layout(checkpoint: str, settings: dict[str, Any]) -> None:
@@ -137,11 +138,39 @@ def convert_layout(checkpoint: str, settings: dict[str, Any]) -> None:
     Save(state, config, resolve(checkpoint) / "hf").finish()
 
 
-def logits(checkpoint: str, settings: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
-    """Full logits [b, s, V] of a one-process model."""
+def logits(
+    checkpoint: str,
+    settings: dict[str, Any],
+    tokens: torch.Tensor,
+    documents: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    packed: bool = False,
+) -> torch.Tensor:
+    """Full logits [b, s, V] of a one-process model. `packed`: documents as packed sequences, as on a GPU, with an
+    attention in the place of Transformer Engine's."""
     _, state, _ = _start(checkpoint, settings)
-    with torch.no_grad():
-        return state.models[0](tokens).float()
+    state.models[0].packs_documents = packed
+    original = CoreAttention.forward
+    CoreAttention.forward = _packed_attention if packed else original
+    try:
+        with torch.no_grad():
+            return state.models[0](tokens, documents=documents, positions=positions).float()
+    finally:
+        CoreAttention.forward = original
+
+
+def _packed_attention(
+    self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **more: Any
+) -> torch.Tensor:
+    """What Transformer Engine computes for packed sequences, [t, n, d]: each attends to itself."""
+    bounds = more["packed_seq_params"].cu_seqlens_q.tolist()
+    assert attention_mask is None and more["packed_seq_params"].qkv_format == "thd"
+    pieces = []
+    for start, stop in itertools.pairwise(bounds):
+        heads = [tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value)]
+        context = torch.nn.functional.scaled_dot_product_attention(*heads, enable_gqa=True)
+        pieces.append(context[0].transpose(0, 1))
+    return torch.cat(pieces).flatten(1)
 
 
 def batch_fingerprints(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[tuple[int, bytes]]:

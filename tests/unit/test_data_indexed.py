@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_a2d.data import indexed
 from megatron_a2d.data.dataset import PackedDataset
-from megatron_a2d.data.indexed import IndexedDataset, IndexedDatasetBuilder, TokenFile
+from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile
 from megatron_a2d.data.statistics import unigram_counts, unigram_entropy
 from megatron_a2d.errors import UserError
 

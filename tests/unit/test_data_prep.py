@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import inspect_dataset, stdlib_corpus, tokenize_corpus, train_tokenizer
+from data_prep import inspect_dataset, merge, pieces, stdlib_corpus, tokenize_corpus, train_tokenizer
 from data_prep.encoders import open_encoder
+from data_prep.formats import Document
 from data_prep.readers import Counts, read_documents
 from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile, read_metadata
 from megatron_a2d.errors import UserError
@@ -45,6 +46,10 @@ def tokenizer(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     train_tokenizer.main(["--input", str(corpus), "--vocab-size", str(VOCAB_SIZE), "--out", str(out)])
     return out
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    return bool(merge.is_held_out(np.frombuffer(pieces.digest(text.encode()), dtype="<u8").reshape(1, 2), fraction)[0])
 
 
 def tokenize(*arguments: object) -> None:
@@ -186,17 +191,20 @@ def test_train_tokenizer_bad_input(corpus, tmp_path):
 def test_documents_come_back(corpus, texts, tokenizer, tmp_path):
     prefix = tmp_path / "deep" / "c"
     tokenize("--input", corpus, "--tokenizer", tokenizer, "--output-prefix", prefix, "--valid-fraction", 0)
-    assert sorted(path.name for path in prefix.parent.iterdir()) == ["c.bin", "c.idx", "c.json"]
+    assert sorted(path.name for path in prefix.parent.iterdir()) == [
+        "c.bin", "c.idx", "c.json", "c.report.json", "c.sums"
+    ]  # fmt: skip
     file, encoder = TokenFile(prefix, VOCAB_SIZE - 8), open_encoder(tokenizer, append_eod=True, workers=1)
     assert file.num_documents == len(texts) and file.dtype == np.uint16
     for number, text in enumerate(texts):
         tokens = file.document(number).tolist()
         assert tokens[-1] == encoder.eod_token_id
         assert encoder.decode(tokens[:-1]) == text
-    assert read_metadata(prefix) == {
+    described = {
         "tokenizer": str(tokenizer), "vocab_size": VOCAB_SIZE - 8, "eod_token_id": encoder.eod_token_id,
-        "documents": len(texts), "tokens": file.num_tokens,
+        "documents": len(texts), "tokens": file.num_tokens, "max_token_id": encoder.eod_token_id, "max_token_document": 0,
     }  # fmt: skip
+    assert described.items() <= read_metadata(prefix).items()
     assert read_metadata(tmp_path / "none") is None
 
 
@@ -218,13 +226,13 @@ def test_held_out_documents(corpus, texts, tokenizer, tmp_path):
         return [encoder.decode(file.document(n)[:-1].tolist()) for n in range(file.num_documents)]
 
     train, valid = documents(tmp_path / "c_train"), documents(tmp_path / "c_valid")
-    assert train == [text for text in texts if not tokenize_corpus.is_held_out(text, 0.3)]
-    assert valid == [text for text in texts if tokenize_corpus.is_held_out(text, 0.3)]
+    assert train == [text for text in texts if not is_held_out(text, 0.3)]
+    assert valid == [text for text in texts if is_held_out(text, 0.3)]
     assert not set(train) & set(valid)
     assert 0.2 < len(valid) / len(texts) < 0.4
     # A smaller fraction holds out a part of the same documents.
-    assert all(tokenize_corpus.is_held_out(text, 0.3) for text in texts if tokenize_corpus.is_held_out(text, 0.1))
-    assert tokenize_corpus.is_held_out("hello", 0.49) and not tokenize_corpus.is_held_out("hello", 0.48)
+    assert all(is_held_out(text, 0.3) for text in texts if is_held_out(text, 0.1))
+    assert is_held_out("hello", 0.498) and not is_held_out("hello", 0.497)  # as on every machine, for ever
 
 
 def test_output_does_not_depend_on_workers_or_batches(corpus, tokenizer, tmp_path, monkeypatch):
@@ -248,15 +256,18 @@ def test_output_does_not_depend_on_workers_or_batches(corpus, tokenizer, tmp_pat
     monkeypatch.chdir(directories[0])
     tokenize(*arguments, "--workers", 1)
     monkeypatch.chdir(directories[2])
-    monkeypatch.setattr(tokenize_corpus, "batches", lambda documents: ([document] for document in documents))
+    monkeypatch.setattr(pieces, "batches", lambda documents: ([document] for document in documents))
     tokenize(*arguments)
-    outputs = [{path.name: path.read_bytes() for path in directory.iterdir()} for directory in directories]
-    assert len(outputs[0]) == 6 and outputs[0] == outputs[1] == outputs[2]
+    outputs = [
+        {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "out.report.json"}
+        for directory in directories
+    ]
+    assert len(outputs[0]) == 8 and outputs[0] == outputs[1] == outputs[2]
 
 
 def test_batches_bound_what_is_held():
-    documents = [tokenize_corpus.Document("x" * size, size, "") for size in (5, 5, 5, 30, 1)]
-    sizes = [[len(document.text) for document in batch] for batch in tokenize_corpus.batches(iter(documents), 10)]
+    documents = [Document(b"x" * size, size) for size in (5, 5, 5, 30, 1)]
+    sizes = [[len(document.text) for document in batch] for batch in pieces.batches(iter(documents), 10)]
     assert sizes == [[5, 5], [5, 30], [1]]
 
 
@@ -266,7 +277,7 @@ def test_text_files_keys_and_end_of_document(tokenizer, tmp_path):
     (tmp_path / "two.jsonl").write_text("\ufeff" + other.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     prefix = tmp_path / "c"
     tokenize(
-        "--input", tmp_path / "one.txt", "--input", other, "--json-key", "content", "--tokenizer", tokenizer / "tokenizer.json",
+        "--input", tmp_path / "one.txt", "--input", other, "--json-keys", "content", "--tokenizer", tokenizer / "tokenizer.json",
         "--output-prefix", prefix, "--no-append-eod", "--valid-fraction", 0,
     )  # fmt: skip
     encoder, file = open_encoder(tokenizer, append_eod=False, workers=1), TokenFile(prefix)
@@ -274,10 +285,7 @@ def test_text_files_keys_and_end_of_document(tokenizer, tmp_path):
     assert found == ["def f():\n    return 1\n", "x = 1", "y = 2"]
     assert read_metadata(prefix)["eod_token_id"] is None
     counts = Counts()
-    assert [document.where for document in read_documents([other], "content", counts)] == [
-        f"{other}:1",
-        f"{other}:3",
-    ]
+    assert [document.text for document in read_documents([other], "content", counts)] == ["x = 1", "y = 2"]
     assert counts == Counts(documents=2, empty=1)
 
 
@@ -339,7 +347,7 @@ def test_sentencepiece(texts, tmp_path):
     [
         (b"{oops", "not valid JSON"),
         (b"[1]", "holds a JSON list"),
-        (b'{"txt": "a"}', "no key 'text' (did you mean txt?); name the text's key with --json-key"),
+        (b'{"txt": "a"}', "no key 'text' (did you mean txt?) (--json-keys names the text's key)"),
         (b'{"body": "a", "id": 1}', "no key 'text'; the line has body, id"),
         (b'{"text": 5}', "'text' is int, not a string"),
         (b'{"text": null}', "'text' is NoneType, not a string"),
@@ -370,7 +378,9 @@ def test_bad_inputs(corpus, tokenizer, tmp_path):
     assert "is empty" in line(tmp_path / "empty.jsonl")
     assert "holds no text at all" in line(tmp_path / "blank.jsonl")
     assert "unknown kind of file" in line(tmp_path / "table.csv")
-    assert "is not a file" in line(tmp_path)
+    (tmp_path / "hollow").mkdir()
+    assert "holds no .jsonl, .jsonl.gz" in line(tmp_path / "hollow")
+    assert "matches no file" in line(tmp_path / "x*.jsonl")
     assert "not UTF-8 (byte 3 is 0xe9)" in line(tmp_path / "latin.txt")
     assert "does not exist" in line(corpus, "--tokenizer", tmp_path / "none")
     assert "tokenizer.json does not exist" in line(corpus, "--tokenizer", tmp_path)
@@ -433,15 +443,21 @@ def test_inspect_shows_contents_and_masked_samples(corpus, texts, tokenizer, tmp
     prefix = tmp_path / "c"
     tokenize("--input", corpus, "--tokenizer", tokenizer, "--output-prefix", prefix, "--valid-fraction", 0)
     capsys.readouterr()
-    inspect_dataset.main(["--data-path", str(prefix), "--mask-ratio", "0.5", "--show", "3", "--seq-length", "200"])
+    inspect_dataset.main(["--data-path", str(prefix), "--times", "0.5", "--show", "3", "--seq-length", "200"])
     out = capsys.readouterr().out
     assert re.search(rf"documents +│ +{len(texts):,} ", out) and "uint16" in out and "█" in out
-    masked = [int(count) for count in re.findall(r"sample \d: (\d+) of 200 tokens masked", out)]
+    masked = [int(count) for count in re.findall(r"sample \d: t = 0.500, (\d+) of 200 tokens masked", out)]
     assert len(masked) == 3 and all(70 < count < 130 for count in masked) and "▒" in out
-    inspect_dataset.main(["--data-path", str(prefix), "--mask-ratio", "0", "--show", "1"])
+    inspect_dataset.main(["--data-path", str(prefix), "--times", "0", "--show", "1"])
     assert "▒" not in capsys.readouterr().out
     inspect_dataset.main(["--data-path", str(prefix), "--tokenizer", str(tokenizer), "--show", "1"])
     assert re.search(r"t = 0\.\d+, \d+ of 256 tokens masked", capsys.readouterr().out)
+    inspect_dataset.main(["--data-path", str(prefix), "--times", "0.1", "0.9", "--show", "1"])
+    few, many = (int(count) for count in re.findall(r"t = 0\.\d+, (\d+) of 256", capsys.readouterr().out))
+    assert few < 60 < 180 < many
+    inspect_dataset.main(["--data-path", str(prefix), "--show", "0"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "every checksum holds; all closed by token" in out
     (tmp_path / "c.json").unlink()
     inspect_dataset.main(["--data-path", str(prefix)])
     assert "name it with --tokenizer" in capsys.readouterr().out
@@ -461,7 +477,7 @@ def test_inspect_bad_input(corpus, tokenizer, tmp_path, monkeypatch):
     prefix = ["--data-path", tmp_path / "t"]
     inspect = inspect_dataset.main
     assert "document 0 holds token id 600" in problem(inspect, *prefix, "--tokenizer", tokenizer)
-    assert "--mask-ratio 1.5" in problem(inspect, *prefix, "--mask-ratio", 1.5)
+    assert "--times 1.5" in problem(inspect, *prefix, "--times", 0.5, 1.5)
     assert "--show -1" in problem(inspect, *prefix, "--show", -1)
     assert "--seq-length 0" in problem(inspect, *prefix, "--seq-length", 0)
     assert "there is no u.idx" in problem(inspect, "--data-path", tmp_path / "u")

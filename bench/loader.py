@@ -1,0 +1,95 @@
+"""Samples a second: what one core makes, corruption included, and whether a training step ever waits for them.
+
+    python -m bench.loader [--seconds 5] [--out bench/results/loader_cpu.json]
+
+Token files with checksums (uint16, documents of 50 to 1,500 tokens), samples of 4,096, micro-batches of 4. First one
+thread makes batches as fast as it can: tokens a second and core, for the plain masked diffusion objective and with
+everything on (a mixture of three sources, isolated documents, positions anew, 1% cut). Then batches are made ahead,
+as in training, while the first thread sleeps the time of a step on an accelerator: how long it waits for one, and which
+part of the time that is at steps of 100 ms.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from bench.mixing import VOCABULARY, WEIGHTS, ours, write_sources
+from bench.report import machine
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.cli import Parser
+from megatron_a2d.config import build
+from megatron_a2d.console import console, entry_point
+from megatron_a2d.files import write_json
+
+LENGTH, SIZE, STEP_SECONDS = 4096, 4, 0.1
+EVERYTHING = {"document_attention": "isolated", "reset_position_ids": True, "random_length_prob": 0.01}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="bench.loader", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=5, help="for each measurement")
+    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    options = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory(prefix="bench_loader") as name:
+        write_sources(Path(name), 40_000_000)
+        result = measure(Path(name), options.seconds)
+    for key, value in result.items():
+        console.print(f"{key:40} {value:,.4g}")
+    if options.out:
+        write_json(options.out, {"machine": machine(), "seq_length": LENGTH, "micro_batch_size": SIZE, **result})
+
+
+def measure(directory: Path, seconds: float) -> dict[str, Any]:
+    from megatron_a2d.data.batches import MicroBatches
+    from megatron_a2d.data.dataset import PackedDataset
+    from megatron_a2d.training.samples import make_sample
+
+    architecture = Architecture(
+        2, 64, 4, 2, 24, 160, VOCABULARY + 1, LENGTH, 1e-6, 1e6, False, mask_token_id=VOCABULARY
+    )
+    plain = PackedDataset(directory / next(iter(WEIGHTS)), LENGTH, vocab_size=VOCABULARY)
+    mixed, _ = ours(directory, LENGTH)
+    result: dict[str, Any] = {}
+    for name, data, settings in (("plain", plain, {}), ("everything", mixed, EVERYTHING)):
+        maker = make_sample(build({"seq_length": LENGTH, **settings}), architecture, data, 1, cuts_lengths=True)
+        arguments = {"micro_batch_size": SIZE, "global_batch_size": SIZE}
+        with MicroBatches(data, maker, num_workers=0, **arguments) as batches:
+            result[f"tokens a second and core, {name}"] = _speed(batches, seconds)
+        with MicroBatches(data, maker, num_workers=1, **arguments) as batches:
+            waits = _waits(batches, seconds)
+        result[f"wait for a batch, median, ms, {name}"] = 1e3 * statistics.median(waits)
+        result[f"wait for a batch, longest, ms, {name}"] = 1e3 * max(waits)
+        result[f"waiting, part of the time, {name}"] = sum(waits) / (sum(waits) + STEP_SECONDS * len(waits))
+    return result
+
+
+def _speed(batches: Any, seconds: float) -> float:
+    next(batches)
+    begin, count = time.perf_counter(), 0
+    spent = time.thread_time()
+    while time.perf_counter() - begin < seconds:
+        next(batches)
+        count += 1
+    # Time of this thread, not of the wall: other work on the machine is no part of it.
+    return count * SIZE * LENGTH / (time.thread_time() - spent)
+
+
+def _waits(batches: Any, seconds: float) -> list[float]:
+    waits = []
+    next(batches)
+    for _ in range(max(3, round(seconds / STEP_SECONDS))):
+        time.sleep(STEP_SECONDS)
+        begin = time.perf_counter()
+        next(batches)
+        waits.append(time.perf_counter() - begin)
+    return waits
+
+
+if __name__ == "__main__":
+    entry_point(main)

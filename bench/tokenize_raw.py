@@ -1,0 +1,25 @@
+"""Seconds that gigatoken takes for the documents of a .jsonl file that lie in memory; part of bench/tokenize.py.
+
+python -m bench.tokenize_raw corpus.jsonl tokenizer THREADS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+def main(corpus: str, tokenizer: str, threads: str) -> None:
+    import gigatoken
+
+    with open(corpus, "rb") as stream:
+        documents = [json.loads(line)["text"].encode() for line in stream]
+    encoder = gigatoken.Tokenizer(f"{tokenizer}/tokenizer.json")
+    begin = time.perf_counter()
+    encoder.encode_batch(documents, parallel=int(threads) > 1)
+    print(time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

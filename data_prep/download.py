@@ -1,0 +1,165 @@
+"""A dataset of the hub as local shards of text, for data_prep.tokenize_corpus.
+
+    python -m data_prep.download --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out raw/fineweb_edu
+    python -m data_prep.download --data-mixture launch/mixtures/rnd1.yaml --out raw [--sources flan wikipedia]
+
+Streams: neither memory nor a cache holds the dataset. OUT/00000.jsonl.zst, ... hold {"text": ...} lines; each appears
+when it is whole, and download.json beside them says how many documents they hold. The same command goes on after the
+last whole shard, and does nothing when all is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from megatron_a2d.cli import Parser
+from megatron_a2d.console import console, entry_point, human
+from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.files import new_file, read_json, write_json
+
+STATE = "download.json"
+
+
+class HubSource(NamedTuple):
+    """What to stream."""
+
+    dataset: str
+    name: str | None = None  # configuration of the dataset
+    split: str = "train"
+    text_key: str = "text"
+
+
+def stream(source: HubSource, skip: int) -> Iterator[dict[str, Any]]:
+    """The rows from number `skip` on. UserError with the library's own words when that fails."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--dataset: needs the package datasets; pip install 'megatron_a2d[data]'") from None
+    try:
+        rows = datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=True)
+        yield from rows.skip(skip)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # of the library, the hub, the network
+        words = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--dataset {source.dataset}: cannot be read ({type(error).__name__}: {words}); check its name, --name, "
+            "--split and the network, and run the same command again to go on"
+        ) from None
+
+
+def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int | None) -> dict[str, Any]:
+    """Write shards until the dataset, or `max_documents`, ends; returns the state."""
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError("--out: shards need the package zstandard; pip install 'megatron_a2d[data]'") from None
+    state = _read_state(source, out)
+    if state["complete"]:
+        console.print(f"{out}: complete, {state['documents']:,} documents", markup=False)
+        return state
+    columns = (TextColumn("{task.description}"), TextColumn("{task.fields[amount]}", style="cyan"), TimeElapsedColumn())
+    rows = stream(source, state["documents"])
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(out.name, total=None, amount="")
+        while not state["complete"]:
+            number, documents, size, ended = len(state["shards"]), 0, 0, False
+            with new_file(out / f"{number:05d}.jsonl.zst") as partial, open(partial, "wb") as raw:
+                with zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as shard:
+                    while size < shard_bytes:
+                        if max_documents is not None and state["documents"] + documents >= max_documents:
+                            ended = True
+                            break
+                        row = next(rows, None)
+                        if row is None:
+                            ended = True
+                            break
+                        text = _text(row, source)
+                        shard.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+                        documents, size = documents + 1, size + len(text)
+                        if documents % 1000 == 0:
+                            done = state["documents"] + documents
+                            bar.update(task, amount=f"{done:,} documents, shard {number}: {human(size, 'characters')}")
+            state["shards"].append({"file": f"{number:05d}.jsonl.zst", "documents": documents})
+            state["documents"] += documents
+            state["complete"] = ended
+            write_json(out / STATE, state)
+    if state["documents"] == 0:
+        raise UserError(f"--dataset {source.dataset}: holds no documents; check --name and --split")
+    console.print(f"{out}: {state['documents']:,} documents in {len(state['shards'])} shards", markup=False)
+    return state
+
+
+def _text(row: dict[str, Any], source: HubSource) -> str:
+    if source.text_key not in row:
+        hint = nearest(source.text_key, row) or f"; it has {', '.join(list(row)[:8])}"
+        raise UserError(f"--dataset {source.dataset}: no column {source.text_key!r}{hint}; name it with --text-key")
+    text = row[source.text_key]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"--dataset {source.dataset}: {source.text_key!r} holds {type(text).__name__}, not text")
+    return text or ""
+
+
+def _read_state(source: HubSource, out: Path) -> dict[str, Any]:
+    wanted = source._asdict()
+    if not (out / STATE).exists():
+        return {"source": wanted, "shards": [], "documents": 0, "complete": False}
+    state = read_json(out / STATE, "the state of the download")
+    if state.get("source") != wanted:
+        raise UserError(f"--out {out}: holds another dataset, {state.get('source')}; name another directory")
+    missing = [shard["file"] for shard in state["shards"] if not (out / shard["file"]).exists()]
+    if missing:
+        raise UserError(f"--out {out}: {missing[0]} is missing; remove the directory and fetch it again")
+    return state
+
+
+def sources_of(arguments: argparse.Namespace) -> dict[Path, HubSource]:
+    """What to fetch, by its directory."""
+    if not arguments.data_mixture:
+        hub = HubSource(arguments.dataset, arguments.name, arguments.split, arguments.text_key)
+        return {arguments.out: hub}
+    from megatron_a2d.data.mixture import read_mixture
+
+    sources = {source.name: source for source in read_mixture(arguments.data_mixture)}
+    wanted = arguments.sources or list(sources)
+    problems = [
+        f"--sources {name}: is not in the mixture{nearest(name, sources)}" for name in wanted if name not in sources
+    ]
+    fields = HubSource._fields
+    for name in wanted:
+        settings = sources[name].hub if name in sources else {"dataset": ""}
+        if "dataset" not in settings or not set(settings) <= set(fields):
+            others = ", ".join(fields[1:])
+            problems.append(f"--data-mixture: {name}: hub must hold `dataset`, and of {others} what differs")
+    if problems:
+        raise UserError(problems)
+    return {arguments.out / name: HubSource(**sources[name].hub) for name in wanted}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="data_prep.download", description="Stream a dataset of the Hugging Face hub to local shards.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--dataset", help="its name on the hub, or a directory of data files")
+    which.add_argument("--data-mixture", type=Path, help="a mixture whose sources say where they come from (hub)")
+    parser.add_argument("--sources", nargs="+", help="with --data-mixture: only these; default: all")
+    parser.add_argument("--name", help="the dataset's configuration")
+    parser.add_argument("--split", default="train", help="the dataset's split")
+    parser.add_argument("--text-key", default="text", help="the column of the text")
+    parser.add_argument("--out", required=True, type=Path, help="directory of the shards; of a mixture: of directories")
+    parser.add_argument("--shard-megabytes", type=float, default=256, help="text in a shard, before compression")
+    parser.add_argument("--max-documents", type=int, help="end after so many; default: all")
+    arguments = parser.parse_args(argv)
+    if arguments.shard_megabytes <= 0:
+        raise UserError(f"--shard-megabytes {arguments.shard_megabytes}: must be positive")
+    if arguments.max_documents is not None and arguments.max_documents < 1:
+        raise UserError(f"--max-documents {arguments.max_documents}: give 1 or more")
+    for out, source in sources_of(arguments).items():
+        download(source, out, int(arguments.shard_megabytes * 1e6), arguments.max_documents)
+
+
+if __name__ == "__main__":
+    entry_point(main)

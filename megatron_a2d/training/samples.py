@@ -1,0 +1,84 @@
+"""From a sample's tokens to what the model sees and is judged by: the settings of data and diffusion, put together."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.config import RunConfig
+from megatron_a2d.data.batches import MakeSample
+from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
+from megatron_a2d.diffusion.noise import Noise, random_cut
+from megatron_a2d.errors import UserError
+
+
+class Documents(Protocol):
+    """What is asked of a dataset beside the tokens."""
+
+    def documents(self, sample_index: int, /) -> np.ndarray: ...
+
+    def eod_token_id(self) -> int | None: ...
+
+
+def make_sample(
+    config: RunConfig, architecture: Architecture, dataset: Documents, noise_seed: int, cuts_lengths: bool = False
+) -> MakeSample:
+    """What the objective makes of a sample's tokens. `cuts_lengths`: --random-length-prob is in force (training)."""
+    data, diffusion = config.data, config.diffusion
+    isolated = data.document_attention == "isolated"
+    visible = None if data.eod_maskable else _end_of_document(dataset)
+    cut_probability = data.random_length_prob if cuts_lengths else 0.0
+    noise = None
+    if diffusion.objective == "mdlm":
+        assert architecture.mask_token_id is not None
+        noise = Noise(
+            seed=noise_seed,
+            mask_token_id=architecture.mask_token_id,
+            schedule=diffusion.noise_schedule,
+            time_sampling=diffusion.time_sampling,
+            min_time=diffusion.min_time,
+            label_shift=diffusion.label_shift,
+        )
+
+    def make(tokens: np.ndarray, index: int) -> Corrupted:
+        documents = dataset.documents(index) if isolated or data.reset_position_ids else None
+        cut = random_cut(noise_seed, index, len(tokens), cut_probability) if cut_probability else None
+        segments = attention_segments(documents if isolated else None, cut, len(tokens))
+        if noise is None:
+            sample = next_token(tokens, segments, visible)
+        else:
+            sample = corrupt(tokens, index, noise, segments, visible)
+        if not data.reset_position_ids:
+            return sample
+        return sample._replace(positions=positions_within(attention_segments(documents, cut, len(tokens))))
+
+    return make
+
+
+def attention_segments(documents_L: np.ndarray | None, cut: int | None, length: int) -> np.ndarray | None:
+    """[L] int64, another number after each border between documents and after the cut; None without a border."""
+    if cut is None:
+        return documents_L
+    after = (np.arange(length) >= cut).astype(np.int64)
+    return after if documents_L is None else 2 * documents_L + after
+
+
+def positions_within(segments_L: np.ndarray | None) -> np.ndarray | None:
+    """[L] int64, counted from 0 in each run of equal numbers."""
+    if segments_L is None:
+        return None
+    index = np.arange(len(segments_L))
+    begins = np.append(True, segments_L[1:] != segments_L[:-1])
+    return index - np.maximum.accumulate(np.where(begins, index, 0))
+
+
+def _end_of_document(dataset: Documents) -> int:
+    token = dataset.eod_token_id()
+    if token is None:
+        raise UserError(
+            "--no-eod-maskable: the tokens' description (PREFIX.json) names no end-of-document token; tokenise with "
+            "--append-eod, or leave the flag out"
+        )
+    return token

@@ -1,0 +1,91 @@
+"""Streaming a dataset to shards, with a local directory in the place of the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep import download
+from data_prep.readers import Counts, read_documents
+from megatron_a2d.data.mixture import read_mixture
+from megatron_a2d.errors import UserError
+
+pytest.importorskip("datasets")
+pytest.importorskip("zstandard")
+TEXTS = [f"document {n} {'ü' * 50}" for n in range(60)]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "hub").mkdir()
+    lines = [json.dumps({"text": text, "id": n}) for n, text in enumerate(TEXTS)]
+    (tmp_path / "hub" / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "hub"
+
+
+def fetch(*arguments: object) -> None:
+    download.main([str(argument) for argument in arguments])
+
+
+def texts(out: Path) -> list[str]:
+    return [document.text for document in read_documents([out], "text", Counts())]
+
+
+def test_shards_hold_every_document(dataset, tmp_path):
+    out = tmp_path / "raw"
+    fetch("--dataset", dataset, "--out", out, "--shard-megabytes", 0.001)
+    assert len(list(out.glob("*.jsonl.zst"))) > 2 and texts(out) == TEXTS
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    fetch("--dataset", dataset, "--out", out, "--shard-megabytes", 0.001)
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def test_an_interrupted_download_goes_on(dataset, tmp_path, monkeypatch):
+    out, original = tmp_path / "raw", download.stream
+
+    def broken(source, skip):
+        for number, row in enumerate(original(source, skip)):
+            if number == 35:
+                raise UserError("the network is gone")
+            yield row
+
+    monkeypatch.setattr(download, "stream", broken)
+    with pytest.raises(UserError, match="network"):
+        fetch("--dataset", dataset, "--out", out, "--shard-megabytes", 0.001)
+    held = texts(out)
+    assert 0 < len(held) < 36 and held == TEXTS[: len(held)]
+    monkeypatch.setattr(download, "stream", original)
+    fetch("--dataset", dataset, "--out", out, "--shard-megabytes", 0.001)
+    assert texts(out) == TEXTS
+
+
+def test_bad_input(dataset, tmp_path):
+    out = tmp_path / "raw"
+    for arguments, words in (
+        (("--dataset", dataset, "--text-key", "txt"), "no column 'txt' (did you mean text?)"),
+        (("--dataset", dataset, "--text-key", "id"), "'id' holds int, not text"),
+        (("--dataset", tmp_path / "none"), "cannot be read"),
+        (("--dataset", dataset, "--split", "nope"), "cannot be read"),
+        (("--dataset", dataset, "--max-documents", 0), "--max-documents 0"),
+    ):
+        with pytest.raises(UserError) as caught:
+            fetch(*arguments, "--out", out)
+        assert words in caught.value.problems[0] and "\n" not in caught.value.problems[0]
+        assert not list(out.glob("*")) if out.exists() else True
+    fetch("--dataset", dataset, "--out", out, "--max-documents", 3)
+    assert texts(out) == TEXTS[:3]
+    with pytest.raises(UserError, match="holds another dataset"):
+        fetch("--dataset", dataset, "--out", out, "--split", "test")
+
+
+def test_the_mixture_of_rnd1_names_six_sources(tmp_path):
+    path = Path(__file__).resolve().parents[2] / "launch" / "mixtures" / "rnd1.yaml"
+    sources = read_mixture(path)
+    assert len(sources) == 6 and sum(source.weight for source in sources) == 1 and "unpublished" in path.read_text()
+    with pytest.raises(UserError, match=r"--sources flam: is not in the mixture \(did you mean flan"):
+        download.main(["--data-mixture", str(path), "--sources", "flam", "--out", str(tmp_path)])
+    assert all(download.HubSource(**source.hub).dataset.count("/") == 1 for source in sources)
