@@ -1,8 +1,8 @@
 """What sampling and evaluation ask of a model: numbers for some of its rows, whatever runs it.
 
 The model runs the transformer, takes the rows that are needed, and hands them with its head to a
-`reduce` of the caller, which makes a few numbers a row of them. So the head sees needed rows only, the logits of a large
-vocabulary exist a few rows at a time, and where several processes run the model, only those few numbers travel.
+`reduce` of the caller, which makes a few numbers a row of them. So the head sees needed rows only, the logits of a
+large vocabulary exist a few rows at a time, and where several processes run the model, only those few numbers travel.
 Row r of the output predicts position r + 1 under the label shift, else position r; whoever asks knows which.
 
 Shapes: B batch, L sequence, A window, N needed rows (row by row, from left to right), n a part of them, D hidden,
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]  # hidden [n, D] -> logits [n, V]

@@ -23,13 +23,16 @@ from megatron_a2d.architecture import read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import iteration_of, resolve
+from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.errors import SaveError
+from megatron_a2d.inference.sharded import open_sharded
 from megatron_a2d.training import checkpoint, loop, parallel, step
 from megatron_a2d.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.resume import find_start
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import _totals, forward_backward
+from tests.tiny import MASK_TOKEN_ID
 
 # Large enough to see every part of the update, and an epsilon that keeps Adam from turning the rounding
 # noise of near-zero gradients into steps of full size.
@@ -91,6 +94,15 @@ def logits(checkpoint: str, settings: dict[str, Any], tokens: torch.Tensor) -> t
     _, state, _ = _start(checkpoint, settings)
     with torch.no_grad():
         return state.models[0](tokens).float()
+
+
+def sample(checkpoint: str, layout: dict[str, Any], options: dict[str, Any], rows: list[list[int]]) -> dict[str, Any]:
+    """Fill the holes of `rows` with a sharded model."""
+    runtime.install()
+    opened = open_sharded(checkpoint, layout)
+    canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in rows], MASK_TOKEN_ID)
+    sampled = denoise(opened.run, canvas, opened.mask_token_id, SamplingOptions(**options), seed=3)
+    return {"tokens": sampled.tokens.tolist(), "num_forwards": sampled.num_forwards}
 
 
 def batch_fingerprints(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[tuple[int, bytes]]:

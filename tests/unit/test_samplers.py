@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -114,7 +116,7 @@ def test_plans(holes, steps, block_length):
         num_blocks = -(-holes // block_length) if block_length else 1
         assert {turn.block for turn in plan} == set(range(num_blocks))
         assert len(plan) <= max(min(holes, steps), num_blocks)
-        assert all(a.block < b.block or a.num_left > b.num_left for a, b in zip(plan, plan[1:], strict=False))
+        assert all(a.block < b.block or a.num_left > b.num_left for a, b in itertools.pairwise(plan))
         assert [turn.num_left for turn in plan if turn.num_left == 0] == [0] * num_blocks
     assert counts_left(0, "rnd1", 5) == []
 

@@ -37,7 +37,9 @@ def row_by_row(request: Request, reduce) -> tuple[torch.Tensor, ...]:
     return reduce(out[request.needed], lambda logits: logits)
 
 
-def fill(logits_fn, canvas: Canvas, num_steps: int = 256, *, seed=0, label_shift=True, ends=(), on_step=None, **options):
+def fill(
+    logits_fn, canvas: Canvas, num_steps: int = 256, *, seed=0, label_shift=True, ends=(), on_step=None, **options
+):
     """The tokens that `denoise` gives, [B, L]."""
     return denoise(
         from_logits(logits_fn), canvas, MASK, SamplingOptions(num_steps=num_steps, **options),

@@ -1,9 +1,10 @@
 """The loop: forward, score, decide, until nothing is masked. Nothing that was decided is masked again.
 
 Each row follows a plan of its own (schedules.py), so rows of a batch do not influence one another, and a
-finished row leaves the batch. At equal settings `rnd1` gives the tokens of the published sampler (RND1, Radical Numerics
-2025) when that is deterministic; what differs: the mask token is never predicted, filters leave entropies finite, a batch
-may hold rows of any lengths, forwards that would decide nothing are skipped, and a text that has ended is left.
+finished row leaves the batch. At equal settings `rnd1` gives the tokens of the published sampler (RND1, Radical
+Numerics 2025) when that is deterministic; what differs: the mask token is never predicted, filters leave entropies
+finite, a batch may hold rows of any lengths, forwards that would decide nothing are skipped, and a text that has
+ended is left.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ def denoise(
 ) -> Sampled:
     """Fill the holes of `canvas`.
 
-    Under `label_shift` row i - 1 of the model's output predicts position i, so position 0 cannot be a hole. A row's draws
-    depend on its own seed only, not on the batch around it: give one seed a row, or one number from which
+    Under `label_shift` row i - 1 of the model's output predicts position i, so position 0 cannot be a hole. A row's
+    draws depend on its own seed only, not on the batch around it: give one seed a row, or one number from which
     `row_seed(seed, row)` makes them. `end_token_ids`: a row whose holes all have ended with one of them is left, and
-    what is masked behind it is filled with the first of them. Raises ValueError for a hole at position 0 under the shift.
+    what is masked behind it is filled with the first of them. Raises ValueError for a hole at position 0 under the
+    shift.
     """
     _check(canvas, label_shift)
     state = _State(canvas, mask_token_id, options, seed, tuple(end_token_ids))

@@ -24,8 +24,9 @@ class SamplingOptions:
                     nats (entropy-bounded unmasking, Ben-Hamu et al. 2025)
         threshold   all whose token has probability `threshold` or more, at least one (Fast-dLLM, Wu et al. 2025)
     num_steps: forward passes in all, divided over the blocks; eb and threshold usually need fewer.
-    block_length: the holes are filled in blocks of so many tokens from left to right (semi-autoregressive); 0: one block.
-    cache: keys and values that are kept while a block is filled, as in Fast-dLLM: those before the block (prefix), or
+    block_length: the holes are filled in blocks of so many tokens from left to right (semi-autoregressive); 0: one
+    block. cache: keys and values that are kept while a block is filled, as in Fast-dLLM: those before the block
+    (prefix), or
         before and behind it (dual); they are computed anew when a row reaches its next block. An
         approximation: what is kept has not seen the tokens decided since.
     temperature, top_k, top_p: shape the distribution that tokens and entropies come from; 0 and 1 filter nothing.

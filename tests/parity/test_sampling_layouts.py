@@ -1,0 +1,46 @@
+"""Sampling from a torch_dist checkpoint: any layout gives the text of the export in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints_tools import export_hf
+from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
+from megatron_a2d.inference.export import open_export
+from tests.parity.conftest import Case
+from tests.parity.pool import Pool
+from tests.tiny import MASK_TOKEN_ID
+
+# -1: a hole. Rows of different lengths, one with two holes; 19 columns are no multiple of 2.
+ROWS = [[5, 7, *[-1] * 17], [20, *[-1] * 6, 90, 91, *[-1] * 3], [100, 101, -1]]
+OPTIONS: list[dict[str, Any]] = [
+    {"num_steps": 5},
+    {"sampler": "threshold", "threshold": 0.02, "block_length": 5, "temperature": 1.0, "guidance": 0.5},
+]
+LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
+    ("dense", 1, {}),
+    ("dense_tied", 2, {"pipeline_model_parallel_size": 2}),
+    ("dense", 2, {"tensor_model_parallel_size": 2}),
+    ("moe", 2, {"expert_model_parallel_size": 2}),
+    ("moe", 4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "ranks", "layout"), LAYOUTS)
+def test_every_layout_writes_the_same_text(
+    kind: str, ranks: int, layout: dict[str, Any], cases: dict[str, Case], pool: Pool, tmp_path: Path
+) -> None:
+    export_hf.main(["--checkpoint", cases[kind].checkpoint, "--out", str(tmp_path / "export"), "--format", "a2d"])
+    opened = open_export(tmp_path / "export")
+    canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in ROWS], MASK_TOKEN_ID)
+    for options in OPTIONS:
+        alone = denoise(opened.run, canvas, MASK_TOKEN_ID, SamplingOptions(**options), seed=3)
+        expected = {"tokens": alone.tokens.tolist(), "num_forwards": alone.num_forwards}
+        assert len({tuple(row) for row in expected["tokens"]}) == len(ROWS)
+        results = pool.run(
+            "sample", ranks, checkpoint=cases[kind].checkpoint, layout=layout, options=options, rows=ROWS
+        )
+        assert results == [expected] * ranks
