@@ -75,26 +75,29 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="DIR", help="an export, or a training checkpoint")
     text = parser.add_argument_group("what to write (one of --prompt, --prefix with --suffix, --infill, --input)")
     text.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be repeated", **absent)
-    text.add_argument("--max-new-tokens", type=int, metavar="N", help=f"tokens after the prompt (default: {DEFAULT_NEW_TOKENS})", **absent)  # fmt: skip # noqa: E501
+    whole: dict[str, Any] = {"type": int, "metavar": "N", **absent}
+    text.add_argument("--max-new-tokens", help=f"tokens after the prompt (default: {DEFAULT_NEW_TOKENS})", **whole)
     text.add_argument("--prefix", metavar="TEXT", help="text before the hole", **absent)
     text.add_argument("--suffix", metavar="TEXT", help="text after the hole", **absent)
-    text.add_argument("--hole-length", type=int, metavar="N", help=f"tokens in the hole (default: {DEFAULT_HOLE_LENGTH})", **absent)  # fmt: skip # noqa: E501
+    text.add_argument("--hole-length", help=f"tokens in the hole (default: {DEFAULT_HOLE_LENGTH})", **whole)
     text.add_argument("--infill", metavar="TEXT", help="text with holes, each written <|hole:N|>", **absent)
-    text.add_argument("--input", metavar="FILE", help="read from a file (-: a pipe): one prompt, or with --jsonl many", **absent)  # fmt: skip # noqa: E501
+    text.add_argument("--input", metavar="FILE", help="a file with a prompt, or with --jsonl many; -: a pipe", **absent)
     text.add_argument("--jsonl", action="store_true", help="an object a line, in and out")
     how = parser.add_argument_group("how")
     add_sampling_flags(how)
     how.add_argument("--seed", type=int, default=0, help="the same seed gives the same text, on any batch size")
     how.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to write for each prompt")
     how.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts that are denoised together")
-    how.add_argument("--reserve-last", choices=("pad", "eos"), help="the last of the new tokens is this one, as in the public RND1 package", **absent)  # fmt: skip # noqa: E501
+    reserved = "the last of the new tokens is this one, as in the public RND1 package"
+    how.add_argument("--reserve-last", choices=("pad", "eos"), help=reserved, **absent)
     output = parser.add_argument_group("output")
     output.add_argument("--no-live", action="store_true", help="print the final text only")
     output.add_argument("--stats", action="store_true", help="tokens per forward pass and per second, on stderr")
     output.add_argument("--save-html", metavar="FILE", help="a page that replays the denoising with a slider", **absent)
     add_settings(parser, LAYOUT)
     options = parser.parse_args(argv)
-    for name in ("prompt", "prefix", "suffix", "infill", "input", "max_new_tokens", "hole_length", "reserve_last", "save_html"):  # fmt: skip # noqa: E501
+    names = ("prompt", "prefix", "suffix", "infill", "input", "max_new_tokens", "hole_length")
+    for name in (*names, "reserve_last", "save_html"):
         setattr(options, name, getattr(options, name, None))
     return options
 
@@ -203,7 +206,10 @@ def _generate(
         canvas = make_canvas([row for _, (_, _, row) in batch], opened.mask_token_id)
         editable = canvas.editable.tolist()
         # At most so many forwards; blocks have at least one each.
-        view = LiveView(canvas.tokens.tolist(), editable, sampling.num_steps, lambda ids: opened.tokenizer.decode(ids, skip_special_tokens=False), console)  # fmt: skip # noqa: E501
+        view = LiveView(
+            canvas.tokens.tolist(), editable, sampling.num_steps,
+            lambda ids: opened.tokenizer.decode(ids, skip_special_tokens=False), console,
+        )  # fmt: skip
         record = view.update if shows else view.record
         with view if shows else nullcontext():
             sampled = denoise(

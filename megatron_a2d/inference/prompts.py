@@ -96,8 +96,8 @@ def to_row(prompt: Prompt, opened: Opened, reserve: int | None = None) -> list[i
         row += tokens
     if opened.label_shift and row[0] == opened.mask_token_id:
         raise UserError(
-            f"{prompt.where}: begins with a hole, and this model predicts each token from the one before; begin with
-            text"
+            f"{prompt.where}: begins with a hole, and this model predicts each token from the one before; "
+            "begin with text"
         )
     if reserve is not None:
         if row[-2:] != [opened.mask_token_id] * 2:
