@@ -72,7 +72,8 @@ class KeyValueCache:
         """Store new keys and values [B, heads, A, head_dim]; returns those of all positions [B, heads, L, head_dim]."""
         if layer not in self.layers:
             heads, head_dim = new[0].shape[1], new[0].shape[3]
-            self.layers[layer] = tuple(tensor.new_zeros(*self.shape, heads, head_dim) for tensor in new)
+            shape = (*self.shape, heads, head_dim)
+            self.layers[layer] = (new[0].new_zeros(shape), new[1].new_zeros(shape))
         for stored, tensor in zip(self.layers[layer], new, strict=True):
             stored[self.places] = tensor.transpose(1, 2)[self.valid_BA]
         key, value = (stored[self.slots_B].transpose(1, 2) for stored in self.layers[layer])

@@ -43,6 +43,7 @@ def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
         tokenizer=tokenizer,
         name=str(directory),
         objective=objective,
+        architecture=architecture,
         vocab_size=architecture.vocab_size,
         mask_token_id=int(mask if mask is not None else -1),
         end_token_ids=end_tokens(config.get("eos_token_id")),

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.conversion.checkpoint import RELEASE, TRACKER
 from megatron_a2d.diffusion.forward import Model
 from megatron_a2d.errors import UserError
@@ -21,6 +22,7 @@ class Opened:
     tokenizer: Tokenizer
     name: str  # what the user gave
     objective: str  # mdlm or ar
+    architecture: Architecture
     vocab_size: int
     mask_token_id: int  # -1 for an autoregressive model
     end_token_ids: tuple[int, ...]

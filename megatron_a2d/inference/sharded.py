@@ -70,6 +70,7 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
         tokenizer=tokenizer,
         name=str(path),
         objective=objective,
+        architecture=architecture,
         vocab_size=architecture.vocab_size,
         mask_token_id=int(mask if mask is not None else -1),
         end_token_ids=end_tokens(hf_config.get("eos_token_id")),
@@ -107,9 +108,9 @@ class ShardedModel:
         assert request.window is None, "a sharded model has no caches"
         batch, length = request.tokens.shape
         more = -length % self._pieces  # sequence parallelism cuts the sequence into equal pieces
-        padded = Request(*(F.pad(tensor, (0, more)) for tensor in request[:3]))
+        tokens, visible, needed = (F.pad(tensor, (0, more)) for tensor in request[:3])
         results = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, padded, reduce),
+            forward_step_func=partial(_forward_step, Request(tokens, visible, needed), reduce),
             data_iterator=None,
             model=[self.model],
             num_microbatches=1,

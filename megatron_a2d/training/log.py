@@ -91,7 +91,7 @@ class RunLog:
     def validation(self, iteration: int, result: ValidationResult) -> None:
         """One validation."""
         values = result.to_dict()
-        self.event("validation", iteration=iteration, **values)
+        self.event("validation", iteration=iteration, **values, **result.tables())
         if self._enabled:
             self._curves("validation", iteration, values)
         what, tokens = ("NLL", "next") if self._objective == "ar" else ("NELBO", "masked")
