@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     beside = [read_json(Path(directory) / "results.json", "the earlier results") for directory in options.beside]
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
     begin = time.perf_counter()
     try:
         opened = open_model(options.model, layout, options.objective)
@@ -122,6 +123,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
     layout = given_settings(given, LAYOUT, problems)
     noise = given_settings(given, _NOISE, problems)
     recipe = _read_config(given.config, problems) if given.config else {}
+    if problems:
+        raise UserError(problems)
     values = {name: option.default for name, option in OPTIONS.items()} | recipe
     options = argparse.Namespace(**{**values, **vars(given)})
     if not options.valid_data_path and not options.tasks:

@@ -1,4 +1,4 @@
-"""Sampling from a torch_dist checkpoint: any layout gives the text of the export in one process."""
+"""Sampling and validation from a checkpoint on any layout, and from its export in one process: the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from checkpoints_tools import export_hf
+from megatron_a2d.config import build
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
+from megatron_a2d.evaluation.held_out import evaluate_sources, open_sources
 from megatron_a2d.inference.export import open_export
 from tests.parity.conftest import Case
 from tests.parity.pool import Pool
@@ -44,3 +46,23 @@ def test_every_layout_writes_the_same_text(
             "sample", ranks, checkpoint=cases[kind].checkpoint, layout=layout, options=options, rows=ROWS
         )
         assert results == [expected] * ranks
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("dense", {"tensor_model_parallel_size": 2}), ("moe", {"expert_model_parallel_size": 2})]
+)
+def test_held_out_text_is_that_of_training(
+    kind: str, layout: dict[str, Any], cases: dict[str, Case], pool: Pool, tmp_path: Path
+) -> None:
+    """The validation of a training run on two ranks, and `evaluate` on the export."""
+    case = cases[kind]
+    settings = {**case.settings, **layout, "eval_iters": 3}
+    trained = pool.run("validate", 2, checkpoint=case.checkpoint, settings=settings)[0]
+    export_hf.main(["--checkpoint", case.checkpoint, "--out", str(tmp_path / "export"), "--format", "a2d"])
+    opened = open_export(tmp_path / "export")
+    config = build({"seq_length": 32, "micro_batch_size": 5})
+    sources = open_sources([case.settings["valid_data_path"]], 32, opened.vocab_size)
+    [result] = evaluate_sources(opened, config, sources, trained["num_samples"]).values()
+    assert result.to_dict() == pytest.approx(trained, abs=1e-5)
+    [other] = evaluate_sources(opened, config, sources, trained["num_samples"] - 1).values()
+    assert other.nelbo.mean != pytest.approx(trained["nelbo"], abs=1e-5)
