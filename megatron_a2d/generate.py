@@ -45,7 +45,9 @@ from megatron_a2d.inference.flags import (
 from megatron_a2d.live_view import LiveView
 
 if TYPE_CHECKING:
-    from megatron_a2d.diffusion.sampling import SamplingOptions
+    from torch import Tensor
+
+    from megatron_a2d.diffusion.sampling import OnStep, SamplingOptions
     from megatron_a2d.inference.opened import Opened
     from megatron_a2d.inference.prompts import Prompt
 
@@ -191,6 +193,7 @@ def _generate(
 ) -> Iterator[Result]:
     """Denoise in batches, in the order of the input. Row seeds follow from the prompt's number alone."""
     from megatron_a2d.diffusion.sampling import denoise, kept_positions, make_canvas, row_seed
+    from megatron_a2d.diffusion.sampling.schedules import turns
     from megatron_a2d.inference.prompts import to_row
 
     reserve = None
@@ -205,18 +208,18 @@ def _generate(
     while batch := list(itertools.islice(numbered, options.batch_size)):
         canvas = make_canvas([row for _, (_, _, row) in batch], opened.mask_token_id)
         editable = canvas.editable.tolist()
-        # At most so many forwards; blocks have at least one each.
+        # Forward passes at most; some samplers need fewer.
+        plans = [turns(sum(row), sampling.sampler, sampling.num_steps, sampling.block_length) for row in editable]
         view = LiveView(
-            canvas.tokens.tolist(), editable, sampling.num_steps,
+            canvas.tokens.tolist(), editable, max(map(len, plans)),
             lambda ids: opened.tokenizer.decode(ids, skip_special_tokens=False), console,
         )  # fmt: skip
-        record = view.update if shows else view.record
         with view if shows else nullcontext():
             sampled = denoise(
                 opened.run, canvas.to(opened.device), opened.mask_token_id, sampling,
                 label_shift=opened.label_shift, end_token_ids=opened.end_token_ids,
                 seed=[row_seed(options.seed, number) for number, _ in batch],
-                on_step=lambda step, tokens, decided, record=record: record(step, tokens.tolist(), decided.tolist()),
+                on_step=_recorder(view, shows),
             )  # fmt: skip
         for index, (_, (prompt, sample, row)) in enumerate(batch):
             tokens = sampled.tokens[index].tolist()[: len(row)]
@@ -230,6 +233,13 @@ def _generate(
                 sum(editable[index][position] for position in kept), sampled.num_forwards[index],
                 _replay(view, index, kept, opened) if options.save_html else [],
             )  # fmt: skip
+
+
+def _recorder(view: LiveView, shows: bool) -> OnStep:
+    def on_step(step: int, tokens_BL: Tensor, decided_BL: Tensor) -> None:
+        (view.update if shows else view.record)(step, tokens_BL.tolist(), decided_BL.tolist())
+
+    return on_step
 
 
 def _replay(view: LiveView, index: int, kept: list[int], opened: Opened) -> list[list[Any]]:

@@ -50,7 +50,8 @@ def likelihood_draws(num_tokens: int, mc_num: int, seed: int = 0) -> Draws:
     # About the square root of the draws are replicates: enough of them for an error, and of draws in each to stratify.
     num_replicates = max(1, round(math.sqrt(mc_num)))
     per_replicate = mc_num // num_replicates
-    masks, weights, replicates = [], [], []
+    masks_J: list[np.ndarray] = []
+    weights_J: list[float] = []
     for replicate in range(num_replicates):
         numbers = uniforms(seed, _STREAM_LIKELIHOOD, replicate, num_tokens + 1)
         order, start = numbers[1:].argsort(), 0
@@ -59,10 +60,10 @@ def likelihood_draws(num_tokens: int, mc_num: int, seed: int = 0) -> Draws:
             mask = np.zeros(num_tokens, dtype=bool)
             mask[order[(start + np.arange(size)) % num_tokens]] = True
             start += size
-            masks.append(mask)
-            weights.append(num_tokens / size / per_replicate)
-            replicates.append(replicate)
-    return Draws(np.array(masks), np.array(weights), np.array(replicates), num_replicates)
+            masks_J.append(mask)
+            weights_J.append(num_tokens / size / per_replicate)
+    replicates_J = np.arange(num_replicates).repeat(per_replicate)
+    return Draws(np.array(masks_J), np.array(weights_J), replicates_J, num_replicates)
 
 
 def pseudo_likelihood_draws(num_tokens: int) -> Draws:

@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
 def open_sources(named_paths: Sequence[str], seq_length: int, vocab_size: int) -> list[Source]:
     """From `PREFIX` or `NAME=PREFIX` words; a name is by default the prefix's last part."""
-    sources = []
+    sources: list[Source] = []
     for word in named_paths:
         name, equals, prefix = word.partition("=")
         if not equals:
@@ -66,8 +66,9 @@ def evaluate_sources(
             batch = make_batch(source.dataset, make, start, size)
             needed_BL = batch.weights > 0
             labels_N, weights_N = batch.labels[needed_BL].to(opened.device), batch.weights[needed_BL]
-            inputs = (batch.tokens, torch.ones_like(needed_BL), needed_BL)
-            request = Request(*(tensor.to(opened.device) for tensor in inputs))
+            visible_BL = torch.ones_like(needed_BL)
+            tokens, visible, needed = (x.to(opened.device) for x in (batch.tokens, visible_BL, needed_BL))
+            request = Request(tokens, visible, needed)
             losses_N, correct_N = opened.run(request, partial(label_losses, labels_N=labels_N))
             sums = sample_sums(losses_N.cpu(), weights_N, correct_N.cpu(), needed_BL.nonzero()[:, 0], size)
             columns.put(batch.sample_index, batch.times, batch.num_maskable, sums)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -194,8 +195,9 @@ def _losses(opened: Opened, batch: list[Item]) -> list[tuple[float, bool]]:
         tokens_BL[row, : len(item.tokens)], visible_BL[row, : len(item.tokens)] = item.tokens, True
         needed_BL[row, item.rows] = True
     labels_N = torch.from_numpy(np.concatenate([item.labels for item in batch])).to(opened.device)
-    request = Request(*(torch.from_numpy(array).to(opened.device) for array in (tokens_BL, visible_BL, needed_BL)))
-    losses_N, correct_N = opened.run(request, lambda hidden_ND, head: label_losses(hidden_ND, head, labels_N))
+    arrays = (tokens_BL, visible_BL, needed_BL)
+    tokens, visible, needed = (torch.from_numpy(array).to(opened.device) for array in arrays)
+    losses_N, correct_N = opened.run(Request(tokens, visible, needed), partial(label_losses, labels_N=labels_N))
     counts = [len(item.rows) for item in batch]
     sums = [float(piece.sum()) for piece in losses_N.double().cpu().split(counts)]
     right = [bool(piece.all()) for piece in correct_N.cpu().split(counts)]
