@@ -19,10 +19,12 @@ HF ?=
 CHECKPOINT ?=
 MODEL ?=
 RECIPE ?=
+DATA ?=
+CONFIG ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parity test-faults check data convert-hf train export verify generate bench
+.PHONY: help setup demo test test-parity test-faults check data convert-hf train export verify generate evaluate bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -75,6 +77,11 @@ verify: setup  ## compare the tensors of HF and CHECKPOINT
 	$(call needs,HF CHECKPOINT)
 	$(BIN)/python -m checkpoints_tools.verify --hf $(HF) --checkpoint $(CHECKPOINT) $(ARGS)
 
+evaluate: setup  ## MODEL on held-out text (DATA) and tasks (CONFIG, such as launch/eval/local.yaml), to OUT
+	$(call needs,MODEL OUT)
+	@$(BIN)/python -m megatron_a2d.evaluate --model $(MODEL) --out $(OUT) $(if $(DATA),--valid-data-path $(DATA)) \
+	  $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
 export PROMPT PREFIX SUFFIX
 generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' SUFFIX='...'
 	$(call needs,MODEL)
@@ -84,3 +91,5 @@ generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' 
 bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.train_step --out bench/results/train_step_cpu.json
 	$(BIN)/python -m bench.masked_head --out bench/results/masked_head_cpu.json
+	$(BIN)/python -m bench.sampling --out bench/results/sampling_cpu.json
+	$(BIN)/python -m bench.likelihood --out bench/results/likelihood_cpu.json

@@ -1,6 +1,6 @@
 """Samplers against a plain reimplementation of the published loop: tokens a second, at equal output or a stated cost.
 
-    python -m bench.sampling [--rounds 3] [--train-steps 500] [--out bench/results/sampling_cpu.json]
+    python -m bench.sampling [--rounds 2] [--train-steps 400] [--out bench/results/sampling_cpu.json]
 
 A small model with Qwen3's vocabulary is trained first (minutes) on texts whose right answer can be checked: a prompt of
 random words, and an answer of groups. Each group repeats a part of the prompt in one of two alphabets, and which one
@@ -33,7 +33,7 @@ from megatron_a2d.inference.export import TransformersModel
 VOCABULARY, HIDDEN, LAYERS = 151_936, 256, 2
 MASK = 151_669
 WORDS = 64  # of each of the two alphabets; ids 0..63 and 64..127
-GROUPS, GROUP_LENGTH = 4, 16
+GROUPS, GROUP_LENGTH, BATCH = 3, 16, 16
 NEW_TOKENS = GROUPS * GROUP_LENGTH
 STEPS = NEW_TOKENS
 
@@ -41,23 +41,23 @@ SAMPLERS = {
     "rnd1": SamplingOptions(num_steps=STEPS),
     "rnd1, a quarter of the steps": SamplingOptions(num_steps=STEPS // 4),
     "threshold 0.9": SamplingOptions("threshold", num_steps=STEPS),
-    "threshold 0.9, blocks of 32": SamplingOptions("threshold", num_steps=STEPS, block_length=32),
-    "threshold 0.9, blocks of 32, prefix cache": SamplingOptions(
-        "threshold", num_steps=STEPS, block_length=32, cache="prefix"
+    "threshold 0.9, blocks of 16": SamplingOptions("threshold", num_steps=STEPS, block_length=16),
+    "threshold 0.9, blocks of 16, prefix cache": SamplingOptions(
+        "threshold", num_steps=STEPS, block_length=16, cache="prefix"
     ),
-    "threshold 0.9, blocks of 32, dual cache": SamplingOptions(
-        "threshold", num_steps=STEPS, block_length=32, cache="dual"
+    "threshold 0.9, blocks of 16, dual cache": SamplingOptions(
+        "threshold", num_steps=STEPS, block_length=16, cache="dual"
     ),
-    "rnd1, blocks of 32, prefix cache": SamplingOptions(num_steps=STEPS, block_length=32, cache="prefix"),
-    "rnd1, blocks of 32, dual cache": SamplingOptions(num_steps=STEPS, block_length=32, cache="dual"),
+    "rnd1, blocks of 16, prefix cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="prefix"),
+    "rnd1, blocks of 16, dual cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="dual"),
 }
 
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="texts that are timed, after one warm-up")
-    parser.add_argument("--texts", type=int, default=24, help="texts that accuracies are measured on")
-    parser.add_argument("--train-steps", type=int, default=500, help="steps of the small model's training")
+    parser.add_argument("--rounds", type=int, default=2, help="texts that are timed, after one warm-up")
+    parser.add_argument("--texts", type=int, default=8, help="texts that accuracies are measured on")
+    parser.add_argument("--train-steps", type=int, default=400, help="steps of the small model's training")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -157,8 +157,8 @@ def trained_model(num_steps: int) -> A2DForMaskedLM:
     generator = torch.Generator().manual_seed(1)
     with progress("training the small model", num_steps, "steps") as advance:
         for _ in range(num_steps):
-            texts = draw_texts(32, generator)
-            ratio = torch.rand(32, 1, generator=generator)
+            texts = draw_texts(BATCH, generator)
+            ratio = torch.rand(BATCH, 1, generator=generator)
             masked = torch.rand(texts.shape, generator=generator) < ratio
             masked[:, :GROUP_LENGTH] = False
             hidden = model.model(texts.masked_fill(masked, words))[0][:, :-1]

@@ -1,7 +1,8 @@
 """Log-likelihoods of many continuations: sorted by length and batched over requests and draws.
 
-A diffusion model takes the draws of diffusion/continuation.py; an autoregressive one a single pass.
-Shapes: B sequences, L their padded length, N masked tokens of all of them.
+A diffusion model takes the draws of diffusion/continuation.py; an autoregressive one a single pass. Sequences that
+are equal once they are masked are run once: the four letters that may answer a question differ in the label alone.
+Shapes: B sequences, L their padded length, N masked tokens of all of them, C labels of a token.
 """
 
 from __future__ import annotations
@@ -52,13 +53,17 @@ class Scored(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One sequence to run: a draw of a request."""
+    """A draw of a request."""
 
     request: int
     draw: int
     tokens: np.ndarray  # [l], masked
     rows: np.ndarray  # [n] output rows that are needed
     labels: np.ndarray  # [n] their right tokens
+
+
+# The draws that one sequence answers: equal tokens, equal rows.
+Shared = list[Item]
 
 
 def score(
@@ -77,7 +82,8 @@ def score(
     unknown = [number for number, key in enumerate(keys) if journal.get(key) is None]
     advance(len(requests) - len(unknown))
     # Long ones first: the largest batch is the first, and the estimate of the time left errs on the safe side.
-    unknown.sort(key=lambda number: (-len(requests[number][0]) - len(requests[number][1]), keys[number]))
+    # The choices of a question come together: those of one length share sequences.
+    unknown.sort(key=lambda n: (-len(requests[n][0]) - len(requests[n][1]), list(requests[n][0]), keys[n]))
     plans: dict[int, Draws] = {}
     for group in _groups(unknown, requests, options, opened, plans):
         found = _run(opened, {number: requests[number] for number in group}, plans, options)
@@ -138,12 +144,14 @@ def _run(
     plans: dict[int, Draws],
     options: ScoringOptions,
 ) -> dict[int, Scored]:
-    items = [item for number, request in requests.items() for item in _items(opened, number, request, plans)]
-    items.sort(key=lambda item: -len(item.tokens))
+    merged: dict[tuple[bytes, bytes], Shared] = {}
+    for number, request in requests.items():
+        for item in _items(opened, number, request, plans):
+            merged.setdefault((item.tokens.tobytes(), item.rows.tobytes()), []).append(item)
     losses = {number: np.zeros(len(plans[len(request[1])].masks)) for number, request in requests.items()}
     greedy = {}
-    for batch in _batches(items, options.batch_tokens):
-        for item, (loss, correct) in zip(batch, _losses(opened, batch), strict=True):
+    for batch in _batches(sorted(merged.values(), key=lambda shared: -len(shared[0].tokens)), options.batch_tokens):
+        for item, loss, correct in _losses(opened, batch):
             # The last item of a request has everything masked; its weight may be that of a draw, or none.
             if item.draw < len(losses[item.request]):
                 losses[item.request][item.draw] = loss
@@ -174,41 +182,47 @@ def _items(
         yield Item(number, draw, masked, positions[mask] - shift, continuation[mask])
 
 
-def _batches(items: list[Item], batch_tokens: int) -> Iterator[list[Item]]:
-    """Runs of the sorted items whose padded size stays within `batch_tokens`; at least one item each."""
-    batch: list[Item] = []
-    for item in items:
-        if batch and (len(batch) + 1) * len(batch[0].tokens) > batch_tokens:
+def _batches(sequences: list[Shared], batch_tokens: int) -> Iterator[list[Shared]]:
+    """Runs of the sorted sequences whose padded size stays within `batch_tokens`; at least one each."""
+    batch: list[Shared] = []
+    for shared in sequences:
+        if batch and (len(batch) + 1) * len(batch[0][0].tokens) > batch_tokens:
             yield batch
             batch = []
-        batch.append(item)
+        batch.append(shared)
     if batch:
         yield batch
 
 
-def _losses(opened: Opened, batch: list[Item]) -> list[tuple[float, bool]]:
+def _losses(opened: Opened, batch: list[Shared]) -> Iterator[tuple[Item, float, bool]]:
     """Of each item: the sum of its rows' cross-entropies in nats, and whether every likeliest token is right."""
-    shape = (len(batch), max(len(item.tokens) for item in batch))
+    shape = (len(batch), max(len(shared[0].tokens) for shared in batch))
     tokens_BL, visible_BL = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     needed_BL = np.zeros(shape, dtype=bool)
-    for row, item in enumerate(batch):
-        tokens_BL[row, : len(item.tokens)], visible_BL[row, : len(item.tokens)] = item.tokens, True
-        needed_BL[row, item.rows] = True
-    labels_N = torch.from_numpy(np.concatenate([item.labels for item in batch])).to(opened.device)
-    arrays = (tokens_BL, visible_BL, needed_BL)
-    tokens, visible, needed = (torch.from_numpy(array).to(opened.device) for array in arrays)
-    losses_N, correct_N = opened.run(Request(tokens, visible, needed), partial(label_losses, labels_N=labels_N))
-    counts = [len(item.rows) for item in batch]
-    sums = [float(piece.sum()) for piece in losses_N.double().cpu().split(counts)]
-    right = [bool(piece.all()) for piece in correct_N.cpu().split(counts)]
-    return list(zip(sums, right, strict=True))
+    counts = [len(shared[0].rows) for shared in batch]
+    labels_NC = np.zeros((sum(counts), max(map(len, batch))), dtype=np.int64)
+    starts = np.cumsum([0, *counts])
+    for row, shared in enumerate(batch):
+        tokens = shared[0].tokens
+        tokens_BL[row, : len(tokens)], visible_BL[row, : len(tokens)] = tokens, True
+        needed_BL[row, shared[0].rows] = True
+        for column, item in enumerate(shared):
+            labels_NC[starts[row] : starts[row + 1], column] = item.labels
+    arrays = (tokens_BL, visible_BL, needed_BL, labels_NC)
+    tokens_t, visible, needed, labels = (torch.from_numpy(array).to(opened.device) for array in arrays)
+    found = opened.run(Request(tokens_t, visible, needed), partial(label_losses, labels_NC=labels))
+    losses_NC, correct_NC = (column.cpu().numpy() for column in found)
+    for row, shared in enumerate(batch):
+        rows = slice(starts[row], starts[row + 1])
+        for column, item in enumerate(shared):
+            yield item, float(losses_NC[rows, column].sum(dtype=np.float64)), bool(correct_NC[rows, column].all())
 
 
-def label_losses(hidden_ND: Tensor, head: Head, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row's label [N] in nats, and whether that is the likeliest token [N]."""
+def label_losses(hidden_ND: Tensor, head: Head, labels_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row's labels [N, C] in nats, and whether they are the likeliest token [N, C]."""
     losses, correct = [], []
     for part, logits_nV in logits_in_parts(hidden_ND, head):
-        labels_n = labels_N[part]
-        losses.append(logits_nV.logsumexp(-1) - logits_nV.gather(-1, labels_n[:, None])[:, 0])
-        correct.append(logits_nV.argmax(-1) == labels_n)
+        labels_nC = labels_NC[part]
+        losses.append(logits_nV.logsumexp(-1, keepdim=True) - logits_nV.gather(-1, labels_nC))
+        correct.append(logits_nV.argmax(-1, keepdim=True) == labels_nC)
     return torch.cat(losses), torch.cat(correct)

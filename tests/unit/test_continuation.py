@@ -158,6 +158,20 @@ def test_batching_and_order_change_nothing() -> None:
             np.testing.assert_allclose([found[order.index(i)][:2] for i in range(4)], [s[:2] for s in one], atol=1e-5)
 
 
+def test_equal_sequences_are_run_once() -> None:
+    """The letters that may answer a question, and longer answers of equal length where all of them is masked."""
+    seen: list = []
+    letters = [([1, 3, 2, 2], [letter]) for letter in (1, 2, 3, 4)]
+    found = score(model_of(True, seen=seen), letters, ScoringOptions(mc_num=8))
+    assert seen == [(1, 5)]
+    logprobs = logits_fn(torch.tensor([[1, 3, 2, 2, MASK]]))[0, 3].log_softmax(-1)
+    assert [scored.log_likelihood for scored in found] == pytest.approx(logprobs[1:5].tolist())
+    assert [scored.is_greedy for scored in found] == [bool(logprobs.argmax() == letter) for letter in (1, 2, 3, 4)]
+    seen.clear()
+    score(model_of(True, seen=seen), [([1, 3], [2, 4]), ([1, 3], [2, 3])], ScoringOptions(mc_num=3))
+    assert seen == [(4, 4)], "of 2 x 3 sequences, two are equal twice"
+
+
 def test_batches_stay_within_their_size() -> None:
     seen: list = []
     score(model_of(True, seen=seen), REQUESTS * 3, ScoringOptions(mc_num=20, batch_tokens=44))
