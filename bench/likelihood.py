@@ -31,7 +31,7 @@ from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
 from megatron_a2d.inference.export import TransformersModel
 
 VOCABULARY, HIDDEN, LAYERS, MASK = 4096, 64, 4, 4095
-MC_NUM, BATCH_TOKENS = 128, 16384
+MC_NUM, BATCH_TOKENS = 128, 4096
 
 
 class Scorer:

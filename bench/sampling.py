@@ -1,12 +1,13 @@
 """Samplers against a plain reimplementation of the published loop: tokens a second, at equal output or a stated cost.
 
-    python -m bench.sampling [--rounds 2] [--train-steps 400] [--out bench/results/sampling_cpu.json]
+    python -m bench.sampling [--rounds 2] [--out bench/results/sampling_cpu.json]
+    python -m bench.sampling --model demo_run/exported --data demo_run/corpus_valid --texts 8 --out ...
 
-A small model with Qwen3's vocabulary is trained first (minutes) on texts whose right answer can be checked: a prompt of
-random words, and an answer of groups. Each group repeats a part of the prompt in one of two alphabets, and which one
-is left to chance: tokens of a group must agree with one another, so what is decided in parallel can be wrong
-together. Accuracy is the share of groups that are right. The plain loop does what the published one does: the head, a
-full-vocabulary log-softmax, entropies and argmax on all positions at every step. All run one text at a time, in turns.
+The plain loop does what the published one does: the head, a full-vocabulary log-softmax, entropies and argmax on all
+positions, at every step. First, `rnd1` at equal output on an untrained model with Qwen3's vocabulary. With --model, an
+export such as the demo's, all samplers continue held-out texts: beside the speed, what they cost, as the bound on
+the written text's negative log-likelihood under the model (64 forward passes a text, nats a token), and as the share of tokens
+that are those of the held-out text. One text at a time, all in turns.
 """
 
 from __future__ import annotations
@@ -14,85 +15,42 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.report import machine
 from megatron_a2d.cli import Parser
-from megatron_a2d.console import console, entry_point, progress
+from megatron_a2d.console import entry_point
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.files import write_json
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
 from megatron_a2d.inference.export import TransformersModel
 
-VOCABULARY, HIDDEN, LAYERS = 151_936, 256, 2
-MASK = 151_669
-WORDS = 64  # of each of the two alphabets; ids 0..63 and 64..127
-GROUPS, GROUP_LENGTH, BATCH = 3, 16, 16
-NEW_TOKENS = GROUPS * GROUP_LENGTH
-STEPS = NEW_TOKENS
+VOCABULARY, HIDDEN, LAYERS, MASK = 151_936, 256, 4, 151_669
+PROMPT, NEW_TOKENS, STEPS = 32, 64, 64
 
 SAMPLERS = {
     "rnd1": SamplingOptions(num_steps=STEPS),
-    "rnd1, a quarter of the steps": SamplingOptions(num_steps=STEPS // 4),
-    "threshold 0.9": SamplingOptions("threshold", num_steps=STEPS),
-    "threshold 0.9, blocks of 16": SamplingOptions("threshold", num_steps=STEPS, block_length=16),
-    "threshold 0.9, blocks of 16, prefix cache": SamplingOptions(
-        "threshold", num_steps=STEPS, block_length=16, cache="prefix"
-    ),
-    "threshold 0.9, blocks of 16, dual cache": SamplingOptions(
-        "threshold", num_steps=STEPS, block_length=16, cache="dual"
-    ),
+    "rnd1, an eighth of the steps": SamplingOptions(num_steps=STEPS // 8),
+    "threshold 0.5": SamplingOptions("threshold", num_steps=STEPS, threshold=0.5),
+    "threshold 0.2": SamplingOptions("threshold", num_steps=STEPS, threshold=0.2),
+    "threshold 0.1": SamplingOptions("threshold", num_steps=STEPS, threshold=0.1),
+    "rnd1, blocks of 16": SamplingOptions(num_steps=STEPS, block_length=16),
     "rnd1, blocks of 16, prefix cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="prefix"),
     "rnd1, blocks of 16, dual cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="dual"),
+    "threshold 0.2, blocks of 16, dual cache": SamplingOptions(
+        "threshold", num_steps=STEPS, threshold=0.2, block_length=16, cache="dual"
+    ),
+    "threshold 0.1, blocks of 16, dual cache": SamplingOptions(
+        "threshold", num_steps=STEPS, threshold=0.1, block_length=16, cache="dual"
+    ),
 }
-
-
-def main() -> None:
-    parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2, help="texts that are timed, after one warm-up")
-    parser.add_argument("--texts", type=int, default=8, help="texts that accuracies are measured on")
-    parser.add_argument("--train-steps", type=int, default=400, help="steps of the small model's training")
-    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    model = trained_model(options.train_steps)
-    prompts = draw_texts(options.texts, torch.Generator().manual_seed(2))[:, :GROUP_LENGTH]
-    plain = "plain loop"
-    found: dict[str, Measured] = {plain: Measured([], [], [])}
-    found |= {name: Measured([], [], []) for name in SAMPLERS}
-    for number in range(len(prompts)):
-        prompt = prompts[number].tolist()
-        reference = None
-        for name, measured in found.items():
-            # All texts are written for the accuracies; the plain loop's are those of rnd1, and it is slow.
-            if name == plain and number > options.rounds:
-                continue
-            begin = time.perf_counter()
-            tokens, forwards = plain_loop(model, prompt) if name == plain else our_loop(model, prompt, SAMPLERS[name])
-            measured.seconds.append(time.perf_counter() - begin)
-            measured.texts.append(tokens)
-            measured.forwards.append(forwards)
-            reference = tokens if name == plain else reference
-            assert name != "rnd1" or reference is None or tokens == reference, "rnd1 is not the plain loop"
-    table = report(found, prompts, options.rounds)
-    for name, row in table.items():
-        print(
-            f"{name:44} {row['tokens_per_second']:8.1f} tokens/s  {row['speed_ratio']:6.2f}x  "
-            f"{row['forwards']:5.1f} forwards  accuracy {row['accuracy']:.1%}"
-        )
-    if options.out:
-        sizes = {
-            "vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS, "prompt": GROUP_LENGTH,
-            "new_tokens": NEW_TOKENS, "steps": STEPS, "texts": options.texts, "train_steps": options.train_steps,
-        }  # fmt: skip
-        seconds = {name: measured.seconds[1 : options.rounds + 1] for name, measured in found.items()}
-        write_json(options.out, {"machine": machine(), **sizes, "samplers": table, "seconds": seconds})
 
 
 class Measured(NamedTuple):
@@ -103,109 +61,123 @@ class Measured(NamedTuple):
     forwards: list[int]
 
 
-def report(found: dict[str, Measured], prompts: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
-    plain = found["plain loop"].seconds[1 : rounds + 1]
-    table = {}
-    for name, measured in found.items():
-        seconds = measured.seconds[1 : rounds + 1]
-        table[name] = {
-            "tokens_per_second": NEW_TOKENS / statistics.median(seconds),
-            "speed_ratio": statistics.median(a / b for a, b in zip(plain, seconds, strict=True)),
-            "forwards": statistics.fmean(measured.forwards),
-            "accuracy": accuracy(prompts[: len(measured.texts)], torch.tensor(measured.texts)),
-            "accuracy_texts": len(measured.texts),
-            "equals_plain": all(a == b for a, b in zip(found["plain loop"].texts, measured.texts, strict=False)),
-        }
-    return table
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2, help="texts of the untrained model, after one warm-up")
+    parser.add_argument("--model", default=None, help="an export that all samplers are compared on")
+    parser.add_argument("--data", default=None, help="prefix of its held-out tokens")
+    parser.add_argument("--texts", type=int, default=8, help="texts that are continued, after one warm-up")
+    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    content: dict[str, Any] = {"machine": machine(), "prompt": PROMPT, "new_tokens": NEW_TOKENS, "steps": STEPS}
+    content["untrained"] = untrained(options.rounds)
+    if options.model:
+        content["trained"] = trained(options.model, options.data, options.texts)
+    if options.out:
+        write_json(options.out, content)
 
 
-def draw_texts(count: int, generator: torch.Generator) -> Tensor:
-    """[count, prompt + answer]: group g repeats the prompt turned by g places, in the alphabet that a coin decides."""
-    prompts = torch.randint(0, WORDS, (count, GROUP_LENGTH), generator=generator)
-    coins = torch.randint(0, 2, (count, GROUPS), generator=generator)
-    groups = [prompts.roll(-g, 1) + WORDS * coins[:, g, None] for g in range(GROUPS)]
-    return torch.cat([prompts, *groups], 1)
-
-
-def accuracy(prompts: Tensor, texts: Tensor) -> float:
-    """Share of groups that repeat their part of the prompt in one alphabet."""
-    answers = texts[:, GROUP_LENGTH:].unflatten(1, (GROUPS, GROUP_LENGTH))
-    expected = torch.stack([prompts.roll(-g, 1) for g in range(GROUPS)], 1)
-    right = ((answers == expected).all(-1)) | ((answers == expected + WORDS).all(-1))
-    return float(right.double().mean())
-
-
-def trained_model(num_steps: int) -> A2DForMaskedLM:
-    """All rows of the head beyond the two alphabets are one vector: so a softmax over 129 classes, the last one counted
-    with its multiplicity, is that over the whole vocabulary, and training it is cheap."""
+def untrained(rounds: int) -> dict[str, Any]:
+    """`rnd1` and the plain loop, Qwen3's vocabulary; a quarter of the steps, which changes neither's cost of a step."""
     torch.manual_seed(0)
     config = A2DConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=64, intermediate_size=512, max_position_embeddings=256, mask_token_id=MASK,
+        num_key_value_heads=2, head_dim=64, intermediate_size=512, mask_token_id=MASK, initializer_range=0.1,
     )  # fmt: skip
-    model = A2DForMaskedLM(config)
-    words = 2 * WORDS
-    head = nn.Linear(HIDDEN, words + 1, bias=False)
-    multiplicity = torch.zeros(words + 1)
-    multiplicity[words] = torch.tensor(float(VOCABULARY - words)).log()
-    # The embedding's rows beyond those that occur are of no use; a table of their own keeps the optimizer small.
-    full = model.model.embed_tokens
-    model.model.embed_tokens = nn.Embedding(words + 1, HIDDEN)
-    parameters = [*model.model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps)
-    generator = torch.Generator().manual_seed(1)
-    with progress("training the small model", num_steps, "steps") as advance:
-        for _ in range(num_steps):
-            texts = draw_texts(BATCH, generator)
-            ratio = torch.rand(BATCH, 1, generator=generator)
-            masked = torch.rand(texts.shape, generator=generator) < ratio
-            masked[:, :GROUP_LENGTH] = False
-            hidden = model.model(texts.masked_fill(masked, words))[0][:, :-1]
-            logits = head(hidden[masked[:, 1:]]) + multiplicity
-            loss = F.cross_entropy(logits, texts[masked])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            advance(1)
-    console.print(f"cross-entropy of masked tokens at the end: {float(loss):.3f} nats")
-    with torch.no_grad():
-        full.weight[:words] = model.model.embed_tokens.weight[:words]
-        full.weight[MASK] = model.model.embed_tokens.weight[words]
-        model.lm_head.weight[:] = head.weight[words]
-        model.lm_head.weight[:words] = head.weight[:words]
-    model.model.embed_tokens = full
-    return model.eval()
+    model = A2DForMaskedLM(config).eval()
+    steps = STEPS // 4
+    prompts = torch.randint(0, MASK, (rounds + 1, PROMPT)).tolist()
+    plain, ours = Measured([], [], []), Measured([], [], [])
+    for prompt in prompts:
+        run(plain, partial(plain_loop, model, prompt, MASK, steps))
+        run(ours, partial(our_loop, model, prompt, MASK, SamplingOptions(num_steps=steps)))
+    assert plain.texts == ours.texts, "rnd1 is not the plain loop"
+    ratios = [a / b for a, b in zip(plain.seconds[1:], ours.seconds[1:], strict=True)]
+    print(f"vocabulary {VOCABULARY}: equal output, rnd1 at {statistics.median(ratios):.2f}x the plain loop's speed")
+    return {
+        "vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS, "num_steps": steps,
+        "speed_ratio": statistics.median(ratios), "seconds": list(zip(ours.seconds[1:], plain.seconds[1:], strict=True)),
+    }  # fmt: skip
 
 
-def our_loop(model: A2DForMaskedLM, prompt: list[int], options: SamplingOptions) -> tuple[list[int], int]:
-    canvas = make_canvas([prompt + [MASK] * NEW_TOKENS], MASK)
-    sampled = denoise(TransformersModel(model), canvas, MASK, options)
+def trained(directory: str, data: str, num_texts: int) -> dict[str, Any]:
+    from megatron_a2d.data.dataset import PackedDataset
+    from megatron_a2d.evaluation.scoring import ScoringOptions, score
+    from megatron_a2d.inference.export import open_export
+
+    opened = open_export(directory)
+    model, mask = opened.run.model, opened.mask_token_id  # type: ignore[attr-defined]
+    dataset = PackedDataset(data, PROMPT + NEW_TOKENS, seed=0, vocab_size=opened.vocab_size)
+    texts = [dataset.tokens(number).tolist() for number in range(num_texts + 1)]
+    found = {name: Measured([], [], []) for name in ("plain loop", *SAMPLERS)}
+    for text in texts:
+        prompt = text[:PROMPT]
+        run(found["plain loop"], partial(plain_loop, model, prompt, mask, STEPS))
+        for name, sampling in SAMPLERS.items():
+            run(found[name], partial(our_loop, model, prompt, mask, sampling))
+    table = {}
+    for name, measured in found.items():
+        requests = [(written[:PROMPT], written[PROMPT:]) for written in measured.texts]
+        scored = score(opened, requests, ScoringOptions(mc_num=64))
+        right = [
+            a == b
+            for text, own in zip(texts, measured.texts, strict=True)
+            for a, b in zip(text[PROMPT:], own[PROMPT:], strict=True)
+        ]
+        pairs = zip(found["plain loop"].seconds[1:], measured.seconds[1:], strict=True)
+        table[name] = {
+            "tokens_per_second": NEW_TOKENS / statistics.median(measured.seconds[1:]),
+            "speed_ratio": statistics.median(a / b for a, b in pairs),
+            "forwards": statistics.fmean(measured.forwards),
+            "nats_per_token": -statistics.fmean(item.log_likelihood for item in scored) / NEW_TOKENS,
+            "accuracy": statistics.fmean(right),
+            "texts_equal_to_plain": sum(a == b for a, b in zip(found["plain loop"].texts, measured.texts, strict=True)),
+            "seconds": measured.seconds[1:],
+        }
+        row = table[name]
+        print(
+            f"{name:42} {row['speed_ratio']:6.2f}x  {row['forwards']:5.1f} forwards  {row['nats_per_token']:.3f} nats  "
+            f"accuracy {row['accuracy']:.1%}  {row['texts_equal_to_plain']} of {len(texts)} equal",
+            flush=True,
+        )
+    return {"model": Path(directory).name, "vocabulary": opened.vocab_size, "texts": num_texts, "samplers": table}
+
+
+def run(measured: Measured, write: Any) -> None:
+    begin = time.perf_counter()
+    tokens, forwards = write()
+    measured.seconds.append(time.perf_counter() - begin)
+    measured.texts.append(tokens)
+    measured.forwards.append(forwards)
+
+
+def our_loop(model: A2DForMaskedLM, prompt: list[int], mask: int, options: SamplingOptions) -> tuple[list[int], int]:
+    sampled = denoise(TransformersModel(model), make_canvas([prompt + [mask] * NEW_TOKENS], mask), mask, options)
     return sampled.tokens[0].tolist(), sampled.num_forwards[0]
 
 
 @torch.no_grad()
-def plain_loop(model: A2DForMaskedLM, prompt: list[int]) -> tuple[list[int], int]:
-    """The published schedule, greedy, as it is written: everything on all positions, at every step."""
-    tokens = torch.tensor([prompt + [MASK] * NEW_TOKENS])
-    maskable = tokens == MASK
-    total = int(maskable.sum())
+def plain_loop(model: A2DForMaskedLM, prompt: list[int], mask: int, num_steps: int) -> tuple[list[int], int]:
+    """The published schedule, greedy, as it is written; but for the mask token, which it would predict."""
+    tokens = torch.tensor([prompt + [mask] * NEW_TOKENS])
+    maskable = tokens == mask
+    total = maskable.sum(1, keepdim=True)
 
     def predict() -> tuple[Tensor, Tensor]:
-        logprobs = torch.log_softmax(model(tokens).logits, dim=-1)
+        logits = model(tokens).logits
+        logits[..., mask] = -1e30
+        logprobs = torch.log_softmax(logits, dim=-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return F.pad(logprobs.argmax(-1)[:, :-1], (1, 0)), F.pad(entropy[:, :-1], (1, 0))
 
     predicted, entropy = predict()
     forwards = 1
-    for step in range(STEPS - 1, 0, -1):
-        keep = int(total * (step / STEPS))
-        masked_entropy = entropy.masked_fill(~maskable, -torch.inf)
+    for step in range(num_steps - 1, 0, -1):
+        keep = int((total * (step / num_steps)).long())
         kept = torch.zeros_like(maskable)
         if keep:
-            kept[0, masked_entropy[0].topk(keep).indices] = True
+            kept[0, entropy.masked_fill(~maskable, -torch.inf)[0].topk(keep).indices] = True
         decided = maskable & ~kept
         tokens[decided] = predicted[decided]
         maskable &= ~decided

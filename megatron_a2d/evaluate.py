@@ -62,7 +62,7 @@ OPTIONS = {
         ("monte_carlo", "pseudo"),
     ),
     "mc_num": Option(int, 128, "forward passes for a log-likelihood, at most; exact where that suffices"),
-    "batch_tokens": Option(int, 16384, "tokens that are forwarded at once when scoring"),
+    "batch_tokens": Option(int, 4096, "tokens that are forwarded at once when scoring; more on a GPU"),
     "batch_size": Option(int, 16, "texts that are written together"),
     "max_new_tokens": Option(int, 256, "tokens of an answer, where the task does not say"),
     "seed": Option(int, 0, "of Monte Carlo masks and of drawn texts"),

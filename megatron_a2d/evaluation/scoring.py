@@ -36,7 +36,7 @@ class ScoringOptions:
 
     likelihood: str = "monte_carlo"
     mc_num: int = 128
-    batch_tokens: int = 16384
+    batch_tokens: int = 4096
     seed: int = 0
 
 
