@@ -5,9 +5,9 @@
 
 The plain loop does what the published one does: the head, a full-vocabulary log-softmax, entropies and argmax on all
 positions, at every step. First, `rnd1` at equal output on an untrained model with Qwen3's vocabulary. With --model, an
-export such as the demo's, all samplers continue held-out texts: beside the speed, what they cost, as the bound on
-the written text's negative log-likelihood under the model (64 forward passes a text, nats a token), and as the share of tokens
-that are those of the held-out text. One text at a time, all in turns.
+export such as the demo's, all samplers continue held-out texts: beside the speed, what they cost, as the bound on the
+written text's negative log-likelihood under the model (64 forward passes a text, nats a token), and as the share of
+tokens that are those of the held-out text. One text at a time, all in turns.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def untrained(rounds: int) -> dict[str, Any]:
     print(f"vocabulary {VOCABULARY}: equal output, rnd1 at {statistics.median(ratios):.2f}x the plain loop's speed")
     return {
         "vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS, "num_steps": steps,
-        "speed_ratio": statistics.median(ratios), "seconds": list(zip(ours.seconds[1:], plain.seconds[1:], strict=True)),
+        "speed_ratio": statistics.median(ratios), "seconds": {"ours": ours.seconds[1:], "plain": plain.seconds[1:]},
     }  # fmt: skip
 
 
