@@ -20,11 +20,13 @@ CHECKPOINT ?=
 MODEL ?=
 RECIPE ?=
 REPO ?=
+DATA ?=
+CONFIG ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parity test-faults check data convert-hf train export verify inspect publish generate bench \
-  bench-convert
+.PHONY: help setup demo test test-parity test-faults check data convert-hf train export verify inspect publish generate \
+  evaluate bench bench-convert
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -85,6 +87,11 @@ publish: setup  ## push the export MODEL to the hub as REPO (ARGS=--dry-run show
 	$(call needs,MODEL REPO)
 	$(BIN)/python -m checkpoints_tools.publish --export $(MODEL) --repo $(REPO) $(ARGS)
 
+evaluate: setup  ## MODEL on held-out text (DATA) and tasks (CONFIG, such as launch/eval/local.yaml), to OUT
+	$(call needs,MODEL OUT)
+	@$(BIN)/python -m megatron_a2d.evaluate --model $(MODEL) --out $(OUT) $(if $(DATA),--valid-data-path $(DATA)) \
+	  $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
+
 export PROMPT PREFIX SUFFIX
 generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' SUFFIX='...'
 	$(call needs,MODEL)
@@ -97,6 +104,8 @@ bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.tokenize --out bench/results/tokenize_cpu.json
 	$(BIN)/python -m bench.mixing --out bench/results/mixing_cpu.json
 	$(BIN)/python -m bench.loader --out bench/results/loader_cpu.json
+	$(BIN)/python -m bench.sampling --out bench/results/sampling_cpu.json
+	$(BIN)/python -m bench.likelihood --out bench/results/likelihood_cpu.json
 
 bench-convert: setup  ## conversion against cp on a checkpoint of 8.7 GB: time and memory; takes 18 GB of disk
 	$(BIN)/python -m bench.convert --out bench/results/convert_cpu.json $(ARGS)

@@ -38,9 +38,10 @@ setup(
     extras_require={
         # NVIDIA's apex comes with NVIDIA's containers; the package called apex on the public index is another one.
         "gpu": ["transformer-engine[pytorch]"],
-        "eval": ["lm-eval"],
+        # lm-eval 0.4.13; it brings datasets.
+        "eval": ["lm-eval>=0.4.9"],
         "plot": ["matplotlib"],
         "data": DATA,
-        "dev": [*DATA, "pytest", "ruff", "mypy", "types-PyYAML"],
+        "dev": [*DATA, "pytest", "ruff", "mypy", "types-PyYAML", "lm-eval>=0.4.9"],
     },
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,10 +41,10 @@ class Parser(argparse.ArgumentParser):
         return result
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting. None stands for 'not given', so that a recipe can decide."""
+def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+    """A flag for every setting, or for those of `names`. What is not given stays away, so that a recipe can decide."""
     groups: dict[str, Any] = {}
-    for item in settings().values():
+    for item in settings().values() if names is None else (settings()[name] for name in names):
         group = groups.setdefault(item.group, parser.add_argument_group(item.group))
         shown = f"{item.help} (default: {_as_text(item.default)})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown}
@@ -66,9 +67,7 @@ def parse_run(parser: Parser, argv: list[str] | None) -> tuple[RunConfig, argpar
     values: dict[str, Any] = {}
     if options.config:
         values.update(_read_recipe(options.config, problems))
-    for name, item in settings().items():
-        if hasattr(options, name):
-            _set(values, item, getattr(options, name), flag(name), problems)
+    values.update(given_settings(options, settings(), problems))
     if problems:
         raise UserError(problems)
     config = build(values)
@@ -76,6 +75,15 @@ def parse_run(parser: Parser, argv: list[str] | None) -> tuple[RunConfig, argpar
         yaml.safe_dump(config.to_dict(), sys.stdout, sort_keys=False)
         sys.exit(0)
     return config, options
+
+
+def given_settings(options: argparse.Namespace, names: Iterable[str], problems: list[str]) -> dict[str, Any]:
+    """Those settings of `names` that were given as flags; what is wrong with them is added to `problems`."""
+    values: dict[str, Any] = {}
+    for name in names:
+        if hasattr(options, name):
+            _set(values, settings()[name], getattr(options, name), flag(name), problems)
+    return values
 
 
 def _read_recipe(path: str, problems: list[str]) -> dict[str, Any]:

@@ -52,12 +52,16 @@ class LiveView:
 
     def update(self, step: int, tokens: Sequence[Sequence[int]], decided: Sequence[Sequence[bool]]) -> None:
         """Show the tokens after `step` (from 1); `decided` tells which positions it decided."""
+        self.record(step, tokens, decided)
+        self._show(step)
+
+    def record(self, step: int, tokens: Sequence[Sequence[int]], decided: Sequence[Sequence[bool]]) -> None:
+        """The same, without showing it."""
         self.tokens = [list(row) for row in tokens]
         for steps, row in zip(self.steps, decided, strict=True):
             for position, is_new in enumerate(row):
                 if is_new:
                     steps[position] = step
-        self._show(step)
 
     def text(self, row: int, positions: Sequence[int] | None = None, decode: Decode | None = None) -> Text:
         """The coloured text of one row, or of some of its positions."""
@@ -65,7 +69,7 @@ class LiveView:
         shown = range(len(self.tokens[row])) if positions is None else positions
         tokens = [self.tokens[row][position] for position in shown]
         steps = [self.steps[row][position] for position in shown]
-        for start, end, piece in _pieces(tokens, steps, decode or self.decode):
+        for start, end, piece in pieces(tokens, steps, decode or self.decode):
             if steps[end - 1] is None:
                 text.append(MASK_BLOCK * (end - start), _MASK_STYLE)
             else:
@@ -90,7 +94,7 @@ class LiveView:
         self._live.update(Group(header, *lines), refresh=True)
 
 
-def _pieces(tokens: list[int], steps: list[int | None], decode: Decode) -> Iterator[tuple[int, int, str]]:
+def pieces(tokens: list[int], steps: list[int | None], decode: Decode) -> Iterator[tuple[int, int, str]]:
     """Cut a row into (start, end, text); masked positions go together, and so do a character's bytes."""
     start = 0
     for end in range(1, len(tokens) + 1):

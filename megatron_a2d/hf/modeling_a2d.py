@@ -51,11 +51,42 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+class KeyValueCache:
+    """Keys and values of every position, for forward passes over some positions alone.
+
+    An approximation for a bidirectional model: the positions that are not computed anew keep what they had, which has
+    not seen the tokens that changed since.
+    """
+
+    def __init__(self, num_slots: int, length: int):
+        self.shape = (num_slots, length)
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def select(self, slots_B: torch.Tensor, columns_BA: torch.Tensor, valid_BA: torch.Tensor) -> KeyValueCache:
+        """Say what the next forward pass is over: column a of row b is position `columns_BA[b, a]` of slot
+        `slots_B[b]`, where `valid_BA`."""
+        rows_BA = slots_B[:, None].expand_as(columns_BA)
+        self.slots_B, self.valid_BA, self.places = slots_B, valid_BA, (rows_BA[valid_BA], columns_BA[valid_BA])
+        return self
+
+    def update(self, layer: int, new: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new keys and values [B, heads, A, head_dim]; returns those of all positions [B, heads, L, head_dim]."""
+        if layer not in self.layers:
+            heads, head_dim = new[0].shape[1], new[0].shape[3]
+            shape = (*self.shape, heads, head_dim)
+            self.layers[layer] = (new[0].new_zeros(shape), new[1].new_zeros(shape))
+        for stored, tensor in zip(self.layers[layer], new, strict=True):
+            stored[self.places] = tensor.transpose(1, 2)[self.valid_BA]
+        key, value = (stored[self.slots_B].transpose(1, 2) for stored in self.layers[layer])
+        return key, value
+
+
 class A2DAttention(nn.Module):
     """Grouped-query attention with norms on queries and keys; no mask but the padding's."""
 
-    def __init__(self, config: A2DConfig):
+    def __init__(self, config: A2DConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.head_dim = config.head_dim
         self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
         query_size = config.num_attention_heads * config.head_dim
@@ -67,11 +98,15 @@ class A2DAttention(nn.Module):
         self.q_norm = A2DRMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = A2DRMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, angles: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, angles: torch.Tensor, visible: torch.Tensor | None, cache: KeyValueCache | None
+    ) -> torch.Tensor:
         heads = (*x.shape[:-1], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), angles)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), angles)
         value = self.v_proj(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(self.layer, (key, value))
         # Keys and values are repeated rather than grouped inside the kernel: with a padding mask, PyTorch's
         # fused kernels refuse grouped queries and it falls back to one that stores all attention weights.
         key, value = (t.repeat_interleave(self.queries_per_key, dim=1) for t in (key, value))
@@ -129,9 +164,9 @@ class A2DMixtureOfExperts(nn.Module):
 class A2DLayer(GradientCheckpointingLayer):
     """Attention, then MLP or experts; each reads a normalised copy and adds to the stream."""
 
-    def __init__(self, config: A2DConfig):
+    def __init__(self, config: A2DConfig, layer: int):
         super().__init__()
-        self.self_attn = A2DAttention(config)
+        self.self_attn = A2DAttention(config, layer)
         if config.num_experts:
             self.mlp: nn.Module = A2DMixtureOfExperts(config)
         else:
@@ -139,8 +174,14 @@ class A2DLayer(GradientCheckpointingLayer):
         self.input_layernorm = A2DRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = A2DRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, angles: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, visible)
+    def forward(
+        self,
+        x: torch.Tensor,
+        angles: torch.Tensor,
+        visible: torch.Tensor | None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, visible, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -160,7 +201,7 @@ class A2DModel(A2DPreTrainedModel):
     def __init__(self, config: A2DConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(A2DLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(A2DLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = A2DRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -171,29 +212,34 @@ class A2DModel(A2DPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> BaseModelOutput:
         """Hidden states [B, L, D] after the last norm.
 
         `attention_mask` [B, L] is nonzero at real tokens and 0 at padding, on either side; rows at padded
         positions mean nothing. `position_ids` [B or 1, L] default to 0..L-1: with padding on the left that is
         still right, because rotary embeddings only see differences of positions.
+
+        With a `cache` (after its `select`) the tokens are some positions of a longer sequence: `position_ids` says
+        which, and `attention_mask` is that of the whole sequence.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         visible = None
         if attention_mask is not None:
-            if attention_mask.shape != x.shape[:2]:
+            shape = (x.shape[0], x.shape[1] if cache is None else cache.shape[1])
+            if attention_mask.shape != shape:
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}; this model attends in both "
-                    f"directions and takes the padding mask only, [batch, sequence] = {tuple(x.shape[:2])}"
+                    f"directions and takes the padding mask only, [batch, sequence] = {shape}"
                 )
             visible = attention_mask.bool()[:, None, None, :]
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
         angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         for layer in self.layers:
-            x = layer(x, angles, visible)
+            x = layer(x, angles, visible, cache)
         return BaseModelOutput(last_hidden_state=self.norm(x))
 
 

@@ -114,7 +114,8 @@ class DiffusionLM(LanguageModule):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor | RowLosses:
-        """Losses of the rows where `has_loss_bs` is True; without labels, this rank's logits [b, s, V / tp].
+        """Losses of the rows where `has_loss_bs` is True; without labels their hidden states [N, h], for `head`;
+        without both, this rank's logits [b, s, V / tp].
 
         Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence]
         isolates the documents from one another, as a mask or, with `packs_documents`, as packed sequences.
@@ -131,14 +132,20 @@ class DiffusionLM(LanguageModule):
             # All tensor-parallel ranks now hold the same rows, so the gradient is split, not summed.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         hidden_bsh = hidden.transpose(0, 1)
-        if labels_bs is None:
+        if has_loss_bs is None:
             return self._logits(hidden_bsh)
+        if labels_bs is None:
+            return hidden_bsh[has_loss_bs]
         logits_NV = self._logits(hidden_bsh[has_loss_bs]).float()
         labels_N = labels_bs[has_loss_bs]
         with torch.no_grad():
             correct_N = self._most_likely(logits_NV) == labels_N
         # vocab_parallel_cross_entropy works in place: the logits are gone after it.
         return RowLosses(tensor_parallel.vocab_parallel_cross_entropy(logits_NV, labels_N), correct_N)
+
+    def head(self, hidden_Nh: Tensor) -> Tensor:
+        """Logits over the whole vocabulary, [N, V], on every tensor-parallel rank; last stage only."""
+        return tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_Nh))
 
     def _rotary(self, hidden: Tensor | None, positions: Tensor | None) -> Tensor:
         """Rotary angles of this rank's piece of the sequence, [s, b or 1, 1, head size]."""

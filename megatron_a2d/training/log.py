@@ -91,7 +91,8 @@ class RunLog:
     def validation(self, iteration: int, result: ValidationResult, source: str | None = None) -> None:
         """One validation; `source` is the part of a mixture that it was made on."""
         values = result.to_dict()
-        self.event("validation", iteration=iteration, **values, **({"source": source} if source else {}))
+        where = {"source": source} if source else {}
+        self.event("validation", iteration=iteration, **values, **result.tables(), **where)
         if self._enabled:
             self._curves(f"validation/{source}" if source else "validation", iteration, values)
         what, tokens = ("NLL", "next") if self._objective == "ar" else ("NELBO", "masked")

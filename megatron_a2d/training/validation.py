@@ -8,37 +8,23 @@ not depend on the layout.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_a2d.data.batches import Batch
-from megatron_a2d.diffusion.objective import Estimate, ratio_estimate
+from megatron_a2d.diffusion.validation import SampleColumns, ValidationResult, summarise
 from megatron_a2d.runtime.device import device
 from megatron_a2d.training.parallel import owns_loss
 from megatron_a2d.training.step import forward_backward
 
+__all__ = ["VALIDATION_SEED", "ValidationResult", "validate"]
+
 # Validation's noise and order of samples are its own, and the same whatever --seed a run has.
 VALIDATION_SEED = 0
-
-
-class ValidationResult(NamedTuple):
-    """Means over samples with their standard errors."""
-
-    nelbo: Estimate  # nats a maskable token; for --objective ar: the negative log-likelihood
-    cross_entropy: Estimate  # nats a row with loss, unweighted
-    accuracy: Estimate  # share of rows with loss whose most likely token is right
-    num_samples: int
-
-    def to_dict(self) -> dict[str, float]:
-        values: dict[str, float] = {"num_samples": self.num_samples}
-        for name in ("nelbo", "cross_entropy", "accuracy"):
-            estimate: Estimate = getattr(self, name)
-            values |= {name: estimate.mean, f"{name}_standard_error": estimate.standard_error}
-        return values
 
 
 def validate(
@@ -52,7 +38,7 @@ def validate(
 
     `num_microbatches` of `shape` (b, s) are this rank's part of one pass through the schedule.
     """
-    columns: Tensor = torch.zeros(num_samples, 5, dtype=torch.float64, device=device())
+    columns = SampleColumns(num_samples, device())
     per_pass = num_microbatches * shape[0] * parallel_state.get_data_parallel_world_size()
     modules: list[nn.Module] = list(chunks)
     for module in modules:
@@ -61,15 +47,8 @@ def validate(
         for _ in range(num_samples // per_pass):
             for item in forward_backward(chunks, batches, num_microbatches, shape, forward_only=True):
                 if owns_loss():
-                    columns[item.sample_index, :4] = torch.stack(list(item.sums), dim=1)
-                    columns[item.sample_index, 4] = item.num_maskable.to(columns)
+                    columns.put(item.sample_index, item.times, item.num_maskable, item.sums)
     for module in modules:
         module.train()
-    dist.all_reduce(columns)
-    weighted_loss, cross_entropy, num_rows, num_correct, num_maskable = columns.cpu().T
-    return ValidationResult(
-        nelbo=ratio_estimate(weighted_loss, num_maskable),
-        cross_entropy=ratio_estimate(cross_entropy, num_rows),
-        accuracy=ratio_estimate(num_correct, num_rows),
-        num_samples=num_samples,
-    )
+    dist.all_reduce(columns.table)
+    return summarise(columns)

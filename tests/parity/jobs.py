@@ -27,7 +27,9 @@ from megatron_a2d.architecture import read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import iteration_of, latest_iteration, resolve
+from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.errors import SaveError
+from megatron_a2d.inference.sharded import open_sharded
 from megatron_a2d.model.layers import CoreAttention
 from megatron_a2d.runtime import writer
 from megatron_a2d.training import checkpoint, loop, parallel, step
@@ -37,6 +39,7 @@ from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.resume import find_start
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import _totals, forward_backward
+from tests.tiny import MASK_TOKEN_ID
 
 # Large enough to see every part of the update, and an epsilon that keeps Adam from turning the rounding
 # noise of near-zero gradients into steps of full size.
@@ -171,6 +174,15 @@ def _packed_attention(
         context = torch.nn.functional.scaled_dot_product_attention(*heads, enable_gqa=True)
         pieces.append(context[0].transpose(0, 1))
     return torch.cat(pieces).flatten(1)
+
+
+def sample(checkpoint: str, layout: dict[str, Any], options: dict[str, Any], rows: list[list[int]]) -> dict[str, Any]:
+    """Fill the holes of `rows` with a sharded model."""
+    runtime.install()
+    opened = open_sharded(checkpoint, layout)
+    canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in rows], MASK_TOKEN_ID)
+    sampled = denoise(opened.run, canvas, opened.mask_token_id, SamplingOptions(**options), seed=3)
+    return {"tokens": sampled.tokens.tolist(), "num_forwards": sampled.num_forwards}
 
 
 def batch_fingerprints(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[tuple[int, bytes]]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_a2d import generate
+from megatron_a2d.diffusion.sampling import kept_positions
 from megatron_a2d.errors import UserError
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.configuration_rnd import RND1Config
@@ -96,11 +97,99 @@ def test_samples_differ(exports, capsys):
 def test_text_ends_at_the_end_of_text():
     tokens = [7, 1, 2, 9, 3, 4, 5, 9, 9, 6]
     editable = [False, True, True, True, True, False, True, True, True, False]
-    kept = generate.kept_positions(tokens, editable, 9)
+    kept = kept_positions(tokens, editable, {9})
     assert kept == [0, 1, 2, 5, 6, 9]
-    assert generate.kept_positions(tokens, editable, [8, 2]) == [0, 1, 5, 6, 7, 8, 9]
-    assert generate.kept_positions(tokens, editable, None) == list(range(10))
-    assert generate.kept_positions([9, 1], [False, True], 9) == [0, 1], "the prompt itself does not end the text"
+    assert kept_positions(tokens, editable, {8, 2}) == [0, 1, 5, 6, 7, 8, 9]
+    assert kept_positions(tokens, editable, set()) == list(range(10))
+    assert kept_positions([9, 1], [False, True], {9}) == [0, 1], "the prompt itself does not end the text"
+
+
+def lines(capsys, export: Path, content: list[object], tmp_path: Path, *arguments: str) -> list[dict]:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in content))
+    return [json.loads(line) for line in run(capsys, export, "--input", str(path), "--jsonl", *arguments).splitlines()]
+
+
+JSONL = [
+    {"prompt": "def mean(values):", "max_new_tokens": 9},
+    {"prefix": "a = [", "suffix": "]", "hole_length": 4},
+    {"infill": "x = <|hole:3|>; y = <|hole:5|>\n"},
+    {"prompt": "class"},
+]
+
+
+def test_jsonl_gives_the_same_texts_on_any_batch_size(exports, capsys, tmp_path):
+    arguments = ("--temperature", "1", "--max-new-tokens", "11", "--num-samples", "2", "--num-steps", "6")
+    alone, two, all_ = (
+        lines(capsys, exports["a2d"], JSONL, tmp_path, *arguments, "--batch-size", size) for size in "128"
+    )
+    assert alone == two == all_ and len(alone) == 8
+    assert len({record["text"] for record in alone}) == 8 and all(record["num_forwards"] <= 6 for record in alone)
+    assert alone[4]["text"].startswith("x = ") and "; y = " in alone[4]["text"] and alone[4]["text"].endswith("\n")
+    assert [record["sample"] for record in alone] == [0, 1] * 4
+    assert alone != lines(capsys, exports["a2d"], JSONL, tmp_path, *arguments, "--seed", "1")
+
+
+def test_reads_a_pipe(exports, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"prompt": "x = "}) + "\n\n"))
+    text = run(capsys, exports["a2d"], "--input", "-", "--jsonl", "--max-new-tokens", "4", "--num-steps", "2")
+    assert json.loads(text)["text"].startswith("x = ")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f(x):\n"))
+    assert run(capsys, exports["a2d"], "--input", "-", "--max-new-tokens", "4").startswith("def f(x):\n")
+
+
+def test_statistics(exports, capsys):
+    generate.main(
+        ["--model", str(exports["a2d"]), "--prompt", "x = ", "--max-new-tokens", "8", "--num-steps", "4", "--stats"]
+    )
+    found = re.match(
+        r"1 texts, (\d+) tokens in (\d+) forward passes of a text: ([\d.]+) tokens", capsys.readouterr().err
+    )
+    assert found and int(found[2]) == 4 and float(found[3]) == int(found[1]) / 4
+
+
+def test_samplers_and_caches_write_texts(exports, capsys):
+    texts = set()
+    for arguments in (
+        ["--sampler", "confidence"], ["--sampler", "eb", "--gamma", "2"], ["--sampler", "threshold", "--threshold", "0.3"],
+        ["--block-length", "6"], ["--block-length", "6", "--cache", "prefix"], ["--block-length", "6", "--cache", "dual"],
+        ["--guidance", "1"], ["--guidance", "1", "--block-length", "6", "--cache", "dual"],
+    ):  # fmt: skip
+        texts.add(run(capsys, exports["a2d"], "--prompt", "x = ", "--max-new-tokens", "20", *arguments))
+    assert len(texts) >= 5 and all(text.startswith("x = ") for text in texts)
+
+
+def test_reserves_the_last_place(exports, capsys):
+    """--reserve-last changes what the model sees behind the text, and takes one of the new tokens."""
+    arguments = ("--prompt", "x = ", "--max-new-tokens", "6", "--num-steps", "2", "--stats")
+    generate.main(["--model", str(exports["a2d"]), *arguments])
+    plain = capsys.readouterr()
+    generate.main(["--model", str(exports["a2d"]), *arguments, "--reserve-last", "eos"])
+    reserved = capsys.readouterr()
+    assert plain.err.startswith("1 texts, 6 tokens") and reserved.err.startswith("1 texts, 5 tokens")
+
+
+BAD_JSONL = {
+    "no json": ("{'prompt': 1}", "line 2: is not JSON"),
+    "no object": ("[1]", "line 2: is no object"),
+    "unknown key": ('{"prompts": "a"}', "did you mean prompt?"),
+    "empty": ('{"prompt": ""}', "line 2: prompt must be a text that is not empty"),
+    "two kinds": ('{"prompt": "a", "infill": "b"}', "exactly one"),
+    "no suffix": ('{"prefix": "a"}', "needs a suffix"),
+    "length zero": ('{"infill": "a <|hole:0|>"}', "a hole of length 0"),
+    "no length": ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0"),
+    "too long": ('{"prompt": "a", "max_new_tokens": 400}', "200 positions"),
+    "hole first": ('{"infill": "<|hole:2|> a"}', "begins with a hole"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_JSONL)
+def test_bad_jsonl(case, exports, tmp_path):
+    line, message = BAD_JSONL[case]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "good", "max_new_tokens": 2}\n' + line + "\n")
+    with pytest.raises(UserError) as error:
+        generate.main(["--model", str(exports["a2d"]), "--input", str(tmp_path / "prompts.jsonl"), "--jsonl"])
+    assert message in str(error.value)
 
 
 BAD_ARGUMENTS = {
@@ -120,6 +209,15 @@ BAD_ARGUMENTS = {
     "top k": (["--prompt", "a", "--top-k", "-2"], "--top-k -2"),
     "equal samples": (["--prompt", "a", "--num-samples", "2", "--temperature", "0"], "all would be equal"),
     "too long": (["--prompt", "ab", "--max-new-tokens", "199"], "200 positions"),
+    "hole of length zero in a text": (["--infill", "a <|hole:0|> b"], "a hole of length 0"),
+    "no hole": (["--infill", "a b"], "has no hole"),
+    "hole first": (["--infill", "<|hole:3|> b"], "begins with a hole"),
+    "jsonl alone": (["--prompt", "a", "--jsonl"], "--jsonl: has no effect"),
+    "no file": (["--input", "/nowhere/prompts"], "cannot be read"),
+    "cache without blocks": (["--prompt", "a", "--cache", "dual"], "--cache dual: has no effect"),
+    "gamma without eb": (["--prompt", "a", "--gamma", "1"], "--gamma 1.0: has no effect"),
+    "layout of an export": (["--prompt", "a", "--bf16"], "--bf16: only goes with a checkpoint"),
+    "no sampler": (["--prompt", "a", "--sampler", "best"], "invalid choice"),
     "mask token": (["--prompt", "a <|mask|> b"], "contains the mask token"),
     "unknown flag": (["--prompt", "a", "--num-step", "3"], "--num-steps"),
 }
@@ -161,7 +259,7 @@ def test_bad_models(exports, tmp_path):
     assert "no such directory" in refusal(tmp_path / "absent")
     assert "config.json" in refusal(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    assert "export it first" in refusal(tmp_path)
+    assert "names release, which is not there" in refusal(tmp_path)
     assert "'qwen3'" in refusal(copy_of(export, tmp_path / "ar", model_type="qwen3"))
     assert "mask_token_id is None" in refusal(copy_of(export, tmp_path / "mask", mask_token_id=None))
     assert "mask_token_id is 300" in refusal(copy_of(export, tmp_path / "range", mask_token_id=VOCAB))
@@ -176,6 +274,8 @@ def test_bad_models(exports, tmp_path):
     (broken / "model.safetensors").unlink()
     assert "cannot be loaded" in refusal(broken)
 
+    used = copy_of(export, tmp_path / "used", mask_token_id=20)
+    assert "mask_token_id is 20, which the tokenizer uses" in refusal(used)
     without = copy_of(export, tmp_path / "tokenizer")
     (without / "tokenizer.json").write_text("{}")
     assert "tokenizer cannot be read" in refusal(without)
@@ -281,6 +381,6 @@ def test_live_view_in_a_terminal_ends_with_the_whole_text(exports, monkeypatch, 
     assert capsys.readouterr().out == "" and written.count("step") >= 8
 
     def letters(text: str) -> str:
-        return re.sub(r"[^ -~]", "", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))
+        return re.sub(r"[^!-~]", "", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))
 
-    assert len(letters(plain)) > len("x = ") and letters(written).endswith(letters(plain))
+    assert len(letters(plain)) > len("x=") and letters(written).endswith(letters(plain))

@@ -16,8 +16,8 @@ LEVELS = {
     "errors": 0, "files": 0, "console": 0, "architecture": 0, "config": 0, "checks": 0, "cli": 0,
     "diffusion": 1, "conversion": 1, "hf": 1,
     "runtime": 2, "model": 2, "data": 2,
-    "training": 3, "study": 3, "verification": 3,
-    "live_view": 3, "train": 4, "generate": 4,
+    "training": 3, "study": 3, "verification": 3, "inference": 3, "evaluation": 3,
+    "live_view": 3, "replay_page": 3, "train": 4, "generate": 4, "evaluate": 4,
 }  # fmt: skip
 STRANGERS = {("diffusion", "conversion"), ("diffusion", "hf"), ("conversion", "diffusion"), ("hf", "diffusion"), ("hf", "conversion"), ("conversion", "hf"),
              ("model", "data"), ("data", "model")}  # fmt: skip

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_a2d.diffusion.sampling import denoise, make_canvas, row_seed
+from megatron_a2d.diffusion.forward import Request, from_logits
+from megatron_a2d.diffusion.sampling import Canvas, SamplingOptions, denoise, make_canvas, row_seed
 
 VOCAB = 31
 MASK = VOCAB - 1
@@ -28,16 +29,22 @@ def without_mask(tokens_BL: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def row_by_row(lengths: list[int]):
-    """`hashed_logits` of each row's real length only, so that padding and other rows cannot matter."""
+def row_by_row(request: Request, reduce) -> tuple[torch.Tensor, ...]:
+    """A model that computes `hashed_logits` of each row's real length only: padding and other rows cannot matter."""
+    out = torch.zeros(*request.tokens.shape, VOCAB, dtype=torch.float64)
+    for row, length in enumerate(request.visible.sum(1).tolist()):
+        out[row, :length] = hashed_logits(request.tokens[row : row + 1, :length])[0]
+    return reduce(out[request.needed], lambda logits: logits)
 
-    def logits_fn(tokens_BL: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(*tokens_BL.shape, VOCAB, dtype=torch.float64)
-        for row, length in enumerate(lengths):
-            out[row, :length] = hashed_logits(tokens_BL[row : row + 1, :length])[0]
-        return out
 
-    return logits_fn
+def fill(
+    logits_fn, canvas: Canvas, num_steps: int = 256, *, seed=0, label_shift=True, ends=(), on_step=None, **options
+):
+    """The tokens that `denoise` gives, [B, L]."""
+    return denoise(
+        from_logits(logits_fn), canvas, MASK, SamplingOptions(num_steps=num_steps, **options),
+        label_shift=label_shift, seed=seed, end_token_ids=ends, on_step=on_step,
+    ).tokens  # fmt: skip
 
 
 def fixed_logits(probabilities_LV: torch.Tensor):
@@ -126,8 +133,8 @@ PUBLISHED = [
 def test_equals_the_published_sampler(case, expected):
     prefix, holes, suffix, steps = case
     canvas = make_canvas([prefix + [MASK] * holes + suffix + [0]], MASK)
-    assert denoise(without_mask, canvas.tokens, canvas.editable, MASK, steps)[0].tolist() == expected
-    other = denoise(without_mask, canvas.tokens, canvas.editable, MASK, 1)[0].tolist()
+    assert fill(without_mask, canvas, steps)[0].tolist() == expected
+    other = fill(without_mask, canvas, 1)[0].tolist()
     assert other != expected, "the case does not depend on the schedule"
 
 
@@ -152,7 +159,7 @@ def test_equals_a_plain_loop_with_several_holes():
         row = generator.integers(0, MASK, 50)
         row[1:][generator.random(49) < 0.5] = MASK
         canvas = make_canvas([row.tolist()], MASK)
-        result = denoise(without_mask, canvas.tokens, canvas.editable, MASK, steps)[0].tolist()
+        result = fill(without_mask, canvas, steps)[0].tolist()
         assert result == plain_loop(row.tolist(), steps)
         assert all(new == old for new, old in zip(result, row, strict=True) if old != MASK)
 
@@ -165,11 +172,9 @@ def test_lowest_entropy_first(label_shift):
     logits[torch.arange(length), torch.arange(length) + 10] = sharpness  # row i says token i + 10, surely if sharp
     canvas = make_canvas([[1] + [MASK] * (length - 1)], MASK)
     seen = []
-    result = denoise(
+    result = fill(
         lambda tokens: logits.expand(len(tokens), -1, -1),
-        canvas.tokens,
-        canvas.editable,
-        MASK,
+        canvas,
         num_steps=length - 1,
         label_shift=label_shift,
         on_step=lambda step, tokens, decided: seen.append((step, decided[0].nonzero()[:, 0].tolist())),
@@ -192,11 +197,11 @@ def test_schedule_and_number_of_forwards(holes, steps):
     def on_step(step: int, tokens: torch.Tensor, decided: torch.Tensor) -> None:
         masked_after[step] = int((tokens == MASK).sum())
 
-    denoise(logits_fn, canvas.tokens, canvas.editable, MASK, steps, on_step=on_step)
+    fill(logits_fn, canvas, steps, on_step=on_step)
     # In fp32, as published; for 22 holes in 22 steps that is not the whole-number quotient everywhere.
     expected = [int(np.float32(holes) * np.float32((steps - step) / steps)) for step in range(1, steps + 1)]
-    assert [count for step, count in masked_after.items()] == sorted(set(expected) - {holes}, reverse=True)
-    assert all(masked_after[step] == expected[step - 1] for step in masked_after)
+    assert list(masked_after.values()) == sorted(set(expected) - {holes}, reverse=True)
+    assert list(masked_after) == list(range(1, len(masked_after) + 1))
     assert len(forwards) == len(masked_after) <= min(holes, steps), "a forward that decided nothing"
 
 
@@ -205,7 +210,7 @@ def test_never_predicts_the_mask_token(temperature):
     probabilities = torch.full((20, VOCAB), 0.001 / (VOCAB - 1))
     probabilities[:, MASK] = 0.999
     canvas = make_canvas([[1] + [MASK] * 19] * 8, MASK)
-    result = denoise(fixed_logits(probabilities), canvas.tokens, canvas.editable, MASK, 7, temperature)
+    result = fill(fixed_logits(probabilities), canvas, 7, temperature=temperature)
     assert not (result == MASK).any()
 
 
@@ -218,11 +223,9 @@ def test_filters_keep_the_entropy_order(options):
         logits[row, 2:7] = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2]) * (length - row) + 5
     canvas = make_canvas([[1] + [MASK] * (length - 1)], MASK)
     order: list[int] = []
-    result = denoise(
+    result = fill(
         lambda tokens: logits.expand(len(tokens), -1, -1),
-        canvas.tokens,
-        canvas.editable,
-        MASK,
+        canvas,
         num_steps=length - 1,
         temperature=1.0,
         on_step=lambda step, tokens, decided: order.extend(decided[0].nonzero()[:, 0].tolist()),
@@ -235,7 +238,7 @@ def test_filters_keep_the_entropy_order(options):
 def frequencies(probabilities: torch.Tensor, **options) -> torch.Tensor:
     draws = 4000
     canvas = make_canvas([[1, MASK]] * draws, MASK)
-    result = denoise(fixed_logits(probabilities.expand(2, -1)), canvas.tokens, canvas.editable, MASK, 1, **options)
+    result = fill(fixed_logits(probabilities.expand(2, -1)), canvas, 1, **options)
     return torch.bincount(result[:, 1], minlength=VOCAB) / draws
 
 
@@ -259,7 +262,17 @@ def test_draws_follow_the_distribution():
         assert not found[torch.tensor(shares) == 0].any()
 
 
-def test_same_text_on_any_batch_split():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sampler": "eb", "gamma": 0.5},
+        {"sampler": "confidence", "block_length": 3},
+        {"sampler": "threshold", "threshold": 0.5, "block_length": 4, "num_steps": 40},
+        {"guidance": 0.5},
+    ],
+)
+def test_same_text_on_any_batch_split(changes):
     generator = np.random.default_rng(1)
     rows = []
     for length in (12, 30, 7, 21):
@@ -267,12 +280,12 @@ def test_same_text_on_any_batch_split():
         row[1:][generator.random(length - 1) < 0.6] = MASK
         rows.append(row.tolist())
     canvas = make_canvas(rows, MASK)
-    options = {"mask_token_id": MASK, "num_steps": 9, "temperature": 1.0, "top_p": 0.9}
-    together = denoise(row_by_row([len(row) for row in rows]), canvas.tokens, canvas.editable, seed=5, **options)
+    options = SamplingOptions(**{"num_steps": 9, "temperature": 1.0, "top_p": 0.9, **changes})
+    together = denoise(row_by_row, canvas, MASK, options, seed=5).tokens
     for index, row in enumerate(rows):
         single = make_canvas([row], MASK)
         for seed, is_equal in ((row_seed(5, index), True), (row_seed(6, index), False)):
-            alone = denoise(row_by_row([len(row)]), single.tokens, single.editable, seed=[seed], **options)
+            alone = denoise(row_by_row, single, MASK, options, seed=[seed]).tokens
             assert torch.equal(alone[0], together[index, : len(row)]) == is_equal
         assert not together[index, len(row) :].any(), "padding changed"
 
@@ -281,7 +294,7 @@ def test_seeds():
     canvas = make_canvas([[1] + [MASK] * 20] * 3, MASK)
 
     def run(seed) -> torch.Tensor:
-        return denoise(hashed_logits, canvas.tokens, canvas.editable, MASK, 5, temperature=1.0, seed=seed)
+        return fill(hashed_logits, canvas, 5, temperature=1.0, seed=seed)
 
     assert torch.equal(run(0), run(0))
     rows = {tuple(row) for seed in (0, 1, 2) for row in run(seed).tolist()}
@@ -296,7 +309,7 @@ def test_make_canvas():
     canvas = make_canvas([[5, MASK, 6], [7]], MASK, pad_token_id=9)
     assert canvas.tokens.tolist() == [[5, MASK, 6], [7, 9, 9]]
     assert canvas.editable.tolist() == [[False, True, False], [False, False, False]]
-    assert canvas.attention_mask.tolist() == [[True, True, True], [True, False, False]]
+    assert canvas.visible.tolist() == [[True, True, True], [True, False, False]]
     # Padding with the mask token itself makes no holes.
     assert not make_canvas([[5, 6], [7]], MASK, pad_token_id=MASK).editable.any()
 
@@ -314,17 +327,12 @@ def test_make_canvas():
 def test_bad_arguments(row, options, message):
     canvas = make_canvas([row], MASK)
     with pytest.raises(ValueError, match=message):
-        denoise(
-            hashed_logits,
-            canvas.tokens,
-            canvas.editable,
-            **{"mask_token_id": MASK, "num_steps": 4, **options},
-        )
+        fill(hashed_logits, canvas, **{"num_steps": 4, **options})
 
 
 def test_without_label_shift_position_0_may_be_a_hole():
     canvas = make_canvas([[MASK, 1]], MASK)
-    result = denoise(hashed_logits, canvas.tokens, canvas.editable, MASK, 1, label_shift=False)
+    result = fill(hashed_logits, canvas, 1, label_shift=False)
     logits = hashed_logits(canvas.tokens)
     logits[..., MASK] = -torch.inf
     assert int(result[0, 0]) == int(logits[0, 0].argmax())

@@ -1,0 +1,121 @@
+"""Log-likelihoods of many requests, sorted and batched, against one request at a time.
+
+    python -m bench.likelihood [--rounds 3] [--questions 24] [--out bench/results/likelihood_cpu.json]
+
+Questions with contexts of 20 to 120 tokens and four choices each, at most 128 forward passes a choice. `letters`:
+choices of one token, as in MMLU; `texts`: choices of 1 to 8 tokens, as in ARC (exact up to 7 tokens). Three ways, in
+turns, the same numbers from all: one masked sequence at a time; one request at a time, its draws as one batch; and
+everything sorted, batched, and equal sequences run once.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.report import machine
+from megatron_a2d.cli import Parser
+from megatron_a2d.console import entry_point
+from megatron_a2d.diffusion.forward import Reduce, Request
+from megatron_a2d.evaluation.scoring import Scored, ScoringOptions, score
+from megatron_a2d.files import write_json
+from megatron_a2d.hf.configuration_a2d import A2DConfig
+from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
+from megatron_a2d.inference.export import TransformersModel
+
+VOCABULARY, HIDDEN, LAYERS, MASK = 4096, 64, 4, 4095
+MC_NUM, BATCH_TOKENS = 128, 4096
+
+
+class Scorer:
+    """As much of an opened model as `score` reads."""
+
+    objective, label_shift, mask_token_id, max_positions = "mdlm", True, MASK, 512
+    device = torch.device("cpu")
+
+    def __init__(self, model: A2DForMaskedLM):
+        self._run, self.num_forwards = TransformersModel(model), 0
+
+    def run(self, request: Request, reduce: Reduce) -> tuple[torch.Tensor, ...]:
+        self.num_forwards += 1
+        return self._run(request, reduce)
+
+
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each way, after one warm-up")
+    parser.add_argument("--questions", type=int, default=24, help="questions of a run, each with four choices")
+    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    config = A2DConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=128, max_position_embeddings=512, mask_token_id=MASK,
+    )  # fmt: skip
+    scorer = Scorer(A2DForMaskedLM(config).eval())
+    content = {
+        "machine": machine(), "vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS, "mc_num": MC_NUM,
+        "batch_tokens": BATCH_TOKENS, "questions": options.questions,
+        **{kind: measure(scorer, kind, options.questions, options.rounds) for kind in ("letters", "texts")},
+    }  # fmt: skip
+    if options.out:
+        write_json(options.out, content)
+
+
+def draw_requests(kind: str, num_questions: int) -> list[tuple[list[int], list[int]]]:
+    random = np.random.default_rng(0)
+    requests = []
+    for _ in range(num_questions):
+        context = random.integers(0, MASK, random.integers(20, 121)).tolist()
+        for choice in range(4):
+            length = random.integers(1, 9) if kind == "texts" else 0
+            answer = random.integers(0, MASK, length).tolist() if length else [choice]
+            requests.append((context, answer))
+    return requests
+
+
+def measure(scorer: Scorer, kind: str, num_questions: int, rounds: int) -> dict[str, Any]:
+    """Times of the three ways, and their ratios to the last one."""
+    requests = draw_requests(kind, num_questions)
+    whole = ScoringOptions(mc_num=MC_NUM, batch_tokens=BATCH_TOKENS)
+    opened: Any = scorer
+    ways: dict[str, Callable[[], list[Scored]]] = {
+        "one sequence at a time": lambda: [
+            score(opened, [request], ScoringOptions(mc_num=MC_NUM, batch_tokens=1))[0] for request in requests
+        ],
+        "one request at a time": lambda: [score(opened, [request], whole)[0] for request in requests],
+        "sorted and batched": lambda: score(opened, requests, whole),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    forwards = {}
+    for number in range(rounds + 1):
+        results = {}
+        for way, run in ways.items():
+            scorer.num_forwards, begin = 0, time.perf_counter()
+            results[way] = run()
+            if number:
+                seconds[way].append(time.perf_counter() - begin)
+            forwards[way] = scorer.num_forwards
+        for way, found in results.items():
+            largest = max(abs(a[0] - b[0]) for a, b in zip(found, results["sorted and batched"], strict=True))
+            assert largest < 1e-3, f"{way} gives other numbers: {largest}"
+    ratios = {
+        way: statistics.median(a / b for a, b in zip(times, seconds["sorted and batched"], strict=True))
+        for way, times in seconds.items()
+    }
+    for way, times in seconds.items():
+        rate = len(requests) / statistics.median(times)
+        print(f"{kind:8} {way:24} {rate:8.1f} requests/s  {forwards[way]:5} forwards  {ratios[way]:6.2f}x the time")
+    return {"time_ratios": ratios, "forwards": forwards, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    entry_point(main)

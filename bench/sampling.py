@@ -1,0 +1,192 @@
+"""Samplers against a plain reimplementation of the published loop: tokens a second, at equal output or a stated cost.
+
+    python -m bench.sampling [--rounds 2] [--out bench/results/sampling_cpu.json]
+    python -m bench.sampling --model demo_run/exported --data demo_run/corpus_valid --texts 8 --out ...
+
+The plain loop does what the published one does: the head, a full-vocabulary log-softmax, entropies and argmax on all
+positions, at every step. First, `rnd1` at equal output on an untrained model with Qwen3's vocabulary. With --model, an
+export such as the demo's, all samplers continue held-out texts: beside the speed, what they cost, as the bound on the
+written text's negative log-likelihood under the model (64 forward passes a text, nats a token), and as the share of
+tokens that are those of the held-out text. One text at a time, all in turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.report import machine
+from megatron_a2d.cli import Parser
+from megatron_a2d.console import entry_point
+from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
+from megatron_a2d.files import write_json
+from megatron_a2d.hf.configuration_a2d import A2DConfig
+from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
+from megatron_a2d.inference.export import TransformersModel
+
+VOCABULARY, HIDDEN, LAYERS, MASK = 151_936, 256, 4, 151_669
+PROMPT, NEW_TOKENS, STEPS = 32, 64, 64
+
+SAMPLERS = {
+    "rnd1": SamplingOptions(num_steps=STEPS),
+    "rnd1, an eighth of the steps": SamplingOptions(num_steps=STEPS // 8),
+    "threshold 0.5": SamplingOptions("threshold", num_steps=STEPS, threshold=0.5),
+    "threshold 0.2": SamplingOptions("threshold", num_steps=STEPS, threshold=0.2),
+    "threshold 0.1": SamplingOptions("threshold", num_steps=STEPS, threshold=0.1),
+    "rnd1, blocks of 16": SamplingOptions(num_steps=STEPS, block_length=16),
+    "rnd1, blocks of 16, prefix cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="prefix"),
+    "rnd1, blocks of 16, dual cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="dual"),
+    "threshold 0.2, blocks of 16, dual cache": SamplingOptions(
+        "threshold", num_steps=STEPS, threshold=0.2, block_length=16, cache="dual"
+    ),
+    "threshold 0.1, blocks of 16, dual cache": SamplingOptions(
+        "threshold", num_steps=STEPS, threshold=0.1, block_length=16, cache="dual"
+    ),
+}
+
+
+class Measured(NamedTuple):
+    """Of one sampler, by text."""
+
+    seconds: list[float]
+    texts: list[list[int]]
+    forwards: list[int]
+
+
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2, help="texts of the untrained model, after one warm-up")
+    parser.add_argument("--model", default=None, help="an export that all samplers are compared on")
+    parser.add_argument("--data", default=None, help="prefix of its held-out tokens")
+    parser.add_argument("--texts", type=int, default=8, help="texts that are continued, after one warm-up")
+    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    content: dict[str, Any] = {"machine": machine(), "prompt": PROMPT, "new_tokens": NEW_TOKENS, "steps": STEPS}
+    content["untrained"] = untrained(options.rounds)
+    if options.model:
+        content["trained"] = trained(options.model, options.data, options.texts)
+    if options.out:
+        write_json(options.out, content)
+
+
+def untrained(rounds: int) -> dict[str, Any]:
+    """`rnd1` and the plain loop, Qwen3's vocabulary; a quarter of the steps, which changes neither's cost of a step."""
+    torch.manual_seed(0)
+    config = A2DConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, intermediate_size=512, mask_token_id=MASK, initializer_range=0.1,
+    )  # fmt: skip
+    model = A2DForMaskedLM(config).eval()
+    steps = STEPS // 4
+    prompts = torch.randint(0, MASK, (rounds + 1, PROMPT)).tolist()
+    plain, ours = Measured([], [], []), Measured([], [], [])
+    for prompt in prompts:
+        run(plain, partial(plain_loop, model, prompt, MASK, steps))
+        run(ours, partial(our_loop, model, prompt, MASK, SamplingOptions(num_steps=steps)))
+    assert plain.texts == ours.texts, "rnd1 is not the plain loop"
+    ratios = [a / b for a, b in zip(plain.seconds[1:], ours.seconds[1:], strict=True)]
+    print(f"vocabulary {VOCABULARY}: equal output, rnd1 at {statistics.median(ratios):.2f}x the plain loop's speed")
+    return {
+        "vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS, "num_steps": steps,
+        "speed_ratio": statistics.median(ratios), "seconds": {"ours": ours.seconds[1:], "plain": plain.seconds[1:]},
+    }  # fmt: skip
+
+
+def trained(directory: str, data: str, num_texts: int) -> dict[str, Any]:
+    from megatron_a2d.data.dataset import PackedDataset
+    from megatron_a2d.evaluation.scoring import ScoringOptions, score
+    from megatron_a2d.inference.export import open_export
+
+    opened = open_export(directory)
+    model, mask = opened.run.model, opened.mask_token_id  # type: ignore[attr-defined]
+    dataset = PackedDataset(data, PROMPT + NEW_TOKENS, seed=0, vocab_size=opened.vocab_size)
+    texts = [dataset.tokens(number).tolist() for number in range(num_texts + 1)]
+    found = {name: Measured([], [], []) for name in ("plain loop", *SAMPLERS)}
+    for text in texts:
+        prompt = text[:PROMPT]
+        run(found["plain loop"], partial(plain_loop, model, prompt, mask, STEPS))
+        for name, sampling in SAMPLERS.items():
+            run(found[name], partial(our_loop, model, prompt, mask, sampling))
+    table = {}
+    for name, measured in found.items():
+        requests = [(written[:PROMPT], written[PROMPT:]) for written in measured.texts]
+        scored = score(opened, requests, ScoringOptions(mc_num=64))
+        right = [
+            a == b
+            for text, own in zip(texts, measured.texts, strict=True)
+            for a, b in zip(text[PROMPT:], own[PROMPT:], strict=True)
+        ]
+        pairs = zip(found["plain loop"].seconds[1:], measured.seconds[1:], strict=True)
+        table[name] = {
+            "tokens_per_second": NEW_TOKENS / statistics.median(measured.seconds[1:]),
+            "speed_ratio": statistics.median(a / b for a, b in pairs),
+            "forwards": statistics.fmean(measured.forwards),
+            "nats_per_token": -statistics.fmean(item.log_likelihood for item in scored) / NEW_TOKENS,
+            "accuracy": statistics.fmean(right),
+            "texts_equal_to_plain": sum(a == b for a, b in zip(found["plain loop"].texts, measured.texts, strict=True)),
+            "seconds": measured.seconds[1:],
+        }
+        row = table[name]
+        print(
+            f"{name:42} {row['speed_ratio']:6.2f}x  {row['forwards']:5.1f} forwards  {row['nats_per_token']:.3f} nats  "
+            f"accuracy {row['accuracy']:.1%}  {row['texts_equal_to_plain']} of {len(texts)} equal",
+            flush=True,
+        )
+    return {"model": Path(directory).name, "vocabulary": opened.vocab_size, "texts": num_texts, "samplers": table}
+
+
+def run(measured: Measured, write: Any) -> None:
+    begin = time.perf_counter()
+    tokens, forwards = write()
+    measured.seconds.append(time.perf_counter() - begin)
+    measured.texts.append(tokens)
+    measured.forwards.append(forwards)
+
+
+def our_loop(model: A2DForMaskedLM, prompt: list[int], mask: int, options: SamplingOptions) -> tuple[list[int], int]:
+    sampled = denoise(TransformersModel(model), make_canvas([prompt + [mask] * NEW_TOKENS], mask), mask, options)
+    return sampled.tokens[0].tolist(), sampled.num_forwards[0]
+
+
+@torch.no_grad()
+def plain_loop(model: A2DForMaskedLM, prompt: list[int], mask: int, num_steps: int) -> tuple[list[int], int]:
+    """The published schedule, greedy, as it is written; but for the mask token, which it would predict."""
+    tokens = torch.tensor([prompt + [mask] * NEW_TOKENS])
+    maskable = tokens == mask
+    total = maskable.sum(1, keepdim=True)
+
+    def predict() -> tuple[Tensor, Tensor]:
+        logits = model(tokens).logits
+        logits[..., mask] = -1e30
+        logprobs = torch.log_softmax(logits, dim=-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return F.pad(logprobs.argmax(-1)[:, :-1], (1, 0)), F.pad(entropy[:, :-1], (1, 0))
+
+    predicted, entropy = predict()
+    forwards = 1
+    for step in range(num_steps - 1, 0, -1):
+        keep = int((total * (step / num_steps)).long())
+        kept = torch.zeros_like(maskable)
+        if keep:
+            kept[0, entropy.masked_fill(~maskable, -torch.inf)[0].topk(keep).indices] = True
+        decided = maskable & ~kept
+        tokens[decided] = predicted[decided]
+        maskable &= ~decided
+        if maskable.any():
+            predicted, entropy = predict()
+            forwards += 1
+    tokens[maskable] = predicted[maskable]
+    return tokens[0].tolist(), forwards
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,326 @@
+"""Evaluate a model: NELBO on held-out text, and tasks of the lm-evaluation-harness.
+
+    python -m megatron_a2d.evaluate --model EXPORT --valid-data-path code=data/code_valid web=data/web_valid --out EVAL
+    python -m megatron_a2d.evaluate --model EXPORT --config launch/eval/mmlu.yaml --out EVAL
+    python -m megatron_a2d.evaluate --model QWEN3 --objective ar --config launch/eval/mmlu.yaml --out EVAL_BEFORE
+    torchrun --nproc-per-node 8 -m megatron_a2d.evaluate --model CHECKPOINT --expert-model-parallel-size 8 ...
+
+Writes EVAL/results.json with the resolved settings, EVAL/results.md, and EVAL/answers.jsonl while it works: the same
+command goes on where it was interrupted. `--beside EVAL_BEFORE` puts earlier results into the same table. Files of
+--config hold the same names as the flags; flags win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from megatron_a2d.cli import Parser, add_settings, given_settings
+from megatron_a2d.config import build, flag
+from megatron_a2d.console import entry_point, progress
+from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.files import new_file, read_json, write_json
+from megatron_a2d.inference.flags import LAYOUT, SAMPLING, add_sampling_flags, close_model, open_model, sampling_options
+
+if TYPE_CHECKING:
+    from megatron_a2d.evaluation.journal import Journal
+    from megatron_a2d.inference.opened import Opened
+
+
+class Option(NamedTuple):
+    """A flag, and a key of --config files."""
+
+    kind: type  # of the value, or of each of a list's values
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+OPTIONS = {
+    "objective": Option(str, "mdlm", "ar: an autoregressive Qwen3, for the table before conversion", ("mdlm", "ar")),
+    "valid_data_path": Option(str, [], "held-out data, PREFIX or NAME=PREFIX ..., each a source"),
+    "seq_length": Option(int, 1024, "held-out data: tokens of a sample; that of training gives training's figures"),
+    "num_samples": Option(int, 512, "held-out data: samples of each source"),
+    "micro_batch_size": Option(int, 8, "held-out data: samples that are forwarded at once"),
+    "tasks": Option(str, [], "tasks or groups of the harness, by name"),
+    "include_path": Option(str, None, "directory with further task files"),
+    "num_fewshot": Option(int, None, "examples before each question (default: the task's own)"),
+    "limit": Option(int, None, "questions of each task; for a first look only"),
+    "likelihood": Option(
+        str, "monte_carlo", "how continuations are scored: a bound by Monte Carlo, or the pseudo-likelihood",
+        ("monte_carlo", "pseudo"),
+    ),
+    "mc_num": Option(int, 128, "forward passes for a log-likelihood, at most; exact where that suffices"),
+    "batch_tokens": Option(int, 4096, "tokens that are forwarded at once when scoring; more on a GPU"),
+    "batch_size": Option(int, 16, "texts that are written together"),
+    "max_new_tokens": Option(int, 256, "tokens of an answer, where the task does not say"),
+    "seed": Option(int, 0, "of Monte Carlo masks and of drawn texts"),
+    "allow_code_execution": Option(bool, False, "run programs that the model writes, in subprocesses under limits"),
+}  # fmt: skip
+_NOISE = ("noise_schedule", "time_sampling", "min_time")
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, layout, noise = _parse(argv)
+    beside = [read_json(Path(directory) / "results.json", "the earlier results") for directory in options.beside]
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
+    begin = time.perf_counter()
+    try:
+        opened = open_model(options.model, layout, options.objective)
+        settings = {name: getattr(options, name) for name in OPTIONS}
+        content: dict[str, Any] = {
+            "model": options.model, "objective": options.objective, "versions": _versions(options),
+            "settings": settings | {"sampling": {n: getattr(options, n) for n in SAMPLING if hasattr(options, n)}} |
+            noise,
+        }  # fmt: skip
+        if options.valid_data_path:
+            content["held_out"] = _held_out(options, opened, noise)
+        if options.tasks:
+            content |= _tasks(options, opened)
+        if opened.speaks:
+            _write(Path(options.out), {**content, "seconds": round(time.perf_counter() - begin, 1)}, beside)
+    finally:
+        close_model()
+
+
+def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any]]:
+    """The options, the layout's settings and the noise's; UserError with all problems."""
+    parser = Parser(prog="python -m megatron_a2d.evaluate", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", required=True, metavar="DIR", help="an export, a checkpoint, or a Qwen3 directory")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, as launch/eval/*.yaml")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="DIR", help="earlier results for the same table")
+    group = parser.add_argument_group("what and how")
+    for name, option in OPTIONS.items():
+        kind: dict[str, Any] = {"type": option.kind}
+        if option.kind is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif option.choices:
+            kind["choices"] = option.choices
+        else:
+            kind["metavar"] = option.kind.__name__.upper()
+        if option.default == []:
+            kind["nargs"] = "+"
+        shown = "" if option.default in (None, []) else f" (default: {option.default})"
+        group.add_argument(flag(name), help=option.help + shown, default=argparse.SUPPRESS, **kind)
+    add_sampling_flags(parser.add_argument_group("texts"))
+    add_settings(parser, (*_NOISE, *LAYOUT))
+    given = parser.parse_args(argv)
+    problems: list[str] = []
+    layout = given_settings(given, LAYOUT, problems)
+    noise = given_settings(given, _NOISE, problems)
+    recipe = _read_config(given.config, problems) if given.config else {}
+    if problems:
+        raise UserError(problems)
+    values = {name: option.default for name, option in OPTIONS.items()} | recipe
+    options = argparse.Namespace(**{**values, **vars(given)})
+    if not options.valid_data_path and not options.tasks:
+        problems.append("--valid-data-path, --tasks: there is nothing to evaluate; give at least one of them")
+    for name in (
+        "seq_length",
+        "num_samples",
+        "micro_batch_size",
+        "mc_num",
+        "batch_tokens",
+        "batch_size",
+        "max_new_tokens",
+    ):
+        if getattr(options, name) < (2 if name == "seq_length" else 1):
+            problems.append(f"{flag(name)} {getattr(options, name)}: is too small")
+    for name, least in (("num_fewshot", 0), ("limit", 1), ("seed", 0)):
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            problems.append(f"{flag(name)} {getattr(options, name)}: must be at least {least}")
+    if options.objective == "ar":
+        problems += [
+            f"{flag(name)} {value}: has no effect with --objective ar; remove it" for name, value in noise.items()
+        ]
+    if problems:
+        raise UserError(problems)
+    return options, layout, noise
+
+
+def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read ({' '.join(str(error).split())}); check the file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: holds no settings; write lines of the form `name: value`")
+    values = {}
+    known = [*OPTIONS, *SAMPLING]
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            problems.append(f"--config {path}: unknown setting {key}{nearest(name, known)}")
+            continue
+        option = OPTIONS.get(name)
+        if option and option.default == [] and not isinstance(value, list):
+            value = [value]
+        wrong = option and any(
+            type(item) is not option.kind for item in (value if isinstance(value, list) else [value])
+        )
+        if wrong or (option and option.choices and value not in option.choices):
+            assert option
+            expected = " or ".join(option.choices) or option.kind.__name__
+            problems.append(f"--config {path}: {name} is {value!r}; it must be {expected}")
+        values[name] = value
+    # A relative directory of task files is meant from the file that names it.
+    if isinstance(values.get("include_path"), str):
+        values["include_path"] = str(Path(path).parent / values["include_path"])
+    return values
+
+
+def _versions(options: argparse.Namespace) -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ["torch", "transformers", "tokenizers", *(["lm_eval"] if options.tasks else [])]
+    try:
+        return {name: version(name) for name in names}
+    except ImportError:
+        raise UserError(
+            "--tasks: the lm-evaluation-harness is not installed; pip install 'megatron_a2d[eval]'"
+        ) from None
+
+
+@contextmanager
+def _progress(opened: Opened, what: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+    with progress(what, total, unit) if opened.speaks else nullcontext(lambda amount: None) as advance:
+        yield advance
+
+
+def _held_out(options: argparse.Namespace, opened: Opened, noise: dict[str, Any]) -> dict[str, Any]:
+    from megatron_a2d.evaluation.held_out import evaluate_sources, open_sources
+    from megatron_a2d.evaluation.report import plain
+
+    if options.seq_length > opened.max_positions:
+        raise UserError(
+            f"--seq-length {options.seq_length}: the model knows {opened.max_positions} positions; shorten the samples"
+        )
+    sources = open_sources(options.valid_data_path, options.seq_length, opened.vocab_size)
+    config = build(
+        {
+            "objective": options.objective, "seq_length": options.seq_length, "label_shift": opened.label_shift,
+            "micro_batch_size": options.micro_batch_size, **noise,
+        }
+    )  # fmt: skip
+    total = sum(min(options.num_samples, source.dataset.num_samples) for source in sources)
+    with _progress(opened, "held-out text", total, "samples") as advance:
+        results = evaluate_sources(opened, config, sources, options.num_samples, advance)
+    return {name: plain(result.to_dict() | result.tables()) for name, result in results.items()}
+
+
+def _tasks(options: argparse.Namespace, opened: Opened) -> dict[str, Any]:
+    from megatron_a2d.evaluation.journal import Journal
+    from megatron_a2d.evaluation.scoring import ScoringOptions
+
+    scoring = ScoringOptions(options.likelihood, options.mc_num, options.batch_tokens, options.seed)
+    sampling = sampling_options(options, opened, temperature=0.0)
+    # Everything that an answer depends on, but for the request itself; not batch sizes.
+    dependent = {
+        "model": _fingerprint(Path(options.model)), "objective": options.objective, "likelihood": options.likelihood,
+        "mc_num": options.mc_num, "seed": options.seed, "sampling": repr(sampling),
+    }  # fmt: skip
+    journal = Journal(Path(options.out) / "answers.jsonl", dependent, writes=opened.speaks)
+    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        sys.modules["torch.distributed"].barrier()  # all know the same answers before one adds any
+    try:
+        return _run_harness(options, opened, scoring, sampling, journal)
+    finally:
+        journal.close()
+
+
+def _run_harness(
+    options: argparse.Namespace, opened: Opened, scoring: Any, sampling: Any, journal: Journal
+) -> dict[str, Any]:
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from megatron_a2d.evaluation.code_execution import SWITCH
+    from megatron_a2d.evaluation.harness import HarnessModel
+    from megatron_a2d.evaluation.report import plain
+
+    datasets.disable_progress_bars()
+    os.environ[SWITCH] = "1" if options.allow_code_execution else "0"
+    manager = _task_manager(options, TaskManager)
+    model = HarnessModel(
+        opened, scoring, sampling, options.max_new_tokens, options.batch_size, journal,
+        lambda what, total, unit: _progress(opened, what, total, unit), options.seed,
+    )  # fmt: skip
+    try:
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=list(options.tasks), num_fewshot=options.num_fewshot, limit=options.limit,
+            task_manager=manager, log_samples=False, confirm_run_unsafe_code=options.allow_code_execution,
+        )  # fmt: skip
+    except UserError:
+        raise
+    except Exception as error:
+        if model.was_asked:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        if "unsafe" in reason:
+            raise UserError(
+                f"--tasks {' '.join(options.tasks)}: runs programs that the model writes; "
+                "give --allow-code-execution if you want that on this machine"
+            ) from None
+        raise UserError(
+            f"--tasks {' '.join(options.tasks)}: cannot be loaded ({type(error).__name__}: {reason}); "
+            "its data set must be on this machine or on a hub that it reaches"
+        ) from error
+    assert found is not None
+    return {
+        "tasks": plain(found["results"]), "num_fewshot": plain(found.get("n-shot", {})),
+        "log_likelihoods": model.error_summary() if opened.objective == "mdlm" else {}, "counts": dict(model.counts),
+    }  # fmt: skip
+
+
+def _task_manager(options: argparse.Namespace, manager_class: Any) -> Any:
+    """One that knows all tasks; UserError for others, with the nearest name."""
+    if options.include_path is not None and not Path(options.include_path).is_dir():
+        raise UserError(f"--include-path {options.include_path}: there is no such directory")
+    if options.include_path is not None:
+        # The harness's own thousands of tasks take seconds to list.
+        manager = manager_class(include_path=options.include_path, include_defaults=False)
+        if set(options.tasks) <= set(manager.all_tasks):
+            return manager
+    manager = manager_class(include_path=options.include_path)
+    known = set(manager.all_tasks)
+    if problems := [
+        f"--tasks {task}: unknown task{nearest(task, known)}" for task in options.tasks if task not in known
+    ]:
+        raise UserError(problems)
+    return manager
+
+
+def _fingerprint(model: Path) -> list[Any]:
+    """Tells one state of a model's files from another without reading them."""
+    files = sorted(path for path in model.rglob("*") if path.is_file())
+    return [str(model.resolve()), [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
+
+
+def _write(out: Path, content: dict[str, Any], beside: list[dict[str, Any]]) -> None:
+    from megatron_a2d.evaluation.report import markdown
+
+    page = markdown([content, *beside])
+    write_json(out / "results.json", content)
+    with new_file(out / "results.md") as partial:
+        partial.write_text(page, encoding="utf-8")
+    print(page, end="")
+    print(json.dumps({"results": str(out / "results.json")}), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    entry_point(main)

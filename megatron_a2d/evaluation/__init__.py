@@ -1,0 +1,1 @@
+"""How good a model is: NELBO on held-out data, and tasks of the lm-evaluation-harness with a diffusion likelihood."""

@@ -1,0 +1,185 @@
+"""Tasks of the lm-evaluation-harness on a diffusion (or autoregressive) model.
+
+The harness makes the requests and judges the answers; here they are answered: log-likelihoods by scoring.py, texts by
+the samplers. Requests are sorted by length and batched, each answer goes to the journal as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_positions, make_canvas, row_seed
+from megatron_a2d.errors import UserError
+from megatron_a2d.evaluation.journal import Journal
+from megatron_a2d.evaluation.scoring import Scored, ScoringOptions, check_lengths, score
+from megatron_a2d.inference.opened import Opened
+
+Progress = Callable[[str, float, str], AbstractContextManager[Callable[[float], None]]]
+
+
+class HarnessModel(TemplateLM):
+    """What `lm_eval.simple_evaluate` asks.
+
+    `counts` says what had to be done to requests (contexts cut at the left because they exceed the model's positions);
+    `standard_errors` are those of all log-likelihoods, in nats.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        scoring: ScoringOptions,
+        sampling: SamplingOptions,
+        max_new_tokens: int,
+        batch_size: int,
+        journal: Journal,
+        progress: Progress,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.opened, self.scoring, self.sampling, self.journal = opened, scoring, sampling, journal
+        self.max_new_tokens, self.batch_size, self.seed, self._progress = max_new_tokens, batch_size, seed, progress
+        self.counts: Counter[str] = Counter()
+        self.was_asked = False  # until then, what fails is the loading of tasks and their data
+        self.standard_errors: list[float] = []
+
+    @property
+    def eot_token_id(self) -> int:
+        # Documents end with the first of them; it stands for "nothing before".
+        if not self.opened.end_token_ids:
+            raise UserError(f"--model {self.opened.name}: config.json names no eos_token_id; write it into the file")
+        return self.opened.end_token_ids[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.opened.encode(string)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self.was_asked = True
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        pairs = [self._fit(context, continuation) for _, context, continuation in requests]
+        found = self._score(pairs, "log-likelihoods")
+        return [(scored.log_likelihood, scored.is_greedy) for scored in found]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Whole texts, in windows of the model's positions that do not overlap but for one token of context."""
+        self.was_asked = True
+        windows = []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            limit = self.opened.max_positions - 1
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, limit, 1):
+                windows.append((number, make_disjoint_window(pair)))
+        found = self._score([pair for _, pair in windows], "texts")
+        totals = [0.0] * len(requests)
+        for (number, _), scored in zip(windows, found, strict=True):
+            totals[number] += scored.log_likelihood
+        return totals
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Completions of at most `max_gen_toks` (else --max-new-tokens) tokens, cut at the task's stop texts."""
+        self.was_asked = True
+        jobs = []
+        for request in requests:
+            context, arguments = request.args
+            length = int(arguments.get("max_gen_toks", self.max_new_tokens))
+            tokens, _ = self._fit(self.tok_encode(context) or [self.eot_token_id], [0] * length)
+            until = arguments.get("until") or []
+            jobs.append((tokens, length, [until] if isinstance(until, str) else list(until)))
+        keys = [self.journal.key("generate", *job) for job in jobs]
+        unknown = [number for number, key in enumerate(keys) if self.journal.get(key) is None]
+        unknown.sort(key=lambda number: (-len(jobs[number][0]) - jobs[number][1], keys[number]))
+        with self._progress("texts", len(jobs), "requests") as advance:
+            advance(len(jobs) - len(unknown))
+            for start in range(0, len(unknown), self.batch_size):
+                batch = unknown[start : start + self.batch_size]
+                texts = self._complete([jobs[number][:2] for number in batch], [keys[number] for number in batch])
+                self.journal.add(
+                    {keys[number]: _cut(text, jobs[number][2]) for number, text in zip(batch, texts, strict=True)}
+                )
+                advance(len(batch))
+        return [self.journal.get(key) for key in keys]
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], what: str) -> list[Scored]:
+        check_lengths(self.opened, pairs)
+        with self._progress(what, len(pairs), "requests") as advance:
+            found = score(self.opened, pairs, self.scoring, self.journal, advance)
+        self.standard_errors += [scored.standard_error for scored in found]
+        return found
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """A context that is too long loses its beginning, as in the harness's own models; it is counted."""
+        room = self.opened.max_positions - len(continuation)
+        if room < 1:
+            raise UserError(
+                f"a request asks for {len(continuation)} tokens, and the model has "
+                f"{self.opened.max_positions} positions; lower --max-new-tokens or take another task"
+            )
+        if len(context) > room:
+            self.counts["contexts cut at the left"] += 1
+        return context[-room:], continuation
+
+    def _complete(self, jobs: list[tuple[list[int], int]], keys: list[str]) -> list[str]:
+        opened = self.opened
+        if opened.objective == "ar":
+            return [_greedy(opened, tokens, length) for tokens, length in jobs]
+        canvas = make_canvas(
+            [tokens + [opened.mask_token_id] * length for tokens, length in jobs], opened.mask_token_id
+        )
+        sampled = denoise(
+            opened.run, canvas.to(opened.device), opened.mask_token_id, self.sampling,
+            label_shift=opened.label_shift, end_token_ids=opened.end_token_ids,
+            # By the request's content: the same text in any order and batch.
+            seed=[row_seed(self.seed, int(key[:8], 16)) for key in keys],
+        ).tokens.tolist()  # fmt: skip
+        texts = []
+        for row, (tokens, length) in zip(sampled, jobs, strict=True):
+            new = row[len(tokens) : len(tokens) + length]
+            kept = kept_positions(new, [True] * length, set(opened.end_token_ids))
+            texts.append(opened.decode([new[position] for position in kept]))
+        return texts
+
+    def error_summary(self) -> dict[str, float]:
+        """Of the log-likelihoods' Monte Carlo errors, nats: their mean and largest, and the share that is exact."""
+        errors = [error for error in self.standard_errors if math.isfinite(error)]
+        if not errors:
+            return {}
+        return {
+            "mean_standard_error": statistics.fmean(errors),
+            "largest_standard_error": max(errors),
+            "exact_share": sum(error == 0 for error in errors) / len(errors),
+        }
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first stop text in it."""
+    ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+@torch.no_grad()
+def _greedy(opened: Opened, tokens: list[int], length: int) -> str:
+    """The autoregressive baseline: greedy decoding by transformers."""
+    model = getattr(opened.run, "model", None)
+    if model is None:
+        raise UserError(
+            f"--model {opened.name}: texts of an autoregressive model are written from an export; "
+            "run python -m checkpoints_tools.export_hf --format qwen3 first"
+        )
+    row = torch.tensor([tokens], device=opened.device)
+    written = model.generate(
+        row, attention_mask=torch.ones_like(row), max_new_tokens=length, do_sample=False, temperature=None, top_p=None,
+        top_k=None, eos_token_id=list(opened.end_token_ids) or None,
+        pad_token_id=opened.end_token_ids[0] if opened.end_token_ids else 0,
+    )[0, len(tokens) :].tolist()  # fmt: skip
+    kept = kept_positions(written, [True] * len(written), set(opened.end_token_ids))
+    return opened.decode([written[position] for position in kept])

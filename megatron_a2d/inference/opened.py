@@ -1,0 +1,68 @@
+"""A model that is ready to run, wherever it came from, and the checks that both kinds share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.conversion.checkpoint import RELEASE, TRACKER
+from megatron_a2d.diffusion.forward import Model
+from megatron_a2d.errors import UserError
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What sampling and evaluation need to know of a model."""
+
+    run: Model
+    tokenizer: Tokenizer
+    name: str  # what the user gave
+    objective: str  # mdlm or ar
+    architecture: Architecture
+    vocab_size: int
+    mask_token_id: int  # -1 for an autoregressive model
+    end_token_ids: tuple[int, ...]
+    label_shift: bool
+    max_positions: int
+    num_diffusion_steps: int
+    has_caches: bool
+    device: torch.device
+    # Several processes run a sharded model; one of them speaks.
+    speaks: bool = True
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """True for a training or converted checkpoint, or one of its iterations; False for anything else."""
+    return (directory / TRACKER).exists() or directory.name == RELEASE or directory.name.startswith("iter_")
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, checked against the model's vocabulary."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}: the tokenizer is missing; copy it from the model that this one comes from")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower class
+        raise UserError(f"{path}: the tokenizer cannot be read ({error}); copy it again") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f"{path}: has token id {largest}, and the model has {vocab_size} tokens; take the model's own tokenizer"
+        )
+    return tokenizer
+
+
+def end_tokens(value: int | list[int] | None) -> tuple[int, ...]:
+    """eos_token_id of a config.json, which is a number, a list or nothing."""
+    return (value,) if isinstance(value, int) else tuple(value or ())

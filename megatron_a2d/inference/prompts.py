@@ -1,0 +1,112 @@
+"""What is to be written: texts with holes, as the user gives them, and the rows of tokens that they become."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.inference.opened import Opened
+
+# <|hole:16|> in a text stands for 16 tokens to find.
+_HOLE = re.compile(r"<\|hole:(-?\d+)\|>")
+_JSON_KEYS = ("prompt", "max_new_tokens", "prefix", "suffix", "hole_length", "infill")
+
+
+class Prompt(NamedTuple):
+    """Texts and the lengths of holes, in turns as they come; `where` names its source in messages."""
+
+    parts: tuple[str | int, ...]
+    where: str
+
+
+def completion(text: str, max_new_tokens: int, where: str) -> Prompt:
+    return Prompt((text, max_new_tokens), where)
+
+
+def infill(text: str, where: str) -> Prompt:
+    """A text with holes written <|hole:N|>, any number of them."""
+    pieces = _HOLE.split(text)
+    parts = [int(piece) if index % 2 else piece for index, piece in enumerate(pieces)]
+    prompt = Prompt(tuple(part for part in parts if part != ""), where)
+    for length in (part for part in prompt.parts if isinstance(part, int)):
+        if length < 1:
+            raise UserError(f"{where}: has a hole of length {length}; a hole needs at least 1 token")
+    if not any(isinstance(part, int) for part in prompt.parts):
+        raise UserError(f"{where}: has no hole; write <|hole:16|> where 16 tokens are to be found")
+    return prompt
+
+
+def read_jsonl(lines: Iterable[str], name: str, max_new_tokens: int, hole_length: int) -> Iterator[Prompt]:
+    """A prompt for each line: {"prompt": ...}, {"prefix": ..., "suffix": ...} or {"infill": "... <|hole:8|> ..."}.
+
+    "max_new_tokens" and "hole_length" override the flags. Raises UserError at the first bad line.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _from_json(line, f"{name} line {number}", max_new_tokens, hole_length)
+
+
+def _from_json(line: str, where: str, max_new_tokens: int, hole_length: int) -> Prompt:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: is not JSON ({error}); give one object a line") from None
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: is no object; write {{"prompt": "..."}}')
+    for key in record:
+        if key not in _JSON_KEYS:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, _JSON_KEYS)}; keys are {', '.join(_JSON_KEYS)}")
+    kinds = [key for key in ("prompt", "prefix", "infill") if key in record]
+    if len(kinds) != 1:
+        raise UserError(f"{where}: give exactly one of prompt, prefix (with suffix) and infill")
+    for key in ("prompt", "prefix", "suffix", "infill"):
+        if key in record and (not isinstance(record[key], str) or not record[key]):
+            raise UserError(f"{where}: {key} must be a text that is not empty")
+    for key in ("max_new_tokens", "hole_length"):
+        if key in record and (isinstance(record[key], bool) or not isinstance(record[key], int) or record[key] < 1):
+            raise UserError(f"{where}: {key} is {record[key]!r}; it must be a whole number, at least 1")
+    if kinds == ["prompt"]:
+        return completion(record["prompt"], record.get("max_new_tokens", max_new_tokens), where)
+    if kinds == ["infill"]:
+        return infill(record["infill"], where)
+    if "suffix" not in record:
+        raise UserError(f"{where}: a prefix needs a suffix; give prompt to continue a text")
+    return Prompt((record["prefix"], record.get("hole_length", hole_length), record["suffix"]), where)
+
+
+def to_row(prompt: Prompt, opened: Opened, reserve: int | None = None) -> list[int]:
+    """The row to denoise: the given texts' tokens, and a mask for each token to find.
+
+    `reserve`: a token that takes the place after the last hole, as the public RND1 package does; it is one of the
+    tokens to write.
+    """
+    row: list[int] = []
+    for part in prompt.parts:
+        if isinstance(part, int):
+            row += [opened.mask_token_id] * part
+            continue
+        tokens = opened.encode(part)
+        if not tokens:
+            raise UserError(f"{prompt.where}: the tokenizer makes no token of {part!r}; give another text")
+        if opened.mask_token_id in tokens:
+            raise UserError(f"{prompt.where}: contains the mask token; write the text without it")
+        row += tokens
+    if opened.label_shift and row[0] == opened.mask_token_id:
+        raise UserError(
+            f"{prompt.where}: begins with a hole, and this model predicts each token from the one before; "
+            "begin with text"
+        )
+    if reserve is not None:
+        if row[-2:] != [opened.mask_token_id] * 2:
+            raise UserError(
+                f"{prompt.where}: --reserve-last needs a text that ends with a hole of 2 tokens or more; lengthen it"
+            )
+        row[-1] = reserve
+    if len(row) > opened.max_positions:
+        raise UserError(
+            f"{prompt.where}: {len(row)} tokens in all, and the model has {opened.max_positions} positions; shorten it"
+        )
+    return row

@@ -1,0 +1,133 @@
+"""A model over several processes, from a training checkpoint under any layout of tensor, expert and pipeline
+parallelism.
+
+Every rank runs the same sampler over the same rows, and takes what it decides on from one rank: the first one that
+holds the last stage. So stages that see no logits follow, and no rounding can make ranks disagree and
+wait for one another. Data-parallel ranks repeat the same work; experts are divided over them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.checks import find_problems
+from megatron_a2d.config import RunConfig, build
+from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, resolve
+from megatron_a2d.conversion.sources import open_checkpoint
+from megatron_a2d.conversion.torch_dist_reader import check_pickles
+from megatron_a2d.diffusion.forward import Reduce, Request
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import read_json
+from megatron_a2d.inference.export import check_mask_token
+from megatron_a2d.inference.opened import Opened, end_tokens, load_tokenizer
+from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.runtime.device import device
+from megatron_a2d.training import parallel
+from megatron_a2d.training.setup import build_model
+
+
+def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdlm") -> Opened:
+    """The model of a checkpoint, laid out as `values` (names of LAYOUT) say; collective under torchrun.
+
+    How it was trained (objective, label shift) is read from its run.json; a converted checkpoint has none and counts as
+    `objective` with the label shift.
+    """
+    directory = resolve(path)
+    hf_files = directory / HF_FILES
+    architecture = read_architecture(hf_files)
+    trained = read_json(directory / RUN_CONFIG, "the run's settings") if (directory / RUN_CONFIG).exists() else {}
+    if trained.get("objective", objective) != objective:
+        raise UserError(
+            f"--model {path}: was trained with --objective {trained['objective']}, not {objective}; give that objective"
+        )
+    processes = dist.get_world_size() if dist.is_initialized() else parallel.world_size()
+    longest = architecture.max_position_embeddings // (tp := values.get("tensor_model_parallel_size", 1) or 1) * tp
+    config = build({**values, "objective": objective, "global_batch_size": processes, "seq_length": longest})
+    if problems := find_problems(config, architecture, processes):
+        raise UserError(problems)
+    mask = architecture.mask_token_id if objective == "mdlm" else -1
+    tokenizer = load_tokenizer(hf_files, architecture.vocab_size)
+    if objective == "mdlm":
+        check_mask_token(hf_files, mask, architecture.vocab_size)
+    check_pickles(directory)
+    with open_checkpoint(directory):
+        pass  # every tensor of the model is there, in its shape, and no other
+    parallel.initialize(config.parallel)
+    model = load_weights(architecture, config, directory)
+    hf_config = read_json(hf_files / "config.json", "the model's configuration")
+    return Opened(
+        run=ShardedModel(model, config),
+        tokenizer=tokenizer,
+        name=str(path),
+        objective=objective,
+        architecture=architecture,
+        vocab_size=architecture.vocab_size,
+        mask_token_id=int(mask if mask is not None else -1),
+        end_token_ids=end_tokens(hf_config.get("eos_token_id")),
+        label_shift=bool(trained.get("label_shift", True)),
+        max_positions=architecture.max_position_embeddings,
+        num_diffusion_steps=256,
+        has_caches=False,
+        device=device(),
+        speaks=dist.get_rank() == 0,
+    )
+
+
+def load_weights(architecture: Architecture, config: RunConfig, directory: Path) -> DiffusionLM:
+    """This rank's part of the model; no optimizer, no gradients. Collective."""
+    model = build_model(architecture, config)
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(directory))
+    model.load_state_dict(loaded["model"])
+    return model.eval()
+
+
+class ShardedModel:
+    """A `Model` (diffusion/forward.py); every rank calls it with the same request and gets the same answer."""
+
+    def __init__(self, model: DiffusionLM, config: RunConfig):
+        self.model = model
+        layout = config.parallel
+        self._pieces = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+        holds_answer = [False] * dist.get_world_size()
+        dist.all_gather_object(holds_answer, parallel.owns_loss())
+        self._source = holds_answer.index(True)
+
+    @torch.no_grad()
+    def __call__(self, request: Request, reduce: Reduce) -> tuple[Tensor, ...]:
+        assert request.window is None, "a sharded model has no caches"
+        batch, length = request.tokens.shape
+        more = -length % self._pieces  # sequence parallelism cuts the sequence into equal pieces
+        tokens, visible, needed = (F.pad(tensor, (0, more)) for tensor in request[:3])
+        results = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, Request(tokens, visible, needed), reduce),
+            data_iterator=None,
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=length + more,
+            micro_batch_size=batch,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        box = [[column.cpu() for column in results[0]] if results else None]
+        dist.broadcast_object_list(box, src=self._source)
+        assert box[0] is not None
+        return tuple(column.to(request.tokens.device) for column in box[0])
+
+
+def _forward_step(request: Request, reduce: Reduce, batches: Any, model: DiffusionLM) -> tuple[Tensor, Any]:
+    """megatron's `forward_step_func`: hidden states between stages, the needed rows on the last one."""
+    # Real tokens and padding are kept apart like documents.
+    documents = None if bool(request.visible.all()) else (~request.visible).long()
+    hidden = model(request.tokens, has_loss_bs=request.needed, documents=documents)
+    return hidden, lambda rows, non_loss_data: reduce(rows, model.head)

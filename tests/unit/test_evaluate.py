@@ -1,0 +1,292 @@
+"""`python -m megatron_a2d.evaluate`: the whole way on small local tasks, interruption, bad input, and programs that are run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from checkpoints_tools import convert_hf, export_hf
+from megatron_a2d import evaluate
+from megatron_a2d.errors import UserError
+from megatron_a2d.evaluation import code_execution, scoring
+from megatron_a2d.evaluation.report import markdown
+from tests.tiny import write_hf, write_tokens
+
+LOCAL = Path(__file__).resolve().parents[2] / "launch" / "eval"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """A Qwen3 before conversion, the same as a diffusion export, and held-out tokens."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_hf(root / "qwen3", "dense")
+    convert_hf.main(["--hf", str(root / "qwen3"), "--out", str(root / "checkpoint")])
+    export_hf.main(["--checkpoint", str(root / "checkpoint"), "--out", str(root / "export"), "--format", "a2d"])
+    write_tokens(root / "code", 30, 250, seed=1)
+    write_tokens(root / "web", 20, 200, seed=2)
+    return {name: root / name for name in ("qwen3", "export", "checkpoint", "code", "web")}
+
+
+def run(models: dict[str, Path], out: Path, *arguments: str, model: str = "export") -> dict:
+    evaluate.main(["--model", str(models[model]), "--out", str(out), *arguments])
+    return json.loads((out / "results.json").read_text())
+
+
+def test_local_tasks_of_all_kinds(models, tmp_path, capsys):
+    local = ("--config", str(LOCAL / "local.yaml"))
+    content = run(models, tmp_path / "out", *local)
+    capsys.readouterr()
+    tasks = content["tasks"]
+    assert 0 <= tasks["local_choice"]["acc,none"] <= 1 and tasks["local_choice"]["acc_stderr,none"] > 0
+    assert tasks["local_exact"]["exact_match,none"] == 0 and tasks["local_rolling"]["bits_per_byte,none"] > 2
+    assert content["settings"]["mc_num"] == 32 and content["num_fewshot"]["local_choice"] == 0
+    errors = content["log_likelihoods"]
+    assert 0 < errors["exact_share"] < 1 and 0 < errors["mean_standard_error"] < 10
+
+    # Interrupted: half of the answers are known, and only the others are found anew.
+    answers = (tmp_path / "out" / "answers.jsonl").read_text().splitlines(keepends=True)
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "answers.jsonl").write_text("".join(answers[: len(answers) // 2]))
+    assert run(models, again, *local)["tasks"] == tasks
+    assert len((again / "answers.jsonl").read_text().split("\n{")) == len(
+        (tmp_path / "out" / "answers.jsonl").read_text().split("\n{")
+    )
+
+    # One table with the model before conversion.
+    before = run(models, tmp_path / "before", *local, "--objective", "ar", model="qwen3")
+    assert (
+        before["tasks"]["local_choice"] != tasks["local_choice"]
+        or before["tasks"]["local_rolling"] != tasks["local_rolling"]
+    )
+    run(models, tmp_path / "both", *local, "--beside", str(tmp_path / "before"))
+    page = (tmp_path / "both" / "results.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| local_rolling | 0 | bits_per_byte"))
+    cells = [cell.strip() for cell in row.split("|")]
+    expected = [
+        content["tasks"]["local_rolling"]["bits_per_byte,none"],
+        before["tasks"]["local_rolling"]["bits_per_byte,none"],
+    ]
+    assert [float(cell) for cell in cells[4:6]] == pytest.approx(expected, abs=1e-3)
+
+
+def test_answers_are_of_the_settings_that_gave_them(models, tmp_path, monkeypatch):
+    arguments = ("--include-path", str(LOCAL / "local"), "--tasks", "local_rolling", "--limit", "1")
+    first = run(models, tmp_path, *arguments, "--mc-num", "8")
+    calls = []
+    original = scoring._run
+    monkeypatch.setattr(scoring, "_run", lambda *a: calls.append(1) or original(*a))
+    assert run(models, tmp_path, *arguments, "--mc-num", "8")["tasks"] == first["tasks"] and not calls
+    assert run(models, tmp_path, *arguments, "--mc-num", "9")["tasks"] != first["tasks"] and calls
+
+
+def test_the_harness_model_against_plain_logits(models):
+    """A single-token continuation is one row of logits; a rolled text is split into windows that cover it once."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_a2d.evaluation.harness import HarnessModel
+    from megatron_a2d.evaluation.journal import Journal
+    from megatron_a2d.inference.export import open_export
+
+    opened = open_export(models["export"])
+    harness = HarnessModel(
+        opened, scoring.ScoringOptions(mc_num=4), None, 8, 2, Journal(None, None),
+        lambda what, total, unit: evaluate._progress(opened, what, total, unit),
+    )  # fmt: skip
+    context, word = "for i in ", "r"
+    [(value, _)] = harness.loglikelihood([Instance("loglikelihood", {}, (context, word), 0)])
+    tokens, [label] = harness._encode_pair(context, word)[0], harness._encode_pair(context, word)[1][-1:]
+    continuation = harness._encode_pair(context, word)[1]
+    if len(continuation) == 1:
+        logits = opened.run.model(torch.tensor([[*tokens, opened.mask_token_id]])).logits[0, len(tokens) - 1]
+        assert value == pytest.approx(float(logits.log_softmax(-1)[label]), abs=1e-4)
+    assert value < 0
+
+    long = "def f(x): return x\n" * 120
+    windows = []
+    original = harness._score
+    harness._score = lambda pairs, what: windows.extend(pairs) or original(pairs, what)
+    [total] = harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (long,), 0)])
+    assert [token for _, part in windows for token in part] == opened.encode(long) and len(windows) > 1
+    assert all(len(a) + len(b) <= opened.max_positions for a, b in windows) and math.isfinite(total)
+
+
+def test_held_out_text_by_source(models, tmp_path):
+    content = run(
+        models, tmp_path, "--valid-data-path", f"code={models['code']}", str(models["web"]), "--seq-length", "32",
+        "--num-samples", "40", "--micro-batch-size", "16",
+    )  # fmt: skip
+    held_out = content["held_out"]
+    assert list(held_out) == ["code", "web", "all"]
+    assert held_out["all"]["num_samples"] == held_out["code"]["num_samples"] + held_out["web"]["num_samples"] == 80
+    for name in ("nelbo_by_time", "accuracy_by_mask_ratio"):
+        assert sum(bucket["num_samples"] for bucket in held_out["code"][name]) == 40
+        assert len(held_out["code"][name]) == 10
+    page = (tmp_path / "results.md").read_text()
+    assert "| code |" in page and "0.9 to 1.0" in page
+    # Common random numbers: cut into other batches, the same samples and masks.
+    other = run(
+        models, tmp_path / "other", "--valid-data-path", f"code={models['code']}", "--seq-length", "32",
+        "--num-samples", "40", "--micro-batch-size", "7",
+    )  # fmt: skip
+    assert other["held_out"]["code"]["nelbo"] == pytest.approx(held_out["code"]["nelbo"], abs=1e-5)
+
+
+BAD = {
+    "nothing": ([], "nothing to evaluate"),
+    "no directory of tasks": (["--tasks", "a", "--include-path", "/nowhere"], "--include-path /nowhere"),
+    "code": (["--tasks", "local_code", "--include-path", str(LOCAL / "local")], "--allow-code-execution"),
+    "no file": (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: cannot be read"),
+    "samples too long": (["--valid-data-path", "x", "--seq-length", "9999"], "512 positions"),
+    "no data": (["--valid-data-path", "/nowhere/x", "--seq-length", "16"], "/nowhere/x"),
+    "no draws": (["--tasks", "a", "--mc-num", "0"], "--mc-num 0"),
+    "no earlier results": (["--tasks", "a", "--beside", "/nowhere"], "/nowhere/results.json"),
+    "noise for ar": (["--tasks", "a", "--objective", "ar", "--min-time", "0.1"], "no effect with --objective ar"),
+    "unknown flag": (["--task", "a"], "did you mean --tasks"),
+    "layout of an export": (["--tasks", "a", "--bf16"], "--bf16: only goes with a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, models, tmp_path):
+    arguments, message = BAD[case]
+    with pytest.raises(UserError) as error:
+        run(models, tmp_path / "out", *arguments)
+    assert message in str(error.value)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_unknown_tasks(monkeypatch):
+    """Those of --include-path are looked at first, the harness's own (seconds) only for others."""
+
+    class Manager:
+        def __init__(self, include_path, include_defaults=True):
+            self.all_tasks = ["local_choice"] + ["gsm8k", "mmlu"] * include_defaults
+
+    def options(*tasks: str) -> SimpleNamespace:
+        return SimpleNamespace(include_path=str(LOCAL / "local"), tasks=tasks)
+
+    assert evaluate._task_manager(options("local_choice"), Manager).all_tasks == ["local_choice"]
+    assert "gsm8k" in evaluate._task_manager(options("local_choice", "gsm8k"), Manager).all_tasks
+    with pytest.raises(UserError) as error:
+        evaluate._task_manager(options("local_choise", "mmul"), Manager)
+    assert error.value.problems == [
+        "--tasks local_choise: unknown task (did you mean local_choice?)",
+        "--tasks mmul: unknown task (did you mean mmlu?)",
+    ]
+
+
+def test_models_that_are_not_ours(models, tmp_path):
+    with pytest.raises(UserError, match="give --objective ar"):
+        run(models, tmp_path, "--tasks", "a", model="qwen3")
+    with pytest.raises(UserError, match="no autoregressive Qwen3"):
+        run(models, tmp_path, "--tasks", "a", "--objective", "ar")
+
+
+def test_bad_config_files(models, tmp_path):
+    (tmp_path / "bad.yaml").write_text("tasks: [a]\nmc_nun: 3\nmc_num: many\nlikelihood: best\n")
+    with pytest.raises(UserError) as error:
+        run(models, tmp_path / "out", "--config", str(tmp_path / "bad.yaml"))
+    assert len(error.value.problems) == 3 and "did you mean mc_num?" in str(error.value)
+
+
+def test_requests_that_do_not_fit(models):
+    from megatron_a2d.inference.export import open_export
+
+    opened = open_export(models["export"])
+    for request, message in (
+        (([1] * 510, [2] * 3), "512 positions"),
+        (([1], []), "empty continuation"),
+        (([], [1]), "empty context"),
+    ):
+        with pytest.raises(UserError, match=message):
+            scoring.check_lengths(opened, [request])
+
+
+def test_every_file_of_launch_eval_is_read():
+    """Few-shot counts as published: MMLU 5, ARC-C 0, RACE 0, BBH 3, GSM8K 8, MBPP 4."""
+    shots = {}
+    for path in sorted(LOCAL.glob("*.yaml")):
+        problems: list[str] = []
+        values = evaluate._read_config(str(path), problems)
+        assert not problems, problems
+        shots[path.stem] = values["num_fewshot"]
+    assert shots == {"mmlu": 5, "arc_challenge": 0, "race": 0, "bbh": 3, "gsm8k": 8, "mbpp": 4, "local": 0}
+
+
+def test_published_figures_stand_beside_our_own():
+    run = {
+        "model": "x/ours",
+        "objective": "mdlm",
+        "tasks": {"gsm8k": {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.01}},
+        "num_fewshot": {"gsm8k": 8},
+    }
+    page = markdown([run])
+    assert "| GSM8K | 8 | exact_match (strict-match) | 50.0% ± 1.0% | 80.0% | 77.2% | 70.9% |" in page
+    assert "radicalnumerics.ai" in page
+
+
+@pytest.fixture
+def allowed(monkeypatch):
+    monkeypatch.setenv(code_execution.SWITCH, "1")
+
+
+def test_programs_are_judged(allowed):
+    assert code_execution.passes("def f(x):\n    return x + 1", "assert f(1) == 2")
+    assert not code_execution.passes("def f(x):\n    return x", "assert f(1) == 2")
+    assert not code_execution.passes("def f(x:", "assert f(1) == 2")
+    assert not code_execution.passes("import sys; sys.exit(0)", "assert False"), "an early end is no success"
+    assert not code_execution.passes("raise SystemExit", "")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "x = bytearray(2 << 30)",
+        "open('big', 'wb').write(bytes(2 << 20))",
+        "import os, time\nif os.fork() == 0: time.sleep(60)\ntime.sleep(60)",
+    ],
+)
+def test_programs_have_limits(program, allowed):
+    begin = time.monotonic()
+    assert not code_execution.passes(program, "pass", seconds=1)
+    assert time.monotonic() - begin < 8
+    assert not Path("big").exists()
+
+
+def test_programs_see_no_environment(allowed, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "1")
+    assert code_execution.passes("import os", "assert 'A_SECRET' not in os.environ and os.listdir('.') == []")
+
+
+def test_programs_are_not_run_by_default(monkeypatch):
+    monkeypatch.delenv(code_execution.SWITCH, raising=False)
+    with pytest.raises(RuntimeError, match="code execution is off"):
+        code_execution.passes("", "")
+
+
+def test_code_tasks_run_when_allowed(models, tmp_path, monkeypatch):
+    from megatron_a2d.evaluation.harness import HarnessModel
+
+    right = "def double(x):\n    return 2 * x\n[DONE]"
+    monkeypatch.setattr(HarnessModel, "generate_until", lambda self, requests: [right for _ in requests])
+    content = run(
+        models, tmp_path, "--tasks", "local_code", "--include-path", str(LOCAL / "local"), "--allow-code-execution"
+    )
+    assert content["tasks"]["local_code"]["pass_at_1,none"] == 0.5
+    os.environ.pop(code_execution.SWITCH, None)
+
+
+def test_programs_in_answers():
+    assert code_execution.extract_program("Sure:\n```python\nx = 1\n```\nDone") == "x = 1"
+    assert code_execution.extract_program("\nx = 1\n[DONE] more") == "x = 1"
+    assert code_execution.extract_program("    indented") == "    indented"
