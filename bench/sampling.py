@@ -41,6 +41,7 @@ SAMPLERS = {
     "threshold 0.5": SamplingOptions("threshold", num_steps=STEPS, threshold=0.5),
     "threshold 0.2": SamplingOptions("threshold", num_steps=STEPS, threshold=0.2),
     "threshold 0.1": SamplingOptions("threshold", num_steps=STEPS, threshold=0.1),
+    "threshold 0.08": SamplingOptions("threshold", num_steps=STEPS, threshold=0.08),
     "rnd1, blocks of 16": SamplingOptions(num_steps=STEPS, block_length=16),
     "rnd1, blocks of 16, prefix cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="prefix"),
     "rnd1, blocks of 16, dual cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="dual"),
