@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.conftest import Case
+from tests.cases import Case
 from tests.parity.pool import Pool
 
 LENGTHS = (5, 1, 11, 15)

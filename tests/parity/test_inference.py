@@ -12,7 +12,7 @@ from megatron_a2d.config import build
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.evaluation.held_out import evaluate_sources, open_sources
 from megatron_a2d.inference.export import open_export
-from tests.parity.conftest import Case
+from tests.cases import Case
 from tests.parity.pool import Pool
 from tests.tiny import MASK_TOKEN_ID
 
