@@ -81,8 +81,10 @@ def start(fault: str) -> tuple[list[int | None], list[str], float]:
 @pytest.mark.parametrize(
     ("fault", "word"),
     [
-        ("dies", "gave no sign of life"), ("hangs", "gave no sign of life"), ("raises", "failed with ValueError"),
-        ("has bad input", "ended: --x: is bad"),
+        ("dies", "gave no sign of life"),
+        pytest.param("hangs", "gave no sign of life", marks=pytest.mark.full),
+        pytest.param("raises", "failed with ValueError", marks=pytest.mark.full),
+        pytest.param("has bad input", "ended: --x: is bad", marks=pytest.mark.full),
     ],
 )  # fmt: skip
 def test_a_lost_rank_is_named(fault: str, word: str, exactness: Exactness) -> None:
