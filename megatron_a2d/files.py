@@ -71,7 +71,7 @@ def check_new_directory(path: Path, flag: str) -> None:
 
     A link (even one to nothing) and a mount point cannot be replaced by a rename: better said at the beginning.
     """
-    if path.is_symlink() or path.is_mount():
+    if path.is_symlink() or path.absolute().is_mount():  # "." is its own parent, as a mount point is
         kind = "symbolic link" if path.is_symlink() else "mount point"
         raise UserError(f"{flag} {path}: is a {kind}, and the result is put in place by a rename; name a new directory")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -333,6 +333,14 @@ def test_an_interruption_of_the_last_flush_costs_nothing(tmp_path: Path, monkeyp
     assert not (tmp_path / "out" / JOURNAL).exists()
 
 
+def test_the_empty_directory_one_stands_in_is_filled(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with unfinished_directory(Path(), "--out", {}) as work:
+        (work.directory / "a").write_text("x")
+    assert contents(tmp_path) == {"out/a": b"x"}
+
+
 def test_links_are_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
