@@ -7,7 +7,8 @@
 Where the second has another type than the first, the first is cast, and must then agree in every bit. Logits are
 those of transformers for one side and of a streamed forward pass for the other, in fp32 on the CPU; a model that is
 bidirectional is compared under a mask that hides nothing. transformers needs the model in memory: large ones are
-compared only with --logits. It runs the Python files of the export. Last comes the loss on masked tokens by t.
+compared only with --logits. Python files of a directory are run only if they are ours, byte for byte; instead of
+others our own classes are. Last comes the loss on masked tokens by t.
 """
 
 from __future__ import annotations
@@ -45,9 +46,26 @@ def main(argv: list[str] | None = None) -> None:
         opened = [stack.enter_context(open_hf(hf))] if hf else []
         opened += [stack.enter_context(open_checkpoint(options.checkpoint))] if options.checkpoint else []
         opened += [stack.enter_context(open_hf(options.export))] if options.export else []
+        if problems := diffusion_differences(opened[0], opened[1]):
+            raise UserError(problems)
         with progress("comparing", opened[0].num_bytes(), "B") as advance:
             comparison = compare_weights(opened[0], opened[1], advance, DEFAULT_WORKERS)
         print_report(comparison, opened[0], opened[1], logits=options.logits)
+
+
+def diffusion_differences(first: Weights, second: Weights) -> list[str]:
+    """Where two forms disagree on what no tensor and no logits show: the mask token and the label shift."""
+    from megatron_a2d.verification.report import label_shift
+
+    masks = first.architecture.mask_token_id, second.architecture.mask_token_id
+    if None in masks:  # one of them is autoregressive
+        return []
+    facts = {"mask_token_id": masks, "label_shift": (label_shift(first), label_shift(second))}
+    return [
+        f"{second.directory}: {name} is {theirs}, but {ours} in {first.directory}; these are not the same model"
+        for name, (ours, theirs) in facts.items()
+        if ours != theirs
+    ]
 
 
 def print_report(comparison: Comparison, first: Weights, second: Weights, logits: bool = False) -> None:

@@ -103,6 +103,12 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
             return default
         return float(value)
 
+    def flag(name: str, default: bool) -> bool:
+        value = get(name, default=default) if default else config.get(name) or False
+        if not isinstance(value, bool):
+            problems.append(f"{where}: {name} is {value!r}, neither true nor false; correct the file")
+        return bool(value)
+
     num_heads = size("num_attention_heads")
     hidden_size = size("hidden_size")
     is_moe = MODEL_TYPES[model_type]
@@ -114,7 +120,7 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
             "num_experts": size("num_experts", "num_local_experts"),
             "num_experts_per_tok": size("num_experts_per_tok"),
             "moe_intermediate_size": size("moe_intermediate_size"),
-            "norm_topk_prob": bool(get("norm_topk_prob", default=model_type == "rnd1")),
+            "norm_topk_prob": flag("norm_topk_prob", default=model_type == "rnd1"),
         }
     architecture = Architecture(
         num_layers=size("num_hidden_layers"),
@@ -127,7 +133,7 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
         max_position_embeddings=size("max_position_embeddings", default=32768),
         rms_norm_eps=number("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(config, where, problems),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=flag("tie_word_embeddings", default=False),
         initializer_range=number("initializer_range", 0.02),
         mask_token_id=config.get("mask_token_id"),
         **experts,

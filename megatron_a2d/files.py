@@ -67,7 +67,13 @@ def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
 
 
 def check_new_directory(path: Path, flag: str) -> None:
-    """UserError when something is at `path` already; an empty directory does no harm."""
+    """UserError when something is at `path` already; an empty directory does no harm.
+
+    A link (even one to nothing) and a mount point cannot be replaced by a rename: better said at the beginning.
+    """
+    if path.is_symlink() or path.absolute().is_mount():  # "." is its own parent, as a mount point is
+        kind = "symbolic link" if path.is_symlink() else "mount point"
+        raise UserError(f"{flag} {path}: is a {kind}, and the result is put in place by a rename; name a new directory")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{flag} {path}: already exists and is not an empty directory; remove it or name another one")
 

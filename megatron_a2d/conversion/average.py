@@ -93,7 +93,12 @@ def average(
         size = num_bytes(tensors)
         check_space(out, size)
         sources = [describe_files(weights.directory) for weights in opened]
-        identity = {"version": __version__, "factors": factors, "sources": sources}
+        identity = {
+            "version": __version__,
+            "factors": factors,
+            "allow_nonfinite": allow_nonfinite,
+            "sources": sources,
+        }
         with unfinished_directory(out, "--out", identity) as work:
             work.may_keep = lambda: allow_nonfinite or not any(check.non_finite for check in checks)
             place = directory_name(iterations[-1])
@@ -129,6 +134,11 @@ def _check_alike(opened: Sequence[Weights]) -> None:
     if len(opened) < 2:
         raise UserError("--checkpoints: a mean needs at least two; name more iterations")
     problems = [line for other in opened[1:] for line in architecture_differences(opened[0], other)]
+    masks = {weights.architecture.mask_token_id for weights in opened}
+    if len(masks) > 1:
+        problems.append(
+            f"--checkpoints: their mask tokens differ ({', '.join(map(str, masks))}); name one run's iterations"
+        )
     directories = [weights.directory.resolve() for weights in opened]
     twice = sorted({path for path in directories if directories.count(path) > 1})
     problems += [f"--checkpoints {path}: is named twice; name each once" for path in twice]

@@ -66,7 +66,8 @@ def convert(
         tensors = as_megatron(weights._replace(tensors=checked), dtype)
         size = num_bytes(tensors)
         check_space(out, size)
-        identity = {"version": __version__, "config": config, "dtype": str(dtype), "source": describe_files(hf)}
+        options = [str(dtype), allow_nonfinite]
+        identity = {"version": __version__, "config": config, "options": options, "source": describe_files(hf)}
         with unfinished_directory(out, "--out", identity) as work:
             work.may_keep = lambda: allow_nonfinite or not checked.non_finite
             release = work.directory / RELEASE

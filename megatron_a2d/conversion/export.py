@@ -63,7 +63,7 @@ def export(
             raise UserError(problems)
         size = num_bytes(tensors)
         check_space(out, size)
-        options = [kind, str(dtype), max_shard_bytes, evaluation]
+        options = [kind, str(dtype), max_shard_bytes, evaluation, allow_nonfinite]
         identity = {"version": __version__, "options": options, "source": describe_files(weights.directory)}
         with unfinished_directory(out, "--out", identity) as work:
             work.may_keep = lambda: allow_nonfinite or not checked.non_finite

@@ -148,7 +148,8 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, Entry]:
     if not isinstance(header, dict):
         problems.append(f"{path}: its header is damaged (not a JSON object); fetch it again")
         return {}
-    header.pop("__metadata__", None)
+    if not isinstance(header.pop("__metadata__", {}), dict):
+        problems.append(f"{path}: its header is damaged (__metadata__ is no object); fetch it again")
     entries: dict[str, Entry] = {}
     end = 0
     found = _entries(path, 8 + length, header, problems)
@@ -171,7 +172,7 @@ def _entries(path: Path, base: int, header: dict[str, Any], problems: list[str])
         try:
             begin, end = (int(offset) for offset in item["data_offsets"])
             shape, kind = tuple(int(axis) for axis in item["shape"]), str(item["dtype"])
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             problems.append(f"{path}: tensor {name}: its header entry is damaged; fetch the file again")
             continue
         if kind not in TORCH_DTYPES:

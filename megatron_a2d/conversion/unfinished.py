@@ -65,25 +65,30 @@ def unfinished_directory(path: Path, flag: str, identity: dict[str, Any]) -> Ite
     path = Path(path)
     check_new_directory(path, flag)
     make_parent(path)
-    partial = _partial(path)
+    place, partial = path.absolute(), _partial(path)  # absolute, because "." cannot be removed under that name
+    if partial.exists() and not partial.is_dir():
+        raise UserError(f"{flag} {path}: {partial} is in the way and is no directory; remove it")
     partial.mkdir(exist_ok=True)
     with (partial / JOURNAL).open("a+", encoding="utf-8") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{flag} {path}: another process is writing it; wait, or name another directory") from None
+        except OSError:
+            pass  # a file system without locks
         work = Unfinished(partial, journal, _take_up(partial, journal, json.loads(json.dumps(identity))))
         if work.done:
             console.print(f"{path}: continues an interrupted run, {len(work.done)} files are complete")
         try:
             yield work
-            (partial / JOURNAL).unlink()
             for entry in partial.rglob("*"):
                 fsync_path(entry)
+            # Not before: flushing takes minutes, and an interruption then must not cost everything.
+            (partial / JOURNAL).unlink()
             if path.exists():
-                path.rmdir()
-            os.rename(partial, path)
-            fsync_path(path.absolute().parent)
+                place.rmdir()
+            os.rename(partial, place)
+            fsync_path(place.parent)
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise

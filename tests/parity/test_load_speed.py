@@ -30,6 +30,16 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("dense_tied", {"tensor_model_parallel_size": 2}),
     ("moe", {"expert_model_parallel_size": 4}),
     ("moe", {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2}),
+    (
+        "moe",
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "expert_tensor_parallel_size": 2,
+            "moe_token_dispatcher_type": "allgather",
+        },
+    ),
+    ("moe", {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}),
 ]
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import average as average_command
-from checkpoints_tools import export_hf, inspect, publish, verify
+from checkpoints_tools import convert_hf, export_hf, inspect, publish, verify
 from megatron_a2d.config import build
 from megatron_a2d.conversion.average import average, factors_of
 from megatron_a2d.conversion.convert import convert
@@ -25,6 +25,7 @@ from megatron_a2d.conversion.manifest import check_manifest
 from megatron_a2d.conversion.sources import open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_reader import read_common
 from megatron_a2d.errors import UserError
+from megatron_a2d.hf import TRAVELLING
 from megatron_a2d.verification import report
 from megatron_a2d.verification.streamed import StreamedModel
 from tests import tiny
@@ -207,6 +208,46 @@ def test_a_large_model_is_not_loaded_unasked(run: Path, monkeypatch, capsys) -> 
     assert "logits: not compared, transformers would take" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("change", ["none", "file", "another file", "another repository"])
+def test_verify_runs_no_foreign_code(change: str, run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """What a directory from elsewhere carries or names is not run; our own files, as the control, are."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = tmp_path / "export"
+    export(run, out, "rnd1", TRAVELLING["rnd1"])
+    evil = f"open({str(tmp_path / 'owned')!r}, 'w')\n"
+    if change == "file":
+        (out / "modeling_rnd.py").write_text((out / "modeling_rnd.py").read_text() + evil)
+    elif change == "another file":
+        (out / "custom_generate").mkdir()
+        (out / "custom_generate" / "generate.py").write_text(evil)
+    elif change == "another repository":
+        config = json.loads((out / "config.json").read_text())
+        config["auto_map"] = {name: f"evil/repo--{place}" for name, place in config["auto_map"].items()}
+        (out / "config.json").write_text(json.dumps(config))
+    assert report.carries_our_code(out) == (change == "none")
+    verify.main(["--checkpoint", str(run), "--export", str(out)])
+    assert ("were not run" in capsys.readouterr().out) == (change != "none")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("mask_token_id", 251), ("label_shift", False)])
+def test_verify_sees_what_no_logit_shows(key: str, value: object, run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "export", "a2d", TRAVELLING["a2d"])
+    path = tmp_path / "export" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"{key} is {value}, but"):
+        verify.main(["--checkpoint", str(run), "--export", str(tmp_path / "export")])
+
+
+def test_the_report_of_values_that_were_let_pass(tmp_path: Path, capsys) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "dense")
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.0.mlp.gate_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, hf / "model.safetensors")
+    convert_hf.main(["--hf", str(hf), "--out", str(tmp_path / "ckpt"), "--allow-nonfinite"])
+    assert "logits: not finite on either side" in capsys.readouterr().out
+
+
 # --- publish ------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +300,14 @@ def test_what_the_hub_refuses_is_one_line_without_the_token(exported: Path, hub:
     done = push(exported, hub, token=None)
     assert done.returncode == 2 and "set HF_TOKEN" in done.stderr
     assert "me/rnd1" not in hub.repositories
+
+
+def test_a_hub_that_does_not_answer_is_one_line(exported: Path, hub: Hub) -> None:
+    hub.url = "http://127.0.0.1:9"
+    done = push(exported, hub)
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    done = push(exported, hub, token="hf_sec\x01ret")
+    assert done.returncode == 2 and "holds a character" in done.stderr and "ret" not in done.stderr.partition("hub")[0]
 
 
 def test_an_export_that_was_changed_is_not_published(exported: Path, tmp_path: Path) -> None:

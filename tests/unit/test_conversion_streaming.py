@@ -296,6 +296,61 @@ def test_nothing_is_kept_of_a_source_that_is_refused(tmp_path: Path, monkeypatch
         convert(hf, tmp_path / "out")
 
 
+def test_what_was_let_pass_is_not_kept_for_a_strict_run(tmp_path: Path, monkeypatch) -> None:
+    """--allow-nonfinite, Ctrl-C when all files are written, then the same without the flag."""
+    from megatron_a2d.conversion import convert as module
+
+    hf = tiny.write_hf(tmp_path / "hf", "dense")
+    tensors = tensors_of(hf)
+    tensors["model.embed_tokens.weight"][0, 0] = float("nan")
+    save_file(tensors, hf / "model.safetensors")
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "copy_hf_files", interrupt)
+        convert(hf, tmp_path / "out", allow_nonfinite=True)
+    with pytest.raises(UserError, match=r"embed_tokens.weight has values that are not finite"):
+        convert(hf, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_of_the_last_flush_costs_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    from megatron_a2d.conversion import unfinished as module
+
+    hf = tiny.write_hf(tmp_path / "hf", "dense")
+
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "fsync_path", interrupt)
+        convert(hf, tmp_path / "out")
+    assert len((tmp_path / ".out.partial" / JOURNAL).read_text().splitlines()) == 2
+    convert(hf, tmp_path / "out")
+    assert "continues an interrupted run, 1 files are complete" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / JOURNAL).exists()
+
+
+def test_the_empty_directory_one_stands_in_is_filled(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with unfinished_directory(Path(), "--out", {}) as work:
+        (work.directory / "a").write_text("x")
+    assert contents(tmp_path) == {"out/a": b"x"}
+
+
+def test_links_are_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for name in ("link", "dangling"):
+        with pytest.raises(UserError, match="is a symbolic link"), unfinished_directory(tmp_path / name, "--out", {}):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "empty", "link"]
+
+
 @pytest.mark.parametrize("workers", ["0", "-2", "65"])
 def test_workers_are_a_number_of_threads(workers: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--workers"):
