@@ -49,6 +49,8 @@ def _find(read_bytes: ReadBytes, offset: int, length: int, dtype: torch.dtype, s
     with zipfile.ZipFile(view) as archive:
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
 
+    if not {"data.pkl", "data/0"} <= records.keys():
+        raise ValueError("it holds no tensor")
     if min(record.header_offset for record in records.values()) != 0:
         raise ValueError("it does not begin there")
 

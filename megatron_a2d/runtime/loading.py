@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from megatron_a2d.conversion.rows import OpenFiles, bytes_of
-from megatron_a2d.conversion.torch_archive import DTYPES_OF_STORAGES, find_values
+from megatron_a2d.conversion.torch_archive import DAMAGED, DTYPES_OF_STORAGES, find_values
+from megatron_a2d.errors import UserError
 
 _READABLE = set(DTYPES_OF_STORAGES.values())
 # Runs of a slice that are shorter (bytes) are read together with what lies between them: calls cost more than bytes.
@@ -79,7 +80,11 @@ class SliceReader(CachedMetadataFileSystemReader):
         place = self.storage_data[item.storage_index]
         path, dtype = Path(self.path) / place.relative_path, self._dtypes[item.storage_index.fqn]
         sizes = self._sizes[item.storage_index]
-        begin = find_values(files, path, place.offset, place.length, dtype, sizes)
+        try:
+            begin = find_values(files, path, place.offset, place.length, dtype, sizes)
+        except DAMAGED as error:
+            name = item.storage_index.fqn
+            raise UserError(f"{path}: the chunk of {name} is refused ({error}); take another checkpoint") from None
         return read_box(files, path, begin, sizes, dtype, tuple(item.storage_offsets), tuple(item.lengths))
 
 

@@ -191,13 +191,13 @@ def test_an_export_brings_no_code(cases: dict[str, Case], tmp_path: Path) -> Non
 
 
 def test_a_hostile_tensor_does_not_run(trained: dict[str, Any], pool: Pool, tmp_path: Path) -> None:
-    """A tensor's chunk is first read by torch itself, with its own allow-list: the load fails, and nothing ran."""
+    """A tensor's chunk is read when the model is loaded: the load fails, and nothing ran."""
     settings = copy_of(trained, tmp_path)
     directory = tmp_path / "run" / "iter_0000004"
     metadata = pickle.loads((directory / ".metadata").read_bytes())
     append(directory, Evil(tmp_path / "owned"), metadata, "decoder.layers.mlp.router.weight")
     write_manifest(directory)
-    with pytest.raises(RuntimeError, match="mkdir"):
+    with pytest.raises(RuntimeError, match=r"the chunk of decoder.layers.mlp.router.weight is refused"):
         pool.run("run", 2, settings={**settings, "train_iters": 5})
     assert not (tmp_path / "owned").exists()
 

@@ -54,10 +54,19 @@ class Pool:
                     self.close()
                     raise RuntimeError(f"job {job}: rank {rank} of {num_ranks} died") from None
                 if not ok:
+                    others = [self._answer(other) for other in range(rank + 1, num_ranks)]
                     self.close()
-                    raise RuntimeError(f"job {job} on rank {rank} of {num_ranks}:\n{value}")
+                    raise RuntimeError("\n".join([f"job {job} on rank {rank} of {num_ranks}:\n{value}", *others]))
                 results.append(value)
         return results
+
+    def _answer(self, rank: int) -> str:
+        """What another rank says of a failure; the cause may be there."""
+        try:
+            ok, value = self._pipes[rank].recv() if self._pipes[rank].poll(10) else (False, "no answer")
+        except EOFError:
+            ok, value = False, "died"
+        return f"rank {rank}: {'well' if ok else value}"
 
     def close(self) -> None:
         for process in self._processes:
