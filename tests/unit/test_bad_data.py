@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from checkpoints_tools import convert_hf
+from data_prep import inspect_dataset
 from data_prep.token_writer import open_writers
 from megatron_a2d import train
 from megatron_a2d.data.dataset import PackedDataset
@@ -294,6 +295,15 @@ def test_a_resumed_run_wants_its_tokens(good, tmp_path):
     assert differences(build({"train_data_path": "moved"}), tmp_path) == []
     (line,) = differences(build({**settings, "train_data_fingerprint": other}), tmp_path)
     assert "--train-data-path somewhere: holds other tokens, or other weights" in line
+
+
+def test_a_wild_id_does_not_take_the_memory(tmp_path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "t.bin"), dtype=np.int32)
+    for number in range(100):
+        builder.add_document(np.full(50, 9 if number != 77 else 0x7F000009), [50])
+    builder.finalize(str(tmp_path / "t.idx"))
+    with pytest.raises(UserError, match="document 77 holds token id 2130706441, more than any vocabulary has"):
+        inspect_dataset.read_contents(TokenFile(tmp_path / "t"))
 
 
 def test_fingerprints_tell_files_apart(good, tmp_path):
