@@ -107,8 +107,8 @@ def open_writers(prefixes: Sequence[str], vocab_size: int, description: dict[str
     for prefix in prefixes:  # what a process that was killed has left, as large as the corpus
         directory, name = os.path.split(prefix)
         for suffix in SUFFIXES:
-            for partial in glob.glob(os.path.join(glob.escape(directory), f".{glob.escape(name + suffix)}.partial-*")):
-                os.unlink(partial)
+            for leftover in glob.glob(os.path.join(glob.escape(directory), f".{glob.escape(name + suffix)}.partial-*")):
+                os.unlink(leftover)
     with ExitStack() as stack:
         writers = []
         for prefix in prefixes:

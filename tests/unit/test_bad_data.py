@@ -294,7 +294,9 @@ def test_a_resumed_run_wants_its_tokens(good, tmp_path):
     assert differences(build({**settings, "train_data_path": "moved"}), tmp_path) == []
     assert differences(build({"train_data_path": "moved"}), tmp_path) == []
     (line,) = differences(build({**settings, "train_data_fingerprint": other}), tmp_path)
-    assert "--train-data-path somewhere: holds other tokens, or other weights" in line
+    assert "--train-data-path somewhere: holds other tokens, other weights" in line
+    mixed = {"data_mixture": "m.yaml", "train_data_fingerprint": other}
+    assert any("--data-mixture m.yaml: holds other" in line for line in differences(build(mixed), tmp_path))
 
 
 def test_a_wild_id_does_not_take_the_memory(tmp_path):
@@ -316,4 +318,10 @@ def test_fingerprints_tell_files_apart(good, tmp_path):
         builder.finalize(str(tmp_path / f"{name}.idx"))
     prints = {name: PackedDataset(tmp_path / name, 64).fingerprint() for name in ("same", "less", "turned")}
     assert len({one, *prints.values()}) == 4
+    builder = IndexedDatasetBuilder(str(tmp_path / "borders.bin"), dtype=np.uint16)
+    for document in (np.concatenate(DOCUMENTS[:2]), *DOCUMENTS[2:-1], DOCUMENTS[-1][:5], DOCUMENTS[-1][5:]):
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(tmp_path / "borders.idx"))
+    assert Path(tmp_path / "borders.bin").read_bytes() == Path(tmp_path / "same.bin").read_bytes()
+    assert PackedDataset(tmp_path / "borders", 64).fingerprint() not in {one, *prints.values()}
     assert PackedDataset(tmp_path / "same", 64).fingerprint() == prints["same"]
