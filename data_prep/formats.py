@@ -161,8 +161,9 @@ class _Zstandard:
     def __init__(self, package: Any, raw: IO[bytes]):
         self._package, self._raw = package, raw
         self._lines: deque[bytes] = deque()
-        self._rest = b""
+        self._rest: list[bytes] = []  # the beginning of a line, in parts: a document may be large
         self._decoder: Any = None
+        self._error: Exception | None = None  # raised after the lines that came before it
 
     def __enter__(self) -> Any:
         return self
@@ -171,27 +172,38 @@ class _Zstandard:
         self._decoder = None
 
     def is_cut_short(self, size: int) -> bool:
-        return self._decoder is not None and self._raw.tell() >= size
+        return self._error is None and self._decoder is not None and self._raw.tell() >= size
 
     def readline(self) -> bytes:
-        while not self._lines and (data := self._raw.read(1 << 16)):
-            *lines, self._rest = (self._rest + self._decompressed(data)).split(b"\n")
-            self._lines.extend(line + b"\n" for line in lines)
+        while not self._lines and self._error is None and (data := self._raw.read(1 << 16)):
+            try:
+                self._decompress(data)
+            except self._package.ZstdError as error:
+                self._error = error
         if self._lines:
             return self._lines.popleft()
-        line, self._rest = self._rest, b""
+        if self._error is not None:
+            raise self._error
+        line, self._rest = b"".join(self._rest), []
         return line
 
-    def _decompressed(self, data: bytes) -> bytes:
-        text = b""
+    def _decompress(self, data: bytes) -> None:
         while data:
             if self._decoder is None:
-                self._decoder = self._package.ZstdDecompressor().decompressobj()
-            text += self._decoder.decompress(data)
+                # As large a window as the format's own tool takes with --long=31.
+                self._decoder = self._package.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            self._split(self._decoder.decompress(data))
             data = self._decoder.unused_data if self._decoder.eof else b""
             if self._decoder.eof:
                 self._decoder = None
-        return text
+
+    def _split(self, text: bytes) -> None:
+        *lines, rest = text.split(b"\n")
+        if lines:
+            lines[0] = b"".join([*self._rest, lines[0]])
+            self._rest = []
+        self._lines.extend(line + b"\n" for line in lines)
+        self._rest.append(rest)
 
 
 def read_parquet(span: Span, json_key: str) -> Iterator[Item]:
@@ -203,7 +215,9 @@ def read_parquet(span: Span, json_key: str) -> Iterator[Item]:
         hint = nearest(json_key, names) or f"; it has {', '.join(names[:8])}"
         raise UserError(f"{span.path}: no column {json_key!r}{hint}; name the text's column with --json-keys")
     kind = file.schema_arrow.field(json_key).type
-    if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind)):
+    types = arrow.types
+    plain = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(plain) or types.is_large_string(plain) or types.is_string_view(plain)):
         raise UserError(f"{span.path}: column {json_key!r} holds {kind}, not strings; name the text's column")
     groups = range(span.start, span.stop)
     rows = sum(file.metadata.row_group(group).num_rows for group in groups)
@@ -218,7 +232,7 @@ def read_parquet(span: Span, json_key: str) -> Iterator[Item]:
             return
         if batch is None:
             return
-        for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
+        for value in batch.column(0).cast(plain).cast(arrow.large_binary()).to_pylist():
             number += 1
             yield _row(f"{span.path}: row {number}", value, json_key, share)
 

@@ -33,6 +33,7 @@ from megatron_a2d.files import new_file
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BAR_WIDTH = 40
+MAX_VOCABULARY = 1 << 26  # bounds the memory of the counts
 
 
 class Contents(NamedTuple):
@@ -53,6 +54,12 @@ def read_contents(file: TokenFile) -> Contents:
         for tokens in file.chunks():
             if tokens.min() < 0:
                 raise UserError(f"{file.prefix}: holds the negative token id {tokens.min()}; write the file again")
+            if tokens.max() >= MAX_VOCABULARY:
+                document = file.document_of(start + int(tokens.argmax()))
+                raise UserError(
+                    f"{file.prefix}: document {document} holds token id {tokens.max()}, more than any vocabulary has; "
+                    "the file is damaged, write it again"
+                )
             more = np.bincount(tokens, minlength=len(counts))
             more[: len(counts)] += counts
             counts = more

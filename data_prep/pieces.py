@@ -8,15 +8,18 @@ What a piece gives depends on its text alone: neither the number of workers nor 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +32,7 @@ from data_prep.fast_encoder import GigatokenEncoder
 from data_prep.formats import Document
 from data_prep.readers import Counts, Piece, read_span
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_file
+from megatron_a2d.files import make_parent, new_file
 
 # A batch is what is encoded at a time. By bytes, so that long documents do not make it large.
 BATCH_BYTES = 1 << 20
@@ -62,10 +65,27 @@ class Job:
         return self.directory / f"{number:05d}{suffix}"
 
 
+@contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Make `directory` and keep it for this process; UserError if another one on this machine works there."""
+    make_parent(directory / "x")
+    with open(directory / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output-prefix: another process writes {directory}; wait for it, or name another prefix"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
 def _key(job: Job, piece: Piece) -> str:
     """Everything that a piece's tokens follow from."""
     files = [(*span, *(os.stat(span.path).st_size, os.stat(span.path).st_mtime_ns)) for span in piece.spans]
-    settings = job.tokenizer_checksum, job.append_eod, job.json_key, job.min_tokens, job.max_tokens
+    tokens = job.tokenizer_checksum, job.encoder, job.append_eod, job.eod_token_id
+    settings = *tokens, job.json_key, job.min_tokens, job.max_tokens
     return digest(repr((files, settings)).encode()).hex()
 
 
@@ -197,7 +217,15 @@ def _start_worker(job: Job, shared: Any) -> None:
     global _worker
     # Ctrl-C reaches every process; the first one tells the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = job, job.open_encoder(threads=1), shared
+
+
+def _end_with_parent() -> None:
+    """A worker whose first process was killed would wait for work for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 class _StoppedError(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,9 @@ def expand_inputs(patterns: Sequence[Path | str]) -> list[Path]:
             problems.append(f"--input {path}: unknown kind of file; give {' or '.join(READERS)}")
         elif path.stat().st_size == 0:
             problems.append(f"--input {path}: is empty; leave it out or write it again")
-    twice = {path for path in paths if paths.count(path) > 1} if len(paths) < 10_000 else set()
+        elif not os.access(path, os.R_OK):
+            problems.append(f"--input {path}: cannot be read (no permission); change that, or leave it out")
+    twice = [path for path, count in Counter(paths).items() if count > 1]
     problems += [f"--input {path}: is named twice; name it once" for path in sorted(twice)]
     if problems:
         raise UserError(problems)

@@ -6,6 +6,7 @@ Without megatron.core, whose import alone takes seconds; a test compares the byt
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import struct
@@ -103,6 +104,11 @@ def check_free(prefixes: Sequence[str]) -> None:
 def open_writers(prefixes: Sequence[str], vocab_size: int, description: dict[str, Any]) -> Iterator[list[TokenWriter]]:
     """Writers whose files get their final names together, when the block ends without an error."""
     check_free(prefixes)
+    for prefix in prefixes:  # what a process that was killed has left, as large as the corpus
+        directory, name = os.path.split(prefix)
+        for suffix in SUFFIXES:
+            for leftover in glob.glob(os.path.join(glob.escape(directory), f".{glob.escape(name + suffix)}.partial-*")):
+                os.unlink(leftover)
     with ExitStack() as stack:
         writers = []
         for prefix in prefixes:

@@ -15,6 +15,7 @@ twice.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shutil
 import time
@@ -30,7 +31,7 @@ from rich.table import Table
 from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.fast_encoder import choose, corpus_sample
 from data_prep.merge import merge
-from data_prep.pieces import Job, is_done, tokenize_pieces
+from data_prep.pieces import Job, hold, is_done, tokenize_pieces
 from data_prep.readers import Piece, expand_inputs, plan_pieces
 from data_prep.token_writer import TokenWriter, check_free, open_writers
 from megatron_a2d.cli import Parser
@@ -40,6 +41,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.files import write_json
 
 SHOWN_PROBLEMS = 10
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def prefixes_of(arguments: argparse.Namespace, json_key: str) -> tuple[str, list
 
 def tokenize(arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], json_key: str) -> None:
     """Read, encode and write everything under one key of the documents."""
-    prefix, prefixes = prefixes_of(arguments, json_key)
+    prefix, _ = prefixes_of(arguments, json_key)
     chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(pieces, json_key))
     job = Job(
         directory=Path(f"{prefix}.parts"), tokenizer=arguments.tokenizer, encoder=chosen.name,
@@ -81,6 +83,14 @@ def tokenize(arguments: argparse.Namespace, reference: Encoder, pieces: list[Pie
         max_tokens=arguments.max_tokens, skip_invalid=arguments.on_error == "skip",
         tokenizer_checksum=file_checksum(tokenizer_file(arguments.tokenizer)),
     )  # fmt: skip
+    with hold(job.directory):
+        _tokenize(arguments, reference, pieces, job, chosen.reason)
+
+
+def _tokenize(
+    arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], job: Job, encoded_by: str
+) -> None:
+    prefix, prefixes = prefixes_of(arguments, job.json_key)
     todo = missing_pieces(job, pieces)
     size = sum(piece.num_bytes for piece in pieces)
     begin = time.perf_counter()
@@ -100,7 +110,7 @@ def tokenize(arguments: argparse.Namespace, reference: Encoder, pieces: list[Pie
             shutil.rmtree(job.directory)
             raise UserError(problem)
     counts["seconds"] = round(time.perf_counter() - begin, 3)
-    counts["encoder"] = chosen.reason
+    counts["encoder"] = encoded_by
     write_json(f"{prefix}.report.json", counts | {"files": {writer.prefix: writer.num_documents for writer in writers}})
     shutil.rmtree(job.directory)
     report(writers, counts, f"{prefix}.report.json")
@@ -108,7 +118,6 @@ def tokenize(arguments: argparse.Namespace, reference: Encoder, pieces: list[Pie
 
 def missing_pieces(job: Job, pieces: list[Piece]) -> dict[int, Piece]:
     """The pieces that are not done, by number: all of them, unless an earlier command was interrupted."""
-    job.directory.mkdir(parents=True, exist_ok=True)
     for partial in job.directory.glob(".*.partial-*"):
         partial.unlink()
     missing = {number: piece for number, piece in enumerate(pieces) if not is_done(job, number, piece)}
@@ -120,7 +129,8 @@ def missing_pieces(job: Job, pieces: list[Piece]) -> dict[int, Piece]:
 def _nothing_left(writers: list[TokenWriter], counts: dict[str, Any], arguments: argparse.Namespace) -> str:
     """Why a file would be empty; '' where none is."""
     if counts["documents"] == 0:
-        return f"--input {' '.join(map(str, arguments.input))}: holds no text at all; give documents"
+        invalid = f" ({counts['invalid']:,} invalid, the first: {counts['problems'][0]})" if counts["invalid"] else ""
+        return f"--input {' '.join(map(str, arguments.input))}: holds no text at all{invalid}; give documents"
     empty = next((writer for writer in writers if writer.num_tokens == 0), None)
     if empty and arguments.valid_fraction:
         return (
@@ -203,7 +213,15 @@ def main(argv: list[str] | None = None) -> None:
     check_free([name for key in arguments.json_keys for name in prefixes_of(arguments, key)[1]])
     pieces = plan_pieces(expand_inputs(arguments.input))
     for key in arguments.json_keys:
-        tokenize(arguments, reference, pieces, key)
+        try:
+            tokenize(arguments, reference, pieces, key)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(
+                f"--output-prefix {prefix}: cannot be written ({error.strerror}); make room for twice the tokens, and "
+                "run the same command again to go on"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -86,9 +86,15 @@ class TokenFile:
         if self._checksums is not None:
             known = f"{self.num_tokens} {self._checksums.digest} {self.metadata.get(INDEX_CHECKSUM)}"
             return checksum(known.encode())
-        # Without checksums: samples spread over the file.
-        starts = np.linspace(0, max(0, self.num_tokens - 1024), 64).astype(int)
-        pieces = [self.read(int(start), min(1024, self.num_tokens - int(start))).tobytes() for start in starts]
+
+        # Without checksums: samples spread over tokens, sequences and documents.
+        def spread(count: int) -> list[tuple[int, int]]:
+            starts = np.linspace(0, max(0, count - 1024), 64).astype(int).tolist()
+            return [(start, min(1024, count - start)) for start in starts]
+
+        pieces = [self.read(start, count).tobytes() for start, count in spread(self.num_tokens)]
+        for array in (self._offsets, self._marks):
+            pieces += [array[start : start + count].tobytes() for start, count in spread(len(array))]
         return checksum(f"{self.num_tokens} {self.num_documents}".encode() + b"".join(pieces))
 
     def document_lengths(self) -> np.ndarray:

@@ -34,6 +34,17 @@ _STREAM = 3  # of Philox; diffusion/noise.py has the others
 _KEYS = ("train_path", "valid_path", "weight", "max_epochs", "hub")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a name that comes twice is an error; the library lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1 and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} comes twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 class Source(NamedTuple):
     """One line of a mixture."""
 
@@ -49,7 +60,7 @@ def read_mixture(path: str | Path) -> list[Source]:
     """The sources of a mixture file; UserError with everything that is wrong with it."""
     where = f"--data-mixture {path}"
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -65,8 +76,8 @@ def read_mixture(path: str | Path) -> list[Source]:
     total = sum(weights.values())
     return [
         Source(
-            str(name), entry["train_path"], entry.get("valid_path"), weights[name] / total, entry.get("max_epochs"),
-            entry.get("hub") or {},
+            str(name), entry["train_path"], entry.get("valid_path"), weights[name] / total,
+            _number(entry.get("max_epochs")), entry.get("hub") or {},
         )
         for name, entry in entries.items()
     ]  # fmt: skip
@@ -77,9 +88,10 @@ def _entry_problems(where: str, entry: Any) -> list[str]:
         return [f"{where}: holds no settings; give it {', '.join(_KEYS)}"]
     problems = [f"{where}: unknown key {key}{nearest(str(key), _KEYS)}" for key in entry if key not in _KEYS]
     for key in ("train_path", "valid_path"):
-        if not isinstance(entry.get(key), str) and (key == "train_path" or entry.get(key) is not None):
-            problems.append(f"{where}: {key} {entry.get(key)}: must be the prefix of a .bin/.idx pair")
-    weight, epochs = entry.get("weight"), entry.get("max_epochs")
+        value = entry.get(key)
+        if not (isinstance(value, str) and "\0" not in value) and (key == "train_path" or value is not None):
+            problems.append(f"{where}: {key} {value}: must be the prefix of a .bin/.idx pair")
+    weight, epochs = _number(entry.get("weight")), _number(entry.get("max_epochs"))
     if not _is_positive(weight):
         problems.append(
             f"{where}: weight {weight}: must be a positive number; leave the source out to weigh it nothing"
@@ -89,6 +101,14 @@ def _entry_problems(where: str, entry: Any) -> list[str]:
     if not isinstance(entry.get("hub") or {}, dict):
         problems.append(f"{where}: hub {entry['hub']}: must be settings of data_prep.download")
     return problems
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3, without a point, for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _is_positive(value: Any) -> bool:
@@ -165,10 +185,15 @@ class MixedDataset:
     def __init__(self, sources: Sequence[Source], seq_length: int, seed: int = 0, **checks: Any):
         self.sources = list(sources)
         # Keys of their own: equally long sources would otherwise be shuffled alike.
-        self.datasets = [
-            PackedDataset(source.train_path, seq_length, seed=seed + (number << 64), **checks)
-            for number, source in enumerate(sources)
-        ]
+        self.datasets: list[PackedDataset] = []
+        problems: list[str] = []
+        for number, source in enumerate(sources):
+            try:
+                self.datasets.append(PackedDataset(source.train_path, seq_length, seed=seed + (number << 64), **checks))
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
         self.choice = SourceChoice([source.weight for source in sources], seed)
 
     @property

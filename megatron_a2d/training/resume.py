@@ -94,10 +94,10 @@ def differences(config: RunConfig, directory: Path) -> list[str]:
     lines = []
     for name, was, now in _changes(config, directory, BOUND):
         if name == "train_data_fingerprint":
-            data = config.data.train_data_path or config.data.data_mixture
+            source = "train_data_path" if config.data.train_data_path else "data_mixture"
             lines.append(
-                f"--train-data-path {data}: holds other tokens, or other weights, than {directory} was trained on; "
-                f"give it what that run had, or {remedy}"
+                f"{flag(source)} {getattr(config.data, source)}: holds other tokens, other weights, or its sources in "
+                f"another order, than {directory} was trained on; give it what that run had, or {remedy}"
             )
         else:
             lines.append(f"{flag(name)} {now}: {directory} was trained with {was}; resume with that, or {remedy}")

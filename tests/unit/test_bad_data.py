@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from checkpoints_tools import convert_hf
+from data_prep import inspect_dataset
 from data_prep.token_writer import open_writers
 from megatron_a2d import train
 from megatron_a2d.data.dataset import PackedDataset
@@ -293,7 +294,18 @@ def test_a_resumed_run_wants_its_tokens(good, tmp_path):
     assert differences(build({**settings, "train_data_path": "moved"}), tmp_path) == []
     assert differences(build({"train_data_path": "moved"}), tmp_path) == []
     (line,) = differences(build({**settings, "train_data_fingerprint": other}), tmp_path)
-    assert "--train-data-path somewhere: holds other tokens, or other weights" in line
+    assert "--train-data-path somewhere: holds other tokens, other weights" in line
+    mixed = {"data_mixture": "m.yaml", "train_data_fingerprint": other}
+    assert any("--data-mixture m.yaml: holds other" in line for line in differences(build(mixed), tmp_path))
+
+
+def test_a_wild_id_does_not_take_the_memory(tmp_path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "t.bin"), dtype=np.int32)
+    for number in range(100):
+        builder.add_document(np.full(50, 9 if number != 77 else 0x7F000009), [50])
+    builder.finalize(str(tmp_path / "t.idx"))
+    with pytest.raises(UserError, match="document 77 holds token id 2130706441, more than any vocabulary has"):
+        inspect_dataset.read_contents(TokenFile(tmp_path / "t"))
 
 
 def test_fingerprints_tell_files_apart(good, tmp_path):
@@ -306,4 +318,10 @@ def test_fingerprints_tell_files_apart(good, tmp_path):
         builder.finalize(str(tmp_path / f"{name}.idx"))
     prints = {name: PackedDataset(tmp_path / name, 64).fingerprint() for name in ("same", "less", "turned")}
     assert len({one, *prints.values()}) == 4
+    builder = IndexedDatasetBuilder(str(tmp_path / "borders.bin"), dtype=np.uint16)
+    for document in (np.concatenate(DOCUMENTS[:2]), *DOCUMENTS[2:-1], DOCUMENTS[-1][:5], DOCUMENTS[-1][5:]):
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(tmp_path / "borders.idx"))
+    assert Path(tmp_path / "borders.bin").read_bytes() == Path(tmp_path / "same.bin").read_bytes()
+    assert PackedDataset(tmp_path / "borders", 64).fingerprint() not in {one, *prints.values()}
     assert PackedDataset(tmp_path / "same", 64).fingerprint() == prints["same"]

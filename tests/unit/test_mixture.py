@@ -248,6 +248,9 @@ def test_visible_tokens_are_not_in_the_denominator():
         ("sources: {a: {train_path: x, weight: 1, max_epochs: 0}}", "max_epochs 0"),
         ("sources: {a: {train_path: x, wieght: 1}}", "unknown key wieght (did you mean weight?)"),
         ("sources: {a: [", "not valid YAML"),
+        ("sources: {a: {train_path: x, weight: 1}, a: {train_path: y, weight: 1}}", "'a' comes twice"),
+        ("sources: {a: {train_path: x, weight: 1e400}}", "weight inf"),
+        ('sources: {a: {train_path: "x\\0", weight: 1}}', "train_path x"),
     ],
 )
 def test_bad_mixtures(text, words, tmp_path):
@@ -256,6 +259,22 @@ def test_bad_mixtures(text, words, tmp_path):
         read_mixture(tmp_path / "m.yaml")
     lines = caught.value.problems
     assert any(words in line for line in lines) and all("\n" not in line and "m.yaml" in line for line in lines)
+
+
+def test_numbers_without_a_point(tmp_path):
+    """YAML 1.1 takes 1e-3 for text; a weight is read as it is meant."""
+    (tmp_path / "m.yaml").write_text(
+        "sources: {a: {train_path: x, weight: 1e-3, max_epochs: 2e0}, b: {train_path: y, weight: 3.0e-3}}"
+    )
+    sources = read_mixture(tmp_path / "m.yaml")
+    assert [source.weight for source in sources] == [Fraction(1, 4), Fraction(3, 4)] and sources[0].max_epochs == 2
+
+
+def test_every_missing_source_is_named(mixture):
+    mixture.write_text(mixture.read_text().replace(f"{mixture.parent}/", f"{mixture.parent}/not_"))
+    with pytest.raises(UserError) as caught:
+        MixedDataset(read_mixture(mixture), 14)
+    assert [line.partition(":")[0][-5:] for line in caught.value.problems] == ["not_a", "not_b", "not_c"]
 
 
 def test_missing_mixture(tmp_path):

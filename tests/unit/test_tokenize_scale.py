@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
+import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +191,88 @@ def test_damaged_containers(kind, tokenizer, tmp_path):
         assert json.loads((tmp_path / "c.report.json").read_text())["invalid"] >= 1
 
 
+def test_zst_of_other_tools(tmp_path):
+    """Large windows, frames that are skipped, one huge line; and what stands before damage is kept."""
+    zstandard = pytest.importorskip("zstandard")
+    plain = write_jsonl(tmp_path / "plain", TEXTS).read_bytes()
+    frame, skipped = zstandard.ZstdCompressor().compress(plain), b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    window = zstandard.ZstdCompressionParameters(window_log=30)
+    long = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    huge = random.Random(0).randbytes(1 << 20).hex()
+    path = tmp_path / "a.jsonl.zst"
+
+    def read(data: bytes) -> tuple[list[str], list[str]]:
+        path.write_bytes(data)
+        counts = Counts()
+        (piece,) = plan_pieces([path])
+        texts = [document.text for document in read_span(piece.spans[0], "text", counts, skip_invalid=True)]
+        return texts, counts.problems
+
+    assert read(long.compress(plain) + long.flush()) == (TEXTS, [])
+    assert read(skipped + frame + skipped) == (TEXTS, [])
+    line = b'{"text": "' + huge.encode() + b'"}\n'
+    assert read(zstandard.ZstdCompressor().compress(line + line)) == ([huge, huge], [])
+    texts, (only,) = read(frame + b"no frame at all")
+    assert texts == TEXTS and only.startswith(f"{path}:301: the compressed data ends or is damaged here")
+
+
+def test_one_writer_at_a_time_and_nothing_left_behind(tokenizer, tmp_path, monkeypatch):
+    corpus = write_kind(tmp_path, ".jsonl", TEXTS)
+    abandoned = [tmp_path / f".c{end}.partial-1" for end in (".bin", ".sums", ".idx")] + [
+        tmp_path / ".c.idx.partial-1.lengths"
+    ]
+    other = tmp_path / ".cc.bin.partial-1"
+    for path in (*abandoned, other):
+        path.write_text("left by SIGKILL")
+    with pieces.hold(tmp_path / "c.parts"):
+        assert "another process writes" in problem(tokenizer, tmp_path / "c", "--input", corpus)
+    run(tokenizer, tmp_path / "c", "--input", corpus)
+    assert not any(path.exists() for path in abandoned) and other.exists() and not (tmp_path / "c.parts").exists()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tokenize_corpus, "tokenize_pieces", full)
+    assert "No space left on device); make room" in problem(tokenizer, tmp_path / "d", "--input", corpus)
+    assert "cannot be written" in problem(tokenizer, corpus / "e", "--input", corpus)
+
+
+def test_another_encoder_does_not_take_up_old_pieces(tokenizer, tmp_path):
+    pytest.importorskip("gigatoken")
+    (piece,) = plan_pieces([write_kind(tmp_path, ".jsonl", TEXTS)])
+    keys = {
+        pieces._key(pieces.Job(tmp_path, tokenizer, name, 310, True, eod, "text", 1, None, False, "sum"), piece)
+        for name in ("gigatoken", "reference")
+        for eod in (0, 1)
+    }
+    assert len(keys) == 4
+
+
+def test_workers_end_with_the_first_process():
+    code = (
+        "import multiprocessing, time; from data_prep import pieces\n"
+        "worker = multiprocessing.get_context('spawn').Process(target=pieces._end_with_parent)\n"
+        "worker.start(); print(worker.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout
+        worker = Path("/proc") / first.stdout.readline().strip()
+        time.sleep(0.5)
+        assert worker.name.isdigit() and worker.exists()
+        first.kill()
+    end = time.monotonic() + 20
+    while _alive(worker) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not _alive(worker)
+
+
+def _alive(process: Path) -> bool:
+    try:
+        return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_parquet_columns(tokenizer, tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -200,6 +286,9 @@ def test_parquet_columns(tokenizer, tmp_path):
     assert f"{path}: row 2: 'text' is null" in problem(tokenizer, tmp_path / "c", "--input", path)
     run(tokenizer, tmp_path / "c", "--input", path, "--on-error", "skip")
     assert TokenFile(tmp_path / "c").num_documents == 2
+    parquet.write_table(arrow.table({"text": arrow.array(["a", "b", "a"]).dictionary_encode()}), path)
+    run(tokenizer, tmp_path / "d", "--input", path)
+    assert TokenFile(tmp_path / "d").num_documents == 3
 
 
 def test_several_keys_become_several_files(tokenizer, tmp_path):
@@ -326,8 +415,6 @@ def test_problems_are_found_by_readers_not_raised(tmp_path):
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
 def test_damaged_inputs_never_crash(kind, tmp_path):
     """40 flips and cuts of each kind of input: documents, problems that are counted, or one clear line."""
-    import random
-
     path = write_kind(tmp_path, kind, TEXTS[:60])
     path = path / "0000.txt" if kind == ".txt" else path
     whole, chance, refused = path.read_bytes(), random.Random(kind), 0
