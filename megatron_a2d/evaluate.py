@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
     options, layout, noise = _parse(argv)
     beside = [read_json(Path(directory) / "results.json", "the earlier results") for directory in options.beside]
-    for directory, content in zip(options.beside, beside, strict=True):
-        if not {"model", "objective"} <= content.keys():
+    for directory, earlier in zip(options.beside, beside, strict=True):
+        if not {"model", "objective"} <= earlier.keys():
             raise UserError(f"--beside {directory}: its results.json is not of this command; name an earlier --out")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
