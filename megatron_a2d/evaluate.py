@@ -68,15 +68,19 @@ OPTIONS = {
     "seed": Option(int, 0, "of Monte Carlo masks and of drawn texts"),
     "allow_code_execution": Option(bool, False, "run programs that the model writes, in subprocesses under limits"),
 }  # fmt: skip
+_RESULTS = ("answers.jsonl", "results.json", "results.md")
 _NOISE = ("noise_schedule", "time_sampling", "min_time")
 
 
 def main(argv: list[str] | None = None) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
     options, layout, noise = _parse(argv)
     beside = [read_json(Path(directory) / "results.json", "the earlier results") for directory in options.beside]
+    for directory, earlier in zip(options.beside, beside, strict=True):
+        if not {"model", "objective"} <= earlier.keys():
+            raise UserError(f"--beside {directory}: its results.json is not of this command; name an earlier --out")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
     begin = time.perf_counter()
     try:
         opened = open_model(options.model, layout, options.objective)
@@ -153,6 +157,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
 
 
 def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
+    from megatron_a2d.diffusion.sampling import SamplingOptions
+
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -176,6 +182,10 @@ def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
             assert option
             expected = " or ".join(option.choices) or option.kind.__name__
             problems.append(f"--config {path}: {name} is {value!r}; it must be {expected}")
+        if option is None:
+            kind = type(getattr(SamplingOptions, name))
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                problems.append(f"--config {path}: {name} is {value!r}; it must be {kind.__name__}")
         values[name] = value
     # A relative directory of task files is meant from the file that names it.
     if isinstance(values.get("include_path"), str):
@@ -306,8 +316,19 @@ def _task_manager(options: argparse.Namespace, manager_class: Any) -> Any:
 
 
 def _fingerprint(model: Path) -> list[Any]:
-    """Tells one state of a model's files from another without reading them."""
-    files = sorted(path for path in model.rglob("*") if path.is_file())
+    """Tells one state of a model's files from another without reading them.
+
+    Of a run that may still be training, its newest checkpoint alone; --out may lie in the model's directory.
+    """
+    from megatron_a2d.conversion.checkpoint import resolve
+    from megatron_a2d.inference.opened import is_checkpoint
+
+    model = resolve(model) if is_checkpoint(model) else model
+    files = sorted(
+        path
+        for path in model.rglob("*")
+        if path.is_file() and path.name not in _RESULTS and not path.name.startswith(".")
+    )
     return [str(model.resolve()), [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
 
 

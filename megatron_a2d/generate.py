@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import logging
+import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rich.console import Console
 
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_HOLE_LENGTH = 24
+_Job = TypeVar("_Job")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     opened = open_model(options.model, values)
     try:
         sampling = sampling_options(options, opened)
-        results = _generate(options, opened, sampling, _prompts(options))
+        results = _generate(options, opened, sampling, _prompts(options, opened))
         _write(options, opened, results)
     finally:
         close_model()
@@ -135,6 +136,8 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None and value < 1:
             problems.append(f"{flag(name)} {value}: must be at least 1")
+    if options.save_html is not None:
+        problems += _unwritable(Path(options.save_html))
     if options.seed < 0:
         problems.append(f"--seed {options.seed}: must not be negative")
     given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
@@ -152,7 +155,30 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _prompts(options: argparse.Namespace) -> Iterator[Prompt]:
+def _unwritable(path: Path) -> list[str]:
+    """What keeps a page from being written there, before any work is done."""
+    if path.is_dir():
+        return [f"--save-html {path}: is a directory; name a file"]
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        return [f"--save-html {path}: cannot be written below {above}; name another place"]
+    return []
+
+
+def _pipe(opened: Opened) -> io.TextIOBase:
+    """Stdin. The processes of torchrun share one: the first of them reads it for all."""
+    if "torch.distributed" not in sys.modules:
+        return sys.stdin  # type: ignore[return-value]
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return sys.stdin  # type: ignore[return-value]
+    box = [sys.stdin.buffer.read() if opened.speaks else None]
+    dist.broadcast_object_list(box, src=0)
+    return io.TextIOWrapper(io.BytesIO(box[0] or b""), encoding="utf-8")
+
+
+def _prompts(options: argparse.Namespace, opened: Opened) -> Iterator[Prompt]:
     from megatron_a2d.inference.prompts import Prompt, completion, infill, read_jsonl
 
     new_tokens = options.max_new_tokens or DEFAULT_NEW_TOKENS
@@ -166,7 +192,7 @@ def _prompts(options: argparse.Namespace) -> Iterator[Prompt]:
     else:
         name = "--input (pipe)" if options.input == "-" else f"--input {options.input}"
         try:
-            with nullcontext(sys.stdin) if options.input == "-" else open(options.input, encoding="utf-8") as lines:
+            with nullcontext(_pipe(opened)) if options.input == "-" else open(options.input, encoding="utf-8") as lines:
                 if options.jsonl:
                     yield from read_jsonl(lines, name, new_tokens, hole_length)
                 elif text := lines.read():
@@ -197,15 +223,17 @@ def _generate(
     from megatron_a2d.inference.prompts import to_row
 
     reserve = None
+    if options.reserve_last == "eos" and not opened.end_token_ids:
+        raise UserError("--reserve-last eos: the model's config.json names no eos_token_id; give pad")
     if options.reserve_last:
-        reserve = opened.end_token_ids[0] if options.reserve_last == "eos" and opened.end_token_ids else 0
+        reserve = opened.end_token_ids[0] if options.reserve_last == "eos" else opened.pad_token_id
     jobs = (
         (prompt, sample, to_row(prompt, opened, reserve)) for prompt in prompts for sample in range(options.num_samples)
     )
     numbered = enumerate(jobs)
     console = Console(highlight=False, markup=False)
     shows = console.is_terminal and not options.no_live and not options.jsonl and opened.speaks
-    while batch := list(itertools.islice(numbered, options.batch_size)):
+    for batch in _batches(numbered, options.batch_size):
         canvas = make_canvas([row for _, (_, _, row) in batch], opened.mask_token_id)
         editable = canvas.editable.tolist()
         # Forward passes at most; some samplers need fewer.
@@ -233,6 +261,23 @@ def _generate(
                 sum(editable[index][position] for position in kept), sampled.num_forwards[index],
                 _replay(view, index, kept, opened) if options.save_html else [],
             )  # fmt: skip
+
+
+def _batches(jobs: Iterable[_Job], size: int) -> Iterator[list[_Job]]:
+    """Runs of `size`. What came before a bad line is still written, whatever the size."""
+    batch: list[_Job] = []
+    try:
+        for job in jobs:
+            batch.append(job)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except UserError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
 
 def _recorder(view: LiveView, shows: bool) -> OnStep:

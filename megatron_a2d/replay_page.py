@@ -20,8 +20,8 @@ def replay_row(tokens: Sequence[int], steps: Sequence[int | None], decode: Decod
 def replay_page(title: str, rows: Sequence[list[list[Any]]]) -> str:
     """The page for texts made by `replay_row`."""
     last = max((piece[1] for row in rows for piece in row), default=0)
-    # "</" would end the script element; JSON allows the slash to be escaped.
-    data = json.dumps({"title": title, "last": last, "rows": rows}).replace("</", "<\\/")
+    # "</script" would end the script element, and "<!--<script" would keep it from ending.
+    data = json.dumps({"title": title, "last": last, "rows": rows}).replace("<", "\\u003c")
     return _PAGE.replace("__DATA__", data)
 
 

@@ -76,6 +76,8 @@ def log_likelihood(draws: Draws, losses_J: np.ndarray) -> Estimate:
     totals = np.zeros(draws.num_replicates)
     np.add.at(totals, draws.replicates, draws.weights * losses_J)
     if draws.num_replicates == 1:
-        exact = len(draws.masks) == 2 ** draws.masks.shape[1] - 1 or draws.weights.max() == draws.weights.min() == 1.0
+        num_draws, num_tokens = draws.masks.shape
+        is_pseudo = num_draws == num_tokens and bool((draws.weights == 1).all())
+        exact = num_draws == 2**num_tokens - 1 or is_pseudo
         return Estimate(-float(totals[0]), 0.0 if exact else float("nan"))
     return Estimate(-float(totals.mean()), float(totals.std(ddof=1) / math.sqrt(draws.num_replicates)))

@@ -135,6 +135,8 @@ class HarnessModel(TemplateLM):
         canvas = make_canvas(
             [tokens + [opened.mask_token_id] * length for tokens, length in jobs], opened.mask_token_id
         )
+        for row, (tokens, _) in enumerate(jobs):
+            canvas.editable[row, : len(tokens)] = False  # a mask token in a question is no hole
         sampled = denoise(
             opened.run, canvas.to(opened.device), opened.mask_token_id, self.sampling,
             label_shift=opened.label_shift, end_token_ids=opened.end_token_ids,
@@ -156,7 +158,9 @@ class HarnessModel(TemplateLM):
         return {
             "mean_standard_error": statistics.fmean(errors),
             "largest_standard_error": max(errors),
-            "exact_share": sum(error == 0 for error in errors) / len(errors),
+            "exact_share": errors.count(0.0) / len(self.standard_errors),
+            # With one or two draws nothing can be said of the error.
+            "unknown_share": 1 - len(errors) / len(self.standard_errors),
         }
 
 

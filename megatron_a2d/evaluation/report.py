@@ -8,6 +8,9 @@ from typing import Any
 
 from megatron_a2d.evaluation.published import BENCHMARKS, MODELS, SCORES, SOURCE
 
+# Metrics whose values between 0 and 1 are no shares of anything: shown as numbers, not as percent.
+_NO_SHARES = ("perplexity", "bits", "likelihood")
+
 
 def plain(value: Any) -> Any:
     """Values that JSON has words for: what is not a finite number becomes null."""
@@ -117,6 +120,10 @@ def _buckets(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _is_share(metric: str, value: float) -> bool:
+    return 0 <= value <= 1 and not any(word in metric for word in _NO_SHARES)
+
+
 def _tasks(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     found = [
         {(task, metric): (value, error) for task, metric, value, error in task_rows(run.get("tasks", {}))}
@@ -136,7 +143,7 @@ def _tasks(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]
         cells = [benchmark or task, str(shots.get(task, "")), metric]
         for rows in found:
             value, error = rows.get((task, metric), (None, None))
-            cells.append("" if value is None else _figure(value, error, percent=0 <= value <= 1))
+            cells.append("" if value is None else _figure(value, error, percent=_is_share(metric, value)))
         lines.append(_row([*cells, *("" if score is None else f"{score:.1f}%" for score in published)]))
     if any(task in BENCHMARKS for task, _ in keys):
         lines += ["", f"Published figures: {SOURCE}; measured with other harnesses and prompts."]
@@ -145,7 +152,8 @@ def _tasks(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]
             lines += [
                 "",
                 f"{name}: Monte Carlo error of a log-likelihood {errors['mean_standard_error']:.3f} nats on average, "
-                f"{errors['largest_standard_error']:.3f} at most; {errors['exact_share']:.0%} are exact.",
+                f"{errors['largest_standard_error']:.3f} at most; {errors['exact_share']:.0%} are exact"
+                + (f", {unknown:.0%} of unknown error." if (unknown := errors.get("unknown_share")) else "."),
             ]
         lines += [line for what, count in run.get("counts", {}).items() for line in ("", f"{name}: {count} {what}.")]
     return lines

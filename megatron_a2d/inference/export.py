@@ -17,7 +17,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM, KeyValueCache
 from megatron_a2d.hf.modeling_rnd import RND1LM
-from megatron_a2d.inference.opened import Opened, end_tokens, load_tokenizer
+from megatron_a2d.inference.opened import Opened, end_tokens, load_tokenizer, pad_token
 from megatron_a2d.runtime.device import device, has_cuda
 
 DIFFUSION_TYPES = {"a2d": A2DForMaskedLM, "rnd1": RND1LM}
@@ -52,6 +52,7 @@ def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
         num_diffusion_steps=int(config.get("num_diffusion_steps") or 256),
         has_caches=is_diffusion,
         device=model.device,
+        pad_token_id=pad_token(directory, config),
     )
 
 

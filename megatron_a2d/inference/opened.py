@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -12,6 +14,7 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.conversion.checkpoint import RELEASE, TRACKER
 from megatron_a2d.diffusion.forward import Model
 from megatron_a2d.errors import UserError
+from megatron_a2d.files import read_json
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Opened:
     num_diffusion_steps: int
     has_caches: bool
     device: torch.device
+    # The public package's reserved slot holds it.
+    pad_token_id: int = 0
     # Several processes run a sharded model; one of them speaks.
     speaks: bool = True
 
@@ -61,6 +66,17 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
             f"{path}: has token id {largest}, and the model has {vocab_size} tokens; take the model's own tokenizer"
         )
     return tokenizer
+
+
+def pad_token(directory: Path, config: Mapping[str, Any]) -> int:
+    """As an export has it: config.json's, else generation_config.json's, else the first end-of-text token, else 0."""
+    path = directory / "generation_config.json"
+    generation = read_json(path, "the generation settings") if path.exists() else {}
+    ends = end_tokens(config.get("eos_token_id"))
+    for value in (config.get("pad_token_id"), generation.get("pad_token_id"), *ends):
+        if isinstance(value, int):
+            return value
+    return 0
 
 
 def end_tokens(value: int | list[int] | None) -> tuple[int, ...]:

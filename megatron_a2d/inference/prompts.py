@@ -11,8 +11,11 @@ from megatron_a2d.errors import UserError, nearest
 from megatron_a2d.inference.opened import Opened
 
 # <|hole:16|> in a text stands for 16 tokens to find.
-_HOLE = re.compile(r"<\|hole:(-?\d+)\|>")
+_HOLE = re.compile(r"<\|hole:(-?\d{1,9})\|>")
+_HOLE_BEGIN = "<|hole:"
 _JSON_KEYS = ("prompt", "max_new_tokens", "prefix", "suffix", "hole_length", "infill")
+# What goes with each kind of line.
+_JSON_KINDS = {"prompt": ("max_new_tokens",), "prefix": ("suffix", "hole_length"), "infill": ()}
 
 
 class Prompt(NamedTuple):
@@ -34,6 +37,8 @@ def infill(text: str, where: str) -> Prompt:
     for length in (part for part in prompt.parts if isinstance(part, int)):
         if length < 1:
             raise UserError(f"{where}: has a hole of length {length}; a hole needs at least 1 token")
+    if any(_HOLE_BEGIN in part for part in prompt.parts if isinstance(part, str)):
+        raise UserError(f"{where}: has a hole that is not of the form <|hole:16|>; write its number of tokens so")
     if not any(isinstance(part, int) for part in prompt.parts):
         raise UserError(f"{where}: has no hole; write <|hole:16|> where 16 tokens are to be found")
     return prompt
@@ -52,16 +57,19 @@ def read_jsonl(lines: Iterable[str], name: str, max_new_tokens: int, hole_length
 def _from_json(line: str, where: str, max_new_tokens: int, hole_length: int) -> Prompt:
     try:
         record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless nesting
         raise UserError(f"{where}: is not JSON ({error}); give one object a line") from None
     if not isinstance(record, dict):
         raise UserError(f'{where}: is no object; write {{"prompt": "..."}}')
     for key in record:
         if key not in _JSON_KEYS:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, _JSON_KEYS)}; keys are {', '.join(_JSON_KEYS)}")
-    kinds = [key for key in ("prompt", "prefix", "infill") if key in record]
+    kinds = [key for key in _JSON_KINDS if key in record]
     if len(kinds) != 1:
         raise UserError(f"{where}: give exactly one of prompt, prefix (with suffix) and infill")
+    for key in record:
+        if key not in (kinds[0], *_JSON_KINDS[kinds[0]]):
+            raise UserError(f"{where}: {key} has no effect beside {kinds[0]}; remove it")
     for key in ("prompt", "prefix", "suffix", "infill"):
         if key in record and (not isinstance(record[key], str) or not record[key]):
             raise UserError(f"{where}: {key} must be a text that is not empty")
@@ -84,10 +92,15 @@ def to_row(prompt: Prompt, opened: Opened, reserve: int | None = None) -> list[i
     tokens to write.
     """
     row: list[int] = []
+    holes = sum(part for part in prompt.parts if isinstance(part, int))
+    if holes > opened.max_positions:  # before as many are made
+        raise _too_long(prompt, holes, opened)
     for part in prompt.parts:
         if isinstance(part, int):
             row += [opened.mask_token_id] * part
             continue
+        if any("\ud800" <= character <= "\udfff" for character in part):
+            raise UserError(f"{prompt.where}: holds bytes or surrogates that are no text in UTF-8; give another text")
         tokens = opened.encode(part)
         if not tokens:
             raise UserError(f"{prompt.where}: the tokenizer makes no token of {part!r}; give another text")
@@ -106,7 +119,11 @@ def to_row(prompt: Prompt, opened: Opened, reserve: int | None = None) -> list[i
             )
         row[-1] = reserve
     if len(row) > opened.max_positions:
-        raise UserError(
-            f"{prompt.where}: {len(row)} tokens in all, and the model has {opened.max_positions} positions; shorten it"
-        )
+        raise _too_long(prompt, len(row), opened)
     return row
+
+
+def _too_long(prompt: Prompt, length: int, opened: Opened) -> UserError:
+    return UserError(
+        f"{prompt.where}: {length} tokens in all, and the model has {opened.max_positions} positions; shorten it"
+    )

@@ -29,7 +29,7 @@ from megatron_a2d.diffusion.forward import Reduce, Request
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 from megatron_a2d.inference.export import check_mask_token
-from megatron_a2d.inference.opened import Opened, end_tokens, load_tokenizer
+from megatron_a2d.inference.opened import Opened, end_tokens, load_tokenizer, pad_token
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
 from megatron_a2d.training import parallel
@@ -79,6 +79,7 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
         num_diffusion_steps=256,
         has_caches=False,
         device=device(),
+        pad_token_id=pad_token(hf_files, hf_config),
         speaks=dist.get_rank() == 0,
     )
 

@@ -96,6 +96,13 @@ def test_monte_carlo_is_unbiased_and_its_errors_are_honest(mc_num: int) -> None:
     assert 0.7 < math.sqrt((errors**2).mean()) / spread < 1.4
 
 
+def test_one_draw_has_no_error() -> None:
+    """Whichever size it has: all tokens at once have the weight 1, and are not exact for that."""
+    for seed in range(20):
+        assert math.isnan(log_likelihood(likelihood_draws(3, 1, seed), np.ones(1)).standard_error)
+    assert log_likelihood(likelihood_draws(1, 1), np.ones(1)).standard_error == 0
+
+
 def test_low_discrepancy_beats_independent_draws() -> None:
     """Tokens of different difficulty that are the harder the more is masked, as those of texts are."""
     n, mc_num = 12, 64

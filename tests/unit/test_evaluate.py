@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,10 +192,18 @@ def test_models_that_are_not_ours(models, tmp_path):
 
 
 def test_bad_config_files(models, tmp_path):
-    (tmp_path / "bad.yaml").write_text("tasks: [a]\nmc_nun: 3\nmc_num: many\nlikelihood: best\n")
+    (tmp_path / "bad.yaml").write_text(
+        "tasks: [a]\nmc_nun: 3\nmc_num: many\nlikelihood: best\nnum_steps: few\ngreedy: 1\n"
+    )
     with pytest.raises(UserError) as error:
         run(models, tmp_path / "out", "--config", str(tmp_path / "bad.yaml"))
-    assert len(error.value.problems) == 3 and "did you mean mc_num?" in str(error.value)
+    assert len(error.value.problems) == 5 and "did you mean mc_num?" in str(error.value)
+
+
+def test_earlier_results_of_another_kind(models, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="not of this command"):
+        run(models, tmp_path / "out", "--tasks", "a", "--beside", str(tmp_path))
 
 
 def test_requests_that_do_not_fit(models):
@@ -231,6 +240,27 @@ def test_published_figures_stand_beside_our_own():
     page = markdown([run])
     assert "| GSM8K | 8 | exact_match (strict-match) | 50.0% ± 1.0% | 80.0% | 77.2% | 70.9% |" in page
     assert "radicalnumerics.ai" in page
+    run["tasks"] = {"local_rolling": {"bits_per_byte,none": 0.75}}
+    assert "| bits_per_byte | 0.750 |" in markdown([run])
+
+
+def test_the_share_of_exact_likelihoods_counts_unknown_errors():
+    from megatron_a2d.evaluation.harness import HarnessModel
+
+    model = SimpleNamespace(standard_errors=[0.0, math.nan, math.nan, 2.0])
+    assert HarnessModel.error_summary(model) == {
+        "mean_standard_error": 1.0, "largest_standard_error": 2.0, "exact_share": 0.25, "unknown_share": 0.5,
+    }  # fmt: skip
+
+
+def test_a_models_fingerprint_is_not_changed_by_its_own_evaluation(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = evaluate._fingerprint(tmp_path)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "answers.jsonl").write_text("{}")
+    assert evaluate._fingerprint(tmp_path) == before
+    (tmp_path / "weights").write_text("x")
+    assert evaluate._fingerprint(tmp_path) != before
 
 
 @pytest.fixture
@@ -254,6 +284,7 @@ def test_programs_are_judged(allowed):
         "x = bytearray(2 << 30)",
         "open('big', 'wb').write(bytes(2 << 20))",
         "import os, time\nif os.fork() == 0: time.sleep(60)\ntime.sleep(60)",
+        "while True: print('x' * 10**6)",
     ],
 )
 def test_programs_have_limits(program, allowed):
@@ -261,6 +292,15 @@ def test_programs_have_limits(program, allowed):
     assert not code_execution.passes(program, "pass", seconds=1)
     assert time.monotonic() - begin < 8
     assert not Path("big").exists()
+
+
+def test_programs_leave_no_process(allowed):
+    """Nor one in a session of its own; where the kernel lets no process be started, it fails."""
+    program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(61.7)\n"
+    code_execution.passes(program, "import time; time.sleep(0.5)")
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # gone, or of another user
+            assert code_execution._NAME.encode() not in path.read_bytes()
 
 
 def test_programs_see_no_environment(allowed, monkeypatch):

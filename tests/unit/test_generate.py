@@ -169,6 +169,20 @@ def test_reserves_the_last_place(exports, capsys):
     assert plain.err.startswith("1 texts, 6 tokens") and reserved.err.startswith("1 texts, 5 tokens")
 
 
+def test_the_reserved_padding_is_the_models(exports, capsys, tmp_path, monkeypatch):
+    """The public package takes pad_token_id of config.json: not token 0, which would be a visible "!" in Qwen3's."""
+    from megatron_a2d.inference import prompts
+
+    rows = []
+    original = prompts.to_row
+    monkeypatch.setattr(prompts, "to_row", lambda *a: rows.append(original(*a)) or rows[-1])
+    arguments = ("--prompt", "x = ", "--max-new-tokens", "6", "--num-steps", "2", "--reserve-last", "pad")
+    end = VOCAB - 2
+    for pad, expected in ((7, 7), (end, end), (None, end)):  # none: as an export would have it
+        run(capsys, copy_of(exports["a2d"], tmp_path / str(pad), pad_token_id=pad), *arguments)
+        assert rows[-1][-1] == expected
+
+
 BAD_JSONL = {
     "no json": ("{'prompt': 1}", "line 2: is not JSON"),
     "no object": ("[1]", "line 2: is no object"),
@@ -180,16 +194,21 @@ BAD_JSONL = {
     "no length": ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0"),
     "too long": ('{"prompt": "a", "max_new_tokens": 400}', "200 positions"),
     "hole first": ('{"infill": "<|hole:2|> a"}', "begins with a hole"),
+    "no effect": ('{"prompt": "a", "suffix": "b"}', "suffix has no effect beside prompt"),
+    "surrogate": ('{"prompt": "\\ud800"}', "no text in UTF-8"),
+    "endless number": ('{"prompt": "a", "max_new_tokens": ' + "9" * 5000 + "}", "line 2: is not JSON"),
+    "endless nesting": ("[" * 100_000, "line 2: is not JSON"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_JSONL)
-def test_bad_jsonl(case, exports, tmp_path):
+def test_bad_jsonl(case, exports, tmp_path, capsys):
     line, message = BAD_JSONL[case]
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "good", "max_new_tokens": 2}\n' + line + "\n")
     with pytest.raises(UserError) as error:
         generate.main(["--model", str(exports["a2d"]), "--input", str(tmp_path / "prompts.jsonl"), "--jsonl"])
     assert message in str(error.value)
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == 2, "what came before is written"
 
 
 BAD_ARGUMENTS = {
@@ -219,6 +238,14 @@ BAD_ARGUMENTS = {
     "layout of an export": (["--prompt", "a", "--bf16"], "--bf16: only goes with a checkpoint"),
     "no sampler": (["--prompt", "a", "--sampler", "best"], "invalid choice"),
     "mask token": (["--prompt", "a <|mask|> b"], "contains the mask token"),
+    "endless hole": (["--infill", "a <|hole:99999999999|> b"], "not of the form <|hole:16|>"),
+    "long hole": (["--infill", "a <|hole:999999999|> b"], "200 positions"),
+    "hole without a number": (["--infill", "a <|hole:2|> <|hole:|> b"], "not of the form <|hole:16|>"),
+    "endless completion": (["--prompt", "a", "--max-new-tokens", "99999999999"], "200 positions"),
+    "surrogate": (["--prompt", "a\udc80"], "no text in UTF-8"),
+    "temperature that overflows": (["--prompt", "a", "--temperature", "1e-38"], "--temperature 1e-38: must be 0, or"),
+    "guidance that overflows": (["--prompt", "a", "--guidance", "1e38"], "--guidance 1e+38: must be 0 (none) to"),
+    "page that is a directory": (["--prompt", "a", "--save-html", "/tmp"], "--save-html /tmp: is a directory"),
     "unknown flag": (["--prompt", "a", "--num-step", "3"], "--num-steps"),
 }
 
@@ -229,6 +256,12 @@ def test_bad_arguments(case, exports):
     with pytest.raises(UserError) as error:
         generate.main(["--model", str(exports["a2d"]), *arguments])
     assert message in str(error.value)
+
+
+def test_a_cache_without_blocks_is_one_problem(exports):
+    with pytest.raises(UserError) as error:
+        generate.main(["--model", str(exports["a2d"]), "--prompt", "a", "--cache", "dual"])
+    assert len(error.value.problems) == 1
 
 
 def test_all_problems_are_reported_together(exports):

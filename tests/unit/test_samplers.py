@@ -121,6 +121,12 @@ def test_plans(holes, steps, block_length):
     assert counts_left(0, "rnd1", 5) == []
 
 
+def test_endless_steps_decide_one_position_each():
+    for sampler in ("rnd1", "confidence", "eb", "threshold"):
+        assert counts_left(49, sampler, 10**12) == list(range(48, -1, -1))
+    assert counts_left(49, "rnd1", 49) != list(range(48, -1, -1)), "the published rounding is kept"
+
+
 def test_greedy_with_a_temperature_orders_by_the_tempered_entropy():
     """Entropies of two rows that change places when the distribution is sharpened, as the published package does."""
     logits = torch.full((3, VOCAB), -30.0)

@@ -10,6 +10,9 @@ Sampler = Literal["rnd1", "eb", "confidence", "threshold"]
 Cache = Literal["none", "prefix", "dual"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 CACHES: tuple[str, ...] = get_args(Cache)
+# Logits stay finite in fp32.
+_SMALLEST_TEMPERATURE = 1e-6
+_LARGEST_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,17 @@ class SamplingOptions:
             "gamma": (0 <= self.gamma < math.inf, "must be 0 or more (nats)"),
             "threshold": (0 < self.threshold <= 1, "must be a probability above 0"),
             "block_length": (self.block_length >= 0, "must be 0 (one block) or more"),
-            "temperature": (0 <= self.temperature < math.inf, "must be 0 or more"),
+            "temperature": (
+                self.temperature == 0 or _SMALLEST_TEMPERATURE <= self.temperature < math.inf,
+                f"must be 0, or {_SMALLEST_TEMPERATURE} or more",
+            ),
             "top_k": (self.top_k >= 0, "must be 0 (no limit) or more"),
             "top_p": (0 < self.top_p <= 1, "must be above 0 and at most 1 (no limit)"),
-            "guidance": (0 <= self.guidance < math.inf, "must be 0 (none) or more"),
+            "guidance": (0 <= self.guidance <= _LARGEST_GUIDANCE, f"must be 0 (none) to {_LARGEST_GUIDANCE}"),
             "sampler": (self.sampler in SAMPLERS, f"must be one of {', '.join(SAMPLERS)}"),
             "cache": (self.cache in CACHES, f"must be one of {', '.join(CACHES)}"),
         }
         found = [f"{name} {getattr(self, name)}: {why}" for name, (good, why) in ranges.items() if not good]
         if self.cache != "none" and self.block_length == 0:
-            found.append(f"cache {self.cache}: has no effect without blocks; set block_length")
+            found.append(f"cache {self.cache}: has no effect without blocks, set block_length")
         return found

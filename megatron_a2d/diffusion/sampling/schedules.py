@@ -32,6 +32,8 @@ def turns(num_holes: int, sampler: Sampler, num_steps: int, block_length: int) -
 
 def counts_left(num_holes: int, sampler: Sampler, num_steps: int) -> list[int]:
     """Masked positions after each of at most `num_steps` forwards, strictly falling to 0."""
+    # More forwards than twice the holes decide as these do: one position each.
+    num_steps = min(num_steps, max(2 * num_holes, 1))
     if sampler == "rnd1":
         # floor(N (S - n) / S) after step n, in fp32, as published: where the product is whole, its rounding decides.
         holes = torch.tensor(num_holes)
