@@ -19,7 +19,8 @@ import transformers
 from safetensors import safe_open
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_a2d.diffusion.sampling import denoise
+from megatron_a2d.diffusion.forward import from_logits
+from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.hf import TRAVELLING
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.configuration_rnd import RND1Config
@@ -301,7 +302,9 @@ def test_generate_is_the_sampler(kind, label_shift, tmp_path):
     _, ours = export_and_load(kind, tmp_path, label_shift=label_shift)
     canvas = torch.cat([tokens(2, 9), torch.full((2, 13), 96), tokens(2, 4)], dim=1)
     with torch.no_grad():
-        expected = denoise(lambda t: ours(t).logits, canvas, canvas == 96, 96, num_steps=5, label_shift=label_shift)
+        model = from_logits(lambda t: ours(t).logits)
+        options = SamplingOptions(num_steps=5)
+        expected = denoise(model, make_canvas(canvas.tolist(), 96), 96, options, label_shift=label_shift).tokens
     assert torch.equal(ours.generate(canvas, num_steps=5), expected)
     assert not torch.equal(ours.generate(canvas, num_steps=13), expected), "the number of steps must matter"
     assert torch.equal(ours.generate(tokens(), max_new_tokens=0), tokens())
