@@ -85,9 +85,9 @@ def measure(directory: Path, size: int, workers: int, rounds: int) -> dict[str, 
         seconds["ours_beginning"].append(ours(beginning, f"some{number}"))
         for path in directory.glob(f"all{number}.*"):
             path.unlink()
-    begin = time.perf_counter()
-    classic(beginning, tokenizer, directory / "classic", workers)
-    seconds["classic"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        classic(beginning, tokenizer, directory / "classic", workers)
+        seconds["classic"].append(time.perf_counter() - begin)
     same = all(_digest(directory / f"some0{end}") == _digest(directory / f"classic{end}") for end in (".bin", ".idx"))
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     text = {"raw": "all", "ours": "all", "ours_beginning": "beginning", "classic": "beginning"}
