@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench.tokenize", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=640, help="size of the corpus")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, or threads")
-    parser.add_argument("--rounds", type=int, default=3, help="of ours and raw, in turns; the classic way runs once")
+    parser.add_argument("--rounds", type=int, default=3, help="of each, in turns")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench_tokenize") as directory:
