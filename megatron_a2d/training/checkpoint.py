@@ -193,6 +193,7 @@ def _sharded_model(state: TrainState) -> dict[str, Any]:
 
 
 def _sharded_state(state: TrainState) -> dict[str, Any]:
+    state.gather_parameters()
     model, step = _sharded_model(state), adam_step(state.optimizer)
     optimizer = OptimizerState(state.optimizer, model, is_loading=False, metadata=_metadata()) if step else None
     return {

@@ -38,6 +38,12 @@ class TrainState:
         """The bare models of this rank's chunks."""
         return [chunk.module for chunk in self.chunks]
 
+    def gather_parameters(self) -> None:
+        """Fetch what other ranks updated: with --overlap-param-gather the next forward pass would. Collective."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
 
 def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
     """This rank's part of the model, or one of its virtual stages; its weights mean nothing before a load."""

@@ -228,9 +228,7 @@ def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, fl
     whole = not config.parallel.use_distributed_optimizer
     gradients = _global_shards(state, lambda parameter: parameter.main_grad) if whole else {}
     norm = update_parameters(state.optimizer)
-    if config.parallel.overlap_param_gather:
-        for chunk in state.chunks:
-            chunk.start_param_sync(force_sync=True)
+    state.gather_parameters()
     return float(totals[0] / totals[4]), norm, gradients
 
 
