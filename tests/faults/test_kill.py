@@ -24,6 +24,7 @@ from megatron_a2d.runtime.peers import EXIT_PEER_LOST
 from tests.exactness import Exactness, Fault
 from tests.faults.zygote import NUM_RANKS, OF_FIRST_RANK, PATIENCE, POINTS, SLOW_WRITER
 from tests.parity.layouts import DISTRIBUTED, EP, PP, TP_SP
+from tests.parity.pool import Pool
 from tests.tiny import write_hf, write_tokens
 
 pytestmark = pytest.mark.full
@@ -142,7 +143,8 @@ class Run:
 
 
 @pytest.fixture(params=list(LAYOUTS))
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Run]]:
+def run(request: pytest.FixtureRequest, tmp_path: Path, pool: Pool) -> Iterator[tuple[str, Run]]:
+    pool.close()  # its idle processes keep threads of earlier groups busy; the next test that needs it starts it
     write_hf(tmp_path / "hf", "moe")
     convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
     write_tokens(tmp_path / "tokens", 60, 250, seed=0)
