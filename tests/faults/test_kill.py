@@ -72,7 +72,7 @@ class Run:
     def __init__(self, root: Path, layout: dict[str, Any]):
         settings = {
             "load": str(root / "checkpoint"), "train_data_path": str(root / "tokens"), "train_iters": TRAIN_ITERS,
-            "save_interval": SAVE_INTERVAL, "log_interval": 1, "keep_last": 2, "lr_warmup_iters": 3, **layout,
+            "save_interval": SAVE_INTERVAL, "log_interval": 1, "keep_last": 1, "lr_warmup_iters": 3, **layout,
         }  # fmt: skip
         self.save, self.slowest, self.survivors = root / "killed", 0.0, 0
         self.interval = SAVE_INTERVAL * (2 if layout.get("async_save") else 1)
@@ -177,8 +177,8 @@ def test_killed_at_chosen_points(run: tuple[str, Run], exactness: Exactness) -> 
     lost: list[int] = []
     points = [point for point in POINTS if point != SLOW_WRITER or "asynchronous" in name]
     # How often a point is passed before: the first step or save, that there be something to lose; the step of the slow
-    # writer is the first after a save, and the first checkpoint to be removed falls to the third save.
-    passes = {"while it loads the checkpoint": 0, SLOW_WRITER: 2, "while an old checkpoint is removed": 2}
+    # writer is the first after a save.
+    passes = {"while it loads the checkpoint": 0, SLOW_WRITER: 2}
     for number, point in enumerate(points):
         victim = 0 if point in OF_FIRST_RANK else number % NUM_RANKS
         shutil.rmtree(killed.save, ignore_errors=True)

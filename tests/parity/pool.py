@@ -7,6 +7,7 @@ that it does not need stay idle. A job that fails or hangs takes the pool down w
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -88,6 +89,19 @@ class Pool:
             self._pipes.append(ours)
 
 
+def _end_groups() -> None:
+    """Leave the process groups, and let their threads end: each wakes a hundred times a second."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    from megatron_a2d.training import parallel
+
+    for item in gc.get_objects():
+        if isinstance(item, DistributedDataParallel):
+            item.grad_accs.clear()  # a cycle through autograd's hooks, which nothing else breaks
+    parallel.finalize()
+    gc.collect()
+
+
 def _serve(rank: int, pipe: Any) -> None:
     os.setsid()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -108,9 +122,7 @@ def _serve(rank: int, pipe: Any) -> None:
             dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
             result = (True, getattr(jobs, job)(**kwargs))
             dist.barrier()
-            from megatron_a2d.training import parallel
-
-            parallel.finalize()
+            _end_groups()
         except BaseException:
             result = (False, traceback.format_exc())
         pipe.send(result)
