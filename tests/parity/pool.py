@@ -19,9 +19,9 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
-# megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads:
-# after so many jobs the processes are started anew.
-MAX_JOBS = 20
+# megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads, which wake
+# a hundred times a second: after so many jobs it is cheaper to start the processes anew.
+MAX_JOBS = 8
 
 
 class Pool:
