@@ -50,7 +50,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     import torch
 
-    import tests.parity.jobs  # noqa: F401  (everything that a rank needs, imported before the fork)
+    import tests.parity.run_job  # noqa: F401  (everything that a rank needs, imported before the fork)
 
     torch.set_num_threads(1)
     print("ready", flush=True)
@@ -133,7 +133,7 @@ def run_rank(rank: int, port: int, settings: dict[str, Any]) -> int:
     import torch.distributed as dist
 
     from megatron_a2d.runtime import peers
-    from tests.parity import jobs
+    from tests.parity import run_job
 
     peers.BEAT, peers.SUSPICION = 0.25, 0.75  # two ranks: nobody else can be slow (test_peers.py has the real ones)
     sys.stdout = sys.stderr
@@ -141,7 +141,7 @@ def run_rank(rank: int, port: int, settings: dict[str, Any]) -> int:
     timeout = timedelta(seconds=PATIENCE / 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=timeout)
     with peers.Peers(PATIENCE):
-        result = jobs.run(settings)
+        result = run_job.run(settings)
     Path(settings["save"], f"final_{rank}.json").write_text(json.dumps(result))
     return int(result["exit_code"])
 

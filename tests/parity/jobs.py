@@ -7,13 +7,8 @@ held against the same slice of the one-process reference, whatever layout made t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import os
-import signal
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,17 +21,13 @@ from megatron_a2d import runtime
 from megatron_a2d.architecture import read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
-from megatron_a2d.conversion.checkpoint import iteration_of, latest_iteration, resolve
+from megatron_a2d.conversion.checkpoint import resolve
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
-from megatron_a2d.errors import SaveError
 from megatron_a2d.inference.sharded import open_sharded
 from megatron_a2d.model.layers import CoreAttention
-from megatron_a2d.runtime import writer
-from megatron_a2d.training import checkpoint, loop, parallel, step
-from megatron_a2d.training import save_schedule as saves_module
+from megatron_a2d.training import loop, parallel
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
 from megatron_a2d.training.optimizer import update_parameters
-from megatron_a2d.training.resume import find_start
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.step import _totals, forward_backward
 from tests.tiny import MASK_TOKEN_ID
@@ -286,128 +277,6 @@ def _relative_difference(shard: ShardedTensor, expected: dict[str, torch.Tensor]
     piece = whole[shard.global_slice()]
     difference = shard.data.reshape(piece.shape).double() - piece
     return float(difference.square().mean().sqrt() / whole.square().mean().sqrt())
-
-
-def run(
-    settings: dict[str, Any],
-    stop_at: int | None = None,
-    poison: tuple[int, ...] = (),
-    signal_at: tuple[int, int, int] | None = None,
-    unwritable: str | None = None,
-    finish_saves: bool = False,
-    hold_writer: tuple[str, int] | None = None,
-    kill_writer: int | None = None,
-) -> dict[str, Any]:
-    """The training loop itself.
-
-    stop_at: end after that step as if the process had been stopped there. poison: steps of this process in which the
-    last rank's loss is not a number. signal_at: (step, rank, signal) sent in the middle of a step. unwritable: a
-    directory in the place of this file keeps every checkpoint from being written. finish_saves: with stop_at, wait for a
-    save in the background first. hold_writer: (file, step): chunks are written when the file is there, which the first
-    rank makes before that step. kill_writer: the rank whose first writing process gets SIGKILL.
-    """
-    runtime.install()
-    config = build(SETTINGS | settings)
-    parallel.initialize(config.parallel)
-    start, weights_only = parallel.from_first_rank(find_start(config) if dist.get_rank() == 0 else None)
-    architecture = read_architecture(start / "hf")
-    losses: list[float] = []
-    saves: list[Any] = []
-    make_saves = loop.SaveSchedule
-    loop.SaveSchedule = lambda *arguments: saves.append(make_saves(*arguments)) or saves[-1]  # type: ignore
-    newest: list[int | None] = []
-    write = writer._write
-    writes = 0
-
-    def write_with_faults(*arguments: Any) -> None:
-        if kill_writer == dist.get_rank() and writes == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        while hold_writer and not Path(hold_writer[0]).exists():
-            time.sleep(0.01)
-        write(*arguments)
-
-    def count_and_save(*arguments: Any) -> Any:
-        nonlocal writes
-        writes += 1
-        return make_save(*arguments)
-
-    make_save = saves_module.Save
-    writer._write, saves_module.Save = write_with_faults, count_and_save  # type: ignore
-    make_room = checkpoint._make_room
-    if unwritable:
-        checkpoint._make_room = lambda root, partial: (make_room(root, partial), (partial / unwritable).mkdir())
-    original = loop.train_step
-
-    def train_step(*arguments: Any) -> Any:
-        if len(losses) == stop_at:
-            if finish_saves:
-                saves[-1].finish(last=False)
-            raise _StoppedError
-        number = len(losses) + 1
-        if hold_writer and hold_writer[1] == number and dist.get_rank() == 0:
-            newest.append(latest_iteration(config.training.save))
-            Path(hold_writer[0]).touch()
-        if signal_at and signal_at[:2] == (number, dist.get_rank()):
-            os.kill(os.getpid(), signal_at[2])
-        with _poisoned(number in poison and dist.get_rank() == dist.get_world_size() - 1):
-            result = original(*arguments)
-        totals = result.totals.clone()
-        dist.all_reduce(totals)
-        losses.append(float(totals[0] / totals[4]))
-        return result
-
-    loop.train_step = train_step
-    try:
-        state, exit_code = loop.train(config, architecture, start, weights_only)
-    except SaveError as error:
-        return {"losses": losses, "error": str(error)}
-    except _StoppedError:
-        return {"losses": losses, "start": 0 if weights_only else iteration_of(start)}
-    finally:
-        loop.train_step, loop.SaveSchedule = original, make_saves
-        writer._write, saves_module.Save = write, make_save
-        checkpoint._make_room = make_room
-    weights, moments = hashlib.sha256(), hashlib.sha256()
-    for parameter in (parameter for model in state.models for parameter in model.parameters()):
-        weights.update(bits(parameter))
-    for optimizer in state.optimizer.chained_optimizers:
-        for group in optimizer.param_groups:
-            moments.update(repr((group["lr"], group["step"], group["weight_decay"])).encode())
-            for parameter in group["params"]:
-                for name, value in sorted(optimizer.optimizer.state[parameter].items()):
-                    moments.update(name.encode() + bits(value))
-    return {
-        "losses": losses,
-        "start": 0 if weights_only else iteration_of(start),
-        "iteration": state.iteration,
-        "newest_when_released": newest,
-        "exit_code": exit_code,
-        "weights": weights.hexdigest(),
-        "optimizer": moments.hexdigest(),
-    }
-
-
-@contextlib.contextmanager
-def _poisoned(active: bool) -> Iterator[None]:
-    """Every loss of this process is not a number."""
-    original = step._loss
-
-    def poisoned(batch: Any, rows: Any) -> Any:
-        return original(batch, rows._replace(losses=rows.losses * float("nan")))
-
-    step._loss = poisoned if active else original
-    try:
-        yield
-    finally:
-        step._loss = original
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else repr(tensor).encode()
-
-
-class _StoppedError(Exception):
-    """Stands for the end of the process."""
 
 
 def bytes_of_a_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:

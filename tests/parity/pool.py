@@ -1,6 +1,6 @@
 """One pool of processes for every layout: starting Python with torch four times for each test would take minutes.
 
-A job names a function of tests/parity/jobs.py and a number of ranks. Each job gets a process group of its own; ranks
+A job names a function of tests/parity/jobs.py or run_job.py and a number of ranks. Each job gets a process group of its own; ranks
 that it does not need stay idle. A job that fails or hangs takes the pool down with it, and the next one starts anew.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
+_JOBS = ("tests.parity.jobs", "tests.parity.run_job")
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
 # megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads, which wake
 # a hundred times a second: after so many jobs it is cheaper to start the processes anew.
@@ -34,7 +35,7 @@ class Pool:
         self._num_jobs = 0
 
     def run(self, job: str, num_ranks: int, **kwargs: Any) -> list[Any]:
-        """Call tests.parity.jobs.`job`(**kwargs) on `num_ranks` ranks; returns their results in order."""
+        """Call the function `job`(**kwargs) on `num_ranks` ranks; returns their results in order."""
         if self._num_jobs >= MAX_JOBS:
             self.close()
         if not self._processes:
@@ -102,6 +103,10 @@ def _end_groups() -> None:
     gc.collect()
 
 
+def _find(modules: list[Any], job: str) -> Any:
+    return next(getattr(module, job) for module in modules if hasattr(module, job))
+
+
 def _serve(rank: int, pipe: Any) -> None:
     os.setsid()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -112,7 +117,7 @@ def _serve(rank: int, pipe: Any) -> None:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    jobs = importlib.import_module("tests.parity.jobs")
+    modules = [importlib.import_module(name) for name in _JOBS]
     while True:
         try:
             job, num_ranks, store, kwargs = pipe.recv()
@@ -120,7 +125,7 @@ def _serve(rank: int, pipe: Any) -> None:
             return
         try:
             dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
-            result = (True, getattr(jobs, job)(**kwargs))
+            result = (True, _find(modules, job)(**kwargs))
             dist.barrier()
             _end_groups()
         except BaseException:

@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's directory with iterations 10, 20 and 30: three different models, bf16; and hf_10, ... beside it."""
     root = tmp_path_factory.mktemp("run")
     settings = build(
-        {"seq_length": 32, "lr": 1e-3, "lr_mult": {"mlp": 0.1}, "train_data_path": "/home/me/corpus_train"}
+        {"seq_length": 32, "lr": 1e-3, "lr_mult": {"mlp": 0.1}, "train_data_path": "secret_place/corpus_train"}
     )
     for number in (10, 20, 30):
         hf = tiny.write_hf(root / f"hf_{number}", "moe", torch.bfloat16, seed=number)
@@ -154,7 +154,7 @@ def test_the_card_says_what_went_in(run: Path, tmp_path: Path) -> None:
         "| results / arc / acc | 0.5123 |", "| nelbo | 2 |",
     ):  # fmt: skip
         assert line in card, line
-    assert "/home/me" not in card
+    assert "secret_place" not in card
     convert(run.parent / "hf_10", tmp_path / "release")
     export(tmp_path / "release", tmp_path / "plain", "a2d")
     plain = (tmp_path / "plain" / "README.md").read_text()
