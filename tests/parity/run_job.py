@@ -1,0 +1,164 @@
+"""The training loop itself as a job of the pool, undisturbed or with faults."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megatron_a2d import runtime
+from megatron_a2d.architecture import read_architecture
+from megatron_a2d.config import build
+from megatron_a2d.conversion.checkpoint import iteration_of, latest_iteration
+from megatron_a2d.errors import SaveError
+from megatron_a2d.runtime import writer
+from megatron_a2d.training import checkpoint, loop, parallel, save_schedule, step
+from megatron_a2d.training.resume import find_start
+from megatron_a2d.training.setup import TrainState
+from tests.parity.jobs import SETTINGS
+
+
+def run(settings: dict[str, Any], **faults: Any) -> dict[str, Any]:
+    """Train by `settings` with the `faults` that `Faults` describes; losses, where it began and how it ended."""
+    runtime.install()
+    config = build(SETTINGS | settings)
+    parallel.initialize(config.parallel)
+    start, weights_only = parallel.from_first_rank(find_start(config) if dist.get_rank() == 0 else None)
+    result: dict[str, Any] = {"start": 0 if weights_only else iteration_of(start)}
+    disturbed = Faults(save=config.training.save, **faults)
+    try:
+        with disturbed.installed():
+            state, exit_code = loop.train(config, read_architecture(start / "hf"), start, weights_only)
+    except SaveError as error:
+        return {**result, "losses": disturbed.losses, "error": str(error)}
+    except _StoppedError:
+        return {**result, "losses": disturbed.losses}
+    return {
+        **result,
+        **_fingerprints(state),
+        "losses": disturbed.losses,
+        "iteration": state.iteration,
+        "newest_when_released": disturbed.newest,
+        "exit_code": exit_code,
+    }
+
+
+@dataclass
+class Faults:
+    """What is done to a run, and what is seen of it.
+
+    stop_at: end after that step as if the process had been stopped there. finish_saves: with stop_at, wait for a save in
+    the background first. poison: steps of this process in which the last rank's loss is not a number. signal_at: (step,
+    rank, signal) sent in the middle of a step. unwritable: a directory in the place of this file keeps every checkpoint
+    from being written. hold_writer: (file, step): chunks are written when the file is there, which the first rank makes
+    before that step. kill_writer: the rank whose first writing process gets SIGKILL.
+    """
+
+    save: str | None
+    stop_at: int | None = None
+    finish_saves: bool = False
+    poison: tuple[int, ...] = ()
+    signal_at: tuple[int, int, int] | None = None
+    unwritable: str | None = None
+    hold_writer: tuple[str, int] | None = None
+    kill_writer: int | None = None
+    losses: list[float] = field(default_factory=list)
+    newest: list[int | None] = field(default_factory=list)
+    _schedules: list[Any] = field(default_factory=list)
+    _num_saves: int = 0
+    _originals: dict[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        replacements = [
+            (loop, "train_step", self._train_step), (loop, "SaveSchedule", self._remember_schedule),
+            (save_schedule, "Save", self._count_save), (writer, "_write", self._write),
+            (checkpoint, "_make_room", self._make_room),
+        ]  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            for owner, name, replacement in replacements:
+                self._originals[name] = getattr(owner, name)
+                stack.enter_context(mock.patch.object(owner, name, replacement))
+            yield
+
+    def _train_step(self, *arguments: Any) -> Any:
+        number = len(self.losses) + 1
+        if number - 1 == self.stop_at:
+            if self.finish_saves:
+                self._schedules[-1].finish(last=False)
+            raise _StoppedError
+        if self.hold_writer and self.hold_writer[1] == number and dist.get_rank() == 0:
+            self.newest.append(latest_iteration(str(self.save)))
+            Path(self.hold_writer[0]).touch()
+        if self.signal_at and self.signal_at[:2] == (number, dist.get_rank()):
+            os.kill(os.getpid(), self.signal_at[2])
+        with _poisoned(number in self.poison and dist.get_rank() == dist.get_world_size() - 1):
+            result = self._originals["train_step"](*arguments)
+        totals = result.totals.clone()
+        dist.all_reduce(totals)
+        self.losses.append(float(totals[0] / totals[4]))
+        return result
+
+    def _remember_schedule(self, *arguments: Any) -> Any:
+        self._schedules.append(self._originals["SaveSchedule"](*arguments))
+        return self._schedules[-1]
+
+    def _count_save(self, *arguments: Any) -> Any:
+        self._num_saves += 1
+        return self._originals["Save"](*arguments)
+
+    def _write(self, *arguments: Any) -> None:
+        if self.kill_writer == dist.get_rank() and self._num_saves == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while self.hold_writer and not Path(self.hold_writer[0]).exists():
+            time.sleep(0.01)
+        self._originals["_write"](*arguments)
+
+    def _make_room(self, root: Path, partial: Path) -> None:
+        self._originals["_make_room"](root, partial)
+        if self.unwritable:
+            (partial / self.unwritable).mkdir()
+
+
+@contextlib.contextmanager
+def _poisoned(active: bool) -> Iterator[None]:
+    """Every loss of this process is not a number."""
+    original = step._loss
+
+    def poisoned(batch: Any, rows: Any) -> Any:
+        return original(batch, rows._replace(losses=rows.losses * float("nan")))
+
+    with mock.patch.object(step, "_loss", poisoned if active else original):
+        yield
+
+
+def _fingerprints(state: TrainState) -> dict[str, str]:
+    """Of this rank's weights, and of its optimizer: every bit counts."""
+    weights, moments = hashlib.sha256(), hashlib.sha256()
+    for parameter in (parameter for model in state.models for parameter in model.parameters()):
+        weights.update(_bits(parameter))
+    for optimizer in state.optimizer.chained_optimizers:
+        for group in optimizer.param_groups:
+            moments.update(repr((group["lr"], group["step"], group["weight_decay"])).encode())
+            for parameter in group["params"]:
+                for name, value in sorted(optimizer.optimizer.state[parameter].items()):
+                    moments.update(name.encode() + _bits(value))
+    return {"weights": weights.hexdigest(), "optimizer": moments.hexdigest()}
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else repr(tensor).encode()
+
+
+class _StoppedError(Exception):
+    """Stands for the end of the process."""
