@@ -76,7 +76,7 @@ def train_step(
     optimizer.zero_grad()
     losses = forward_backward(chunks, batches, num_microbatches, shape, forward_only=False)
     grad_norm = update_parameters(optimizer)
-    return StepResult(_totals(losses), grad_norm, [] if math.isfinite(grad_norm) else _not_finite(losses))
+    return StepResult(loss_totals(losses), grad_norm, [] if math.isfinite(grad_norm) else _not_finite(losses))
 
 
 def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]:
@@ -112,7 +112,7 @@ def _not_finite(losses: list[SampleLosses]) -> list[int]:
     ]
 
 
-def _totals(losses: list[SampleLosses]) -> Tensor:
+def loss_totals(losses: list[SampleLosses]) -> Tensor:
     totals = torch.zeros(5, dtype=torch.float64, device=device())
     if parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor-parallel ranks hold the same rows
         for item in losses:

@@ -29,7 +29,7 @@ from megatron_a2d.training import loop, parallel
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.setup import TrainState, build_train_state
-from megatron_a2d.training.step import _totals, forward_backward
+from megatron_a2d.training.step import forward_backward, loss_totals
 from tests.tiny import MASK_TOKEN_ID
 
 # Large enough to see every part of the update, and an epsilon that keeps Adam from turning the rounding
@@ -213,7 +213,7 @@ def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, fl
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     shape = (config.training.micro_batch_size, config.data.seq_length)
-    totals = _totals(forward_backward(state.chunks, batches, batches.num_microbatches, shape, forward_only=False))
+    totals = loss_totals(forward_backward(state.chunks, batches, batches.num_microbatches, shape, forward_only=False))
     dist.all_reduce(totals)
     # The distributed optimizer leaves each rank its own part of the gradients alone.
     whole = not config.parallel.use_distributed_optimizer
