@@ -173,6 +173,9 @@ class TrainingConfig:
     """global batches in a validation"""
     log_interval: int = 10
     """iterations between log lines"""
+    monitor: bool = True
+    """in each log line also gradients, updates and drift by role, routers and gradient noise; a copy of the first weights
+    stays in the host's memory"""
     tensorboard_dir: str | None = None
     """TensorBoard directory; default: tensorboard/ in --save"""
 

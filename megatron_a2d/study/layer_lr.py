@@ -77,10 +77,11 @@ def report(records: list[Record], images: Path) -> Report:
     )
     _draw(images / "layer-lr.png", before, groups)
     text = (
-        f"{table}\nNELBO, nats a token, and infilling (16 tokens at once) of held-out text with the bidirectional mask; "
-        f"AR loss, nats a token, and cloze accuracy ({before['cloze']['num_facts']:,} facts of the training text, asked "
-        "where they occur in held-out text) of the same weights under the causal mask; drift |W - W0| / |W0|. ± is half of a 95% confidence interval over seeds "
-        "(Student's t).\n\n![results](layer-lr.png)\n"
+        f"{table}\nNELBO, nats a token, and infilling (16 tokens at once) of held-out text with the bidirectional "
+        "mask. AR loss, nats a token, and cloze accuracy of the same weights under the causal mask: "
+        f"{before['cloze']['num_facts']:,} facts of the training text, asked where they occur in held-out text. Drift: "
+        "|W - W0| / |W0|. ± is half of a 95% confidence interval over seeds (Student's t).\n\n"
+        "![results](layer-lr.png)\n"
     )
     rows = [
         {name: record[name] for name in ("name", "lr", "rest", "seed")}

@@ -47,16 +47,20 @@ def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def figure(path: Path, columns: int, rows: int = 1, size: tuple[float, float] = (5.0, 3.8)) -> Iterator[list[Any]]:
-    """Yield rows x columns axes; what is drawn on them becomes the PNG `path`."""
+def figure(
+    path: Path, columns: int, rows: int = 1, size: tuple[float, float] = (5.0, 3.8), title: str = ""
+) -> Iterator[list[Any]]:
+    """Yield rows x columns axes of `size` inches; what is drawn on them becomes the PNG `path`."""
     pyplot = import_pyplot()
     drawn, axes = pyplot.subplots(
         rows, columns, figsize=(size[0] * columns, size[1] * rows), constrained_layout=True, squeeze=False
     )
     try:
         yield list(axes.flat)
-        for axis in axes.flat:
+        for axis in drawn.axes:
             axis.grid(alpha=0.3)
+        if title:
+            drawn.suptitle(title)
         with new_file(path) as partial:
             drawn.savefig(partial, dpi=110, format="png")
     finally:

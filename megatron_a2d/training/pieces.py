@@ -38,7 +38,9 @@ class Piece(NamedTuple):
         return self.parameter.detach().view(-1)[self.start : self.stop]
 
     def gradient(self) -> Tensor:
-        """After the backward pass and its reduction over ranks, flat; before clipping."""
+        """After the backward pass and its reduction over ranks, flat, before clipping; one zero where it is frozen."""
+        if not self.parameter.requires_grad:
+            return torch.zeros(1, device=self.parameter.device)
         return self.parameter.main_grad.view(-1)[self.start : self.stop]  # type: ignore[attr-defined]
 
 
@@ -63,9 +65,10 @@ def owned_pieces(state: TrainState) -> list[Piece]:
     for model in state.models:
         tied = model.share_embeddings_and_output_weights
         for name, parameter in model.named_parameters():
-            if not _counts_here(parameter, is_sharded):
+            shards = is_sharded and parameter.requires_grad  # what is frozen is in no optimizer
+            if not _counts_here(parameter, shards):
                 continue
-            start, stop = ranges.get(parameter, (0, 0)) if is_sharded else (0, parameter.numel())
+            start, stop = ranges.get(parameter, (0, 0)) if shards else (0, parameter.numel())
             if stop > start:
                 pieces.append(Piece(role_of(name, tied), parameter, start, stop, mains.get(parameter)))
     return pieces

@@ -135,8 +135,9 @@ def _poisoned(active: bool) -> Iterator[None]:
     """Every loss of this process is not a number."""
     original = step._loss
 
-    def poisoned(batch: Any, rows: Any) -> Any:
-        return original(batch, rows._replace(losses=rows.losses * float("nan")))
+    def poisoned(*arguments: Any) -> Any:
+        *before, rows = arguments
+        return original(*before, rows._replace(losses=rows.losses * float("nan")))
 
     with mock.patch.object(step, "_loss", poisoned if active else original):
         yield
