@@ -174,8 +174,8 @@ class TrainingConfig:
     log_interval: int = 10
     """iterations between log lines"""
     monitor: bool = True
-    """in each log line also gradients, updates and drift by role, routers and gradient noise; a copy of the first weights
-    stays in the host's memory"""
+    """also log gradients, updates and drift by role, routers and gradient noise; the host keeps a copy of the first
+    weights"""
     tensorboard_dir: str | None = None
     """TensorBoard directory; default: tensorboard/ in --save"""
 

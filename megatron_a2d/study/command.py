@@ -10,6 +10,7 @@ from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import console
 from megatron_a2d.errors import UserError
+from megatron_a2d.files import hold_directory
 from megatron_a2d.study.page import import_pyplot, write_lines, write_page
 from megatron_a2d.study.runner import Runner
 from megatron_a2d.study.study import Study, seeds_of
@@ -52,6 +53,7 @@ def run_study(name: str, argv: list[str]) -> None:
         for job in jobs:
             print(f"{'done' if runner.is_done(job) else 'to do':6}{job.name}")
         return
+    hold_directory(options.out, "--out")
     import_pyplot()  # better missed now than after the last run
     records = runner.run(jobs)
     page = options.page or options.out

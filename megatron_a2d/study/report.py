@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 class Panel(NamedTuple):
-    """Curves of training records by dotted key (`router.load_masked`); a key of a dictionary gives one for each entry."""
+    """Curves of training records by dotted key (`router.load_masked`); a dictionary's key gives one for each entry."""
 
     title: str
     keys: tuple[str, ...]

@@ -28,7 +28,7 @@ from megatron_a2d.config import RunConfig, settings
 from megatron_a2d.console import console
 from megatron_a2d.conversion.checkpoint import latest_iteration
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import hold_directory, new_file, read_json, write_json
+from megatron_a2d.files import new_file, read_json, write_json
 from megatron_a2d.study.plan import BASE, Job, Measure, resolved
 from megatron_a2d.study.report import read_log
 
@@ -51,7 +51,6 @@ class Runner:
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """All jobs, in the order of the plan where they do not wait for one another; returns a record of each."""
         self._check(jobs)
-        hold_directory(self._out, "--out")
         done: set[str] = {BASE}
         waiting = list(jobs)
         failed: list[str] = []

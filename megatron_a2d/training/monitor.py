@@ -24,9 +24,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_a2d.architecture import Architecture
+from megatron_a2d.architecture import Architecture, read_architecture
 from megatron_a2d.config import ROLES, RunConfig
-from megatron_a2d.conversion.checkpoint import resolve
+from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
+from megatron_a2d.conversion.manifest import check_manifest
+from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.data.batches import Batch
 from megatron_a2d.errors import UserError
 from megatron_a2d.runtime.device import device
@@ -45,7 +47,7 @@ class Monitor:
     """One for a run; an `Observer` (step.py) of the steps that are logged. All methods are collective."""
 
     def __init__(self, config: RunConfig, architecture: Architecture, state: TrainState):
-        self._state, self._pieces = state, owned_pieces(state)
+        self._architecture, self._state, self._pieces = architecture, state, owned_pieces(state)
         sizes = torch.zeros(len(ROLES), dtype=torch.float64, device=device())
         for piece in self._pieces:
             sizes[ROLES.index(piece.role)] += piece.stop - piece.start
@@ -68,7 +70,8 @@ class Monitor:
 
     def remember_start_of(self, load: str | None) -> None:
         """For a resumed run: drift from the weights in --load. They are read into the model, which is loaded next."""
-        directory = from_first_rank(_find(load) if dist.get_rank() == 0 else None)
+        found = _find(load, self._architecture) if load and dist.get_rank() == 0 else None
+        directory = from_first_rank(found)
         if directory is not None:
             load_checkpoint(self._state, directory, weights_only=True)
             self.remember_start()
@@ -134,10 +137,13 @@ class Monitor:
         return {"gradient_noise": noise, "gradient_signal": signal, "noise_scale": scale}
 
 
-def _find(load: str | None) -> Path | None:
-    """The checkpoint that a run began with, if it is still there; without it a resumed run reports no drift."""
+def _find(load: str, architecture: Architecture) -> Path | None:
+    """The checkpoint that a run began with, if it is still there and whole; else a resumed run reports no drift."""
     try:
-        return resolve(load) if load else None
+        directory = resolve(load)
+        check_pickles(directory)
+        fits = read_architecture(directory / HF_FILES) == architecture
+        return directory if fits and not check_manifest(directory, checksums=False) else None
     except UserError:
         return None
 

@@ -28,7 +28,7 @@ class RouterCounts:
     def __init__(self, models: list[DiffusionLM], mask_token_id: int | None):
         config = models[0].config
         self._num_experts, self._top_k = config.num_moe_experts, config.moe_router_topk
-        self._mask_token_id = mask_token_id
+        self._mask_token_id, self._sequence_parallel = mask_token_id, config.sequence_parallel
         self._active = False
         self._is_masked_sb: Tensor | None = None
         # By layer and kind of token: choices of each expert, then tokens, then the sum of their entropies.
@@ -54,7 +54,7 @@ class RouterCounts:
         if not self._active:
             return
         masked_sb = (arguments[0] == (-1 if self._mask_token_id is None else self._mask_token_id)).T
-        if model.config.sequence_parallel:
+        if self._sequence_parallel:
             pieces = parallel_state.get_tensor_model_parallel_world_size()
             masked_sb = masked_sb.chunk(pieces)[parallel_state.get_tensor_model_parallel_rank()]
         self._is_masked_sb = masked_sb

@@ -27,9 +27,11 @@ from megatron_a2d.inference.sharded import open_sharded
 from megatron_a2d.model.layers import CoreAttention
 from megatron_a2d.training import loop, parallel
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
+from megatron_a2d.training.meter import Meter
+from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.setup import TrainState, build_train_state
-from megatron_a2d.training.step import forward_backward, loss_totals
+from megatron_a2d.training.step import forward_backward, loss_totals, train_step
 from tests.tiny import MASK_TOKEN_ID
 
 # Large enough to see every part of the update, and an epsilon that keeps Adam from turning the rounding
@@ -112,6 +114,21 @@ def _split_contractions(pieces: int) -> Iterator[None]:
         yield
     finally:
         torch.matmul, torch.Tensor.matmul = original, method
+
+
+def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> dict[str, Any]:
+    """What monitoring says of the last of a few steps, speed aside."""
+    config, state, batches = _start(checkpoint, settings)
+    architecture = read_architecture(resolve(checkpoint) / "hf")
+    monitor, meter = Monitor(config, architecture, state), Meter(config, architecture)
+    monitor.remember_start()
+    shape = (config.training.micro_batch_size, config.data.seq_length)
+    for _ in range(num_steps):
+        state.scheduler.step(1)
+        meter.add(train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, monitor))
+    values = meter.read(state) | monitor.read()
+    del values["tokens_per_second"]
+    return values
 
 
 def validate(checkpoint: str, settings: dict[str, Any]) -> dict[str, float]:
