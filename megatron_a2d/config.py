@@ -95,6 +95,10 @@ class DiffusionConfig:
     """times of consecutive samples: evenly spread, or independent"""
     min_time: float = 1e-3
     """smallest time; a masked token weighs up to 1 / min_time"""
+    mask_sampling: Literal["bernoulli", "exact_count"] = "bernoulli"
+    """in training, mask every token by a chance of its own, or exactly the share of tokens that the time asks for"""
+    mask_embedding: Literal["as_is", "mean"] = "as_is"
+    """the mask token's row of the embedding when conversion begins: as --load has it, or the mean of all rows"""
     label_shift: bool = True
     """row i predicts token i + 1, as the autoregressive model does; without: row i predicts token i (LLaDA)"""
 

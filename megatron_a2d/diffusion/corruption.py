@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_a2d.diffusion.exact_count import hide_exactly
 from megatron_a2d.diffusion.noise import Noise
 from megatron_a2d.errors import UserError
 
@@ -51,9 +52,13 @@ def corrupt(
     maskable_L = _has_predecessor(tokens_L, documents_L) if noise.label_shift else np.ones(len(tokens_L), dtype=bool)
     if visible_token_id is not None:
         maskable_L &= tokens_L != visible_token_id
-    masked_L = noise.uniforms(sample_index, len(tokens_L)) < noise.functions.mask_probability(time)
-    masked_L &= maskable_L
-    weights_L = masked_L * np.float32(noise.functions.weight(time))
+    if noise.mask_sampling == "exact_count":
+        masked_L, weight = hide_exactly(noise, time, sample_index, maskable_L)
+    else:
+        masked_L = noise.uniforms(sample_index, len(tokens_L)) < noise.functions.mask_probability(time)
+        masked_L &= maskable_L
+        weight = noise.functions.weight(time)
+    weights_L = masked_L * np.float32(weight)
     labels_L = tokens_L
     if noise.label_shift:
         labels_L, weights_L = _shift(tokens_L, weights_L)

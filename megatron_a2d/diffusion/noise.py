@@ -35,6 +35,7 @@ class Noise:
     time_sampling: str = "low_discrepancy"
     min_time: float = 1e-3
     label_shift: bool = True
+    mask_sampling: str = "bernoulli"
 
     def __post_init__(self) -> None:
         assert self.schedule in SCHEDULES and self.time_sampling in TIME_SAMPLINGS

@@ -19,6 +19,7 @@ STUDIES = {
     "layer-lr": "layer_lr",
     "critical-batch": "critical_batch",
     "time-sampling": "time_sampling",
+    "masks": "masks",
 }
 
 

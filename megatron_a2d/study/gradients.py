@@ -12,7 +12,6 @@ same uniform numbers behind its masks; only times differ.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +88,7 @@ def gradient_moments(
     batches_per_group: int,
     scheme: str = "by_index",
     same_tokens: bool = False,
-    mask_sampling: str = "",
+    mask_sampling: str = "bernoulli",
 ) -> dict[str, Any]:
     """Moments over num_groups x batches_per_group batches; collective. same_tokens: only the noise differs.
 
@@ -127,9 +126,8 @@ def _make(opened: OpenedRun, replicate: int, batch_size: int, scheme: str, mask_
         label_shift=diffusion.label_shift,
         scheme=scheme,
         batch_size=batch_size,
+        mask_sampling=mask_sampling,
     )
-    if mask_sampling:
-        noise = dataclasses.replace(noise, mask_sampling=mask_sampling)  # type: ignore[call-arg]
     return lambda tokens, index: corrupt(tokens, index, noise)
 
 

@@ -19,6 +19,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.training import parallel
 from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.log import RunLog
+from megatron_a2d.training.mask_embedding import set_to_mean
 from megatron_a2d.training.meter import Meter
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.samples import make_sample
@@ -39,6 +40,9 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     if monitor and not weights_only:
         monitor.remember_start_of(training.load)
     load_checkpoint(state, start, weights_only)
+    if weights_only and config.diffusion.mask_embedding == "mean":
+        assert architecture.mask_token_id is not None
+        set_to_mean(state, architecture.mask_token_id)
     if monitor and weights_only:
         monitor.remember_start()
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)

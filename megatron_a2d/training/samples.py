@@ -40,6 +40,8 @@ def make_sample(
             time_sampling=diffusion.time_sampling,
             min_time=diffusion.min_time,
             label_shift=diffusion.label_shift,
+            # Every validation masks as the likelihood bound has it, so that runs can be compared.
+            mask_sampling=diffusion.mask_sampling if cuts_lengths else "bernoulli",
         )
 
     def make(tokens: np.ndarray, index: int) -> Corrupted:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
@@ -27,6 +27,7 @@ from megatron_a2d.inference.sharded import open_sharded
 from megatron_a2d.model.layers import CoreAttention
 from megatron_a2d.training import loop, parallel
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
+from megatron_a2d.training.mask_embedding import set_to_mean
 from megatron_a2d.training.meter import Meter
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
@@ -129,6 +130,33 @@ def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> 
     values = meter.read(state) | monitor.read()
     del values["tokens_per_second"]
     return values
+
+
+def mask_rows(checkpoint: str, settings: dict[str, Any]) -> list[tuple[list[float], list[float], list[float]]]:
+    """(before, after, mean of all rows) of the mask token's row in each table of this rank that holds it."""
+    _, state, _ = _start(checkpoint, settings)
+    originals = {name: tensor.clone() for name, tensor in _word_tables(state)}
+    set_to_mean(state, MASK_TOKEN_ID)
+    found = []
+    for name, table in _word_tables(state):
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(originals[name].T.contiguous()).T
+        row = MASK_TOKEN_ID - len(table) * parallel_state.get_tensor_model_parallel_rank()
+        if 0 <= row < len(table):
+            found.append((originals[name][row].tolist(), table[row].tolist(), whole.mean(0).tolist()))
+            others = torch.arange(len(table)) != row
+            assert torch.equal(table[others], originals[name][others])
+    return found
+
+
+def _word_tables(state: TrainState) -> list[tuple[str, torch.Tensor]]:
+    names = ("word_embeddings.weight", "output_layer.weight")
+    tied = state.models[0].share_embeddings_and_output_weights
+    return [
+        (name, parameter.detach())
+        for model in state.models
+        for name, parameter in model.named_parameters()
+        if name.endswith(names if tied else names[:1])
+    ]
 
 
 def validate(checkpoint: str, settings: dict[str, Any]) -> dict[str, float]:

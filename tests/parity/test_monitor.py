@@ -84,6 +84,24 @@ def test_the_comparison_can_fail(cases: dict[str, Case], one_process: dict[str, 
         assert abs(found[name] - expected[name]) > 1e-4 * abs(expected[name]), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "ranks", "layout"),
+    [("moe", 1, {}), ("moe", 2, TP_SP), ("dense_tied", 2, PP), ("dense_tied", 4, {**TP_SP, **PP})],
+)
+def test_the_mask_row_may_begin_as_the_mean_of_all(
+    kind: str, ranks: int, layout: dict[str, Any], cases: dict[str, Case], pool: Pool
+) -> None:
+    case = cases[kind]
+    results = pool.run("mask_rows", ranks, checkpoint=case.checkpoint, settings={**case.settings, **layout})
+    found = [row for result in results for row in result]
+    assert len(found) == (2 if kind == "dense_tied" and "pipeline_model_parallel_size" in layout else 1)
+    for before, after, mean in found:
+        assert (
+            after == pytest.approx(mean, abs=1e-6)
+            and max(abs(a - b) for a, b in zip(before, after, strict=True)) > 0.01
+        )
+
+
 def test_roles_add_up(one_process: dict[str, dict[str, float]], cases: dict[str, Case], pool: Pool) -> None:
     """The norms by role are parts of the whole one; every choice of an expert is served."""
     case = cases["moe"]
