@@ -2,7 +2,8 @@
 
 Independent masks at time t hide a binomial number of a sample's n maskable tokens. Here the number is k = ceil(m(t) n),
 and which k tokens are hidden is drawn. Each masked token weighs 1 / (k P(k)), where P(k) is how likely the times
-make k. So every k counts the mean of its tokens' cross-entropy once, and the sum over k is the likelihood bound of the order-agnostic model (LLaDA, Nie et al. 2025, equation 14), without the spread of the binomial.
+make k. So every k counts the mean of its tokens' cross-entropy once, and the sum over k is the likelihood bound of the
+order-agnostic model (LLaDA, Nie et al. 2025, equation 14), without the spread of the binomial.
 """
 
 from __future__ import annotations

@@ -84,11 +84,12 @@ def report(records: list[Record], images: Path) -> Report:
     ratio = ratio_interval(moments[1], moments[0])
     _draw(images / "masks.png", values, columns[1:3])
     text = (
-        f"{table}\n{differences}\nNELBO, nats a token, of the same held-out samples under independent masks, whatever was "
-        "trained with; accuracy on masked tokens, each under its own document attention. ± is half of a 95% confidence "
-        "interval over seeds (Student's t), in the second table of the differences pair by pair.\n\n"
-        f"Variance of a batch's gradient at the end of the baseline, exact count over independent masks: {ratio.format(3)} "
-        f"({NUM_GROUPS * BATCHES_PER_GROUP} batches, by-index times for both; 95% interval by a jackknife).\n\n"
+        f"{table}\n{differences}\nNELBO, nats a token, of the same held-out samples under independent masks, whatever "
+        "was trained with; accuracy on masked tokens, each under its own document attention. ± is half of a 95% "
+        "confidence interval over seeds (Student's t), in the second table of the differences pair by pair.\n\n"
+        "Variance of a batch's gradient at the end of the baseline, exact count over independent masks: "
+        f"{ratio.format(3)} ({NUM_GROUPS * BATCHES_PER_GROUP} batches, by-index times for both; 95% interval by a "
+        "jackknife).\n\n"
         "![results](masks.png)\n"
     )
     rows: list[Record] = [
