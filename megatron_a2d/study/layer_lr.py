@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def plan(base: RunConfig, seeds: Sequence[int]) -> list[Job]:
 _COLUMNS: dict[str, Callable[[Record], float]] = {
     "NELBO": lambda record: final(record)["nelbo"],
     "infilling accuracy": lambda record: record["infill"]["accuracy"],
-    "AR loss": lambda record: record["ar"]["nelbo"],
+    "AR perplexity": lambda record: math.exp(record["ar"]["nelbo"]),
     "cloze accuracy": lambda record: record["cloze"]["accuracy"],
 }
 
@@ -65,7 +66,15 @@ def report(records: list[Record], images: Path) -> Report:
     table = markdown_table(
         ["attention lr", "rest : attention", "seeds", *_COLUMNS, *(f"drift, {role}" for role in roles)],
         [
-            ["before conversion", "", "", "", "", f"{before['ar']['nelbo']:.3f}", f"{before['cloze']['accuracy']:.3f}"]
+            [
+                "before conversion",
+                "",
+                "",
+                "",
+                "",
+                f"{math.exp(before['ar']['nelbo']):.3f}",
+                f"{before['cloze']['accuracy']:.3f}",
+            ]
             + [""] * len(roles),
             *(
                 [f"{key[0]:g} x", f"{key[1]:g}", len(groups[key])]
@@ -78,7 +87,7 @@ def report(records: list[Record], images: Path) -> Report:
     _draw(images / "layer-lr.png", before, groups)
     text = (
         f"{table}\nNELBO, nats a token, and infilling (16 tokens at once) of held-out text with the bidirectional "
-        "mask. AR loss, nats a token, and cloze accuracy of the same weights under the causal mask: "
+        "mask. AR perplexity and cloze accuracy of the same weights under the causal mask: "
         f"{before['cloze']['num_facts']:,} facts of the training text, asked where they occur in held-out text. Drift: "
         "|W - W0| / |W0|. ± is half of a 95% confidence interval over seeds (Student's t).\n\n"
         "![results](layer-lr.png)\n"
@@ -89,12 +98,19 @@ def report(records: list[Record], images: Path) -> Report:
         | {"drift": record["drift"]}
         for record in runs
     ]
-    rows.insert(0, {"name": "before", "AR loss": before["ar"]["nelbo"], "cloze accuracy": before["cloze"]["accuracy"]})
+    rows.insert(
+        0,
+        {
+            "name": "before",
+            "AR perplexity": math.exp(before["ar"]["nelbo"]),
+            "cloze accuracy": before["cloze"]["accuracy"],
+        },
+    )
     return Report(text, rows)
 
 
 def _draw(path: Path, before: Record, groups: dict[tuple[float, float], dict[int, Record]]) -> None:
-    marks = {"AR loss": before["ar"]["nelbo"], "cloze accuracy": before["cloze"]["accuracy"]}
+    marks = {"AR perplexity": math.exp(before["ar"]["nelbo"]), "cloze accuracy": before["cloze"]["accuracy"]}
     with figure(path, 2, 2) as axes:
         for axis, (name, value) in zip(axes, _COLUMNS.items(), strict=True):
             for factor in dict.fromkeys(key[0] for key in groups):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
+import logging
 import os
 import signal
 import time
@@ -51,6 +53,12 @@ def run(settings: dict[str, Any], **faults: Any) -> dict[str, Any]:
         "newest_when_released": disturbed.newest,
         "exit_code": exit_code,
     }
+
+
+def command(module: str, arguments: list[str]) -> None:
+    """`python -m MODULE ARGUMENTS` in this process, which outlives it."""
+    with mock.patch.object(parallel, "finalize"), mock.patch.object(logging, "disable"):
+        importlib.import_module(module).main(arguments)
 
 
 @dataclass
