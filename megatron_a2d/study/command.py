@@ -16,6 +16,7 @@ from megatron_a2d.study.runner import Runner
 from megatron_a2d.study.study import Study, seeds_of
 
 STUDIES = {
+    "probe": "probe",
     "layer-lr": "layer_lr",
     "critical-batch": "critical_batch",
     "time-sampling": "time_sampling",

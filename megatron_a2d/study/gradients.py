@@ -142,7 +142,7 @@ def _relocated(make: MakeSample, first: int) -> MakeSample:
 
 def _one_batch(opened: OpenedRun, make: Callable[[np.ndarray, int], Corrupted], batch_size: int, first: int) -> float:
     """Its gradient is in the pieces then; returns its loss."""
-    chunks, shape = opened.state.chunks, (opened.config.training.micro_batch_size, opened.config.data.seq_length)
+    chunks, shape = opened.state.chunks, (opened.config.training.micro_batch_size, opened.config.input_length)
     batches = MicroBatches(
         opened.train_data, make, micro_batch_size=shape[0], global_batch_size=batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),

@@ -21,6 +21,7 @@ def conversions(base: RunConfig) -> dict[str, dict[str, Any]]:
         # From scratch every layer has to learn: no role's learning rate is held back.
         "random": {"conversion": "random", "finetune": False, "lr_mult": {}},
         "annealing": {"conversion": "annealing", "attention_annealing_steps": max(1, base.training.train_iters // 2)},
+        "grafting": {"conversion": "grafting", "grafting_steps": max(1, base.training.train_iters // 4)},
         "scp": {"conversion": "scp"},
     }
 
@@ -110,8 +111,9 @@ STUDY = Study(
     title="How to begin",
     question="""
 From the same autoregressive checkpoint and at equal tokens: SCP (all tokens see one another at once), annealing (the
-causal mask is opened entry by entry over the first half of training; DiffuLLaMA), and random weights (LLaDA), which get
-the full learning rate in every layer.
+causal mask is opened entry by entry over the first half of training; DiffuLLaMA), grafting (over the first quarter the
+bidirectional attentions are regressed on the causal ones and swapped in layer by layer; those tokens count like all
+others), and random weights (LLaDA), which get the full learning rate in every layer.
 """,
     plan=plan,
     report=report,

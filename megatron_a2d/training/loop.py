@@ -17,14 +17,13 @@ from megatron_a2d.data.mixture import MixedDataset, read_mixture
 from megatron_a2d.data.scan import BackgroundScan
 from megatron_a2d.errors import UserError
 from megatron_a2d.training import parallel
-from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.log import RunLog
-from megatron_a2d.training.mask_embedding import set_to_mean
 from megatron_a2d.training.meter import Meter
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.samples import make_sample
 from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
+from megatron_a2d.training.start import begin
 from megatron_a2d.training.step import train_step
 from megatron_a2d.training.stopping import EXIT_NOT_FINITE, SkippedSteps, SpikeDetector, StopRequests
 from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
@@ -38,11 +37,8 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     training = config.training
     monitor = Monitor(config, architecture, state) if training.monitor else None
     if monitor and not weights_only:
-        monitor.remember_start_of(training.load)
-    load_checkpoint(state, start, weights_only)
-    if weights_only and config.diffusion.mask_embedding == "mean":
-        assert architecture.mask_token_id is not None
-        set_to_mean(state, architecture.mask_token_id)
+        monitor.remember_start_of(config)
+    grafting = begin(state, config, architecture, start, weights_only)
     if monitor and weights_only:
         monitor.remember_start()
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
@@ -53,7 +49,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and not file.has_checksums])
     meter, spikes = Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
-    shape = (training.micro_batch_size, config.data.seq_length)
+    shape = (training.micro_batch_size, config.input_length)
     end: tuple[str, int] | None = None
     try:
         log.event("start", iteration=state.iteration, settings=config.to_dict())
@@ -66,12 +62,16 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         while state.iteration < training.train_iters and end is None:
             scan.check()
             state.scheduler.step(1)
-            observer = monitor if is_logged(training, state.iteration + 1) else None
-            result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, observer)
+            # A regression on clean text has no part in what is watched.
+            grafts = grafting.is_active(state.iteration)
+            observer = monitor if is_logged(training, state.iteration + 1) and not grafts else None
+            with grafting.step(state):
+                result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, observer)
+            grafting.add_error(result.totals)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
-            meter.add(result)
+            meter.add(result, has_times=not grafts)
             if skipped.add(result.grad_norm):
                 culprits = parallel.union(result.not_finite)
                 log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
@@ -164,15 +164,15 @@ def micro_batches(
     dataset: PackedDataset | MixedDataset,
     noise_seed: int,
     start_sample: int,
-    cuts_lengths: bool = True,
+    for_training: bool = True,
 ) -> MicroBatches:
     """This rank's micro-batches, from the sample with the global index `start_sample` on.
 
-    `cuts_lengths`: --random-length-prob is in force; validation keeps its samples whole.
+    `for_training`: not for a validation (see make_sample).
     """
     return MicroBatches(
         dataset,
-        make_sample(config, architecture, dataset, noise_seed, cuts_lengths),
+        make_sample(config, architecture, dataset, noise_seed, for_training),
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -188,8 +188,8 @@ def run_validation(
     """--eval-iters global batches, or as many as the held-out data fills."""
     batch_size = config.training.global_batch_size
     num_samples = min(config.training.eval_iters, valid_data.num_samples // batch_size) * batch_size
-    shape = (config.training.micro_batch_size, config.data.seq_length)
-    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, cuts_lengths=False) as batches:
+    shape = (config.training.micro_batch_size, config.input_length)
+    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, for_training=False) as batches:
         return validate(state.chunks, batches, num_samples, batches.num_microbatches, shape)
 
 

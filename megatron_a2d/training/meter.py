@@ -27,8 +27,10 @@ class Meter:
 
     def __init__(self, config: RunConfig, architecture: Architecture):
         self._tokens_per_step = config.training.global_batch_size * config.data.seq_length
-        self._architecture, self._seq_length = architecture, config.data.seq_length
+        self._architecture, self._input_length = architecture, config.input_length
+        self._rows_per_token = config.input_length / config.data.seq_length
         self._causal = config.diffusion.objective == "ar"
+        self._has_times = config.diffusion.objective == "mdlm"  # a block has a time of its own, a sample has many
         self._peak = peak_flops()
         self.restart()
 
@@ -41,7 +43,8 @@ class Meter:
     def resume(self) -> None:
         self._begin = time.perf_counter()
 
-    def add(self, result: StepResult) -> None:
+    def add(self, result: StepResult, has_times: bool = True) -> None:
+        """`has_times`: the samples were masked, each at its time."""
         now = time.perf_counter()
         self._seconds += now - self._begin
         self._begin = now
@@ -50,7 +53,7 @@ class Meter:
             self._sums[0] += result.totals
             self._grad_norm += result.grad_norm
             self._updates += 1
-            if owns_loss() and not self._causal:
+            if owns_loss() and self._has_times and has_times:
                 self._add_buckets(result.losses)
 
     def _add_buckets(self, losses: list[SampleLosses]) -> None:
@@ -76,11 +79,14 @@ class Meter:
             "consumed_samples": state.consumed_samples,
         }
         if self._peak:
-            flops = train_flops_per_token(
-                self._architecture, self._seq_length, self._causal, head_fraction=values["mask_ratio"]
+            flops = self._rows_per_token * train_flops_per_token(
+                self._architecture,
+                self._input_length,
+                self._causal,
+                head_fraction=values["mask_ratio"] / self._rows_per_token,
             )
             values["mfu"] = tokens_per_second * flops / (self._peak * dist.get_world_size())
-        if not self._causal:
+        if self._has_times:
             by_time, by_ratio = buckets[:NUM_BUCKETS], buckets[NUM_BUCKETS:]
             values["loss_by_time"] = _by_bucket(by_time, above=0, below=4)
             values["accuracy_by_mask_ratio"] = _by_bucket(by_ratio, above=3, below=2)

@@ -32,12 +32,12 @@ from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.data.batches import Batch
 from megatron_a2d.errors import UserError
 from megatron_a2d.runtime.device import device
-from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.drift import Drift
 from megatron_a2d.training.parallel import from_first_rank
 from megatron_a2d.training.pieces import over_ranks, owned_pieces, squares_by_role
 from megatron_a2d.training.routers import RouterCounts
 from megatron_a2d.training.setup import TrainState
+from megatron_a2d.training.start import begin
 from megatron_a2d.training.step import forward_backward
 
 _MEMORY = 0.9  # of the moving averages, from one log interval to the next
@@ -53,10 +53,10 @@ class Monitor:
             sizes[ROLES.index(piece.role)] += piece.stop - piece.start
         over_ranks(sizes)
         self._roles = {role: index for index, role in enumerate(ROLES) if sizes[index] > 0}
-        self._seq_length = config.data.seq_length
+        self._input_length = config.input_length
         self._routers = None
         if architecture.is_moe:
-            mask = architecture.mask_token_id if config.diffusion.objective == "mdlm" else None
+            mask = architecture.mask_token_id if config.diffusion.objective != "ar" else None
             self._routers = RouterCounts(state.models, mask)
         self._small = _small_batch(config)
         self._batch_size = config.training.global_batch_size
@@ -68,12 +68,13 @@ class Monitor:
         """Drift is counted from the weights as they are now."""
         self._drift = Drift(self._pieces)
 
-    def remember_start_of(self, load: str | None) -> None:
-        """For a resumed run: drift from the weights in --load. They are read into the model, which is loaded next."""
+    def remember_start_of(self, config: RunConfig) -> None:
+        """For a resumed run: drift from what it began with. That is read into the model, which is loaded next."""
+        load = config.training.load
         found = _find(load, self._architecture) if load and dist.get_rank() == 0 else None
         directory = from_first_rank(found)
         if directory is not None:
-            load_checkpoint(self._state, directory, weights_only=True)
+            begin(self._state, config, self._architecture, directory, weights_only=True)
             self.remember_start()
 
     @contextmanager
@@ -122,7 +123,7 @@ class Monitor:
         for chunk in self._state.chunks:
             chunk.zero_grad_buffer()
         self._state.optimizer.zero_grad()
-        forward_backward(list(self._state.chunks), iter(small), count, (size, self._seq_length), forward_only=False)
+        forward_backward(list(self._state.chunks), iter(small), count, (size, self._input_length), forward_only=False)
         return sum(self._squares(lambda _, piece: piece.gradient()))
 
     def _noise_scale(self, small: float, large: float) -> dict[str, float]:

@@ -32,6 +32,7 @@ from megatron_a2d.training.meter import Meter
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.setup import TrainState, build_train_state
+from megatron_a2d.training.start import begin
 from megatron_a2d.training.step import forward_backward, loss_totals, train_step
 from tests.tiny import MASK_TOKEN_ID
 
@@ -247,7 +248,7 @@ def _start(checkpoint: str, settings: dict[str, Any], fix_experts: bool = True) 
     state = build_train_state(architecture, config)
     if not fix_experts:
         setup.mark_expert_parameters = original
-    load_checkpoint(state, start, weights_only=True)
+    state.grafting = begin(state, config, architecture, start, weights_only=True)  # type: ignore[attr-defined]
     train_data, _ = loop.open_datasets(config, architecture)
     return config, state, loop.micro_batches(config, architecture, train_data, config.data.seed, 0)
 
@@ -257,15 +258,24 @@ def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, fl
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    shape = (config.training.micro_batch_size, config.data.seq_length)
-    totals = loss_totals(forward_backward(state.chunks, batches, batches.num_microbatches, shape, forward_only=False))
+    shape = (config.training.micro_batch_size, config.input_length)
+    grafting = state.grafting  # type: ignore[attr-defined]
+    with grafting.step(state):
+        losses = forward_backward(state.chunks, batches, batches.num_microbatches, shape, forward_only=False)
+        totals = loss_totals(losses)
+    grafting.add_error(totals)
     dist.all_reduce(totals)
     # The distributed optimizer leaves each rank its own part of the gradients alone.
     whole = not config.parallel.use_distributed_optimizer
-    gradients = _global_shards(state, lambda parameter: parameter.main_grad) if whole else {}
+    gradients = _global_shards(state, _gradient) if whole else {}
     norm = update_parameters(state.optimizer)
     state.gather_parameters()
+    state.iteration += 1
     return float(totals[0] / totals[4]), norm, gradients
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
 
 
 def _global_shards(state: TrainState, what: Any) -> dict[str, ShardedTensor]:
