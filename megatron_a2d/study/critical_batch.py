@@ -121,9 +121,9 @@ def report(records: list[Record], images: Path) -> Report:
          "standard_error": final(record)["nelbo_standard_error"]}
         for (objective, batch), runs in groups.items() for seed, record in runs.items()
     ]  # fmt: skip
-    estimates = []
+    estimates, found_batches = [], {}
     for objective, name in OBJECTIVES.items():
-        found = critical_batch(losses[objective])
+        found = found_batches[objective] = critical_batch(losses[objective])
         scale = noise_scale(noise[objective])
         estimates.append([name, found.show(batches[-1]), scale.format(0)])
         rows.append({"objective": objective, "critical_batch": list(found), "noise_scale": list(scale)})
@@ -141,9 +141,20 @@ def report(records: list[Record], images: Path) -> Report:
         "In brackets 95% intervals. Critical batch: where the loss, linear in log2 of the batch between the measured "
         "ones, leaves the band above the lowest; interval by a parametric bootstrap of the seeds' spread. Noise scale: "
         "tr V / |G|^2 at the checkpoint where the branches begin (McCandlish et al. 2018).\n\n"
+        f"The claim that diffusion's critical batch is the larger one: {_claim(found_batches)}.\n\n"
         "![results](critical-batch.png)\n"
     )
     return Report(text, rows)
+
+
+def _claim(found: dict[str, Critical]) -> str:
+    """By the intervals of both."""
+    diffusion, autoregressive = found["mdlm"], found["ar"]
+    if diffusion.low > autoregressive.high:
+        return "supported by these runs"
+    if diffusion.high < autoregressive.low:
+        return "contradicted by these runs"
+    return "not decided by these runs: the intervals overlap"
 
 
 def _draw(path: Path, losses: dict[str, dict[int, list[float]]]) -> None:

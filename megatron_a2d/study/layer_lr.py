@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_a2d.config import ROLES, RunConfig
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import BASE, Job, Measure, ar_settings
-from megatron_a2d.study.statistics import Interval, mean_interval
+from megatron_a2d.study.statistics import Interval, mean_interval, paired_difference, verdict
 from megatron_a2d.study.study import Record, Report, Study, by_tag, final
 
 RATIOS = (1.0, 0.3, 0.1, 0.03, 0.0)
@@ -90,7 +90,7 @@ def report(records: list[Record], images: Path) -> Report:
         "mask. AR perplexity and cloze accuracy of the same weights under the causal mask: "
         f"{before['cloze']['num_facts']:,} facts of the training text, asked where they occur in held-out text. Drift: "
         "|W - W0| / |W0|. ± is half of a 95% confidence interval over seeds (Student's t).\n\n"
-        "![results](layer-lr.png)\n"
+        f"{_findings(groups)}\n![results](layer-lr.png)\n"
     )
     rows = [
         {name: record[name] for name in ("name", "lr", "rest", "seed")}
@@ -107,6 +107,21 @@ def report(records: list[Record], images: Path) -> Report:
         },
     )
     return Report(text, rows)
+
+
+def _findings(groups: dict[tuple[float, float], dict[int, Record]]) -> str:
+    """Each ratio against 1 : 1 at the recipe's learning rate, seed by seed."""
+    lines = []
+    first = (ATTENTION_LR[0], RATIOS[0])
+    for name, value in _COLUMNS.items():
+        found = {key: {seed: value(record) for seed, record in runs.items()} for key, runs in groups.items()}
+        against = [
+            f"1 : {key[1]:g} {verdict(paired_difference(values, found[first]))}"
+            for key, values in found.items()
+            if key[0] == first[0] and key != first
+        ]
+        lines.append(f"- {name}, against 1 : {first[1]:g} with the same seed: {'; '.join(against)}\n")
+    return "".join(lines)
 
 
 def _draw(path: Path, before: Record, groups: dict[tuple[float, float], dict[int, Record]]) -> None:

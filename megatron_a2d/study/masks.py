@@ -10,7 +10,7 @@ from megatron_a2d.config import RunConfig
 from megatron_a2d.study.gradients import Moments
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import Job, Measure
-from megatron_a2d.study.statistics import mean_interval, paired_difference, ratio_interval
+from megatron_a2d.study.statistics import mean_interval, paired_difference, ratio_interval, verdict
 from megatron_a2d.study.study import Record, Report, Study, by_tag, final
 
 BASELINE = "baseline"
@@ -90,6 +90,7 @@ def report(records: list[Record], images: Path) -> Report:
         "Variance of a batch's gradient at the end of the baseline, exact count over independent masks: "
         f"{ratio.format(3)} ({NUM_GROUPS * BATCHES_PER_GROUP} batches, by-index times for both; 95% interval by a "
         "jackknife).\n\n"
+        f"{_findings(values)}\n"
         "![results](masks.png)\n"
     )
     rows: list[Record] = [
@@ -99,6 +100,16 @@ def report(records: list[Record], images: Path) -> Report:
     ]
     rows.append({"gradient variance, exact count over bernoulli": list(ratio)})
     return Report(text, rows)
+
+
+def _findings(values: dict[str, dict[str, dict[int, float]]]) -> str:
+    """A line for each variant and column: what the seeds allow to say."""
+    return "".join(
+        f"- {name}, {column}: {verdict(paired_difference(found[column], values[BASELINE][column]))}\n"
+        for name, found in values.items()
+        if name != BASELINE
+        for column in found
+    )
 
 
 def _draw(path: Path, values: dict[str, dict[str, dict[int, float]]], columns: Sequence[str]) -> None:

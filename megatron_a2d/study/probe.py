@@ -9,7 +9,7 @@ from typing import Any
 from megatron_a2d.config import RunConfig, settings
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import Job, Measure
-from megatron_a2d.study.statistics import mean_interval
+from megatron_a2d.study.statistics import mean_interval, paired_difference, verdict
 from megatron_a2d.study.study import Record, Report, Study, by_tag, final
 
 NUM_VALIDATIONS = 4
@@ -69,9 +69,22 @@ def report(records: list[Record], images: Path) -> Report:
     ]
     text = (
         f"{table}\nHeld out; NELBO in nats a token; infilling of 16 tokens at once; ± is half of a 95% confidence "
-        "interval over seeds (Student's t).\n\n![results](probe.png)\n"
+        "interval over seeds (Student's t).\n\n"
+        f"{_findings(groups)}\n![results](probe.png)\n"
     )
     return Report(text, rows)
+
+
+def _findings(groups: dict[str, dict[int, Record]]) -> str:
+    """Each way against SCP, seed by seed."""
+    lines = []
+    for name, value in list(_COLUMNS.items())[1:]:
+        found = {way: {seed: value(record) for seed, record in runs.items()} for way, runs in groups.items()}
+        against = [
+            f"{way} {verdict(paired_difference(values, found['scp']))}" for way, values in found.items() if way != "scp"
+        ]
+        lines.append(f"- {name}, against SCP with the same seed: {'; '.join(against)}\n")
+    return "".join(lines)
 
 
 def _draw(path: Path, groups: dict[str, dict[int, Record]]) -> None:

@@ -39,6 +39,16 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.fmean(values), t95(count - 1) * error, count)
 
 
+def verdict(difference: Interval, digits: int = 3) -> str:
+    """What a difference and its interval allow to say."""
+    shown = f"{abs(difference.mean):.{digits}f} ± {difference.half_width:.{digits}f}"
+    if not math.isfinite(difference.half_width):
+        return f"{difference.mean:+.{digits}f} (one seed: no interval)"
+    if abs(difference.mean) <= difference.half_width:
+        return f"not told apart ({difference.mean:+.{digits}f} ± {difference.half_width:.{digits}f})"
+    return f"{'higher' if difference.mean > 0 else 'lower'} by {shown}"
+
+
 def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Interval:
     """Mean of value - baseline over the seeds that both have: what the seeds share cancels."""
     return mean_interval([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])

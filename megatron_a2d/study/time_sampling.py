@@ -98,9 +98,26 @@ def report(records: list[Record], images: Path) -> Report:
         "nats a token squared; ratio to independent times, with a 95% interval (jackknife over "
         f"{NUM_GROUPS} groups). All schemes see the same tokens and the same uniform numbers behind the masks. In rows "
         "of noise alone every batch holds the same tokens, and times and masks alone are drawn anew.\n\n"
-        "![results](time-sampling.png)\n"
+        f"{_findings(rows)}\n![results](time-sampling.png)\n"
     )
     return Report(text, rows)
+
+
+def _findings(rows: list[Record]) -> str:
+    """For each scheme and quantity: in how many of the settings it is told apart from independent times."""
+    lines = []
+    for scheme, name in SCHEMES.items():
+        if scheme == "iid":
+            continue
+        for quantity in Variances._fields:
+            ratios = [row[f"{quantity}_ratio"] for row in rows if row["scheme"] == scheme]
+            lower, higher = sum(high < 1 for _, _, high in ratios), sum(low > 1 for _, low, _ in ratios)
+            values = sorted(value for value, _, _ in ratios)
+            lines.append(
+                f"- {name}, variance of the {quantity}: ratios from {values[0]:.2f} to {values[-1]:.2f}; lower than with "
+                f"independent times in {lower} of {len(ratios)} settings, higher in {higher}, else not told apart\n"
+            )
+    return "".join(lines)
 
 
 def _draw(path: Path, rows: list[Record]) -> None:

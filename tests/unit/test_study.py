@@ -26,7 +26,7 @@ from megatron_a2d.study.gradients import BatchTimes, Moments
 from megatron_a2d.study.page import write_page
 from megatron_a2d.study.plan import BASE, Job, Measure, resolved, scaled_batch
 from megatron_a2d.study.runner import Runner
-from megatron_a2d.study.statistics import mean_interval, paired_difference, ratio_interval
+from megatron_a2d.study.statistics import mean_interval, paired_difference, ratio_interval, verdict
 from tests.tiny import write_tokens
 
 # Stands for `python`: "trains" by writing what a run leaves, "measures" by counting. A line of calls.txt for each call.
@@ -187,6 +187,9 @@ def test_intervals() -> None:
     assert found.mean == 2 and found.half_width == pytest.approx(4.303 / 3**0.5)
     assert str(mean_interval([1.0])) == "1.000"
     assert paired_difference({1: 3.0, 2: 5.0, 3: 9.0}, {1: 1.0, 2: 2.0}).mean == 2.5
+    assert verdict(mean_interval([0.5, 0.6, 0.55])).startswith("higher by 0.550")
+    assert verdict(mean_interval([-0.5, 0.6, 0.1])).startswith("not told apart")
+    assert "one seed" in verdict(mean_interval([0.5]))
     draw = random.Random(1)
     below = [draw.gauss(2, 0.1) for _ in range(30)]
     found_ratio = ratio_interval([0.5 * value + draw.gauss(0, 0.02) for value in below], below)
