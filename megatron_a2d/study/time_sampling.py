@@ -114,8 +114,8 @@ def _findings(rows: list[Record]) -> str:
             lower, higher = sum(high < 1 for _, _, high in ratios), sum(low > 1 for _, low, _ in ratios)
             values = sorted(value for value, _, _ in ratios)
             lines.append(
-                f"- {name}, variance of the {quantity}: ratios from {values[0]:.2f} to {values[-1]:.2f}; lower than "
-                f"with independent times in {lower} of {len(ratios)} settings, higher in {higher}, else not told apart\n"
+                f"- {name}, variance of the {quantity}: {values[0]:.2f} to {values[-1]:.2f} times that of independent "
+                f"times; lower in {lower} of {len(ratios)} settings, higher in {higher}, else not told apart\n"
             )
     return "".join(lines)
 

@@ -119,7 +119,14 @@ def test_roles_add_up(one_process: dict[str, dict[str, float]], cases: dict[str,
     assert 0 < seen["drift_by_role.attention"] < 1
 
 
-@pytest.mark.parametrize("layout", [{**EP, **DISTRIBUTED}, OVERLAP], ids=["distributed", "overlap"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({**EP, **DISTRIBUTED, "bf16": True}, id="distributed, bf16"),
+        pytest.param(OVERLAP, id="overlap"),
+        pytest.param({"bf16": True}, id="bf16", marks=pytest.mark.full),
+    ],
+)
 def test_monitoring_changes_nothing(layout: dict[str, Any], cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
     """Bit for bit, the optimizer's state too; and what it has seen is in the log and on the page."""
     case = cases["moe"]
