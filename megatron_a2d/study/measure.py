@@ -81,8 +81,8 @@ def drift(opened: OpenedRun, reference: str) -> dict[str, float]:
     now = [piece.weight().clone() for piece in pieces]
     load_checkpoint(opened.state, resolve(reference), weights_only=True)
     moved = Drift(pieces).measure(lambda number, piece: now[number])
-    for piece, weight in zip(pieces, now, strict=True):
-        piece.weight().copy_(weight)
+    assert opened.config.training.load is not None
+    load_checkpoint(opened.state, resolve(opened.config.training.load), weights_only=True)
     return moved
 
 
