@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_file
+from megatron_a2d.files import finite, new_file
 
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 
@@ -41,9 +41,9 @@ def write_page(path: Path, title: str, question: str, results: str) -> None:
 
 
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """One JSON object a line; null where there is no number."""
     with new_file(path) as partial:
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        partial.write_text("".join(json.dumps(finite(record)) + "\n" for record in records), encoding="utf-8")
 
 
 @contextmanager

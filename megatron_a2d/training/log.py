@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import console, human
+from megatron_a2d.files import finite
 from megatron_a2d.training.stopping import SkippedSteps
 from megatron_a2d.training.validation import ValidationResult
 
@@ -87,7 +88,7 @@ class RunLog:
     def event(self, kind: str, **values: Any) -> None:
         """One line of log.jsonl. A full disk does not end the run: what is not written now is written with the next."""
         if self._enabled and self._jsonl:
-            record = {"kind": kind, "time": time.time(), **_finite(values)}
+            record = {"kind": kind, "time": time.time(), **finite(values)}
             try:
                 self._jsonl.write(json.dumps(record) + "\n")
                 self._jsonl.flush()
@@ -162,10 +163,3 @@ class RunLog:
                     self._curves(f"{group}/{name}", iteration, value)
                 elif isinstance(value, float | int) and math.isfinite(value):
                     self._tensorboard.add_scalar(f"{group}/{name}", value, iteration)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not a number."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
