@@ -118,7 +118,7 @@ def _objective_problems(config: RunConfig) -> list[str]:
         need(name, there or value == settings()[name].default, f"has no effect without {to}; remove it")
 
     belongs("cart_p", diffusion.loss_weights == "cart", "--loss-weights cart")
-    need("cart_p", 0 < diffusion.cart_p <= 1, "must lie above 0 and be at most 1; Dream's is 0.8 or 0.1")
+    need("cart_p", 0 < diffusion.cart_p <= 1, "must lie above 0 and be at most 1; 0.8 is Dream's")
     for name in ("block_length", "ar_loss_weight"):
         belongs(name, is_block, "--objective block")
     need("block_length", not is_block or diffusion.block_length >= 1, "--objective block needs at least 1 token")
