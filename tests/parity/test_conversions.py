@@ -101,6 +101,10 @@ def test_random_weights_are_not_those_of_the_checkpoint(cases: dict[str, Case], 
         pool.run("run", 1, settings=settings, stop_at=1)
         assert pool.run("run", 1, settings=settings)[0]["start"] == 1
         drawn[seed] = content(tmp_path / str(seed) / "iter_0000002")
+    again = {**settings, "seed": 1, "load": settings["save"], "save": str(tmp_path / "again"), "train_iters": 1}
+    assert pool.run("run", 1, settings=again)[0]["start"] == 0, "a trained checkpoint gives its shape alone too"
+    for name, tensor in content(tmp_path / "again" / "iter_0000001").items():
+        assert name.startswith("optimizer.") or torch.equal(tensor, drawn[1][name]) or role(name) == "norm"
     for name, tensor in drawn[1].items():
         if name.startswith("optimizer."):
             continue
@@ -109,3 +113,34 @@ def test_random_weights_are_not_those_of_the_checkpoint(cases: dict[str, Case], 
         else:
             assert float(tensor.std()) == pytest.approx(0.02, rel=0.1) and abs(float(tensor.mean())) < 1e-3
             assert float((tensor - drawn[2][name]).std()) == pytest.approx(0.02 * 2**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_block_model_is_evaluated_and_sampled_as_trained(
+    weight: float, cases: dict[str, Case], pool: Pool, tmp_path: Path
+) -> None:
+    """The held-out NELBO is that of training's validation; and no block depends on those behind it."""
+    case, save = cases["moe"], str(tmp_path / "run")
+    settings = {
+        **case.settings, "objective": "block", "block_length": 6, "ar_loss_weight": weight, "load": case.checkpoint,
+        "save": save, "train_iters": 2, "eval_interval": 2,
+    }  # fmt: skip
+    pool.run("run", 1, settings=settings)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    nelbo = [line["nelbo"] for line in log if line["kind"] == "validation"][-1]
+    layout = {**TP_SP, **EP}
+    evaluated = pool.run(
+        "held_out", 2, checkpoint=save, layout=layout, prefix=case.settings["valid_data_path"], num_samples=8
+    )
+    assert evaluated[0]["nelbo"] == pytest.approx(nelbo, rel=1e-5)
+
+    def written(length: int, checkpoint: str, ranks: int = 1, **layout: Any) -> list[list[int]]:
+        rows = [[5, 6, 7, 8] + [-1] * length, [9] * 7 + [-1] * length]
+        options = {"num_steps": 100, "block_length": 6, "aligned_blocks": True}
+        return pool.run("sample", ranks, checkpoint=checkpoint, layout=layout, options=options, rows=rows)[0]["tokens"]
+
+    def begins_alike(checkpoint: str) -> bool:
+        return [row[:12] for row in written(8, checkpoint)] == [row[:12] for row in written(14, checkpoint)]
+
+    assert begins_alike(save) and not begins_alike(case.checkpoint)
+    assert written(14, save, 2, **layout) == written(14, save)
