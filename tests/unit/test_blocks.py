@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.conversion.hf_config import Exported, refusals
 from megatron_a2d.diffusion.blocks import BlockModel, corrupt_blocks
 from megatron_a2d.diffusion.corruption import corrupt, next_token
 from megatron_a2d.diffusion.forward import Request
@@ -124,3 +126,11 @@ def test_aligned_blocks_are_pieces_of_the_text() -> None:
     assert blocks[1].tolist() == [-1, -1, 0, -1, -1, -1, -1, -1, -1, 1, 1, -1]
     assert sizes_of(blocks) == [[1, 4, 4], [1, 2]]
     assert sizes_of(blocks_of(editable, 4)) == [[4, 4, 1], [3]]
+
+
+def test_exports_do_not_pass_for_what_they_are_not() -> None:
+    architecture = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
+    blocks, plain = (Exported(architecture, {}, {}, "float32", True, length) for length in (4, 0))
+    for kind in ("a2d", "rnd1"):
+        assert any("blocks of 4" in line for line in refusals(kind, blocks)) and not refusals(kind, plain)
+    assert not refusals("qwen3", blocks)
