@@ -118,7 +118,7 @@ def _objective_problems(config: RunConfig) -> list[str]:
         need(name, there or value == settings()[name].default, f"has no effect without {to}; remove it")
 
     belongs("cart_p", diffusion.loss_weights == "cart", "--loss-weights cart")
-    need("cart_p", 0 < diffusion.cart_p <= 1, "must lie above 0 and be at most 1; Dream's is 0.8 or 0.1")
+    need("cart_p", 0 < diffusion.cart_p <= 1, "must lie above 0 and be at most 1; 0.8 is Dream's")
     need(
         "mask_sampling", not is_block or diffusion.mask_sampling == "bernoulli",
         "does not go with --objective block, whose blocks have times of their own; use bernoulli",

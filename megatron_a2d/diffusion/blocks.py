@@ -16,8 +16,11 @@ ones (visibility.py). The same levels without the noised half are those of a tex
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_a2d.diffusion.corruption import Corrupted, check_text, has_predecessor, maskable_tokens, shift
+from megatron_a2d.diffusion.forward import Model, Reduce, Request
 from megatron_a2d.diffusion.noise import Noise
 from megatron_a2d.diffusion.weights import token_weights
 
@@ -76,3 +79,29 @@ def corrupt_blocks(
         positions=np.tile(places_L, 2),
         levels=np.concatenate([2 * starts_L, 2 * (places_L if causal_context else starts_L) + 1]),
     )
+
+
+class BlockModel:
+    """A `Model` of block diffusion while it writes: who sees whom follows from where the masks are.
+
+    The blocks before the first one with a mask are context, as the clean half is in training; the others are noised,
+    and see themselves and the context. What stands behind the block that is filled is therefore not seen.
+    """
+
+    def __init__(self, model: Model, mask_token_id: int, block_length: int, causal_context: bool):
+        self._model, self._mask_token_id = model, mask_token_id
+        self._block_length, self._causal_context = block_length, causal_context
+
+    def __call__(self, request: Request, reduce: Reduce) -> tuple[Tensor, ...]:
+        if request.levels is None:
+            request = request._replace(levels=self.levels(request.tokens))
+        return self._model(request, reduce)
+
+    def levels(self, tokens_BL: Tensor) -> Tensor:
+        """[B, L] int64."""
+        places_L = torch.arange(tokens_BL.size(1), device=tokens_BL.device)
+        starts_L = places_L // self._block_length * self._block_length
+        masked_BL = tokens_BL == self._mask_token_id
+        first_B = torch.where(masked_BL.any(1), masked_BL.long().argmax(1), tokens_BL.size(1))
+        is_context_BL = places_L < (first_B // self._block_length * self._block_length)[:, None]
+        return torch.where(is_context_BL, 2 * (places_L if self._causal_context else starts_L) + 1, 2 * starts_L)

@@ -43,13 +43,13 @@ class GraftedSelfAttention(SelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
         if self._old_weights is None or self._runs_old:
             return super().forward(hidden_states, attention_mask, **options)
-        hidden_states = hidden_states.detach()
-        old = self._old_output(hidden_states, attention_mask, options)
-        new, _ = super().forward(hidden_states, attention_mask, **options)
+        read = hidden_states.detach()
+        old = self._old_output(read, attention_mask, options)
+        new, _ = super().forward(read, attention_mask, **options)
         loss = relative_errors(new, old).sum() / self.config.num_layers
         self._error += loss.detach().double()
         stream = new.detach() if self._feeds_new else old
-        return _WithLoss.apply(stream, loss), None
+        return _WithLoss.apply(stream, loss, hidden_states), None
 
     @torch.no_grad()
     def _old_output(self, hidden_states: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> Tensor:
@@ -69,12 +69,15 @@ def relative_errors(new: Tensor, old: Tensor) -> Tensor:
 
 
 class _WithLoss(torch.autograd.Function):
-    """Gives `stream` on, and in the backward pass begins that of `loss`."""
+    """Gives `stream` on; the backward pass begins that of `loss`, and tells `read` that its gradient is zero.
+
+    Every parameter then has a gradient, which --overlap-grad-reduce waits for.
+    """
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, loss: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, stream: Tensor, loss: Tensor, read: Tensor) -> Tensor:  # type: ignore[override]
         return stream
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        return None, torch.ones((), dtype=torch.float32, device=gradient.device)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:  # type: ignore[override]
+        return None, torch.ones((), dtype=torch.float32, device=gradient.device), torch.zeros_like(gradient)

@@ -75,7 +75,9 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
         directory = resolve(wanted)
         if problems := damage(directory):
             raise UserError(f"{problem}; restore the file, or use another iteration" for problem in problems)
-        weights_only = training.finetune or iteration_of(directory) == 0
+        # --conversion random takes not even those.
+        is_drawn = config.diffusion.conversion == "random"
+        weights_only = training.finetune or is_drawn or iteration_of(directory) == 0
     else:
         raise UserError(
             "--load: is missing; give the checkpoint to start from, as python -m checkpoints_tools.convert_hf writes it"

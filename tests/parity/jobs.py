@@ -6,6 +6,7 @@ held against the same slice of the one-process reference, whatever layout made t
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 from collections.abc import Iterator
@@ -220,6 +221,19 @@ def sample(checkpoint: str, layout: dict[str, Any], options: dict[str, Any], row
     canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in rows], MASK_TOKEN_ID)
     sampled = denoise(opened.run, canvas, opened.mask_token_id, SamplingOptions(**options), seed=3)
     return {"tokens": sampled.tokens.tolist(), "num_forwards": sampled.num_forwards}
+
+
+def held_out(checkpoint: str, layout: dict[str, Any], prefix: str, num_samples: int) -> dict[str, Any]:
+    """What `evaluate --valid-data-path` reports of a checkpoint."""
+    from megatron_a2d import evaluate
+
+    runtime.install()
+    opened = open_sharded(checkpoint, layout)
+    options = argparse.Namespace(
+        valid_data_path=[prefix], seq_length=SETTINGS["seq_length"], micro_batch_size=3, num_samples=num_samples
+    )
+    (result,) = evaluate._held_out(options, opened, {}).values()
+    return result
 
 
 def batch_fingerprints(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[tuple[int, bytes]]:

@@ -96,13 +96,13 @@ LAYOUTS = [
     Layout("uniform", "CP2, EP2", 2, {**CP, **EP}),
     Layout("grafting", "PP2 x TP2+SP, EP2, distributed optimizer", 4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
     Layout("grafting", "CP2 x PP2, EP2", 4, {**CP, **PP, **EP}),
-    Layout("grafting", "VPP2 x DP2", 4, VPP),
+    Layout("grafting", "VPP2 x DP2, overlap", 4, {**VPP, **OVERLAP}),
     Layout("block", "CP2 x TP2+SP, EP4", 4, {**CP, **TP_SP, "expert_model_parallel_size": 4}),
     Layout("block", "PP2 x CP2, micro-batches of 2", 4, {**PP, **CP, "micro_batch_size": 2}),
     Layout("block + ar", "CP4, distributed optimizer", 4, {"context_parallel_size": 4, **DISTRIBUTED}),
     Layout("block + ar", "VPP2 x TP2+SP, EP2", 4, {**VPP, **TP_SP, **EP}),
     Layout("frozen", "PP2 x TP2+SP, EP2, distributed optimizer", 4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
-    Layout("frozen", "CP2, EP2", 2, {**CP, **EP}),
+    Layout("frozen", "CP2 x DP2, EP2, overlap", 4, {**CP, **EP, **OVERLAP}),
 ]
 
 

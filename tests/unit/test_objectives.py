@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import build
@@ -12,6 +13,8 @@ from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.noise import Noise
 from megatron_a2d.diffusion.visibility import annealed, annealing_of
 from megatron_a2d.diffusion.weights import context
+from megatron_a2d.model.grafting import relative_errors
+from megatron_a2d.training.initialise import _fill, normals
 
 LENGTH = 48
 
@@ -122,3 +125,47 @@ def test_settings_without_effect_are_refused() -> None:
         {"objective": "ar", "conversion": "random"}, {"lr_mult": {**frozen, "norm": 0.1}},
     ):  # fmt: skip
         assert problems(**good) == ""
+
+
+def test_drawn_weights_do_not_depend_on_the_piece() -> None:
+    whole = normals(1, "decoder.layers.mlp.linear_fc1.weight", 0, 200_001)
+    for start, count in ((0, 1), (1, 6), (37, 1000), (199_998, 3)):
+        assert np.array_equal(
+            normals(1, "decoder.layers.mlp.linear_fc1.weight", start, count), whole[start : start + count]
+        )
+    assert abs(whole.mean()) < 0.01 and abs(whole.std() - 1) < 0.01 and abs((whole**4).mean() - 3) < 0.1
+    for other in (
+        normals(2, "decoder.layers.mlp.linear_fc1.weight", 0, 1000),
+        normals(1, "output_layer.weight", 0, 1000),
+    ):
+        assert abs(np.corrcoef(other, whole[:1000])[0, 1]) < 0.15
+    assert abs(np.corrcoef(whole[1:], whole[:-1])[0, 1]) < 0.01
+
+
+def test_a_shard_is_filled_as_its_place_in_the_whole_tensor() -> None:
+    """A slice of columns of one of several layers, as tensor parallelism cuts it."""
+
+    def filled(rows: slice, columns: slice) -> torch.Tensor:
+        data = torch.full((6, 8), float("nan"))[rows, columns].contiguous()
+        offset = (2, rows.start, columns.start)
+        fragments = (4, 6 // data.shape[0], 8 // data.shape[1])
+        _fill(
+            ShardedTensor("w", data, data.dtype, tuple(data.shape), (4, 6, 8), offset, fragments, prepend_axis_num=1),
+            5,
+            1.0,
+        )
+        return data
+
+    whole = filled(slice(0, 6), slice(0, 8))
+    assert torch.equal(whole.flatten(), torch.from_numpy(normals(5, "w", 2 * 48, 48)))
+    assert torch.equal(filled(slice(3, 6), slice(0, 8)), whole[3:])
+    assert torch.equal(filled(slice(0, 6), slice(4, 8)), whole[:, 4:])
+    assert torch.equal(filled(slice(3, 6), slice(4, 8)), whole[3:, 4:])
+
+
+def test_relative_errors() -> None:
+    old = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(0))
+    assert relative_errors(old, old).abs().max() == 0
+    assert torch.allclose(relative_errors(torch.zeros_like(old), old), torch.ones(5, 2))
+    assert torch.allclose(relative_errors(1.5 * old, old), torch.full((5, 2), 0.25))
+    assert bool(relative_errors(old, torch.zeros_like(old)).isfinite().all())
