@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_a2d.config import build
-from megatron_a2d.study import critical_batch, layer_lr, masks, time_sampling
+from megatron_a2d.study import command, critical_batch, layer_lr, masks, time_sampling
 from megatron_a2d.study.command import STUDIES, find_study, run_study
 from megatron_a2d.study.runner import Runner
 from tests.cases import Case
@@ -38,6 +38,7 @@ def test_a_whole_study(
         pool.run("command", 1, module=module, arguments=list(arguments))
 
     monkeypatch.setattr(Runner, "_call", call)
+    monkeypatch.setattr(command, "hold_directory", lambda path, flag: None)  # this process outlives its first study
     case = cases["moe"]
     settings: dict[str, Any] = {
         **case.settings, "load": case.checkpoint, "seq_length": 32, "global_batch_size": 8, "micro_batch_size": 4,
