@@ -72,7 +72,7 @@ def test_a_layout_says_what_one_process_says(
         for name, value in found.items():
             # Differences of nearly equal sums: relative to the larger of the two that they come from.
             tolerance = 1e-4 if name in ("gradient_noise", "gradient_signal", "noise_scale") else 2e-6
-            assert value == pytest.approx(expected[name], rel=tolerance, abs=1e-9, nan_ok=True), name
+            assert value == pytest.approx(expected[name], rel=tolerance, abs=1e-6, nan_ok=True), name
 
 
 def test_the_comparison_can_fail(cases: dict[str, Case], one_process: dict[str, dict[str, float]], pool: Pool) -> None:
@@ -143,7 +143,7 @@ def test_monitoring_changes_nothing(layout: dict[str, Any], cases: dict[str, Cas
     records = [record for record in read_log(tmp_path / "True") if record["kind"] == "train"]
     assert [record["iteration"] for record in records] == [2, 4, 5]
     drift = [record["drift_by_role"]["attention"] for record in records]
-    assert 0 < drift[0] < drift[1] < drift[2]
+    assert 0 < drift[0] < drift[1] <= drift[2]  # the learning rate ends at 0
     assert all("router" not in record for record in read_log(tmp_path / "False"))
     assert draw_run(tmp_path / "True", tmp_path / "page.png").stat().st_size > 20_000
     curves = EventAccumulator(str(tmp_path / "True" / "tensorboard")).Reload()
