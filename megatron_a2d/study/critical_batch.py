@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_a2d.config import RunConfig
-from megatron_a2d.study.gradients import Moments
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import BASE, Job, Measure, ar_settings, scaled_batch
-from megatron_a2d.study.statistics import RatioInterval, mean_interval, ratio_interval
+from megatron_a2d.study.statistics import Moments, RatioInterval, mean_interval, ratio_interval
 from megatron_a2d.study.study import Record, Report, Study, by_tag, final
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # times the recipe's global batch

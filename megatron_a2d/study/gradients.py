@@ -1,13 +1,7 @@
 """Moments of loss and gradient over independent batches: their variance, and the gradient noise scale.
 
-For batches r = 1 .. n of B samples with gradients g_r, the unbiased estimates are (McCandlish et al. 2018, appendix A)
-
-    tr V  = (sum |g_r|^2 - n |mean g|^2) / (n - 1)        the variance of a batch's gradient
-    |G|^2 = |mean g|^2 - tr V / n                         the true gradient
-    B_simple = B tr V / |G|^2                             the noise scale, in samples
-
-Batches come in groups, so that the spread over groups tells the uncertainty. Every scheme sees the same tokens and the
-same uniform numbers behind its masks; only times differ.
+What follows from the sums is in statistics.py. Batches come in groups, so that the spread over groups tells the
+uncertainty. Every scheme sees the same tokens and the same uniform numbers behind its masks; only times differ.
 """
 
 from __future__ import annotations
@@ -156,22 +150,3 @@ def _one_batch(opened: OpenedRun, make: Callable[[np.ndarray, int], Corrupted], 
     )
     dist.all_reduce(totals)
     return float(totals[0] / totals[4])
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What `gradient_moments` says of a batch's gradient."""
-
-    variance: float  # tr V of a batch
-    square: float  # |G|^2, without the variance's part
-
-    @classmethod
-    def of(cls, sums: dict[str, float]) -> Moments:
-        count = sums["count"]
-        mean_square = sums["square_of_sum"] / count**2
-        variance = (sums["sum_of_squares"] - count * mean_square) / (count - 1)
-        return cls(variance, mean_square - variance / count)
-
-    def noise_scale(self, batch_size: int) -> float:
-        """In samples."""
-        return batch_size * self.variance / self.square

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_a2d.config import RunConfig
-from megatron_a2d.study.gradients import Moments
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import Job, Measure
-from megatron_a2d.study.statistics import mean_interval, paired_difference, ratio_interval, verdict
+from megatron_a2d.study.statistics import Moments, mean_interval, paired_difference, ratio_interval, verdict
 from megatron_a2d.study.study import Record, Report, Study, by_tag, final
 
 BASELINE = "baseline"

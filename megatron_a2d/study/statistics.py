@@ -1,4 +1,4 @@
-"""Means over seeds with confidence intervals."""
+"""Means over seeds with confidence intervals, and what moments of gradients say."""
 
 from __future__ import annotations
 
@@ -83,3 +83,25 @@ def ratio_interval(values: Sequence[float], baseline: Sequence[float]) -> RatioI
     return RatioInterval(
         math.exp(whole), math.exp(found.mean - found.half_width), math.exp(found.mean + found.half_width)
     )
+
+
+class Moments(NamedTuple):
+    """Of a batch's gradient, from n batches of B samples with gradients g_r (McCandlish et al. 2018, appendix A).
+
+    Both are without bias: tr V = (sum |g_r|^2 - n |mean g|^2) / (n - 1), and |G|^2 = |mean g|^2 - tr V / n.
+    """
+
+    variance: float  # tr V
+    square: float  # |G|^2
+
+    @classmethod
+    def of(cls, sums: dict[str, float]) -> Moments:
+        """From what gradients.py sums over batches."""
+        count = sums["count"]
+        mean_square = sums["square_of_sum"] / count**2
+        variance = (sums["sum_of_squares"] - count * mean_square) / (count - 1)
+        return cls(variance, mean_square - variance / count)
+
+    def noise_scale(self, batch_size: int) -> float:
+        """B_simple = B tr V / |G|^2, in samples."""
+        return batch_size * self.variance / self.square

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_a2d.config import RunConfig
-from megatron_a2d.study.gradients import Moments
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import BASE, Job, Measure
-from megatron_a2d.study.statistics import ratio_interval
+from megatron_a2d.study.statistics import Moments, ratio_interval
 from megatron_a2d.study.study import Record, Report, Study
 
 SCHEMES = {

@@ -22,11 +22,11 @@ from megatron_a2d.study import critical_batch, layer_lr
 from megatron_a2d.study.__main__ import main
 from megatron_a2d.study.command import STUDIES, find_study
 from megatron_a2d.study.facts import CONTEXT, Facts
-from megatron_a2d.study.gradients import BatchTimes, Moments
+from megatron_a2d.study.gradients import BatchTimes
 from megatron_a2d.study.page import write_page
 from megatron_a2d.study.plan import BASE, Job, Measure, resolved, scaled_batch
 from megatron_a2d.study.runner import Runner
-from megatron_a2d.study.statistics import mean_interval, paired_difference, ratio_interval, verdict
+from megatron_a2d.study.statistics import Moments, mean_interval, paired_difference, ratio_interval, verdict
 from tests.tiny import write_tokens
 
 # Stands for `python`: "trains" by writing what a run leaves, "measures" by counting. A line of calls.txt for each call.
