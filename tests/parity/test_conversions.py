@@ -38,7 +38,7 @@ def test_limits_are_known_objectives(cases: dict[str, Case], pool: Pool) -> None
 def grafting_run(case: Case, save: Path, **settings: Any) -> dict[str, Any]:
     return {
         **case.settings, "conversion": "grafting", "grafting_steps": 4, "load": case.checkpoint, "save": str(save),
-        "train_iters": 6, "save_interval": 2, "log_interval": 1, "lr_mult": {}, "lr": 1e-3, "adam_eps": 1e-8,
+        "train_iters": 6, "save_interval": 2, "log_interval": 1, "lr_mult": {}, "lr": 5e-3, "adam_eps": 1e-8,
         "lr_decay_style": "constant", "eval_interval": 100, "weight_decay": 0.5, **settings,
     }  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_random_weights_are_not_those_of_the_checkpoint(cases: dict[str, Case], 
         if role(name) == "norm":
             assert (tensor - 1).abs().max() < 1e-6
         else:
-            assert float(tensor.std()) == pytest.approx(0.02, rel=0.1) and abs(float(tensor.mean())) < 1e-3
+            assert float(tensor.std()) == pytest.approx(0.02, rel=0.1) and abs(float(tensor.mean())) < 2e-3
             assert float((tensor - drawn[2][name]).std()) == pytest.approx(0.02 * 2**0.5, rel=0.1)
 
 
