@@ -202,18 +202,10 @@ def write_safetensors(
 ) -> dict[str, str]:
     """Write all tensors of `source`, in its order, as one file or several with an index, `workers` at a time.
 
-    A shard is larger than `max_shard_bytes` only if a single tensor is. Shards that an earlier run completed are
-    kept. `advance` is told of the bytes written. Returns file name -> SHA-256.
+    Shards that an earlier run completed are kept. `advance` is told of the bytes written. Returns file name -> SHA-256.
     """
     sizes = {name: math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
+    shards = plan_shards(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     jobs = []
     for number, names in enumerate(shards, 1):
@@ -232,6 +224,24 @@ def write_safetensors(
         (work.directory / INDEX_FILE).write_bytes(text)
         digests[INDEX_FILE] = hashlib.sha256(text).hexdigest()
     return digests
+
+
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Tensors (name -> bytes) in their order, cut into few shards of about one size.
+
+    A shard is larger than `max_shard_bytes` only if a single tensor is. Equal sizes: nobody waits for the largest.
+    """
+    total = sum(sizes.values())
+    share = total / math.ceil(total / max_shard_bytes)
+    shards: list[list[str]] = [[]]
+    filled = placed = 0
+    for name, size in sizes.items():
+        if shards[-1] and (filled + size > max_shard_bytes or placed + size / 2 > share * len(shards)):
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, placed = filled + size, placed + size
+    return shards
 
 
 def _write_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from megatron_a2d.conversion.convert import convert
 from megatron_a2d.conversion.export import export
 from megatron_a2d.conversion.manifest import check_manifest
 from megatron_a2d.conversion.qwen3 import SIZES, hub_config
+from megatron_a2d.conversion.safetensors_files import plan_shards
 from megatron_a2d.conversion.synthetic import write_synthetic
 from megatron_a2d.conversion.unfinished import JOURNAL, unfinished_directory
 from megatron_a2d.conversion.workers import run_jobs
@@ -67,6 +69,18 @@ def test_every_qwen3_goes_in_and_out(size: str, stored: str, tmp_path: Path) -> 
     convert(tmp_path / "hf", tmp_path / "ckpt", workers=2)
     export(tmp_path / "ckpt", tmp_path / "out", "qwen3", max_shard_bytes=700_000, workers=2)
     assert_bitwise_equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "expected"))
+
+
+@pytest.mark.parametrize("limit", [90, 250, 1000, 5000, 10**6])
+def test_shards_are_of_about_one_size(limit: int) -> None:
+    sizes = {f"t{number}": 5 + (number * 7919) % 89 for number in range(200)} | {"huge": 700, "last": 3}
+    shards = plan_shards(sizes, limit)
+    assert [name for shard in shards for name in shard] == list(sizes)
+    filled = [sum(sizes[name] for name in shard) for shard in shards]
+    assert all(size <= limit or len(shard) == 1 for size, shard in zip(filled, shards, strict=True))
+    if limit >= 5000:  # filling one after the other would leave a small last shard
+        assert len(shards) == math.ceil(sum(filled) / limit)
+        assert max(filled) - min(filled) < 100
 
 
 def split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
