@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, bytes_of, slabs, write_all
+from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, StreamedFile, bytes_of, slabs
 from megatron_a2d.conversion.unfinished import Unfinished
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
@@ -258,15 +258,15 @@ def _write_file(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with (work.directory / file_name).open("wb", buffering=0) as file:
+    with StreamedFile(work.directory / file_name) as file:
         for piece in (len(text).to_bytes(8, "little"), text):
-            write_all(file, piece)
+            file.write(piece)
             digest.update(piece)
         for name in names:
             shape = source.shapes[name]
             for start, stop in slabs(shape, 0, shape[0], source.dtype(name).itemsize):
                 data = bytes_of(source.read(Span(name, (), start, stop)).contiguous())
-                write_all(file, data)
+                file.write(data)
                 digest.update(data)
                 advance(len(data))
     work.record(file_name, {"sha256": digest.hexdigest()})
