@@ -96,7 +96,7 @@ def test_random_weights_are_not_those_of_the_checkpoint(cases: dict[str, Case], 
     for seed in (1, 2):
         settings = {
             **case.settings, "conversion": "random", "load": case.checkpoint, "save": str(tmp_path / str(seed)),
-            "train_iters": 2, "save_interval": 1, "lr": 1e-12, "seed": seed,
+            "train_iters": 2, "save_interval": 1, "lr": 1e-30, "seed": seed,
         }  # fmt: skip
         pool.run("run", 1, settings=settings, stop_at=1)
         assert pool.run("run", 1, settings=settings)[0]["start"] == 1
