@@ -89,6 +89,7 @@ def test_grafting_needs_its_old_operators(cases: dict[str, Case], pool: Pool, tm
     assert pool.run("run", 1, settings={**settings, "load": None})[0]["start"] == 4
 
 
+@pytest.mark.full
 def test_random_weights_are_not_those_of_the_checkpoint(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
     """Another seed draws others; the spread is the architecture's; a resumed run does not draw again."""
     case = cases["moe"]
@@ -115,7 +116,7 @@ def test_random_weights_are_not_those_of_the_checkpoint(cases: dict[str, Case], 
             assert float((tensor - drawn[2][name]).std()) == pytest.approx(0.02 * 2**0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.full), 0.5])
 def test_a_block_model_is_evaluated_and_sampled_as_trained(
     weight: float, cases: dict[str, Case], pool: Pool, tmp_path: Path
 ) -> None:
