@@ -113,8 +113,7 @@ QUICK = {
     "moe: PP2 x TP2+SP, EP2, distributed optimizer", "moe: CP2 x TP2+SP, EP4", "moe: DP4, EP2, overlap",
     "moe: TP2+SP, EP2, allgather dispatcher", "isolated: CP2, EP2", "ar: TP2+SP, EP2",
     "annealing: CP2 x TP2+SP, EP4", "random: CP2 x TP2+SP, EP2, ETP2",
-    "grafting: PP2 x TP2+SP, EP2, distributed optimizer", "block + ar: CP4, distributed optimizer",
-    "block: CP2 x TP2+SP, EP4", "cart: CP2 x PP2, EP2, distributed optimizer", "frozen: PP2 x TP2+SP, EP2, distributed optimizer",
+    "grafting: PP2 x TP2+SP, EP2, distributed optimizer", "block + ar: CP4, distributed optimizer", "frozen: PP2 x TP2+SP, EP2, distributed optimizer",
 }  # fmt: skip
 
 

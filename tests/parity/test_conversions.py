@@ -38,7 +38,7 @@ def test_limits_are_known_objectives(cases: dict[str, Case], pool: Pool) -> None
 def grafting_run(case: Case, save: Path, **settings: Any) -> dict[str, Any]:
     return {
         **case.settings, "conversion": "grafting", "grafting_steps": 4, "load": case.checkpoint, "save": str(save),
-        "train_iters": 6, "save_interval": 2, "log_interval": 1, "lr_mult": {}, "lr": 1e-3, "adam_eps": 1e-8,
+        "train_iters": 6, "save_interval": 2, "log_interval": 1, "lr_mult": {}, "lr": 5e-3, "adam_eps": 1e-8,
         "lr_decay_style": "constant", "eval_interval": 100, "weight_decay": 0.5, **settings,
     }  # fmt: skip
 
@@ -89,6 +89,7 @@ def test_grafting_needs_its_old_operators(cases: dict[str, Case], pool: Pool, tm
     assert pool.run("run", 1, settings={**settings, "load": None})[0]["start"] == 4
 
 
+@pytest.mark.full
 def test_random_weights_are_not_those_of_the_checkpoint(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
     """Another seed draws others; the spread is the architecture's; a resumed run does not draw again."""
     case = cases["moe"]
@@ -96,7 +97,7 @@ def test_random_weights_are_not_those_of_the_checkpoint(cases: dict[str, Case], 
     for seed in (1, 2):
         settings = {
             **case.settings, "conversion": "random", "load": case.checkpoint, "save": str(tmp_path / str(seed)),
-            "train_iters": 2, "save_interval": 1, "lr": 1e-12, "seed": seed,
+            "train_iters": 2, "save_interval": 1, "lr": 1e-30, "seed": seed,
         }  # fmt: skip
         pool.run("run", 1, settings=settings, stop_at=1)
         assert pool.run("run", 1, settings=settings)[0]["start"] == 1
@@ -111,11 +112,11 @@ def test_random_weights_are_not_those_of_the_checkpoint(cases: dict[str, Case], 
         if role(name) == "norm":
             assert (tensor - 1).abs().max() < 1e-6
         else:
-            assert float(tensor.std()) == pytest.approx(0.02, rel=0.1) and abs(float(tensor.mean())) < 1e-3
+            assert float(tensor.std()) == pytest.approx(0.02, rel=0.1) and abs(float(tensor.mean())) < 2e-3
             assert float((tensor - drawn[2][name]).std()) == pytest.approx(0.02 * 2**0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.full), 0.5])
 def test_a_block_model_is_evaluated_and_sampled_as_trained(
     weight: float, cases: dict[str, Case], pool: Pool, tmp_path: Path
 ) -> None:

@@ -25,7 +25,9 @@ def role(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [(1, {}), (4, {**PP, **TP_SP, **EP, **DISTRIBUTED})], ids=["one process", "PP2 x TP2+SP, EP2"]
+    ("ranks", "layout"),
+    [pytest.param(1, {}, marks=pytest.mark.full), (4, {**PP, **TP_SP, **EP, **DISTRIBUTED})],
+    ids=["one process", "PP2 x TP2+SP, EP2"],
 )
 def test_frozen_roles_stand_still(
     ranks: int, layout: dict[str, Any], cases: dict[str, Case], pool: Pool, tmp_path: Path
