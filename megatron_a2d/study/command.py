@@ -6,9 +6,11 @@ import importlib
 import shlex
 from pathlib import Path
 
+from megatron_a2d.architecture import read_architecture
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import console
+from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import hold_directory
 from megatron_a2d.study.page import import_pyplot, write_lines, write_page
@@ -49,7 +51,9 @@ def run_study(name: str, argv: list[str]) -> None:
     parser.add_argument("--plan", action="store_true", help="print what would be run, and what of it is done; end")
     base, options = parse_run(parser, argv)
     _check(base, options.seeds, options.jobs)
-    jobs = study.plan(base, seeds_of(options.seeds))
+    assert base.training.load is not None
+    architecture = read_architecture(resolve(base.training.load) / HF_FILES)
+    jobs = study.plan(base, seeds_of(options.seeds), architecture)
     runner = Runner(options.out, base, shlex.split(options.launcher), options.jobs)
     if options.plan:
         for job in jobs:

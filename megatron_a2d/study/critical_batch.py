@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import BASE, Job, Measure, ar_settings, scaled_batch
@@ -22,7 +23,7 @@ NUM_GROUPS, BATCHES_PER_GROUP = 8, 16
 _NUM_DRAWS = 4000
 
 
-def plan(base: RunConfig, seeds: Sequence[int]) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
     """One SCP run; from its end the diffusion branches, from its start the autoregressive ones."""
     noise = {
         "batch_size": base.training.global_batch_size,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import ROLES, RunConfig
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import BASE, Job, Measure, ar_settings
@@ -17,13 +18,13 @@ ATTENTION_LR = (1.0, 3.0)  # times the recipe's
 REST = tuple(role for role in ROLES if role != "attention")
 
 
-def plan(base: RunConfig, seeds: Sequence[int]) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
     """Each ratio at two learning rates of attention; the higher one with the first seed only."""
     causal = ar_settings(base)
     kept = (Measure("ar", "likelihood", causal), Measure("cloze", "cloze", causal))
     jobs = [Job("before", {"lr": 0.0, "rest": 0.0, "seed": seeds[0]}, {}, measures=kept, trains=False)]
-    has_factor = {"head": "head" in base.optimization.lr_mult, "router": "router" in base.optimization.lr_mult}
-    roles = [role for role in REST if has_factor.get(role, True)]
+    there = {"router": architecture.is_moe, "head": not architecture.tie_word_embeddings}
+    roles = [role for role in REST if there.get(role, True)]
     for seed in seeds:
         for factor in ATTENTION_LR if seed == seeds[0] else ATTENTION_LR[:1]:
             for ratio in RATIOS:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import Job, Measure
@@ -24,7 +25,7 @@ MASK_SAMPLINGS = ("bernoulli", "exact_count")
 NUM_GROUPS, BATCHES_PER_GROUP = 8, 6
 
 
-def plan(base: RunConfig, seeds: Sequence[int]) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
     """Each variant changes one setting of the baseline. All are judged with open and with isolated documents."""
     judged = tuple(Measure(kind, "likelihood", {"document_attention": kind}) for kind in ATTENTION)
     noise = tuple(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig, settings
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import Job, Measure
@@ -26,7 +27,7 @@ def conversions(base: RunConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def plan(base: RunConfig, seeds: Sequence[int]) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
     """Every way with every seed, at equal tokens."""
     ways = conversions(base)
     interval = max(1, base.training.train_iters // NUM_VALIDATIONS)

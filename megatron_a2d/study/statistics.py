@@ -33,6 +33,8 @@ class Interval(NamedTuple):
 def mean_interval(values: Sequence[float]) -> Interval:
     """Of independent values, by Student's t."""
     count = len(values)
+    if not all(map(math.isfinite, values)):
+        return Interval(math.nan, math.nan, count)
     if count < 2:
         return Interval(values[0] if values else math.nan, math.nan, count)
     error = statistics.stdev(values) / math.sqrt(count)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.study.plan import FIRST_SEED, Job
 
@@ -23,7 +24,7 @@ class Study(NamedTuple):
     name: str
     title: str
     question: str  # and how it is asked, as the page's first paragraph
-    plan: Callable[[RunConfig, Sequence[int]], list[Job]]  # settings of the base run, seeds
+    plan: Callable[[RunConfig, Sequence[int], Architecture], list[Job]]  # settings of the base run, seeds, the model
     report: Callable[[list[Record], Path], Report]  # the jobs' records, the directory for images
     num_seeds: int = 3
 

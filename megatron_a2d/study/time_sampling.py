@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import BASE, Job, Measure
@@ -23,7 +24,7 @@ MODES = {False: "data and noise", True: "noise alone"}
 NUM_GROUPS, BATCHES_PER_GROUP = 8, 6
 
 
-def plan(base: RunConfig, seeds: Sequence[int]) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
     """All schemes at half and at twice the recipe's batch, before SCP and after it. One seed: batches vary."""
     sizes = [max(2, base.training.global_batch_size // 2), 2 * base.training.global_batch_size]
     measures = tuple(

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_a2d.architecture import read_architecture
 from megatron_a2d.config import build
+from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.study import command, critical_batch, layer_lr, masks, time_sampling
 from megatron_a2d.study.command import STUDIES, find_study, run_study
 from megatron_a2d.study.runner import Runner
@@ -53,7 +55,8 @@ def test_a_whole_study(
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
     rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
     count = len(started)
-    assert count >= len(find_study(name).plan(build(settings), [1000])) and rows
+    architecture = read_architecture(resolve(case.checkpoint) / HF_FILES)
+    assert count >= len(find_study(name).plan(build(settings), [1000], architecture)) and rows
     run_study(name, arguments)
     assert len(started) == count
     if name == "layer-lr":

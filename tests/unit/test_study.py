@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_a2d.study.plan import BASE, Job, Measure, resolved, scaled_batch
 from megatron_a2d.study.runner import Runner
 from megatron_a2d.study.statistics import Moments, mean_interval, paired_difference, ratio_interval, verdict
 from tests.tiny import write_tokens
+from tests.unit.test_training import QWEN3_30B_A3B
 
 # Stands for `python`: "trains" by writing what a run leaves, "measures" by counting. A line of calls.txt for each call.
 STAND_IN = """
@@ -144,7 +146,7 @@ def test_plans_are_valid_runs_of_any_size(name: str) -> None:
     for recipe, processes in (("study_laptop", 1), ("qwen3_30b_a3b", 8)):
         arguments = ["--config", f"launch/recipes/{recipe}.yaml", "--load", "x", "--train-data-path", "y"]
         config, _ = parse_run(Parser(), arguments)
-        jobs = find_study(name).plan(config, [1, 2])
+        jobs = find_study(name).plan(config, [1, 2], QWEN3_30B_A3B)
         names = [job.name for job in jobs]
         assert len(set(names)) == len(names)
         for number, job in enumerate(jobs):
@@ -185,7 +187,7 @@ def test_moments_of_known_gradients() -> None:
 def test_intervals() -> None:
     found = mean_interval([1.0, 2.0, 3.0])
     assert found.mean == 2 and found.half_width == pytest.approx(4.303 / 3**0.5)
-    assert str(mean_interval([1.0])) == "1.000"
+    assert str(mean_interval([1.0])) == "1.000" and math.isnan(mean_interval([1.0, math.nan]).mean)
     assert paired_difference({1: 3.0, 2: 5.0, 3: 9.0}, {1: 1.0, 2: 2.0}).mean == 2.5
     assert verdict(mean_interval([0.5, 0.6, 0.55])).startswith("higher by 0.550")
     assert verdict(mean_interval([-0.5, 0.6, 0.1])).startswith("not told apart")
@@ -258,8 +260,10 @@ def test_bad_input(arguments: list[str], message: str) -> None:
         main(arguments)
 
 
-def test_roles_without_a_recipe_factor_stay_out() -> None:
-    """A dense model's recipe names no router, a tied one's no head: neither does the plan."""
-    config = base(lr_mult={"mlp": 0.1, "embedding": 0.1, "norm": 0.1})
-    factors = [job.settings["lr_mult"] for job in layer_lr.plan(config, [1]) if job.trains]
-    assert all(set(factor) == {"mlp", "embedding", "norm"} for factor in factors)
+@pytest.mark.parametrize(
+    ("changes", "missing"), [({}, set()), ({"tie_word_embeddings": True}, {"head"}), ({"num_experts": 0}, {"router"})]
+)
+def test_roles_that_the_model_does_not_have_stay_out(changes: dict[str, Any], missing: set[str]) -> None:
+    jobs = layer_lr.plan(base(), [1], replace(QWEN3_30B_A3B, **changes))
+    roles = {"mlp", "router", "norm", "embedding", "head"} - missing
+    assert all(set(job.settings["lr_mult"]) == roles for job in jobs if job.trains)
