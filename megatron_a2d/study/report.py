@@ -70,7 +70,7 @@ def draw_run(run: Path, image: Path) -> Path:
     panels = [(panel, found) for panel in PANELS if (found := _curves(panel, train))]
     columns = min(4, math.ceil(math.sqrt(len(panels))))
     rows = math.ceil(len(panels) / columns)
-    with figure(image, columns, rows, size=(4.6, 3.3), title=str(run)) as axes:
+    with figure(image, columns, rows, size=(4.6, 3.3), title=run.resolve().name) as axes:
         for axis, (panel, found) in zip(axes, panels, strict=False):
             _draw(axis, panel, found, valid)
         for axis in axes[len(panels) :]:
@@ -91,7 +91,7 @@ def _curves(panel: Panel, train: Sequence[Record]) -> Curves:
                 value = value.get(part) if isinstance(value, dict) else None
             named = value if isinstance(value, dict) else {key.rpartition(".")[2]: value}
             for name, number in named.items():
-                if number is not None:
+                if number is not None and (number > 0 or not panel.logarithmic):
                     iterations, values = found.setdefault(name, ([], []))
                     iterations.append(record["iteration"])
                     values.append(number)
