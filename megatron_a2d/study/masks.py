@@ -22,7 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 ATTENTION = {"open": "NELBO, documents open", "isolated": "NELBO, documents isolated"}
 MASK_SAMPLINGS = ("bernoulli", "exact_count")
-NUM_GROUPS, BATCHES_PER_GROUP = 8, 6
+NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
 
 
 def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:

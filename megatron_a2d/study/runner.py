@@ -97,8 +97,20 @@ class Runner:
 
     def is_done(self, job: Job) -> bool:
         directory = self._out / job.name
-        measured = all((directory / f"measured_{number}.json").exists() for number in range(len(_processes(job))))
+        measured = all(
+            self._is_measured(directory, number, measures) for number, (_, measures) in enumerate(_processes(job))
+        )
         return measured and (not job.trains or self._is_trained(job))
+
+    def _is_measured(self, directory: Path, number: int, measures: list[Measure]) -> bool:
+        """Whether the plan's measurements are there; those of an earlier plan do not count."""
+        spec = directory / f"measure_{number}.json"
+        if not (directory / f"measured_{number}.json").exists() or not spec.exists():
+            return False
+        return bool(read_json(spec, "the measurements made")["measures"] == self._asked(measures))
+
+    def _asked(self, measures: list[Measure]) -> list[dict[str, Any]]:
+        return [{"name": item.name, "kind": item.kind, "options": self._options(item)} for item in measures]
 
     def _check(self, jobs: Sequence[Job]) -> None:
         """UserError when a directory holds another job than the plan's."""
@@ -138,14 +150,13 @@ class Runner:
                 raise RuntimeError("ended before its last iteration")
         checkpoint = values["save"] or values["load"]
         for number, (changes, measures) in enumerate(_processes(job)):
-            out = directory / f"measured_{number}.json"
-            if out.exists():
+            if self._is_measured(directory, number, measures):
                 continue
+            out = directory / f"measured_{number}.json"
+            out.unlink(missing_ok=True)
             spec = {
                 "settings": {**values, **changes, "load": checkpoint, "save": None} | _NO_SAVES,
-                "measures": [
-                    {"name": item.name, "kind": item.kind, "options": self._options(item)} for item in measures
-                ],
+                "measures": self._asked(measures),
                 "out": str(out),
             }
             write_json(directory / f"measure_{number}.json", spec)

@@ -21,7 +21,7 @@ SCHEMES = {
     "by_index": "low discrepancy by index (ours)",
 }
 MODES = {False: "data and noise", True: "noise alone"}
-NUM_GROUPS, BATCHES_PER_GROUP = 8, 6
+NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
 
 
 def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:

@@ -85,6 +85,10 @@ def test_a_plan_is_run_in_order_and_once(tmp_path: Path) -> None:
     (out / "second" / "measured_0.json").unlink()
     runner(tmp_path).run(JOBS)
     assert len(calls(tmp_path)) == 6
+    # What an earlier plan measured in another way is measured again, and nothing is trained again.
+    changed = [*JOBS[:2], JOBS[2]._replace(measures=(Measure("a", "cloze", options={"more": 1}),))]
+    assert not runner(tmp_path).is_done(changed[2]) and runner(tmp_path).is_done(changed[1])
+    assert runner(tmp_path).run(changed)[2]["a"]["more"] == 1 and len(calls(tmp_path)) == 7
 
 
 def test_what_failed_is_named_and_what_waits_for_it_is_not_begun(tmp_path: Path) -> None:
