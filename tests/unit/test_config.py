@@ -166,7 +166,8 @@ QWEN3_30B_A3B = Architecture(
 )
 QWEN3_8B = Architecture(36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e-6, 1e6, False, mask_token_id=151669)
 MODEL_OF_RECIPE = {
-    "demo_ar": (MOE, (2,)), "demo_cpu": (MOE, (2,)), "qwen3_8b": (QWEN3_8B, (8, 64)), "qwen3_30b_a3b": (QWEN3_30B_A3B, (8, 64)),
+    "demo_ar": (MOE, (2,)), "demo_cpu": (MOE, (2,)), "study_ar": (MOE, (1,)), "study_laptop": (MOE, (1,)),
+    "qwen3_8b": (QWEN3_8B, (8, 64)), "qwen3_30b_a3b": (QWEN3_30B_A3B, (8, 64)),
 }  # fmt: skip
 
 
