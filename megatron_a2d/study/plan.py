@@ -38,8 +38,11 @@ class Job(NamedTuple):
 
 
 def resolved(base: RunConfig, job: Job) -> dict[str, Any]:
-    """All settings of a job but for its paths. Every branch begins with its start's weights and a new optimizer."""
-    return {**base.to_dict(), "finetune": True, **job.settings}
+    """All settings of a job but for its paths.
+
+    Every branch begins with its start's weights and a new optimizer, and is judged at its end: one checkpoint will do.
+    """
+    return {**base.to_dict(), "finetune": True, "keep_last": base.training.keep_last or 1, **job.settings}
 
 
 def scaled_batch(base: RunConfig, factor: float) -> dict[str, Any]:

@@ -33,7 +33,10 @@ from megatron_a2d.study.plan import BASE, Job, Measure, resolved
 from megatron_a2d.study.report import read_log
 
 # Settings that say where things lie and how they are shown: a job may be moved, watched and spread over processes.
-_FREE = ("load", "train_data_path", "valid_data_path", "data_mixture", "num_workers", "distributed_timeout_minutes")
+_FREE = (
+    "load", "train_data_path", "valid_data_path", "data_mixture", "num_workers", "distributed_timeout_minutes",
+    "keep_last", "keep_every", "async_save", "save_interval",
+)  # fmt: skip
 
 _NO_SAVES = {"keep_last": 0, "keep_every": 0, "async_save": False}  # they have no effect without --save
 
