@@ -57,8 +57,9 @@ test-faults: setup  ## kill, damage, fill, poison; prints what was lost and writ
 test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLURM=1 installs it (Debian, root)
 	$(TESTS) tests/slurm -m "" $(ARGS)
 
-check: setup  ## linter, formatter, types
+check: setup  ## linters, formatter, types
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck launch/train.sh launch/train.sbatch .ci/run
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

@@ -49,12 +49,15 @@ def main() -> NoReturn:
 
 def _run(arguments: list[str]) -> Ending:
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         run.main(arguments)
     except ChildFailedError as error:
         return most_telling(failure.exitcode for failure in error.failures.values())
+    except SignalException as error:
+        return ending(KILLED + error.sigval)
     return ending(DONE)
 
 
@@ -74,7 +77,10 @@ def _workers() -> list[psutil.Process]:
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
-    for worker in _workers():
+    workers = _workers()
+    if not workers:  # none has begun
+        sys.exit(KILLED + number)
+    for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.send_signal(number)
 

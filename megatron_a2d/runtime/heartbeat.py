@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 ATTEMPT = "A2D_ATTEMPT"  # names the directory of this start of the run, on a file system that all nodes share
 HEARTBEATS, PROGRESS = "heartbeat", "progress"
-# While a run starts it reads checksums and checkpoints, for as long as that takes.
-STARTING = 2 * 3600.0
+# Checkpoints are read and written for as long as that takes.
+CHECKPOINTS = 2 * 3600.0
 LONGEST_PAUSE = 10.0  # seconds between two beats
 
 # Where a rank that waits for another one is.
@@ -39,7 +39,7 @@ class _Mark(NamedTuple):
     time: float
 
 
-_last = _Mark(0, 0, "starting", STARTING, time.monotonic())
+_last = _Mark(0, 0, "starting", CHECKPOINTS, time.monotonic())
 
 
 def mark(doing: str, iteration: int | None = None, limit: float | None = None) -> None:
@@ -107,12 +107,15 @@ class Heartbeat:
             self._path.unlink(missing_ok=True)  # whoever has left holds nobody up
 
     def _run(self) -> None:
-        while not self._leaving.is_set():
+        written = -LONGEST_PAUSE
+        while not self._leaving.wait(min(0.5, pause(_last.limit))):  # a mark may bring a shorter limit
+            if time.monotonic() - written < pause(_last.limit):
+                continue
+            written = time.monotonic()
             try:
                 self._write()
             except OSError as error:
                 print(f"warning: {self._path}: {error.strerror}: no heartbeat now", file=sys.stderr, flush=True)
-            self._leaving.wait(pause(_last.limit))
 
     def _write(self) -> None:
         assert self._path is not None
@@ -131,7 +134,7 @@ class Heartbeat:
 
 def pause(limit: float) -> float:
     """Seconds between two beats, or two looks at them."""
-    return min(LONGEST_PAUSE, limit / 5)
+    return min(LONGEST_PAUSE, limit / 10)
 
 
 class Watch:

@@ -22,7 +22,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.exit_codes import NOT_FINITE
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.runtime.device import device, peak_flops
-from megatron_a2d.runtime.heartbeat import mark
+from megatron_a2d.runtime.heartbeat import CHECKPOINTS, mark
 from megatron_a2d.training import parallel
 from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.log import RunLog
@@ -50,18 +50,19 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     meter, spikes = _Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     shape = (training.micro_batch_size, config.data.seq_length)
+    patience = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
     try:
         log.event("start", iteration=state.iteration, settings=config.to_dict())
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration >= training.train_iters:
             log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to go on")
-        mark("first step", state.iteration, limit=60 * config.parallel.distributed_timeout_minutes)
+        mark("first step", state.iteration, limit=patience)
         if state.iteration == 0:
             _validate(state, config, architecture, valid_data, log)
         meter.restart()
         while state.iteration < training.train_iters and end is None:
-            mark("reading samples", state.iteration + 1)
+            mark("reading samples", state.iteration + 1, limit=patience)
             scan.check()
             state.scheduler.step(1)
             result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
@@ -83,8 +84,8 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
                     log.spike(state.iteration, values["loss"])
             if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
                 _validate(state, config, architecture, valid_data, log)
+            mark("checkpoint", limit=CHECKPOINTS)
             if training.save and (last or state.iteration % training.save_interval == 0):
-                mark("checkpoint")
                 saves.save(state, last)
             else:
                 saves.poll()

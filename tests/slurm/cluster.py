@@ -5,12 +5,14 @@ Each node has a host name and a view of /etc/hosts of its own (`unshare`); all e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,20 +97,11 @@ class Cluster:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.run("scancel", "--user=root", "--signal=KILL", check=False)
+        self.run("scancel", "--user=root", check=False)
+        wait_for(lambda: not self.run("squeue", "-h", check=False), 20)
         self.run("scontrol", "shutdown", check=False)
-        end = time.monotonic() + 20
-        for file in sorted((self.root / "run").glob("*.pid")):
-            pid = int(file.read_text())
-            while Path(f"/proc/{pid}").exists() and file.name != "munged.pid" and time.monotonic() < end - 10:
-                time.sleep(0.1)
-            try:
-                os.kill(pid, signal.SIGTERM)
-                while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
-                    time.sleep(0.1)
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        for file in sorted((self.root / "run").glob("*.pid"), key=lambda file: file.name == "munged.pid"):
+            _end(int(file.read_text()), patience=0 if file.name == "munged.pid" else 10)  # all need munge to the last
 
     def run(self, *command: str, check: bool = True) -> str:
         """The standard output of one of Slurm's commands."""
@@ -135,3 +128,24 @@ class Cluster:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether it comes true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _end(pid: int, patience: float) -> None:
+    """A daemon that was told to stop; else by force."""
+    process = Path(f"/proc/{pid}")
+    for number, seconds in ((None, patience), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        with contextlib.suppress(ProcessLookupError):
+            if number:
+                os.kill(pid, number)
+        if wait_for(lambda: not process.exists(), seconds):
+            return

@@ -35,13 +35,14 @@ class Job:
         material: Material,
         directory: Path,
         fault: dict[str, Any] | None = None,
+        preflight: bool = True,
         **settings: Any,
     ):
         self._cluster, self._directory, self.save = cluster, directory, directory / "run"
         self._release = directory / "release"
         cluster.wait_idle()
         environment = {
-            "BIN": str(Path(sys.executable).parent), "NPROC": "1", "LOGS": str(directory / "logs"),
+            "BIN": str(Path(sys.executable).parent), "NPROC": "1", "PREFLIGHT": str(int(preflight)), "LOGS": str(directory / "logs"),
             "A2D_TEST_FAULT": json.dumps({"attempt": 0, "rank": None, **fault} if fault else None),
             "A2D_TEST_RELEASE": str(self._release),
             "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "slurm" / "faults"), str(ROOT)]),
@@ -49,7 +50,8 @@ class Job:
         flags = {
             "load": material.checkpoint, "save": self.save, "train_data_path": material.tokens, "seq_length": 32,
             "global_batch_size": 4, "train_iters": TRAIN_ITERS, "save_interval": SAVE_INTERVAL, "log_interval": 1,
-            "lr": 1e-3, "use_distributed_optimizer": None, **settings,
+            "lr": 1e-3, "use_distributed_optimizer": None,
+            "distributed_timeout_minutes": 0.5, **settings,
         }  # fmt: skip
         words = [
             word

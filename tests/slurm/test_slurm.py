@@ -49,7 +49,12 @@ def test_a_node_goes_down(cluster: Cluster, material: Material, unbroken: Job, t
 def test_a_rank_stands_still(cluster: Cluster, material: Material, unbroken: Job, tmp_path: Path) -> None:
     """It is named, its peer is not; the job goes on from the last checkpoint."""
     job = Job(
-        cluster, material, tmp_path, fault={"rank": 1, "iteration": 4, "do": "hang"}, distributed_timeout_minutes=0.2
+        cluster,
+        material,
+        tmp_path,
+        fault={"rank": 1, "iteration": 4, "do": "hang"},
+        preflight=False,
+        distributed_timeout_minutes=0.2,
     )
     job.wait_until_over()
     assert job.state() == "COMPLETED" and job.restarts() == 1, job.story()
@@ -63,7 +68,7 @@ def test_a_rank_stands_still(cluster: Cluster, material: Material, unbroken: Job
 def test_without_progress_there_is_no_requeue(cluster: Cluster, material: Material, tmp_path: Path) -> None:
     """A fault in iteration 4 of every attempt: the first one wrote a checkpoint, the second one has not."""
     fault = {"attempt": None, "rank": 0, "iteration": 4, "do": "raise"}
-    job = Job(cluster, material, tmp_path, fault=fault)
+    job = Job(cluster, material, tmp_path, fault=fault, preflight=False)
     job.wait_until_over()
     assert job.state() == "FAILED" and job.restarts() == 1, job.story()
     assert job.starts() == [0, 2], job.story()

@@ -204,7 +204,7 @@ def test_slurms_own_requeues_end_without_progress(tmp_path: Path) -> None:
 
 
 def test_two_nodes_are_compared(tmp_path: Path) -> None:
-    """The real thing over gloo, two launchers for two nodes; one of them has another numpy."""
+    """Two launchers for two nodes; one of them has another numpy. That all can be well: tests/slurm."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "sitecustomize.py").write_text(
@@ -221,15 +221,11 @@ def test_two_nodes_are_compared(tmp_path: Path) -> None:
         "--load", str(tmp_path / "checkpoint"), "--train-data-path", str(tmp_path / "tokens"), "--seq-length", "32",
         "--save", str(tmp_path / "run"),
     ]  # fmt: skip
-    for odd in (False, True):
-        codes, said = preflight_on_two_nodes(flags, str(other) if odd else "")
-        assert codes == ([2, 2] if odd else [0, 0]), said
-        problems = [line for line in said[0].splitlines() if line.startswith("error: ")]
-        if odd:
-            assert len(problems) == 1 and problems[0].startswith("error: odd-node: numpy is 0.1 there and "), said
-        else:
-            assert not problems and "preflight: 2 nodes, 2 processes" in said[0] and "B/s" in said[0], said
-        assert not list((tmp_path / "run").glob(".preflight*"))
+    codes, said = preflight_on_two_nodes(flags, str(other))
+    assert codes == [2, 2], said
+    (problem,) = [line for line in said[0].splitlines() if line.startswith("error: ")]
+    assert problem.startswith("error: odd-node: numpy is 0.1 there and ") and "preflight: 2 nodes" in said[0], said
+    assert not list((tmp_path / "run").glob("*")), "nothing is left where the run will save"
 
 
 def preflight_on_two_nodes(flags: list[str], path_of_second: str) -> tuple[list[int], list[str]]:
