@@ -5,8 +5,8 @@
 
 Settings, dataset and checkpoint; the same versions and the same files on all nodes; --save shared and with room; GPUs
 there, free and as fast as the others; all-reduces inside nodes, between neighbours and over all (NCCL, or gloo without
-GPUs). A table at the end; exit code 2 and a line for each problem. Half a minute; --thorough also compares checksums
-and moves larger messages.
+GPUs). A table at the end; exit code 2 and a line for each problem. --thorough also compares checksums and moves larger
+messages.
 """
 
 from __future__ import annotations

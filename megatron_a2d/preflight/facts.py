@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import socket
 import time
@@ -80,7 +81,7 @@ def versions() -> dict[str, str]:
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         driver = Path("/proc/driver/nvidia/version")
         if driver.exists():
-            found["driver"] = driver.read_text().splitlines()[0].split("  ")[1].strip()
+            found["driver"] = ".".join(re.findall(r"\d+(?:\.\d+)+", driver.read_text())[:1])
     return found
 
 

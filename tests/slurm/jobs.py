@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_a2d.conversion.checkpoint import directory_name, latest_iteration
 from megatron_a2d.runtime.heartbeat import HEARTBEATS
@@ -121,10 +124,14 @@ class Job:
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Weights and optimizer of a checkpoint, by name."""
-    from megatron.core import dist_checkpointing
-
-    found = dist_checkpointing.load_plain_tensors(str(directory))
-    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    reader = FileSystemReader(directory)
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
 
 
 def differences(one: Path, other: Path) -> list[str]:
