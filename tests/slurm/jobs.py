@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +131,8 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # no_dist alone is not enough to make it quiet
+        dcp.load(found, storage_reader=reader, no_dist=True)
     return found
 
 
