@@ -85,5 +85,16 @@ def test_a_user_error_is_never_requeued(cluster: Cluster, material: Material, tm
     assert "--tensor-model-parallel-size 3" in job.story() and not job.save.exists()
 
 
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, material: Material, tmp_path: Path) -> None:
+    """It has written a checkpoint, and ends as after the other signal."""
+    job = Job(cluster, material, tmp_path, fault={"iteration": 4, "do": "hold"}, preflight=False)
+    job.wait_until_held(attempt=0, iteration=4)
+    cluster.run("scancel", job.id)
+    job.release()
+    job.wait_until_over()
+    cluster.wait_idle()
+    assert job.state() == "CANCELLED" and job.restarts() == 0 and "requeue" not in job.log(), job.story()
+
+
 def test_the_comparison_can_fail(unbroken: Job) -> None:
     assert differences(final(unbroken.save), unbroken.save / "iter_0000004")

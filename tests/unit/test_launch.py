@@ -18,6 +18,7 @@ from megatron_a2d import exit_codes
 from megatron_a2d.exit_codes import ENDINGS, ending, most_telling
 from megatron_a2d.runtime import heartbeat
 from megatron_a2d.runtime.heartbeat import Beat, Heartbeat, Watch, judge
+from tests.slurm.cluster import INSTALL, obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -201,6 +202,13 @@ def test_slurms_own_requeues_end_without_progress(tmp_path: Path) -> None:
     (tmp_path / "logs" / "run-17" / "attempt_2" / "progress").write_text("40\n")
     _, calls, _ = submit(tmp_path, 143, outcome(5), 3)
     assert "srun" in calls
+
+
+def test_where_slurm_is_missing_its_tests_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv(INSTALL, raising=False)
+    assert "slurmctld, " in (reason := obstacle() or "") and f"{INSTALL}=1" in reason
 
 
 def test_two_nodes_are_compared(tmp_path: Path) -> None:
