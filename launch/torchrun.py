@@ -11,6 +11,7 @@ and the first node to end with something else than 0 writes the reason into $A2D
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -32,8 +33,7 @@ OUTCOME = "outcome"
 
 
 def main() -> NoReturn:
-    # The exit codes say it, and better than a table of local ranks does.
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    logging.disable(logging.ERROR)  # torchrun's own words about an exit code; the workers have said why
     # Those that torchrun shall still end its workers for; it reads each of its options from PET_... too.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
     for number in FORWARDED:

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import uuid
@@ -24,6 +25,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 
 from megatron_a2d.checks import find_problems as find_setting_problems
 from megatron_a2d.cli import Parser, parse_run
@@ -55,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(problems)
     except UserError:
         if parallel.rank() > 0:
-            time.sleep(10)  # the first rank says it, and torchrun then ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the first rank says it, and torchrun then ends this one
+            time.sleep(10)
             sys.exit(USER_ERROR)
         raise
     training = dataclasses.replace(config.training, verify_checkpoint=options.thorough)
@@ -78,7 +82,7 @@ def _check_all(config: RunConfig, thorough: bool) -> None:
             problems = judge.missing(size, arrived, mine.num_processes)
             problems += judge.find_problems(list(arrived.values()), 0.0)
         if problems and arrived:
-            console.print(judge.table(list(arrived.values())))
+            _show(judge.table(list(arrived.values())))
         probe = None if problems else _make_probe(config.training.save)
         nodes = [] if problems else [arrived[other].node for other in range(size)]
         store.set("plan", json.dumps({"inputs": inputs, "probe": probe, "nodes": nodes, "problems": problems}))
@@ -98,7 +102,7 @@ def _check_all(config: RunConfig, thorough: bool) -> None:
         problems += judge.find_problems(list(reports.values()), checkpoint_bytes)
         if plan["probe"]:
             Path(plan["probe"]).unlink(missing_ok=True)
-        console.print(judge.table(list(reports.values())))
+        _show(judge.table(list(reports.values())))
         store.set("verdict", json.dumps(problems))
     problems = json.loads(store.get("verdict"))
     network.wait_for_all(store, "read", size, patience=5.0)  # the store goes with the first node's last process
@@ -146,6 +150,11 @@ def _wait_for(store: dist.Store, stage: str, size: int) -> dict[int, Facts]:
             break
         time.sleep(0.05)
     return dict(sorted(found.items()))
+
+
+def _show(table: Table) -> None:
+    """A log is as wide as a table needs."""
+    (console if console.is_terminal else Console(stderr=True, width=150)).print(table)
 
 
 def _end(rank: int, problems: list[str]) -> None:
