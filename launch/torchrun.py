@@ -101,11 +101,14 @@ def _watch() -> None:
 
 def _tell(reason: Ending, words: str) -> None:
     """Leave the reason for whoever started this; the first one counts, the others are its consequences."""
+    if directory := os.environ.get(ATTEMPT):
+        try:
+            with open(Path(directory) / OUTCOME, "x") as file:
+                file.write(f"{reason.code} {'again' if reason.comes_back else 'stay'} {words}\n")
+        except FileExistsError:
+            return
     if reason.code > KILLED:
         print(f"error: a worker {words}", file=sys.stderr, flush=True)
-    if directory := os.environ.get(ATTEMPT):
-        with contextlib.suppress(FileExistsError), open(Path(directory) / OUTCOME, "x") as file:
-            file.write(f"{reason.code} {'again' if reason.comes_back else 'stay'} {words}\n")
 
 
 if __name__ == "__main__":
