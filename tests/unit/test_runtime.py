@@ -141,6 +141,27 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         upstream.check_version()
 
 
+@pytest.mark.parametrize(
+    ("found", "is_older"), [("0.16.1", True), ("0.17.0", False), ("0.19.2", False), ("1.0", False)]
+)
+def test_order_of_versions(found: str, is_older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.__version__", found)
+    assert upstream.is_before(0, 17) == is_older
+
+
+@cpu_only
+def test_no_triton_is_needed() -> None:
+    """In fresh interpreters in which `import triton` fails."""
+    code = "import sys; sys.modules['triton'] = None; import {}"
+    plain, ours = (
+        subprocess.run([sys.executable, "-c", code.format(name)], cwd=ROOT, capture_output=True, text=True)
+        for name in ("megatron.core", "megatron_a2d.training.step")
+    )
+    assert ours.returncode == 0, ours.stderr
+    if not upstream.is_before(0, 17):  # the control
+        assert plain.returncode == 1 and "triton" in plain.stderr
+
+
 @pytest.mark.parametrize(("adam_w_mode", "weight_decay"), [(True, 0.0), (True, 0.1), (False, 0.1)])
 def test_adam_equals_torch(adam_w_mode: bool, weight_decay: float) -> None:
     torch.manual_seed(0)
