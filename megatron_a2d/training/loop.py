@@ -24,6 +24,7 @@ from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.training import parallel
 from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.log import RunLog
+from megatron_a2d.training.profiling import Profile
 from megatron_a2d.training.samples import make_sample
 from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
@@ -47,6 +48,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and not file.has_checksums])
     meter, spikes = _Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
+    profile = Profile(config, state, log)
     shape = (training.micro_batch_size, config.data.seq_length)
     end: tuple[str, int] | None = None
     try:
@@ -60,11 +62,13 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         while state.iteration < training.train_iters and end is None:
             scan.check()
             state.scheduler.step(1)
-            result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
+            with profile.measure(state.iteration + 1):
+                result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
             meter.add(result)
+            profile.after(state.iteration, log)
             if skipped.add(result.grad_norm):
                 culprits = parallel.union(result.not_finite)
                 log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
@@ -91,6 +95,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         if end:
             log.say(f"ended at iteration {state.iteration}: {reason}")
     finally:
+        profile.close(log)
         batches.close()
         scan.close()
         log.close()
