@@ -1,4 +1,14 @@
-"""What differs between the supported versions of megatron.core, and mends of it that apply on every device."""
+"""What differs between the supported versions of megatron.core, and mends of it that apply on every device.
+
+What 0.19.2 does otherwise than 0.16.1, where this project meets it:
+
+- `import megatron.core` needs triton (without_triton.py).
+- A checkpoint has no common.pt, strategies are not registered by name, and saves are planned by another package unless
+  one asks for megatron.core's own (saving.py, `async_save_options`). Ours have one form under both: common.pt is read.
+- Readers of checkpoints are made in another way, and keep metadata by path for good (loading.py).
+- Adam is given `capturable` (adam.py).
+- Process groups that are not passed are taken from the global state, as before, with a DeprecationWarning.
+"""
 
 from __future__ import annotations
 
