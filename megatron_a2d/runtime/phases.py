@@ -4,7 +4,7 @@
     both_ways("head", function, hidden, ...)                    a part of the model, and of its backward pass
 
 A phase inside another one is not counted in that one. What megatron.core does is told by itself: its schedules report
-to `config.timers`. Each phase is a scope of the same name in torch's profiler as well.
+to `config.timers`. Each phase is a scope of the same name in torch's profiler as well, around them one called step.
 
 While nothing is measured, a mark is a function call that returns one shared object without effect, `config.timers` is
 None, and no hook is on any tensor. On a GPU the time between two marks is that of the stream on which the step runs,
@@ -100,7 +100,7 @@ class Recorder:
 
     def enter(self, name: str) -> None:
         assert name in PHASES, name
-        scope = record_function(name)
+        scope = record_function("step" if name == "rest" else name)  # in the trace it spans the others
         scope.__enter__()
         self._scopes.append((name, scope))
         self._changes.append((_now(), name))

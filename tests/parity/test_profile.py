@@ -38,12 +38,13 @@ def test_profile_of_two_stages(cases: dict[str, Case], pool: Pool, tmp_path: Pat
     assert {name for name, time in last.items() if not time} == set()
     assert max(first["rest"] / sum(first.values()), last["rest"] / sum(last.values())) < 0.2
 
-    for rank, own in ((0, set(PHASES) - {"head"}), (2, set(PHASES))):
+    names = {*PHASES, "step"} - {"rest"}
+    for rank, own in ((0, names - {"head"}), (2, names)):
         packed = (tmp_path / "run" / "profile" / f"iterations_2-3_rank_{rank}.json.gz").read_bytes()
         trace = json.loads(gzip.decompress(packed))
         scopes = [event for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
-        assert {event["name"] for event in scopes} & set(PHASES) == own
-        steps = [event for event in scopes if event["name"] == "rest"]
+        assert {event["name"] for event in scopes} & {*PHASES, "step"} == own
+        steps = [event for event in scopes if event["name"] == "step"]
         assert len(steps) == 2  # the iterations of the window, and no others
         # The table is that of the trace: what both say of a step agrees.
         whole = sum(event["dur"] for event in steps) / 2000  # ms
