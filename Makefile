@@ -8,6 +8,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One thread a process: tests and demo run several processes on few cores.
 TESTS := A2D_TRANSFORMERS4=$(CURDIR)/$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# The same tests under the newest megatron-core, which needs Python 3.12.
+PYTHON312 ?= python3.12
+VENV312 := .venv312
+PIP312 := $(VENV312)/bin/python -m pip --disable-pip-version-check --quiet
+TESTS312 := A2D_TRANSFORMERS4=$(CURDIR)/$(VENV312)/transformers4 OMP_NUM_THREADS=1 $(VENV312)/bin/python -m pytest
+
 FORMAT ?=
 # A variable that a target needs and was not given.
 needs = $(foreach name,$(1),$(if $($(name)),,$(error $@: give $(name)=..., see the README)))
@@ -25,8 +31,8 @@ CONFIG ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parity test-faults test-slurm check data convert-hf train export verify inspect publish generate \
-  evaluate bench bench-convert
+.PHONY: help setup demo test test-latest test-parity test-faults test-slurm check data convert-hf train export verify \
+  inspect publish generate evaluate bench bench-convert
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -47,6 +53,23 @@ demo: setup  ## the whole way on two CPU cores, offline, in minutes
 
 test: setup  ## the tests: all but the full matrices
 	$(TESTS) $(ARGS)
+
+ifeq ($(shell $(PYTHON312) -c 'print(1)' 2>/dev/null),1)
+test-latest: $(VENV312)/installed  ## the tests under the newest megatron-core, where Python 3.12 is found
+	$(TESTS312) $(ARGS)
+else
+test-latest:
+	@echo "test-latest: $(PYTHON312) is not here, nothing was tested; name one with PYTHON312=..."
+endif
+
+# torch for Python 3.12 is on the public index with CUDA alone: 5 GB.
+$(VENV312)/installed: setup.py constraints/py312.txt constraints/transformers4.txt
+	@echo "making $(VENV312): Python 3.12, pinned packages, a few minutes"
+	@$(PYTHON312) -m venv $(VENV312)
+	@$(PIP312) install --constraint constraints/py312.txt torch
+	@$(PIP312) install --constraint constraints/py312.txt --editable '.[dev,plot]'
+	@$(PIP312) install --no-deps --upgrade --target $(VENV312)/transformers4 --requirement constraints/transformers4.txt
+	@touch $@
 
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes docs/exactness.md
 	$(TESTS) tests/parity -m "" --exactness docs/exactness.md $(ARGS)

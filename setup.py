@@ -20,7 +20,8 @@ setup(
     packages=find_packages(include=["megatron_a2d*", "data_prep*", "checkpoints_tools*"]),
     install_requires=[
         "torch>=2.8",
-        "megatron-core==0.16.1",
+        # 0.17 and later need Python 3.12; runtime/upstream.py has what differs.
+        "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,!=0.19.0,<=0.19.2",
         "numpy",
         "safetensors",
         "tokenizers",

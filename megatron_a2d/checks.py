@@ -67,7 +67,14 @@ def _range_problems(config: RunConfig) -> list[str]:
         "keep_every", not values["keep_every"] or values["keep_last"] > 0,
         "has no effect without --keep-last, which keeps all; set that too",
     )  # fmt: skip
-    for name in ("keep_last", "keep_every", "async_save"):
+    for name in ("profile_step_start", "profile_step_end"):
+        is_default = values[name] == settings()[name].default
+        need(name, values["profile"] or is_default, "has no effect without --profile; add it or remove this")
+    if values["profile"]:
+        first, last = values["profile_step_start"], values["profile_step_end"]
+        need("profile_step_start", 1 <= first <= last, f"must lie between 1 and --profile-step-end {last}")
+        need("profile_step_end", last <= values["train_iters"], f"exceeds --train-iters {values['train_iters']}")
+    for name in ("keep_last", "keep_every", "async_save", "profile"):
         need(name, not values[name] or bool(values["save"]), "has no effect without --save; add it or remove this")
     need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
     need(

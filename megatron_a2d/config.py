@@ -194,6 +194,12 @@ class TrainingConfig:
     """iterations between log lines"""
     tensorboard_dir: str | None = None
     """TensorBoard directory; default: tensorboard/ in --save"""
+    profile: bool = False
+    """write a trace of a few iterations, and their time by phase, to profile/ in --save (docs/profiling.md)"""
+    profile_step_start: int = 10
+    """first iteration that is profiled"""
+    profile_step_end: int = 12
+    """last iteration that is profiled"""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.diffusion.visibility import annealed, by_level
 from megatron_a2d.runtime.device import has_cuda
+from megatron_a2d.runtime.phases import both_ways
 
 
 def own_piece(tensor: Tensor, dim: int) -> Tensor:
@@ -143,8 +144,10 @@ class DiffusionLM(LanguageModule):
             return self._logits(hidden_bsh)
         if labels_bs is None:
             return hidden_bsh[has_loss_bs]
-        logits_NV = self._logits(hidden_bsh[has_loss_bs]).float()
-        labels_N = labels_bs[has_loss_bs]
+        return both_ways("head", self._row_losses, hidden_bsh[has_loss_bs], labels_bs[has_loss_bs])
+
+    def _row_losses(self, hidden_Nh: Tensor, labels_N: Tensor) -> RowLosses:
+        logits_NV = self._logits(hidden_Nh).float()
         with torch.no_grad():
             correct_N = self._most_likely(logits_NV) == labels_N
         # vocab_parallel_cross_entropy works in place: the logits are gone after it.

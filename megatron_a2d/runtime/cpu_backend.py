@@ -47,6 +47,9 @@ def _redirect_factories() -> None:
         wrapper.redirected_to_cpu = True  # type: ignore[attr-defined]
         return wrapper
 
+    # Contexts like `with torch.device("meta")` know the factories by this list, made when it is first asked for: with
+    # the wrappers in it they would do nothing, and transformers would load buffers that hold no values.
+    torch.utils._device._device_constructors()
     names = (
         "tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint",
         "zeros_like", "ones_like", "empty_like",

@@ -25,6 +25,7 @@ from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.runtime.heartbeat import CHECKPOINTS, mark
 from megatron_a2d.training import parallel
 from megatron_a2d.training.log import RunLog
+from megatron_a2d.training.profiling import Profile
 from megatron_a2d.training.samples import make_sample
 from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
@@ -49,6 +50,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and not file.has_checksums])
     meter, spikes = _Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
+    profile = Profile(config, state, log)
     shape = (training.micro_batch_size, config.input_length)
     patience = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
@@ -65,13 +67,14 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             mark("reading samples", state.iteration + 1, limit=patience)
             scan.check()
             state.scheduler.step(1)
-            with grafting.step(state):
+            with profile.measure(state.iteration + 1), grafting.step(state):
                 result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
             grafting.add_error(result.totals)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
             meter.add(result)
+            profile.after(state.iteration, log)
             if skipped.add(result.grad_norm):
                 culprits = parallel.union(result.not_finite)
                 log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
@@ -99,6 +102,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         if end:
             log.say(f"ended at iteration {state.iteration}: {reason}")
     finally:
+        profile.close(log)
         batches.close()
         scan.close()
         log.close()

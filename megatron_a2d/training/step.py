@@ -18,6 +18,7 @@ from megatron_a2d.diffusion.objective import SampleSums, sample_sums
 from megatron_a2d.model.diffusion_lm import RowLosses, own_piece
 from megatron_a2d.runtime.device import device
 from megatron_a2d.runtime.heartbeat import mark
+from megatron_a2d.runtime.phases import phase
 from megatron_a2d.training.optimizer import update_parameters
 
 
@@ -51,7 +52,8 @@ def forward_backward(
 ) -> list[SampleLosses]:
     """Run an iteration's micro-batches of shape (b, s); returns their losses on the last stage, else nothing."""
     micro_batch_size, seq_length = shape
-    iteration = [next(batches) for _ in range(num_microbatches)]
+    with phase("data"):
+        iteration = [next(batches) for _ in range(num_microbatches)]
     return get_forward_backward_func()(
         forward_step_func=_forward_step,
         # Each virtual stage reads all micro-batches for itself.
@@ -72,12 +74,14 @@ def train_step(
     shape: tuple[int, int],
 ) -> StepResult:
     """Forward, backward and update. The learning rate has been set before."""
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
+    with phase("optimizer"):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
     losses = forward_backward(chunks, batches, num_microbatches, shape, forward_only=False)
     mark("update")
-    grad_norm = update_parameters(optimizer)
+    with phase("optimizer"):
+        grad_norm = update_parameters(optimizer)
     return StepResult(_totals(losses), grad_norm, [] if math.isfinite(grad_norm) else _not_finite(losses))
 
 
