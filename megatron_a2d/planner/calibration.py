@@ -19,19 +19,20 @@ from megatron_a2d.conversion.qwen3 import SIZES, hub_config
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.job import Job
+from megatron_a2d.planner.memory import memory
 from megatron_a2d.planner.timing import Efficiencies, step_time
 
 ROWS = Path(__file__).with_name("published.yaml")
 
 EFFICIENCIES = Efficiencies(
-    matmul_bf16=0.698,
-    matmul_fp8=0.634,
+    matmul_bf16=0.799,
+    matmul_fp8=0.702,
     attention=0.55,
-    memory=0.513,
+    memory=0.476,
     nvlink=0.85,
-    network=0.855,
-    blackwell=0.834,
-    moe_sync=1.9e-3,
+    network=0.836,
+    blackwell=0.841,
+    moe_sync=1.7e-3,
     launch_moe=4e-3,
     launch_dense=1.5e-3,
 )
@@ -56,6 +57,12 @@ class Row(NamedTuple):
         """Tokens a second and GPU."""
         tokens = self.job.global_batch_size * self.job.seq_length
         return tokens / self.job.world_size / step_time(self.job, self.cluster, use).total
+
+    @property
+    def modelled_memory_gib(self) -> float:
+        """What PyTorch allocates: neither NCCL's nor CUDA's own."""
+        parts = memory(self.job)
+        return (parts.total - parts.communication) / 2**30
 
 
 @functools.cache

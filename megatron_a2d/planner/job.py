@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import RunConfig
+from megatron_a2d.config import RunConfig, settings
+from megatron_a2d.planner.cluster import Cluster
 
 IMBALANCE = 1.25  # rows of the busiest expert-parallel rank over the mean; an assumption, `plan --imbalance` sets it
 
@@ -116,15 +117,16 @@ class Job:
 
 def job_of(config: RunConfig, architecture: Architecture, world_size: int, **changes: Any) -> Job:
     """The job that a run's settings describe; `changes` are fields of `Job`."""
-    values = config.to_dict()
-    known = {name: values[name] for name in Job.__dataclass_fields__ if name in values}
-    if isinstance(known.get("recompute_modules"), list):
-        known["recompute_modules"] = tuple(known["recompute_modules"])
+    known = {
+        name: getattr(getattr(config, settings()[name].group), name)
+        for name in Job.__dataclass_fields__
+        if name in settings()
+    }
     return Job(architecture=architecture, world_size=world_size, **(known | changes))
 
 
-def resolve_fp8(fp8: str, gpu: str) -> str:
-    """--fp8 auto on this GPU: mxfp8 on Blackwell, tensorwise on Hopper."""
+def resolve_fp8(fp8: str, cluster: Cluster) -> str:
+    """--fp8 auto on these GPUs: mxfp8 on Blackwell, tensorwise on Hopper."""
     if fp8 != "auto":
         return fp8
-    return "mxfp8" if "B200" in gpu or "B300" in gpu else "tensorwise"
+    return "mxfp8" if cluster.is_blackwell else "tensorwise"

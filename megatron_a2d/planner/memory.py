@@ -1,6 +1,6 @@
 """Bytes of a rank by part, of the pipeline stage that holds most.
 
-Weights, gradients and optimizer state are exact (parameters.py). Activations are what a layer keeps for its backward
+Weights, gradients and optimizer state are exact, to the padding of a buffer (parameters.py). Activations are what a layer keeps for its backward
 pass, counted tensor by tensor as Transformer Engine and megatron.core's MoE layer keep them (Korthikanti et al. 2022
 count a GPT layer so), times the micro-batches that a stage holds at once. The rest are assumptions, named below.
 """
@@ -79,16 +79,17 @@ def _stage_memory(job: Job, stage: int, headroom: float) -> Memory:
 
 @functools.lru_cache(1024)
 def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer state of a stage's first data-parallel rank, whose shard is the fullest."""
+    """Weights, gradients and optimizer state of a rank. Its shard of a buffer is counted with the padding in it, for which
+    the optimizer has no state: `Buffer.shard_numel` is what a given rank has, here stands what none exceeds."""
     number = _number_bytes(job)
     buffers = stage_buffers(job, stage)
     gradient = 4 if job.grad_reduce_in_fp32 else number
     gradients = sum(buffer.numel for buffer in buffers) * gradient
     if job.use_distributed_optimizer:  # weights are views into the buffer, which is padded
         weights = sum(buffer.numel for buffer in buffers) * number
-        owned = sum(buffer.shard_numel(0) for buffer in buffers)
+        owned = sum(buffer.numel // buffer.replicas for buffer in buffers)
     else:
-        weights = sum(parameter.numel for chunk in stage_parameters(job, stage) for parameter in chunk) * number
+        weights = sum(parameter.total for chunk in stage_parameters(job, stage) for parameter in chunk) * number
         owned = weights // number
     moments = sum({"fp32": 4, "bf16": 2}[kind] for kind in (job.exp_avg_dtype, job.exp_avg_sq_dtype))
     return weights, gradients, owned * (moments + (4 if job.bf16 else 0))
@@ -164,7 +165,7 @@ def fp8_copy_bytes(job: Job) -> float:
     if job.fp8 == "none":
         return 0.0
     matrices = sum(
-        parameter.numel
+        parameter.total
         for chunk in stage_parameters(job, 0)
         for parameter in chunk
         if ".linear_" in parameter.name

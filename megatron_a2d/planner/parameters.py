@@ -16,12 +16,20 @@ from megatron_a2d.planner.job import Job
 
 
 class Parameter(NamedTuple):
-    """A weight of one rank: its name in the model chunk, its number of values, and whether an expert owns it."""
+    """A weight of one rank: its name in the model chunk, its number of values, and whether an expert owns it.
+
+    The experts of a layer are one entry for each of their two matrices, `local_experts.*` in `count` copies.
+    """
 
     name: str
     numel: int
     is_expert: bool = False
     is_shared_embedding: bool = False
+    count: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.numel * self.count
 
 
 class Bucket(NamedTuple):
@@ -99,10 +107,9 @@ def _layer_parameters(sizes: _Sizes, prefix: str) -> list[Parameter]:
         ]
     width = a.moe_intermediate_size // sizes.expert_tensor
     found.append(Parameter(f"{prefix}.mlp.router.weight", a.num_experts * a.hidden_size))
-    for expert in range(a.num_experts // sizes.expert):
-        name = f"{prefix}.mlp.experts.local_experts.{expert}"
-        found.append(Parameter(f"{name}.linear_fc1.weight", 2 * width * a.hidden_size, True))
-        found.append(Parameter(f"{name}.linear_fc2.weight", width * a.hidden_size, True))
+    name, count = f"{prefix}.mlp.experts.local_experts.*", a.num_experts // sizes.expert
+    found.append(Parameter(f"{name}.linear_fc1.weight", 2 * width * a.hidden_size, True, count=count))
+    found.append(Parameter(f"{name}.linear_fc2.weight", width * a.hidden_size, True, count=count))
     return found
 
 
@@ -125,7 +132,7 @@ class Buffer(NamedTuple):
             for parameter, offset in bucket.parameters:
                 if offset >= last:
                     break
-                total += max(0, min(last, offset + parameter.numel) - max(first, offset))
+                total += max(0, min(last, offset + parameter.total) - max(first, offset))
         return total
 
 
@@ -168,7 +175,7 @@ def _buffer(parameters: list[Parameter], replicas: int, distributed: bool, limit
         if alone and pending:
             close()
         pending.append((parameter, end))
-        end += parameter.numel
+        end += parameter.total if not distributed else _pad(parameter.numel, 64) * (parameter.count - 1) + parameter.numel
         if alone or (limit is not None and end - start >= limit):
             close()
     if pending:

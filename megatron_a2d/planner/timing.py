@@ -83,6 +83,20 @@ class StepTime(NamedTuple):
         return sum(self)
 
 
+def _weight_traffic(job: Job) -> float:
+    """Bytes of a layer's weights, read forward and backward, and of their gradients, read and written, in a micro-batch."""
+    a = job.architecture
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    values = a.hidden_size * (2 * queries + 2 * keys) / job.tensor_model_parallel_size
+    if a.is_moe:
+        ranks = job.expert_model_parallel_size * job.expert_tensor_parallel_size
+        values += 3 * a.hidden_size * a.moe_intermediate_size * a.num_experts / ranks
+    else:
+        values += 3 * a.hidden_size * a.intermediate_size / job.tensor_model_parallel_size
+    weight, gradient = (2 if job.fp8 == "none" else 1), (4 if job.grad_reduce_in_fp32 else 2)
+    return values * (2 * weight + 2 * gradient)
+
+
 @functools.lru_cache(4096)
 def layer_work(job: Job, nvlink_domain: int) -> Work:
     """One layer, one micro-batch, one rank, on average over layers (those that are computed again count more)."""
@@ -114,7 +128,7 @@ def layer_work(job: Job, nvlink_domain: int) -> Work:
     return Work(
         matmul=2 * (projections * passes + mlp * passes * extra),
         attention=attention,
-        memory=_memory_traffic(job) * (3 + share) / 3,
+        memory=_memory_traffic(job) * (3 + share) / 3 + _weight_traffic(job),
         expert_nvlink=expert[0] * passes,
         expert_network=expert[1] * passes,
         tensor_nvlink=gathered if tensor_inside else 0.0,
