@@ -132,8 +132,8 @@ class TrainingConfig:
     """The loop."""
 
     model: str | None = None
-    """the model that a recipe is for: a name such as Qwen/Qwen3-8B-Base, or a directory with its config.json. A checkpoint
-    of another shape is refused"""
+    """the model that a recipe is for: a name such as Qwen/Qwen3-8B-Base, or a directory with a config.json; a
+    checkpoint of another shape is refused"""
     load: str | None = None
     """checkpoint to start or resume from (convert_hf writes the first one)"""
     save: str | None = None

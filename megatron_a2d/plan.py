@@ -1,7 +1,7 @@
 """Plan: which layout to train a model in on a cluster, how long that takes, and what it costs; no GPU is needed.
 
     python -m megatron_a2d.plan --config launch/recipes/qwen3_30b_a3b.yaml --cluster b200 --gpus 64
-    python -m megatron_a2d.plan --model Qwen/Qwen3-8B-Base --global-batch-size 1024 --cluster launch/clusters/h100.yaml --gpus 16
+    python -m megatron_a2d.plan --model Qwen/Qwen3-8B-Base --global-batch-size 1024 --cluster h100 --gpus 16
     python -m megatron_a2d.plan --calibration       # how far published runs are from what it says of them
 
 Every legal layout is tried; the recipe's own one is shown beside the best three. How: docs/planning.md.
@@ -19,6 +19,7 @@ from megatron_a2d.architecture import Architecture, read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
+from megatron_a2d.console import console as progress_console
 from megatron_a2d.console import entry_point, human
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.conversion.qwen3 import named_architecture
@@ -37,7 +38,9 @@ WITHOUT_RECIPE = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="megatron_a2d.plan", description="Find the layout to train a model in on a cluster.")
-    parser.add_argument("--cluster", metavar="NAME", help="a file of launch/clusters by its name, or the path of another")
+    parser.add_argument(
+        "--cluster", metavar="NAME", help="a file of launch/clusters by its name, or the path of another"
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU for an hour; the cluster's is a guess")
     parser.add_argument(
@@ -57,11 +60,14 @@ def main(argv: list[str] | None = None) -> None:
         config = _with_gpu_defaults(config, options)
     architecture = _architecture(config)
     _check(config, architecture)
-    found = search(config, architecture, cluster, options.gpus, imbalance=options.imbalance)
+    with progress_console.status("trying layouts"):
+        found = search(config, architecture, cluster, options.gpus, imbalance=options.imbalance)
     shown = {f"{rank}.": plan for rank, plan in enumerate(found.fitting[:3], 1)}
     own, problems = _own_plan(config, architecture, cluster, options) if options.config else (None, [])
-    if own and own.job not in [plan.job for plan in shown.values()]:
-        shown["the recipe's"] = own
+    if own:
+        shown = {f"{rank} the recipe's" if plan.job == own.job else rank: plan for rank, plan in shown.items()}
+        if own.job not in [plan.job for plan in shown.values()]:
+            shown["the recipe's"] = own
     _print(console, config, architecture, cluster, options)
     if shown:
         console.print(report.summary(shown))
@@ -74,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
         wide = Console(highlight=False, width=max(console.width, 400))
         wide.print(report.all_layouts(found))
     if options.plot:
-        report.draw(options.plot, shown, f"{config.training.model or config.training.load} on {options.gpus} {cluster.gpu}")
+        report.draw(
+            options.plot, shown, f"{config.training.model or config.training.load} on {options.gpus} {cluster.gpu}"
+        )
     if not found.fitting:
         smallest = found.too_large[0] if found.too_large else None
         need = f"the smallest needs {smallest.memory.total / report.GIB:.1f} GiB" if smallest else "none is legal"
@@ -85,8 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"the best one's flags: {report.layout_flags(found.fitting[0])}")
     known, unknown = report.worst_errors()
     console.print(
-        f"Times are a model's, at most {known:.0%} off published runs, {unknown:.0%} off a run that it was not fitted to "
-        "(--calibration).", style="dim",
+        f"Times are modelled: at most {known:.0%} off published runs, {unknown:.0%} off one that it was not fitted to; "
+        "see --calibration.", style="dim",
     )  # fmt: skip
 
 
@@ -142,10 +150,11 @@ def _print(
 ) -> None:
     tokens = config.training.global_batch_size * config.data.seq_length
     active = f", {human(architecture.num_active_parameters())} active" if architecture.is_moe else ""
+    price = f"${cluster.price_per_gpu_hour:g} an hour{'' if options.price else ' (assumed)'}"
     console.print(
         f"{config.training.model or config.training.load}: {human(architecture.num_parameters())} parameters{active}; "
-        f"{options.gpus} {cluster.gpu}; {human(tokens)} tokens a step, {human(config.training.train_iters * tokens)} in all; "
-        f"${cluster.price_per_gpu_hour:g} a GPU and hour{'' if options.price else ' (assumed)'}"
+        f"{options.gpus} {cluster.gpu}, {price}; "
+        f"{human(tokens)} tokens a step, {human(config.training.train_iters * tokens)} in all"
     )
 
 

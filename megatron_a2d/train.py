@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m megatron_a2d.train --config launch/recipes/NAME.yaml --load CKPT --save RUN
     python -m megatron_a2d.train --config ... --load CKPT --dry-run --world-size 64     # check, on any machine
-    python -m megatron_a2d.train --config ... --dry-run --settings-only --world-size 64 --cluster h100   # no weights, no data
+    python -m megatron_a2d.train --config ... --dry-run --settings-only --world-size 64 --cluster h100    # no weights
 
 The loop is in training/loop.py; what is built before it, in training/setup.py; where it starts, in training/resume.py.
 A process ends with 0 when the run is done, 2 when something given to it is wrong, 74 when a checkpoint could not be
@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_a2d.architecture import Architecture, read_architecture
@@ -34,7 +33,7 @@ from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import hold_directory
 from megatron_a2d.planner.cluster import Cluster, read_cluster
-from megatron_a2d.planner.job import Job, job_of, resolve_fp8
+from megatron_a2d.planner.job import job_of
 from megatron_a2d.planner.memory import memory
 
 if TYPE_CHECKING:  # at run time only after warnings are silenced
@@ -122,7 +121,7 @@ def _check_memory(config: RunConfig, architecture: Architecture, processes: int,
     """UserError when the plan's memory exceeds a GPU of the cluster, before a job waits for one."""
     if cluster is None:
         return
-    need = memory(_job(config, architecture, processes, cluster), cluster)
+    need = memory(job_of(config, architecture, processes, cluster), cluster)
     if need.total > cluster.memory_bytes:
         largest = sorted(need._asdict().items(), key=lambda part: -part[1])[:3]
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
@@ -130,11 +129,6 @@ def _check_memory(config: RunConfig, architecture: Architecture, processes: int,
             f"--cluster: a {cluster.gpu} has {cluster.memory_gib:.1f} GiB, the run needs {need.total / 2**30:.1f} "
             f"({parts}, ...); python -m megatron_a2d.plan finds layouts that fit"
         )
-
-
-def _job(config: RunConfig, architecture: Architecture, processes: int, cluster: Cluster | None) -> Job:
-    job = job_of(config, architecture, processes)
-    return dataclasses.replace(job, fp8=resolve_fp8(job.fp8, cluster)) if cluster else job
 
 
 def _check(config: RunConfig, processes: int, cluster: Cluster | None) -> Checked:
@@ -184,7 +178,7 @@ def describe(
     if architecture.is_moe:
         model += f", {human(architecture.num_active_parameters())} active"
     microbatches = training.global_batch_size // (training.micro_batch_size * dp)
-    need = memory(_job(config, architecture, processes, cluster), cluster)
+    need = memory(job_of(config, architecture, processes, cluster), cluster)
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in need._asdict().items() if size)
     lines = [
         ("start", start),
@@ -196,7 +190,10 @@ def describe(
             f"{microbatches} micro-batches of {training.micro_batch_size}",
         ),
         ("run", f"{training.train_iters} iterations = {human(training.train_iters * tokens)} tokens"),
-        ("memory", f"{need.total / 2**30:.3g} GiB a process on GPUs{f', of {cluster.memory_gib}' if cluster else ''}: {parts}"),
+        (
+            "memory",
+            f"{need.total / 2**30:.3g} GiB a process on GPUs{f', of {cluster.memory_gib}' if cluster else ''}: {parts}",
+        ),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from megatron_a2d.architecture import Architecture, architecture_from_config
-from megatron_a2d.conversion.qwen3 import SIZES, hub_config
+from megatron_a2d.conversion.qwen3 import hub_config
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.job import Job
@@ -77,7 +77,8 @@ def _row(row: dict[str, Any]) -> Row:
     # What is true of all of them: Megatron's distributed optimizer with its overlaps, bf16 gradients, balanced routing.
     common = {
         "objective": "ar", "bf16": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
-        "overlap_param_gather": True, "grad_reduce_in_fp32": False, "imbalance": 1.0, "overlap_p2p_comm": True, "tp_comm_overlap": True,
+        "overlap_param_gather": True, "grad_reduce_in_fp32": False, "imbalance": 1.0, "overlap_p2p_comm": True,
+        "tp_comm_overlap": True,
     }  # fmt: skip
     job = Job(architecture=architecture, **(common | row["settings"]))
     tokens = row.get("tokens_per_second")
@@ -87,7 +88,7 @@ def _row(row: dict[str, Any]) -> Row:
     return Row(row["name"], row["source"], cluster, job, float(tokens), row.get("peak_memory_gib"))
 
 
-def _shape(model: str | dict[str, int]) -> Architecture:
+def _shape(model: Any) -> Architecture:
     if isinstance(model, str):
         return architecture_from_config(hub_config(model), model)
     return Architecture(

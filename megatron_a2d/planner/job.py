@@ -1,7 +1,8 @@
-"""What the planner must know of a run: the model, its layout, its batch, and the settings that decide memory and speed."""
+"""What the planner must know of a run: the model, its layout, its batch, and what decides memory and speed."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,18 +116,16 @@ class Job:
         )
 
 
-def job_of(config: RunConfig, architecture: Architecture, world_size: int, **changes: Any) -> Job:
-    """The job that a run's settings describe; `changes` are fields of `Job`."""
+def job_of(
+    config: RunConfig, architecture: Architecture, world_size: int, cluster: Cluster | None = None, **changes: Any
+) -> Job:
+    """The job that a run's settings describe; `changes` are fields of `Job`. --fp8 auto is the cluster's kind."""
     known = {
         name: getattr(getattr(config, settings()[name].group), name)
         for name in Job.__dataclass_fields__
         if name in settings()
     }
-    return Job(architecture=architecture, world_size=world_size, **(known | changes))
-
-
-def resolve_fp8(fp8: str, cluster: Cluster) -> str:
-    """--fp8 auto on these GPUs: mxfp8 on Blackwell, tensorwise on Hopper."""
-    if fp8 != "auto":
-        return fp8
-    return "mxfp8" if cluster.is_blackwell else "tensorwise"
+    job = Job(architecture=architecture, world_size=world_size, **(known | changes))
+    if job.fp8 != "auto":
+        return job
+    return dataclasses.replace(job, fp8="mxfp8" if cluster is None or cluster.is_blackwell else "tensorwise")

@@ -1,8 +1,9 @@
 """Bytes of a rank by part, of the pipeline stage that holds most.
 
-Weights, gradients and optimizer state are exact, to the padding of a buffer (parameters.py). Activations are what a layer keeps for its backward
-pass, counted tensor by tensor as Transformer Engine and megatron.core's MoE layer keep them (Korthikanti et al. 2022
-count a GPT layer so), times the micro-batches that a stage holds at once. The rest are assumptions, named below.
+Weights, gradients and optimizer state are exact, to the padding of a buffer (parameters.py). Activations are what a
+layer keeps for its backward pass, counted tensor by tensor as Transformer Engine and megatron.core's MoE layer keep
+them (Korthikanti et al. 2022 count a GPT layer so), times the micro-batches that a stage holds at once. The rest are
+assumptions, named below.
 """
 
 from __future__ import annotations
@@ -79,8 +80,11 @@ def _stage_memory(job: Job, stage: int, headroom: float) -> Memory:
 
 @functools.lru_cache(1024)
 def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer state of a rank. Its shard of a buffer is counted with the padding in it, for which
-    the optimizer has no state: `Buffer.shard_numel` is what a given rank has, here stands what none exceeds."""
+    """Weights, gradients and optimizer state of a rank.
+
+    Its shard of a buffer is counted with the padding in it, for which the optimizer has no state: `Buffer.shard_numel`
+    is what a given rank has, here stands what none exceeds.
+    """
     number = _number_bytes(job)
     buffers = stage_buffers(job, stage)
     gradient = 4 if job.grad_reduce_in_fp32 else number
@@ -146,7 +150,7 @@ def layer_activations(job: Job) -> LayerActivations:
 
 
 def microbatches_in_flight(job: Job, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at once: 1F1B, or the interleaved schedule (Narayanan et al. 2021)."""
+    """Micro-batches whose activations a stage holds at once: 1F1B, or interleaved (Narayanan et al. 2021)."""
     pp, virtual = job.pipeline_model_parallel_size, job.num_virtual_stages_per_pipeline_rank
     if virtual == 1:
         return min(job.num_microbatches, pp - stage)
@@ -157,7 +161,9 @@ def microbatches_in_flight(job: Job, stage: int) -> float:
 def logit_bytes(job: Job) -> float:
     """The head's logits and their gradient, if every position of a micro-batch is masked."""
     a = job.architecture
-    return job.tokens * (a.vocab_size / job.tensor_model_parallel_size * LOGIT_BYTES + a.hidden_size * _number_bytes(job))
+    return job.tokens * (
+        a.vocab_size / job.tensor_model_parallel_size * LOGIT_BYTES + a.hidden_size * _number_bytes(job)
+    )
 
 
 def fp8_copy_bytes(job: Job) -> float:
@@ -165,10 +171,7 @@ def fp8_copy_bytes(job: Job) -> float:
     if job.fp8 == "none":
         return 0.0
     matrices = sum(
-        parameter.total
-        for chunk in stage_parameters(job, 0)
-        for parameter in chunk
-        if ".linear_" in parameter.name
+        parameter.total for chunk in stage_parameters(job, 0) for parameter in chunk if ".linear_" in parameter.name
     )
     # With FP8 parameters the copies are the weights: bf16 ones are not held beside them.
     return matrices * (2 - (_number_bytes(job) if job.fp8_param_gather else 0))

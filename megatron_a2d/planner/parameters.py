@@ -18,18 +18,18 @@ from megatron_a2d.planner.job import Job
 class Parameter(NamedTuple):
     """A weight of one rank: its name in the model chunk, its number of values, and whether an expert owns it.
 
-    The experts of a layer are one entry for each of their two matrices, `local_experts.*` in `count` copies.
+    The experts of a layer are one entry for each of their two matrices, `local_experts.*` in `copies`.
     """
 
     name: str
     numel: int
     is_expert: bool = False
     is_shared_embedding: bool = False
-    count: int = 1
+    copies: int = 1
 
     @property
     def total(self) -> int:
-        return self.numel * self.count
+        return self.numel * self.copies
 
 
 class Bucket(NamedTuple):
@@ -89,7 +89,10 @@ def _chunk_parameters(sizes: _Sizes, stage: int, chunk: int) -> tuple[Parameter,
 
 def _layer_parameters(sizes: _Sizes, prefix: str) -> list[Parameter]:
     a = sizes.architecture
-    heads, groups = a.num_attention_heads * a.head_dim // sizes.tensor, a.num_key_value_heads * a.head_dim // sizes.tensor
+    heads, groups = (
+        a.num_attention_heads * a.head_dim // sizes.tensor,
+        a.num_key_value_heads * a.head_dim // sizes.tensor,
+    )
     found = [
         Parameter(f"{prefix}.input_layernorm.weight", a.hidden_size),
         Parameter(f"{prefix}.self_attention.linear_proj.weight", a.hidden_size * heads),
@@ -107,9 +110,9 @@ def _layer_parameters(sizes: _Sizes, prefix: str) -> list[Parameter]:
         ]
     width = a.moe_intermediate_size // sizes.expert_tensor
     found.append(Parameter(f"{prefix}.mlp.router.weight", a.num_experts * a.hidden_size))
-    name, count = f"{prefix}.mlp.experts.local_experts.*", a.num_experts // sizes.expert
-    found.append(Parameter(f"{name}.linear_fc1.weight", 2 * width * a.hidden_size, True, count=count))
-    found.append(Parameter(f"{name}.linear_fc2.weight", width * a.hidden_size, True, count=count))
+    name, copies = f"{prefix}.mlp.experts.local_experts.*", a.num_experts // sizes.expert
+    found.append(Parameter(f"{name}.linear_fc1.weight", 2 * width * a.hidden_size, True, copies=copies))
+    found.append(Parameter(f"{name}.linear_fc2.weight", width * a.hidden_size, True, copies=copies))
     return found
 
 
@@ -175,7 +178,9 @@ def _buffer(parameters: list[Parameter], replicas: int, distributed: bool, limit
         if alone and pending:
             close()
         pending.append((parameter, end))
-        end += parameter.total if not distributed else _pad(parameter.numel, 64) * (parameter.count - 1) + parameter.numel
+        end += (
+            parameter.total if not distributed else _pad(parameter.numel, 64) * (parameter.copies - 1) + parameter.numel
+        )
         if alone or (limit is not None and end - start >= limit):
             close()
     if pending:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -177,14 +176,14 @@ def draw(path: Path, plans: dict[str, Plan], title: str) -> None:
         raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'megatron_a2d[plot]'") from None
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {path}: unknown kind of picture; name it .png, .pdf or .svg")
-    figure = Figure(figsize=(13, 2.5 + 0.7 * len(plans)), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 3 + 1.2 * len(plans)), layout="constrained")
+    above, below = figure.subplots(2, 1)
     labels = [f"{name}\n{layout_name(plan.job)}" for name, plan in plans.items()]
-    _bars(left, labels, [_scaled(plan.memory, 1 / GIB) for plan in plans.values()])
-    left.axvline(next(iter(plans.values())).cluster.memory_gib, color="black", linestyle="--")
-    left.set(xlabel="GiB of a GPU (dashed: what it has)")
-    _bars(right, ["" for _ in labels], [_scaled(plan.time, 1.0) for plan in plans.values()])
-    right.set(xlabel="seconds of a step")
+    _bars(above, labels, [_scaled(plan.memory, 1 / GIB) for plan in plans.values()])
+    above.axvline(next(iter(plans.values())).cluster.memory_gib, color="black", linestyle="--")
+    above.set(xlabel="GiB of a GPU (dashed: what it has)")
+    _bars(below, labels, [_scaled(plan.time, 1.0) for plan in plans.values()])
+    below.set(xlabel="seconds of a step")
     figure.suptitle(title)
     with new_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=150)
@@ -194,13 +193,12 @@ def _bars(axes: Any, labels: Sequence[str], values: list[dict[str, float]]) -> N
     positions = range(len(labels))
     starts = [0.0] * len(labels)
     largest = max(sum(column.values()) for column in values)
-    for number, name in enumerate(values[0]):
+    visible = [name for name in values[0] if max(column[name] for column in values) >= largest / 200]
+    for number, name in enumerate(visible):
         row = [column[name] for column in values]
-        if max(row) < largest / 200:
-            continue
         hatch = "//" if number >= 10 else None  # matplotlib has ten colours
         axes.barh(positions, row, left=starts, label=PARTS.get(name, name), hatch=hatch)
         starts = [start + value for start, value in zip(starts, row, strict=True)]
     axes.set_yticks(list(positions), labels)
     axes.invert_yaxis()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=math.ceil(len(values[0]) / 3), fontsize="small")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")

@@ -1,7 +1,7 @@
 """Every legal layout of a run on a cluster, with its memory and time, and why those that were not chosen fall.
 
-What is legal is decided by checks.py alone, as for training: a size that it refuses by itself is refused with all others,
-which keeps the number of combinations small.
+What is legal is decided by checks.py alone, as for training: a size that it refuses by itself is refused with all
+others, which keeps the number of combinations small.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_a2d.config import RunConfig, settings
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner.calibration import EFFICIENCIES
 from megatron_a2d.planner.cluster import Cluster
-from megatron_a2d.planner.job import Job, job_of, resolve_fp8
+from megatron_a2d.planner.job import Job, job_of
 from megatron_a2d.planner.memory import Memory, memory
 from megatron_a2d.planner.timing import MASKED_FRACTION, StepTime, step_time
 
@@ -69,12 +69,9 @@ class Plan(NamedTuple):
         return self.days * 24 * self.job.world_size * self.cluster.price_per_gpu_hour
 
 
-def make_plan(
-    config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any
-) -> Plan:
+def make_plan(config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any) -> Plan:
     """Memory and time of the layout that `config` has; `changes` are fields of `Job`."""
-    job = job_of(config, architecture, world_size, **changes)
-    job = dataclasses.replace(job, fp8=resolve_fp8(job.fp8, cluster))
+    job = job_of(config, architecture, world_size, cluster, **changes)
     return Plan(config, job, cluster, memory(job, cluster), step_time(job, cluster, EFFICIENCIES))
 
 
@@ -86,11 +83,11 @@ class Search(NamedTuple):
     illegal: Counter[str]  # what checks.py said, numbers left out -> how often
 
 
-def search(
-    config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any
-) -> Search:
+def search(config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any) -> Search:
     """Lay the run of `config` out in every way; its own layout and micro-batch size do not matter."""
-    fitting, too_large, illegal = [], [], Counter[str]()
+    fitting: list[Plan] = []
+    too_large: list[Plan] = []
+    illegal = Counter[str]()
     for candidate in _candidates(config, architecture, cluster, world_size):
         if problems := find_problems(candidate, architecture, world_size):
             illegal.update({_without_numbers(problem) for problem in problems})

@@ -1,8 +1,8 @@
 """Seconds of a step by part: first the work in operations and bytes, then what a GPU makes of it.
 
-`work` counts what one micro-batch asks of a rank's stage, forward and backward. `step_time` divides each count by a peak
-rate of the cluster times an efficiency (calibration.py has them, fitted to published runs) and adds what a pipeline, the
-gradients' reduction and the optimizer take.
+`layer_work` counts what one micro-batch asks of a layer on one rank, forward and backward. `step_time` divides each
+count by a peak rate of the cluster times an efficiency (calibration.py has them, fitted to published runs) and adds
+what the head, a pipeline, the gradients' reduction and the optimizer take.
 """
 
 from __future__ import annotations
@@ -61,6 +61,19 @@ class Work(NamedTuple):
     context_network: float
 
 
+class LayerTime(NamedTuple):
+    """Seconds of one layer and micro-batch; the fields are those of `StepTime`."""
+
+    matmul: float
+    attention: float
+    memory: float
+    expert_nvlink: float
+    expert_network: float
+    tensor: float
+    context: float
+    host: float
+
+
 class StepTime(NamedTuple):
     """Seconds of one step."""
 
@@ -84,7 +97,7 @@ class StepTime(NamedTuple):
 
 
 def _weight_traffic(job: Job) -> float:
-    """Bytes of a layer's weights, read forward and backward, and of their gradients, read and written, in a micro-batch."""
+    """Bytes of a layer's weights, read forward and backward, and of their gradients, read and written."""
     a = job.architecture
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     values = a.hidden_size * (2 * queries + 2 * keys) / job.tensor_model_parallel_size
@@ -172,7 +185,7 @@ def _memory_traffic(job: Job) -> float:
     values = between * a.hidden_size * (2 * 2 + 2 * 3) * 2
     values += tokens * (queries + keys) * (2 * 2 + 2 * 3)  # norms and rotation of queries and keys
     values += tokens * (queries + 2 * keys) * 4  # cutting them apart, and together again
-    # Casts to FP8 read two bytes and write two, by rows and by columns: inputs of products, and their outputs' gradients.
+    # Casts to FP8 read two bytes and write two, by rows and by columns: products' inputs, and their outputs' gradients.
     casts = 0.0 if job.fp8 == "none" or job.fused_kernels else 2.0
     values += casts * (2 * between * a.hidden_size + tokens * (2 * queries + 2 * keys))
     if not a.is_moe:
@@ -194,7 +207,7 @@ def step_time(job: Job, cluster: Cluster, use: Efficiencies) -> StepTime:
     use = use.on(cluster)
     layer = layer_time(job, cluster, use)
     layers, microbatches = job.layers_per_stage, job.num_microbatches
-    parts = [seconds * layers * microbatches for seconds in layer]
+    part = {name: seconds * layers * microbatches for name, seconds in layer._asdict().items()}
     pp = job.pipeline_model_parallel_size
     # The last stage has the head on top, and the others wait for it. Where layers do not divide evenly (not in our own
     # layouts) the first and the last stage have fewer of them.
@@ -207,13 +220,17 @@ def step_time(job: Job, cluster: Cluster, use: Efficiencies) -> StepTime:
     bandwidth = cluster.network_gb_per_s if per_stage * pp > cluster.nvlink_domain else cluster.nvlink_gb_per_s
     pipeline = sent * microbatches / (bandwidth * 1e9 * use.network) if pp > 1 and not job.overlap_p2p_comm else 0.0
     return StepTime(
-        *parts[:3], head * microbatches, *parts[3:], bubble, pipeline, _data_time(job, cluster, use),
-        _optimizer_time(job, cluster, use),
-    )  # fmt: skip
+        **part,
+        head=head * microbatches,
+        bubble=bubble,
+        pipeline=pipeline,
+        data=_data_time(job, cluster, use),
+        optimizer=_optimizer_time(job, cluster, use),
+    )
 
 
-def layer_time(job: Job, cluster: Cluster, use: Efficiencies) -> tuple[float, ...]:
-    """Seconds of a layer and micro-batch, `use` being the cluster's: matmul, attention, memory, expert_nvlink, expert_network, tensor, context, host."""
+def layer_time(job: Job, cluster: Cluster, use: Efficiencies) -> LayerTime:
+    """`use` are the efficiencies on this cluster."""
     work = layer_work(job, cluster.nvlink_domain)
     nvlink, network = cluster.nvlink_gb_per_s * 1e9 * use.nvlink, cluster.network_gb_per_s * 1e9 * use.network
     rate, efficiency = cluster.bf16_tflops, use.matmul_bf16
@@ -235,14 +252,14 @@ def layer_time(job: Job, cluster: Cluster, use: Efficiencies) -> tuple[float, ..
         computing, travelling = sum(seconds[:3]), seconds[3] + seconds[4]
         hidden = min(travelling, computing) * (1 - EXPOSED_WITH_OVERLAP)
         seconds[3:5] = [part * (1 - hidden / travelling) if travelling else 0.0 for part in seconds[3:5]]
-    return (*seconds, _host_time(job, use, sum(seconds)))
+    return LayerTime(*seconds, _host_time(job, use, sum(seconds)))  # type: ignore[call-arg]
 
 
 def _host_time(job: Job, use: Efficiencies, busy: float) -> float:
-    """Seconds that the GPU, `busy` in a layer for so long, waits for the host. A whole step as one graph waits for nothing.
+    """Seconds that the GPU, `busy` in a layer for so long, waits for the host.
 
-    The host launches ahead of the GPU, unless it is slower or must wait for numbers of rows. Graphs record all of a
-    dense layer and, of a MoE layer, what precedes the experts.
+    A step that is one graph waits for nothing. Else the host launches ahead of the GPU, unless it is slower or must
+    wait for numbers of rows. Graphs record all of a dense layer and, of a MoE layer, what precedes the experts.
     """
     if job.cuda_graph_impl == "full":
         return 0.0

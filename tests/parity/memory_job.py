@@ -28,9 +28,7 @@ def measure_memory(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:
         "replica": (torch.distributed.get_rank(group), torch.distributed.get_rank(experts)),
         "parameters": [_parameters(model) for model in state.models],
         "buffers": [
-            buffer.numel
-            for chunk in state.chunks
-            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+            buffer.numel for chunk in state.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         ],
         "gradient_bytes": sum(_buffer_bytes(state, "grad_data")),
         "optimizer_bytes": _optimizer_bytes(state),

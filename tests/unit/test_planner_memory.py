@@ -10,7 +10,7 @@ from megatron_a2d.architecture import read_architecture
 from megatron_a2d.config import build
 from megatron_a2d.conversion.checkpoint import resolve
 from megatron_a2d.planner.job import Job, job_of
-from megatron_a2d.planner.memory import layer_activations, memory, microbatches_in_flight, state_bytes
+from megatron_a2d.planner.memory import layer_activations, state_bytes
 from megatron_a2d.planner.parameters import stage_buffers, stage_parameters
 from tests.cases import Case
 from tests.parity.jobs import SETTINGS
@@ -57,7 +57,7 @@ def test_state_to_the_byte(name: str, measured: Any) -> None:
     for rank in ranks:
         stage, (dense, expert) = rank["stage"], rank["replica"]
         for chunk, parameters in zip(stage_parameters(job, stage), rank["parameters"], strict=True):
-            assert {parameter.name: [parameter.numel, parameter.count] for parameter in chunk} == parameters
+            assert {parameter.name: [parameter.numel, parameter.copies] for parameter in chunk} == parameters
         buffers = stage_buffers(job, stage)
         assert [buffer.numel for buffer in buffers] == rank["buffers"]
         weights, gradients, optimizer = state_bytes(job, stage)
