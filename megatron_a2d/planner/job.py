@@ -31,6 +31,7 @@ class Job:
     seq_length: int = 4096
     objective: str = "mdlm"
     bf16: bool = False
+    transformer_impl: str = "auto"
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -93,6 +94,11 @@ class Job:
         """Rows that an expert-parallel rank's experts receive in a micro-batch, all ranks alike."""
         rows = self.tokens_between_layers * self.architecture.num_experts_per_tok
         return rows * self.expert_tensor_parallel_size
+
+    @property
+    def number_bytes(self) -> int:
+        """Of a weight or an activation."""
+        return 2 if self.bf16 else 4
 
     @property
     def is_causal(self) -> bool:

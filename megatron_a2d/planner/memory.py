@@ -1,9 +1,7 @@
 """Bytes of a rank by part, of the pipeline stage that holds most.
 
-Weights, gradients and optimizer state are exact, to the padding of a buffer (parameters.py). Activations are what a
-layer keeps for its backward pass, counted tensor by tensor as Transformer Engine and megatron.core's MoE layer keep
-them (Korthikanti et al. 2022 count a GPT layer so), times the micro-batches that a stage holds at once. The rest are
-assumptions, named below.
+Weights, gradients and optimizer state are exact, to the padding of a buffer (parameters.py). Activations are those of
+activations.py, times the micro-batches that a stage holds at once. The rest are assumptions, named below.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+from megatron_a2d.planner.activations import layer_activations
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.job import Job
 from megatron_a2d.planner.parameters import stage_buffers, stage_parameters
@@ -59,7 +58,7 @@ def _stage_memory(job: Job, stage: int, headroom: float) -> Memory:
     weights, gradients, optimizer = state_bytes(job, stage)
     in_flight = microbatches_in_flight(job, stage)
     kept = layer_activations(job)
-    parameter_bytes = _number_bytes(job)
+    parameter_bytes = job.number_bytes
     per_microbatch = kept.total * (job.layers_per_stage - job.recomputed_layers)
     per_microbatch += job.tokens_between_layers * job.architecture.hidden_size * parameter_bytes * job.recomputed_layers
     # A layer that is computed again keeps everything while its own backward pass runs.
@@ -72,7 +71,7 @@ def _stage_memory(job: Job, stage: int, headroom: float) -> Memory:
         optimizer=optimizer,
         activations=activations,
         logits=logit_bytes(job) if is_last else 0.0,
-        dispatcher=_dispatcher_bytes(job, kept.experts, in_flight),
+        dispatcher=_dispatcher_bytes(job, kept.of_experts, in_flight),
         communication=CONTEXT_BYTES + COMMUNICATOR_BYTES * _num_communicators(job),
         headroom=headroom,
     )
@@ -85,7 +84,7 @@ def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
     Its shard of a buffer is counted with the padding in it, for which the optimizer has no state: `Buffer.shard_numel`
     is what a given rank has, here stands what none exceeds.
     """
-    number = _number_bytes(job)
+    number = job.number_bytes
     buffers = stage_buffers(job, stage)
     gradient = 4 if job.grad_reduce_in_fp32 else number
     gradients = sum(buffer.numel for buffer in buffers) * gradient
@@ -97,56 +96,6 @@ def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
         owned = weights // number
     moments = sum({"fp32": 4, "bf16": 2}[kind] for kind in (job.exp_avg_dtype, job.exp_avg_sq_dtype))
     return weights, gradients, owned * (moments + (4 if job.bf16 else 0))
-
-
-class LayerActivations(NamedTuple):
-    """Bytes that a layer keeps for its backward pass, of one micro-batch."""
-
-    attention: float
-    mlp: float  # a dense MLP; the router and what surrounds the experts
-    experts: float  # rows that the experts received, all ranks alike
-
-    @property
-    def total(self) -> float:
-        return sum(self)
-
-
-def layer_activations(job: Job) -> LayerActivations:
-    """Each line is a tensor; x counts values of the activations' type, fp8 those that FP8 products keep in one byte."""
-    a, tp = job.architecture, job.tensor_model_parallel_size
-    x = _number_bytes(job)
-    fp8 = 1 if job.fp8 != "none" else x
-    rows, between = job.tokens, job.tokens_between_layers
-    queries, keys = a.num_attention_heads * a.head_dim / tp, a.num_key_value_heads * a.head_dim / tp
-    norm = 0.0 if job.recomputes("layernorm") else fp8
-    attention = (
-        between * a.hidden_size * x  # the layer's input, for the norm
-        + between * a.hidden_size * norm  # its norm: input of linear_qkv
-        + rows * (queries + 2 * keys) * x  # queries, keys, values before their norms
-        + rows * queries * x  # queries, cut out of them
-        + rows * (queries + keys) * x  # queries and keys after norm and rotation
-        + rows * queries * x  # attention's output: also the input of linear_proj
-        + rows * a.num_attention_heads / tp * 4  # log-sum-exp of each row of scores
-    )
-    if job.fp8 != "none":
-        attention += rows * queries  # the same output in FP8
-    surrounding = between * a.hidden_size * (x + norm)  # the second norm's input and output
-    if not a.is_moe:
-        kept = 0.0 if job.recomputes("mlp") else 1.0
-        width = a.intermediate_size / tp
-        act = 0.0 if job.recomputes("moe_act") else fp8
-        return LayerActivations(attention, surrounding + kept * rows * width * (2 * x + act), 0.0)
-    surrounding += between * a.num_experts * (4 + 4 + 1)  # logits, probabilities, the routing map
-    received = 0.0 if job.recomputes("moe") else job.routed_rows
-    width = a.moe_intermediate_size / job.expert_tensor_parallel_size
-    act = 0.0 if job.recomputes("moe_act") else fp8
-    experts = received * (
-        a.hidden_size * fp8  # input of linear_fc1
-        + 2 * width * x  # its output: gate and up
-        + width * act  # input of linear_fc2
-        + 4 + 8 + 8  # probability, and the two permutations' indices
-    )  # fmt: skip
-    return LayerActivations(attention, surrounding, experts)
 
 
 def microbatches_in_flight(job: Job, stage: int) -> float:
@@ -161,9 +110,7 @@ def microbatches_in_flight(job: Job, stage: int) -> float:
 def logit_bytes(job: Job) -> float:
     """The head's logits and their gradient, if every position of a micro-batch is masked."""
     a = job.architecture
-    return job.tokens * (
-        a.vocab_size / job.tensor_model_parallel_size * LOGIT_BYTES + a.hidden_size * _number_bytes(job)
-    )
+    return job.tokens * (a.vocab_size / job.tensor_model_parallel_size * LOGIT_BYTES + a.hidden_size * job.number_bytes)
 
 
 def fp8_copy_bytes(job: Job) -> float:
@@ -174,14 +121,14 @@ def fp8_copy_bytes(job: Job) -> float:
         parameter.total for chunk in stage_parameters(job, 0) for parameter in chunk if ".linear_" in parameter.name
     )
     # With FP8 parameters the copies are the weights: bf16 ones are not held beside them.
-    return matrices * (2 - (_number_bytes(job) if job.fp8_param_gather else 0))
+    return matrices * (2 - (job.number_bytes if job.fp8_param_gather else 0))
 
 
 def _dispatcher_bytes(job: Job, expert_activations: float, in_flight: float) -> float:
     a = job.architecture
     if not a.is_moe:
         return 0.0
-    row = a.hidden_size * _number_bytes(job)
+    row = a.hidden_size * job.number_bytes
     sent, received = job.routed_rows, job.routed_rows * job.imbalance
     moving = 2 * (sent + received) * row  # rows and their gradient, at both ends
     layers = job.layers_per_stage - job.recomputed_layers
@@ -194,8 +141,3 @@ def _num_communicators(job: Job) -> int:
         job.expert_model_parallel_size, job.expert_tensor_parallel_size, job.dense_replicas, job.expert_replicas,
     )  # fmt: skip
     return sum(size > 1 for size in sizes)
-
-
-def _number_bytes(job: Job) -> int:
-    """Of a weight or an activation."""
-    return 2 if job.bf16 else 4

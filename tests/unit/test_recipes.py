@@ -68,5 +68,5 @@ def test_settings_only_needs_a_model_and_a_dry_run() -> None:
         train.main(["--dry-run", "--settings-only"])
     with pytest.raises(UserError, match="only goes with --dry-run"):
         train.main(["--settings-only", "--model", "Qwen/Qwen3-8B"])
-    with pytest.raises(UserError, match=r"--model Qwen/Qwen3-7B: is neither .* did you mean Qwen/Qwen3-"):
+    with pytest.raises(UserError, match=r"--model Qwen/Qwen3-7B: is neither .*did you mean Qwen/Qwen3-"):
         train.main(["--dry-run", "--settings-only", "--model", "Qwen/Qwen3-7B"])
