@@ -27,7 +27,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.planner import report
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.job import IMBALANCE
-from megatron_a2d.planner.search import Plan, make_plan, search
+from megatron_a2d.planner.search import Plan, Search, make_plan, search
 
 # What a recipe for GPUs says, for a plan without one.
 WITHOUT_RECIPE = {
@@ -59,10 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     if not options.config:
         config = _with_gpu_defaults(config, options)
     architecture = _architecture(config)
-    _check(config, architecture)
     with progress_console.status("trying layouts"):
         found = search(config, architecture, cluster, options.gpus, imbalance=options.imbalance)
     shown = {f"{rank}.": plan for rank, plan in enumerate(found.fitting[:3], 1)}
+    _need_legal(found)
     own, problems = _own_plan(config, architecture, cluster, options) if options.config else (None, [])
     if own:
         shown = {f"{rank} the recipe's" if plan.job == own.job else rank: plan for rank, plan in shown.items()}
@@ -84,8 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             options.plot, shown, f"{config.training.model or config.training.load} on {options.gpus} {cluster.gpu}"
         )
     if not found.fitting:
-        smallest = found.too_large[0] if found.too_large else None
-        need = f"the smallest needs {smallest.memory.total / report.GIB:.1f} GiB" if smallest else "none is legal"
+        need = f"the smallest needs {found.too_large[0].memory.total / report.GIB:.1f} GiB"
         raise UserError(
             f"--gpus {options.gpus}: no layout fits into the {cluster.memory_gib:.1f} GiB of {cluster.gpu} ({need}); "
             "take more GPUs or another batch"
@@ -128,12 +127,11 @@ def _architecture(config: RunConfig) -> Architecture:
     raise UserError("--model: is missing; name the model, such as Qwen/Qwen3-8B-Base, or give a checkpoint by --load")
 
 
-def _check(config: RunConfig, architecture: Architecture) -> None:
-    """What is wrong with the settings whatever the layout."""
-    plain = dataclasses.replace(config, parallel=type(config.parallel)())
-    training = dataclasses.replace(plain.training, micro_batch_size=1)
-    if problems := find_problems(dataclasses.replace(plain, training=training), architecture, 1):
-        raise UserError(problems)
+def _need_legal(found: Search) -> None:
+    """UserError with what is wrong whatever the layout, if no layout is legal."""
+    if not found.fitting and not found.too_large:
+        always = [problem for problem, count in found.refusals.items() if count == found.num_illegal]
+        raise UserError(always or [problem for problem, _ in found.refusals.most_common(3)])
 
 
 def _own_plan(

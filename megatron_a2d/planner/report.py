@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,13 +115,9 @@ def why_others_fall(found: Search) -> Table:
     for part, plans in sorted(large.items(), key=lambda item: -len(item[1])):
         example = f"{layout_name(plans[0].job)}: {plans[0].memory.total / GIB:.1f} GiB"
         table.add_row(f"too large, most of it {PARTS.get(part, part)}", f"{len(plans):,}", example)
-    for problem, count in _shortest(found.illegal):
-        table.add_row("not allowed", f"{count:,}", problem)
+    for problem, count in found.refusals.most_common(4):
+        table.add_row("not allowed, such as", f"{count:,}", problem.partition(";")[0])
     return table
-
-
-def _shortest(illegal: Counter[str]) -> list[tuple[str, int]]:
-    return [(problem.partition(";")[0], count) for problem, count in illegal.most_common(4)]
 
 
 def all_layouts(found: Search) -> Table:

@@ -80,36 +80,44 @@ class Search(NamedTuple):
 
     fitting: list[Plan]  # the fastest first
     too_large: list[Plan]  # the smallest first
-    illegal: Counter[str]  # what checks.py said, numbers left out -> how often
+    num_illegal: int
+    refusals: Counter[str]  # what checks.py said of them, one example of each kind -> how many
 
 
 def search(config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any) -> Search:
     """Lay the run of `config` out in every way; its own layout and micro-batch size do not matter."""
     fitting: list[Plan] = []
     too_large: list[Plan] = []
-    illegal = Counter[str]()
+    kinds: dict[str, str] = {}  # the first line of each kind
+    num_illegal, refusals = 0, Counter[str]()
     for candidate in _candidates(config, architecture, cluster, world_size):
         if problems := find_problems(candidate, architecture, world_size):
-            illegal.update({_without_numbers(problem) for problem in problems})
+            num_illegal += 1
+            refusals.update({kinds.setdefault(_without_numbers(problem), problem) for problem in problems})
             continue
         plan = make_plan(candidate, architecture, cluster, world_size, **changes)
         (fitting if plan.fits else too_large).append(plan)
     fitting.sort(key=lambda plan: (plan.time.total, plan.memory.total))
     too_large.sort(key=lambda plan: plan.memory.total)
-    return Search(fitting, too_large, illegal)
+    return Search(fitting, too_large, num_illegal, refusals)
 
 
 def _candidates(
     config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int
 ) -> Iterator[RunConfig]:
-    def legal_alone(sizes: list[int], *names: str, **more: Any) -> list[int]:
-        """Those sizes that checks.py accepts with nothing else divided, on as many processes as they need."""
-        plain = _laid_out(config, **dict.fromkeys(UNDIVIDED, 1), sequence_parallel=False, global_batch_size=world_size)
+    plain = _laid_out(config, **dict.fromkeys(UNDIVIDED, 1), sequence_parallel=False, global_batch_size=world_size)
+    # What is wrong with nothing divided may be right with something else divided (an overlap that needs EP).
+    accepted = {_without_numbers(problem) for problem in find_problems(plain, architecture, 1)}
+
+    def legal_alone(sizes: list[int], name: str, **more: Any) -> list[int]:
+        """Those sizes to which checks.py has nothing new to say, on as many processes as they need."""
         return [
             size
             for size in sizes
             if size == 1
-            or not find_problems(_laid_out(plain, **dict.fromkeys(names, size), **more), architecture, size)
+            or accepted.issuperset(
+                map(_without_numbers, find_problems(_laid_out(plain, **{name: size}, **more), architecture, size))
+            )
         ]
 
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
@@ -136,9 +144,11 @@ def _candidates(
                 expert_tensor_parallel_size=etp,
                 micro_batch_size=micro,
             )
-            yield laid_out
-            if "recompute_granularity" in settings():
-                yield _laid_out(laid_out, recompute_granularity="full", recompute_method="uniform")
+            if "recompute_granularity" not in settings():
+                yield laid_out
+                continue
+            yield _laid_out(laid_out, recompute_granularity="none")
+            yield _laid_out(laid_out, recompute_granularity="full", recompute_method="uniform")
 
 
 def _laid_out(config: RunConfig, **values: Any) -> RunConfig:
