@@ -126,10 +126,8 @@ def layer_work(job: Job, nvlink_domain: int) -> Work:
         mlp = 3 * a.hidden_size * a.intermediate_size / tp * tokens
     keys_met = job.seq_length / 2 if job.is_causal else job.seq_length
     attention = 4 * queries / tp * keys_met * tokens * (1 + share + ATTENTION_BACKWARD)
-    extra = 1.0
-    if job.recompute_granularity == "selective":
-        extra += sum(job.recomputes(module) for module in ("mlp", "moe")) / 3
-        attention *= 1 + job.recomputes("core_attn") / (1 + ATTENTION_BACKWARD)
+    attention *= 1 + job.recomputes("core_attn") / (1 + ATTENTION_BACKWARD)
+    mlp_passes = passes + job.recomputes("moe" if a.is_moe else "mlp")
     expert = _all_to_all(job, nvlink_domain)
     gathered = between * a.hidden_size * 2 * (tp - 1) * (4 + share * 2)  # all-gather and reduce-scatter, twice a layer
     gathered += between * a.hidden_size * 2 * (tp - 1) * 2  # and the inputs again for the weights' gradients
@@ -139,11 +137,11 @@ def layer_work(job: Job, nvlink_domain: int) -> Work:
     exchanged = tokens * 2 * keys / tp * 2 * (cp - 1) * 3  # keys and values gathered; their gradients in fp32
     tensor_inside, context_inside = tp <= nvlink_domain, tp * cp <= nvlink_domain
     return Work(
-        matmul=2 * (projections * passes + mlp * passes * extra),
+        matmul=2 * (projections * passes + mlp * mlp_passes),
         attention=attention,
         memory=_memory_traffic(job) * (3 + share) / 3 + _weight_traffic(job),
-        expert_nvlink=expert[0] * passes,
-        expert_network=expert[1] * passes,
+        expert_nvlink=expert[0] * mlp_passes,
+        expert_network=expert[1] * mlp_passes,
         tensor_nvlink=gathered if tensor_inside else 0.0,
         tensor_network=0.0 if tensor_inside else gathered,
         context_nvlink=exchanged if context_inside else 0.0,
@@ -217,8 +215,10 @@ def step_time(job: Job, cluster: Cluster, use: Efficiencies) -> StepTime:
     bubble = (pp - 1) / job.num_virtual_stages_per_pipeline_rank * (stage + head / pp)
     sent = job.tokens_between_layers * job.architecture.hidden_size * 2 * 2 * job.num_virtual_stages_per_pipeline_rank
     per_stage = job.world_size // pp
-    bandwidth = cluster.network_gb_per_s if per_stage * pp > cluster.nvlink_domain else cluster.nvlink_gb_per_s
-    pipeline = sent * microbatches / (bandwidth * 1e9 * use.network) if pp > 1 and not job.overlap_p2p_comm else 0.0
+    bandwidth = cluster.nvlink_gb_per_s * use.nvlink
+    if per_stage * pp > cluster.nvlink_domain:
+        bandwidth = cluster.network_gb_per_s * use.network
+    pipeline = sent * microbatches / (bandwidth * 1e9) if pp > 1 and not job.overlap_p2p_comm else 0.0
     return StepTime(
         **part,
         head=head * microbatches,
