@@ -45,6 +45,11 @@ def _heads(job: Job) -> tuple[float, float]:
     return a.num_attention_heads * a.head_dim / tp, a.num_key_value_heads * a.head_dim / tp
 
 
+def _cuts_queries(job: Job) -> bool:
+    """The product lays queries, keys and values of each group side by side; those of one group need no copy."""
+    return job.architecture.num_key_value_heads > job.tensor_model_parallel_size
+
+
 def _input_bytes(job: Job) -> int:
     """Of a value that goes into a matrix product: FP8 products keep one byte."""
     return 1 if job.fp8 != "none" else job.number_bytes
@@ -62,7 +67,7 @@ def _attention(job: Job) -> dict[str, float]:
     rows, number = job.tokens, job.number_bytes
     kept = _norm(job, "input_layernorm") | {
         "queries, keys, values": rows * (queries + 2 * keys) * number,
-        "queries, cut out": rows * queries * number,
+        "queries, cut out": rows * queries * number if _cuts_queries(job) else 0.0,
         "queries, normed and rotated": rows * queries * number,
         "keys, normed and rotated": rows * keys * number,
         "attention, log-sum-exp": rows * queries / job.architecture.head_dim * FLOAT,
@@ -88,7 +93,8 @@ def _portable_attention(job: Job) -> dict[str, float]:
     rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
     kept = _portable_norm(job, "input_layernorm") | {
         "queries, keys, values": rows * (queries + 2 * keys) * number,
-        "queries, in fp32": rows * queries * FLOAT,
+        # In fp32 that is the copy which cutting them out makes.
+        "queries, in fp32": rows * queries * FLOAT if job.bf16 or _cuts_queries(job) else 0.0,
         "queries, scale": rows * queries / a.head_dim * FLOAT,
         "queries, normed": rows * queries * FLOAT,
         "keys, scale": rows * keys / a.head_dim * FLOAT,
