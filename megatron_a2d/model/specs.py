@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_a2d.config import RunConfig
 from megatron_a2d.errors import UserError
+from megatron_a2d.model.grafting import GraftedSelfAttention
 from megatron_a2d.model.layers import CoreAttention, RMSNorm
 from megatron_a2d.runtime.device import has_cuda
 
@@ -52,6 +53,9 @@ def choose_implementation(config: RunConfig) -> Implementation:
                 "--reset-position-ids with documents that see one another",
                 config.data.reset_position_ids and config.data.document_attention == "open",
             ),
+            ("--conversion annealing", config.diffusion.conversion == "annealing"),
+            ("--conversion grafting", config.diffusion.conversion == "grafting"),
+            ("--objective block", config.diffusion.objective == "block"),
             (
                 "--objective ar with --context-parallel-size above 1",
                 config.diffusion.objective == "ar" and config.parallel.context_parallel_size > 1,
@@ -78,9 +82,16 @@ def isolates_documents(config: RunConfig) -> bool:
 
 
 def build_block_spec(
-    config: TransformerConfig, implementation: Implementation, causal: bool, vp_stage: int | None = None
+    config: TransformerConfig,
+    implementation: Implementation,
+    causal: bool,
+    vp_stage: int | None = None,
+    grafts: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The spec of the layers that this (virtual) pipeline stage builds, and of the final norm."""
+    """The spec of the layers that this (virtual) pipeline stage builds, and of the final norm.
+
+    `grafts`: attention can be regressed on its causal form (portable layers only).
+    """
     mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -88,6 +99,8 @@ def build_block_spec(
         layer, final_norm = _transformer_engine_layer(config, mask_type), TENorm
     else:
         layer, final_norm = _portable_layer(config, mask_type), RMSNorm
+        if grafts:
+            layer.submodules.self_attention.module = GraftedSelfAttention
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=final_norm
     )

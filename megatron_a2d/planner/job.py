@@ -80,9 +80,14 @@ class Job:
         return -(-self.architecture.num_layers // self.pipeline_model_parallel_size)
 
     @property
+    def input_length(self) -> int:
+        """The model's rows for a sample: block diffusion reads each sample twice, as RunConfig.input_length says."""
+        return self.seq_length * (2 if self.objective == "block" else 1)
+
+    @property
     def tokens(self) -> float:
-        """Tokens of a micro-batch on one rank, before tensor parallelism divides them."""
-        return self.micro_batch_size * self.seq_length / self.context_parallel_size
+        """Rows of a micro-batch on one rank, before tensor parallelism divides them."""
+        return self.micro_batch_size * self.input_length / self.context_parallel_size
 
     @property
     def tokens_between_layers(self) -> float:

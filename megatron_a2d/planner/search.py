@@ -55,8 +55,9 @@ class Plan(NamedTuple):
     def mfu(self) -> float:
         """Part of the bf16 peak, by the operations that the model needs: recomputation does not count."""
         job = self.job
-        head = 1.0 if job.is_causal else MASKED_FRACTION
-        flops = train_flops_per_token(job.architecture, job.seq_length, job.is_causal, head)
+        rows = job.input_length / job.seq_length
+        head = (1.0 if job.is_causal else MASKED_FRACTION) / rows
+        flops = rows * train_flops_per_token(job.architecture, job.input_length, job.is_causal, head)
         return self.tokens_per_second * flops / (self.cluster.bf16_tflops * 1e12)
 
     @property

@@ -124,7 +124,7 @@ def layer_work(job: Job, nvlink_domain: int) -> Work:
         mlp = weights_met * job.routed_rows * job.imbalance + between * a.hidden_size * a.num_experts
     else:
         mlp = 3 * a.hidden_size * a.intermediate_size / tp * tokens
-    keys_met = job.seq_length / 2 if job.is_causal else job.seq_length
+    keys_met = job.seq_length / 2 if job.is_causal else job.input_length
     attention = 4 * queries / tp * keys_met * tokens * (1 + share + ATTENTION_BACKWARD)
     attention *= 1 + job.recomputes("core_attn") / (1 + ATTENTION_BACKWARD)
     mlp_passes = passes + job.recomputes("moe" if a.is_moe else "mlp")
@@ -274,7 +274,7 @@ def _host_time(job: Job, use: Efficiencies, busy: float) -> float:
 def _head_time(job: Job, cluster: Cluster, use: Efficiencies) -> float:
     """Seconds of the head and the loss for a micro-batch, in bf16, spread over the stages as a pipeline spreads it."""
     a = job.architecture
-    rows = job.tokens * (1.0 if job.is_causal else MASKED_FRACTION)
+    rows = job.tokens * job.seq_length / job.input_length * (1.0 if job.is_causal else MASKED_FRACTION)
     logits = rows * a.vocab_size / job.tensor_model_parallel_size
     products = 3 * 2 * logits * a.hidden_size / (cluster.bf16_tflops * 1e12 * use.matmul_bf16)
     # Written in bf16, read and written in fp32 by each of the loss's passes, and back.

@@ -85,9 +85,10 @@ def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]
     tokens, labels, weights = (
         own_piece(rows.to(device()), dim=1) for rows in (batch.tokens, batch.labels, batch.weights)
     )
-    documents, positions = (None if rows is None else rows.to(device()) for rows in (batch.documents, batch.positions))
+    whole = (batch.documents, batch.positions, batch.annealing, batch.levels)
+    attention = [None if rows is None else rows.to(device()) for rows in whole]
     batch = batch._replace(tokens=tokens, labels=labels, weights=weights)
-    return model(batch.tokens, batch.labels, batch.weights > 0, documents, positions), partial(_loss, batch)
+    return model(batch.tokens, batch.labels, batch.weights > 0, *attention), partial(_loss, batch)
 
 
 def _loss(batch: Batch, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:

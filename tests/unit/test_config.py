@@ -12,11 +12,13 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig, build, settings
+from megatron_a2d.conversion.qwen3 import named_architecture
 from megatron_a2d.errors import UserError
 
 MOE = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
 DENSE = replace(MOE, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
+OBJECTIVES = sorted((RECIPES[0].parent / "objectives").glob("*.yaml"))
 
 
 def parse(*argv: str) -> RunConfig:
@@ -60,7 +62,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         )
     text = "\n".join(error.value.problems)
     assert len(error.value.problems) == 7
-    for part in ("lrr (did you mean lr", "seq_length many", "bf16 3", "--objective mlm: must be one of mdlm, ar",
+    for part in ("lrr (did you mean lr", "seq_length many", "bf16 3", "--objective mlm: must be one of mdlm, block, ar",
                  "--lr fast: must be a number", "--train-iters 1.5: must be a whole", "role=factor"):  # fmt: skip
         assert part in text
 
@@ -158,6 +160,19 @@ def test_bad_layouts_and_values(values: dict, architecture: Architecture, world_
     problems = find_problems(build(base | values), architecture, world_size)
     assert any(message in problem for problem in problems), problems
     assert all(problem.startswith("--") for problem in problems)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("base", ["demo_cpu", "qwen3_8b"])
+def test_every_objective_goes_with_a_recipe(objective: Path, base: str) -> None:
+    """The later file wins; what it says is in force, whichever model it is added to."""
+    recipe = next(path for path in RECIPES if path.stem == base)
+    config, alone = parse("--config", str(recipe), str(objective)), parse("--config", str(recipe))
+    chosen = yaml.safe_load(objective.read_text())
+    assert {name: config.to_dict()[name] for name in chosen} == chosen
+    assert config.training == alone.training and config != alone
+    model = config.training.model
+    assert not find_problems(config, named_architecture(model) if model else MOE, 8 if model else 2)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

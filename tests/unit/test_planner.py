@@ -160,6 +160,13 @@ def test_mfu_is_by_the_bidirectional_formula() -> None:
     assert found.cost == pytest.approx(found.days * 24 * 64 * B200.price_per_gpu_hour)
     autoregressive = make_plan(build(GPU_RUN | {"expert_model_parallel_size": 8, "objective": "ar"}), MOE, B200, 64)
     assert autoregressive.time.attention == pytest.approx(found.time.attention / 2)
+    block = make_plan(
+        build(GPU_RUN | {"expert_model_parallel_size": 8, "objective": "block", "block_length": 32}), MOE, B200, 64
+    )
+    assert block.time.attention == pytest.approx(4 * found.time.attention), "twice the rows, of twice the keys"
+    assert (
+        block.time.head == pytest.approx(found.time.head) and block.memory.activations == 2 * found.memory.activations
+    )
 
 
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
