@@ -25,14 +25,16 @@ HF ?=
 CHECKPOINT ?=
 MODEL ?=
 RECIPE ?=
+CLUSTER ?=
+GPUS ?=
 REPO ?=
 DATA ?=
 CONFIG ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-parity test-faults test-slurm check data convert-hf train export verify \
-  inspect publish generate evaluate bench bench-convert
+.PHONY: help setup demo test test-latest test-parity test-faults test-slurm check data convert-hf train plan export \
+  verify inspect publish generate evaluate bench bench-convert
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -97,6 +99,10 @@ convert-hf: setup  ## HF (directory or hub id) -> checkpoint OUT
 train: setup  ## RECIPE on NPROC processes of this machine
 	$(call needs,RECIPE)
 	NPROC=$(NPROC) launch/train.sh --config $(RECIPE) $(ARGS)
+
+plan: setup  ## RECIPE on GPUS of CLUSTER (h100, h200, b200, ...): the best layouts, their memory, time and cost
+	$(call needs,RECIPE CLUSTER GPUS)
+	@$(BIN)/python -m megatron_a2d.plan --config $(RECIPE) --cluster $(CLUSTER) --gpus $(GPUS) $(ARGS)
 
 export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d, qwen3)
 	$(call needs,CHECKPOINT OUT)

@@ -18,6 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_a2d*", "data_prep*", "checkpoints_tools*"]),
+    package_data={"megatron_a2d.planner": ["published.yaml"]},
     install_requires=[
         "torch>=2.8",
         # 0.17 and later need Python 3.12; runtime/upstream.py has what differs.

@@ -150,6 +150,9 @@ class OptimizationConfig:
 class TrainingConfig:
     """The loop."""
 
+    model: str | None = None
+    """the model that a recipe is for: a name such as Qwen/Qwen3-8B-Base, or a directory with a config.json; a
+    checkpoint of another shape is refused"""
     load: str | None = None
     """checkpoint to start or resume from (convert_hf writes the first one)"""
     save: str | None = None

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 8 -m megatron_a2d.train --config launch/recipes/NAME.yaml --load CKPT --save RUN
     python -m megatron_a2d.train --config ... --load CKPT --dry-run --world-size 64     # check, on any machine
+    python -m megatron_a2d.train --config ... --dry-run --settings-only --world-size 64 --cluster h100    # no weights
 
 The loop is in training/loop.py; what is built before it, in training/setup.py; where it starts, in training/resume.py.
 What its exit codes mean: exit_codes.py.
@@ -15,24 +16,34 @@ import signal
 import sys
 import time
 import warnings
-from pathlib import Path
 
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
+from megatron_a2d.conversion.qwen3 import named_architecture
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import hold_directory
+from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
+from megatron_a2d.planner.job import job_of
+from megatron_a2d.planner.memory import memory
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="megatron_a2d.train", description="Train a masked diffusion or autoregressive Qwen3.")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and end")
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to check for")
+    parser.add_argument(
+        "--settings-only", action="store_true", help="with --dry-run: for the shape of --model; no checkpoint, no data"
+    )
+    add_cluster(parser)
     config, options = parse_run(parser, argv)
     if options.world_size is not None and not options.dry_run:
         raise UserError("--world-size: only goes with --dry-run; torchrun decides the number of processes")
+    if options.settings_only and not options.dry_run:
+        raise UserError("--settings-only: only goes with --dry-run; a run needs weights and data")
+    cluster = read_cluster(options.cluster) if options.cluster else None
 
     # A message for each module of megatron.core that finds no GPU library says nothing to the user.
     warnings.filterwarnings("ignore")
@@ -51,9 +62,14 @@ def main(argv: list[str] | None = None) -> None:
         # The first rank alone looks into files; while it does, the others wait for it to join the process group.
         if parallel.rank() == 0 and config.training.save and not options.dry_run:
             hold_directory(config.training.save, "--save")
-        first = check_run(config, processes) if parallel.rank() == 0 else None
+        if options.settings_only:
+            architecture = _check_settings(config, processes, cluster)
+            print(describe(config, architecture, f"{config.training.model}, its shape alone", processes, cluster))
+            return
+        first = check_run(config, processes, cluster) if parallel.rank() == 0 else None
         if first:
-            print(describe(config, first.architecture, first.start.directory, processes), flush=True)
+            start = str(first.start.directory)
+            print(describe(config, first.architecture, start, processes, cluster), flush=True)
         if options.dry_run:
             return
         if problems := find_problems(config, None, processes):
@@ -75,7 +91,22 @@ def main(argv: list[str] | None = None) -> None:
         raise
 
 
-def describe(config: RunConfig, architecture: Architecture, start: Path, processes: int) -> str:
+def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) -> Architecture:
+    """What can be wrong with settings alone; UserError with all of it. Returns the shape of --model."""
+    from megatron_a2d.training.checked import check_memory
+
+    if not config.training.model:
+        raise UserError("--settings-only: needs --model, whose shape the settings are checked for; name it")
+    architecture = named_architecture(config.training.model)
+    if problems := find_problems(config, architecture, processes):
+        raise UserError(problems)
+    check_memory(config, architecture, processes, cluster)
+    return architecture
+
+
+def describe(
+    config: RunConfig, architecture: Architecture, start: str, processes: int, cluster: Cluster | None = None
+) -> str:
     """The sizes of a run, as it and --dry-run print them."""
     parallel, training, data = config.parallel, config.training, config.data
     tp, pp, cp, ep, etp = (
@@ -91,9 +122,10 @@ def describe(config: RunConfig, architecture: Architecture, start: Path, process
     if architecture.is_moe:
         model += f", {human(architecture.num_active_parameters())} active"
     microbatches = training.global_batch_size // (training.micro_batch_size * dp)
-    state = human(state_bytes(config, architecture, processes), "B")
+    need = memory(job_of(config, architecture, processes, cluster), cluster)
+    parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in need._asdict().items() if size)
     lines = [
-        ("start", str(start)),
+        ("start", start),
         ("model", model),
         ("layout", f"{processes} processes = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}"),
         (
@@ -102,26 +134,12 @@ def describe(config: RunConfig, architecture: Architecture, start: Path, process
             f"{microbatches} micro-batches of {training.micro_batch_size}",
         ),
         ("run", f"{training.train_iters} iterations = {human(training.train_iters * tokens)} tokens"),
-        ("state", f"{state} a process: weights, gradients, optimizer (activations come on top)"),
+        (
+            "memory",
+            f"{need.total / 2**30:.3g} GiB a process on GPUs{f', of {cluster.memory_gib}' if cluster else ''}: {parts}",
+        ),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
-
-
-def state_bytes(config: RunConfig, architecture: Architecture, processes: int) -> float:
-    """Bytes of weights, gradients and Adam state on a process, layers spread evenly over stages."""
-    parallel = config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    experts = 3 * architecture.hidden_size * architecture.moe_intermediate_size * architecture.num_experts
-    expert_weights = experts * architecture.num_layers / (ep * pp)
-    other_weights = (architecture.num_parameters() - experts * architecture.num_layers) / (tp * pp)
-    # bf16: 2 bytes weight, 4 gradient, 12 main weight and moments; fp32: 4, 4, 8.
-    weight_and_gradient, optimizer = (6, 12) if config.training.bf16 else (8, 8)
-    sharded = parallel.use_distributed_optimizer
-    expert_replicas, replicas = (processes // (pp * ep), processes // (tp * pp)) if sharded else (1, 1)
-    return expert_weights * (weight_and_gradient + optimizer / expert_replicas) + other_weights * (
-        weight_and_gradient + optimizer / replicas
-    )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from megatron_a2d.config import RunConfig
 from megatron_a2d.console import console, entry_point
 from megatron_a2d.errors import UserError
 from megatron_a2d.exit_codes import USER_ERROR
+from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
 from megatron_a2d.preflight import judge, network
 from megatron_a2d.preflight.facts import Facts, check_files, gather_facts, sizes
 
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
             prog="megatron_a2d.preflight", description="Check nodes, network, data and checkpoint of a run."
         )
         parser.add_argument("--thorough", action="store_true", help="compare checksums, and move larger messages")
+        add_cluster(parser)
         config, options = parse_run(parser, argv)
+        cluster = read_cluster(options.cluster) if options.cluster else None
         if problems := find_setting_problems(config, None, parallel.world_size()):
             raise UserError(problems)
     except UserError:
@@ -63,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(USER_ERROR)
         raise
     training = dataclasses.replace(config.training, verify_checkpoint=options.thorough)
-    _check_all(dataclasses.replace(config, training=training), options.thorough)
+    _check_all(dataclasses.replace(config, training=training), options.thorough, cluster)
 
 
-def _check_all(config: RunConfig, thorough: bool) -> None:
+def _check_all(config: RunConfig, thorough: bool, cluster: Cluster | None) -> None:
     from megatron_a2d.training import parallel
 
     rank, size = parallel.rank(), parallel.world_size()
@@ -75,7 +78,7 @@ def _check_all(config: RunConfig, thorough: bool) -> None:
     store.set(f"arrived/{rank}", json.dumps(dataclasses.asdict(mine)))
     arrived = {}
     if rank == 0:
-        inputs, checkpoint_bytes, problems = _check_run(config, size)
+        inputs, checkpoint_bytes, problems = _check_run(config, size, cluster)
         if not problems:
             arrived = _wait_for(store, "arrived", size)
             # Where there are GPUs on one node and none on another, the network is not worth a try.
@@ -109,12 +112,12 @@ def _check_all(config: RunConfig, thorough: bool) -> None:
     _end(rank, problems)
 
 
-def _check_run(config: RunConfig, size: int) -> tuple[dict[str, int], float, list[str]]:
+def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[dict[str, int], float, list[str]]:
     """Sizes of what the run reads, the size of its checkpoints, and what is wrong with either."""
     from megatron_a2d.training.checked import check_run, input_files
 
     try:
-        checked = check_run(config, size)
+        checked = check_run(config, size, cluster)
     except UserError as error:
         return {}, 0.0, error.problems
     # Weights in the type of training, and Adam's state and main weights in fp32.

@@ -17,7 +17,7 @@ LEVELS = {
     "diffusion": 1, "conversion": 1, "hf": 1,
     "runtime": 2, "model": 2, "data": 2,
     "training": 3, "study": 3, "verification": 3, "inference": 3, "evaluation": 3,
-    "live_view": 3, "replay_page": 3, "train": 4, "generate": 4, "evaluate": 4, "preflight": 4,
+    "live_view": 3, "replay_page": 3, "planner": 3, "train": 4, "generate": 4, "evaluate": 4, "plan": 4, "preflight": 4,
 }  # fmt: skip
 STRANGERS = {("diffusion", "conversion"), ("diffusion", "hf"), ("conversion", "diffusion"), ("hf", "diffusion"), ("hf", "conversion"), ("conversion", "hf"),
              ("model", "data"), ("data", "model")}  # fmt: skip
