@@ -31,10 +31,11 @@ REPO ?=
 DATA ?=
 CONFIG ?=
 ARGS ?=
+NAME ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-latest test-parity test-faults test-slurm check data convert-hf train plan export \
-  verify inspect publish generate evaluate bench bench-convert
+  verify inspect publish generate evaluate study bench bench-convert
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -131,6 +132,13 @@ generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' 
 	@$(BIN)/python -m megatron_a2d.generate --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT") \
 	  $(if $(PREFIX),--prefix "$$PREFIX" --suffix "$$SUFFIX") $(ARGS)
 
+study: setup  ## the study NAME on a small model, offline; its runs, table, plots and page in OUT/NAME
+	$(call needs,NAME OUT)
+	$(BIN)/python -m launch.study_base --out $(OUT)/base
+	OMP_NUM_THREADS=1 $(BIN)/python -m megatron_a2d.study $(NAME) --out $(OUT)/$(NAME) \
+	  --config launch/recipes/study_laptop.yaml --load $(OUT)/base/ar \
+	  --train-data-path $(OUT)/base/corpus_train --valid-data-path $(OUT)/base/corpus_valid $(ARGS)
+
 bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.train_step --out bench/results/train_step_cpu.json
 	$(BIN)/python -m bench.masked_head --out bench/results/masked_head_cpu.json
@@ -139,6 +147,7 @@ bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.loader --out bench/results/loader_cpu.json
 	$(BIN)/python -m bench.sampling --out bench/results/sampling_cpu.json
 	$(BIN)/python -m bench.likelihood --out bench/results/likelihood_cpu.json
+	$(BIN)/python -m bench.monitoring --out bench/results/monitoring_cpu.json
 
 bench-convert: setup  ## conversion against cp on a checkpoint of 8.7 GB: time and memory; takes 18 GB of disk
 	$(BIN)/python -m bench.convert --out bench/results/convert_cpu.json $(ARGS)

@@ -20,12 +20,17 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from launch.untrained import write_untrained_model
 from megatron_a2d.architecture import read_architecture
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human
 from megatron_a2d.errors import UserError
 
 VOCAB_SIZE = 4096
+SHAPE: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+    head_dim=32, intermediate_size=512, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192,
+)  # fmt: skip
 PREFIX = "def read_lines(path):\n    with open("
 SUFFIX = ") as file:\n        return file.readlines()\n"
 PROMPT = "class Stack:\n    def __init__(self):\n        "
@@ -64,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     data = ("--train-data-path", out / "corpus_train", "--valid-data-path", out / "corpus_valid")
 
     _title("2  The upstream lab: a tiny Qwen3-MoE, pretrained autoregressively")
-    _write_untrained_model(out / "untrained", tokenizer)
+    write_untrained_model(out / "untrained", tokenizer, **SHAPE)
     _make("convert-hf", HF=out / "untrained", OUT=out / "untrained_checkpoint")
     _train("launch/recipes/demo_ar.yaml", out / "untrained_checkpoint", out / "ar_run", data)
     _make("export", CHECKPOINT=out / "ar_run", OUT=out / "qwen3_tiny_moe", FORMAT="qwen3")
@@ -132,32 +137,6 @@ def _quote(word: str) -> str:
         return shlex.quote(word)
     name, _, value = word.partition("=")
     return f"{name}=$'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-
-
-def _write_untrained_model(directory: Path, tokenizer: Path) -> None:
-    """An ordinary Hugging Face Qwen3-MoE directory with random weights."""
-    import torch
-    from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-    ids = json.loads((tokenizer / "tokenizer_config.json").read_text())
-    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())
-    id_of = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
-    special = {"eos_token_id": id_of[ids["eos_token"]], "pad_token_id": id_of[ids["pad_token"]]}
-    config = Qwen3MoeConfig(  # type: ignore[call-arg]
-        vocab_size=VOCAB_SIZE, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-        head_dim=32, intermediate_size=512, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192,
-        norm_topk_prob=True, max_position_embeddings=2048, rope_theta=1e6, tie_word_embeddings=False, **special,
-    )  # fmt: skip
-    torch.manual_seed(1234)
-    model = Qwen3MoeForCausalLM(config)
-    model.generation_config = GenerationConfig(**special)
-    model.save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, directory / name)
-    console.print(f"{directory}: Qwen3MoeForCausalLM, {human(model.num_parameters())} parameters, untrained")
 
 
 def _closing_table(out: Path, seconds: float) -> Table:

@@ -126,6 +126,10 @@ def _objective_problems(config: RunConfig) -> list[str]:
 
     belongs("cart_p", diffusion.loss_weights == "cart", "--loss-weights cart")
     need("cart_p", 0 < diffusion.cart_p <= 1, "must lie above 0 and be at most 1; 0.8 is Dream's")
+    need(
+        "mask_sampling", not is_block or diffusion.mask_sampling == "bernoulli",
+        "does not go with --objective block, whose blocks have times of their own; use bernoulli",
+    )  # fmt: skip
     for name in ("block_length", "ar_loss_weight"):
         belongs(name, is_block, "--objective block")
     need("block_length", not is_block or diffusion.block_length >= 1, "--objective block needs at least 1 token")

@@ -101,6 +101,10 @@ class DiffusionConfig:
     """times of consecutive samples: evenly spread, or independent"""
     min_time: float = 1e-3
     """smallest time; a masked token weighs up to 1 / min_time"""
+    mask_sampling: Literal["bernoulli", "exact_count"] = "bernoulli"
+    """in training, mask every token by a chance of its own, or exactly the share of tokens that the time asks for"""
+    mask_embedding: Literal["as_is", "mean"] = "as_is"
+    """the mask token's row of the embedding when conversion begins: as --load has it, or the mean of all rows"""
     label_shift: bool = True
     """row i predicts token i + 1, as the autoregressive model does; without: row i predicts token i (LLaDA)"""
     loss_weights: Literal["mdlm", "uniform", "cart"] = "mdlm"
@@ -195,6 +199,9 @@ class TrainingConfig:
     """global batches in a validation"""
     log_interval: int = 10
     """iterations between log lines"""
+    monitor: bool = True
+    """also log gradients, updates and drift by role, routers and gradient noise; the host keeps a copy of the first
+    weights"""
     tensorboard_dir: str | None = None
     """TensorBoard directory; default: tensorboard/ in --save"""
     profile: bool = False

@@ -51,7 +51,7 @@ def corrupt_blocks(
     probability_L = np.repeat([noise.functions.mask_probability(time) for time in times], block_length)[:length]
     masked_L = (noise.uniforms(sample_index, length) < probability_L) & maskable_L
     weights_L = np.concatenate([
-        token_weights(noise, time, masked_L[start : start + block_length])
+        token_weights(noise, noise.functions.weight(time), masked_L[start : start + block_length])
         for start, time in zip(starts, times, strict=True)
     ])  # fmt: skip
     next_L, next_weights_L = shift(tokens_L, weights_L)

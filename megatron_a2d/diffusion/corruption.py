@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_a2d.diffusion.exact_count import hide_exactly
 from megatron_a2d.diffusion.noise import Noise
 from megatron_a2d.diffusion.weights import token_weights
 from megatron_a2d.errors import UserError
@@ -49,9 +50,13 @@ def corrupt(
     check_text(tokens_L, sample_index, noise)
     time = noise.time(sample_index)
     maskable_L = maskable_tokens(tokens_L, noise.label_shift, documents_L, visible_token_id)
-    masked_L = noise.uniforms(sample_index, len(tokens_L)) < noise.functions.mask_probability(time)
-    masked_L &= maskable_L
-    weights_L = token_weights(noise, time, masked_L, documents_L)
+    if noise.mask_sampling == "exact_count":
+        masked_L, bound_weight = hide_exactly(noise, time, sample_index, maskable_L)
+    else:
+        masked_L = noise.uniforms(sample_index, len(tokens_L)) < noise.functions.mask_probability(time)
+        masked_L &= maskable_L
+        bound_weight = noise.functions.weight(time)
+    weights_L = token_weights(noise, bound_weight, masked_L, documents_L)
     labels_L = tokens_L
     if noise.label_shift:
         labels_L, weights_L = shift(tokens_L, weights_L)

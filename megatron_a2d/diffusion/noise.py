@@ -35,6 +35,7 @@ class Noise:
     time_sampling: str = "low_discrepancy"
     min_time: float = 1e-3
     label_shift: bool = True
+    mask_sampling: str = "bernoulli"
     loss_weights: str = "mdlm"
     cart_p: float = 0.8
 

@@ -17,14 +17,19 @@ from typing import NamedTuple
 
 
 class Schedule(NamedTuple):
-    """Both functions take a time in (0, 1]."""
+    """`mask_probability` and `weight` take a time in (0, 1]; `time` is the inverse of the first, on [0, 1]."""
 
     mask_probability: Callable[[float], float]
     weight: Callable[[float], float]
+    time: Callable[[float], float]
 
 
 def _cosine_mask_probability(t: float) -> float:
     return math.cos(math.pi / 2 * (1 - t))
+
+
+def _cosine_time(m: float) -> float:
+    return 1 - 2 / math.pi * math.acos(min(m, 1.0))
 
 
 def _cosine_weight(t: float) -> float:
@@ -33,7 +38,7 @@ def _cosine_weight(t: float) -> float:
 
 SCHEDULES: dict[str, Schedule] = {
     # m = t: the ratio of masked tokens is uniform (LLaDA, Nie et al. 2025; RND1).
-    "linear": Schedule(mask_probability=lambda t: t, weight=lambda t: 1 / t),
+    "linear": Schedule(mask_probability=lambda t: t, weight=lambda t: 1 / t, time=lambda m: m),
     # alpha = 1 - cos(pi/2 (1 - t)): more time at high ratios (MDLM, appendix on schedules).
-    "cosine": Schedule(mask_probability=_cosine_mask_probability, weight=_cosine_weight),
+    "cosine": Schedule(mask_probability=_cosine_mask_probability, weight=_cosine_weight, time=_cosine_time),
 }

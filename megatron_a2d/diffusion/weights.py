@@ -25,10 +25,12 @@ from megatron_a2d.diffusion.schedule import SCHEDULES
 _SMALLEST_PART = 1e-12
 
 
-def token_weights(noise: Noise, time: float, masked_L: np.ndarray, documents_L: np.ndarray | None = None) -> np.ndarray:
-    """The weight of each masked token, 0 elsewhere; [L] float32. `masked_L` is bool."""
+def token_weights(
+    noise: Noise, bound_weight: float, masked_L: np.ndarray, documents_L: np.ndarray | None = None
+) -> np.ndarray:
+    """The weight of each masked token, 0 elsewhere; [L] float32. `masked_L` is bool; `bound_weight` is mdlm's."""
     if noise.loss_weights == "mdlm":
-        return masked_L * np.float32(noise.functions.weight(time))
+        return masked_L * np.float32(bound_weight)
     if noise.loss_weights == "uniform":
         return masked_L * np.float32(1 / _mean_over_times(noise, _masked))
     weights_L = context(~masked_L, noise.cart_p, documents_L) / _mean_over_times(noise, _masked_and_visible)

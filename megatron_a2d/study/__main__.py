@@ -1,25 +1,38 @@
-"""Draw what a run did.
+"""Studies of conversion, and reports of runs.
 
-python -m megatron_a2d.study report RUN [--out loss.png]     RUN is a --save directory
+    python -m megatron_a2d.study NAME --out DIR --config RECIPE --load CKPT --train-data-path P --valid-data-path P
+    python -m megatron_a2d.study report RUN [--out page.png]     draw a run; RUN is a --save directory
+
+A study (`make study` runs one on a small model, offline) is resumable: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
+from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.study.command import STUDIES, run_study, usage
 from megatron_a2d.study.report import draw_run
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="megatron_a2d.study", description="Draw what a run did.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    report = commands.add_parser("report", help="the loss, accuracy, gradient norm and learning rate of a run as PNG")
-    report.add_argument("run", type=Path, help="the run's --save directory")
-    report.add_argument("--out", type=Path, default=None, help="the image; default: RUN/report.png")
-    options = parser.parse_args(argv)
-    print(draw_run(options.run, options.out or options.run / "report.png"))
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nstudies, each with --help:\n{usage()}")
+    elif name == "report":
+        parser = Parser(prog="python -m megatron_a2d.study report", description="Draw what a run did, as one PNG.")
+        parser.add_argument("run", type=Path, help="the run's --save directory")
+        parser.add_argument("--out", type=Path, default=None, help="the image; default: RUN/report.png")
+        options = parser.parse_args(rest)
+        print(draw_run(options.run, options.out or options.run / "report.png"))
+    elif name in STUDIES:
+        run_study(name, rest)
+    else:
+        known = ("report", *STUDIES)
+        raise UserError(f"{name}: no such study{nearest(name, known)}; there are {', '.join(known)}")
 
 
 if __name__ == "__main__":

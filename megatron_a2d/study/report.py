@@ -1,22 +1,54 @@
-"""A run's log.jsonl as one image."""
+"""A run's log.jsonl as one page of plots: whatever of it the run has measured."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_file
+from megatron_a2d.study.page import figure
+
+Record = dict[str, Any]
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
+class Panel(NamedTuple):
+    """Curves of training records by dotted key (`router.load_masked`); a dictionary's key gives one for each entry."""
+
+    title: str
+    keys: tuple[str, ...]
+    validation: str = ""  # drawn with it, with its standard error
+    logarithmic: bool = False
+
+
+PANELS = (
+    Panel("loss, nats a token", ("loss",), "nelbo"),
+    Panel("loss weighted and unweighted", ("loss", "cross_entropy")),
+    Panel("loss by time", ("loss_by_time",)),
+    Panel("accuracy on rows with loss", ("accuracy",), "accuracy"),
+    Panel("accuracy by mask ratio", ("accuracy_by_mask_ratio",)),
+    Panel("gradient norm", ("grad_norm",)),
+    Panel("gradient norm by role", ("grad_norm_by_role",), logarithmic=True),
+    Panel("update over weight by role", ("update_ratio_by_role",), logarithmic=True),
+    Panel("drift from the start by role", ("drift_by_role",)),
+    Panel("gradient noise scale, samples", ("noise_scale",), logarithmic=True),
+    Panel("learning rate", ("lr",)),
+    Panel("busiest expert over an even share", ("router.load_masked", "router.load_visible")),
+    Panel("entropy of a token's experts, nats", ("router.entropy_masked", "router.entropy_visible")),
+    Panel("routers: masked against visible", ("router.load_difference",)),
+    Panel("tokens dropped, and above an even share", ("router.dropped", "router.overflow")),
+    Panel("tokens a second", ("tokens_per_second",)),
+)
+
+
+def read_log(run: Path) -> list[Record]:
     """The records of a run. A resumed run repeats iterations: the newest record of each stands."""
     path = run / "log.jsonl"
     if not path.is_file():
         raise UserError(f"{run}: has no log.jsonl; give the --save directory of a run")
-    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    newest: dict[tuple[Any, ...], Record] = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -29,46 +61,72 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def draw_run(run: Path, image: Path) -> Path:
-    """Draw loss and validation, accuracy, gradient norm and learning rate over iterations; returns `image`."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("matplotlib: is not installed; pip install 'megatron_a2d[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draw the panels that the run has numbers for, over iterations; returns `image`."""
     records = read_log(run)
     train = sorted((r for r in records if r["kind"] == "train"), key=lambda r: r["iteration"])
     valid = sorted((r for r in records if r["kind"] == "validation"), key=lambda r: r["iteration"])
     if not train:
         raise UserError(f"{run}/log.jsonl: holds no training record yet; wait for the first --log-interval")
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    panels = (
-        ("loss", "nelbo", "loss, nats a token"),
-        ("accuracy", "accuracy", "accuracy on rows with loss"),
-        ("grad_norm", None, "gradient norm"),
-        ("lr", None, "learning rate"),
-    )
-    for axis, (key, validation_key, title) in zip(axes.flat, panels, strict=True):
-        values = [math.nan if record[key] is None else record[key] for record in train]
-        axis.plot([record["iteration"] for record in train], values, label="training", linewidth=1)
-        sources = list(dict.fromkeys(record.get("source") for record in valid)) if validation_key else []
-        for number, source in enumerate(sources):
-            of_source = [record for record in valid if record.get("source") == source]
-            held_out = f"held out, {source}" if source else "held out"
-            axis.errorbar(
-                [r["iteration"] for r in of_source],
-                [r[str(validation_key)] for r in of_source],
-                [r[f"{validation_key}_standard_error"] for r in of_source],
-                fmt="o", capsize=3, color=f"C{3 + number}", label=f"{held_out} (± standard error)",
-            )  # fmt: skip
-        if sources:
-            axis.legend()
-        axis.set_title(title)
-        axis.set_xlabel("iteration")
-        axis.grid(alpha=0.3)
-    figure.suptitle(str(run))
-    with new_file(image) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
+    panels = [(panel, found) for panel in PANELS if (found := _curves(panel, train))]
+    columns = min(4, math.ceil(math.sqrt(len(panels))))
+    rows = math.ceil(len(panels) / columns)
+    with figure(image, columns, rows, size=(4.6, 3.3), title=run.resolve().name) as axes:
+        for axis, (panel, found) in zip(axes, panels, strict=False):
+            _draw(axis, panel, found, valid)
+        for axis in axes[len(panels) :]:
+            axis.remove()
     return image
+
+
+Curves = dict[str, tuple[list[int], list[float]]]
+
+
+def _curves(panel: Panel, train: Sequence[Record]) -> Curves:
+    """Iterations and values of each of a panel's curves."""
+    found: Curves = {}
+    for record in train:
+        for key in panel.keys:
+            value: Any = record
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            named = value if isinstance(value, dict) else {key.rpartition(".")[2]: value}
+            for name, number in named.items():
+                if number is not None and (number > 0 or not panel.logarithmic):
+                    iterations, values = found.setdefault(name, ([], []))
+                    iterations.append(record["iteration"])
+                    values.append(number)
+    return found
+
+
+def _draw(axis: Any, panel: Panel, found: Curves, valid: Sequence[Record]) -> None:
+    shade = _shades(found)
+    for name in sorted(found) if shade else found:
+        iterations, values = found[name]
+        options = {"color": shade(float(name))} if shade else {}
+        label = "training" if panel.validation else name.replace("_", " ")
+        axis.plot(iterations, values, label=label, linewidth=1, marker="." if len(values) == 1 else None, **options)
+    sources = list(dict.fromkeys(record.get("source") for record in valid)) if panel.validation else []
+    for number, source in enumerate(sources):
+        of_source = [record for record in valid if record.get("source") == source]
+        axis.errorbar(
+            [r["iteration"] for r in of_source],
+            [r[panel.validation] for r in of_source],
+            [r[f"{panel.validation}_standard_error"] for r in of_source],
+            fmt="o", capsize=3, color=f"C{3 + number}",
+            label=f"held out{f', {source}' if source else ''} (± standard error)",
+        )  # fmt: skip
+    if panel.logarithmic:
+        axis.set_yscale("log")
+    if len(found) > 1 or sources:
+        axis.legend(fontsize=6, ncols=2 if len(found) > 5 else 1)
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel("iteration", fontsize=8)
+
+
+def _shades(found: Curves) -> Callable[[float], Any] | None:
+    """A colour by number where all curves are named by numbers: the lower ends of buckets."""
+    if not all(name.replace(".", "", 1).isdigit() for name in found):
+        return None
+    from matplotlib import colormaps
+
+    return lambda value: colormaps["viridis"](value)

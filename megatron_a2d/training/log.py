@@ -16,8 +16,36 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import console, human
+from megatron_a2d.files import finite
 from megatron_a2d.training.stopping import SkippedSteps
 from megatron_a2d.training.validation import ValidationResult
+
+# TensorBoard's page of custom scalars: a category a question, the most asked one first. Tags are regular expressions.
+LAYOUT = {
+    "1 does it learn": {
+        "loss, and held out": ["Multiline", ["train/loss$", "validation(/[^/]*)?/nelbo$"]],
+        "loss by time": ["Multiline", ["train/loss_by_time/"]],
+        "accuracy by mask ratio": ["Multiline", ["train/accuracy_by_mask_ratio/"]],
+        "loss weighted and unweighted": ["Multiline", ["train/(loss|cross_entropy)$"]],
+    },
+    "2 is it stable": {
+        "gradient norm by role": ["Multiline", ["train/grad_norm(_by_role/.*)?$"]],
+        "update over weight by role": ["Multiline", ["train/update_ratio_by_role/"]],
+        "drift from the start by role": ["Multiline", ["train/drift_by_role/"]],
+        "gradient noise scale, samples": ["Multiline", ["train/noise_scale$"]],
+        "learning rate": ["Multiline", ["train/lr$"]],
+    },
+    "3 what do the routers do": {
+        "busiest expert over an even share": ["Multiline", ["train/router/load_(masked|visible)$"]],
+        "entropy of a token's experts, nats": ["Multiline", ["train/router/entropy_"]],
+        "difference of masked and visible loads": ["Multiline", ["train/router/load_difference$"]],
+        "tokens dropped, and above an even share": ["Multiline", ["train/router/(dropped|overflow)$"]],
+    },
+    "4 how fast": {
+        "tokens a second": ["Multiline", ["train/tokens_per_second$"]],
+        "MFU": ["Multiline", ["train/mfu$"]],
+    },
+}
 
 
 class RunLog:
@@ -37,6 +65,8 @@ class RunLog:
         tensorboard = training.tensorboard_dir or (root / "tensorboard" if root else None)
         # A resumed run writes its iterations again: TensorBoard is told to forget what lies beyond.
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=iteration) if tensorboard else None
+        if self._tensorboard:
+            self._tensorboard.add_custom_scalars(LAYOUT)
         if root:
             root.mkdir(parents=True, exist_ok=True)
         self._jsonl = open(root / "log.jsonl", "a", encoding="utf-8") if root else None  # noqa: SIM115
@@ -58,19 +88,14 @@ class RunLog:
     def event(self, kind: str, **values: Any) -> None:
         """One line of log.jsonl. A full disk does not end the run: what is not written now is written with the next."""
         if self._enabled and self._jsonl:
-            # JSON has no word for what is not a number.
-            finite = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in values.items()
-            }
-            record = {"kind": kind, "time": time.time(), **finite}
+            record = {"kind": kind, "time": time.time(), **finite(values)}
             try:
                 self._jsonl.write(json.dumps(record) + "\n")
                 self._jsonl.flush()
             except OSError as error:
                 self.say(f"warning: {self._jsonl.name}: cannot be written now ({error.strerror})")
 
-    def train(self, iteration: int, values: dict[str, float]) -> None:
+    def train(self, iteration: int, values: dict[str, Any]) -> None:
         """A log interval's means; `values` go to all three places."""
         if not self._enabled:
             return
@@ -130,8 +155,11 @@ class RunLog:
                 except OSError as error:
                     self.say(f"warning: the log is not complete ({error.strerror})")
 
-    def _curves(self, group: str, iteration: int, values: dict[str, float]) -> None:
+    def _curves(self, group: str, iteration: int, values: dict[str, Any]) -> None:
+        """Numbers become curves, those of a dictionary side by side; lists are for the JSONL file alone."""
         if self._tensorboard:
             for name, value in values.items():
-                if math.isfinite(value):
+                if isinstance(value, dict):
+                    self._curves(f"{group}/{name}", iteration, value)
+                elif isinstance(value, float | int) and math.isfinite(value):
                     self._tensorboard.add_scalar(f"{group}/{name}", value, iteration)

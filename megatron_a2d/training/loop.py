@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -20,17 +17,17 @@ from megatron_a2d.data.mixture import MixedDataset, read_mixture
 from megatron_a2d.data.scan import BackgroundScan
 from megatron_a2d.errors import UserError
 from megatron_a2d.exit_codes import NOT_FINITE
-from megatron_a2d.model.flops import train_flops_per_token
-from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.runtime.heartbeat import CHECKPOINTS, mark
 from megatron_a2d.training import parallel
 from megatron_a2d.training.log import RunLog
+from megatron_a2d.training.meter import Meter
+from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.profiling import Profile
 from megatron_a2d.training.samples import make_sample
 from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.start import begin
-from megatron_a2d.training.step import StepResult, train_step
+from megatron_a2d.training.step import train_step
 from megatron_a2d.training.stopping import SkippedSteps, SpikeDetector, StopRequests
 from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
 
@@ -40,15 +37,20 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     # Scanned by the first rank before the run (train.py); every token is checked again when it is read.
     train_data, valid_data = open_datasets(config, architecture, scan=False)
     state = build_train_state(architecture, config)
-    grafting = begin(state, config, architecture, start, weights_only)
     training = config.training
+    monitor = Monitor(config, architecture, state) if training.monitor else None
+    if monitor and not weights_only:
+        monitor.remember_start_of(config)
+    grafting = begin(state, config, architecture, start, weights_only)
+    if monitor and weights_only:
+        monitor.remember_start()
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
     saves = SaveSchedule(config, start / HF_FILES, log)
     # What has checksums is checked at every read; the rest is looked through once, while the run goes on.
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and not file.has_checksums])
-    meter, spikes = _Meter(config, architecture), SpikeDetector()
+    meter, spikes = Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     profile = Profile(config, state, log)
     shape = (training.micro_batch_size, config.input_length)
@@ -67,13 +69,16 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             mark("reading samples", state.iteration + 1, limit=patience)
             scan.check()
             state.scheduler.step(1)
+            # A regression on clean text has no part in what is watched.
+            grafts = grafting.is_active(state.iteration)
+            observer = monitor if is_logged(training, state.iteration + 1) and not grafts else None
             with profile.measure(state.iteration + 1), grafting.step(state):
-                result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
+                result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, observer)
             grafting.add_error(result.totals)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
-            meter.add(result)
+            meter.add(result, has_times=not grafts)
             profile.after(state.iteration, log)
             if skipped.add(result.grad_norm):
                 culprits = parallel.union(result.not_finite)
@@ -82,8 +87,8 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             if skipped.too_many:
                 end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", NOT_FINITE
             last = state.iteration == training.train_iters or end is not None
-            if last or state.iteration % training.log_interval == 0:
-                values = meter.read(state)
+            if last or is_logged(training, state.iteration):
+                values = meter.read(state) | (observer.read() if observer else {})
                 log.train(state.iteration, values)
                 if spikes.is_spike(values["loss"]):
                     log.spike(state.iteration, values["loss"])
@@ -107,6 +112,11 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         scan.close()
         log.close()
     return state, exit_code
+
+
+def is_logged(training: TrainingConfig, iteration: int) -> bool:
+    """Whether the iteration ends a log interval; known before it is run."""
+    return iteration == training.train_iters or iteration % training.log_interval == 0
 
 
 def _keep_batch(training: TrainingConfig, batches: MicroBatches, state: TrainState, log: RunLog) -> None:
@@ -204,59 +214,3 @@ def _validate(
     for source, dataset in valid_data.items():
         result = run_validation(state, config, architecture, dataset)
         log.validation(state.iteration, result, source if config.data.data_mixture else None)
-
-
-class _Meter:
-    """Means over a log interval, and the speed of the steps alone (validation and checkpoints are not timed)."""
-
-    def __init__(self, config: RunConfig, architecture: Architecture):
-        self._tokens_per_step = config.training.global_batch_size * config.data.seq_length
-        self._architecture, self._input_length = architecture, config.input_length
-        self._rows_per_token = config.input_length / config.data.seq_length
-        self._causal = config.diffusion.objective == "ar"
-        self._peak = peak_flops()
-        self.restart()
-
-    def restart(self) -> None:
-        self._totals = torch.zeros(5, dtype=torch.float64, device=device())
-        self._grad_norm, self._steps, self._updates, self._seconds = 0.0, 0, 0, 0.0
-        self.resume()
-
-    def resume(self) -> None:
-        self._begin = time.perf_counter()
-
-    def add(self, result: StepResult) -> None:
-        now = time.perf_counter()
-        self._seconds += now - self._begin
-        self._begin = now
-        self._steps += 1
-        if math.isfinite(result.grad_norm):  # a step that was skipped is no part of the means
-            self._totals += result.totals
-            self._grad_norm += result.grad_norm
-            self._updates += 1
-
-    def read(self, state: TrainState) -> dict[str, float]:
-        """The interval's numbers, global; collective. Starts the next interval."""
-        dist.all_reduce(self._totals)
-        weighted_loss, cross_entropy, num_rows, num_correct, num_maskable = self._totals.tolist()
-        tokens_per_second = self._steps * self._tokens_per_step / self._seconds
-        values = {
-            "loss": weighted_loss / num_maskable if num_maskable else math.nan,
-            "cross_entropy": cross_entropy / max(num_rows, 1),
-            "accuracy": num_correct / max(num_rows, 1),
-            "mask_ratio": num_rows / max(num_maskable, 1),
-            "grad_norm": self._grad_norm / max(self._updates, 1),
-            "lr": max(group["lr"] for group in state.optimizer.param_groups),
-            "tokens_per_second": tokens_per_second,
-            "consumed_samples": state.consumed_samples,
-        }
-        if self._peak:
-            flops = self._rows_per_token * train_flops_per_token(
-                self._architecture,
-                self._input_length,
-                self._causal,
-                head_fraction=values["mask_ratio"] / self._rows_per_token,
-            )
-            values["mfu"] = tokens_per_second * flops / (self._peak * dist.get_world_size())
-        self.restart()
-        return values

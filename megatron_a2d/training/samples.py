@@ -46,6 +46,8 @@ def make_sample(
             time_sampling=diffusion.time_sampling,
             min_time=diffusion.min_time,
             label_shift=diffusion.label_shift,
+            # Every validation masks as the likelihood bound has it, so that runs can be compared.
+            mask_sampling=diffusion.mask_sampling if for_training else "bernoulli",
             loss_weights=diffusion.loss_weights if for_training else "mdlm",
             cart_p=diffusion.cart_p,
         )

@@ -11,6 +11,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.grafting import Grafting
 from megatron_a2d.training.initialise import draw_weights
+from megatron_a2d.training.mask_embedding import set_to_mean
 from megatron_a2d.training.setup import TrainState
 
 
@@ -21,10 +22,22 @@ def begin(
 
     Returns the stages of --conversion grafting, which every other run has none of. Collective.
     """
-    diffusion, source = config.diffusion, config.training.load
+    diffusion = config.diffusion
     if weights_only and diffusion.conversion == "random":
         draw_weights(state, config.data.seed, architecture.initializer_range)
-        return Grafting()
+        grafting = Grafting()
+    else:
+        grafting = _load(state, config, architecture, directory, weights_only)
+    if weights_only and diffusion.mask_embedding == "mean":
+        assert architecture.mask_token_id is not None
+        set_to_mean(state, architecture.mask_token_id)
+    return grafting
+
+
+def _load(
+    state: TrainState, config: RunConfig, architecture: Architecture, directory: Path, weights_only: bool
+) -> Grafting:
+    diffusion, source = config.diffusion, config.training.load
     grafting = Grafting(diffusion.grafting_steps, architecture.num_layers)
     unfinished = grafting.is_active(0 if weights_only else iteration_of(directory))
     if unfinished and not weights_only:

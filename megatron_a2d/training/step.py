@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -28,6 +29,7 @@ class SampleLosses(NamedTuple):
     sample_index: Tensor  # [b] int64, global
     times: Tensor  # [b]
     num_maskable: Tensor  # [b] int64; 0 on all but the first of the ranks that share the samples' sequences
+    mask_ratios: Tensor  # [b], of the whole samples
     sums: SampleSums
 
 
@@ -41,6 +43,15 @@ class StepResult(NamedTuple):
     totals: Tensor  # [5] float64: weighted loss, cross-entropy, rows, correct rows, maskable tokens
     grad_norm: float
     not_finite: list[int]
+    losses: list[SampleLosses]  # of this rank
+
+
+class Observer(Protocol):
+    """Something that looks at a step while it is made (monitor.py), and changes nothing in it."""
+
+    def step(self, iteration: list[Batch]) -> AbstractContextManager[None]: ...
+
+    def update(self) -> AbstractContextManager[None]: ...
 
 
 def forward_backward(
@@ -72,33 +83,39 @@ def train_step(
     batches: Iterator[Batch],
     num_microbatches: int,
     shape: tuple[int, int],
+    observer: Observer | None = None,
 ) -> StepResult:
     """Forward, backward and update. The learning rate has been set before."""
-    with phase("optimizer"):
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-    losses = forward_backward(chunks, batches, num_microbatches, shape, forward_only=False)
+    with phase("data"):
+        iteration = [next(batches) for _ in range(num_microbatches)]
+    with observer.step(iteration) if observer else nullcontext():
+        with phase("optimizer"):
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+        losses = forward_backward(chunks, iter(iteration), num_microbatches, shape, forward_only=False)
     mark("update")
-    with phase("optimizer"):
+    with observer.update() if observer else nullcontext(), phase("optimizer"):
         grad_norm = update_parameters(optimizer)
-    return StepResult(_totals(losses), grad_norm, [] if math.isfinite(grad_norm) else _not_finite(losses))
+    not_finite = [] if math.isfinite(grad_norm) else _not_finite(losses)
+    return StepResult(loss_totals(losses), grad_norm, not_finite, losses)
 
 
 def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]:
     """megatron's `forward_step_func`: the model's output, and the function that makes a loss of it."""
     mark("micro-batch")
     batch = next(batches)
+    mask_ratios = (batch.weights > 0).sum(1) / batch.num_maskable.clamp(min=1)
     tokens, labels, weights = (
         own_piece(rows.to(device()), dim=1) for rows in (batch.tokens, batch.labels, batch.weights)
     )
     whole = (batch.documents, batch.positions, batch.annealing, batch.levels)
     attention = [None if rows is None else rows.to(device()) for rows in whole]
     batch = batch._replace(tokens=tokens, labels=labels, weights=weights)
-    return model(batch.tokens, batch.labels, batch.weights > 0, *attention), partial(_loss, batch)
+    return model(batch.tokens, batch.labels, batch.weights > 0, *attention), partial(_loss, batch, mask_ratios)
 
 
-def _loss(batch: Batch, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
+def _loss(batch: Batch, mask_ratios: Tensor, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
     """Sum of the weighted losses, not divided: megatron divides gradients by the global number of tokens."""
     has_loss_bs = batch.weights > 0
     weights_N = batch.weights[has_loss_bs]
@@ -106,7 +123,7 @@ def _loss(batch: Batch, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
     sums = sample_sums(rows.losses, weights_N, rows.correct, sample_N, len(batch.weights))
     # The ranks that share a sample's sequence have its rows in pieces; one of them counts the sample.
     num_maskable = batch.num_maskable * (parallel_state.get_context_parallel_rank() == 0)
-    losses = SampleLosses(batch.sample_index, batch.times, num_maskable, sums)
+    losses = SampleLosses(batch.sample_index, batch.times, num_maskable, mask_ratios, sums)
     denominator = num_maskable.sum().to(dtype=torch.int, device=weights_N.device)
     return (rows.losses * weights_N).sum(), denominator, losses
 
@@ -120,7 +137,7 @@ def _not_finite(losses: list[SampleLosses]) -> list[int]:
     ]
 
 
-def _totals(losses: list[SampleLosses]) -> Tensor:
+def loss_totals(losses: list[SampleLosses]) -> Tensor:
     totals = torch.zeros(5, dtype=torch.float64, device=device())
     if parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor-parallel ranks hold the same rows
         for item in losses:

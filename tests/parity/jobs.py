@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
@@ -28,10 +28,13 @@ from megatron_a2d.inference.sharded import open_sharded
 from megatron_a2d.model.layers import CoreAttention
 from megatron_a2d.training import loop, parallel
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
+from megatron_a2d.training.mask_embedding import set_to_mean
+from megatron_a2d.training.meter import Meter
+from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.start import begin
-from megatron_a2d.training.step import _totals, forward_backward
+from megatron_a2d.training.step import forward_backward, loss_totals, train_step
 from tests.tiny import MASK_TOKEN_ID
 
 # Large enough to see every part of the update, and an epsilon that keeps Adam from turning the rounding
@@ -114,6 +117,48 @@ def _split_contractions(pieces: int) -> Iterator[None]:
         yield
     finally:
         torch.matmul, torch.Tensor.matmul = original, method
+
+
+def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> dict[str, Any]:
+    """What monitoring says of the last of a few steps, speed aside."""
+    config, state, batches = _start(checkpoint, settings)
+    architecture = read_architecture(resolve(checkpoint) / "hf")
+    monitor, meter = Monitor(config, architecture, state), Meter(config, architecture)
+    monitor.remember_start()
+    shape = (config.training.micro_batch_size, config.data.seq_length)
+    for _ in range(num_steps):
+        state.scheduler.step(1)
+        meter.add(train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, monitor))
+    values = meter.read(state) | monitor.read()
+    del values["tokens_per_second"]
+    return values
+
+
+def mask_rows(checkpoint: str, settings: dict[str, Any]) -> list[tuple[list[float], list[float], list[float]]]:
+    """(before, after, mean of all rows) of the mask token's row in each table of this rank that holds it."""
+    _, state, _ = _start(checkpoint, settings)
+    originals = {name: tensor.clone() for name, tensor in _word_tables(state)}
+    set_to_mean(state, MASK_TOKEN_ID)
+    found = []
+    for name, table in _word_tables(state):
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(originals[name].T.contiguous()).T
+        row = MASK_TOKEN_ID - len(table) * parallel_state.get_tensor_model_parallel_rank()
+        if 0 <= row < len(table):
+            found.append((originals[name][row].tolist(), table[row].tolist(), whole.mean(0).tolist()))
+            others = torch.arange(len(table)) != row
+            assert torch.equal(table[others], originals[name][others])
+    return found
+
+
+def _word_tables(state: TrainState) -> list[tuple[str, torch.Tensor]]:
+    names = ("word_embeddings.weight", "output_layer.weight")
+    tied = state.models[0].share_embeddings_and_output_weights
+    return [
+        (name, parameter.detach())
+        for model in state.models
+        for name, parameter in model.named_parameters()
+        if name.endswith(names if tied else names[:1])
+    ]
 
 
 def validate(checkpoint: str, settings: dict[str, Any]) -> dict[str, float]:
@@ -230,7 +275,8 @@ def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, fl
     shape = (config.training.micro_batch_size, config.input_length)
     grafting = state.grafting  # type: ignore[attr-defined]
     with grafting.step(state):
-        totals = _totals(forward_backward(state.chunks, batches, batches.num_microbatches, shape, forward_only=False))
+        losses = forward_backward(state.chunks, batches, batches.num_microbatches, shape, forward_only=False)
+        totals = loss_totals(losses)
     grafting.add_error(totals)
     dist.all_reduce(totals)
     # The distributed optimizer leaves each rank its own part of the gradients alone.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
+import logging
 import os
 import signal
 import time
@@ -51,6 +53,12 @@ def run(settings: dict[str, Any], **faults: Any) -> dict[str, Any]:
         "newest_when_released": disturbed.newest,
         "exit_code": exit_code,
     }
+
+
+def command(module: str, arguments: list[str]) -> None:
+    """`python -m MODULE ARGUMENTS` in this process, which outlives it."""
+    with mock.patch.object(parallel, "finalize"), mock.patch.object(logging, "disable"):
+        importlib.import_module(module).main(arguments)
 
 
 @dataclass
@@ -135,8 +143,9 @@ def _poisoned(active: bool) -> Iterator[None]:
     """Every loss of this process is not a number."""
     original = step._loss
 
-    def poisoned(batch: Any, rows: Any) -> Any:
-        return original(batch, rows._replace(losses=rows.losses * float("nan")))
+    def poisoned(*arguments: Any) -> Any:
+        *before, rows = arguments
+        return original(*before, rows._replace(losses=rows.losses * float("nan")))
 
     with mock.patch.object(step, "_loss", poisoned if active else original):
         yield

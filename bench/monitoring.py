@@ -1,0 +1,66 @@
+"""What monitoring costs: a training step that is watched against one that is not.
+
+    python -m bench.monitoring [--rounds 15] [--out bench/results/monitoring_cpu.json]
+
+The model and batch of bench.train_step (MoE); both kinds of steps in turns, in one process. A run watches one step in
+each --log-interval, so its cost there is divided by that.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from pathlib import Path
+from typing import Any
+
+from bench.report import machine
+from bench.train_step import BATCH_SIZE, COMMON, LEARNING_RATE, SEQ_LENGTH, SHAPES, RandomTokens, interleave
+from megatron_a2d.cli import Parser
+from megatron_a2d.console import entry_point
+from megatron_a2d.files import write_json
+
+
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps after one warm-up")
+    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    from megatron_a2d.architecture import architecture_from_config
+    from megatron_a2d.config import build
+    from megatron_a2d.training import loop, parallel, setup, step
+    from megatron_a2d.training.monitor import Monitor
+
+    shape = COMMON | SHAPES["moe"]
+    architecture = architecture_from_config({**shape, "model_type": "qwen3_moe", "norm_topk_prob": True}, "moe")
+    config = build(dict(seq_length=SEQ_LENGTH, global_batch_size=BATCH_SIZE, micro_batch_size=4, lr=LEARNING_RATE))
+    parallel.initialize(config.parallel)
+    state = setup.build_train_state(architecture, config)
+    batches = loop.micro_batches(config, architecture, RandomTokens(), 1, 0)  # type: ignore[arg-type]
+    monitor = Monitor(config, architecture, state)
+    monitor.remember_start()
+
+    def run(observer: Monitor | None) -> None:
+        state.scheduler.step(1)
+        step.train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, (4, SEQ_LENGTH), observer)
+        if observer:
+            observer.read()
+
+    times = interleave(lambda: run(monitor), lambda: run(None), options.rounds)
+    ratio = statistics.median(watched / plain for watched, plain in times)
+    interval = config.training.log_interval
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "settings": shape | {"seq_length": SEQ_LENGTH, "batch": BATCH_SIZE, "micro_batch": 4},
+        "ratio": ratio,
+        "overhead": (ratio - 1) / interval,
+        "log_interval": interval,
+        "seconds": times,
+    }
+    print(f"a watched step takes {ratio:.2f}x the time; one in {interval}: {result['overhead']:.1%} of a run")
+    if options.out:
+        write_json(options.out, result)
+
+
+if __name__ == "__main__":
+    entry_point(main)

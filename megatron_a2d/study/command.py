@@ -1,0 +1,108 @@
+"""One study from its plan to its page: what `python -m megatron_a2d.study NAME` does."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from pathlib import Path
+
+from megatron_a2d.architecture import read_architecture
+from megatron_a2d.cli import Parser, parse_run
+from megatron_a2d.config import RunConfig
+from megatron_a2d.console import console
+from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import hold_directory
+from megatron_a2d.study.page import import_pyplot, write_lines, write_page
+from megatron_a2d.study.runner import Runner
+from megatron_a2d.study.study import Study, seeds_of
+
+STUDIES = {
+    "probe": "probe",
+    "layer-lr": "layer_lr",
+    "critical-batch": "critical_batch",
+    "time-sampling": "time_sampling",
+    "masks": "masks",
+}
+
+
+_DATA = ("--train-data-path", "--valid-data-path")  # paths are each machine's own
+
+
+def find_study(name: str) -> Study:
+    study: Study = importlib.import_module(f"megatron_a2d.study.{STUDIES[name]}").STUDY
+    assert study.name == name
+    return study
+
+
+def run_study(name: str, argv: list[str]) -> None:
+    """Run what is left of a study, then write its table, plots and page."""
+    study = find_study(name)
+    parser = Parser(prog=f"python -m megatron_a2d.study {name}", description=" ".join(study.question.split()))
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="runs, table, plots and page")
+    parser.add_argument("--seeds", type=int, default=study.num_seeds, help="runs of each kind")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument(
+        "--launcher", default="", metavar="WORDS",
+        help="what stands before `-m megatron_a2d.train`, such as 'torchrun --nproc-per-node 8' or 'srun python'; "
+        "default: this Python, one process",
+    )  # fmt: skip
+    parser.add_argument("--page", type=Path, metavar="DIR", help="directory for table, plots and page; default: --out")
+    parser.add_argument("--plan", action="store_true", help="print what would be run, and what of it is done; end")
+    base, options = parse_run(parser, argv)
+    _check(base, options.seeds, options.jobs)
+    assert base.training.load is not None
+    architecture = read_architecture(resolve(base.training.load) / HF_FILES)
+    jobs = study.plan(base, seeds_of(options.seeds), architecture)
+    runner = Runner(options.out, base, shlex.split(options.launcher), options.jobs)
+    if options.plan:
+        for job in jobs:
+            print(f"{'done' if runner.is_done(job) else 'to do':6}{job.name}")
+        return
+    hold_directory(options.out, "--out")
+    import_pyplot()  # better missed now than after the last run
+    records = runner.run(jobs)
+    page = options.page or options.out
+    page.mkdir(parents=True, exist_ok=True)
+    report = study.report(records, page)
+    write_lines(page / f"{name}.jsonl", report.rows)
+    command = (
+        f"python -m megatron_a2d.study {name} {shlex.join(_without(argv, '--page', '--jobs', '--out', '--launcher'))}"
+    )
+    text = f"`{command} --out DIR`, seeds {seeds_of(options.seeds)}, {len(jobs)} jobs.\n\n{report.text}"
+    write_page(page / f"{name}.md", study.title, study.question, text)
+    console.print(f"{page / f'{name}.md'}", markup=False)
+
+
+def _without(argv: list[str], *flags: str) -> list[str]:
+    """The words of a command line without these flags and their values."""
+    words, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word in flags:
+            skip = True
+        elif word.partition("=")[0] not in flags:
+            words.append(word)
+    return words
+
+
+def _check(base: RunConfig, seeds: int, jobs: int) -> None:
+    problems = []
+    if base.training.save:
+        problems.append(f"--save {base.training.save}: a study's runs lie in --out; leave it out")
+    if not base.training.load:
+        problems.append("--load: is missing; give the autoregressive checkpoint that the study starts from")
+    if not (base.data.valid_data_path or base.data.data_mixture):
+        problems.append("--valid-data-path: is missing; a study judges its runs by held-out text")
+    if base.diffusion.objective != "mdlm":
+        problems.append(f"--objective {base.diffusion.objective}: a study chooses its runs' objectives; leave it out")
+    for name, value in (("--seeds", seeds), ("--jobs", jobs)):
+        if value < 1:
+            problems.append(f"{name} {value}: must be at least 1")
+    if problems:
+        raise UserError(problems)
+
+
+def usage() -> str:
+    return "\n".join(f"  {name:16}{find_study(name).title}" for name in STUDIES)

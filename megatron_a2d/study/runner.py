@@ -1,0 +1,213 @@
+"""Carry out a plan: each job in a directory of its own, a few at a time, none of them twice.
+
+OUT/NAME/settings.json     all settings of the run; a plan that has changed since is refused
+OUT/NAME/                  an ordinary --save directory of training: checkpoints, log.jsonl, tensorboard/
+OUT/NAME/measured_K.json   what the K-th measuring process found
+OUT/NAME/output.txt        what its processes printed
+
+A job is done when its files say so, not when a record says it: training that reached its last iteration, measurements
+that are there. Whatever was interrupted goes on when the study is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_a2d.config import RunConfig, settings
+from megatron_a2d.console import console
+from megatron_a2d.conversion.checkpoint import latest_iteration
+from megatron_a2d.errors import UserError
+from megatron_a2d.files import new_file, read_json, write_json
+from megatron_a2d.study.plan import BASE, Job, Measure, resolved
+from megatron_a2d.study.report import read_log
+
+# Settings that say where things lie and how they are shown: a job may be moved, watched and spread over processes.
+_FREE = ("load", "train_data_path", "valid_data_path", "data_mixture", "num_workers", "distributed_timeout_minutes")
+
+_NO_SAVES = {"keep_last": 0, "keep_every": 0, "async_save": False}  # they have no effect without --save
+
+
+class Runner:
+    """Runs the jobs of a study in `out`, `num_parallel` at once; `launcher` stands before `-m MODULE ...`."""
+
+    def __init__(self, out: Path, base: RunConfig, launcher: Sequence[str], num_parallel: int = 1):
+        self._out, self._base = out, base
+        self._launcher = list(launcher) or [sys.executable]
+        self._num_parallel = num_parallel
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """All jobs, in the order of the plan where they do not wait for one another; returns a record of each."""
+        self._check(jobs)
+        done: set[str] = {BASE}
+        waiting = list(jobs)
+        failed: list[str] = []
+        running: dict[Future[None], Job] = {}
+        try:
+            with ThreadPoolExecutor(self._num_parallel) as pool:
+                try:
+                    while waiting or running:
+                        for job in [job for job in waiting if job.start in done][: self._num_parallel - len(running)]:
+                            waiting.remove(job)
+                            running[pool.submit(self._one, job)] = job
+                        if not running:
+                            break  # the rest waits for what has failed
+                        for future in wait(running, return_when=FIRST_COMPLETED).done:
+                            job = running.pop(future)
+                            if error := future.exception():
+                                failed.append(f"{job.name}: {error}")
+                                console.print(f"{job.name}: failed", markup=False)
+                                continue
+                            done.add(job.name)
+                            left = len(waiting) + len(running)
+                            console.print(f"{job.name}: done, {left} of {len(jobs)} left", markup=False)
+                finally:
+                    self._stop()
+        finally:
+            self._stop()
+        if failed:
+            raise UserError(
+                [*failed, f"{len(waiting)} jobs were not begun; mend that, and start the same command again"]
+            )
+        return [self.record(job) for job in jobs]
+
+    def record(self, job: Job) -> dict[str, Any]:
+        """What is known of a finished job: its tags, its last log records, its measurements."""
+        directory = self._out / job.name
+        found: dict[str, Any] = {"name": job.name, **job.tags}
+        if job.trains:
+            log = read_log(directory)
+            found["training"] = [record for record in log if record["kind"] == "train"]
+            found["validation"] = [record for record in log if record["kind"] == "validation"]
+        for number in range(len(_processes(job))):
+            found |= json.loads((directory / f"measured_{number}.json").read_text())
+        return found
+
+    def is_done(self, job: Job) -> bool:
+        directory = self._out / job.name
+        measured = all(
+            self._is_measured(directory, number, measures) for number, (_, measures) in enumerate(_processes(job))
+        )
+        return measured and (not job.trains or self._is_trained(job))
+
+    def _is_measured(self, directory: Path, number: int, measures: list[Measure]) -> bool:
+        """Whether the plan's measurements are there; those of an earlier plan do not count."""
+        spec = directory / f"measure_{number}.json"
+        if not (directory / f"measured_{number}.json").exists() or not spec.exists():
+            return False
+        return bool(read_json(spec, "the measurements made")["measures"] == self._asked(measures))
+
+    def _asked(self, measures: list[Measure]) -> list[dict[str, Any]]:
+        return [{"name": item.name, "kind": item.kind, "options": self._options(item)} for item in measures]
+
+    def _check(self, jobs: Sequence[Job]) -> None:
+        """UserError when a directory holds another job than the plan's."""
+        problems = []
+        for job in jobs:
+            path = self._out / job.name / "settings.json"
+            if not path.exists():
+                continue
+            then, now = read_json(path, "the job's settings"), self._settings(job)
+            for name, value in now.items():
+                was = then.get(name, settings()[name].default)  # a setting may be younger than the job
+                if was != value and name not in _FREE:
+                    problems.append(f"--out {self._out}: {job.name} was begun with {name} {was}, not {value}")
+        if problems:
+            raise UserError([*problems, "give the settings of before, or another --out"])
+
+    def _settings(self, job: Job) -> dict[str, Any]:
+        directory = self._out / job.name
+        start = self._base.training.load if job.start == BASE else str(self._out / job.start)
+        return {**resolved(self._base, job), "load": start, "save": str(directory) if job.trains else None}
+
+    def _is_trained(self, job: Job) -> bool:
+        return latest_iteration(self._out / job.name) == self._settings(job)["train_iters"]
+
+    def _one(self, job: Job) -> None:
+        """One job, from where it is."""
+        directory = self._out / job.name
+        values = self._settings(job)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "settings.json", values)
+        if job.trains and not self._is_trained(job):
+            recipe = directory / "settings.yaml"
+            with new_file(recipe) as partial:
+                partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            self._call(directory, "megatron_a2d.train", "--config", str(recipe))
+            if not self._is_trained(job):
+                raise RuntimeError("ended before its last iteration")
+        checkpoint = values["save"] or values["load"]
+        for number, (changes, measures) in enumerate(_processes(job)):
+            if self._is_measured(directory, number, measures):
+                continue
+            out = directory / f"measured_{number}.json"
+            out.unlink(missing_ok=True)
+            spec = {
+                "settings": {**values, **changes, "load": checkpoint, "save": None} | _NO_SAVES,
+                "measures": self._asked(measures),
+                "out": str(out),
+            }
+            write_json(directory / f"measure_{number}.json", spec)
+            self._call(directory, "megatron_a2d.study.measure", str(directory / f"measure_{number}.json"))
+
+    def _options(self, measure: Measure) -> dict[str, Any]:
+        """With the reference's name, where there is one, made a path."""
+        options = dict(measure.options)
+        if "reference" in options:
+            name = options["reference"]
+            options["reference"] = self._base.training.load if name == BASE else str(self._out / name)
+        return options
+
+    def _call(self, directory: Path, module: str, *arguments: str) -> None:
+        """Run `module` under the launcher; RuntimeError with the end of its output when it fails."""
+        output = directory / "output.txt"
+        with open(output, "ab") as stream:
+            with self._lock:
+                if self._stopped:
+                    raise RuntimeError("was stopped")
+                process = subprocess.Popen(
+                    [*self._launcher, "-m", module, *arguments],
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+                )
+                self._processes.add(process)
+            code = process.wait()
+            with self._lock:
+                self._processes.discard(process)
+        if code:
+            last = output.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"{module} ended with exit code {code} ({''.join(last)[:300]}); see {output}")
+
+    def _stop(self) -> None:
+        """Ask what still runs to save and end."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.send_signal(signal.SIGTERM)
+
+
+def _processes(job: Job) -> list[tuple[dict[str, Any], list[Measure]]]:
+    """The measurements of a job by the settings that they share: a process for each."""
+    groups: list[tuple[dict[str, Any], list[Measure]]] = []
+    for measure in job.measures:
+        for changes, measures in groups:
+            if changes == measure.settings:
+                measures.append(measure)
+                break
+        else:
+            groups.append((measure.settings, [measure]))
+    return groups

@@ -1,0 +1,161 @@
+"""What is looked at closely, once in a log interval: gradients, updates and drift by role, routers, gradient noise.
+
+Nothing here changes what the run computes. All numbers are sums over ranks before they are divided: a layout changes
+none of them but the gradient noise scale, whose two batch sizes depend on it.
+
+Gradient noise scale (McCandlish et al. 2018, appendix A): with |g_b|^2 of a small and |g_B|^2 of the whole batch,
+
+    tr S  = (|g_b|^2 - |g_B|^2) / (1/b - 1/B)     |G|^2 = (B |g_B|^2 - b |g_b|^2) / (B - b)     B_noise = tr S / |G|^2
+
+Each is unbiased but noisy: the ratio is that of their moving averages. The small batch is a part of the same samples,
+forwarded and differentiated once more before the step: at most a quarter of a step in a log interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.config import ROLES, RunConfig
+from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
+from megatron_a2d.conversion.manifest import check_manifest
+from megatron_a2d.conversion.torch_dist_reader import check_pickles
+from megatron_a2d.data.batches import Batch
+from megatron_a2d.errors import UserError
+from megatron_a2d.runtime.device import device
+from megatron_a2d.training.drift import Drift
+from megatron_a2d.training.parallel import from_first_rank
+from megatron_a2d.training.pieces import over_ranks, owned_pieces, squares_by_role
+from megatron_a2d.training.routers import RouterCounts
+from megatron_a2d.training.setup import TrainState
+from megatron_a2d.training.start import begin
+from megatron_a2d.training.step import forward_backward
+
+_MEMORY = 0.9  # of the moving averages, from one log interval to the next
+
+
+class Monitor:
+    """One for a run; an `Observer` (step.py) of the steps that are logged. All methods are collective."""
+
+    def __init__(self, config: RunConfig, architecture: Architecture, state: TrainState):
+        self._architecture, self._state, self._pieces = architecture, state, owned_pieces(state)
+        sizes = torch.zeros(len(ROLES), dtype=torch.float64, device=device())
+        for piece in self._pieces:
+            sizes[ROLES.index(piece.role)] += piece.stop - piece.start
+        over_ranks(sizes)
+        self._roles = {role: index for index, role in enumerate(ROLES) if sizes[index] > 0}
+        self._input_length = config.input_length
+        self._routers = None
+        if architecture.is_moe:
+            mask = architecture.mask_token_id if config.diffusion.objective != "ar" else None
+            self._routers = RouterCounts(state.models, mask)
+        self._small = _small_batch(config)
+        self._batch_size = config.training.global_batch_size
+        self._noise, self._signal = 0.0, 0.0
+        self._drift: Drift | None = None
+        self._values: dict[str, Any] = {}
+
+    def remember_start(self) -> None:
+        """Drift is counted from the weights as they are now."""
+        self._drift = Drift(self._pieces)
+
+    def remember_start_of(self, config: RunConfig) -> None:
+        """For a resumed run: drift from what it began with. That is read into the model, which is loaded next."""
+        load = config.training.load
+        found = _find(load, self._architecture) if load and dist.get_rank() == 0 else None
+        directory = from_first_rank(found)
+        if directory is not None:
+            begin(self._state, config, self._architecture, directory, weights_only=True)
+            self.remember_start()
+
+    @contextmanager
+    def step(self, iteration: list[Batch]) -> Iterator[None]:
+        """Around the forward and backward passes of a training step, whose micro-batches are `iteration`."""
+        self._values = {}
+        small = self._small_gradient(iteration) if self._small else None
+        with self._routers.counting() if self._routers else nullcontext():
+            yield
+        squares = self._squares(lambda _, piece: piece.gradient())
+        self._values["grad_norm_by_role"] = self._by_role(squares, [1.0] * len(ROLES))
+        if small is not None:
+            self._values |= self._noise_scale(small, sum(squares))
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """Around the optimizer's step."""
+        before = [piece.weight().clone() for piece in self._pieces]
+        yield
+        moved = self._squares(lambda number, piece: piece.weight() - before[number])
+        size = self._squares(lambda number, piece: before[number])
+        self._values["update_ratio_by_role"] = self._by_role(moved, size)
+
+    def read(self) -> dict[str, Any]:
+        """What the last watched step has shown."""
+        values, self._values = self._values, {}
+        if self._drift:
+            values["drift_by_role"] = self._drift.measure()
+        if self._routers:
+            values["router"] = self._routers.read()
+        return values
+
+    def _squares(self, what: Callable[[int, Any], Tensor]) -> list[float]:
+        sums: list[float] = over_ranks(squares_by_role(self._pieces, what)).tolist()
+        return sums
+
+    def _by_role(self, above: list[float], below: list[float]) -> dict[str, float]:
+        """Roots of the ratios."""
+        return {role: math.sqrt(above[index] / below[index]) for role, index in self._roles.items() if below[index] > 0}
+
+    def _small_gradient(self, iteration: list[Batch]) -> float:
+        """|g|^2 of the small batch."""
+        assert self._small is not None
+        count, size = self._small
+        small = [Batch._make(None if rows is None else rows[:size] for rows in batch) for batch in iteration[:count]]
+        for chunk in self._state.chunks:
+            chunk.zero_grad_buffer()
+        self._state.optimizer.zero_grad()
+        forward_backward(list(self._state.chunks), iter(small), count, (size, self._input_length), forward_only=False)
+        return sum(self._squares(lambda _, piece: piece.gradient()))
+
+    def _noise_scale(self, small: float, large: float) -> dict[str, float]:
+        assert self._small is not None
+        count, size = self._small
+        b, B = count * size * parallel_state.get_data_parallel_world_size(), self._batch_size
+        noise, signal = (small - large) / (1 / b - 1 / B), (B * large - b * small) / (B - b)
+        if math.isfinite(noise):
+            self._noise = _MEMORY * self._noise + (1 - _MEMORY) * noise
+            self._signal = _MEMORY * self._signal + (1 - _MEMORY) * signal
+        scale = self._noise / self._signal if self._signal > 0 and self._noise > 0 else math.nan
+        return {"gradient_noise": noise, "gradient_signal": signal, "noise_scale": scale}
+
+
+def _find(load: str, architecture: Architecture) -> Path | None:
+    """The checkpoint that a run began with, if it is still there and whole; else a resumed run reports no drift."""
+    try:
+        directory = resolve(load)
+        check_pickles(directory)
+        fits = read_architecture(directory / HF_FILES) == architecture
+        return directory if fits and not check_manifest(directory, checksums=False) else None
+    except UserError:
+        return None
+
+
+def _small_batch(config: RunConfig) -> tuple[int, int] | None:
+    """(micro-batches, samples of each) of the small batch on a rank; None where a step is not divisible."""
+    training = config.training
+    least = config.parallel.pipeline_model_parallel_size if config.parallel.virtual_pipeline_size else 1
+    share = training.global_batch_size // (training.micro_batch_size * parallel_state.get_data_parallel_world_size())
+    if share >= 4 * least:
+        return least, training.micro_batch_size
+    if training.micro_batch_size > 1:
+        return least, max(1, training.micro_batch_size // 4)
+    return (least, 1) if share > least else None

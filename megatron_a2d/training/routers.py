@@ -1,0 +1,101 @@
+"""What the routers do with masked and with visible tokens: expert load, entropy, tokens dropped or above an even share.
+
+Counts are sums over all tokens of an iteration, over ranks and micro-batches: the same under every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.runtime.device import device
+from megatron_a2d.training.pieces import over_ranks
+
+_VISIBLE, _MASKED = 0, 1
+KINDS = {"masked": _MASKED, "visible": _VISIBLE}
+
+
+class RouterCounts:
+    """Hooks on the routers of this rank's model chunks; they cost nothing outside `counting`."""
+
+    def __init__(self, models: list[DiffusionLM], mask_token_id: int | None):
+        config = models[0].config
+        self._num_experts, self._top_k = config.num_moe_experts, config.moe_router_topk
+        self._mask_token_id, self._sequence_parallel = mask_token_id, config.sequence_parallel
+        self._active = False
+        self._is_masked_sb: Tensor | None = None
+        # By layer and kind of token: choices of each expert, then tokens, then the sum of their entropies.
+        self._table = torch.zeros(config.num_layers, 2, self._num_experts + 2, dtype=torch.float64, device=device())
+        for model in models:
+            model.register_forward_pre_hook(self._see_tokens)
+            for module in model.modules():
+                if isinstance(module, TopKRouter):
+                    module.register_forward_hook(self._see_choices)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is forwarded inside, and nothing else."""
+        self._table.zero_()
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+            self._is_masked_sb = None
+
+    def _see_tokens(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not self._active:
+            return
+        masked_sb = (arguments[0] == (-1 if self._mask_token_id is None else self._mask_token_id)).T
+        if self._sequence_parallel:
+            pieces = parallel_state.get_tensor_model_parallel_world_size()
+            masked_sb = masked_sb.chunk(pieces)[parallel_state.get_tensor_model_parallel_rank()]
+        self._is_masked_sb = masked_sb
+
+    @torch.no_grad()
+    def _see_choices(self, router: Any, arguments: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        if not self._active:
+            return
+        assert self._is_masked_sb is not None
+        masked_N = self._is_masked_sb.reshape(-1)
+        log_probs_NE = torch.log_softmax(router.gating(arguments[0]).float(), dim=-1).view(-1, self._num_experts)
+        entropy_N = -(log_probs_NE.exp() * log_probs_NE).sum(-1)
+        chosen_NE = output[1].view(-1, self._num_experts)
+        columns = torch.cat([chosen_NE, torch.ones_like(entropy_N)[:, None], entropy_N[:, None]], dim=1)
+        self._table[router.layer_number - 1].index_add_(0, masked_N.long(), columns.to(self._table))
+
+    def read(self) -> dict[str, Any]:
+        """Numbers of the last `counting`; collective.
+
+        load: the busiest expert's share over an even share, mean over layers; entropy: of a token's distribution over
+        experts, nats; load_difference: total variation between both kinds' loads; dropped: choices that no expert
+        served; overflow: choices above an even share, which a capacity factor of 1 would drop. by_layer: lists.
+        """
+        table = over_ranks(self._table).cpu()
+        counts, tokens, entropy = table[..., : self._num_experts], table[..., -2], table[..., -1]
+        shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        values: dict[str, Any] = {}
+        by_layer: dict[str, list[float]] = {}
+        present = {name: kind for name, kind in KINDS.items() if float(tokens[:, kind].sum()) > 0}
+        for name, kind in present.items():
+            load = shares[:, kind].max(-1).values * self._num_experts
+            mean_entropy = entropy[:, kind] / tokens[:, kind].clamp(min=1)
+            by_layer[f"load_{name}"], by_layer[f"entropy_{name}"] = load.tolist(), mean_entropy.tolist()
+            values[f"load_{name}"], values[f"entropy_{name}"] = float(load.mean()), float(mean_entropy.mean())
+        if len(present) == 2:
+            difference = (shares[:, _MASKED] - shares[:, _VISIBLE]).abs().sum(-1) / 2
+            by_layer["load_difference"] = difference.tolist()
+            values["load_difference"] = float(difference.mean())
+        wanted = tokens.sum() * self._top_k
+        served = counts.sum(1)
+        even = tokens.sum(1, keepdim=True) * self._top_k / self._num_experts
+        values["dropped"] = float((wanted - served.sum()) / wanted)
+        values["overflow"] = float((served - even).clamp(min=0).sum() / wanted)
+        return {**values, "by_layer": by_layer}

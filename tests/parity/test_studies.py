@@ -1,0 +1,65 @@
+"""Whole studies on a tiny model, from the plan to the page: every job is the real one, in a process of the pool."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_a2d.architecture import read_architecture
+from megatron_a2d.config import build
+from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
+from megatron_a2d.study import command, critical_batch, layer_lr, masks, time_sampling
+from megatron_a2d.study.command import STUDIES, find_study, run_study
+from megatron_a2d.study.runner import Runner
+from tests.cases import Case
+from tests.parity.pool import Pool
+
+# Of each plan as much as shows all of its parts.
+SMALL = (
+    (layer_lr, "RATIOS", (1.0, 0.0)), (layer_lr, "ATTENTION_LR", (1.0,)), (critical_batch, "FACTORS", (0.5, 1.0)),
+    (critical_batch, "NUM_GROUPS", 2), (critical_batch, "BATCHES_PER_GROUP", 2), (time_sampling, "NUM_GROUPS", 2),
+    (time_sampling, "BATCHES_PER_GROUP", 2), (masks, "NUM_GROUPS", 2), (masks, "BATCHES_PER_GROUP", 2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "layer-lr" else pytest.mark.full) for name in STUDIES]
+)
+def test_a_whole_study(
+    name: str, cases: dict[str, Case], pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, constant, value in SMALL:
+        monkeypatch.setattr(module, constant, value)
+    started: list[str] = []
+
+    def call(self: Runner, directory: Path, module: str, *arguments: str) -> None:
+        started.append(f"{module} {directory.name}")
+        pool.run("command", 1, module=module, arguments=list(arguments))
+
+    monkeypatch.setattr(Runner, "_call", call)
+    monkeypatch.setattr(command, "hold_directory", lambda path, flag: None)  # this process outlives its first study
+    case = cases["moe"]
+    settings: dict[str, Any] = {
+        **case.settings, "load": case.checkpoint, "seq_length": 32, "global_batch_size": 8, "micro_batch_size": 4,
+        "train_iters": 4, "eval_iters": 1, "eval_interval": 100, "save_interval": 2, "log_interval": 2, "num_workers": 0,
+        "lr": 1e-2,
+    }  # fmt: skip
+    arguments = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    arguments += ["--out", str(tmp_path / "out"), "--seeds", "2" if name == "masks" else "1"]
+    run_study(name, arguments)
+    page = (tmp_path / "out" / f"{name}.md").read_text()
+    assert page.startswith(f"# {find_study(name).title}") and f"![results]({name}.png)" in page
+    assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+    rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+    count = len(started)
+    architecture = read_architecture(resolve(case.checkpoint) / HF_FILES)
+    assert count >= len(find_study(name).plan(build(settings), [1000], architecture)) and rows
+    run_study(name, arguments)
+    assert len(started) == count
+    if name == "layer-lr":
+        before, together, attention = rows
+        assert set(attention["drift"].values()) - {attention["drift"]["attention"]} == {0.0}
+        assert min(together["drift"].values()) > 0 and before["AR perplexity"] != together["AR perplexity"]

@@ -1,0 +1,273 @@
+"""Studies without training: plans, the runner on a stand-in for it, statistics, facts, pages."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_a2d.config import RunConfig, build
+from megatron_a2d.errors import UserError
+from megatron_a2d.study import critical_batch, layer_lr
+from megatron_a2d.study.__main__ import main
+from megatron_a2d.study.command import STUDIES, find_study
+from megatron_a2d.study.facts import CONTEXT, Facts
+from megatron_a2d.study.gradients import BatchTimes
+from megatron_a2d.study.page import write_page
+from megatron_a2d.study.plan import BASE, Job, Measure, resolved, scaled_batch
+from megatron_a2d.study.runner import Runner
+from megatron_a2d.study.statistics import Moments, mean_interval, paired_difference, ratio_interval, verdict
+from tests.tiny import write_tokens
+from tests.unit.test_training import QWEN3_30B_A3B
+
+# Stands for `python`: "trains" by writing what a run leaves, "measures" by counting. A line of calls.txt for each call.
+STAND_IN = """
+import json, pathlib, sys, time, yaml
+module, *arguments = sys.argv[2:]
+here = pathlib.Path(__file__).parent
+with open(here / "calls.txt", "a") as calls:
+    calls.write(module + " " + arguments[-1] + "\\n")
+if (here / "broken").exists() and (here / "broken").read_text() in arguments[-1]:
+    sys.exit("no such luck")
+if module == "megatron_a2d.train":
+    settings = yaml.safe_load(pathlib.Path(arguments[1]).read_text())
+    save = pathlib.Path(settings["save"])
+    time.sleep(float((here / "slow").read_text()) if (here / "slow").exists() else 0)
+    (save / "log.jsonl").write_text(json.dumps({"kind": "train", "iteration": settings["train_iters"], "loss": 1.0}))
+    (save / "latest_checkpointed_iteration.txt").write_text(str(settings["train_iters"]))
+else:
+    spec = json.loads(pathlib.Path(arguments[0]).read_text())
+    found = {item["name"]: {"load": spec["settings"]["load"], **item["options"]} for item in spec["measures"]}
+    pathlib.Path(spec["out"]).write_text(json.dumps(found))
+"""
+JOBS = [
+    Job("first", {"seed": 1}, {"seed": 1}, measures=(Measure("a", "cloze"), Measure("b", "drift", {}, {"reference": BASE}))),
+    Job("second", {"seed": 2}, {"seed": 2}, start="first", measures=(Measure("a", "cloze", {"seq_length": 8}),)),
+    Job("third", {"seed": 3}, {}, trains=False, measures=(Measure("a", "cloze"),)),
+]  # fmt: skip
+
+
+def base(**settings: Any) -> RunConfig:
+    return build({"load": "start", "train_iters": 10, "log_interval": 1, **settings})
+
+
+def runner(tmp_path: Path, **settings: Any) -> Runner:
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    return Runner(tmp_path / "out", base(**settings), [sys.executable, str(tmp_path / "stand_in.py")], num_parallel=2)
+
+
+def calls(tmp_path: Path) -> list[str]:
+    path = tmp_path / "calls.txt"
+    return sorted(path.read_text().splitlines()) if path.exists() else []
+
+
+def test_a_plan_is_run_in_order_and_once(tmp_path: Path) -> None:
+    first, second, third = runner(tmp_path).run(JOBS)
+    out = tmp_path / "out"
+    assert first["a"] == {"load": str(out / "first")} and first["b"]["reference"] == "start"
+    assert first["training"][-1]["iteration"] == 10 and "training" not in third and third["a"]["load"] == "start"
+    assert json.loads((out / "second" / "settings.json").read_text())["load"] == str(out / "first")
+    # One process for measurements of equal settings, another one for others.
+    assert len(calls(tmp_path)) == 5
+    again = runner(tmp_path).run(JOBS)
+    assert again == [first, second, third] and len(calls(tmp_path)) == 5
+    (out / "second" / "measured_0.json").unlink()
+    runner(tmp_path).run(JOBS)
+    assert len(calls(tmp_path)) == 6
+    # What an earlier plan measured in another way is measured again, and nothing is trained again.
+    changed = [*JOBS[:2], JOBS[2]._replace(measures=(Measure("a", "cloze", options={"more": 1}),))]
+    assert not runner(tmp_path).is_done(changed[2]) and runner(tmp_path).is_done(changed[1])
+    assert runner(tmp_path).run(changed)[2]["a"]["more"] == 1 and len(calls(tmp_path)) == 7
+
+
+def test_what_failed_is_named_and_what_waits_for_it_is_not_begun(tmp_path: Path) -> None:
+    (tmp_path / "broken").write_text("first")
+    with pytest.raises(UserError, match=r"first: megatron_a2d.train ended with exit code 1 .no such luck") as error:
+        runner(tmp_path).run(JOBS)
+    assert "1 jobs were not begun" in str(error.value) and not (tmp_path / "out" / "second").exists()
+    assert (tmp_path / "out" / "third" / "measured_0.json").exists()
+    (tmp_path / "broken").unlink()
+    assert len(runner(tmp_path).run(JOBS)) == 3
+
+
+def test_another_plan_is_refused(tmp_path: Path) -> None:
+    runner(tmp_path).run(JOBS)
+    with pytest.raises(UserError, match=r"first was begun with lr 0.0001, not 0.1"):
+        runner(tmp_path, lr=0.1).run(JOBS)
+    runner(tmp_path, load="moved").run(JOBS)
+
+
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    runner(tmp_path)
+    (tmp_path / "slow").write_text("0.7")
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path.cwd())!r})\n"
+        "from pathlib import Path\nfrom tests.unit import test_study as t\n"
+        f"t.runner(Path({str(tmp_path)!r})).run(t.JOBS)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while not any("first" in call for call in calls(tmp_path)):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = calls(tmp_path)
+    assert not (tmp_path / "out" / "second").exists()
+    assert len(runner(tmp_path).run(JOBS)) == 3
+    assert len(calls(tmp_path)) > len(before)
+
+
+def test_branches_differ_in_their_batch_alone() -> None:
+    config = base(global_batch_size=16, micro_batch_size=8, train_iters=200, lr_warmup_iters=20, lr=1e-3, eval_iters=8)
+    for factor in (0.25, 1, 4):
+        changed = scaled_batch(config, factor)
+        assert changed["global_batch_size"] * changed["train_iters"] == 16 * 200
+        assert changed["global_batch_size"] * changed["lr_warmup_iters"] == 16 * 20
+        assert changed["global_batch_size"] * changed["eval_iters"] == 16 * 8
+        assert changed["lr"] == pytest.approx(1e-3 * factor**0.5)
+        assert changed["global_batch_size"] % changed["micro_batch_size"] == 0
+    unchanged = config.to_dict()
+    assert all(unchanged[name] == value for name, value in scaled_batch(config, 1).items())
+
+
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_plans_are_valid_runs_of_any_size(name: str) -> None:
+    """The same plan for a laptop's recipe and a cluster's: every job passes the checks of an ordinary run."""
+    from megatron_a2d.checks import find_problems
+    from megatron_a2d.cli import Parser, parse_run
+
+    for recipe, processes in (("study_laptop", 1), ("qwen3_30b_a3b", 8)):
+        arguments = ["--config", f"launch/recipes/{recipe}.yaml", "--load", "x", "--train-data-path", "y"]
+        config, _ = parse_run(Parser(), arguments)
+        jobs = find_study(name).plan(config, [1, 2], QWEN3_30B_A3B)
+        names = [job.name for job in jobs]
+        assert len(set(names)) == len(names)
+        for number, job in enumerate(jobs):
+            assert job.start in (BASE, *names[:number])
+            save = {"save": "z"} if job.trains else {"keep_last": 0, "keep_every": 0}
+            assert find_problems(build({**resolved(config, job), **save}), None, processes) == []
+            for measure in job.measures:
+                measured = {**resolved(config, job), "keep_last": 0, "keep_every": 0, **measure.settings}
+                assert find_problems(build(measured), None, processes) == []
+
+
+def test_the_critical_batch_of_a_known_curve() -> None:
+    """Flat up to 32, then 2% worse a doubling: 1% is lost half a doubling later."""
+    losses = {batch: [3.0 * (1 + 0.02 * max(0.0, math.log2(batch / 32)))] * 2 for batch in (8, 16, 32, 64, 128)}
+    assert critical_batch.critical_batch(losses).value == pytest.approx(32 * 2**0.5, rel=1e-6)
+    flat = critical_batch.critical_batch({batch: [3.0, 3.0] for batch in (8, 16)})
+    assert math.isinf(flat.value) and flat.show(16).startswith("> 16")
+    draw = random.Random(0)
+    noisy = {batch: [value + draw.gauss(0, 0.01) for value in values] for batch, values in losses.items()}
+    found = critical_batch.critical_batch(noisy)
+    assert found.low < found.value < found.high
+
+
+def test_moments_of_known_gradients() -> None:
+    """Noise scale of g = G + noise in many dimensions, and its invariance of the batch size."""
+    draw = np.random.default_rng(0)
+    truth = draw.normal(size=400) * 0.3
+    for batch in (1, 4):
+        gradients = truth + draw.normal(size=(200, 400)) / batch**0.5
+        sums = {
+            "count": 200,
+            "sum_of_squares": float((gradients**2).sum()),
+            "square_of_sum": float((gradients.sum(0) ** 2).sum()),
+        }
+        assert Moments.of(sums).noise_scale(batch) == pytest.approx(400 / (truth**2).sum(), rel=0.05)
+
+
+def test_intervals() -> None:
+    found = mean_interval([1.0, 2.0, 3.0])
+    assert found.mean == 2 and found.half_width == pytest.approx(4.303 / 3**0.5)
+    assert str(mean_interval([1.0])) == "1.000" and math.isnan(mean_interval([1.0, math.nan]).mean)
+    assert paired_difference({1: 3.0, 2: 5.0, 3: 9.0}, {1: 1.0, 2: 2.0}).mean == 2.5
+    assert verdict(mean_interval([0.5, 0.6, 0.55])).startswith("higher by 0.550")
+    assert verdict(mean_interval([-0.5, 0.6, 0.1])).startswith("not told apart")
+    assert "one seed" in verdict(mean_interval([0.5]))
+    draw = random.Random(1)
+    below = [draw.gauss(2, 0.1) for _ in range(30)]
+    found_ratio = ratio_interval([0.5 * value + draw.gauss(0, 0.02) for value in below], below)
+    assert found_ratio.low < 0.5 < found_ratio.high < 0.52
+
+
+@pytest.mark.parametrize("scheme", ["iid", "antithetic", "stratified", "by_index"])
+def test_times_of_a_batch(scheme: str) -> None:
+    """Every scheme is uniform; how evenly a batch is covered is what differs."""
+    batches = [
+        [BatchTimes(seed=seed, mask_token_id=9, scheme=scheme, batch_size=8).time(place) for place in range(8)]
+        for seed in range(300)
+    ]
+    assert np.mean(batches) == pytest.approx(0.5, abs=0.03) and np.std(batches) == pytest.approx(12**-0.5, abs=0.02)
+    largest_gap = np.mean([np.diff([0, *sorted(batch), 1]).max() for batch in batches])
+    assert largest_gap < 0.2 if scheme in ("stratified", "by_index") else largest_gap > 0.22
+    if scheme == "antithetic":
+        assert all(
+            a + b == pytest.approx(1.001) for batch in batches for a, b in zip(batch[::2], batch[1::2], strict=True)
+        )
+
+
+def test_facts_are_what_always_follows(tmp_path: Path) -> None:
+    import torch
+
+    from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile
+
+    write_tokens(tmp_path / "noise", 2, 200, seed=0)
+    fact, exception, loop = [1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 16], [21] * 12
+    builder = IndexedDatasetBuilder(str(tmp_path / "text.bin"), dtype=np.uint16)
+    for number in range(20):
+        tokens = [100 + number, *fact, 50, *exception, 60 + number % 2, 51, *loop]
+        builder.add_document(torch.tensor(tokens, dtype=torch.int32), [len(tokens)])
+    builder.finalize(str(tmp_path / "text.idx"))
+    facts = Facts(TokenFile(tmp_path / "text"), end_of_document=51)
+    asked = facts.asked(np.array([200, *fact, 8, *exception, 60, *loop]))
+    assert len(fact) == CONTEXT + 1
+    # The last token of the fact, and nothing else: not what may go on in two ways, nor a mere repetition.
+    assert np.flatnonzero(asked).tolist() == [7]
+    assert not facts.asked(np.array([200, *fact[:-1], 9])).any() and not facts.asked(np.array([1, 2])).any()
+
+
+def test_a_page_keeps_what_a_person_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    write_page(path, "Title", "Question?", "first")
+    path.write_text(path.read_text() + "\n## Conclusions\n\nIt works.\n")
+    write_page(path, "Other title", "?", "second \\1")
+    assert "second \\1" in path.read_text() and "first" not in path.read_text() and "It works." in path.read_text()
+    path.write_text("nothing")
+    with pytest.raises(UserError, match="has no place for results"):
+        write_page(path, "Title", "?", "third")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layer-rl"], r"layer-rl: no such study \(did you mean layer-lr\?\)"),
+        (["layer-lr"], "the following arguments are required: --out"),
+        (["layer-lr", "--out", "x"], "--load: is missing"),
+        (["layer-lr", "--out", "x", "--load", "y", "--valid-data-path", "z", "--save", "w"], "--save w: a study's runs"),
+        (["layer-lr", "--out", "x", "--load", "y", "--valid-data-path", "z", "--seeds", "0"], "--seeds 0: must be at least 1"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"), [({}, set()), ({"tie_word_embeddings": True}, {"head"}), ({"num_experts": 0}, {"router"})]
+)
+def test_roles_that_the_model_does_not_have_stay_out(changes: dict[str, Any], missing: set[str]) -> None:
+    jobs = layer_lr.plan(base(), [1], replace(QWEN3_30B_A3B, **changes))
+    roles = {"mlp", "router", "norm", "embedding", "head"} - missing
+    assert all(set(job.settings["lr_mult"]) == roles for job in jobs if job.trains)
