@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import signal
 import sys
 import time
@@ -47,8 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     # A message for each module of megatron.core that finds no GPU library says nothing to the user.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    # megatron.core insists on it for tensor parallelism on GPUs before Blackwell.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from megatron_a2d.runtime import environment
+
+    environment.apply(config)  # before anything touches CUDA
     from megatron_a2d.runtime.peers import Peers
     from megatron_a2d.training import loop, parallel
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if problems := find_problems(config, None, processes):
             raise UserError(problems)
-        parallel.initialize(config.parallel)
+        parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
         with Peers(60 * config.parallel.distributed_timeout_minutes):
             checked = parallel.from_first_rank(first)
             assert checked is not None
@@ -119,7 +119,9 @@ def _warn(line: str) -> None:
 
 
 def describe(config: RunConfig, architecture: Architecture, start: Path, processes: int) -> str:
-    """The sizes of a run, as --dry-run prints them."""
+    """The sizes of a run, as --dry-run prints them, and the environment that it sets on a machine like this one."""
+    from megatron_a2d.runtime import environment
+
     parallel, training, data = config.parallel, config.training, config.data
     tp, pp, cp, ep, etp = (
         parallel.tensor_model_parallel_size,
@@ -146,6 +148,7 @@ def describe(config: RunConfig, architecture: Architecture, start: Path, process
         ),
         ("run", f"{training.train_iters} iterations = {human(training.train_iters * tokens)} tokens"),
         ("state", f"{state} a process: weights, gradients, optimizer (activations come on top)"),
+        ("environ", environment.as_text(environment.environment(config, environment.find_gpu()))),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
 

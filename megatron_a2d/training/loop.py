@@ -20,9 +20,12 @@ from megatron_a2d.data.mixture import MixedDataset, read_mixture
 from megatron_a2d.data.scan import BackgroundScan
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.flops import train_flops_per_token
+from megatron_a2d.runtime import environment
 from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.training import parallel
 from megatron_a2d.training.checkpoint import load_checkpoint
+from megatron_a2d.training.cuda_graphs import LayerGraphs
+from megatron_a2d.training.garbage import Garbage
 from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.samples import make_sample
 from megatron_a2d.training.save_schedule import SaveSchedule
@@ -48,9 +51,13 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     meter, spikes = _Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     shape = (training.micro_batch_size, config.data.seq_length)
+    graphs, garbage = LayerGraphs(state, config), Garbage(config.performance)
     end: tuple[str, int] | None = None
     try:
-        log.event("start", iteration=state.iteration, settings=config.to_dict())
+        variables = environment.environment(config, environment.find_gpu())
+        log.event("start", iteration=state.iteration, settings=config.to_dict(), environment=variables)
+        if variables:
+            log.say(f"environment: {environment.as_text(variables)}")
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration >= training.train_iters:
             log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to go on")
@@ -60,11 +67,13 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         while state.iteration < training.train_iters and end is None:
             scan.check()
             state.scheduler.step(1)
+            graphs.before_step()
             result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
             meter.add(result)
+            garbage.after_step(state.iteration)
             if skipped.add(result.grad_norm):
                 culprits = parallel.union(result.not_finite)
                 log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
@@ -91,6 +100,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         if end:
             log.say(f"ended at iteration {state.iteration}: {reason}")
     finally:
+        garbage.close()
         batches.close()
         scan.close()
         log.close()
