@@ -8,6 +8,7 @@ h hidden, f this rank's rows of an expert.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,16 +22,23 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_a2d.runtime.device import compute_capability, device
+from megatron_a2d.runtime.device import device
 
 # torch 2.10 gave it a public name.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
+@functools.cache
 def has_grouped_products(dtype: torch.dtype) -> bool:
-    """Whether this device has torch's grouped product as one kernel: in bf16, from Hopper on."""
-    capability = compute_capability()
-    return _grouped_mm is not None and dtype == torch.bfloat16 and capability is not None and capability >= (9, 0)
+    """Whether this torch multiplies groups of this type on this device: tried, on a few numbers."""
+    if _grouped_mm is None:
+        return False
+    tokens, weight = (torch.ones(shape, dtype=dtype, device=device()) for shape in ((16, 16), (1, 16, 16)))
+    try:
+        grouped_product(tokens, weight, torch.tensor([16], dtype=torch.int32, device=device()))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def grouped_product(tokens_Ti: Tensor, weight_Eoi: Tensor, ends_E: Tensor) -> Tensor:

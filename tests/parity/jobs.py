@@ -24,6 +24,7 @@ from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import resolve
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.inference.sharded import open_sharded
+from megatron_a2d.model import experts
 from megatron_a2d.model.layers import CoreAttention
 from megatron_a2d.training import loop, parallel
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
@@ -107,11 +108,19 @@ def _split_contractions(pieces: int) -> Iterator[None]:
         parts = zip(a.tensor_split(pieces, -1), b.tensor_split(pieces, 0), strict=True)
         return torch.stack([original(left, right, **options) for left, right in parts]).sum(0)
 
+    def split_groups(tokens: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        if pieces == 1:
+            return grouped_product(tokens, weight, ends)
+        parts = zip(tokens.tensor_split(pieces, -1), weight.tensor_split(pieces, -1), strict=True)
+        return torch.stack([grouped_product(left, right.contiguous(), ends) for left, right in parts]).sum(0)
+
+    grouped_product = experts.grouped_product
     torch.matmul, torch.Tensor.matmul = split, split  # type: ignore[assignment]
+    experts.grouped_product = split_groups
     try:
         yield
     finally:
-        torch.matmul, torch.Tensor.matmul = original, method
+        torch.matmul, torch.Tensor.matmul, experts.grouped_product = original, method, grouped_product
 
 
 def validate(checkpoint: str, settings: dict[str, Any]) -> dict[str, float]:

@@ -19,6 +19,7 @@ def counted(kind: str, **overrides: Any) -> float:
     """Operations a token of transformers' model, every matrix product and attention of it."""
     model = hf_model(kind, **overrides).train()
     model.set_attn_implementation("eager")  # products that the counter sees one by one
+    model.config._experts_implementation = "eager"
     mask = torch.zeros(BATCH, 1, LENGTH, LENGTH)
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(0, 200, (BATCH, LENGTH)), attention_mask=mask, use_cache=False).logits.sum().backward()

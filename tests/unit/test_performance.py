@@ -199,7 +199,7 @@ def test_fusions_without_transformer_engine_are_refused() -> None:
 
     with pytest.raises(UserError) as refusal:
         choose_implementation(build({"apply_rope_fusion": True, "bf16": True, "fp8": "auto"}))
-    assert [str(line).partition(":")[0] for line in refusal.value.args[0]] == ["--fp8", "--apply-rope-fusion"]
+    assert [line.partition(":")[0] for line in refusal.value.problems] == ["--fp8", "--apply-rope-fusion"]
 
 
 def test_lists_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
