@@ -90,8 +90,8 @@ def engine(out: Path, python: str, torch_version: str | None, release: str, cuda
     if python != f"{sys.version_info.major}.{sys.version_info.minor}" or torch_version not in (None, installed):
         here = f"Python {sys.version_info.major}.{sys.version_info.minor} and torch {installed}"
         raise UserError(
-            f"--python {python} --torch {torch_version}: the torch extension is built for what runs this command, {here}; "
-            "run it with that machine's, or leave Transformer Engine out with --te ''"
+            f"--python {python} --torch {torch_version}: the torch extension is built for {here}, which run this; "
+            "run it with that machine's, or leave Transformer Engine out: --te ''"
         )
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory, "packages")
