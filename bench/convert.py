@@ -27,6 +27,7 @@ from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
 from megatron_a2d.conversion.qwen3 import hub_config
 from megatron_a2d.conversion.synthetic import write_synthetic
+from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.files import write_json
 
 NARROW: dict[str, Any] = dict(
@@ -47,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--num-hidden-layers", type=int, default=6, help="of the 30B-A3B shape; 6 are 8.7 GB")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of the converters")
+    parser.add_argument("--workers", type=int, default=DEFAULT_WORKERS, help="threads of the converters")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "workers": options.workers}

@@ -16,6 +16,8 @@ raw        encode_batch of gigatoken on a list that lies in memory, as many thre
 Text is counted in bytes of the documents' UTF-8, without JSON. Classic and ours: the first 208 MB. Ours and raw: the
 whole corpus, in turns, on the same cores; raw does not count its start, so `part_of_raw` carries all of ours, and
 `part_of_raw_further` is the speed at which text is added to a job (whole corpus less the first 208 MB).
+
+Memory: the resident memory of all processes of a job together, looked at ten times a second, once for each size.
 """
 
 from __future__ import annotations
@@ -32,14 +34,17 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench.report import machine
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point
+from megatron_a2d.errors import UserError
 from megatron_a2d.files import write_json
 
 KINDS, MAX_CHARS = {".py", ".pyi", ".md", ".rst", ".txt"}, 20_000
@@ -60,6 +65,10 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"{name:14} {speed:8.2f} MB/s")
     for name in ("times_classic", "part_of_raw", "part_of_raw_further"):
         console.print(f"{name:20} {result[name]:8.2f}")
+    for name, peak in result["peak_bytes"].items():
+        console.print(f"{name:14} {peak / 1e6:8.0f} MB of memory")
+    if not result["same_bytes_as_classic"]:
+        raise UserError("bench.tokenize: ours and classic wrote different files; the comparison means nothing")
     if options.out:
         write_json(options.out, {"machine": machine(), **result})
 
@@ -70,12 +79,15 @@ def measure(directory: Path, size: int, workers: int, rounds: int) -> dict[str, 
     console.print(f"{sizes['all'] / 1e6:.1f} MB of text in {documents:,} documents")
     _run("data_prep.train_tokenizer", "--input", training, "--vocab-size", VOCABULARY, "--out", tokenizer)
 
-    def ours(text: Path, out: str) -> float:
-        begin = time.perf_counter()
-        _run(
+    def command(text: Path, out: str) -> tuple[object, ...]:
+        return (
             "data_prep.tokenize_corpus", "--input", text, "--tokenizer", tokenizer, "--output-prefix", directory / out,
             "--valid-fraction", 0, "--workers", workers, "--encoder", "gigatoken",
         )  # fmt: skip
+
+    def ours(text: Path, out: str) -> float:
+        begin = time.perf_counter()
+        _run(*command(text, out))
         return time.perf_counter() - begin
 
     seconds: dict[str, list[float]] = {"raw": [], "ours": [], "ours_beginning": [], "classic": []}
@@ -89,6 +101,7 @@ def measure(directory: Path, size: int, workers: int, rounds: int) -> dict[str, 
         classic(beginning, tokenizer, directory / "classic", workers)
         seconds["classic"].append(time.perf_counter() - begin)
     same = all(_digest(directory / f"some0{end}") == _digest(directory / f"classic{end}") for end in (".bin", ".idx"))
+    peaks = {path.stem: _peak_memory(*command(path, f"peak_{path.stem}")) for path in (beginning, corpus)}
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     text = {"raw": "all", "ours": "all", "ours_beginning": "beginning", "classic": "beginning"}
     speed = {name: sizes[text[name]] / 1e6 / middle[name] for name in seconds}
@@ -97,7 +110,7 @@ def measure(directory: Path, size: int, workers: int, rounds: int) -> dict[str, 
         "bytes": sizes, "documents": documents, "workers": workers, "vocabulary": VOCABULARY, "seconds": seconds,
         "megabytes_per_second": speed, "times_classic": speed["ours_beginning"] / speed["classic"],
         "part_of_raw": speed["ours"] / speed["raw"], "part_of_raw_further": further / speed["raw"],
-        "same_bytes_as_classic": same,
+        "same_bytes_as_classic": same, "peak_bytes": {"beginning": peaks[beginning.stem], "all": peaks[corpus.stem]},
     }  # fmt: skip
 
 
@@ -185,8 +198,28 @@ def classic(corpus: Path, tokenizer: Path, out: Path, workers: int) -> None:
     builder.finalize(f"{out}.idx")
 
 
-def _run(module: str, *arguments: object, threads: int = 1) -> str:
-    command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
+def _peak_memory(module: object, *arguments: object) -> int:
+    """Most bytes that a command and the processes it starts hold at once; what they share counts for each."""
+    peak = 0
+    with subprocess.Popen(_command(module, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        while job.poll() is None:
+            held = 0
+            with suppress(psutil.NoSuchProcess):
+                for process in [watched := psutil.Process(job.pid), *watched.children(recursive=True)]:
+                    held += process.memory_info().rss
+            peak = max(peak, held)
+            time.sleep(0.1)
+    if job.returncode:
+        raise RuntimeError(f"{module} ended with {job.returncode}")
+    return peak
+
+
+def _command(module: object, *arguments: object) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", str(module), *map(str, arguments)]
+
+
+def _run(module: object, *arguments: object, threads: int = 1) -> str:
+    command = _command(module, *arguments)
     environment = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:

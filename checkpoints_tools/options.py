@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 
 from megatron_a2d.cli import Parser
+from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.errors import UserError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -16,7 +16,7 @@ def add_workers(parser: Parser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=min(4, os.cpu_count() or 1),
+        default=DEFAULT_WORKERS,
         metavar="N",
         help="threads that read, check and write at once",
     )

@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--hf, --checkpoint, --export: two of them are compared; give exactly two")
 
     from megatron_a2d.conversion.compare import compare_weights
-    from megatron_a2d.conversion.convert import DEFAULT_WORKERS
     from megatron_a2d.conversion.hub import find_model
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
+    from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 
     hf = find_model(options.hf).directory if options.hf else None
     with ExitStack() as stack:

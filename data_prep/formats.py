@@ -209,7 +209,13 @@ class _Zstandard:
 def read_parquet(span: Span, json_key: str) -> Iterator[Item]:
     """One document in each row, the text in the column `json_key`."""
     arrow = _package("pyarrow", span)
-    file = _open_parquet(span.path, span)
+    try:
+        file = _open_parquet(span.path, span)
+    except UserError:
+        if span.stop:
+            raise
+        yield Problem(span.path, "is no parquet file or is damaged")
+        return
     names = file.schema_arrow.names
     if json_key not in names:
         hint = nearest(json_key, names) or f"; it has {', '.join(names[:8])}"

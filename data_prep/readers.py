@@ -47,10 +47,10 @@ def suffix_of(path: Path) -> str:
     return double if double in READERS else path.suffix
 
 
-def expand_inputs(patterns: Sequence[Path | str]) -> list[Path]:
+def expand_inputs(patterns: Sequence[Path | str], skip_invalid: bool = False) -> list[Path]:
     """Files of files, directories (with all below them) and globs; a directory's files in the order of their paths.
 
-    UserError with every one that is missing, empty or of a kind that no reader knows.
+    UserError with every one that is missing, of a kind that no reader knows, or empty (unless `skip_invalid`).
     """
     problems: list[str] = []
     paths: list[Path] = []
@@ -74,8 +74,8 @@ def expand_inputs(patterns: Sequence[Path | str]) -> list[Path]:
             problems.append(f"--input {path}: is not a file; name a file, a directory or a glob")
         elif suffix_of(path) not in READERS:
             problems.append(f"--input {path}: unknown kind of file; give {' or '.join(READERS)}")
-        elif path.stat().st_size == 0:
-            problems.append(f"--input {path}: is empty; leave it out or write it again")
+        elif path.stat().st_size == 0 and not skip_invalid:
+            problems.append(f"--input {path}: is empty; leave it out, or pass over such with --on-error skip")
         elif not os.access(path, os.R_OK):
             problems.append(f"--input {path}: cannot be read (no permission); change that, or leave it out")
     twice = [path for path, count in Counter(paths).items() if count > 1]
@@ -85,13 +85,16 @@ def expand_inputs(patterns: Sequence[Path | str]) -> list[Path]:
     return paths
 
 
-def plan_pieces(paths: Sequence[Path], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
-    """The corpus in pieces: large files are cut where their kind allows it, small ones put together."""
+def plan_pieces(paths: Sequence[Path], piece_bytes: int = PIECE_BYTES, skip_invalid: bool = False) -> list[Piece]:
+    """The corpus in pieces: large files are cut where their kind allows it, small ones put together.
+
+    UserError for a .parquet file that cannot be opened; with `skip_invalid` its reader reports it.
+    """
     pieces: list[Piece] = []
     spans: list[Span] = []
     filled = 0
     for path in paths:
-        for span in _spans(path, piece_bytes):
+        for span in _spans(path, piece_bytes, skip_invalid):
             spans.append(span)
             filled += span.num_bytes
             if filled >= piece_bytes:
@@ -100,10 +103,15 @@ def plan_pieces(paths: Sequence[Path], piece_bytes: int = PIECE_BYTES) -> list[P
     return [*pieces, Piece(spans)] if spans else pieces
 
 
-def _spans(path: Path, piece_bytes: int) -> Iterator[Span]:
+def _spans(path: Path, piece_bytes: int, skip_invalid: bool) -> Iterator[Span]:
     """Lines of .jsonl by bytes, .parquet by row groups; other kinds are read from their beginning alone."""
     kind, size = suffix_of(path), path.stat().st_size
-    units = num_units(path, kind)
+    try:
+        units = num_units(path, kind) if size else 0
+    except UserError:
+        if not skip_invalid:
+            raise
+        units = 0
     count = max(1, min(units, round(size / piece_bytes)))
     for number in range(count):
         start, stop = number * units // count, (number + 1) * units // count
@@ -112,7 +120,8 @@ def _spans(path: Path, piece_bytes: int) -> Iterator[Span]:
 
 def read_span(span: Span, json_key: str, counts: Counts, skip_invalid: bool = False) -> Iterator[Document]:
     """Every document of a span that has text. What cannot be read is a UserError, or counted and passed over."""
-    for item in READERS[span.kind](span, json_key):
+    empty = Problem(span.path, "is empty")
+    for item in READERS[span.kind](span, json_key) if span.num_bytes else [empty]:
         if isinstance(item, Problem):
             if not skip_invalid:
                 raise UserError(

@@ -189,7 +189,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, help="leave out longer documents; default: none is too long")
     parser.add_argument(
         "--on-error", choices=("fatal", "skip"), default="fatal",
-        help="what a line that is not UTF-8, not JSON or has no text does: end the job, or be reported and passed over",
+        help="what a line that is not UTF-8, not JSON or has no text does, and a file that is empty or cannot be "
+        "opened: end the job, or be reported and passed over",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     arguments.input = list(chain.from_iterable(arguments.input))
@@ -211,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output-prefix {prefix}: is a directory; add the beginning of the files' names")
     reference = open_encoder(arguments.tokenizer, arguments.append_eod, arguments.workers)
     check_free([name for key in arguments.json_keys for name in prefixes_of(arguments, key)[1]])
-    pieces = plan_pieces(expand_inputs(arguments.input))
+    skip_invalid = arguments.on_error == "skip"
+    pieces = plan_pieces(expand_inputs(arguments.input, skip_invalid), skip_invalid=skip_invalid)
     for key in arguments.json_keys:
         try:
             tokenize(arguments, reference, pieces, key)

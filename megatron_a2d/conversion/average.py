@@ -21,13 +21,14 @@ from megatron_a2d.conversion.checkpoint import (
     iteration_of,
 )
 from megatron_a2d.conversion.compare import architecture_differences
-from megatron_a2d.conversion.convert import DEFAULT_WORKERS, check_space
+from megatron_a2d.conversion.convert import check_space
 from megatron_a2d.conversion.manifest import write_manifest
 from megatron_a2d.conversion.rows import FiniteCheck, RowSource, Span, num_bytes
 from megatron_a2d.conversion.sources import Weights, as_megatron, open_checkpoint
 from megatron_a2d.conversion.torch_dist import write_torch_dist
 from megatron_a2d.conversion.torch_dist_reader import read_common
 from megatron_a2d.conversion.unfinished import describe_files, unfinished_directory
+from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import check_new_directory
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +19,9 @@ from megatron_a2d.conversion.rows import FiniteCheck, num_bytes
 from megatron_a2d.conversion.sources import as_megatron, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist import write_torch_dist
 from megatron_a2d.conversion.unfinished import describe_files, size_of_unfinished, unfinished_directory
+from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import check_new_directory, read_json, write_json
-
-# More than a few only compete for the disk.
-DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 
 
 class Converted(NamedTuple):

@@ -14,7 +14,7 @@ from megatron_a2d import __version__
 from megatron_a2d.console import progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, copy_hf_files, iteration_of
 from megatron_a2d.conversion.compare import Comparison, compare_weights
-from megatron_a2d.conversion.convert import DEFAULT_WORKERS, check_space
+from megatron_a2d.conversion.convert import check_space
 from megatron_a2d.conversion.hf_config import Exported, Format, config_json, generation_json, refusals
 from megatron_a2d.conversion.model_card import Origin, model_card
 from megatron_a2d.conversion.rows import FiniteCheck, num_bytes
@@ -22,6 +22,7 @@ from megatron_a2d.conversion.safetensors_files import write_safetensors
 from megatron_a2d.conversion.sources import EMBEDDING, Weights, as_type, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_reader import read_common
 from megatron_a2d.conversion.unfinished import JOURNAL, describe_files, unfinished_directory
+from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import check_new_directory, read_json, write_json
 

@@ -6,7 +6,10 @@ Everything that is converted is a run of whole rows of such matrices.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import math
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +23,8 @@ from megatron_a2d.errors import UserError
 # What is read at once: it stays in the processor's cache between its reading, its checks and its writing, and the
 # allocator hands the same memory out again.
 SLAB_BYTES = 4 << 20
+_BLOCK_BYTES = 4 << 20  # what is written at once
+_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has no such thing
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -111,13 +116,6 @@ def is_finite(rows: torch.Tensor) -> bool:
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
-def write_all(file: Any, data: Any) -> None:
-    """Write all of `data` to the unbuffered `file`."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
-
-
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor; writing to it writes the tensor."""
     raw: Any = tensor.view(-1).view(torch.uint8).numpy()
@@ -155,6 +153,62 @@ def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: st
                 f"{list(expected[name])}; take the config.json that belongs to the weights"
             )
     return problems
+
+
+class StreamedFile:
+    """A file that is written once, from its beginning to its end, past the system's page cache where that is possible.
+
+    Copying through the cache costs as much processor time as hashing, and pushes everything else out of memory.
+    """
+
+    def __init__(self, path: Path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            self._descriptor = os.open(path, flags | _DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that knows only the cache
+                raise
+            self._descriptor = os.open(path, flags)
+        self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # it lies at a page's border, as such writes must
+        self._filled = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            part = rest[: _BLOCK_BYTES - self._filled]
+            self._block[self._filled : self._filled + len(part)] = part
+            self._filled, rest = self._filled + len(part), rest[len(part) :]
+            if self._filled == _BLOCK_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        rest = self._block[: self._filled]
+        while rest:
+            try:
+                count = os.write(self._descriptor, rest)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._use_cache():
+                    raise
+            else:
+                rest = rest[count:]
+        self._filled = 0
+
+    def _use_cache(self) -> bool:
+        """Write through the page cache from now on; False if that is so already."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+        return bool(flags & _DIRECT)
+
+    def __enter__(self) -> StreamedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._use_cache()  # the end of the file fills no page
+                self._flush()
+        finally:
+            os.close(self._descriptor)
 
 
 class OpenFiles:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, bytes_of, slabs, write_all
+from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, StreamedFile, bytes_of, slabs
 from megatron_a2d.conversion.unfinished import Unfinished
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
@@ -202,18 +202,10 @@ def write_safetensors(
 ) -> dict[str, str]:
     """Write all tensors of `source`, in its order, as one file or several with an index, `workers` at a time.
 
-    A shard is larger than `max_shard_bytes` only if a single tensor is. Shards that an earlier run completed are
-    kept. `advance` is told of the bytes written. Returns file name -> SHA-256.
+    Shards that an earlier run completed are kept. `advance` is told of the bytes written. Returns file name -> SHA-256.
     """
     sizes = {name: math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
+    shards = plan_shards(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     jobs = []
     for number, names in enumerate(shards, 1):
@@ -234,6 +226,24 @@ def write_safetensors(
     return digests
 
 
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Tensors (name -> bytes) in their order, cut into few shards of about one size.
+
+    A shard is larger than `max_shard_bytes` only if a single tensor is. Equal sizes: nobody waits for the largest.
+    """
+    total = sum(sizes.values())
+    share = total / math.ceil(total / max_shard_bytes)
+    shards: list[list[str]] = [[]]
+    filled = placed = 0
+    for name, size in sizes.items():
+        if shards[-1] and (filled + size > max_shard_bytes or placed + size / 2 > share * len(shards)):
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, placed = filled + size, placed + size
+    return shards
+
+
 def _write_file(
     work: Unfinished, file_name: str, source: RowSource, names: Sequence[str], advance: Callable[[float], None]
 ) -> None:
@@ -248,15 +258,15 @@ def _write_file(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with (work.directory / file_name).open("wb", buffering=0) as file:
+    with StreamedFile(work.directory / file_name) as file:
         for piece in (len(text).to_bytes(8, "little"), text):
-            write_all(file, piece)
+            file.write(piece)
             digest.update(piece)
         for name in names:
             shape = source.shapes[name]
             for start, stop in slabs(shape, 0, shape[0], source.dtype(name).itemsize):
                 data = bytes_of(source.read(Span(name, (), start, stop)).contiguous())
-                write_all(file, data)
+                file.write(data)
                 digest.update(data)
                 advance(len(data))
     work.record(file_name, {"sha256": digest.hexdigest()})

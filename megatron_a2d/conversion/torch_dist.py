@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_a2d.conversion.manifest import Entry
-from megatron_a2d.conversion.rows import RowSource, Span, bytes_of, slabs, write_all
+from megatron_a2d.conversion.rows import RowSource, Span, StreamedFile, bytes_of, slabs
 from megatron_a2d.conversion.table import WeightMap
 from megatron_a2d.conversion.torch_archive import archive_frame
 from megatron_a2d.conversion.unfinished import Unfinished
@@ -129,11 +129,11 @@ def _write_file(
     advance: Callable[[float], None],
 ) -> None:
     size = crc = 0
-    with (work.directory / name).open("wb", buffering=0) as file:
+    with StreamedFile(work.directory / name) as file:
 
         def write(data: bytes | memoryview) -> None:
             nonlocal size, crc
-            write_all(file, data)
+            file.write(data)
             size, crc = size + len(data), zlib.crc32(data, crc)
 
         write(first)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+# While some wait for the disk, others check and hash. More than a few only compete for it.
+DEFAULT_WORKERS = 4
+
 T = TypeVar("T")
 Advance = Callable[[float], None]
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
+# The modules of the jobs; a server imports them once, and every process is forked from it.
 _JOBS = ("tests.parity.jobs", "tests.parity.run_job")
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
 # megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads, which wake
-# a hundred times a second: after so many jobs it is cheaper to start the processes anew.
-MAX_JOBS = 8
+# a hundred times a second: after so many jobs the processes are started anew, which takes a second.
+MAX_JOBS = 3
 
 
 class Pool:
@@ -79,7 +80,8 @@ class Pool:
         self._processes, self._pipes, self._num_jobs = [], [], 0
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(_JOBS))
         for rank in range(self._size):
             ours, theirs = context.Pipe()
             # Not daemonic: dist_checkpointing starts processes of its own.

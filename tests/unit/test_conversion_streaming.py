@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,11 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import convert_hf, export_hf, synthesize
-from megatron_a2d.conversion import torch_dist
+from megatron_a2d.conversion import rows, torch_dist
 from megatron_a2d.conversion.convert import convert
 from megatron_a2d.conversion.export import export
 from megatron_a2d.conversion.manifest import check_manifest
 from megatron_a2d.conversion.qwen3 import SIZES, hub_config
+from megatron_a2d.conversion.safetensors_files import plan_shards
 from megatron_a2d.conversion.synthetic import write_synthetic
 from megatron_a2d.conversion.unfinished import JOURNAL, unfinished_directory
 from megatron_a2d.conversion.workers import run_jobs
@@ -67,6 +71,55 @@ def test_every_qwen3_goes_in_and_out(size: str, stored: str, tmp_path: Path) -> 
     convert(tmp_path / "hf", tmp_path / "ckpt", workers=2)
     export(tmp_path / "ckpt", tmp_path / "out", "qwen3", max_shard_bytes=700_000, workers=2)
     assert_bitwise_equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "expected"))
+
+
+@pytest.mark.parametrize("limit", [90, 250, 1000, 5000, 10**6])
+def test_shards_are_of_about_one_size(limit: int) -> None:
+    sizes = {f"t{number}": 5 + (number * 7919) % 89 for number in range(200)} | {"huge": 700, "last": 3}
+    shards = plan_shards(sizes, limit)
+    assert [name for shard in shards for name in shard] == list(sizes)
+    filled = [sum(sizes[name] for name in shard) for shard in shards]
+    assert all(size <= limit or len(shard) == 1 for size, shard in zip(filled, shards, strict=True))
+    if limit >= 5000:  # filling one after the other would leave a small last shard
+        assert len(shards) == math.ceil(sum(filled) / limit)
+        assert max(filled) - min(filled) < 100
+
+
+@pytest.mark.parametrize("refusal", ["none", "at the opening", "at the first write"])
+def test_files_are_written_with_and_without_the_page_cache(refusal: str, tmp_path: Path, monkeypatch) -> None:
+    calls = {"open": os.open, "write": os.write}
+    direct: set[int] = set()
+
+    def open_file(path: Path, flags: int) -> int:
+        if flags & rows._DIRECT and refusal == "at the opening":
+            raise OSError(errno.EINVAL, "not here")
+        descriptor = calls["open"](path, flags & ~rows._DIRECT)  # what the test's disk makes of it is not the question
+        direct.update({descriptor} if flags & rows._DIRECT else ())
+        return descriptor
+
+    def write(descriptor: int, data: memoryview) -> int:
+        if descriptor in direct and refusal == "at the first write":
+            direct.discard(descriptor)
+            raise OSError(errno.EINVAL, "not aligned")
+        return calls["write"](descriptor, data[: 1 + len(data) // 2])  # a short write is no error
+
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 512)
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "write", write)
+    # A flag that the file system refused is still on the descriptor; here none ever was.
+    monkeypatch.setattr(rows.StreamedFile, "_use_cache", lambda self: refusal == "at the first write")
+    data = bytes(random.Random(0).randbytes(5000))
+    with rows.StreamedFile(tmp_path / "file") as file:
+        for begin in range(0, len(data), 700):
+            file.write(data[begin : begin + 700])
+    assert (tmp_path / "file").read_bytes() == data
+
+
+def test_a_write_that_fails_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space"), rows.StreamedFile(Path("/dev/full")) as file:
+        file.write(b"x" * 5_000_000)
+    with pytest.raises(OSError, match="No space"), rows.StreamedFile(Path("/dev/full")) as file:
+        file.write(b"x")
 
 
 def split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

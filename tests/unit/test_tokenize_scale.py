@@ -86,8 +86,8 @@ def write_kind(root: Path, kind: str, texts: list[str]) -> Path:
 
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
 def test_every_kind_gives_the_same_tokens(kind, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "plan_pieces", lambda paths: plan_pieces(paths, 3000))
-    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths: plan_pieces(paths, 3000))
+    monkeypatch.setattr(readers, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
+    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
     path = write_kind(tmp_path, kind, TEXTS)
     if kind in (".jsonl", ".parquet", ".txt"):
         assert len(plan_pieces(expand_inputs([path]), 3000)) > 1
@@ -123,7 +123,7 @@ def test_spans_cover_every_line_once(tmp_path):
 
 def test_workers_and_interruption_change_no_byte(tokenizer, tmp_path, monkeypatch):
     corpus = write_kind(tmp_path, ".jsonl", TEXTS)
-    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths: plan_pieces(paths, 3000))
+    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
     expected = contents(run(tokenizer, tmp_path / "one", "--input", corpus))
     assert contents(run(tokenizer, tmp_path / "two", "--input", corpus, "--workers", 2)) == expected
 
@@ -161,7 +161,7 @@ BAD = [b'{"text": "fi', b'{"text": "\xff"}', b'{"body": "x"}', b"[]", b'{"text":
 
 
 def test_what_cannot_be_read_is_fatal_or_reported(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths: plan_pieces(paths, 3000))
+    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
     lines = write_kind(tmp_path, ".jsonl", TEXTS).read_bytes().splitlines()
     for number, line in enumerate(BAD):
         lines.insert(40 * (number + 1), line)
@@ -189,6 +189,22 @@ def test_damaged_containers(kind, tokenizer, tmp_path):
         path.write_bytes(whole[: len(whole) - 5])
         run(tokenizer, tmp_path / "c", "--input", path, "--on-error", "skip")
         assert json.loads((tmp_path / "c.report.json").read_text())["invalid"] >= 1
+
+
+def test_files_of_which_nothing_can_be_read(tokenizer, tmp_path):
+    pytest.importorskip("pyarrow")
+    good = write_kind(tmp_path, ".jsonl", TEXTS)
+    damaged = write_kind(tmp_path, ".parquet", TEXTS)
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    inputs = ("--input", good, damaged, empty)
+    assert f"{empty}: is empty" in problem(tokenizer, tmp_path / "c", *inputs)
+    assert f"{damaged}: is no parquet file" in problem(tokenizer, tmp_path / "c", "--input", good, damaged)
+    prefix = run(tokenizer, tmp_path / "c", *inputs, "--on-error", "skip")
+    problems = [f"{damaged}: is no parquet file or is damaged", f"{empty}: is empty"]
+    assert json.loads(Path(f"{prefix}.report.json").read_text())["problems"] == problems
+    assert contents(prefix) == contents(run(tokenizer, tmp_path / "clean", "--input", good))
 
 
 def test_zst_of_other_tools(tmp_path):
@@ -305,7 +321,7 @@ def test_copies_are_dropped_across_files(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "GROUP", 16)  # several groups
     monkeypatch.setattr(merge, "_CHUNK", 100)
     first, second = write_jsonl(tmp_path / "a.jsonl", TEXTS[:200]), write_jsonl(tmp_path / "b.jsonl", TEXTS[::-1])
-    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths: plan_pieces(paths, 3000))
+    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
     kept = [*TEXTS[:200], *TEXTS[:199:-1]]
     run(tokenizer, tmp_path / "c", "--input", first, second, "--deduplicate")
     assert json.loads((tmp_path / "c.report.json").read_text())["duplicates"] == 200
