@@ -59,6 +59,8 @@ class RowLosses(NamedTuple):
 class DiffusionLM(InParts, LanguageModule):
     """One pipeline stage of the model. Middle stages take and return hidden states [s, b, h]."""
 
+    position_embedding_type = "rope"  # asked for where kernels are recorded
+
     def __init__(
         self,
         config: TransformerConfig,

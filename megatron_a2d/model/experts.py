@@ -76,8 +76,8 @@ class GroupedExperts(MegatronModule):
     def forward(self, tokens_Th: Tensor, tokens_per_expert_E: Tensor, probs_T: Tensor) -> tuple[Tensor, None]:
         """The weighted outputs [T, h] and no bias."""
         if not len(tokens_Th):  # the gradient still has to reach the parameters, as zeros
-            nothing = (tokens_Th @ self.weight1[0].T)[:, : self.weight2.size(2)] * probs_T[:, None]
-            return (nothing @ self.weight2[0].T).to(tokens_Th.dtype), None
+            nothing = (tokens_Th @ self.weight1[0].T)[:, : self.weight2.size(2)] * probs_T[:, None].to(tokens_Th.dtype)
+            return nothing @ self.weight2[0].T, None
         ends_E = tokens_per_expert_E.to(tokens_Th.device, non_blocking=True).cumsum(0).int()
         inner_T2f = grouped_product(tokens_Th, self.weight1, ends_E)
         inner_Tf = weighted_bias_swiglu_impl(inner_T2f, None, probs_T[:, None])

@@ -157,8 +157,10 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
     if weights_only:
         loaded = _load(_wanted_model(state), directory)
         _load_model(state, loaded)
-        # Weights in FP8 are not what was read: the main weights take theirs from there.
-        state.optimizer.reload_model_params(*([loaded] if state.has_fp8_weights else []))
+        if state.has_fp8_weights:
+            state.take_main_weights(loaded)
+        else:
+            state.optimizer.reload_model_params()
         return
     model = _sharded_model(state)
     common = dist_checkpointing.load_common_state_dict(str(directory))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from megatron_a2d.config import RunConfig
 from megatron_a2d.model.transformer_config import GRAPH_WARMUP_STEPS
 from megatron_a2d.training.setup import TrainState
@@ -20,8 +22,14 @@ class LayerGraphs:
         self._helper: Any = None
         if config.performance.cuda_graph_impl != "transformer_engine":
             return
+        from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
         from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 
+        training = config.training
+        reconfigure_num_microbatches_calculator(
+            0, None, training.global_batch_size, training.micro_batch_size,
+            config.data_parallel_size(torch.distributed.get_world_size()), False,
+        )  # fmt: skip
         self._hooks = config.parallel.overlap_param_gather
         self._helper = TECudaGraphHelper(
             model=state.chunks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -45,9 +46,30 @@ class TrainState:
         """--fp8-param-gather: the model's weights are made from the optimizer's main weights, not the other way."""
         return any(chunk.ddp_config.fp8_param_gather for chunk in self.chunks)
 
+    def take_main_weights(self, loaded: dict[str, Any]) -> None:
+        """Weights in FP8 are not what was read any more: the main weights are made of that, by the parameters' names.
+
+        `loaded`: the chunks' tensors as checkpoint.py names them. (megatron.core matches parts of names, and gives the
+        experts' optimizer nothing.)
+        """
+        tensors = loaded.values() if len(self.chunks) > 1 else [loaded["model"]]
+        read = {
+            parameter: chunk_tensors[name]
+            for model, chunk_tensors in zip(self.models, tensors, strict=True)
+            for name, parameter in model.named_parameters()
+        }
+        for part in self._optimizers:
+            part._build_model_param_to_state_dict_param_map = lambda _: read
+            part.reload_model_params(state_dict=loaded)
+
+    @property
+    def _optimizers(self) -> list[Any]:
+        """The parts of a chained optimizer: that of the experts, and that of the rest."""
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
     def restore_weights(self) -> None:
         """Make the model's weights of the main weights, as a step does at its end. Collective."""
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for part in self._optimizers:
             part._copy_main_params_to_model_params()
         for chunk in self.chunks:
             chunk.start_param_sync(force_sync=True)

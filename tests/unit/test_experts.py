@@ -73,6 +73,16 @@ def test_outputs_and_gradients(counts: list[int], pair: tuple[GroupedExperts, Se
         torch.testing.assert_close(weight.grad, expected)
 
 
+def test_a_rank_without_tokens_in_bf16(pair: tuple[GroupedExperts, SequentialMLP]) -> None:
+    """The router's probabilities are fp32; every weight still gets a gradient, of its own type."""
+    grouped = pair[0].bfloat16()
+    tokens = torch.zeros(0, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    output, _ = grouped(tokens, torch.zeros(EXPERTS, dtype=torch.long), torch.zeros(0))
+    output.sum().backward()
+    assert output.dtype == torch.bfloat16 and output.shape == (0, HIDDEN)
+    assert grouped.weight1.grad.dtype == grouped.weight2.grad.dtype == torch.bfloat16
+
+
 def global_view(module: Any) -> dict[str, torch.Tensor]:
     """Every tensor of a module's sharded state in its place in the whole one; nan where nothing is."""
     state = module.sharded_state_dict("mlp.experts.", LAYER, {"dp_cp_group": torch.distributed.group.WORLD})
