@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.model.masked_head import OutputLayer
 from megatron_a2d.model.schedule_plan import InParts
-from megatron_a2d.runtime.device import has_cuda
+from megatron_a2d.runtime.device import has_cuda, send
 
 
 def own_piece(tensor: Tensor, dim: int) -> Tensor:
@@ -34,16 +34,15 @@ def own_piece(tensor: Tensor, dim: int) -> Tensor:
     return tensor if size == 1 else tensor.chunk(size, dim)[parallel_state.get_context_parallel_rank()]
 
 
-def packed_sequences(documents: Tensor | None, tokens_1s: Tensor) -> PackedSeqParams:
-    """The documents of one sample as Transformer Engine's packed ("thd") sequences; `documents` [1, s]."""
-    length = tokens_1s.size(1)
-    assert len(tokens_1s) == 1, "packed sequences go with one sample a micro-batch"
-    begins = torch.ones(1, dtype=torch.bool, device=tokens_1s.device)
-    same = torch.zeros(length - 1, dtype=torch.bool, device=tokens_1s.device)
-    changes = same if documents is None else documents[0, 1:] != documents[0, :-1]
-    starts = torch.cat([begins, changes]).nonzero()[:, 0]
-    bounds = torch.cat([starts, starts.new_tensor([length])]).int()
-    longest = int((bounds[1:] - bounds[:-1]).max())
+def packed_sequences(documents: Tensor | None, length: int) -> PackedSeqParams:
+    """The documents of one sample as Transformer Engine's packed ("thd") sequences; `documents` [1, length], best on the
+    host, where no GPU has to be waited for."""
+    starts = torch.zeros(1, dtype=torch.int64)
+    if documents is not None:
+        changes = (documents[0, 1:] != documents[0, :-1]).nonzero()[:, 0].cpu() + 1
+        starts = torch.cat([starts, changes])
+    bounds = torch.cat([starts, torch.tensor([length])]).int()
+    longest, bounds = int(bounds.diff().max()), send(bounds)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
@@ -126,7 +125,7 @@ class DiffusionLM(InParts, LanguageModule):
         """Losses of the rows `rows_N`, indices into (b, s); without labels their hidden states [N, h], for `head`;
         without both, this rank's logits [b, s, V / tp].
 
-        Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence]
+        Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence], on the host,
         isolates the documents from one another, as a mask or, with `packs_documents`, as packed sequences.
         `positions` [b, whole sequence] are those of the rotary embedding, 0, 1, ... without.
         """
@@ -140,8 +139,10 @@ class DiffusionLM(InParts, LanguageModule):
         self, tokens_bs: Tensor, documents: Tensor | None
     ) -> tuple[Tensor | None, PackedSeqParams | None]:
         """The mask, or the packed sequences."""
-        packed = packed_sequences(documents, tokens_bs) if self.packs_documents else None
-        return (None if documents is None or packed is not None else self._forbidden(documents)), packed
+        if self.packs_documents:
+            assert len(tokens_bs) == 1, "packed sequences go with one sample a micro-batch"
+            return None, packed_sequences(documents, tokens_bs.size(1))
+        return (None if documents is None else self._forbidden(send(documents))), None
 
     def _head(self, hidden: Tensor, labels_N: Tensor | None, rows_N: Tensor | None) -> Tensor | RowLosses:
         """What `forward` returns on the last stage, of the decoder's output."""

@@ -24,7 +24,9 @@ def compute_capability() -> tuple[int, int] | None:
 
 def send(tensor: Tensor) -> Tensor:
     """A tensor of the host on this process's device; on a GPU without waiting for what that does at the moment."""
-    return tensor.pin_memory().to(device(), non_blocking=True) if has_cuda() else tensor
+    if tensor.is_cuda or not has_cuda():
+        return tensor
+    return tensor.pin_memory().to(device(), non_blocking=True)
 
 
 def communication_backend() -> str:
