@@ -144,11 +144,7 @@ def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, 
             if chosen is not None and variant not in chosen:
                 continue
             row: dict[str, Any] = {"shape": name, "layers": shape.layers, "variant": variant}
-            try:
-                row |= measure(shape, settings, rounds, peak)
-            except Exception as error:  # recorded; the other variants are worth having without it
-                row["error"] = " ".join(str(error).split())[:500] or type(error).__name__
-                traceback.print_exc()
+            row |= largest_that_fits(shape, settings, rounds, peak)
             result["rows"].append(row)
             if out:
                 write_json(out, result)
@@ -156,6 +152,30 @@ def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, 
             free_memory()
     if out:
         write_json(out, result)
+
+
+def largest_that_fits(shape: Shape, settings: dict[str, Any] | None, rounds: int, peak: float) -> dict[str, Any]:
+    """`measure` at the shape's micro-batch size, or at half of it and so on where memory does not suffice.
+
+    Whatever else goes wrong is returned as "error": the other variants are worth having without this one.
+    """
+    size = shape.micro_batch_size
+    while True:
+        try:
+            return measure(shape._replace(micro_batch_size=size), settings, rounds, peak)
+        except torch.OutOfMemoryError as problem:
+            error = f"out of memory at a micro-batch of {size}: {_one_line(problem)}"
+        except Exception as problem:
+            traceback.print_exc()
+            return {"error": _one_line(problem)}
+        free_memory()  # here the exception, and with it the frames that hold the model, is gone
+        if size == 1:
+            return {"error": error}
+        size //= 2
+
+
+def _one_line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:500] or type(problem).__name__
 
 
 def measure(shape: Shape, settings: dict[str, Any] | None, rounds: int, peak: float) -> dict[str, Any]:

@@ -35,8 +35,10 @@ def own_piece(tensor: Tensor, dim: int) -> Tensor:
 
 
 def packed_sequences(documents: Tensor | None, length: int) -> PackedSeqParams:
-    """The documents of one sample as Transformer Engine's packed ("thd") sequences; `documents` [1, length], best on the
-    host, where no GPU has to be waited for."""
+    """The documents of one sample as Transformer Engine's packed ("thd") sequences.
+
+    `documents` [1, length] best lie on the host: their lengths are asked for.
+    """
     starts = torch.zeros(1, dtype=torch.int64)
     if documents is not None:
         changes = (documents[0, 1:] != documents[0, :-1]).nonzero()[:, 0].cpu() + 1
