@@ -41,6 +41,13 @@ def has_grouped_products(dtype: torch.dtype) -> bool:
     return True
 
 
+def can_group(config: TransformerConfig) -> bool:
+    """Whether a layer's experts can be one grouped product here: its rows must begin at multiples of 16 bytes."""
+    rows = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
+    aligned = all(size * config.params_dtype.itemsize % 16 == 0 for size in (config.hidden_size, rows))
+    return aligned and has_grouped_products(config.params_dtype)
+
+
 def grouped_product(tokens_Ti: Tensor, weight_Eoi: Tensor, ends_E: Tensor) -> Tensor:
     """[T, o]: row t times the matrix of its expert; expert e has the rows up to ends_E[e] (int32, on the device)."""
     return _grouped_mm(tokens_Ti, weight_Eoi.transpose(1, 2), offs=ends_E)

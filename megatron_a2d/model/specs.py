@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_a2d.config import RunConfig, flag
 from megatron_a2d.errors import UserError
-from megatron_a2d.model.experts import GroupedExperts, has_grouped_products
+from megatron_a2d.model.experts import GroupedExperts, can_group
 from megatron_a2d.model.layers import CoreAttention, RMSNorm
 from megatron_a2d.performance import needs_transformer_engine, refuses_transformer_engine
 from megatron_a2d.runtime.device import has_cuda
@@ -84,7 +84,7 @@ def _portable_layer(config: TransformerConfig, mask_type: AttnMaskType) -> Modul
         mlp = ModuleSpec(module=MLP, submodules=linears)
         stored_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
-        grouped = config.moe_grouped_gemm and has_grouped_products(config.params_dtype)
+        grouped = config.moe_grouped_gemm and can_group(config)
         experts = ModuleSpec(module=GroupedExperts if grouped else SequentialMLP, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     attention = ModuleSpec(

@@ -111,8 +111,8 @@ def _split_contractions(pieces: int) -> Iterator[None]:
     def split_groups(tokens: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         if pieces == 1:
             return grouped_product(tokens, weight, ends)
-        parts = zip(tokens.tensor_split(pieces, -1), weight.tensor_split(pieces, -1), strict=True)
-        return torch.stack([grouped_product(left, right.contiguous(), ends) for left, right in parts]).sum(0)
+        bounds = itertools.pairwise([0, *ends.tolist()])
+        return torch.cat([split(tokens[a:b], matrix.T) for matrix, (a, b) in zip(weight, bounds, strict=True)])
 
     grouped_product = experts.grouped_product
     torch.matmul, torch.Tensor.matmul = split, split  # type: ignore[assignment]
