@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,12 @@ def main() -> None:
         if options.parts is None or any(part.name.startswith(name) for name in options.parts)
     ]
     begin = time.monotonic()
-    result: dict[str, Any] = {"machine": machine(), "rehearsal": options.rehearse, "parts": []}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "rehearsal": options.rehearse,
+        "compiles": can_compile(),
+        "parts": [],
+    }
     for part in chosen:
         left = options.budget - (time.monotonic() - begin)
         done = (
@@ -83,6 +89,11 @@ def main() -> None:
         sys.exit(1)
 
 
+def can_compile() -> bool:
+    """triton, and with it torch.compile, wants a C compiler; without one functions run as they are, which is slower."""
+    return any(map(shutil.which, ("cc", "gcc", "clang")))
+
+
 def run(part: Part, limit: float, rehearse: bool) -> dict[str, Any]:
     """One part: status, what it wrote, and its last lines where it did not end well."""
     begin = time.monotonic()
@@ -90,6 +101,8 @@ def run(part: Part, limit: float, rehearse: bool) -> dict[str, Any]:
         out, log = Path(directory, "out.json"), Path(directory, "log.txt")
         command = [str(out) if word == "OUT" else word for word in part.command]
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"A2D_REHEARSE": "1"} if rehearse else {})
+        if not can_compile():
+            environment["TORCHDYNAMO_DISABLE"] = "1"
         with log.open("w") as lines:
             process = subprocess.Popen(
                 command, stdout=lines, stderr=subprocess.STDOUT, env=environment, start_new_session=True
