@@ -122,6 +122,7 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
             delay_wgrad_compute=performance.delay_wgrad_compute,
         )
     if config.parallel.moe_token_dispatcher_type == "flex":
+        _need_dispatcher(performance.moe_flex_dispatcher_backend)
         fields.update(moe_flex_dispatcher_backend=performance.moe_flex_dispatcher_backend)
     if performance.cuda_graph_impl != "none":
         fields.update(
@@ -138,3 +139,14 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
     elif performance.recompute_granularity == "selective":
         fields.update(recompute_granularity="selective", recompute_modules=list(performance.recompute_modules))
     return fields
+
+
+def _need_dispatcher(backend: str) -> None:
+    """The flex dispatcher's kernels are no part of megatron.core; UserError where they are missing."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    if not getattr(fused_a2a, {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}[backend], False):
+        raise UserError(
+            f"--moe-flex-dispatcher-backend {backend}: its package, deep_ep, is not installed here in a form that has it; "
+            "install it from DeepEP's repository, or use --moe-token-dispatcher-type alltoall"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.model import transformer_config
 from megatron_a2d.runtime.environment import Gpu, as_text, environment, own_cores
 from megatron_a2d.runtime.precision import Scaling, choose_scaling
+from megatron_a2d.training.garbage import Garbage
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +158,7 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.install()
     monkeypatch.setattr(transformer_config, "compute_capability", lambda: (10, 0))
     monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
+    monkeypatch.setattr(transformer_config, "_need_dispatcher", lambda backend: None)
     seen: dict[str, Any] = {}
     monkeypatch.setattr(transformer_config, "TransformerConfig", _recording(transformer_config.TransformerConfig, seen))
     given = dict(
@@ -200,6 +203,38 @@ def test_fusions_without_transformer_engine_are_refused() -> None:
     with pytest.raises(UserError) as refusal:
         choose_implementation(build({"apply_rope_fusion": True, "bf16": True, "fp8": "auto"}))
     assert [line.partition(":")[0] for line in refusal.value.problems] == ["--fp8", "--apply-rope-fusion"]
+
+
+def test_garbage_is_collected_when_said() -> None:
+    """Never by itself in between; and as usual when the loop has ended."""
+    collections: list[str] = []
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        collections.append(phase)
+
+    garbage = Garbage(build({"manual_gc": True, "manual_gc_interval": 3}).performance)
+    gc.callbacks.append(watch)
+    try:
+        assert not gc.isenabled()
+        counts = []
+        for iteration in range(1, 7):
+            collections.clear()
+            garbage.after_step(iteration)
+            counts.append(len(collections))
+        assert [count > 0 for count in counts] == [False, False, True, False, False, True]
+    finally:
+        gc.callbacks.remove(watch)
+        garbage.close()
+    assert gc.isenabled()
+    Garbage(build({}).performance)
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("backend", ["deepep", "hybridep"])
+def test_missing_kernels_of_the_flex_dispatcher(backend: str) -> None:
+    given = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend, "bf16": True, **EP}
+    with pytest.raises(UserError, match=f"backend {backend}: its package, .*use --moe-token-dispatcher-type alltoall"):
+        transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
 
 
 def test_lists_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""--overlap-moe-expert-parallel-comm changes when things are computed, not what."""
+"""Settings of speed and memory change when things are computed, and how often, not what."""
 
 from __future__ import annotations
 
@@ -34,3 +34,25 @@ def test_interleaved_micro_batches(name: str, cases: dict[str, Case], pool: Pool
     plain = steps()
     assert steps(overlap_moe_expert_parallel_comm=True) == pytest.approx(plain, rel=1e-6)
     assert steps(lr=2e-2) != pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("moe", {"recompute_granularity": "full", "recompute_num_layers": 2}),
+        ("dense", {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3}),
+        ("dense", {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")}),
+        ("moe", {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)}),
+        ("moe", {"moe_grouped_gemm": False}),
+    ],
+    ids=str,
+)
+def test_same_numbers(kind: str, settings: dict[str, Any], cases: dict[str, Case], pool: Pool) -> None:
+    """Bit for bit, or, for experts one by one, to fp32's last digits."""
+    case, found = cases[kind], []
+    for more in ({}, settings):
+        (result,) = pool.run(
+            "train_steps", 1, checkpoint=case.checkpoint, settings={**case.settings, **more}, num_steps=2
+        )
+        found.append([*result["losses"], *result["grad_norms"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-6 if "moe_grouped_gemm" in settings else 1e-12)
