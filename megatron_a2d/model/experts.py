@@ -75,7 +75,8 @@ class GroupedExperts(MegatronModule):
             (self.weight2, 2, config.output_layer_init_method),
         ):
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
-            weight.allreduce = False  # type: ignore[attr-defined]
+            # As megatron's own; runtime/upstream.py says why that is not enough, and mends it for both.
+            weight.allreduce = pg_collection.ep.size() == 1  # type: ignore[attr-defined]
             if config.perform_initialization:
                 with torch.no_grad():
                     initialise(weight)

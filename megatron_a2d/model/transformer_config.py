@@ -147,6 +147,6 @@ def _need_dispatcher(backend: str) -> None:
 
     if not getattr(fused_a2a, {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}[backend], False):
         raise UserError(
-            f"--moe-flex-dispatcher-backend {backend}: its package, deep_ep, is not here, or not in a form that has it; "
+            f"--moe-flex-dispatcher-backend {backend}: its package, deep_ep, is missing or has it not; "
             "install it from DeepEP's repository, or use --moe-token-dispatcher-type alltoall"
         )
