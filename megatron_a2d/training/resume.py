@@ -5,8 +5,8 @@ A resumed run must be the run that was stopped. Its settings fall in three kinds
 bound    what decides samples and noise (seed, seq_length, document_attention, reset_position_ids, random_length_prob,
          eod_maskable, global_batch_size, and what the tokens are: train_data_fingerprint), the objective (all diffusion
          settings), and the numbers' type (bf16): another value is an error.
-noted    the optimizer's settings, fp8 and train_iters hold from now on, as the learning rate of a run that is mended must;
-         a change is told.
+noted    the optimizer's settings, fp8 and train_iters hold from now on, as the learning rate of a run that is mended
+         must; a change is told.
 free     the layout, micro_batch_size, intervals, paths, workers.
 """
 

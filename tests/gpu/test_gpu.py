@@ -53,17 +53,18 @@ def test_a_checkpoint_serves_both(kind: str, models: dict[str, Model], tmp_path:
         after = train(models[kind]._replace(checkpoint=str(path)), 2, **second)
         record(name, found := distance(after, Run(whole.losses[2:], whole.grad_norms[2:])))
         assert found < 0.02
-    weights = [weights_of(tmp_path / name, models[kind]) for name in ("portable_to_engine", "engine_to_portable")]
+    weights = [weights_of(tmp_path / name) for name in ("portable_to_engine", "engine_to_portable")]
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][key].shape == weights[1][key].shape for key in weights[0])
 
 
-def weights_of(path: Path, model: Model) -> dict[str, torch.Tensor]:
-    from megatron_a2d.conversion.checkpoint import resolve
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors under Hugging Face's names."""
     from megatron_a2d.conversion.rows import Span
     from megatron_a2d.conversion.sources import open_checkpoint
 
-    with open_checkpoint(resolve(path)) as source:
+    with open_checkpoint(path) as weights:
+        source = weights.tensors
         return {name: source.read(Span(name, 0, shape[0])) for name, shape in source.shapes.items()}
 
 
@@ -177,7 +178,7 @@ def test_fp8_weights_survive_a_checkpoint(models: dict[str, Model], tmp_path: Pa
     after = train(models["dense"]._replace(checkpoint=str(tmp_path / "run")), 2, **settings)
     record("distance", found := distance(after, Run(whole.losses[2:], whole.grad_norms[2:])))
     assert found < 1e-3
-    dtypes = {tensor.dtype for tensor in weights_of(tmp_path / "run", models["dense"]).values()}
+    dtypes = {tensor.dtype for tensor in weights_of(tmp_path / "run").values()}
     assert dtypes == {torch.bfloat16}
 
 
