@@ -45,8 +45,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model
 
     config = build({})
     environment.apply(config)
+    written = write_models(tmp_path_factory.mktemp("gpu"))  # before megatron.core is made to fit a machine without CUDA
     parallel.initialize(config.parallel)
-    yield write_models(tmp_path_factory.mktemp("gpu"))
+    yield written
     parallel.finalize()
 
 
