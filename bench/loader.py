@@ -57,7 +57,7 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
     mixed, _ = ours(directory, LENGTH)
     result: dict[str, Any] = {}
     for name, data, settings in (("plain", plain, {}), ("everything", mixed, EVERYTHING)):
-        maker = make_sample(build({"seq_length": LENGTH, **settings}), architecture, data, 1, cuts_lengths=True)
+        maker = make_sample(build({"seq_length": LENGTH, **settings}), architecture, data, 1, for_training=True)
         arguments = {"micro_batch_size": SIZE, "global_batch_size": SIZE}
         with MicroBatches(data, maker, num_workers=0, **arguments) as batches:
             result[f"tokens a second and core, {name}"] = _speed(batches, seconds)

@@ -86,6 +86,8 @@ def _range_problems(config: RunConfig) -> list[str]:
             "lr_wsd_decay_iters", values["lr_wsd_decay_iters"] == 0,
             f"has no effect with --lr-decay-style {values['lr_decay_style']}; remove it",
         )  # fmt: skip
+    if all(values["lr_mult"].get(role) == 0 for role in ROLES):
+        problems.append("--lr-mult: freezes every role, and nothing would train; leave one above 0")
     for role, factor in values["lr_mult"].items():
         if role not in ROLES:
             problems.append(f"--lr-mult {role}={factor}: there is no role {role!r}; roles are {', '.join(ROLES)}")
@@ -97,14 +99,47 @@ def _range_problems(config: RunConfig) -> list[str]:
 
 
 def _objective_problems(config: RunConfig) -> list[str]:
-    """Settings of the noise mean nothing to the autoregressive objective."""
-    if config.diffusion.objective != "ar":
-        return []
-    return [
-        f"{flag(name)} {value}: has no effect with --objective ar; remove it"
-        for name, value in dataclasses.asdict(config.diffusion).items()
-        if name != "objective" and value != settings()[name].default
-    ]
+    """What the objective and the conversion have no use for, and what they need."""
+    diffusion = config.diffusion
+    if diffusion.objective == "ar":
+        return [
+            f"{flag(name)} {value}: has no effect with --objective ar; remove it"
+            for name, value in dataclasses.asdict(diffusion).items()
+            if name != "objective" and value != settings()[name].default and (name, value) != ("conversion", "random")
+        ]
+    is_block, conversion, factors = diffusion.objective == "block", diffusion.conversion, config.optimization.lr_mult
+    problems = []
+
+    def need(name: str, good: bool, why: str) -> None:
+        if not good:
+            problems.append(f"{flag(name)} {config.to_dict()[name]}: {why}")
+
+    def belongs(name: str, there: bool, to: str) -> None:
+        value = getattr(diffusion, name)
+        need(name, there or value == settings()[name].default, f"has no effect without {to}; remove it")
+
+    belongs("cart_p", diffusion.loss_weights == "cart", "--loss-weights cart")
+    need("cart_p", 0 < diffusion.cart_p <= 1, "must lie above 0 and be at most 1; 0.8 is Dream's")
+    for name in ("block_length", "ar_loss_weight"):
+        belongs(name, is_block, "--objective block")
+    need("block_length", not is_block or diffusion.block_length >= 1, "--objective block needs at least 1 token")
+    need("ar_loss_weight", 0 <= diffusion.ar_loss_weight < math.inf, "must be a finite number, not negative")
+    need(
+        "loss_weights", not is_block or diffusion.loss_weights != "cart",
+        "does not go with --objective block, whose blocks have another context; use mdlm or uniform",
+    )  # fmt: skip
+    for name, owner in (("attention_annealing_steps", "annealing"), ("grafting_steps", "grafting")):
+        belongs(name, conversion == owner, f"--conversion {owner}")
+        need(name, conversion != owner or getattr(diffusion, name) >= 1, f"--conversion {owner} needs at least 1")
+    need(
+        "conversion", not is_block or conversion in ("scp", "random"),
+        "does not go with --objective block, whose mask is its own; use scp",
+    )  # fmt: skip
+    if conversion == "grafting" and factors.get("attention") == 0:
+        problems.append("--lr-mult attention=0: --conversion grafting teaches attention; leave it above 0")
+    if conversion == "random" and config.training.finetune:
+        problems.append("--finetune: has no effect with --conversion random, which takes no weights; remove it")
+    return problems
 
 
 def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
@@ -143,7 +178,7 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
     if parallel.sequence_parallel and tp == 1:
         problems.append("--sequence-parallel: has no effect without --tensor-model-parallel-size above 1; remove it")
     pieces = cp * (tp if parallel.sequence_parallel else 1)
-    if config.data.seq_length % pieces:
+    if config.input_length % pieces:
         problems.append(
             f"--seq-length {config.data.seq_length}: is divided over {pieces} processes (--context-parallel-size and "
             f"--sequence-parallel); use a multiple of {pieces}"
@@ -197,10 +232,10 @@ def _architecture_problems(config: RunConfig, architecture: Architecture) -> lis
             f"--seq-length {config.data.seq_length}: the model knows "
             f"{architecture.max_position_embeddings} positions; shorten the samples"
         )
-    if config.diffusion.objective == "mdlm" and architecture.mask_token_id is None:
+    if config.diffusion.objective != "ar" and architecture.mask_token_id is None:
         problems.append(
-            "--objective mdlm: the checkpoint's hf/config.json names no mask_token_id; convert the model again with "
-            "python -m checkpoints_tools.convert_hf"
+            f"--objective {config.diffusion.objective}: the checkpoint's hf/config.json names no mask_token_id; "
+            "convert the model again with python -m checkpoints_tools.convert_hf"
         )
     if not architecture.is_moe and "router" in config.optimization.lr_mult:
         problems.append("--lr-mult router=...: the model is dense and has no router; remove it")

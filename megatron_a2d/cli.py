@@ -1,4 +1,4 @@
-"""Command line and recipes: defaults < --config recipe.yaml < flags.
+"""Command line and recipes: defaults < --config recipe.yaml (several: the later one) < flags.
 
 A recipe is a flat YAML mapping of the same names, with underscores or dashes. Unknown names are errors,
 answered by the nearest known one.
@@ -61,14 +61,16 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = 
 
 def parse_run(parser: Parser, argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
     """Read a run's configuration; with --print-config print it and end. Reports all problems together."""
-    parser.add_argument("--config", metavar="RECIPE", help="YAML file of settings; flags override it")
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="RECIPE", help="YAML files of settings; later ones and flags win"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and end")
     add_settings(parser)
     options = parser.parse_args(argv)
     problems: list[str] = []
     values: dict[str, Any] = {}
-    if options.config:
-        values.update(_read_recipe(options.config, problems))
+    for recipe in options.config:
+        values.update(_read_recipe(recipe, problems))
     values.update(given_settings(options, settings(), problems))
     if problems:
         raise UserError(problems)

@@ -87,8 +87,14 @@ class DataConfig:
 class DiffusionConfig:
     """What the model is taught."""
 
-    objective: Literal["mdlm", "ar"] = "mdlm"
-    """mdlm: masked diffusion with bidirectional attention; ar: next token with causal attention"""
+    objective: Literal["mdlm", "block", "ar"] = "mdlm"
+    """mdlm: masked diffusion with bidirectional attention; block: the same in blocks of --block-length, each after the
+    ones before it (BD3LM); ar: next token with causal attention"""
+    block_length: int = 0
+    """block: tokens of a block"""
+    ar_loss_weight: float = 0.0
+    """block: what the next-token loss of the clean text counts beside the diffusion loss; above 0 each block sees those
+    before it as a causal model does"""
     noise_schedule: Literal["linear", "cosine"] = "linear"
     """how the mask ratio depends on the time t; linear: they are equal"""
     time_sampling: Literal["low_discrepancy", "uniform"] = "low_discrepancy"
@@ -97,6 +103,19 @@ class DiffusionConfig:
     """smallest time; a masked token weighs up to 1 / min_time"""
     label_shift: bool = True
     """row i predicts token i + 1, as the autoregressive model does; without: row i predicts token i (LLaDA)"""
+    loss_weights: Literal["mdlm", "uniform", "cart"] = "mdlm"
+    """what a masked token weighs in training; mdlm: the likelihood bound's 1/t; uniform: all the same; cart: the more,
+    the more tokens near it are visible (Dream). Validation reports the bound whatever is trained"""
+    cart_p: float = 0.8
+    """cart: how fast a neighbour's part falls with its distance (geometric distribution)"""
+    conversion: Literal["scp", "annealing", "grafting", "random"] = "scp"
+    """how the autoregressive model becomes a bidirectional one; scp: at once; annealing: entry by entry of the
+    attention mask (DiffuLLaMA); grafting: layer by layer, each regressed on its causal form (Chandrasegaran et al.
+    2025); random: not at all, --load gives the shape and the weights are drawn (LLaDA)"""
+    attention_annealing_steps: int = 0
+    """annealing: iterations until all tokens see one another"""
+    grafting_steps: int = 0
+    """grafting: iterations of regression, on clean text, over which the layers are swapped one after the other"""
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ class OptimizationConfig:
     min_lr: float = 0.0
     """learning rate at the end of the decay"""
     lr_mult: dict[str, float] = field(default_factory=dict)
-    """factors on lr and min_lr by role, ROLE=FACTOR ...; roles: attention mlp router norm embedding head"""
+    """factors on lr and min_lr by role, ROLE=FACTOR ...; 0 freezes; roles: attention mlp router norm embedding head"""
     lr_warmup_iters: int = 0
     """iterations over which the learning rate rises linearly from 0"""
     lr_decay_style: Literal["cosine", "WSD", "linear", "constant"] = "cosine"
@@ -257,6 +276,11 @@ class RunConfig:
             for group in dataclasses.asdict(self).values()
             for name, value in group.items()
         }
+
+    @property
+    def input_length(self) -> int:
+        """The model's rows for a sample: block diffusion reads each sample twice, noised and clean."""
+        return self.data.seq_length * (2 if self.diffusion.objective == "block" else 1)
 
     def data_parallel_size(self, world_size: int) -> int:
         parallel = self.parallel

@@ -222,8 +222,9 @@ def _held_out(options: argparse.Namespace, opened: Opened, noise: dict[str, Any]
     sources = open_sources(options.valid_data_path, options.seq_length, opened.vocab_size)
     config = build(
         {
-            "objective": options.objective, "seq_length": options.seq_length, "label_shift": opened.label_shift,
-            "micro_batch_size": options.micro_batch_size, **noise,
+            "objective": opened.objective, "seq_length": options.seq_length, "label_shift": opened.label_shift,
+            "micro_batch_size": options.micro_batch_size, "block_length": opened.block_length,
+            "ar_loss_weight": float(opened.causal_context), **noise,
         }
     )  # fmt: skip
     total = sum(min(options.num_samples, source.dataset.num_samples) for source in sources)
@@ -293,7 +294,7 @@ def _run_harness(
     assert found is not None
     return {
         "tasks": plain(found["results"]), "num_fewshot": plain(found.get("n-shot", {})),
-        "log_likelihoods": model.error_summary() if opened.objective == "mdlm" else {}, "counts": dict(model.counts),
+        "log_likelihoods": model.error_summary() if opened.objective != "ar" else {}, "counts": dict(model.counts),
     }  # fmt: skip
 
 

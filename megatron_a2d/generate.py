@@ -219,7 +219,7 @@ def _generate(
 ) -> Iterator[Result]:
     """Denoise in batches, in the order of the input. Row seeds follow from the prompt's number alone."""
     from megatron_a2d.diffusion.sampling import denoise, kept_positions, make_canvas, row_seed
-    from megatron_a2d.diffusion.sampling.schedules import turns
+    from megatron_a2d.diffusion.sampling.schedules import blocks_of, sizes_of, turns
     from megatron_a2d.inference.prompts import to_row
 
     reserve = None
@@ -237,7 +237,8 @@ def _generate(
         canvas = make_canvas([row for _, (_, _, row) in batch], opened.mask_token_id)
         editable = canvas.editable.tolist()
         # Forward passes at most; some samplers need fewer.
-        plans = [turns(sum(row), sampling.sampler, sampling.num_steps, sampling.block_length) for row in editable]
+        blocks = blocks_of(canvas.editable, sampling.block_length, sampling.aligned_blocks)
+        plans = [turns(sizes, sampling.sampler, sampling.num_steps) for sizes in sizes_of(blocks)]
         view = LiveView(
             canvas.tokens.tolist(), editable, max(map(len, plans)),
             lambda ids: opened.tokenizer.decode(ids, skip_special_tokens=False), console,

@@ -56,6 +56,9 @@ def refuses_transformer_engine(config: RunConfig) -> str | None:
             "--reset-position-ids with documents that see one another",
             config.data.reset_position_ids and config.data.document_attention == "open",
         ),
+        ("--conversion annealing", config.diffusion.conversion == "annealing"),
+        ("--conversion grafting", config.diffusion.conversion == "grafting"),
+        ("--objective block", config.diffusion.objective == "block"),
         (
             "--objective ar with --context-parallel-size above 1",
             config.diffusion.objective == "ar" and parallel.context_parallel_size > 1,

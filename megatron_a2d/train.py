@@ -103,7 +103,7 @@ def _check(config: RunConfig, processes: int) -> Checked:
     check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
     with open_checkpoint(start.directory):
         pass  # every tensor of the model is there, in its shape, and no other
-    if config.diffusion.objective == "mdlm":
+    if config.diffusion.objective != "ar":
         choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
     train_data, _ = loop.open_datasets(config, architecture)
     data = dataclasses.replace(config.data, train_data_fingerprint=train_data.fingerprint())

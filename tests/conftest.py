@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.cases import Case
+from tests.cases import VARIANTS, Case
 from tests.exactness import Exactness
 from tests.parity.pool import Pool
 from tests.tiny import write_hf, write_tokens
@@ -49,6 +49,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         cases[kind] = Case(root / kind, str(root / f"{kind}_checkpoint"), settings)
     cases["isolated"] = cases["moe"]._replace(settings={**settings, "document_attention": "isolated"})
     cases["ar"] = cases["moe"]._replace(settings={**settings, "objective": "ar"})
+    for name, options in VARIANTS.items():
+        cases[name] = cases["moe"]._replace(settings={**settings, **options})
     return cases
 
 

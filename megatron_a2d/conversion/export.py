@@ -99,6 +99,7 @@ def _describe(weights: Weights, dtype: str) -> tuple[Exported, Origin]:
         _optional(hf / "generation_config.json"),
         dtype,
         bool(settings.get("label_shift", True)),
+        int(settings.get("block_length", 0)),
     )
     common = read_common(weights.directory)
     averaged = common.get("averaged_iterations", ())

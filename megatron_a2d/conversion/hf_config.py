@@ -36,6 +36,7 @@ class Exported(NamedTuple):
     source_generation: dict[str, Any]  # its generation_config.json, or {}
     dtype: str  # of the embedding: bfloat16, float16, float32
     label_shift: bool
+    block_length: int = 0  # of block diffusion
 
 
 def refusals(kind: Format, model: Exported) -> list[str]:
@@ -52,6 +53,11 @@ def refusals(kind: Format, model: Exported) -> list[str]:
             "it was trained without the label shift, and RND1 with it": not model.label_shift,
         }
         problems = [f"--format rnd1: {why}; use --format a2d" for why, holds in reasons.items() if holds]
+    if kind != "qwen3" and model.block_length:
+        problems.append(
+            f"--format {kind}: the model was trained in blocks of {model.block_length} (--objective block), and the "
+            "modelling code of exports knows no blocks; sample and evaluate the checkpoint itself"
+        )
     if kind != "qwen3" and a.mask_token_id is None:
         problems.append(f"--format {kind}: the checkpoint's hf/config.json has no mask_token_id; convert it again")
     return problems

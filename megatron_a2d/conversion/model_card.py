@@ -17,7 +17,8 @@ from megatron_a2d.conversion.hf_config import Exported, Format
 
 # The settings that make a recipe, in the order of the card.
 RECIPE = (
-    "objective", "noise_schedule", "time_sampling", "min_time", "label_shift", "document_attention", "seq_length",
+    "objective", "loss_weights", "conversion", "noise_schedule", "time_sampling", "min_time", "label_shift",
+    "document_attention", "seq_length",
     "global_batch_size", "lr", "min_lr", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "seed",
 )  # fmt: skip

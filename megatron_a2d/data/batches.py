@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_a2d.diffusion.visibility import everything_open
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
 
@@ -39,7 +40,7 @@ MakeSample = Callable[[np.ndarray, int], Any]
 
 
 class Batch(NamedTuple):
-    """One micro-batch, on the CPU. b = micro_batch_size, s = seq_length."""
+    """One micro-batch, on the CPU. b = micro_batch_size, s = the model's rows for a sample (RunConfig.input_length)."""
 
     tokens: Tensor  # [b, s] int64, the model's input
     labels: Tensor  # [b, s] int64, already shifted
@@ -49,6 +50,8 @@ class Batch(NamedTuple):
     num_maskable: Tensor  # [b] int64, each sample's part of the loss's denominator, in tokens
     documents: Tensor | None = None  # [b, s] int64: only tokens of equal number see one another; None: all do
     positions: Tensor | None = None  # [b, s] int64; None: 0 .. s - 1
+    annealing: Tensor | None = None  # [b, 2] int64 (diffusion/visibility.py); None: no causal mask is left
+    levels: Tensor | None = None  # [b, s] int64 (diffusion/blocks.py); None: there are no blocks
 
 
 def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int) -> Batch:
@@ -64,6 +67,8 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
         num_maskable=torch.tensor([sample.num_maskable for sample in samples], dtype=torch.int64),
         documents=_stack([sample.documents for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
         positions=_stack([sample.positions for sample in samples], lambda length: np.arange(length, dtype=np.int64)),
+        annealing=_stack([sample.annealing for sample in samples], lambda _: everything_open()),
+        levels=_stack([sample.levels for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
     )
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_a2d.diffusion.noise import Noise
+from megatron_a2d.diffusion.weights import token_weights
 from megatron_a2d.errors import UserError
 
 
@@ -27,6 +28,8 @@ class Corrupted(NamedTuple):
     num_maskable: int  # this sample's part of the loss's denominator, in tokens
     documents: np.ndarray | None = None  # [L] int64, the document of each token, where they are isolated
     positions: np.ndarray | None = None  # [L] int64, where they are not 0 .. L - 1
+    annealing: np.ndarray | None = None  # [2] int64 (visibility.py), where not all tokens see one another yet
+    levels: np.ndarray | None = None  # [L] int64 (blocks.py), where blocks follow one another
 
 
 def corrupt(
@@ -40,23 +43,18 @@ def corrupt(
 
     At time t each maskable token is hidden with probability m(t) and weighs m'(t) / m(t). Summed over a
     batch and divided by the batch's number of maskable tokens, that is an unbiased estimate of
-    the NELBO in nats a token. `visible_token_id` (end of document) is never masked and not counted.
+    the NELBO in nats a token; other weights (weights.py) estimate no bound. `visible_token_id` (end of document) is
+    never masked and not counted.
     """
-    if (tokens_L == noise.mask_token_id).any():
-        raise UserError(
-            f"sample {sample_index}: its text holds the mask token, id {noise.mask_token_id}; tokenise with the "
-            "model's own tokenizer, or convert the model with another --mask-token-id"
-        )
+    check_text(tokens_L, sample_index, noise)
     time = noise.time(sample_index)
-    maskable_L = _has_predecessor(tokens_L, documents_L) if noise.label_shift else np.ones(len(tokens_L), dtype=bool)
-    if visible_token_id is not None:
-        maskable_L &= tokens_L != visible_token_id
+    maskable_L = maskable_tokens(tokens_L, noise.label_shift, documents_L, visible_token_id)
     masked_L = noise.uniforms(sample_index, len(tokens_L)) < noise.functions.mask_probability(time)
     masked_L &= maskable_L
-    weights_L = masked_L * np.float32(noise.functions.weight(time))
+    weights_L = token_weights(noise, time, masked_L, documents_L)
     labels_L = tokens_L
     if noise.label_shift:
-        labels_L, weights_L = _shift(tokens_L, weights_L)
+        labels_L, weights_L = shift(tokens_L, weights_L)
     return Corrupted(
         tokens=np.where(masked_L, noise.mask_token_id, tokens_L),
         labels=labels_L,
@@ -71,21 +69,45 @@ def next_token(
     tokens_L: np.ndarray, documents_L: np.ndarray | None = None, visible_token_id: int | None = None
 ) -> Corrupted:
     """The same sample for the autoregressive objective: nothing is masked, every next token counts 1."""
-    counted_L = _has_predecessor(tokens_L, documents_L)
+    counted_L = has_predecessor(tokens_L, documents_L)
     if visible_token_id is not None:
         counted_L &= tokens_L != visible_token_id
-    labels_L, weights_L = _shift(tokens_L, counted_L.astype(np.float32))
+    labels_L, weights_L = shift(tokens_L, counted_L.astype(np.float32))
     return Corrupted(tokens_L, labels_L, weights_L, 1.0, int(counted_L.sum()), documents_L)
 
 
-def _has_predecessor(tokens_L: np.ndarray, documents_L: np.ndarray | None) -> np.ndarray:
+def without_loss(tokens_L: np.ndarray, documents_L: np.ndarray | None = None) -> Corrupted:
+    """The same sample as it is, for what is learnt inside the model: no row is judged, every token counts."""
+    return Corrupted(tokens_L, tokens_L, np.zeros(len(tokens_L), np.float32), 1.0, len(tokens_L), documents_L)
+
+
+def check_text(tokens_L: np.ndarray, sample_index: int, noise: Noise) -> None:
+    """UserError where the text itself holds the mask token."""
+    if (tokens_L == noise.mask_token_id).any():
+        raise UserError(
+            f"sample {sample_index}: its text holds the mask token, id {noise.mask_token_id}; tokenise with the "
+            "model's own tokenizer, or convert the model with another --mask-token-id"
+        )
+
+
+def maskable_tokens(
+    tokens_L: np.ndarray, label_shift: bool, documents_L: np.ndarray | None, visible_token_id: int | None
+) -> np.ndarray:
+    """[L] bool, the tokens that may be masked; their number is the sample's part of the denominator."""
+    maskable_L = has_predecessor(tokens_L, documents_L) if label_shift else np.ones(len(tokens_L), dtype=bool)
+    if visible_token_id is not None:
+        maskable_L &= tokens_L != visible_token_id
+    return maskable_L
+
+
+def has_predecessor(tokens_L: np.ndarray, documents_L: np.ndarray | None) -> np.ndarray:
     """True where the row before sees the same document: those tokens can be predicted."""
     if documents_L is None:
         return np.arange(len(tokens_L)) > 0
     return np.append(False, documents_L[1:] == documents_L[:-1])
 
 
-def _shift(tokens_L: np.ndarray, weights_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def shift(tokens_L: np.ndarray, weights_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Row i is judged by token i + 1. The last row has no successor: weight 0, and any label will do."""
     labels_L = np.append(tokens_L[1:], tokens_L[:1])
     return labels_L, np.append(weights_L[1:], np.float32(0))

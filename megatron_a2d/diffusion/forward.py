@@ -31,6 +31,9 @@ class Request(NamedTuple):
     needed: Tensor  # [B, L] bool, the rows that are wanted
     # For models with caches (see `Window`); None: everything is computed and nothing is kept.
     window: Window | None = None
+    # For models of block diffusion (diffusion/blocks.py); None: all tokens see one another.
+    levels: Tensor | None = None  # [B, L] int64
+    positions: Tensor | None = None  # [B, L] int64, where they are not 0 .. L - 1
 
 
 class Window(NamedTuple):

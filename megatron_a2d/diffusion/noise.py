@@ -20,7 +20,7 @@ _INVERSE_GOLDEN_RATIO = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
 
 # Philox keys are 128 bits: the seed, and which of its independent streams.
-_STREAM_MASK, _STREAM_TIME, _STREAM_LENGTH = 0, 1, 2
+_STREAM_MASK, _STREAM_TIME, _STREAM_LENGTH, _STREAM_ATTENTION = 0, 1, 2, 3
 
 TIME_SAMPLINGS = ("low_discrepancy", "uniform")
 
@@ -35,6 +35,8 @@ class Noise:
     time_sampling: str = "low_discrepancy"
     min_time: float = 1e-3
     label_shift: bool = True
+    loss_weights: str = "mdlm"
+    cart_p: float = 0.8
 
     def __post_init__(self) -> None:
         assert self.schedule in SCHEDULES and self.time_sampling in TIME_SAMPLINGS
@@ -60,6 +62,11 @@ class Noise:
     def uniforms(self, sample_index: int, length: int) -> np.ndarray:
         """One number in [0, 1) for each position of a sample, [length] float64."""
         return uniforms(self.seed, _STREAM_MASK, sample_index, length)
+
+
+def attention_key(seed: int, sample_index: int) -> int:
+    """What decides a sample's random attention entries (diffusion/visibility.py), a signed 64-bit number."""
+    return int(_bits(seed, _STREAM_ATTENTION, sample_index, 1).view(np.int64)[0])
 
 
 def random_cut(seed: int, sample_index: int, length: int, probability: float) -> int | None:

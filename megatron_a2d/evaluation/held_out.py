@@ -68,7 +68,10 @@ def evaluate_sources(
             labels_N, weights_N = batch.labels[needed_BL].to(opened.device), batch.weights[needed_BL]
             visible_BL = torch.ones_like(needed_BL)
             tokens, visible, needed = (x.to(opened.device) for x in (batch.tokens, visible_BL, needed_BL))
-            request = Request(tokens, visible, needed)
+            levels, positions = (
+                None if rows is None else rows.to(opened.device) for rows in (batch.levels, batch.positions)
+            )
+            request = Request(tokens, visible, needed, levels=levels, positions=positions)
             losses_N, correct_N = opened.run(request, partial(label_losses, labels_NC=labels_N[:, None]))
             sums = sample_sums(losses_N[:, 0].cpu(), weights_N, correct_N[:, 0].cpu(), needed_BL.nonzero()[:, 0], size)
             columns.put(batch.sample_index, batch.times, batch.num_maskable, sums)

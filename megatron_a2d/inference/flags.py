@@ -54,6 +54,13 @@ def sampling_options(options: argparse.Namespace, opened: Opened, **defaults: An
     from megatron_a2d.diffusion.sampling import SamplingOptions
 
     given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
+    if opened.block_length:
+        if given.get("block_length", opened.block_length) != opened.block_length:
+            raise UserError(
+                f"--block-length {given['block_length']}: the model was trained in blocks of {opened.block_length}; "
+                "give that, or leave the flag out"
+            )
+        given |= {"block_length": opened.block_length, "aligned_blocks": True}
     try:
         chosen = SamplingOptions(**{"temperature": 0.1, "num_steps": opened.num_diffusion_steps, **defaults, **given})
     except ValueError as error:

@@ -24,7 +24,7 @@ class Opened:
     run: Model
     tokenizer: Tokenizer
     name: str  # what the user gave
-    objective: str  # mdlm or ar
+    objective: str  # mdlm, block or ar
     architecture: Architecture
     vocab_size: int
     mask_token_id: int  # -1 for an autoregressive model
@@ -36,6 +36,9 @@ class Opened:
     device: torch.device
     # The public package's reserved slot holds it.
     pad_token_id: int = 0
+    # Of a model of block diffusion.
+    block_length: int = 0
+    causal_context: bool = False
     # Several processes run a sharded model; one of them speaks.
     speaks: bool = True
 

@@ -25,7 +25,8 @@ from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, resolve
 from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.conversion.torch_dist_reader import check_pickles
-from megatron_a2d.diffusion.forward import Reduce, Request
+from megatron_a2d.diffusion.blocks import BlockModel
+from megatron_a2d.diffusion.forward import Model, Reduce, Request
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 from megatron_a2d.inference.export import check_mask_token
@@ -47,18 +48,21 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
     hf_files = directory / HF_FILES
     architecture = read_architecture(hf_files)
     trained = read_json(directory / RUN_CONFIG, "the run's settings") if (directory / RUN_CONFIG).exists() else {}
+    if objective == "mdlm" and trained.get("objective") == "block":
+        objective = "block"  # masked diffusion too; how it is read follows from how it was trained
     if trained.get("objective", objective) != objective:
         raise UserError(
             f"--model {path}: was trained with --objective {trained['objective']}, not {objective}; give that objective"
         )
     processes = dist.get_world_size() if dist.is_initialized() else parallel.world_size()
     longest = architecture.max_position_embeddings // (tp := values.get("tensor_model_parallel_size", 1) or 1) * tp
-    config = build({**values, "objective": objective, "global_batch_size": processes, "seq_length": longest})
+    block = {name: trained[name] for name in ("block_length", "ar_loss_weight") if objective == "block"}
+    config = build({**values, **block, "objective": objective, "global_batch_size": processes, "seq_length": longest})
     if problems := find_problems(config, architecture, processes):
         raise UserError(problems)
-    mask = architecture.mask_token_id if objective == "mdlm" else -1
+    mask = architecture.mask_token_id if objective != "ar" else -1
     tokenizer = load_tokenizer(hf_files, architecture.vocab_size)
-    if objective == "mdlm":
+    if objective != "ar":
         check_mask_token(hf_files, mask, architecture.vocab_size)
     check_pickles(directory)
     with open_checkpoint(directory):
@@ -66,8 +70,12 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
     parallel.initialize(config.parallel)
     model = load_weights(architecture, config, directory)
     hf_config = read_json(hf_files / "config.json", "the model's configuration")
+    run: Model = ShardedModel(model, config)
+    causal_context = config.diffusion.ar_loss_weight > 0
+    if objective == "block":
+        run = BlockModel(run, int(mask or 0), config.diffusion.block_length, causal_context)
     return Opened(
-        run=ShardedModel(model, config),
+        run=run,
         tokenizer=tokenizer,
         name=str(path),
         objective=objective,
@@ -82,6 +90,8 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
         device=device(),
         pad_token_id=pad_token(hf_files, hf_config),
         speaks=dist.get_rank() == 0,
+        block_length=config.diffusion.block_length,
+        causal_context=causal_context,
     )
 
 
@@ -110,9 +120,9 @@ class ShardedModel:
         assert request.window is None, "a sharded model has no caches"
         batch, length = request.tokens.shape
         more = -length % self._pieces  # sequence parallelism cuts the sequence into equal pieces
-        tokens, visible, needed = (F.pad(tensor, (0, more)) for tensor in request[:3])
+        request = Request(*(None if rows is None else F.pad(rows, (0, more)) for rows in request))  # type: ignore[arg-type]
         results = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, Request(tokens, visible, needed), reduce),
+            forward_step_func=partial(_forward_step, request, reduce),
             data_iterator=None,
             model=[self.model],
             num_microbatches=1,
@@ -131,6 +141,11 @@ def _forward_step(request: Request, reduce: Reduce, batches: Any, model: Diffusi
     """megatron's `forward_step_func`: hidden states between stages, the needed rows on the last one."""
     # Real tokens and padding are kept apart like documents.
     documents = None if bool(request.visible.all()) else (~request.visible).long()
-    rows = request.needed.flatten().nonzero()[:, 0]
-    hidden = model(request.tokens, rows_N=rows, documents=documents)
+    hidden = model(
+        request.tokens,
+        rows_N=request.needed.flatten().nonzero()[:, 0],
+        documents=documents,
+        positions=request.positions,
+        levels=request.levels,
+    )
     return hidden, lambda rows, non_loss_data: reduce(rows, model.head)

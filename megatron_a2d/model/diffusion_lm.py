@@ -9,6 +9,7 @@ Shapes: s sequence, b batch, h hidden, N rows with loss, V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor
 
 from megatron_a2d.architecture import Architecture
+from megatron_a2d.diffusion.visibility import annealed, by_level
 from megatron_a2d.model.masked_head import OutputLayer
 from megatron_a2d.model.schedule_plan import InParts
 from megatron_a2d.runtime.device import has_cuda, send
@@ -123,28 +125,33 @@ class DiffusionLM(InParts, LanguageModule):
         rows_N: Tensor | None = None,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
+        annealing: Tensor | None = None,
+        levels: Tensor | None = None,
     ) -> Tensor | RowLosses:
         """Losses of the rows `rows_N`, indices into (b, s); without labels their hidden states [N, h], for `head`;
         without both, this rank's logits [b, s, V / tp].
 
         Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence], on the host,
         isolates the documents from one another, as a mask or, with `packs_documents`, as packed sequences.
-        `positions` [b, whole sequence] are those of the rotary embedding, 0, 1, ... without.
+        `positions` [b, whole sequence] are those of the rotary embedding, 0, 1, ... without. `annealing` [b, 2]: causal
+        but for random entries. `levels` [b, whole sequence]: block by block (both: diffusion/visibility.py).
         """
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None
-        mask, packed = self._attention_inputs(tokens_bs, documents)
+        if hidden is not None and not hidden.requires_grad and torch.is_grad_enabled() and not self.post_process:
+            hidden.requires_grad_()  # all of a first stage may be frozen; the schedule wants a gradient of each stage
+        mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)
         rotary = self._rotary(hidden, positions)
         hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary, packed_seq_params=packed)
         return self._head(hidden, labels_N, rows_N) if self.post_process else hidden
 
     def _attention_inputs(
-        self, tokens_bs: Tensor, documents: Tensor | None
+        self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None = None, levels: Tensor | None = None
     ) -> tuple[Tensor | None, PackedSeqParams | None]:
         """The mask, or the packed sequences."""
         if self.packs_documents:
             assert len(tokens_bs) == 1, "packed sequences go with one sample a micro-batch"
             return None, packed_sequences(documents, tokens_bs.size(1))
-        return (None if documents is None else self._forbidden(send(documents))), None
+        return self._forbidden(tokens_bs, None if documents is None else send(documents), annealing, levels), None
 
     def _head(self, hidden: Tensor, labels_N: Tensor | None, rows_N: Tensor | None) -> Tensor | RowLosses:
         """What `forward` returns on the last stage, of the decoder's output."""
@@ -175,9 +182,20 @@ class DiffusionLM(InParts, LanguageModule):
             return own_piece(angles, dim=0)
         return angles[own_piece(positions, dim=1).T, 0]
 
-    def _forbidden(self, documents: Tensor) -> Tensor:
-        """[b, 1, this rank's piece, whole sequence], True between tokens of different documents."""
-        return (own_piece(documents, dim=1)[:, :, None] != documents[:, None, :])[:, None]
+    def _forbidden(
+        self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None, levels: Tensor | None
+    ) -> Tensor | None:
+        """[b, 1, this rank's piece, whole sequence], True where a token may not look; None: nowhere."""
+        allowed = []
+        if documents is not None:
+            allowed.append(own_piece(documents, dim=1)[:, :, None] == documents[:, None, :])
+        if annealing is not None:
+            length = tokens_bs.size(1) * parallel_state.get_context_parallel_world_size()
+            queries = own_piece(torch.arange(length, device=tokens_bs.device), dim=0)
+            allowed.append(annealed(annealing, queries, length))
+        if levels is not None:
+            allowed.append(by_level(own_piece(levels, dim=1), levels))
+        return ~functools.reduce(torch.logical_and, allowed)[:, None] if allowed else None
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.output_layer(hidden, weight=self._tied_weight())[0]

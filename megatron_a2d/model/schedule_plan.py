@@ -25,9 +25,11 @@ class InParts:
         rows_N: Tensor | None,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
+        annealing: Tensor | None = None,
+        levels: Tensor | None = None,
     ) -> TransformerModelChunkSchedulePlan:
         """The inputs of `forward`, to be run part by part."""
-        mask, packed = self._attention_inputs(tokens_bs, documents)  # type: ignore[attr-defined]
+        mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)  # type: ignore[attr-defined]
         # loss_mask is the place for the rows: megatron hands it through to _postprocess.
         return TransformerModelChunkSchedulePlan(
             self, tokens_bs, positions, mask, labels=labels_N, packed_seq_params=packed, loss_mask=rows_N

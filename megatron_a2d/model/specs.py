@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_a2d.config import RunConfig, flag
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.experts import GroupedExperts, can_group
+from megatron_a2d.model.grafting import GraftedSelfAttention
 from megatron_a2d.model.layers import CoreAttention, RMSNorm
 from megatron_a2d.performance import needs_transformer_engine, refuses_transformer_engine
 from megatron_a2d.runtime.device import has_cuda
@@ -52,9 +53,16 @@ def choose_implementation(config: RunConfig) -> Implementation:
 
 
 def build_block_spec(
-    config: TransformerConfig, implementation: Implementation, causal: bool, vp_stage: int | None = None
+    config: TransformerConfig,
+    implementation: Implementation,
+    causal: bool,
+    vp_stage: int | None = None,
+    grafts: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The spec of the layers that this (virtual) pipeline stage builds, and of the final norm."""
+    """The spec of the layers that this (virtual) pipeline stage builds, and of the final norm.
+
+    `grafts`: attention can be regressed on its causal form (portable layers only).
+    """
     mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -62,6 +70,8 @@ def build_block_spec(
         layer, final_norm = _transformer_engine_layer(config, mask_type), TENorm
     else:
         layer, final_norm = _portable_layer(config, mask_type), RMSNorm
+        if grafts:
+            layer.submodules.self_attention.module = GraftedSelfAttention
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=final_norm
     )

@@ -23,13 +23,13 @@ from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.runtime import environment
 from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.training import parallel
-from megatron_a2d.training.checkpoint import load_checkpoint
 from megatron_a2d.training.cuda_graphs import LayerGraphs
 from megatron_a2d.training.garbage import Garbage
 from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.samples import make_sample
 from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
+from megatron_a2d.training.start import begin
 from megatron_a2d.training.step import StepResult, train_step
 from megatron_a2d.training.stopping import EXIT_NOT_FINITE, SkippedSteps, SpikeDetector, StopRequests
 from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
@@ -40,7 +40,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     # Scanned by the first rank before the run (train.py); every token is checked again when it is read.
     train_data, valid_data = open_datasets(config, architecture, scan=False)
     state = build_train_state(architecture, config)
-    load_checkpoint(state, start, weights_only)
+    grafting = begin(state, config, architecture, start, weights_only)
     training = config.training
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
@@ -50,7 +50,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and not file.has_checksums])
     meter, spikes = _Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
-    shape = (training.micro_batch_size, config.data.seq_length)
+    shape = (training.micro_batch_size, config.input_length)
     graphs, garbage = LayerGraphs(state, config), Garbage(config.performance)
     end: tuple[str, int] | None = None
     try:
@@ -68,7 +68,9 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             scan.check()
             state.scheduler.step(1)
             graphs.before_step()
-            result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
+            with grafting.step(state):
+                result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
+            grafting.add_error(result.totals)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
@@ -162,15 +164,15 @@ def micro_batches(
     dataset: PackedDataset | MixedDataset,
     noise_seed: int,
     start_sample: int,
-    cuts_lengths: bool = True,
+    for_training: bool = True,
 ) -> MicroBatches:
     """This rank's micro-batches, from the sample with the global index `start_sample` on.
 
-    `cuts_lengths`: --random-length-prob is in force; validation keeps its samples whole.
+    `for_training`: not for a validation (see make_sample).
     """
     return MicroBatches(
         dataset,
-        make_sample(config, architecture, dataset, noise_seed, cuts_lengths),
+        make_sample(config, architecture, dataset, noise_seed, for_training),
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -186,8 +188,8 @@ def run_validation(
     """--eval-iters global batches, or as many as the held-out data fills."""
     batch_size = config.training.global_batch_size
     num_samples = min(config.training.eval_iters, valid_data.num_samples // batch_size) * batch_size
-    shape = (config.training.micro_batch_size, config.data.seq_length)
-    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, cuts_lengths=False) as batches:
+    shape = (config.training.micro_batch_size, config.input_length)
+    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, for_training=False) as batches:
         return validate(state.chunks, batches, num_samples, batches.num_microbatches, shape)
 
 
@@ -209,7 +211,8 @@ class _Meter:
 
     def __init__(self, config: RunConfig, architecture: Architecture):
         self._tokens_per_step = config.training.global_batch_size * config.data.seq_length
-        self._architecture, self._seq_length = architecture, config.data.seq_length
+        self._architecture, self._input_length = architecture, config.input_length
+        self._rows_per_token = config.input_length / config.data.seq_length
         self._causal = config.diffusion.objective == "ar"
         self._peak = peak_flops()
         self.restart()
@@ -248,8 +251,11 @@ class _Meter:
             "consumed_samples": state.consumed_samples,
         }
         if self._peak:
-            flops = train_flops_per_token(
-                self._architecture, self._seq_length, self._causal, head_fraction=values["mask_ratio"]
+            flops = self._rows_per_token * train_flops_per_token(
+                self._architecture,
+                self._input_length,
+                self._causal,
+                head_fraction=values["mask_ratio"] / self._rows_per_token,
             )
             values["mfu"] = tokens_per_second * flops / (self._peak * dist.get_world_size())
         self.restart()

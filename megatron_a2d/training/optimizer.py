@@ -118,12 +118,22 @@ def update_parameters(optimizer: MegatronOptimizer) -> float:
     return grad_norm
 
 
+def freeze_roles(model: nn.Module, factors: dict[str, float], tied: bool) -> None:
+    """Take the roles with factor 0 out of training: no gradient, no moments, no decay.
+
+    To be called before DistributedDataParallel makes room for gradients.
+    """
+    for name, parameter in model.named_parameters():
+        if factors.get(role_of(name, tied)) == 0:
+            parameter.requires_grad_(False)
+
+
 def _tag_learning_rates(chunks: list[DistributedDataParallel], factors: dict[str, float], tied: bool) -> list[float]:
     """Set `lr_scale` on every parameter; returns the scales other than 1, the same list on every rank."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.lr_scale = factors.get(role_of(name, tied), 1.0)
-    return sorted(set(factors.values()) - {1.0})
+    return sorted(set(factors.values()) - {0.0, 1.0})
 
 
 def _group_overrides(scales: list[float], lr: float, min_lr: float) -> dict[ParamKey, ParamGroupOverride]:

@@ -9,8 +9,10 @@ import numpy as np
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.data.batches import MakeSample
-from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
+from megatron_a2d.diffusion.blocks import corrupt_blocks
+from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token, without_loss
 from megatron_a2d.diffusion.noise import Noise, random_cut
+from megatron_a2d.diffusion.visibility import annealing_of
 from megatron_a2d.errors import UserError
 
 
@@ -23,15 +25,19 @@ class Documents(Protocol):
 
 
 def make_sample(
-    config: RunConfig, architecture: Architecture, dataset: Documents, noise_seed: int, cuts_lengths: bool = False
+    config: RunConfig, architecture: Architecture, dataset: Documents, noise_seed: int, for_training: bool = False
 ) -> MakeSample:
-    """What the objective makes of a sample's tokens. `cuts_lengths`: --random-length-prob is in force (training)."""
+    """What the objective makes of a sample's tokens.
+
+    `for_training`: --random-length-prob, --loss-weights, --ar-loss-weight and --conversion are in force. Validation
+    keeps samples whole, weighs them as the bound does, and lets tokens see what they will see in the finished model.
+    """
     data, diffusion = config.data, config.diffusion
     isolated = data.document_attention == "isolated"
     visible = None if data.eod_maskable else _end_of_document(dataset)
-    cut_probability = data.random_length_prob if cuts_lengths else 0.0
+    cut_probability = data.random_length_prob if for_training else 0.0
     noise = None
-    if diffusion.objective == "mdlm":
+    if diffusion.objective != "ar":
         assert architecture.mask_token_id is not None
         noise = Noise(
             seed=noise_seed,
@@ -40,6 +46,8 @@ def make_sample(
             time_sampling=diffusion.time_sampling,
             min_time=diffusion.min_time,
             label_shift=diffusion.label_shift,
+            loss_weights=diffusion.loss_weights if for_training else "mdlm",
+            cart_p=diffusion.cart_p,
         )
 
     def make(tokens: np.ndarray, index: int) -> Corrupted:
@@ -48,11 +56,25 @@ def make_sample(
         segments = attention_segments(documents if isolated else None, cut, len(tokens))
         if noise is None:
             sample = next_token(tokens, segments, visible)
+        elif for_training and index // config.training.global_batch_size < diffusion.grafting_steps:
+            sample = without_loss(tokens, segments)
+        elif diffusion.objective == "block":
+            sample = corrupt_blocks(
+                tokens, index, noise, diffusion.block_length, segments, visible,
+                causal_context=diffusion.ar_loss_weight > 0,
+                ar_loss_weight=diffusion.ar_loss_weight if for_training else 0.0,
+            )  # fmt: skip
         else:
             sample = corrupt(tokens, index, noise, segments, visible)
-        if not data.reset_position_ids:
-            return sample
-        return sample._replace(positions=positions_within(attention_segments(documents, cut, len(tokens))))
+        if data.reset_position_ids:
+            positions = positions_within(attention_segments(documents, cut, len(tokens)))
+            repeats = config.input_length // data.seq_length
+            sample = sample._replace(positions=None if positions is None else np.tile(positions, repeats))
+        if for_training and diffusion.conversion == "annealing":
+            iteration = index // config.training.global_batch_size  # bound at a resume, as the samples are
+            steps = diffusion.attention_annealing_steps
+            sample = sample._replace(annealing=annealing_of(noise_seed, index, iteration, steps))
+        return sample
 
     return make
 

@@ -23,7 +23,7 @@ from megatron_a2d.performance import isolates_documents
 from megatron_a2d.runtime.device import compute_capability, device
 from megatron_a2d.runtime.precision import choose_scaling
 from megatron_a2d.runtime.upstream import allow_schedule_plans, mark_expert_parameters
-from megatron_a2d.training.optimizer import build_optimizer, build_scheduler, reuses_gradient_buffer
+from megatron_a2d.training.optimizer import build_optimizer, build_scheduler, freeze_roles, reuses_gradient_buffer
 
 
 @dataclass
@@ -86,7 +86,11 @@ def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | N
     transformer_config = build_transformer_config(architecture, config)
     implementation = choose_implementation(config)
     spec = build_block_spec(
-        transformer_config, implementation, causal=config.diffusion.objective == "ar", vp_stage=vp_stage
+        transformer_config,
+        implementation,
+        causal=config.diffusion.objective == "ar",
+        vp_stage=vp_stage,
+        grafts=config.diffusion.conversion == "grafting",
     )
     return DiffusionLM(
         transformer_config,
@@ -120,6 +124,7 @@ def build_train_state(architecture: Architecture, config: RunConfig) -> TrainSta
     chunks = []
     for number, model in enumerate(models):
         mark_expert_parameters(model)
+        freeze_roles(model, config.optimization.lr_mult, architecture.tie_word_embeddings)
         # Buckets are for overlap with the backward pass; later chunks' gradients are ready when the first one's are.
         chunks.append(DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=number > 0))
     optimizer = build_optimizer(config, chunks, tied=architecture.tie_word_embeddings)

@@ -104,9 +104,10 @@ def _forward_step(batches: Iterator[Batch], model: Any, return_schedule_plan: bo
     micro-batches), and the function that makes a loss of it."""
     batch = next(batches)
     rows = Rows(*map(send, find_rows(batch)))
-    positions = None if batch.positions is None else send(batch.positions)
     # The documents stay here: where they are packed sequences, their lengths are asked for.
-    inputs = send(own_piece(batch.tokens, dim=1).contiguous()), rows.labels, rows.places, batch.documents, positions
+    rest = (None if tensor is None else send(tensor) for tensor in (batch.positions, batch.annealing, batch.levels))
+    tokens = send(own_piece(batch.tokens, dim=1).contiguous())
+    inputs = (tokens, rows.labels, rows.places, batch.documents, *rest)
     if not return_schedule_plan:
         return model(*inputs), partial(_loss, batch, rows)
     plan = model.build_schedule_plan(*inputs)

@@ -6,6 +6,7 @@ held against the same slice of the one-process reference, whatever layout made t
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from megatron_a2d.training import loop, parallel
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.setup import TrainState, build_train_state
+from megatron_a2d.training.start import begin
 from megatron_a2d.training.step import _totals, forward_backward
 from tests.tiny import MASK_TOKEN_ID
 
@@ -185,6 +187,19 @@ def sample(checkpoint: str, layout: dict[str, Any], options: dict[str, Any], row
     return {"tokens": sampled.tokens.tolist(), "num_forwards": sampled.num_forwards}
 
 
+def held_out(checkpoint: str, layout: dict[str, Any], prefix: str, num_samples: int) -> dict[str, Any]:
+    """What `evaluate --valid-data-path` reports of a checkpoint."""
+    from megatron_a2d import evaluate
+
+    runtime.install()
+    opened = open_sharded(checkpoint, layout)
+    options = argparse.Namespace(
+        valid_data_path=[prefix], seq_length=SETTINGS["seq_length"], micro_batch_size=3, num_samples=num_samples
+    )
+    (result,) = evaluate._held_out(options, opened, {}).values()
+    return result
+
+
 def batch_fingerprints(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[tuple[int, bytes]]:
     """(first sample index, bytes of everything that the model will see) of this rank's first micro-batches."""
     _, _, batches = _start(checkpoint, settings)
@@ -211,7 +226,7 @@ def _start(checkpoint: str, settings: dict[str, Any], fix_experts: bool = True) 
     state = build_train_state(architecture, config)
     if not fix_experts:
         setup.mark_expert_parameters = original
-    load_checkpoint(state, start, weights_only=True)
+    state.grafting = begin(state, config, architecture, start, weights_only=True)  # type: ignore[attr-defined]
     train_data, _ = loop.open_datasets(config, architecture)
     return config, state, loop.micro_batches(config, architecture, train_data, config.data.seed, 0)
 
@@ -221,15 +236,23 @@ def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, fl
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    shape = (config.training.micro_batch_size, config.data.seq_length)
-    totals = _totals(forward_backward(state.chunks, batches, batches.num_microbatches, shape, forward_only=False))
+    shape = (config.training.micro_batch_size, config.input_length)
+    grafting = state.grafting  # type: ignore[attr-defined]
+    with grafting.step(state):
+        totals = _totals(forward_backward(state.chunks, batches, batches.num_microbatches, shape, forward_only=False))
+    grafting.add_error(totals)
     dist.all_reduce(totals)
     # The distributed optimizer leaves each rank its own part of the gradients alone.
     whole = not config.parallel.use_distributed_optimizer
-    gradients = _global_shards(state, lambda parameter: parameter.main_grad) if whole else {}
+    gradients = _global_shards(state, _gradient) if whole else {}
     norm = update_parameters(state.optimizer)
     state.gather_parameters()
+    state.iteration += 1
     return float(totals[0] / totals[4]), norm, gradients
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
 
 
 def _global_shards(state: TrainState, what: Any) -> dict[str, ShardedTensor]:

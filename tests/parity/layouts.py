@@ -87,6 +87,22 @@ LAYOUTS = [
     Layout("ar", "TP2+SP, EP2", 2, {**TP_SP, **EP}),
     Layout("ar", "CP2", 2, CP),
     Layout("ar", "PP2 x DP2, distributed optimizer", 4, {**PP, **DISTRIBUTED}),
+    Layout("annealing", "CP2 x TP2+SP, EP4", 4, {**CP, **TP_SP, "expert_model_parallel_size": 4}),
+    Layout("annealing", "PP2 x CP2, micro-batches of 2", 4, {**PP, **CP, "micro_batch_size": 2}),
+    Layout("random", "CP2 x TP2+SP, EP2, ETP2", 4, {**CP, **TP_SP, **EP, **ETP}),
+    Layout("random", "VPP2 x TP2+SP, EP2", 4, {**VPP, **TP_SP, **EP}),
+    Layout("cart", "CP2 x PP2, EP2, distributed optimizer", 4, {**CP, **PP, **EP, **DISTRIBUTED}),
+    Layout("cart", "TP2+SP, EP2", 2, {**TP_SP, **EP}),
+    Layout("uniform", "CP2, EP2", 2, {**CP, **EP}),
+    Layout("grafting", "PP2 x TP2+SP, EP2, distributed optimizer", 4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
+    Layout("grafting", "CP2 x PP2, EP2", 4, {**CP, **PP, **EP}),
+    Layout("grafting", "VPP2 x DP2, overlap", 4, {**VPP, **OVERLAP}),
+    Layout("block", "CP2 x TP2+SP, EP4", 4, {**CP, **TP_SP, "expert_model_parallel_size": 4}),
+    Layout("block", "PP2 x CP2, micro-batches of 2", 4, {**PP, **CP, "micro_batch_size": 2}),
+    Layout("block + ar", "CP4, distributed optimizer", 4, {"context_parallel_size": 4, **DISTRIBUTED}),
+    Layout("block + ar", "VPP2 x TP2+SP, EP2", 4, {**VPP, **TP_SP, **EP}),
+    Layout("frozen", "PP2 x TP2+SP, EP2, distributed optimizer", 4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
+    Layout("frozen", "CP2 x DP2, EP2, overlap", 4, {**CP, **EP, **OVERLAP}),
 ]
 
 
@@ -96,6 +112,8 @@ QUICK = {
     "dense: CP4, distributed optimizer", "dense: VPP2", "moe: TP2+SP, EP1", "moe: TP2+SP x DP2, EP2, ETP2",
     "moe: PP2 x TP2+SP, EP2, distributed optimizer", "moe: CP2 x TP2+SP, EP4", "moe: DP4, EP2, overlap",
     "moe: TP2+SP, EP2, allgather dispatcher", "isolated: CP2, EP2", "ar: TP2+SP, EP2",
+    "annealing: CP2 x TP2+SP, EP4", "random: CP2 x TP2+SP, EP2, ETP2",
+    "grafting: PP2 x TP2+SP, EP2, distributed optimizer", "block + ar: CP4, distributed optimizer", "frozen: PP2 x TP2+SP, EP2, distributed optimizer",
 }  # fmt: skip
 
 

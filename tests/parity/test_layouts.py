@@ -23,21 +23,20 @@ TOLERANCE = 1e-6
 
 @pytest.fixture(scope="session")
 def references(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One process on each model: its losses and norms, and a file with its gradients and parameters."""
+    """One process on each case: its losses and norms, and a file with its gradients and parameters; made when a test
+    asks for it."""
     root = tmp_path_factory.mktemp("references")
-    found = {}
-    for kind, case in cases.items():
-        path = str(root / f"{kind}.pt")
-        (result,) = pool.run(
-            "train_steps",
-            1,
-            checkpoint=case.checkpoint,
-            settings=case.settings,
-            num_steps=2,
-            save_reference=path,
-        )
-        found[kind] = {**result, "path": path}
-    return found
+
+    class References(dict[str, Any]):
+        def __missing__(self, kind: str) -> dict[str, Any]:
+            case, path = cases[kind], str(root / f"{kind}.pt")
+            (result,) = pool.run(
+                "train_steps", 1, checkpoint=case.checkpoint, settings=case.settings, num_steps=2, save_reference=path
+            )
+            self[kind] = {**result, "path": path}
+            return self[kind]
+
+    return References()
 
 
 def compare(

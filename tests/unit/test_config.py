@@ -17,6 +17,7 @@ from megatron_a2d.errors import UserError
 MOE = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
 DENSE = replace(MOE, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
+OBJECTIVES = sorted((RECIPES[0].parent / "objectives").glob("*.yaml"))
 
 
 def parse(*argv: str) -> RunConfig:
@@ -60,7 +61,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         )
     text = "\n".join(error.value.problems)
     assert len(error.value.problems) == 7
-    for part in ("lrr (did you mean lr", "seq_length many", "bf16 3", "--objective mlm: must be one of mdlm, ar",
+    for part in ("lrr (did you mean lr", "seq_length many", "bf16 3", "--objective mlm: must be one of mdlm, block, ar",
                  "--lr fast: must be a number", "--train-iters 1.5: must be a whole", "role=factor"):  # fmt: skip
         assert part in text
 
@@ -167,6 +168,19 @@ QWEN3_8B = Architecture(36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e-6, 1e6, F
 MODEL_OF_RECIPE = {
     "demo_ar": (MOE, (2,)), "demo_cpu": (MOE, (2,)), "qwen3_8b": (QWEN3_8B, (8, 64)), "qwen3_30b_a3b": (QWEN3_30B_A3B, (8, 64)),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("base", ["demo_cpu", "qwen3_8b"])
+def test_every_objective_goes_with_a_recipe(objective: Path, base: str) -> None:
+    """The later file wins; what it says is in force, whichever model it is added to."""
+    recipe = next(path for path in RECIPES if path.stem == base)
+    config, alone = parse("--config", str(recipe), str(objective)), parse("--config", str(recipe))
+    chosen = yaml.safe_load(objective.read_text())
+    assert {name: config.to_dict()[name] for name in chosen} == chosen
+    assert config.training == alone.training and config != alone
+    architecture, (world_size, *_) = MODEL_OF_RECIPE[base]
+    assert not find_problems(config, architecture, world_size)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

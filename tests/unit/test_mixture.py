@@ -134,7 +134,7 @@ def test_equally_long_sources_have_orders_of_their_own(tmp_path):
 def test_ranks_workers_and_restarts_of_a_mixture(mixture):
     config = build({"seq_length": 14, "random_length_prob": 0.3, "reset_position_ids": True, "eod_maskable": False})
     data = MixedDataset(read_mixture(mixture), 14, seed=5)
-    maker = make_sample(config, architecture(), data, 7, cuts_lengths=True)
+    maker = make_sample(config, architecture(), data, 7, for_training=True)
 
     def samples(start: int, count: int, dp: int, workers: int) -> dict[int, bytes]:
         found = {}
@@ -167,7 +167,7 @@ def architecture() -> Architecture:
 def test_cut_samples_keep_their_shape_and_lose_no_token(mixture):
     data = MixedDataset(read_mixture(mixture), 14, seed=5)
     config = build({"seq_length": 14, "random_length_prob": 0.5})
-    maker = make_sample(config, architecture(), data, 7, cuts_lengths=True)
+    maker = make_sample(config, architecture(), data, 7, for_training=True)
     cuts = 0
     for index in range(400):
         tokens = data.tokens(index)

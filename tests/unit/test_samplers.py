@@ -10,7 +10,7 @@ import torch
 from megatron_a2d.diffusion.forward import Request, from_logits
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_positions, make_canvas
 from megatron_a2d.diffusion.sampling.endings import hopeless
-from megatron_a2d.diffusion.sampling.schedules import counts_left, turns
+from megatron_a2d.diffusion.sampling.schedules import blocks_of, counts_left, sizes_of, turns
 from tests.unit.test_sampling import MASK, VOCAB, fill, hashed_logits, row_by_row, without_mask
 
 # (prefix, holes, suffix, steps, gamma) -> what the published package makes of `without_mask` (greedy, temperature 1,
@@ -112,7 +112,8 @@ def test_one_block_of_all_holes_is_no_block():
 @pytest.mark.parametrize("block_length", [0, 1, 4])
 def test_plans(holes, steps, block_length):
     for sampler in ("rnd1", "confidence", "eb", "threshold"):
-        plan = turns(holes, sampler, steps, block_length)
+        (sizes,) = sizes_of(blocks_of(torch.ones(1, holes, dtype=torch.bool), block_length))
+        plan = turns(sizes, sampler, steps)
         num_blocks = -(-holes // block_length) if block_length else 1
         assert {turn.block for turn in plan} == set(range(num_blocks))
         assert len(plan) <= max(min(holes, steps), num_blocks)

@@ -20,7 +20,7 @@ from megatron_a2d.diffusion.sampling.canvas import Canvas
 from megatron_a2d.diffusion.sampling.endings import hopeless
 from megatron_a2d.diffusion.sampling.options import SamplingOptions
 from megatron_a2d.diffusion.sampling.randomness import position_uniforms
-from megatron_a2d.diffusion.sampling.schedules import Turn, blocks_of, turns
+from megatron_a2d.diffusion.sampling.schedules import Turn, blocks_of, sizes_of, turns
 from megatron_a2d.diffusion.sampling.scores import Scores, scorer
 from megatron_a2d.diffusion.sampling.selection import entropy_bounded, lowest
 
@@ -81,17 +81,13 @@ class _State:
         batch, length = canvas.tokens.shape
         self.tokens_BL = canvas.tokens.masked_fill(canvas.editable, mask_token_id)
         self.masked_BL = canvas.editable.clone()
-        self.blocks_BL = blocks_of(canvas.editable, options.block_length)
+        self.blocks_BL = blocks_of(canvas.editable, options.block_length, options.aligned_blocks)
         self.uniforms_BL: Tensor | None = None
         if not options.takes_likeliest:
             self.uniforms_BL = position_uniforms(seed, batch, length).to(canvas.tokens.device)
-        num_holes = canvas.editable.sum(1).tolist()
-        self.plans = [turns(count, options.sampler, options.num_steps, options.block_length) for count in num_holes]
         # Masked positions of each row, by block.
-        block_length = options.block_length or max(num_holes, default=0) or 1
-        self.left = [
-            [min(block_length, count - start) for start in range(0, count, block_length)] for count in num_holes
-        ]
+        self.left = sizes_of(self.blocks_BL)
+        self.plans = [turns(sizes, options.sampler, options.num_steps) for sizes in self.left]
         self.cursors = [0] * batch
         self.cached_blocks = [-1] * batch
         self.num_forwards = [0] * batch

@@ -28,7 +28,8 @@ class SamplingOptions:
         threshold   all whose token has probability `threshold` or more, at least one (Fast-dLLM, Wu et al. 2025)
     num_steps: forward passes in all, divided over the blocks; eb and threshold usually need fewer.
     block_length: the holes are filled in blocks of so many tokens from left to right (semi-autoregressive); 0: one
-    block. cache: keys and values that are kept while a block is filled, as in Fast-dLLM: those before the block
+    block. aligned_blocks: blocks are pieces of the text itself, given tokens included, as a block diffusion model was
+    trained with. cache: keys and values that are kept while a block is filled, as in Fast-dLLM: those before the block
     (prefix), or
         before and behind it (dual); they are computed anew when a row reaches its next block. An
         approximation: what is kept has not seen the tokens decided since.
@@ -44,6 +45,7 @@ class SamplingOptions:
     gamma: float = 0.1
     threshold: float = 0.9
     block_length: int = 0
+    aligned_blocks: bool = False
     cache: Cache = "none"
     temperature: float = 0.0
     top_k: int = 0
@@ -77,6 +79,8 @@ class SamplingOptions:
             "cache": (self.cache in CACHES, f"must be one of {', '.join(CACHES)}"),
         }
         found = [f"{name} {getattr(self, name)}: {why}" for name, (good, why) in ranges.items() if not good]
+        if self.aligned_blocks and (self.block_length == 0 or self.cache != "none" or self.guidance):
+            found.append("block_length: a block diffusion model needs its own, and has neither cache nor guidance")
         if self.cache != "none" and self.block_length == 0:
             found.append(f"cache {self.cache}: has no effect without blocks, set block_length")
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,16 +18,16 @@ class Turn(NamedTuple):
     num_left: int  # masked positions that the block keeps, at most
 
 
-def turns(num_holes: int, sampler: Sampler, num_steps: int, block_length: int) -> list[Turn]:
-    """All turns of a row. eb and threshold leave a block early: their counts are upper bounds."""
-    block_length = block_length or max(num_holes, 1)
+def turns(sizes: Sequence[int], sampler: Sampler, num_steps: int) -> list[Turn]:
+    """All turns of a row whose blocks have `sizes` holes. eb and threshold leave a block early: their counts are upper
+    bounds."""
+    num_holes, end, before = sum(sizes), 0, 0
     result = []
-    before = 0
-    for block, start in enumerate(range(0, num_holes, block_length)):
-        end = min(start + block_length, num_holes)
+    for block, size in enumerate(sizes):
+        end += size
         share = max(1, num_steps * end // num_holes - before)  # at least one forward a block
         before = num_steps * end // num_holes
-        result += [Turn(block, left) for left in counts_left(end - start, sampler, share)]
+        result += [Turn(block, left) for left in counts_left(size, sampler, share)]
     return result
 
 
@@ -48,8 +49,24 @@ def counts_left(num_holes: int, sampler: Sampler, num_steps: int) -> list[int]:
     return [count for count, earlier in zip(left, [num_holes, *left[:-1]], strict=True) if count < earlier]
 
 
-def blocks_of(editable_BL: Tensor, block_length: int) -> Tensor:
-    """The block of each hole, [B, L] int64; -1 elsewhere. Holes are counted along the row, gaps or not."""
+def blocks_of(editable_BL: Tensor, block_length: int, aligned: bool = False) -> Tensor:
+    """The block of each hole, [B, L] int64; -1 elsewhere. Holes are counted along the row, gaps or not.
+
+    `aligned`: blocks are pieces of the row itself, and those with holes are numbered.
+    """
     numbers_BL = editable_BL.long().cumsum(1) - 1
-    blocks_BL = numbers_BL // block_length if block_length else torch.zeros_like(numbers_BL)
+    if aligned:
+        places_L = torch.arange(editable_BL.size(1), device=editable_BL.device)
+        begins_BL = torch.zeros_like(editable_BL)
+        for row_L, begins_L in zip(editable_BL, begins_BL, strict=True):
+            holes = places_L[row_L]
+            begins_L[holes[torch.diff(holes // block_length, prepend=holes.new_tensor([-1])) > 0]] = True
+        blocks_BL = begins_BL.long().cumsum(1) - 1
+    else:
+        blocks_BL = numbers_BL // block_length if block_length else torch.zeros_like(numbers_BL)
     return blocks_BL.masked_fill(~editable_BL, -1)
+
+
+def sizes_of(blocks_BL: Tensor) -> list[list[int]]:
+    """The holes of each block, by row."""
+    return [torch.bincount(row_L[row_L >= 0]).tolist() for row_L in blocks_BL]

@@ -1,0 +1,66 @@
+"""The stages of --conversion grafting, as a function of the iteration alone.
+
+    0 .. N-1   on clean text, every layer's bidirectional attention is regressed on the causal one's outputs. The stream
+               takes the new operator in the first floor(layers * iteration / N) layers, the old one in the others: one
+               layer after the other is swapped in, and those behind it regress on what they will be fed.
+    N ..       the model is bidirectional, and is trained as any other.
+
+N is --grafting-steps. The old operators' weights are those of the checkpoint in --load: a run that resumes before N
+reads them there again, so that checkpoints hold nothing but the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_a2d.model.grafting import GraftedSelfAttention
+from megatron_a2d.training.setup import TrainState
+
+
+class Grafting:
+    """Of a run; with `num_steps` 0 it does nothing."""
+
+    def __init__(self, num_steps: int = 0, num_layers: int = 0):
+        self._num_steps, self._num_layers = num_steps, num_layers
+        self._old: dict[GraftedSelfAttention, dict[str, Tensor]] = {}
+        self._has_own_rows = False
+
+    def remember(self, state: TrainState) -> None:
+        """Take the model's present weights for those of the old operators."""
+        modules = [module for model in state.models for module in model.modules()]
+        self._old = {module: module.remember_old() for module in modules if isinstance(module, GraftedSelfAttention)}
+        self._has_own_rows = bool(state.models[0].config.sequence_parallel)
+
+    def is_active(self, iteration: int) -> bool:
+        """Whether the step after so many iterations regresses."""
+        return iteration < self._num_steps
+
+    @contextmanager
+    def step(self, state: TrainState) -> Iterator[None]:
+        """Around a step, after the scheduler's."""
+        if not self.is_active(state.iteration):
+            self._old = {}
+            yield
+            return
+        swapped = self._num_layers * state.iteration // self._num_steps
+        for module, weights in self._old.items():
+            module.start_grafting(weights, feeds_new=module.layer_number <= swapped)
+        # Only attention learns: the rest has gradients of zero, and no decay may move it.
+        for group in state.optimizer.param_groups:
+            group["weight_decay"] = 0.0
+        try:
+            yield
+        finally:
+            for module in self._old:
+                module.stop_grafting()
+
+    def add_error(self, totals: Tensor) -> None:
+        """Add the last step's errors, summed over tokens and averaged over layers, to its weighted loss (step.py)."""
+        # Without sequence parallelism all tensor-parallel ranks have the same rows.
+        if parallel_state.get_tensor_model_parallel_rank() == 0 or self._has_own_rows:
+            for module in self._old:
+                totals[0] += module.take_error()
