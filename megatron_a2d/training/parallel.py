@@ -57,7 +57,7 @@ def initialize(config: ParallelConfig, replays_graphs: bool = False) -> None:
         distributed_timeout_minutes=config.distributed_timeout_minutes + 1,
     )
     # Weights come from checkpoints and there is no dropout; megatron.core still wants its generators.
-    model_parallel_cuda_manual_seed(1, te_rng_tracker=replays_graphs)
+    model_parallel_cuda_manual_seed(1, te_rng_tracker=replays_graphs, force_reset_rng=replays_graphs)
 
 
 def finalize() -> None:

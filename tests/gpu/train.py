@@ -64,6 +64,7 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     from megatron_a2d.checks import find_problems
     from megatron_a2d.config import build
     from megatron_a2d.conversion.checkpoint import iteration_of, resolve
+    from megatron_a2d.runtime import environment
     from megatron_a2d.training import cuda_graphs, loop, parallel, setup, step
     from megatron_a2d.training.checkpoint import Save, load_checkpoint
 
@@ -71,6 +72,7 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     config = build(settings)
     start = resolve(model.checkpoint)
     architecture = read_architecture(start / "hf")
+    environment.apply(config)
     assert not (problems := find_problems(config, architecture, parallel.world_size())), problems
     parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
     state = setup.build_train_state(architecture, config)
