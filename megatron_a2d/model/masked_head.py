@@ -8,6 +8,7 @@ Shapes: N rows with loss, n rows of a chunk, h hidden, V this rank's part of the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +16,6 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-# torch 2.8 and later multiply bf16 matrices into an fp32 one, on GPUs.
-_HAS_MIXED_PRODUCT = hasattr(torch.ops.aten.addmm, "dtype_out")
 # Logits that exist at a time: 1 GB in bf16 on a GPU, 130 MB in fp32 on a CPU.
 _ELEMENTS = {"cuda": 2**29, "cpu": 2**25}
 
@@ -138,10 +137,21 @@ def _add_product(buffer_Vh: Tensor, delta_nV: Tensor, hidden_nh: Tensor) -> None
     """buffer += delta^T hidden, summed in fp32."""
     if delta_nV.dtype == torch.float32:
         buffer_Vh.addmm_(delta_nV.T, hidden_nh)
-    elif delta_nV.is_cuda and _HAS_MIXED_PRODUCT:
+    elif _adds_in_fp32(delta_nV.device, delta_nV.dtype):
         torch.addmm(buffer_Vh, delta_nV.T, hidden_nh, out_dtype=torch.float32, out=buffer_Vh)
     else:
         buffer_Vh.add_(delta_nV.T.matmul(hidden_nh))
+
+
+@functools.cache
+def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of matrices of `dtype` to an fp32 one, without rounding it first: tried."""
+    matrix, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
 
 
 def _hand_over(weight_Vh: Tensor, buffer_Vh: Tensor | None) -> Tensor | None:
