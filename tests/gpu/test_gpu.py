@@ -65,7 +65,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 
     with open_checkpoint(path) as weights:
         source = weights.tensors
-        return {name: source.read(Span(name, 0, shape[0])) for name, shape in source.shapes.items()}
+        return {name: source.read(Span(name, (), 0, shape[0])) for name, shape in source.shapes.items()}
 
 
 def test_isolated_documents_as_packed_sequences(models: dict[str, Model], record: Record) -> None:
@@ -145,7 +145,7 @@ def test_fp8_learns_as_bf16_does(scaling: str, models: dict[str, Model], record:
     last, reference = (statistics.mean(curve[-steps // 5 :]) for curve in (fp8, bf16))
     record("bf16", bf16)
     record("fp8", fp8)
-    assert reference < 0.99 * statistics.mean(bf16[: steps // 5])
+    assert REHEARSAL or reference < 0.99 * statistics.mean(bf16[: steps // 5])
     assert last == pytest.approx(reference, rel=0.02)
     if not REHEARSAL:
         assert fp8 != bf16, "nothing was computed in FP8"

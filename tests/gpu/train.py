@@ -37,7 +37,8 @@ def write_models(root: Path) -> dict[str, Model]:
     settings = SETTINGS | {"train_data_path": str(root / "train"), "valid_data_path": str(root / "valid")}
     models = {}
     for kind in ("dense", "dense_tied", "moe"):
-        experts = {"moe_intermediate_size": 128} if kind == "moe" else {}
+        # All experts for every token: where the router chooses, a last bit decides, and nothing bounds what follows.
+        experts = {"moe_intermediate_size": 128, "num_experts_per_tok": 8} if kind == "moe" else {}
         write_hf(root / kind, kind, **_SIZES, **experts)
         convert_hf.main(["--hf", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
         models[kind] = Model(str(root / f"{kind}_checkpoint"), settings)
