@@ -6,6 +6,7 @@ left to tests/gpu.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,12 @@ try:
     import transformer_engine.pytorch  # noqa: F401
 except (ImportError, OSError):
     pytest.skip("transformer_engine cannot be imported here", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_group() -> Iterator[None]:
+    yield
+    parallel.finalize()
 
 
 @pytest.mark.parametrize("grouped", [True, False])

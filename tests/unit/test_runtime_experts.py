@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def one_by_one(tokens: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -
 
 
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[GroupedExperts, SequentialMLP]:
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GroupedExperts, SequentialMLP]]:
     """The two modules, with the same weights."""
     monkeypatch.setattr(experts, "grouped_product", one_by_one)
     settings = build({})
@@ -51,7 +52,8 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[GroupedExperts, SequentialMLP
             for weight, linear in ((grouped.weight1, expert.linear_fc1), (grouped.weight2, expert.linear_fc2)):
                 linear.weight.copy_(torch.randn_like(linear.weight))
                 weight[number] = linear.weight
-    return grouped, sequential
+    yield grouped, sequential
+    parallel.finalize()
 
 
 @pytest.mark.parametrize("counts", [[3, 5, 1, 7], [0, 16, 0, 0], [0, 0, 0, 0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ from tests.tiny import hub_config
 
 
 @pytest.fixture
-def state() -> TrainState:
+def state() -> Iterator[TrainState]:
     """MoE in bf16 with the distributed optimizer: two optimizers, one of them the experts'."""
     config = build({"bf16": True, "use_distributed_optimizer": True, "train_iters": 10})
     parallel.initialize(config.parallel)
-    return build_train_state(architecture_from_config(hub_config("moe"), "moe"), config)
+    yield build_train_state(architecture_from_config(hub_config("moe"), "moe"), config)
+    parallel.finalize()
 
 
 def test_main_weights_are_what_was_read(state: TrainState) -> None:
