@@ -25,7 +25,7 @@ CONFIG ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parity test-faults check data convert-hf train export verify inspect publish generate \
+.PHONY: help setup demo test test-parity test-faults test-slurm check data convert-hf train export verify inspect publish generate \
   evaluate bench bench-convert gpu
 
 help:  ## this list
@@ -54,8 +54,12 @@ test-parity: setup  ## every layout against one process, in fp32 and bf16, resum
 test-faults: setup  ## kill, damage, fill, poison; prints what was lost and writes it to docs/exactness.md
 	$(TESTS) tests/faults -m "" --exactness docs/exactness.md $(ARGS)
 
-check: setup  ## linter, formatter, types
+test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLURM=1 installs it (Debian, root)
+	$(TESTS) tests/slurm -m "" $(ARGS)
+
+check: setup  ## linters, formatter, types
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck launch/train.sh launch/train.sbatch .ci/run
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

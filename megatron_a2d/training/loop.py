@@ -19,9 +19,11 @@ from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.mixture import MixedDataset, read_mixture
 from megatron_a2d.data.scan import BackgroundScan
 from megatron_a2d.errors import UserError
+from megatron_a2d.exit_codes import NOT_FINITE
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.runtime import environment
 from megatron_a2d.runtime.device import device, peak_flops
+from megatron_a2d.runtime.heartbeat import CHECKPOINTS, mark
 from megatron_a2d.training import parallel
 from megatron_a2d.training.cuda_graphs import LayerGraphs
 from megatron_a2d.training.garbage import Garbage
@@ -31,7 +33,7 @@ from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.start import begin
 from megatron_a2d.training.step import StepResult, train_step
-from megatron_a2d.training.stopping import EXIT_NOT_FINITE, SkippedSteps, SpikeDetector, StopRequests
+from megatron_a2d.training.stopping import SkippedSteps, SpikeDetector, StopRequests
 from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
 
 
@@ -52,6 +54,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     shape = (training.micro_batch_size, config.input_length)
     graphs, garbage = LayerGraphs(state, config), Garbage(config.performance)
+    patience = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
     try:
         variables = environment.environment(config, environment.find_gpu())
@@ -61,10 +64,12 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration >= training.train_iters:
             log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to go on")
+        mark("first step", state.iteration, limit=patience)
         if state.iteration == 0:
             _validate(state, config, architecture, valid_data, log)
         meter.restart()
         while state.iteration < training.train_iters and end is None:
+            mark("reading samples", state.iteration + 1, limit=patience)
             scan.check()
             state.scheduler.step(1)
             graphs.before_step()
@@ -81,7 +86,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
                 log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
             end = requests.reason(state.iteration)
             if skipped.too_many:
-                end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", EXIT_NOT_FINITE
+                end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", NOT_FINITE
             last = state.iteration == training.train_iters or end is not None
             if last or state.iteration % training.log_interval == 0:
                 values = meter.read(state)
@@ -90,6 +95,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
                     log.spike(state.iteration, values["loss"])
             if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
                 _validate(state, config, architecture, valid_data, log)
+            mark("checkpoint", limit=CHECKPOINTS)
             if training.save and (last or state.iteration % training.save_interval == 0):
                 saves.save(state, last)
             else:

@@ -17,6 +17,7 @@ from megatron_a2d.data.batches import Batch
 from megatron_a2d.diffusion.objective import SampleSums, sample_sums
 from megatron_a2d.model.diffusion_lm import RowLosses, own_piece
 from megatron_a2d.runtime.device import device, send
+from megatron_a2d.runtime.heartbeat import mark
 from megatron_a2d.training.optimizer import update_parameters
 
 
@@ -75,6 +76,7 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = forward_backward(chunks, batches, num_microbatches, shape, forward_only=False)
+    mark("update")
     grad_norm = update_parameters(optimizer)
     return StepResult(_totals(losses), grad_norm, [] if math.isfinite(grad_norm) else _not_finite(losses))
 
@@ -102,6 +104,7 @@ def find_rows(batch: Batch) -> Rows:
 def _forward_step(batches: Iterator[Batch], model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
     """megatron's `forward_step_func`: the model's output (or the plan of its parts, where megatron interleaves two
     micro-batches), and the function that makes a loss of it."""
+    mark("micro-batch")
     batch = next(batches)
     rows = Rows(*map(send, find_rows(batch)))
     # The documents stay here: where they are packed sequences, their lengths are asked for.
