@@ -35,7 +35,7 @@ NAME ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-latest test-parity test-faults test-slurm check data convert-hf train plan export \
-  verify inspect publish generate evaluate study bench bench-convert
+  verify inspect publish generate evaluate study bench bench-convert gpu
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -148,6 +148,11 @@ bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.sampling --out bench/results/sampling_cpu.json
 	$(BIN)/python -m bench.likelihood --out bench/results/likelihood_cpu.json
 	$(BIN)/python -m bench.monitoring --out bench/results/monitoring_cpu.json
+
+# On a GPU machine the environment is the machine's own: BIN names the folder of its python.
+GPU_OUT ?= bench/results/gpu.json
+gpu:  ## tests/gpu and the benchmarks on one GPU, ten minutes, one result file (BIN=/usr/bin for the system's python)
+	$(BIN)/python3 -m bench.gpu --out $(GPU_OUT) $(ARGS)
 
 bench-convert: setup  ## conversion against cp on a checkpoint of 8.7 GB: time and memory; takes 18 GB of disk
 	$(BIN)/python -m bench.convert --out bench/results/convert_cpu.json $(ARGS)

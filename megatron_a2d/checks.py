@@ -10,6 +10,7 @@ import math
 
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import ROLES, ParallelConfig, RunConfig, flag, settings
+from megatron_a2d.performance import find_performance_problems
 
 
 def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
@@ -17,7 +18,7 @@ def find_problems(config: RunConfig, architecture: Architecture | None, world_si
     problems = _range_problems(config) + _objective_problems(config) + _layout_problems(config, world_size)
     if architecture is not None:
         problems += _architecture_problems(config, architecture)
-    return problems
+    return problems + find_performance_problems(config, architecture)
 
 
 def _range_problems(config: RunConfig) -> list[str]:

@@ -11,7 +11,6 @@ What its exit codes mean: exit_codes.py.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import time
@@ -48,8 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     # A message for each module of megatron.core that finds no GPU library says nothing to the user.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    # megatron.core insists on it for tensor parallelism on GPUs before Blackwell.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from megatron_a2d.runtime import environment
+
+    environment.apply(config)  # before anything touches CUDA
     from megatron_a2d.runtime.heartbeat import Heartbeat
     from megatron_a2d.runtime.peers import Peers
     from megatron_a2d.training import loop, parallel
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if problems := find_problems(config, None, processes):
             raise UserError(problems)
-        parallel.initialize(config.parallel)
+        parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
         with Heartbeat(parallel.rank()), Peers(60 * config.parallel.distributed_timeout_minutes):
             checked = parallel.from_first_rank(first)
             assert checked is not None
@@ -107,7 +107,9 @@ def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) 
 def describe(
     config: RunConfig, architecture: Architecture, start: str, processes: int, cluster: Cluster | None = None
 ) -> str:
-    """The sizes of a run, as it and --dry-run print them."""
+    """The sizes of a run, and the environment that it sets here, as it and --dry-run print them."""
+    from megatron_a2d.runtime import environment
+
     parallel, training, data = config.parallel, config.training, config.data
     tp, pp, cp, ep, etp = (
         parallel.tensor_model_parallel_size,
@@ -138,6 +140,7 @@ def describe(
             "memory",
             f"{need.total / 2**30:.3g} GiB a process on GPUs{f', of {cluster.memory_gib}' if cluster else ''}: {parts}",
         ),
+        ("environ", environment.as_text(environment.environment(config, environment.find_gpu()))),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
 

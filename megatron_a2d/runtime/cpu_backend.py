@@ -77,6 +77,7 @@ def _redirect_moves() -> None:
     torch.Tensor.to = to  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment, method-assign]
 
 
 class _NoStream:
@@ -135,6 +136,8 @@ def _neutralise_cuda_module() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
+    # Marks for NVIDIA's profiler.
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = do_nothing()
 
 
 def _use_cpu_generator() -> None:

@@ -54,6 +54,14 @@ def _define_te_general_gemm() -> None:
         moe_utils.te_general_gemm = None
 
 
+def allow_schedule_plans() -> None:
+    """megatron.core's interleaved micro-batches want a GPTModel, by name; any language model with its parts will do."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.models.gpt import gpt_model
+
+    gpt_model.GPTModel = LanguageModule
+
+
 def mark_expert_parameters(model: nn.Module) -> None:
     """Give the experts their own gradient buffers and optimizer at every expert-parallel size.
 

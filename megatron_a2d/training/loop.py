@@ -17,8 +17,11 @@ from megatron_a2d.data.mixture import MixedDataset, read_mixture
 from megatron_a2d.data.scan import BackgroundScan
 from megatron_a2d.errors import UserError
 from megatron_a2d.exit_codes import NOT_FINITE
+from megatron_a2d.runtime import environment
 from megatron_a2d.runtime.heartbeat import CHECKPOINTS, mark
 from megatron_a2d.training import parallel
+from megatron_a2d.training.cuda_graphs import LayerGraphs
+from megatron_a2d.training.garbage import Garbage
 from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.meter import Meter
 from megatron_a2d.training.monitor import Monitor
@@ -54,10 +57,14 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     profile = Profile(config, state, log)
     shape = (training.micro_batch_size, config.input_length)
+    graphs, garbage = LayerGraphs(state, config), Garbage(config.performance)
     patience = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
     try:
-        log.event("start", iteration=state.iteration, settings=config.to_dict())
+        variables = environment.environment(config, environment.find_gpu())
+        log.event("start", iteration=state.iteration, settings=config.to_dict(), environment=variables)
+        if variables:
+            log.say(f"environment: {environment.as_text(variables)}")
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration >= training.train_iters:
             log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to go on")
@@ -69,6 +76,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             mark("reading samples", state.iteration + 1, limit=patience)
             scan.check()
             state.scheduler.step(1)
+            graphs.before_step()
             # A regression on clean text has no part in what is watched.
             grafts = grafting.is_active(state.iteration)
             observer = monitor if is_logged(training, state.iteration + 1) and not grafts else None
@@ -80,6 +88,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             state.consumed_samples += training.global_batch_size
             meter.add(result, has_times=not grafts)
             profile.after(state.iteration, log)
+            garbage.after_step(state.iteration)
             if skipped.add(result.grad_norm):
                 culprits = parallel.union(result.not_finite)
                 log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
@@ -108,6 +117,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             log.say(f"ended at iteration {state.iteration}: {reason}")
     finally:
         profile.close(log)
+        garbage.close()
         batches.close()
         scan.close()
         log.close()

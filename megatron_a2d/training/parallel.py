@@ -28,8 +28,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def initialize(config: ParallelConfig) -> None:
-    """Join the process group and lay the model out. A second call changes the layout."""
+def initialize(config: ParallelConfig, replays_graphs: bool = False) -> None:
+    """Join the process group and lay the model out. A second call changes the layout.
+
+    `replays_graphs`: --cuda-graph-impl is on; generators must then be ones that can be recorded.
+    """
     runtime.install()
     if has_cuda():
         torch.cuda.set_device(device())
@@ -51,7 +54,7 @@ def initialize(config: ParallelConfig) -> None:
         distributed_timeout_minutes=config.distributed_timeout_minutes + 1,
     )
     # Weights come from checkpoints and there is no dropout; megatron.core still wants its generators.
-    model_parallel_cuda_manual_seed(1)
+    model_parallel_cuda_manual_seed(1, te_rng_tracker=replays_graphs, force_reset_rng=replays_graphs)
 
 
 def meet(timeout: timedelta, purpose: str) -> dist.Store:
