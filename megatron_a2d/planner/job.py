@@ -36,6 +36,7 @@ class Job:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     moe_token_dispatcher_type: str = "alltoall"
+    moe_grouped_gemm: bool = True
     fp8: str = "none"
     fp8_param_gather: bool = False
     recompute_granularity: str = "none"

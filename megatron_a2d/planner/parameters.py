@@ -18,7 +18,7 @@ from megatron_a2d.planner.job import Job
 class Parameter(NamedTuple):
     """A weight of one rank: its name in the model chunk, its number of values, and whether an expert owns it.
 
-    The experts of a layer are one entry for each of their two matrices, `local_experts.*` in `copies`.
+    The experts of a layer are one entry for each of their two matrices: `local_experts.*` in `copies`, or one stack.
     """
 
     name: str
@@ -49,6 +49,7 @@ class _Sizes(NamedTuple):
     virtual: int
     expert: int
     expert_tensor: int
+    stacked_experts: bool  # the portable layers hold a layer's experts as two tensors when they are multiplied at once
 
 
 def stage_parameters(job: Job, stage: int) -> tuple[tuple[Parameter, ...], ...]:
@@ -65,6 +66,7 @@ def _sizes(job: Job) -> _Sizes:
         job.num_virtual_stages_per_pipeline_rank,
         job.expert_model_parallel_size,
         job.expert_tensor_parallel_size,
+        job.transformer_impl == "portable" and job.moe_grouped_gemm,
     )
 
 
@@ -110,7 +112,13 @@ def _layer_parameters(sizes: _Sizes, prefix: str) -> list[Parameter]:
         ]
     width = a.moe_intermediate_size // sizes.expert_tensor
     found.append(Parameter(f"{prefix}.mlp.router.weight", a.num_experts * a.hidden_size))
-    name, copies = f"{prefix}.mlp.experts.local_experts.*", a.num_experts // sizes.expert
+    copies = a.num_experts // sizes.expert
+    if sizes.stacked_experts:
+        name = f"{prefix}.mlp.experts"
+        found.append(Parameter(f"{name}.weight1", copies * 2 * width * a.hidden_size, True))
+        found.append(Parameter(f"{name}.weight2", copies * width * a.hidden_size, True))
+        return found
+    name = f"{prefix}.mlp.experts.local_experts.*"
     found.append(Parameter(f"{name}.linear_fc1.weight", 2 * width * a.hidden_size, True, copies=copies))
     found.append(Parameter(f"{name}.linear_fc2.weight", width * a.hidden_size, True, copies=copies))
     return found

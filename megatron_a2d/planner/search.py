@@ -145,9 +145,6 @@ def _candidates(
                 expert_tensor_parallel_size=etp,
                 micro_batch_size=micro,
             )
-            if "recompute_granularity" not in settings():
-                yield laid_out
-                continue
             yield _laid_out(laid_out, recompute_granularity="none")
             yield _laid_out(laid_out, recompute_granularity="full", recompute_method="uniform")
 

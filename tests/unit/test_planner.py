@@ -81,7 +81,7 @@ def test_state_of_the_30b(gpus: int, grad_reduce_in_fp32: bool, expected: float)
 
 
 def test_search_finds_every_legal_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against all combinations of sizes, each asked of checks.py."""
+    """Against all combinations of sizes, with and without recomputation, each asked of checks.py."""
     monkeypatch.setattr(searching, "MICRO_BATCH_SIZES", (1, 2))
     config, gpus, model = build(GPU_RUN | {"global_batch_size": 8}), 4, replace(MOE, num_layers=8)
     found = search(config, model, H100, gpus)
@@ -96,9 +96,11 @@ def test_search_finds_every_legal_layout(monkeypatch: pytest.MonkeyPatch) -> Non
                 "context_parallel_size": cp, "expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp,
                 "micro_batch_size": micro,
             }  # fmt: skip
-            if not find_problems(build(values), model, gpus):
-                legal += 1
-                assert make_plan(build(values), model, H100, gpus).job in jobs
+            for granularity in ("none", "full"):
+                laid_out = build(values | {"recompute_granularity": granularity})
+                if not find_problems(laid_out, model, gpus):
+                    legal += 1
+                    assert make_plan(laid_out, model, H100, gpus).job in jobs
     assert legal == len(jobs) == len(found.fitting) + len(found.too_large) > 100
     assert all(plan.fits for plan in found.fitting) and not any(plan.fits for plan in found.too_large)
     assert found.fitting == sorted(found.fitting, key=lambda plan: plan.time.total)
