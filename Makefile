@@ -8,6 +8,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One thread a process: tests and demo run several processes on few cores.
 TESTS := A2D_TRANSFORMERS4=$(CURDIR)/$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# The same tests under the newest megatron-core, which needs Python 3.12.
+PYTHON312 ?= python3.12
+VENV312 := .venv312
+PIP312 := $(VENV312)/bin/python -m pip --disable-pip-version-check --quiet
+TESTS312 := A2D_TRANSFORMERS4=$(CURDIR)/$(VENV312)/transformers4 OMP_NUM_THREADS=1 $(VENV312)/bin/python -m pytest
+
 FORMAT ?=
 # A variable that a target needs and was not given.
 needs = $(foreach name,$(1),$(if $($(name)),,$(error $@: give $(name)=..., see the README)))
@@ -19,6 +25,8 @@ HF ?=
 CHECKPOINT ?=
 MODEL ?=
 RECIPE ?=
+CLUSTER ?=
+GPUS ?=
 REPO ?=
 DATA ?=
 CONFIG ?=
@@ -26,8 +34,8 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parity test-faults check data convert-hf train export verify inspect publish generate \
-  evaluate study bench bench-convert
+.PHONY: help setup demo test test-latest test-parity test-faults test-slurm check data convert-hf train plan export \
+  verify inspect publish generate evaluate study bench bench-convert gpu
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,14 +57,35 @@ demo: setup  ## the whole way on two CPU cores, offline, in minutes
 test: setup  ## the tests: all but the full matrices
 	$(TESTS) $(ARGS)
 
+ifeq ($(shell $(PYTHON312) -c 'print(1)' 2>/dev/null),1)
+test-latest: $(VENV312)/installed  ## the tests under the newest megatron-core, where Python 3.12 is found
+	$(TESTS312) $(ARGS)
+else
+test-latest:
+	@echo "test-latest: $(PYTHON312) is not here, nothing was tested; name one with PYTHON312=..."
+endif
+
+# torch for Python 3.12 is on the public index with CUDA alone: 5 GB.
+$(VENV312)/installed: setup.py constraints/py312.txt constraints/transformers4.txt
+	@echo "making $(VENV312): Python 3.12, pinned packages, a few minutes"
+	@$(PYTHON312) -m venv $(VENV312)
+	@$(PIP312) install --constraint constraints/py312.txt torch
+	@$(PIP312) install --constraint constraints/py312.txt --editable '.[dev,plot]'
+	@$(PIP312) install --no-deps --upgrade --target $(VENV312)/transformers4 --requirement constraints/transformers4.txt
+	@touch $@
+
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes docs/exactness.md
 	$(TESTS) tests/parity -m "" --exactness docs/exactness.md $(ARGS)
 
 test-faults: setup  ## kill, damage, fill, poison; prints what was lost and writes it to docs/exactness.md
 	$(TESTS) tests/faults -m "" --exactness docs/exactness.md $(ARGS)
 
-check: setup  ## linter, formatter, types
+test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLURM=1 installs it (Debian, root)
+	$(TESTS) tests/slurm -m "" $(ARGS)
+
+check: setup  ## linters, formatter, types
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck launch/train.sh launch/train.sbatch .ci/run
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
@@ -71,6 +100,10 @@ convert-hf: setup  ## HF (directory or hub id) -> checkpoint OUT
 train: setup  ## RECIPE on NPROC processes of this machine
 	$(call needs,RECIPE)
 	NPROC=$(NPROC) launch/train.sh --config $(RECIPE) $(ARGS)
+
+plan: setup  ## RECIPE on GPUS of CLUSTER (h100, h200, b200, ...): the best layouts, their memory, time and cost
+	$(call needs,RECIPE CLUSTER GPUS)
+	@$(BIN)/python -m megatron_a2d.plan --config $(RECIPE) --cluster $(CLUSTER) --gpus $(GPUS) $(ARGS)
 
 export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d, qwen3)
 	$(call needs,CHECKPOINT OUT)
@@ -115,6 +148,11 @@ bench: setup  ## the benchmarks, as tables
 	$(BIN)/python -m bench.sampling --out bench/results/sampling_cpu.json
 	$(BIN)/python -m bench.likelihood --out bench/results/likelihood_cpu.json
 	$(BIN)/python -m bench.monitoring --out bench/results/monitoring_cpu.json
+
+# On a GPU machine the environment is the machine's own: BIN names the folder of its python.
+GPU_OUT ?= bench/results/gpu.json
+gpu:  ## tests/gpu and the benchmarks on one GPU, ten minutes, one result file (BIN=/usr/bin for the system's python)
+	$(BIN)/python3 -m bench.gpu --out $(GPU_OUT) $(ARGS)
 
 bench-convert: setup  ## conversion against cp on a checkpoint of 8.7 GB: time and memory; takes 18 GB of disk
 	$(BIN)/python -m bench.convert --out bench/results/convert_cpu.json $(ARGS)

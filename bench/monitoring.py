@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import machine
-from bench.train_step import BATCH_SIZE, COMMON, LEARNING_RATE, SEQ_LENGTH, SHAPES, RandomTokens, interleave
+from bench.steps import LEARNING_RATE, architecture_of
+from bench.train_step import COMMON, CPU_BATCHES, CPU_SHAPES, seconds
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
 from megatron_a2d.files import write_json
@@ -26,32 +27,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    from megatron_a2d.architecture import architecture_from_config
     from megatron_a2d.config import build
     from megatron_a2d.training import loop, parallel, setup, step
     from megatron_a2d.training.monitor import Monitor
 
-    shape = COMMON | SHAPES["moe"]
-    architecture = architecture_from_config({**shape, "model_type": "qwen3_moe", "norm_topk_prob": True}, "moe")
-    config = build(dict(seq_length=SEQ_LENGTH, global_batch_size=BATCH_SIZE, micro_batch_size=4, lr=LEARNING_RATE))
+    shape = COMMON | CPU_SHAPES["moe"]
+    architecture = architecture_of(shape)
+    length, batch = CPU_BATCHES.seq_length, CPU_BATCHES.micro_batch_size
+    config = build(dict(seq_length=length, global_batch_size=batch, micro_batch_size=4, lr=LEARNING_RATE))
     parallel.initialize(config.parallel)
     state = setup.build_train_state(architecture, config)
-    batches = loop.micro_batches(config, architecture, RandomTokens(), 1, 0)  # type: ignore[arg-type]
+    batches = loop.micro_batches(config, architecture, CPU_BATCHES, 1, 0)  # type: ignore[arg-type]
     monitor = Monitor(config, architecture, state)
     monitor.remember_start()
 
     def run(observer: Monitor | None) -> None:
         state.scheduler.step(1)
-        step.train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, (4, SEQ_LENGTH), observer)
+        step.train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, (4, length), observer)
         if observer:
             observer.read()
 
-    times = interleave(lambda: run(monitor), lambda: run(None), options.rounds)
+    times = [(seconds(lambda: run(monitor)), seconds(lambda: run(None))) for _ in range(options.rounds + 1)][1:]
     ratio = statistics.median(watched / plain for watched, plain in times)
     interval = config.training.log_interval
     result: dict[str, Any] = {
         "machine": machine(),
-        "settings": shape | {"seq_length": SEQ_LENGTH, "batch": BATCH_SIZE, "micro_batch": 4},
+        "settings": shape | {"seq_length": length, "batch": batch, "micro_batch": 4},
         "ratio": ratio,
         "overhead": (ratio - 1) / interval,
         "log_interval": interval,

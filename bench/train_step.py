@@ -1,132 +1,236 @@
 """Our training step against the plain one: Hugging Face's model, torch's AdamW, the same shape and batch.
 
-    python -m bench.train_step [--rounds 9] [--out bench/results/train_step_cpu.json]
+    python -m bench.train_step [--rounds 9] [--out bench/results/train_step_cpu.json]        # a CPU, two small shapes
+    python -m bench.train_step --device cuda --shapes qwen3_8b qwen3_30b_a3b --out FILE.json  # a GPU, the true shapes
+    python -m bench.train_step --device cpu --rehearse --out FILE.json                        # the GPU's way, on a CPU
 
-Both take whole steps in turns, so that a change of the machine's speed meets both; the figure is the median of the
-ratios. The baseline is what a user would write first: bidirectional attention by a 4D mask, logits of all
-positions, the same loss. One process, CPU, fp32.
+On a CPU both take whole steps in turns, so that a change of the machine's speed meets both; the figure is the median of
+the ratios. On a GPU, where two models do not fit, one variant follows the other, each for --rounds steps: Transformer
+Engine and portable layers, bf16 and FP8, routing as it falls and force-balanced. A variant that fails is recorded with
+its error, and the next one begins; what is known is in --out after each.
+
+tokens/s   of the step: data, forward, backward, update
+TFLOP/s    by the bidirectional formula (model/flops.py), with the rows that reached the head
+MFU        of the bf16 matrix rate measured on this very card in this run
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from bench.report import machine
+from bench.report import machine, matrix_rate
+from bench.shapes import SHAPES, Shape, rehearsal
+from bench.steps import Batches, Step, architecture_of, hugging_face_step, our_step
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
+from megatron_a2d.errors import UserError
 from megatron_a2d.files import write_json
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "dense": dict(intermediate_size=768),
-    "moe": dict(intermediate_size=768, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192),
-}
+CPU_SHAPES: dict[str, dict[str, Any]] = {
+    "dense": dict(model_type="qwen3", intermediate_size=768),
+    "moe": dict(
+        model_type="qwen3_moe", intermediate_size=768, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192,
+        norm_topk_prob=True,
+    ),
+}  # fmt: skip
 COMMON: dict[str, Any] = dict(
     vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
     max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False, mask_token_id=4088,
 )  # fmt: skip
-SEQ_LENGTH, BATCH_SIZE, LEARNING_RATE = 256, 8, 1e-4
+CPU_BATCHES = Batches(micro_batch_size=8, seq_length=256, mask_token_id=4088)
 
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9, help="pairs of steps after one warm-up")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each, after the warm-up")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the true shapes")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="with --device cuda")
+    parser.add_argument("--variants", nargs="+", default=None, help="with --device cuda: these alone, by name")
+    parser.add_argument("--rehearse", action="store_true", help="the GPU's measurement with tiny shapes on a CPU")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device; leave it out, or use --rehearse")
+    if options.device == "cpu" and not options.rehearse:
+        in_turns(options.rounds, options.out)
+        return
+    shapes = {name: rehearsal(SHAPES[name]) if options.rehearse else SHAPES[name] for name in options.shapes}
+    one_by_one(shapes, options.variants, options.rounds, options.out)
+
+
+def in_turns(rounds: int, out: Path | None) -> None:
+    """The CPU's comparison."""
     result: dict[str, Any] = {
         "machine": machine(),
-        "settings": COMMON | {"seq_length": SEQ_LENGTH, "batch": BATCH_SIZE},
+        "settings": COMMON | {"seq_length": CPU_BATCHES.seq_length, "batch": CPU_BATCHES.micro_batch_size},
     }
-    for name, shape in SHAPES.items():
-        ours, theirs = our_step(name, COMMON | shape), hugging_face_step(name, COMMON | shape)
-        times = interleave(ours, theirs, options.rounds)
+    tokens = CPU_BATCHES.micro_batch_size * CPU_BATCHES.seq_length
+    for name, shape in CPU_SHAPES.items():
+        model = COMMON | shape
+        ours = our_step(model, CPU_BATCHES, {})
+        theirs = hugging_face_step(model, CPU_BATCHES, torch.device("cpu"), bf16=False)
+        times = [(seconds(ours.run), seconds(theirs.run)) for _ in range(rounds + 1)][1:]
         ratio = statistics.median(b / a for a, b in times)
-        rates = [BATCH_SIZE * SEQ_LENGTH / statistics.median(column) for column in zip(*times, strict=True)]
+        rates = [tokens / statistics.median(column) for column in zip(*times, strict=True)]
         result[name] = {"tokens_per_second": rates[0], "hugging_face": rates[1], "ratio": ratio, "seconds": times}
         print(f"{name:6} ours {rates[0]:7.0f} tokens/s   Hugging Face + AdamW {rates[1]:7.0f}   ratio {ratio:.2f}")
-    if options.out:
-        write_json(options.out, result)
+    if out:
+        write_json(out, result)
 
 
-def interleave(ours: Callable[[], None], theirs: Callable[[], None], rounds: int) -> list[tuple[float, float]]:
-    """Seconds of each pair of steps, the first pair dropped."""
-
-    def seconds(step: Callable[[], None]) -> float:
-        begin = time.perf_counter()
-        step()
-        return time.perf_counter() - begin
-
-    return [(seconds(ours), seconds(theirs)) for _ in range(rounds + 1)][1:]
+def seconds(run: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
-def our_step(name: str, shape: dict[str, Any]) -> Callable[[], None]:
-    """The training loop's own step, on random weights and tokens."""
-    from megatron_a2d.architecture import architecture_from_config
+_FUSED = dict(apply_rope_fusion=True, gradient_accumulation_fusion=True)
+_FUSED_EXPERTS = dict(moe_permute_fusion=True, moe_router_fusion=True)
+
+
+def variants(shape: Shape, transformer_engine: bool, gpu: bool) -> dict[str, dict[str, Any] | None]:
+    """Settings by name, in the order of measurement; None: Hugging Face's model."""
+    engine = _FUSED | (_FUSED_EXPERTS if shape.is_moe else {})
+    result: dict[str, dict[str, Any] | None] = {}
+    if transformer_engine:
+        result["bf16"] = engine
+        result["fp8"] = engine | {"fp8": "auto"}
+    if gpu:
+        result["hugging_face"] = None
+    if shape.is_moe and transformer_engine:
+        result["bf16, force-balanced"] = engine | {"moe_router_force_load_balancing": True}
+        result["fp8, force-balanced"] = engine | {"fp8": "auto", "moe_router_force_load_balancing": True}
+    result["bf16, portable"] = {"transformer_impl": "portable"}
+    if shape.is_moe:
+        result["bf16, portable, force-balanced"] = {
+            "transformer_impl": "portable", "moe_router_force_load_balancing": True,
+        }  # fmt: skip
+    if not gpu:
+        result["hugging_face"] = None
+    if transformer_engine:
+        result["bf16, unfused"] = {"transformer_impl": "transformer_engine"}
+        result["fp8, blockwise"] = engine | {"fp8": "blockwise"}
+        result["bf16, graphs"] = engine | {"cuda_graph_impl": "transformer_engine"}
+    return result
+
+
+def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, out: Path | None) -> None:
+    """Every variant of every shape; `out` is written again after each."""
+    from importlib.util import find_spec
+
     from megatron_a2d.config import build
-    from megatron_a2d.training import loop, parallel, setup, step
+    from megatron_a2d.runtime import environment
 
-    model_type = "qwen3_moe" if name == "moe" else "qwen3"
-    architecture = architecture_from_config({**shape, "model_type": model_type, "norm_topk_prob": True}, name)
-    config = build(
-        dict(seq_length=SEQ_LENGTH, global_batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE, lr=LEARNING_RATE)
+    environment.apply(build({}))  # read when CUDA starts, which the next line makes it do
+    gpu = torch.cuda.is_available()
+    peak = matrix_rate()
+    result: dict[str, Any] = {"machine": machine(), "matrix_tflops": peak / 1e12, "rows": []}
+    print(f"matrix rate, bf16: {peak / 1e12:.1f} TFLOP/s", flush=True)
+    for name, shape in shapes.items():
+        known = variants(shape, gpu and find_spec("transformer_engine") is not None, gpu)
+        for variant, settings in known.items():
+            if chosen is not None and variant not in chosen:
+                continue
+            row: dict[str, Any] = {"shape": name, "layers": shape.layers, "variant": variant}
+            row |= largest_that_fits(shape, settings, rounds, peak)
+            result["rows"].append(row)
+            if out:
+                write_json(out, result)
+            print(_line(row), flush=True)
+            free_memory()
+    if out:
+        write_json(out, result)
+
+
+def largest_that_fits(shape: Shape, settings: dict[str, Any] | None, rounds: int, peak: float) -> dict[str, Any]:
+    """`measure` at the shape's micro-batch size, or at half of it and so on where memory does not suffice.
+
+    Whatever else goes wrong is returned as "error": the other variants are worth having without this one.
+    """
+    size = shape.micro_batch_size
+    while True:
+        try:
+            return measure(shape._replace(micro_batch_size=size), settings, rounds, peak)
+        except torch.OutOfMemoryError as problem:
+            error = f"out of memory at a micro-batch of {size}: {_one_line(problem)}"
+        except Exception as problem:
+            traceback.print_exc()
+            return {"error": _one_line(problem)}
+        free_memory()  # here the exception, and with it the frames that hold the model, is gone
+        if size == 1:
+            return {"error": error}
+        size //= 2
+
+
+def _one_line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:500] or type(problem).__name__
+
+
+def measure(shape: Shape, settings: dict[str, Any] | None, rounds: int, peak: float) -> dict[str, Any]:
+    """Build one variant, take its steps, and say how fast they were."""
+    from megatron_a2d.model.flops import train_flops_per_token
+
+    model = shape.config()
+    batches = Batches(shape.micro_batch_size, shape.seq_length, model["mask_token_id"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step: Step
+    if settings is None:
+        step = hugging_face_step(model, batches, device, bf16=True)
+    else:
+        step = our_step(model, batches, {"bf16": True, **settings})
+    # Autotuning, compilation, and the recording of graphs, which follows the third step.
+    warm_up = [seconds(step.run) for _ in range(6 if settings and "cuda_graph_impl" in settings else 3)]
+    times = [seconds(step.run) for _ in range(rounds)]
+    tokens_per_second = shape.micro_batch_size * shape.seq_length / statistics.median(times)
+    flops = train_flops_per_token(architecture_of(model), shape.seq_length, head_fraction=step.head_fraction())
+    return {
+        "settings": settings,
+        "micro_batch_size": shape.micro_batch_size,
+        "seq_length": shape.seq_length,
+        "seconds": times,
+        "warm_up_seconds": warm_up,
+        "tokens_per_second": tokens_per_second,
+        "head_fraction": step.head_fraction(),
+        "tflops": tokens_per_second * flops / 1e12,
+        "mfu": tokens_per_second * flops / peak,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+    }
+
+
+def free_memory() -> None:
+    """Of the variant before. megatron's DistributedDataParallel keeps itself alive through autograd's hooks."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    for item in gc.get_objects():
+        if isinstance(item, DistributedDataParallel):
+            item.grad_accs.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['shape']:14} {row['variant']:30}"
+    if "error" in row:
+        return f"{head} failed: {row['error']}"
+    memory = row["peak_memory_gb"]
+    return f"{head} {row['tokens_per_second']:9.0f} tokens/s {row['tflops']:7.1f} TFLOP/s  MFU {row['mfu']:6.1%}" + (
+        f"  {memory:.1f} GB" if memory else ""
     )
-    parallel.initialize(config.parallel)
-    state = setup.build_train_state(architecture, config)
-    batches = loop.micro_batches(config, architecture, RandomTokens(), 1, 0)  # type: ignore[arg-type]
-
-    def run() -> None:
-        state.scheduler.step(1)
-        step.train_step(state.chunks, state.optimizer, batches, 1, (BATCH_SIZE, SEQ_LENGTH))
-
-    return run
-
-
-def hugging_face_step(name: str, shape: dict[str, Any]) -> Callable[[], None]:
-    """The same objective on the same batches, as a short script would do it."""
-    import transformers
-
-    from megatron_a2d.data.batches import MicroBatches
-    from megatron_a2d.diffusion.corruption import corrupt
-    from megatron_a2d.diffusion.noise import Noise
-
-    kind = "Qwen3Moe" if name == "moe" else "Qwen3"
-    config = getattr(transformers, f"{kind}Config")(**shape, **({"norm_topk_prob": True} if name == "moe" else {}))
-    config._attn_implementation = "sdpa"
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    noise = Noise(1, shape["mask_token_id"])
-    batches = MicroBatches(
-        RandomTokens(), lambda tokens, index: corrupt(tokens, index, noise),
-        micro_batch_size=BATCH_SIZE, global_batch_size=BATCH_SIZE,
-    )  # fmt: skip
-    mask = torch.ones(BATCH_SIZE, 1, SEQ_LENGTH, SEQ_LENGTH, dtype=torch.bool)
-
-    def run() -> None:
-        batch = next(batches)
-        optimizer.zero_grad()
-        logits = model(batch.tokens, attention_mask=mask, use_cache=False).logits
-        losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-        ((losses * batch.weights.flatten()).sum() / batch.num_maskable.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return run
-
-
-class RandomTokens:
-    """Stands for a dataset."""
-
-    def tokens(self, sample_index: int, /) -> np.ndarray:
-        return np.random.default_rng(sample_index % 64).integers(0, COMMON["mask_token_id"], SEQ_LENGTH)
 
 
 if __name__ == "__main__":

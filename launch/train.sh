@@ -3,22 +3,32 @@
 #
 #   NPROC=8 launch/train.sh --config launch/recipes/NAME.yaml --load CKPT --save RUN
 #
-# Several machines: run the same line on each with NNODES, NODE_RANK and MASTER_ADDR set (launch/train.sbatch
-# does that under Slurm). NPROC is the number of processes of a machine, one a GPU.
+# Several machines: run the same line on each with NNODES, NODE_RANK and MASTER_ADDR set, and A2D_ATTEMPT naming a new
+# directory that all of them see (launch/train.sbatch does that under Slurm). NPROC is the number of processes of a
+# machine, one a GPU. PREFLIGHT=0 leaves the checks out. Exit codes: docs/cluster.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-BIN=${BIN:-.venv/bin}
-NPROC=${NPROC:-1}
-NNODES=${NNODES:-1}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would choose the same, with a banner
-if [ "$NNODES" = 1 ]; then
-  rendezvous=(--standalone)
-else
-  rendezvous=(--node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:-29500}")
+if [ -z "${BIN:-}" ]; then
+  if [ -x .venv/bin/python ]; then BIN=.venv/bin; else BIN=$(dirname "$(command -v python3)"); fi
 fi
-# What can be wrong is found here, in seconds and in one process: exit code 2 and a line for each problem. The checksums
-# of a large checkpoint take longer, and are compared once, when the run itself starts.
-"$BIN/python" -m megatron_a2d.train "$@" --no-verify-checkpoint --dry-run --world-size $((NPROC * NNODES))
-exec "$BIN/python" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC" "${rendezvous[@]}" \
-  -m megatron_a2d.train "$@"
+NPROC=${NPROC:-1}
+export NNODES=${NNODES:-1}
+export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would choose the same, with a banner
+port=${MASTER_PORT:-29500}
+
+torchrun=("$BIN/python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
+if [ "$NNODES" = 1 ]; then
+  here=(--standalone) there=(--standalone)
+else
+  # Two ports: a node that is quick must not meet the check of one that is slow.
+  here=(--node-rank "$NODE_RANK" --master-addr "${MASTER_ADDR:?}" --master-port "$((port + 1))")
+  there=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$port")
+fi
+# What can be wrong is found here, before the model is built: exit code 2 and a line for each problem.
+if [ "${PREFLIGHT:-1}" != 0 ]; then
+  "${torchrun[@]}" "${here[@]}" -m megatron_a2d.preflight "$@"
+fi
+# Environment variables that depend on settings and GPU are computed inside, by the processes themselves.
+exec "${torchrun[@]}" "${there[@]}" -m megatron_a2d.train "$@"

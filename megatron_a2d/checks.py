@@ -10,6 +10,7 @@ import math
 
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import ROLES, ParallelConfig, RunConfig, flag, settings
+from megatron_a2d.performance import find_performance_problems
 
 
 def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
@@ -17,7 +18,7 @@ def find_problems(config: RunConfig, architecture: Architecture | None, world_si
     problems = _range_problems(config) + _objective_problems(config) + _layout_problems(config, world_size)
     if architecture is not None:
         problems += _architecture_problems(config, architecture)
-    return problems
+    return problems + find_performance_problems(config, architecture)
 
 
 def _range_problems(config: RunConfig) -> list[str]:
@@ -67,7 +68,14 @@ def _range_problems(config: RunConfig) -> list[str]:
         "keep_every", not values["keep_every"] or values["keep_last"] > 0,
         "has no effect without --keep-last, which keeps all; set that too",
     )  # fmt: skip
-    for name in ("keep_last", "keep_every", "async_save"):
+    for name in ("profile_step_start", "profile_step_end"):
+        is_default = values[name] == settings()[name].default
+        need(name, values["profile"] or is_default, "has no effect without --profile; add it or remove this")
+    if values["profile"]:
+        first, last = values["profile_step_start"], values["profile_step_end"]
+        need("profile_step_start", 1 <= first <= last, f"must lie between 1 and --profile-step-end {last}")
+        need("profile_step_end", last <= values["train_iters"], f"exceeds --train-iters {values['train_iters']}")
+    for name in ("keep_last", "keep_every", "async_save", "profile"):
         need(name, not values[name] or bool(values["save"]), "has no effect without --save; add it or remove this")
     need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
     need(

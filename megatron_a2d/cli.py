@@ -52,6 +52,8 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = 
             options["action"] = argparse.BooleanOptionalAction
         elif item.kind is dict:
             options.update(nargs="+", metavar="ROLE=FACTOR")
+        elif item.kind is list:
+            options.update(nargs="*", metavar="NAME")
         else:
             options["metavar"] = "|".join(item.kind) if isinstance(item.kind, tuple) else item.kind.__name__.upper()
         group.add_argument(flag(item.name), **options)
@@ -128,6 +130,8 @@ def _convert(item: Setting, given: Any) -> Any:
         return given
     if item.kind is dict:
         return _convert_factors(given)
+    if item.kind is list:
+        return _convert_names(item, given)
     if item.kind is str:
         return str(given)
     try:
@@ -151,7 +155,16 @@ def _convert_factors(given: Any) -> dict[str, float]:
     return factors
 
 
+def _convert_names(item: Setting, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"must be a list of {', '.join(item.choices)}")
+    for name in given:
+        if name not in item.choices:
+            raise ValueError(f"{name!r} is none of {', '.join(item.choices)}{nearest(str(name), item.choices)}")
+    return tuple(given)
+
+
 def _as_text(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return value if isinstance(value, str) else json.dumps(value)

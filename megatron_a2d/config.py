@@ -36,8 +36,8 @@ class ParallelConfig:
     """processes that the experts of each MoE layer are divided over"""
     expert_tensor_parallel_size: int = 1
     """processes that share each expert's matrices"""
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """how tokens travel to their experts"""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """how tokens travel to their experts; flex: by the kernels of --moe-flex-dispatcher-backend"""
     use_distributed_optimizer: bool = False
     """shard the optimizer state over data-parallel processes"""
     overlap_grad_reduce: bool = False
@@ -154,6 +154,9 @@ class OptimizationConfig:
 class TrainingConfig:
     """The loop."""
 
+    model: str | None = None
+    """the model that a recipe is for: a name such as Qwen/Qwen3-8B-Base, or a directory with a config.json; a
+    checkpoint of another shape is refused"""
     load: str | None = None
     """checkpoint to start or resume from (convert_hf writes the first one)"""
     save: str | None = None
@@ -201,6 +204,74 @@ class TrainingConfig:
     weights"""
     tensorboard_dir: str | None = None
     """TensorBoard directory; default: tensorboard/ in --save"""
+    profile: bool = False
+    """write a trace of a few iterations, and their time by phase, to profile/ in --save (docs/profiling.md)"""
+    profile_step_start: int = 10
+    """first iteration that is profiled"""
+    profile_step_end: int = 12
+    """last iteration that is profiled"""
+
+
+@dataclass(frozen=True)
+class PerformanceConfig:
+    """The same training, faster or in less memory; most of it needs Transformer Engine on a GPU."""
+
+    fp8: Literal["none", "auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """scaling of the layers' matrix products in FP8; auto: mxfp8 on Blackwell, tensorwise on Hopper"""
+    first_last_layers_bf16: bool = False
+    """keep the first and last layers in bf16 where the others compute in FP8"""
+    num_layers_at_start_in_bf16: int = 1
+    """with first_last_layers_bf16: how many layers at the start"""
+    num_layers_at_end_in_bf16: int = 1
+    """with first_last_layers_bf16: how many layers at the end"""
+    fp8_param_gather: bool = False
+    """hold the layers' weights in FP8 and gather them so; checkpoints hold bf16 all the same"""
+    moe_grouped_gemm: bool = True
+    """all experts' products of a rank in one kernel, where the device has one"""
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = "hybridep"
+    """kernels of the flex dispatcher; they are packages of their own"""
+    moe_permute_fusion: bool = False
+    """sort tokens by expert in one kernel"""
+    moe_router_fusion: bool = False
+    """choose experts in one kernel"""
+    moe_router_force_load_balancing: bool = False
+    """ignore the router and spread tokens evenly: for benchmarks alone"""
+    overlap_moe_expert_parallel_comm: bool = False
+    """send one micro-batch's tokens to their experts while another one computes"""
+    delay_wgrad_compute: bool = False
+    """with overlap_moe_expert_parallel_comm: compute weight gradients while tokens travel"""
+    apply_rope_fusion: bool = False
+    """rotate queries and keys in one kernel"""
+    gradient_accumulation_fusion: bool = False
+    """add weight gradients to the fp32 buffer inside their matrix products"""
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
+    """record the kernels of a layer once and replay them; by megatron.core's or Transformer Engine's code"""
+    cuda_graph_scope: tuple[str, ...] = field(
+        default=("attn",), metadata={"choices": ("attn", "mlp", "moe_router", "moe_preprocess")}
+    )
+    """parts of a layer that are replayed: attn mlp moe_router moe_preprocess"""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """what the backward pass computes again instead of keeping: the modules of recompute_modules, or whole layers"""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """with full recomputation: all layers, or the first recompute_num_layers of each stage"""
+    recompute_num_layers: int = 1
+    """with full recomputation: layers of a unit (uniform), or of a stage (block)"""
+    recompute_modules: tuple[str, ...] = field(
+        default=(), metadata={"choices": ("core_attn", "moe_act", "layernorm", "mlp", "moe")}
+    )
+    """with selective recomputation: core_attn moe_act layernorm mlp moe"""
+    grad_reduce_in_fp32: bool = True
+    """sum gradients over micro-batches and processes in fp32; without: in the parameters' type"""
+    use_precision_aware_optimizer: bool = False
+    """let Transformer Engine's Adam keep its moments in the types below"""
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
+    """with use_precision_aware_optimizer: type of the first moment"""
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
+    """with use_precision_aware_optimizer: type of the second moment"""
+    manual_gc: bool = False
+    """collect Python's garbage on all ranks at the same time, every manual_gc_interval iterations"""
+    manual_gc_interval: int = 100
+    """with manual_gc: iterations between collections"""
 
 
 @dataclass(frozen=True)
@@ -212,10 +283,15 @@ class RunConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, without the groups: names are unique."""
-        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for group in dataclasses.asdict(self).values()
+            for name, value in group.items()
+        }
 
     @property
     def input_length(self) -> int:
@@ -235,10 +311,11 @@ class Setting:
 
     name: str
     group: str
-    kind: Any  # int, float, str, bool, dict, or a tuple of allowed strings
+    kind: Any  # int, float, str, bool, dict, list (of strings of `choices`), or a tuple of allowed strings
     default: Any
     help: str
     optional: bool = False
+    choices: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -249,15 +326,17 @@ def settings() -> dict[str, Setting]:
         docs, hints, defaults = _field_docs(cls), get_type_hints(cls), cls()
         for item in dataclasses.fields(cls):
             kind, optional = _kind(hints[item.name])
-            result[item.name] = Setting(item.name, group, kind, getattr(defaults, item.name), docs[item.name], optional)
+            default = getattr(defaults, item.name)
+            choices = item.metadata.get("choices", ())
+            result[item.name] = Setting(item.name, group, kind, default, docs[item.name], optional, choices)
     return result
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:
     if get_origin(hint) is Literal:
         return get_args(hint), False
-    if get_origin(hint) is dict:
-        return dict, False
+    if get_origin(hint) in (dict, tuple):
+        return (dict if get_origin(hint) is dict else list), False
     members = [member for member in get_args(hint) if member is not type(None)]
     return (members[0], True) if members else (hint, False)
 
@@ -275,7 +354,8 @@ def build(values: dict[str, Any]) -> RunConfig:
     """A RunConfig from settings by name; the rest have their defaults."""
     groups = {}
     for group, cls in get_type_hints(RunConfig).items():
-        groups[group] = cls(**{name: value for name, value in values.items() if settings()[name].group == group})
+        own = {name: value for name, value in values.items() if settings()[name].group == group}
+        groups[group] = cls(**{name: tuple(v) if settings()[name].kind is list else v for name, v in own.items()})
     return RunConfig(**groups)
 
 

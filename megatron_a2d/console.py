@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from megatron_a2d.errors import SaveError, UserError
+from megatron_a2d.exit_codes import INTERRUPTED, USER_ERROR
 
 console = Console(stderr=True, highlight=False)
 
@@ -36,14 +37,14 @@ def entry_point(main: Callable[[], None]) -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.stderr.flush()
-        code = 2
+        code = USER_ERROR
     except SaveError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.stderr.flush()
         code = SaveError.EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from megatron_a2d.exit_codes import SAVE_FAILED
+
 
 class UserError(Exception):
     """One or more problems in what the user gave us, each a line that names remedy and reason."""
@@ -21,7 +23,7 @@ class UserError(Exception):
 class SaveError(Exception):
     """A checkpoint could not be written: one line for the user, raised on all ranks together."""
 
-    EXIT_CODE = 74  # EX_IOERR of sysexits.h
+    EXIT_CODE = SAVE_FAILED
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

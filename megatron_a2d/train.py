@@ -2,55 +2,58 @@
 
     torchrun --nproc-per-node 8 -m megatron_a2d.train --config launch/recipes/NAME.yaml --load CKPT --save RUN
     python -m megatron_a2d.train --config ... --load CKPT --dry-run --world-size 64     # check, on any machine
+    python -m megatron_a2d.train --config ... --dry-run --settings-only --world-size 64 --cluster h100    # no weights
 
 The loop is in training/loop.py; what is built before it, in training/setup.py; where it starts, in training/resume.py.
-A process ends with 0 when the run is done, 2 when something given to it is wrong, 74 when a checkpoint could not be
-written (--on-save-error), 5 when another process died (runtime/peers.py); training/stopping.py has the others.
+What its exit codes mean: exit_codes.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
 import signal
 import sys
 import time
 import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
-from megatron_a2d.conversion.checkpoint import HF_FILES
-from megatron_a2d.conversion.mask_token import choose_mask_token
-from megatron_a2d.conversion.sources import open_checkpoint
-from megatron_a2d.conversion.torch_dist_reader import check_pickles
+from megatron_a2d.conversion.qwen3 import named_architecture
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import hold_directory
-
-if TYPE_CHECKING:  # at run time only after warnings are silenced
-    from megatron_a2d.training import resume
+from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
+from megatron_a2d.planner.job import job_of
+from megatron_a2d.planner.memory import memory
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="megatron_a2d.train", description="Train a masked diffusion or autoregressive Qwen3.")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and end")
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to check for")
+    parser.add_argument(
+        "--settings-only", action="store_true", help="with --dry-run: for the shape of --model; no checkpoint, no data"
+    )
+    add_cluster(parser)
     config, options = parse_run(parser, argv)
     if options.world_size is not None and not options.dry_run:
         raise UserError("--world-size: only goes with --dry-run; torchrun decides the number of processes")
+    if options.settings_only and not options.dry_run:
+        raise UserError("--settings-only: only goes with --dry-run; a run needs weights and data")
+    cluster = read_cluster(options.cluster) if options.cluster else None
 
     # A message for each module of megatron.core that finds no GPU library says nothing to the user.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    # megatron.core insists on it for tensor parallelism on GPUs before Blackwell.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    from megatron_a2d.runtime import environment
+
+    environment.apply(config)  # before anything touches CUDA
+    from megatron_a2d.runtime.heartbeat import Heartbeat
     from megatron_a2d.runtime.peers import Peers
     from megatron_a2d.training import loop, parallel
+    from megatron_a2d.training.checked import check_run
 
     processes = parallel.world_size() if options.world_size is None else options.world_size
     if processes < 1:
@@ -59,15 +62,20 @@ def main(argv: list[str] | None = None) -> None:
         # The first rank alone looks into files; while it does, the others wait for it to join the process group.
         if parallel.rank() == 0 and config.training.save and not options.dry_run:
             hold_directory(config.training.save, "--save")
-        first = _check(config, processes) if parallel.rank() == 0 else None
+        if options.settings_only:
+            architecture = _check_settings(config, processes, cluster)
+            print(describe(config, architecture, f"{config.training.model}, its shape alone", processes, cluster))
+            return
+        first = check_run(config, processes, cluster) if parallel.rank() == 0 else None
+        if first:
+            start = str(first.start.directory)
+            print(describe(config, first.architecture, start, processes, cluster), flush=True)
         if options.dry_run:
-            if first:
-                print(describe(config, first.architecture, first.start.directory, processes))
             return
         if problems := find_problems(config, None, processes):
             raise UserError(problems)
-        parallel.initialize(config.parallel)
-        with Peers(60 * config.parallel.distributed_timeout_minutes):
+        parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
+        with Heartbeat(parallel.rank()), Peers(60 * config.parallel.distributed_timeout_minutes):
             checked = parallel.from_first_rank(first)
             assert checked is not None
             _, exit_code = loop.train(checked.config, checked.architecture, *checked.start)
@@ -83,43 +91,25 @@ def main(argv: list[str] | None = None) -> None:
         raise
 
 
-class Checked(NamedTuple):
-    """What a run starts from."""
+def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) -> Architecture:
+    """What can be wrong with settings alone; UserError with all of it. Returns the shape of --model."""
+    from megatron_a2d.training.checked import check_memory
 
-    start: resume.Start
-    architecture: Architecture
-    config: RunConfig  # with the fingerprint of the data
-
-
-def _check(config: RunConfig, processes: int) -> Checked:
-    """Everything that can be found wrong before processes meet; UserError with all of it."""
-    from megatron_a2d.training import loop, resume
-    from megatron_a2d.training.samples import make_sample
-
-    start = resume.find_start(config, report=_warn)
-    architecture = read_architecture(start.directory / HF_FILES)
+    if not config.training.model:
+        raise UserError("--settings-only: needs --model, whose shape the settings are checked for; name it")
+    architecture = named_architecture(config.training.model)
     if problems := find_problems(config, architecture, processes):
         raise UserError(problems)
-    check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
-    with open_checkpoint(start.directory):
-        pass  # every tensor of the model is there, in its shape, and no other
-    if config.diffusion.objective != "ar":
-        choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
-    train_data, _ = loop.open_datasets(config, architecture)
-    data = dataclasses.replace(config.data, train_data_fingerprint=train_data.fingerprint())
-    config = dataclasses.replace(config, data=data)
-    if not start.weights_only and (problems := resume.differences(config, start.directory)):
-        raise UserError(problems)
-    make_sample(config, architecture, train_data, data.seed)
-    return Checked(start, architecture, config)
+    check_memory(config, architecture, processes, cluster)
+    return architecture
 
 
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+def describe(
+    config: RunConfig, architecture: Architecture, start: str, processes: int, cluster: Cluster | None = None
+) -> str:
+    """The sizes of a run, and the environment that it sets here, as it and --dry-run print them."""
+    from megatron_a2d.runtime import environment
 
-
-def describe(config: RunConfig, architecture: Architecture, start: Path, processes: int) -> str:
-    """The sizes of a run, as --dry-run prints them."""
     parallel, training, data = config.parallel, config.training, config.data
     tp, pp, cp, ep, etp = (
         parallel.tensor_model_parallel_size,
@@ -134,9 +124,10 @@ def describe(config: RunConfig, architecture: Architecture, start: Path, process
     if architecture.is_moe:
         model += f", {human(architecture.num_active_parameters())} active"
     microbatches = training.global_batch_size // (training.micro_batch_size * dp)
-    state = human(state_bytes(config, architecture, processes), "B")
+    need = memory(job_of(config, architecture, processes, cluster), cluster)
+    parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in need._asdict().items() if size)
     lines = [
-        ("start", str(start)),
+        ("start", start),
         ("model", model),
         ("layout", f"{processes} processes = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}"),
         (
@@ -145,26 +136,13 @@ def describe(config: RunConfig, architecture: Architecture, start: Path, process
             f"{microbatches} micro-batches of {training.micro_batch_size}",
         ),
         ("run", f"{training.train_iters} iterations = {human(training.train_iters * tokens)} tokens"),
-        ("state", f"{state} a process: weights, gradients, optimizer (activations come on top)"),
+        (
+            "memory",
+            f"{need.total / 2**30:.3g} GiB a process on GPUs{f', of {cluster.memory_gib}' if cluster else ''}: {parts}",
+        ),
+        ("environ", environment.as_text(environment.environment(config, environment.find_gpu()))),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
-
-
-def state_bytes(config: RunConfig, architecture: Architecture, processes: int) -> float:
-    """Bytes of weights, gradients and Adam state on a process, layers spread evenly over stages."""
-    parallel = config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    experts = 3 * architecture.hidden_size * architecture.moe_intermediate_size * architecture.num_experts
-    expert_weights = experts * architecture.num_layers / (ep * pp)
-    other_weights = (architecture.num_parameters() - experts * architecture.num_layers) / (tp * pp)
-    # bf16: 2 bytes weight, 4 gradient, 12 main weight and moments; fp32: 4, 4, 8.
-    weight_and_gradient, optimizer = (6, 12) if config.training.bf16 else (8, 8)
-    sharded = parallel.use_distributed_optimizer
-    expert_replicas, replicas = (processes // (pp * ep), processes // (tp * pp)) if sharded else (1, 1)
-    return expert_weights * (weight_and_gradient + optimizer / expert_replicas) + other_weights * (
-        weight_and_gradient + optimizer / replicas
-    )
 
 
 if __name__ == "__main__":

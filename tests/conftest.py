@@ -68,6 +68,7 @@ def trained(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.TempPat
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exactness", type=Path, default=None, help="write the measured tables into this page")
+    parser.addoption("--gpu-report", type=Path, default=None, help="write outcomes and figures of tests/gpu as JSON")
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
+from megatron_a2d.architecture import Architecture, architecture_from_config, read_architecture
 from megatron_a2d.errors import UserError, nearest
 
 # hidden size, layers, heads, KV heads, MLP width, tied; mixture of experts: how many, and the width of one
@@ -60,3 +63,36 @@ def hub_config(size: str, **overrides: Any) -> dict[str, Any]:
             "mlp_only_layers": [],
         }
     return config | overrides
+
+
+def named_architecture(name: str) -> Architecture:
+    """The shape of --model: a directory with a config.json, or a published Qwen3 by name (no network is asked).
+
+    Raises UserError for any other name.
+    """
+    if Path(name).is_dir():
+        return read_architecture(name)
+    match = re.fullmatch(r"(?:Qwen/)?Qwen3-([\w.]+(?:-A\d+B)?)(?:-(?:Base|Instruct|Thinking)(?:-\d+)?)?", name)
+    if not match or match[1] not in SIZES:
+        known = [f"Qwen/Qwen3-{size}" for size in SIZES]
+        raise UserError(
+            f"--model {name}: is neither a directory nor a Qwen3{nearest(name, known)}; name one such as "
+            f"Qwen/Qwen3-8B-Base ({', '.join(SIZES)})"
+        )
+    return architecture_from_config(hub_config(match[1]), name)
+
+
+def shape_problems(named: str, found: Architecture) -> list[str]:
+    """A line for each size in which a checkpoint is not the model that --model names."""
+    expected = named_architecture(named)
+    sizes = [
+        "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+        "tie_word_embeddings", "num_experts", "num_experts_per_tok",
+        "moe_intermediate_size" if expected.is_moe else "intermediate_size",
+    ]  # fmt: skip
+    return [
+        f"--model {named}: has {size} {getattr(expected, size)}, the checkpoint {getattr(found, size)}; "
+        "load that model's checkpoint, or name the other model"
+        for size in sizes
+        if getattr(expected, size) != getattr(found, size)
+    ]

@@ -33,6 +33,7 @@ from megatron_a2d.inference.export import check_mask_token
 from megatron_a2d.inference.opened import Opened, end_tokens, load_tokenizer, pad_token
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
+from megatron_a2d.runtime.model_state import fill_model, state_to_load
 from megatron_a2d.training import parallel
 from megatron_a2d.training.setup import build_model
 
@@ -98,8 +99,8 @@ def load_weights(architecture: Architecture, config: RunConfig, directory: Path)
     """This rank's part of the model; no optimizer, no gradients. Collective."""
     model = build_model(architecture, config)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(directory))
-    model.load_state_dict(loaded["model"])
+    loaded = dist_checkpointing.load({"model": state_to_load(model, metadata)}, str(directory))
+    fill_model(model, loaded["model"])
     return model.eval()
 
 
@@ -142,7 +143,7 @@ def _forward_step(request: Request, reduce: Reduce, batches: Any, model: Diffusi
     documents = None if bool(request.visible.all()) else (~request.visible).long()
     hidden = model(
         request.tokens,
-        has_loss_bs=request.needed,
+        rows_N=request.needed.flatten().nonzero()[:, 0],
         documents=documents,
         positions=request.positions,
         levels=request.levels,

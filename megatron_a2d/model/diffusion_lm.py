@@ -1,12 +1,14 @@
 """The language model: embedding, transformer block, and a head that sees only the rows that carry loss.
 
 About half of a diffusion batch's positions are not masked and have no loss. At a vocabulary of 152k the
-logits are the model's largest tensor, so the masked rows are gathered before the head.
+logits are the model's largest tensor, so the masked rows are gathered before the head, which takes a few of them at a
+time (masked_head.py). Which rows they are is known before the forward pass, on the host: no GPU has to be asked.
 Shapes: s sequence, b batch, h hidden, N rows with loss, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import NamedTuple
 
@@ -23,7 +25,10 @@ from torch import Tensor
 
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.diffusion.visibility import annealed, by_level
-from megatron_a2d.runtime.device import has_cuda
+from megatron_a2d.model.masked_head import OutputLayer
+from megatron_a2d.model.schedule_plan import InParts
+from megatron_a2d.runtime.device import has_cuda, send
+from megatron_a2d.runtime.phases import both_ways
 
 
 def own_piece(tensor: Tensor, dim: int) -> Tensor:
@@ -32,16 +37,17 @@ def own_piece(tensor: Tensor, dim: int) -> Tensor:
     return tensor if size == 1 else tensor.chunk(size, dim)[parallel_state.get_context_parallel_rank()]
 
 
-def packed_sequences(documents: Tensor | None, tokens_1s: Tensor) -> PackedSeqParams:
-    """The documents of one sample as Transformer Engine's packed ("thd") sequences; `documents` [1, s]."""
-    length = tokens_1s.size(1)
-    assert len(tokens_1s) == 1, "packed sequences go with one sample a micro-batch"
-    begins = torch.ones(1, dtype=torch.bool, device=tokens_1s.device)
-    same = torch.zeros(length - 1, dtype=torch.bool, device=tokens_1s.device)
-    changes = same if documents is None else documents[0, 1:] != documents[0, :-1]
-    starts = torch.cat([begins, changes]).nonzero()[:, 0]
-    bounds = torch.cat([starts, starts.new_tensor([length])]).int()
-    longest = int((bounds[1:] - bounds[:-1]).max())
+def packed_sequences(documents: Tensor | None, length: int) -> PackedSeqParams:
+    """The documents of one sample as Transformer Engine's packed ("thd") sequences.
+
+    `documents` [1, length] best lie on the host: their lengths are asked for.
+    """
+    starts = torch.zeros(1, dtype=torch.int64)
+    if documents is not None:
+        changes = (documents[0, 1:] != documents[0, :-1]).nonzero()[:, 0].cpu() + 1
+        starts = torch.cat([starts, changes])
+    bounds = torch.cat([starts, torch.tensor([length])]).int()
+    longest, bounds = int(bounds.diff().max()), send(bounds)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
@@ -54,8 +60,10 @@ class RowLosses(NamedTuple):
     correct: Tensor  # [N] bool, the label is the most likely token
 
 
-class DiffusionLM(LanguageModule):
+class DiffusionLM(InParts, LanguageModule):
     """One pipeline stage of the model. Middle stages take and return hidden states [s, b, h]."""
+
+    position_embedding_type = "rope"  # asked for where kernels are recorded
 
     def __init__(
         self,
@@ -89,10 +97,13 @@ class DiffusionLM(LanguageModule):
             config, block_spec, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
         if post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            head_config = copy.copy(config)
+            # That of megatron's own linear layer needs apex; the head adds its gradients up in any case.
+            head_config.gradient_accumulation_fusion = False
+            self.output_layer = OutputLayer(
                 config.hidden_size,
                 architecture.vocab_size,
-                config=config,
+                config=head_config,
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
@@ -111,17 +122,17 @@ class DiffusionLM(LanguageModule):
     def forward(
         self,
         tokens_bs: Tensor,
-        labels_bs: Tensor | None = None,
-        has_loss_bs: Tensor | None = None,
+        labels_N: Tensor | None = None,
+        rows_N: Tensor | None = None,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         annealing: Tensor | None = None,
         levels: Tensor | None = None,
     ) -> Tensor | RowLosses:
-        """Losses of the rows where `has_loss_bs` is True; without labels their hidden states [N, h], for `head`;
+        """Losses of the rows `rows_N`, indices into (b, s); without labels their hidden states [N, h], for `head`;
         without both, this rank's logits [b, s, V / tp].
 
-        Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence]
+        Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence], on the host,
         isolates the documents from one another, as a mask or, with `packs_documents`, as packed sequences.
         `positions` [b, whole sequence] are those of the rotary embedding, 0, 1, ... without. `annealing` [b, 2]: causal
         but for random entries. `levels` [b, whole sequence]: block by block (both: diffusion/visibility.py).
@@ -129,26 +140,38 @@ class DiffusionLM(LanguageModule):
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None
         if hidden is not None and not hidden.requires_grad and torch.is_grad_enabled() and not self.post_process:
             hidden.requires_grad_()  # all of a first stage may be frozen; the schedule wants a gradient of each stage
-        packed = packed_sequences(documents, tokens_bs) if self.packs_documents else None
-        mask = None if packed is not None else self._forbidden(tokens_bs, documents, annealing, levels)
+        mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)
         rotary = self._rotary(hidden, positions)
         hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary, packed_seq_params=packed)
-        if not self.post_process:
-            return hidden
+        return self._head(hidden, labels_N, rows_N) if self.post_process else hidden
+
+    def _attention_inputs(
+        self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None = None, levels: Tensor | None = None
+    ) -> tuple[Tensor | None, PackedSeqParams | None]:
+        """The mask, or the packed sequences."""
+        if self.packs_documents:
+            assert len(tokens_bs) == 1, "packed sequences go with one sample a micro-batch"
+            return None, packed_sequences(documents, tokens_bs.size(1))
+        return self._forbidden(tokens_bs, None if documents is None else send(documents), annealing, levels), None
+
+    def _head(self, hidden: Tensor, labels_N: Tensor | None, rows_N: Tensor | None) -> Tensor | RowLosses:
+        """What `forward` returns on the last stage, of the decoder's output."""
         if self.config.sequence_parallel:
             # All tensor-parallel ranks now hold the same rows, so the gradient is split, not summed.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        hidden_bsh = hidden.transpose(0, 1)
-        if has_loss_bs is None:
-            return self._logits(hidden_bsh)
-        if labels_bs is None:
-            return hidden_bsh[has_loss_bs]
-        logits_NV = self._logits(hidden_bsh[has_loss_bs]).float()
-        labels_N = labels_bs[has_loss_bs]
-        with torch.no_grad():
-            correct_N = self._most_likely(logits_NV) == labels_N
-        # vocab_parallel_cross_entropy works in place: the logits are gone after it.
-        return RowLosses(tensor_parallel.vocab_parallel_cross_entropy(logits_NV, labels_N), correct_N)
+        if rows_N is None:
+            return self._logits(hidden.transpose(0, 1))
+        length, batch = hidden.shape[:2]
+        places_N = rows_N % length * batch + rows_N // length  # in (s, b), as hidden states lie
+        hidden_Nh = hidden.flatten(0, 1).index_select(0, places_N)
+        if labels_N is None:
+            return hidden_Nh
+        return both_ways("head", self._row_losses, hidden_Nh, labels_N)
+
+    def _row_losses(self, hidden_Nh: Tensor, labels_N: Tensor) -> RowLosses:
+        losses_N, correct_N = self.output_layer(hidden_Nh, weight=self._tied_weight(), labels_N=labels_N)
+        assert correct_N is not None
+        return RowLosses(losses_N, correct_N)
 
     def head(self, hidden_Nh: Tensor) -> Tensor:
         """Logits over the whole vocabulary, [N, V], on every tensor-parallel rank; last stage only."""
@@ -179,20 +202,7 @@ class DiffusionLM(LanguageModule):
         return ~functools.reduce(torch.logical_and, allowed)[:, None] if allowed else None
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else None
-        return self.output_layer(hidden.contiguous(), weight=weight)[0]
+        return self.output_layer(hidden, weight=self._tied_weight())[0]
 
-    def _most_likely(self, logits_NV: Tensor) -> Tensor:
-        """The most likely token over the whole vocabulary, [N]; the lowest of equals."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        best, index = logits_NV.max(-1)
-        index = index + torch.distributed.get_rank(group) * logits_NV.size(-1)
-        if self.config.tensor_model_parallel_size == 1:
-            return index
-        every_best = [torch.empty_like(best) for _ in range(self.config.tensor_model_parallel_size)]
-        every_index = [torch.empty_like(index) for _ in every_best]
-        torch.distributed.all_gather(every_best, best.contiguous(), group=group)
-        torch.distributed.all_gather(every_index, index.contiguous(), group=group)
-        winner = torch.stack(every_best).argmax(0, keepdim=True)
-        return torch.stack(every_index).gather(0, winner)[0]
+    def _tied_weight(self) -> Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

@@ -23,10 +23,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_a2d.config import RunConfig
+from megatron_a2d.config import RunConfig, flag
 from megatron_a2d.errors import UserError
+from megatron_a2d.model.experts import GroupedExperts, can_group
 from megatron_a2d.model.grafting import GraftedSelfAttention
 from megatron_a2d.model.layers import CoreAttention, RMSNorm
+from megatron_a2d.performance import needs_transformer_engine, refuses_transformer_engine
 from megatron_a2d.runtime.device import has_cuda
 
 Implementation = Literal["transformer_engine", "portable"]
@@ -35,50 +37,19 @@ Implementation = Literal["transformer_engine", "portable"]
 def choose_implementation(config: RunConfig) -> Implementation:
     """Resolve --transformer-impl for this machine and run."""
     wish = config.training.transformer_impl
-    isolated = isolates_documents(config)
-    # Transformer Engine reads no dense mask: documents are packed sequences there, one sample at a time. It cuts
-    # causal sequences into other pieces than ours, and counts positions in each document by itself.
-    refused = [
-        setting
-        for setting, chosen in (
-            (
-                "isolated documents (--document-attention, --random-length-prob) and --micro-batch-size above 1",
-                isolated and config.training.micro_batch_size > 1,
-            ),
-            (
-                "isolated documents (--document-attention, --random-length-prob) and --context-parallel-size above 1",
-                isolated and config.parallel.context_parallel_size > 1,
-            ),
-            (
-                "--reset-position-ids with documents that see one another",
-                config.data.reset_position_ids and config.data.document_attention == "open",
-            ),
-            ("--conversion annealing", config.diffusion.conversion == "annealing"),
-            ("--conversion grafting", config.diffusion.conversion == "grafting"),
-            ("--objective block", config.diffusion.objective == "block"),
-            (
-                "--objective ar with --context-parallel-size above 1",
-                config.diffusion.objective == "ar" and config.parallel.context_parallel_size > 1,
-            ),
-        )
-        if chosen
-    ]
-    if refused and wish == "transformer_engine":
-        raise UserError(f"--transformer-impl transformer_engine: does not go with {refused[0]}; use portable")
-    if refused:
-        return "portable"
+    refused = refuses_transformer_engine(config)
     available = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
-    if wish == "transformer_engine" and not available:
-        missing = "package transformer_engine is not installed" if has_cuda() else "machine has no CUDA device"
+    if wish == "transformer_engine" and refused:
+        raise UserError(f"--transformer-impl transformer_engine: does not go with {refused}; use portable")
+    if wish != "portable" and not refused and available:
+        return "transformer_engine"
+    missing = "package transformer_engine is not installed" if has_cuda() else "machine has no CUDA device"
+    if wish == "transformer_engine":
         raise UserError(f"--transformer-impl transformer_engine: this {missing}; use portable")
-    if wish == "portable" or not available:
-        return "portable"
-    return "transformer_engine"
-
-
-def isolates_documents(config: RunConfig) -> bool:
-    """Whether there are samples in which not all tokens see one another."""
-    return config.data.document_attention == "isolated" or config.data.random_length_prob > 0
+    if needed := needs_transformer_engine(config):
+        reason = f"does not go with {refused}" if refused else f"this {missing}"
+        raise UserError(f"{flag(name)}: needs Transformer Engine, but {reason}; remove it" for name in needed)
+    return "portable"
 
 
 def build_block_spec(
@@ -123,7 +94,8 @@ def _portable_layer(config: TransformerConfig, mask_type: AttnMaskType) -> Modul
         mlp = ModuleSpec(module=MLP, submodules=linears)
         stored_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
-        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        grouped = config.moe_grouped_gemm and can_group(config)
+        experts = ModuleSpec(module=GroupedExperts if grouped else SequentialMLP, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     attention = ModuleSpec(
         module=SelfAttention,

@@ -9,13 +9,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import megatron.core
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
-from megatron_a2d.runtime.device import has_cuda
+from megatron_a2d.errors import UserError
+from megatron_a2d.model.specs import choose_implementation
+from megatron_a2d.runtime.device import compute_capability, has_cuda
+from megatron_a2d.runtime.precision import choose_scaling
+
+# Steps that run as usual before a layer's kernels are recorded: allocator, autotuning and FP8 scales have settled.
+GRAPH_WARMUP_STEPS = 3
 
 
 def build_transformer_config(architecture: Architecture, config: RunConfig) -> TransformerConfig:
@@ -55,9 +62,7 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
         use_cpu_initialization=not has_cuda(),
         # The loss is divided once, by the global number of maskable tokens (see diffusion/objective.py).
         calculate_per_token_loss=True,
-        # Kernels that need apex or CUDA extensions of megatron's own stay off.
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        # What comes from apex alone stays off: a norm of its own, a fused softmax.
         persist_layer_norm=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=True,
@@ -81,7 +86,67 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
             moe_aux_loss_coeff=0.0,
             moe_token_dispatcher_type=config.parallel.moe_token_dispatcher_type,
         )
+    fields.update(_speed_fields(architecture, config))
     known = {item.name for item in dataclasses.fields(TransformerConfig)}
-    unknown = sorted(set(fields) - known)
-    assert not unknown, f"this megatron-core has no TransformerConfig fields {unknown}"
+    if unknown := sorted(set(fields) - known):
+        raise UserError(f"megatron-core {megatron.core.__version__}: its TransformerConfig has no {', '.join(unknown)}")
     return TransformerConfig(**fields)
+
+
+def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, Any]:
+    """Precision, fusions, overlap, graphs and recomputation, under megatron.core's names."""
+    performance = config.performance
+    # GroupedMLP of ours or TEGroupedMLP; megatron.core reads it where it decides on recomputation.
+    grouped = architecture.is_moe and performance.moe_grouped_gemm
+    fields: dict[str, Any] = dict(
+        transformer_impl="transformer_engine" if choose_implementation(config) == "transformer_engine" else "local",
+        gradient_accumulation_fusion=performance.gradient_accumulation_fusion,
+        apply_rope_fusion=performance.apply_rope_fusion,
+        moe_grouped_gemm=grouped,
+    )
+    if scaling := choose_scaling(performance.fp8, compute_capability()):
+        fields.update(
+            fp8=scaling.format,
+            fp8_recipe=scaling.recipe,
+            fp8_param=performance.fp8_param_gather,
+            first_last_layers_bf16=performance.first_last_layers_bf16,
+            num_layers_at_start_in_bf16=performance.num_layers_at_start_in_bf16,
+            num_layers_at_end_in_bf16=performance.num_layers_at_end_in_bf16,
+        )
+    if architecture.is_moe:
+        fields.update(
+            moe_permute_fusion=performance.moe_permute_fusion,
+            moe_router_fusion=performance.moe_router_fusion,
+            moe_router_force_load_balancing=performance.moe_router_force_load_balancing,
+            overlap_moe_expert_parallel_comm=performance.overlap_moe_expert_parallel_comm,
+            delay_wgrad_compute=performance.delay_wgrad_compute,
+        )
+    if config.parallel.moe_token_dispatcher_type == "flex":
+        _need_dispatcher(performance.moe_flex_dispatcher_backend)
+        fields.update(moe_flex_dispatcher_backend=performance.moe_flex_dispatcher_backend)
+    if performance.cuda_graph_impl != "none":
+        fields.update(
+            cuda_graph_impl=performance.cuda_graph_impl,
+            cuda_graph_scope=list(performance.cuda_graph_scope),
+            cuda_graph_warmup_steps=GRAPH_WARMUP_STEPS,
+        )
+    if performance.recompute_granularity == "full":
+        fields.update(
+            recompute_granularity="full",
+            recompute_method=performance.recompute_method,
+            recompute_num_layers=performance.recompute_num_layers,
+        )
+    elif performance.recompute_granularity == "selective":
+        fields.update(recompute_granularity="selective", recompute_modules=list(performance.recompute_modules))
+    return fields
+
+
+def _need_dispatcher(backend: str) -> None:
+    """The flex dispatcher's kernels are no part of megatron.core; UserError where they are missing."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    if not getattr(fused_a2a, {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}[backend], False):
+        raise UserError(
+            f"--moe-flex-dispatcher-backend {backend}: its package, deep_ep, is missing or has it not; "
+            "install it from DeepEP's repository, or use --moe-token-dispatcher-type alltoall"
+        )

@@ -1,14 +1,18 @@
 """The device switch and everything that depends on megatron.core's version.
 
 `install()` is called before any megatron object is built. On every machine it checks the version and
-applies the upstream fixes; without CUDA it also makes megatron.core run on the CPU.
+applies the upstream fixes; without CUDA it also makes megatron.core run on the CPU. `upstream.py` holds what differs
+between the supported versions. Importing this room makes megatron.core importable without triton.
 """
 
 from __future__ import annotations
 
 import functools
 
+from megatron_a2d.runtime import without_triton
 from megatron_a2d.runtime.device import has_cuda
+
+without_triton.install()
 
 
 @functools.cache

@@ -24,8 +24,10 @@ class Adam(torch.optim.Optimizer):
         eps: float = 1e-8,
         adam_w_mode: bool = True,
         weight_decay: float = 0.0,
+        capturable: bool = False,
     ):
         assert bias_correction, "FusedAdam without bias correction is not offered"
+        assert not capturable, "a step that CUDA graphs can capture is not offered"
         super().__init__(params, dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay))
         self._kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 

@@ -47,6 +47,9 @@ def _redirect_factories() -> None:
         wrapper.redirected_to_cpu = True  # type: ignore[attr-defined]
         return wrapper
 
+    # Contexts like `with torch.device("meta")` know the factories by this list, made when it is first asked for: with
+    # the wrappers in it they would do nothing, and transformers would load buffers that hold no values.
+    torch.utils._device._device_constructors()
     names = (
         "tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint",
         "zeros_like", "ones_like", "empty_like",
@@ -74,6 +77,7 @@ def _redirect_moves() -> None:
     torch.Tensor.to = to  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment, method-assign]
 
 
 class _NoStream:
@@ -132,6 +136,8 @@ def _neutralise_cuda_module() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
+    # Marks for NVIDIA's profiler.
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = do_nothing()
 
 
 def _use_cpu_generator() -> None:

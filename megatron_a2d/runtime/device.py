@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 
 def has_cuda() -> bool:
@@ -14,6 +15,18 @@ def has_cuda() -> bool:
 def device() -> torch.device:
     """This process's device; under torchrun one GPU each, by LOCAL_RANK."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else torch.device("cpu")
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """(9, 0) for Hopper, (10, 0) for Blackwell; None on a CPU."""
+    return torch.cuda.get_device_capability() if has_cuda() else None
+
+
+def send(tensor: Tensor) -> Tensor:
+    """A tensor of the host on this process's device; on a GPU without waiting for what that does at the moment."""
+    if tensor.is_cuda or not has_cuda():
+        return tensor
+    return tensor.pin_memory().to(device(), non_blocking=True)
 
 
 def communication_backend() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
@@ -36,20 +37,29 @@ _SHORTEST_RUN = 256
 def load_state(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     """dist_checkpointing.load. Collective; raises what that raises."""
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(directory)))
-    # megatron.core's strategy makes its reader by this name.
-    reader, init_data = torch_strategies.CachedMetadataFileSystemReader, ShardedTensor.init_data
-    torch_strategies.CachedMetadataFileSystemReader = SliceReader
+    # megatron.core's strategy makes its reader by this name; each version asks it for other things.
+    reader, init_data = torch_strategies._get_filesystem_reader, ShardedTensor.init_data
+    torch_strategies._get_filesystem_reader = lambda directory, *_, **__: SliceReader(directory)
     if not torch.cuda.is_available():
         # The place to receive a slice is made on "cuda" by a torch.empty that was bound before runtime.install().
         ShardedTensor.init_data = lambda self, device, init_fn=torch.empty: init_data(self, "cpu", init_fn)
     try:
         return dist_checkpointing.load(wanted, str(directory), sharded_strategy=strategy)
     finally:
-        torch_strategies.CachedMetadataFileSystemReader, ShardedTensor.init_data = reader, init_data
+        torch_strategies._get_filesystem_reader, ShardedTensor.init_data = reader, init_data
 
 
-class SliceReader(CachedMetadataFileSystemReader):
+class SliceReader(FileSystemReader):
     """Reads of each chunk the part that is asked for. Whatever is no plain tensor is read by torch."""
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        super().__init__(directory)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read once: a load asks for it several times. Not kept for longer, as another one may be written."""
+        self._metadata = self._metadata or super().read_metadata(*args, **kwargs)
+        return self._metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)

@@ -19,8 +19,8 @@ from types import TracebackType
 import torch.distributed as dist
 
 from megatron_a2d.errors import SaveError, UserError
+from megatron_a2d.exit_codes import PEER_LOST
 
-EXIT_PEER_LOST = 5
 BEAT = 1.0  # seconds
 # A beat that stands still so long is a dead rank, once a connection broke somewhere. Before, patience is --distributed-
 # timeout-minutes: a machine may be slow.
@@ -41,7 +41,7 @@ _VERDICT, _SUSPECT, _ENDED = "a2d/verdict", "a2d/suspect", "a2d/ended"
 class Peers:
     """Watches while the block runs: `with Peers(patience): train()`. `patience` in seconds.
 
-    When a rank is lost the process prints one line that names it and ends with EXIT_PEER_LOST.
+    When a rank is lost the process prints one line that names it and ends with PEER_LOST.
     """
 
     def __init__(self, patience: float):
@@ -133,7 +133,7 @@ class Peers:
     def _end(self, verdict: str) -> None:
         sys.stderr.write(f"error: {verdict} (rank {self._rank} ends with it)\n")  # one piece: all ranks do it
         sys.stderr.flush()
-        os._exit(EXIT_PEER_LOST)
+        os._exit(PEER_LOST)
 
 
 def _own_connection() -> dist.Store:

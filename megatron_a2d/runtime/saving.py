@@ -1,7 +1,8 @@
 """Saving in steps that every rank ends together, whatever fails on one of them; in the background if wanted.
 
 megatron.core.dist_checkpointing.save raises on the rank whose disk is full while the others wait for it in the
-next collective. Here a failed write is remembered instead, and `agree` tells all ranks after each step.
+next collective. Here a failed write is remembered instead, and `agree` tells all ranks after each step. Its steps are
+taken one by one for another reason too: from 0.17 on it has no common.pt, and ours are one format under all versions.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_a2d.conversion.manifest import Entry
 from megatron_a2d.errors import SaveError, UserError
+from megatron_a2d.runtime.upstream import async_save_options
 from megatron_a2d.runtime.writer import ChunkWriter, without_queues
 
 # torch.save reports a full disk as a RuntimeError. CheckpointException carries what happened on other ranks.
@@ -56,19 +57,15 @@ class Saving:
 
         When it returns, the tensors in `state` may change: what is written is what they are now.
         """
+        sharded, common = save_preprocess({**state, "content_metadata": content_metadata})
+        if dist.get_rank() == 0:
+            self.attempt(torch.save, common, directory / "common.pt")
         strategy = _ShardedStrategy(self)
-        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonStrategy(self))
-        try:
-            with without_queues():
-                request = dist_checkpointing.save(
-                    state, str(directory), strategy, async_sharded_save=True, content_metadata=content_metadata
-                )
-        finally:  # megatron.core would keep this save, and with it the state, until the next one
-            register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, TorchCommonSaveStrategy("torch", 1))
+        with without_queues():
+            request = strategy.async_save(sharded, directory, **async_save_options())
         self.agree()
         assert isinstance(request, AsyncRequest)
-        # The other finalizer writes metadata.json before a barrier.
-        self._finalize = request.finalize_fns[0]
+        (self._finalize,) = request.finalize_fns
         self._writer = self.attempt(ChunkWriter, strategy.chunks, directory)
         self.agree()
 
@@ -90,30 +87,19 @@ class Saving:
         return {name: entry for part in parts for name, entry in part.items()}
 
 
-class _CommonStrategy(TorchCommonSaveStrategy):
-    """common.pt; an error is remembered."""
-
-    def __init__(self, saving: Saving):
-        super().__init__("torch", 1)
-        self._saving = saving
-
-    def save_common(self, common_state_dict: Any, checkpoint_dir: Any) -> None:
-        self._saving.attempt(super().save_common, common_state_dict, checkpoint_dir)
-
-
 class _ShardedStrategy(TorchDistSaveShardedStrategy):
     """Plans chunks, and .metadata; an error of the rank that writes .metadata is remembered."""
 
     def __init__(self, saving: Saving):
-        super().__init__("torch_dist", 1)
+        super().__init__("torch_dist", 1, thread_count=2)
         self._saving = saving
         self.chunks: Any = None
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(self, writer: Any, *plan: Any) -> AsyncRequest:
         self.chunks = writer
         finish = writer.finish
         writer.finish = lambda *arguments: self._saving.attempt(finish, *arguments)
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        return super()._get_save_and_finalize_callbacks(writer, *plan)
 
 
 def _reason(error: BaseException) -> str | None:

@@ -1,4 +1,14 @@
-"""megatron.core's version, and mends of it that apply on every device."""
+"""What differs between the supported versions of megatron.core, and mends of it that apply on every device.
+
+What 0.19.2 does otherwise than 0.16.1, where this project meets it:
+
+- `import megatron.core` needs triton (without_triton.py).
+- A checkpoint has no common.pt, strategies are not registered by name, and saves are planned by another package unless
+  one asks for megatron.core's own (saving.py, `async_save_options`). Ours have one form under both: common.pt is read.
+- Readers of checkpoints are made in another way, and keep metadata by path for good (loading.py).
+- Adam is given `capturable` (adam.py).
+- Process groups that are not passed are taken from the global state, as before, with a DeprecationWarning.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +17,29 @@ from torch import nn
 
 from megatron_a2d.errors import UserError
 
-SUPPORTED = "0.16.1"
+# The last one for Python 3.11, and the newest, which needs 3.12: the tests passed with these.
+SUPPORTED = ("0.16.1", "0.19.2")
 
 
 def check_version() -> None:
-    """What is built here rests on the internals of one release; another one must be tested first."""
+    """What is built here rests on the internals of these releases; another one must be tested first."""
     found = megatron.core.__version__
-    if found != SUPPORTED:
-        raise UserError(f"megatron-core {found}: only {SUPPORTED} is supported; pip install megatron-core=={SUPPORTED}")
+    if found not in SUPPORTED:
+        raise UserError(
+            f"megatron-core {found}: only {' and '.join(SUPPORTED)} are supported; "
+            f"pip install megatron-core=={SUPPORTED[0]} (Python 3.10 to 3.12) or {SUPPORTED[1]} (from 3.12 on)"
+        )
+
+
+def is_before(major: int, minor: int) -> bool:
+    """Whether megatron.core is older than this series."""
+    first, second = megatron.core.__version__.split(".")[:2]
+    return (int(first), int(second)) < (major, minor)
+
+
+def async_save_options() -> dict[str, str]:
+    """For TorchDistSaveShardedStrategy.async_save: by default newer versions plan with a package of their own."""
+    return {} if is_before(0, 17) else {"async_strategy": "mcore"}
 
 
 def apply_fixes() -> None:
@@ -27,6 +52,14 @@ def _define_te_general_gemm() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def allow_schedule_plans() -> None:
+    """megatron.core's interleaved micro-batches want a GPTModel, by name; any language model with its parts will do."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.models.gpt import gpt_model
+
+    gpt_model.GPTModel = LanguageModule
 
 
 def mark_expert_parameters(model: nn.Module) -> None:

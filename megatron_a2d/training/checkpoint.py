@@ -35,6 +35,7 @@ from megatron_a2d.files import fsync_path, new_file, write_json
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
 from megatron_a2d.runtime.loading import load_state
+from megatron_a2d.runtime.model_state import dequantise, fill_model, state_to_load, state_to_save
 from megatron_a2d.runtime.saving import Saving
 from megatron_a2d.training.optimizer_state import OptimizerState, adam_step
 from megatron_a2d.training.parallel import from_first_rank
@@ -154,9 +155,12 @@ def _complete(
 def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> None:
     """Fill `state` from the iteration directory `directory`; collective."""
     if weights_only:
-        loaded = _load(_sharded_model(state), directory)
+        loaded = _load(_wanted_model(state), directory)
         _load_model(state, loaded)
-        state.optimizer.reload_model_params()
+        if state.has_fp8_weights:
+            state.take_main_weights(loaded)
+        else:
+            state.optimizer.reload_model_params()
         return
     model = _sharded_model(state)
     common = dist_checkpointing.load_common_state_dict(str(directory))
@@ -167,10 +171,12 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
     step = common["optimizer_step"]
     # Without an update so far (all steps were skipped) there is no state yet.
     optimizer = OptimizerState(state.optimizer, model, is_loading=True, metadata=_metadata()) if step else None
-    loaded = _load({**model, "optimizer": optimizer.tensors if optimizer else {}}, directory)
+    loaded = _load({**_wanted_model(state), "optimizer": optimizer.tensors if optimizer else {}}, directory)
     _load_model(state, loaded)
     if optimizer:
         optimizer.load(loaded["optimizer"], step)
+        if state.has_fp8_weights:
+            state.restore_weights()
     else:
         state.optimizer.reload_model_params()
     state.scheduler.load_state_dict(loaded["scheduler"])
@@ -189,13 +195,19 @@ def _models(state: TrainState) -> dict[str, DiffusionLM]:
 
 
 def _sharded_model(state: TrainState) -> dict[str, Any]:
-    return {name: model.sharded_state_dict(metadata=_metadata()) for name, model in _models(state).items()}
+    """As a checkpoint has it; the optimizer finds its parameters in it."""
+    return {name: state_to_save(model, _metadata()) for name, model in _models(state).items()}
+
+
+def _wanted_model(state: TrainState) -> dict[str, Any]:
+    return {name: state_to_load(model, _metadata()) for name, model in _models(state).items()}
 
 
 def _sharded_state(state: TrainState) -> dict[str, Any]:
     state.gather_parameters()
     model, step = _sharded_model(state), adam_step(state.optimizer)
     optimizer = OptimizerState(state.optimizer, model, is_loading=False, metadata=_metadata()) if step else None
+    dequantise(model)  # after the optimizer has recognised its parameters
     return {
         **model,
         "optimizer": optimizer.tensors if optimizer else {},
@@ -219,4 +231,4 @@ def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _load_model(state: TrainState, loaded: dict[str, Any]) -> None:
     for name, model in _models(state).items():
-        model.load_state_dict(loaded[name])
+        fill_model(model, loaded[name])

@@ -16,16 +16,22 @@ from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.mixture import MixedDataset, read_mixture
 from megatron_a2d.data.scan import BackgroundScan
 from megatron_a2d.errors import UserError
+from megatron_a2d.exit_codes import NOT_FINITE
+from megatron_a2d.runtime import environment
+from megatron_a2d.runtime.heartbeat import CHECKPOINTS, mark
 from megatron_a2d.training import parallel
+from megatron_a2d.training.cuda_graphs import LayerGraphs
+from megatron_a2d.training.garbage import Garbage
 from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.meter import Meter
 from megatron_a2d.training.monitor import Monitor
+from megatron_a2d.training.profiling import Profile
 from megatron_a2d.training.samples import make_sample
 from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.start import begin
 from megatron_a2d.training.step import train_step
-from megatron_a2d.training.stopping import EXIT_NOT_FINITE, SkippedSteps, SpikeDetector, StopRequests
+from megatron_a2d.training.stopping import SkippedSteps, SpikeDetector, StopRequests
 from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
 
 
@@ -49,35 +55,46 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and not file.has_checksums])
     meter, spikes = Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
+    profile = Profile(config, state, log)
     shape = (training.micro_batch_size, config.input_length)
+    graphs, garbage = LayerGraphs(state, config), Garbage(config.performance)
+    patience = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
     try:
-        log.event("start", iteration=state.iteration, settings=config.to_dict())
+        variables = environment.environment(config, environment.find_gpu())
+        log.event("start", iteration=state.iteration, settings=config.to_dict(), environment=variables)
+        if variables:
+            log.say(f"environment: {environment.as_text(variables)}")
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration >= training.train_iters:
             log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to go on")
+        mark("first step", state.iteration, limit=patience)
         if state.iteration == 0:
             _validate(state, config, architecture, valid_data, log)
         meter.restart()
         while state.iteration < training.train_iters and end is None:
+            mark("reading samples", state.iteration + 1, limit=patience)
             scan.check()
             state.scheduler.step(1)
+            graphs.before_step()
             # A regression on clean text has no part in what is watched.
             grafts = grafting.is_active(state.iteration)
             observer = monitor if is_logged(training, state.iteration + 1) and not grafts else None
-            with grafting.step(state):
+            with profile.measure(state.iteration + 1), grafting.step(state):
                 result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, observer)
             grafting.add_error(result.totals)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
             meter.add(result, has_times=not grafts)
+            profile.after(state.iteration, log)
+            garbage.after_step(state.iteration)
             if skipped.add(result.grad_norm):
                 culprits = parallel.union(result.not_finite)
                 log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
             end = requests.reason(state.iteration)
             if skipped.too_many:
-                end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", EXIT_NOT_FINITE
+                end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", NOT_FINITE
             last = state.iteration == training.train_iters or end is not None
             if last or is_logged(training, state.iteration):
                 values = meter.read(state) | (observer.read() if observer else {})
@@ -86,6 +103,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
                     log.spike(state.iteration, values["loss"])
             if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
                 _validate(state, config, architecture, valid_data, log)
+            mark("checkpoint", limit=CHECKPOINTS)
             if training.save and (last or state.iteration % training.save_interval == 0):
                 saves.save(state, last)
             else:
@@ -98,6 +116,8 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         if end:
             log.say(f"ended at iteration {state.iteration}: {reason}")
     finally:
+        profile.close(log)
+        garbage.close()
         batches.close()
         scan.close()
         log.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -18,6 +19,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from torch import nn
 
 from megatron_a2d.config import RunConfig
+from megatron_a2d.runtime.device import compute_capability
+from megatron_a2d.runtime.precision import Scaling, choose_scaling
 
 # First match wins: a norm inside attention is a norm.
 _ROLE_OF_NAME_PART = (
@@ -30,6 +33,9 @@ _ROLE_OF_NAME_PART = (
 )
 
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def role_of(name: str, tied: bool = False) -> str:
     """The role of the parameter with this name in the model; a tied head is the embedding."""
     role = next(role for part, role in _ROLE_OF_NAME_PART if part in name)
@@ -38,7 +44,9 @@ def role_of(name: str, tied: bool = False) -> str:
 
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], tied: bool) -> MegatronOptimizer:
     """The optimizer over all of this rank's model chunks."""
-    settings = config.optimization
+    settings, performance = config.optimization, config.performance
+    scaling = choose_scaling(performance.fp8, compute_capability())
+    precise = performance.use_precision_aware_optimizer
     scales = _tag_learning_rates(chunks, settings.lr_mult, tied)
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -54,11 +62,22 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
             params_dtype=chunks[0].config.params_dtype,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_param_gather=config.parallel.overlap_param_gather,
+            fp8_recipe=scaling.recipe if scaling else None,
+            reuse_grad_buf_for_mxfp8_param_ag=reuses_gradient_buffer(config, scaling),
+            use_precision_aware_optimizer=precise,
+            main_grads_dtype=torch.bfloat16 if precise and not performance.grad_reduce_in_fp32 else torch.float32,
+            exp_avg_dtype=_DTYPES[performance.exp_avg_dtype],
+            exp_avg_sq_dtype=_DTYPES[performance.exp_avg_sq_dtype],
         ),
         chunks,
         config_overrides=_group_overrides(scales, settings.lr, settings.min_lr),
         use_gloo_process_groups=False,
     )
+
+
+def reuses_gradient_buffer(config: RunConfig, scaling: Scaling | None) -> bool:
+    """MXFP8 weights are gathered into the gradients' buffer, which is free then."""
+    return config.performance.fp8_param_gather and scaling is not None and scaling.recipe == "mxfp8"
 
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -28,20 +28,20 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def initialize(config: ParallelConfig) -> None:
-    """Join the process group and lay the model out. A second call changes the layout."""
+def initialize(config: ParallelConfig, replays_graphs: bool = False) -> None:
+    """Join the process group and lay the model out. A second call changes the layout.
+
+    `replays_graphs`: --cuda-graph-impl is on; generators must then be ones that can be recorded.
+    """
     runtime.install()
     if has_cuda():
         torch.cuda.set_device(device())
     if not dist.is_initialized():
-        if "MASTER_ADDR" in os.environ:
-            # Long: the others wait here while the first rank reads checksums. runtime/peers.py says who is dead.
-            store, rank, size = next(dist.rendezvous("env://", timeout=_STARTING))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives it
-            store = dist.PrefixStore(f"attempt_{attempt}", store)
-            dist.init_process_group(communication_backend(), store=store, rank=rank, world_size=size, timeout=_STARTING)
-        else:
-            dist.init_process_group(communication_backend(), store=dist.HashStore(), rank=0, world_size=1)
+        # Long: the others wait here while the first rank reads checksums. runtime/peers.py says who is dead.
+        dist.init_process_group(
+            communication_backend(), store=meet(_STARTING, "training"), rank=rank(), world_size=world_size(),
+            timeout=_STARTING,
+        )  # fmt: skip
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -54,7 +54,16 @@ def initialize(config: ParallelConfig) -> None:
         distributed_timeout_minutes=config.distributed_timeout_minutes + 1,
     )
     # Weights come from checkpoints and there is no dropout; megatron.core still wants its generators.
-    model_parallel_cuda_manual_seed(1)
+    model_parallel_cuda_manual_seed(1, te_rng_tracker=replays_graphs, force_reset_rng=replays_graphs)
+
+
+def meet(timeout: timedelta, purpose: str) -> dist.Store:
+    """The store that all processes share, with keys of its own for each purpose and each of torchrun's restarts."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives it
+    return dist.PrefixStore(f"{purpose}_{attempt}", store)
 
 
 def finalize() -> None:

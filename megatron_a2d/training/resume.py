@@ -5,8 +5,9 @@ A resumed run must be the run that was stopped. Its settings fall in three kinds
 bound    what decides samples and noise (seed, seq_length, document_attention, reset_position_ids, random_length_prob,
          eod_maskable, global_batch_size, and what the tokens are: train_data_fingerprint), the objective (all diffusion
          settings), and the numbers' type (bf16): another value is an error.
-noted    the optimizer's settings and train_iters hold from now on, as the learning rate of a run that is mended must; a
-         change is told. A role that was frozen (--lr-mult ROLE=0) stays so: the checkpoint has no moments for it.
+noted    the optimizer's settings, fp8 and train_iters hold from now on, as the learning rate of a run that is mended
+         must; a change is told. A role that was frozen (--lr-mult ROLE=0) stays so: the checkpoint has no moments for
+         it.
 free     the layout, micro_batch_size, intervals, paths, workers.
 """
 
@@ -41,7 +42,7 @@ BOUND = (
     ),
 )  # fmt: skip
 # train_iters is the length of the learning rate's decay.
-NOTED = ("train_iters", *(item.name for item in dataclasses.fields(OptimizationConfig)))
+NOTED = ("train_iters", "fp8", *(item.name for item in dataclasses.fields(OptimizationConfig)))
 
 
 class Start(NamedTuple):

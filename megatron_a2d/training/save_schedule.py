@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_a2d.config import RunConfig
 from megatron_a2d.conversion.checkpoint import HF_FILES
 from megatron_a2d.errors import SaveError
+from megatron_a2d.runtime.heartbeat import note_progress
 from megatron_a2d.training.checkpoint import Save, remove_old
 from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.setup import TrainState
@@ -60,6 +61,7 @@ class SaveSchedule:
         self._log.event("checkpoint", iteration=save.iteration, path=str(path), seconds_waited=round(waited, 3))
         self._log.say(f"checkpoint {path}")
         if dist.get_rank() == 0:
+            note_progress(save.iteration)
             try:
                 remove_old(self._config.training, save.iteration)
             except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -16,11 +17,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.model.diffusion_lm import DiffusionLM
-from megatron_a2d.model.specs import build_block_spec, choose_implementation, isolates_documents
+from megatron_a2d.model.specs import build_block_spec, choose_implementation
 from megatron_a2d.model.transformer_config import build_transformer_config
-from megatron_a2d.runtime.device import device
-from megatron_a2d.runtime.upstream import mark_expert_parameters
-from megatron_a2d.training.optimizer import build_optimizer, build_scheduler, freeze_roles
+from megatron_a2d.performance import isolates_documents
+from megatron_a2d.runtime.device import compute_capability, device
+from megatron_a2d.runtime.precision import choose_scaling
+from megatron_a2d.runtime.upstream import allow_schedule_plans, mark_expert_parameters
+from megatron_a2d.training.optimizer import build_optimizer, build_scheduler, freeze_roles, reuses_gradient_buffer
 
 
 @dataclass
@@ -37,6 +40,39 @@ class TrainState:
     def models(self) -> list[DiffusionLM]:
         """The bare models of this rank's chunks."""
         return [chunk.module for chunk in self.chunks]
+
+    @property
+    def has_fp8_weights(self) -> bool:
+        """--fp8-param-gather: the model's weights are made from the optimizer's main weights, not the other way."""
+        return any(chunk.ddp_config.fp8_param_gather for chunk in self.chunks)
+
+    def take_main_weights(self, loaded: dict[str, Any]) -> None:
+        """Weights in FP8 are not what was read any more: the main weights are made of that, by the parameters' names.
+
+        `loaded`: the chunks' tensors as checkpoint.py names them. (megatron.core matches parts of names, and gives the
+        experts' optimizer nothing.)
+        """
+        tensors = loaded.values() if len(self.chunks) > 1 else [loaded["model"]]
+        read = {
+            parameter: chunk_tensors[name]
+            for model, chunk_tensors in zip(self.models, tensors, strict=True)
+            for name, parameter in model.named_parameters()
+        }
+        for part in self._optimizers:
+            part._build_model_param_to_state_dict_param_map = lambda _: read
+            part.reload_model_params(state_dict=loaded)
+
+    @property
+    def _optimizers(self) -> list[Any]:
+        """The parts of a chained optimizer: that of the experts, and that of the rest."""
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
+    def restore_weights(self) -> None:
+        """Make the model's weights of the main weights, as a step does at its end. Collective."""
+        for part in self._optimizers:
+            part._copy_main_params_to_model_params()
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
 
     def gather_parameters(self) -> None:
         """Fetch what other ranks updated: with --overlap-param-gather the next forward pass would. Collective."""
@@ -69,10 +105,16 @@ def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | N
 
 def build_train_state(architecture: Architecture, config: RunConfig) -> TrainState:
     """Model, optimizer and schedule at iteration 0."""
+    if config.performance.overlap_moe_expert_parallel_comm:
+        allow_schedule_plans()
     virtual = config.parallel.virtual_pipeline_size
     models = [build_model(architecture, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
+    performance, scaling = config.performance, choose_scaling(config.performance.fp8, compute_capability())
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=performance.grad_reduce_in_fp32,
+        fp8_param_gather=performance.fp8_param_gather,
+        reuse_grad_buf_for_mxfp8_param_ag=reuses_gradient_buffer(config, scaling),
+        delay_wgrad_compute=performance.delay_wgrad_compute,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from megatron_a2d.data.batches import Batch
 from megatron_a2d.diffusion.objective import SampleSums, sample_sums
 from megatron_a2d.model.diffusion_lm import RowLosses, own_piece
-from megatron_a2d.runtime.device import device
+from megatron_a2d.runtime.device import device, send
+from megatron_a2d.runtime.heartbeat import mark
+from megatron_a2d.runtime.phases import phase
 from megatron_a2d.training.optimizer import update_parameters
 
 
@@ -61,7 +63,8 @@ def forward_backward(
 ) -> list[SampleLosses]:
     """Run an iteration's micro-batches of shape (b, s); returns their losses on the last stage, else nothing."""
     micro_batch_size, seq_length = shape
-    iteration = [next(batches) for _ in range(num_microbatches)]
+    with phase("data"):
+        iteration = [next(batches) for _ in range(num_microbatches)]
     return get_forward_backward_func()(
         forward_step_func=_forward_step,
         # Each virtual stage reads all micro-batches for itself.
@@ -83,42 +86,65 @@ def train_step(
     observer: Observer | None = None,
 ) -> StepResult:
     """Forward, backward and update. The learning rate has been set before."""
-    iteration = [next(batches) for _ in range(num_microbatches)]
+    with phase("data"):
+        iteration = [next(batches) for _ in range(num_microbatches)]
     with observer.step(iteration) if observer else nullcontext():
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
+        with phase("optimizer"):
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
         losses = forward_backward(chunks, iter(iteration), num_microbatches, shape, forward_only=False)
-    with observer.update() if observer else nullcontext():
+    mark("update")
+    with observer.update() if observer else nullcontext(), phase("optimizer"):
         grad_norm = update_parameters(optimizer)
     not_finite = [] if math.isfinite(grad_norm) else _not_finite(losses)
     return StepResult(loss_totals(losses), grad_norm, not_finite, losses)
 
 
-def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Any]:
-    """megatron's `forward_step_func`: the model's output, and the function that makes a loss of it."""
+class Rows(NamedTuple):
+    """The rows of this rank's piece of a micro-batch that carry loss, in the order of (b, s); N of them.
+
+    They are found on the host, where the batch was made: a GPU that were asked for their number would have to finish
+    all that it was given first.
+    """
+
+    places: Tensor  # [N] int64, into (b, s)
+    labels: Tensor  # [N] int64
+    weights: Tensor  # [N] float32
+    samples: Tensor  # [N] int64, 0 .. b - 1
+
+
+def find_rows(batch: Batch) -> Rows:
+    """On the host, like the batch."""
+    labels_bs, weights_bs = (own_piece(tensor, dim=1) for tensor in (batch.labels, batch.weights))
+    index_N = (weights_bs.flatten() > 0).nonzero()[:, 0]
+    return Rows(index_N, labels_bs.flatten()[index_N], weights_bs.flatten()[index_N], index_N // weights_bs.size(1))
+
+
+def _forward_step(batches: Iterator[Batch], model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+    """megatron's `forward_step_func`: the model's output (or the plan of its parts, where megatron interleaves two
+    micro-batches), and the function that makes a loss of it."""
+    mark("micro-batch")
     batch = next(batches)
     mask_ratios = (batch.weights > 0).sum(1) / batch.num_maskable.clamp(min=1)
-    tokens, labels, weights = (
-        own_piece(rows.to(device()), dim=1) for rows in (batch.tokens, batch.labels, batch.weights)
-    )
-    whole = (batch.documents, batch.positions, batch.annealing, batch.levels)
-    attention = [None if rows is None else rows.to(device()) for rows in whole]
-    batch = batch._replace(tokens=tokens, labels=labels, weights=weights)
-    return model(batch.tokens, batch.labels, batch.weights > 0, *attention), partial(_loss, batch, mask_ratios)
+    rows = Rows(*map(send, find_rows(batch)))
+    # The documents stay here: where they are packed sequences, their lengths are asked for.
+    rest = (None if tensor is None else send(tensor) for tensor in (batch.positions, batch.annealing, batch.levels))
+    tokens = send(own_piece(batch.tokens, dim=1).contiguous())
+    inputs = (tokens, rows.labels, rows.places, batch.documents, *rest)
+    if not return_schedule_plan:
+        return model(*inputs), partial(_loss, batch, mask_ratios, rows)
+    plan = model.build_schedule_plan(*inputs)
+    return plan, lambda losses: _loss(batch, mask_ratios, rows, RowLosses(losses, model.correct_of(plan)))
 
 
-def _loss(batch: Batch, mask_ratios: Tensor, rows: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
+def _loss(batch: Batch, mask_ratios: Tensor, rows: Rows, output: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
     """Sum of the weighted losses, not divided: megatron divides gradients by the global number of tokens."""
-    has_loss_bs = batch.weights > 0
-    weights_N = batch.weights[has_loss_bs]
-    sample_N = has_loss_bs.nonzero()[:, 0]
-    sums = sample_sums(rows.losses, weights_N, rows.correct, sample_N, len(batch.weights))
+    sums = sample_sums(output.losses, rows.weights, output.correct, rows.samples, len(batch.weights))
     # The ranks that share a sample's sequence have its rows in pieces; one of them counts the sample.
     num_maskable = batch.num_maskable * (parallel_state.get_context_parallel_rank() == 0)
     losses = SampleLosses(batch.sample_index, batch.times, num_maskable, mask_ratios, sums)
-    denominator = num_maskable.sum().to(dtype=torch.int, device=weights_N.device)
-    return (rows.losses * weights_N).sum(), denominator, losses
+    return (output.losses * rows.weights).sum(), send(num_maskable.sum().int()), losses
 
 
 def _not_finite(losses: list[SampleLosses]) -> list[int]:

@@ -2,13 +2,7 @@
 
 Every rank decides the same at the same iteration: a signal may reach one rank alone, and clocks differ.
 
-Exit codes of a worker process (torchrun turns every one but 0 into its own 1):
-
-    0  the run is complete, or --exit-interval or --exit-duration-in-mins ended it; a checkpoint was written
-    3  SIGTERM or SIGUSR1 ended it after the running step; a checkpoint was written, resume with the same command
-    4  too many steps in a row had a gradient that is not finite; a checkpoint and the batch were written
-    5  another process died or failed (runtime/peers.py)
-    74 a checkpoint could not be written (--on-save-error, errors.SaveError)
+In all these cases a checkpoint is written first. The exit codes are those of exit_codes.py.
 """
 
 from __future__ import annotations
@@ -24,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_a2d.config import TrainingConfig
+from megatron_a2d.exit_codes import SIGNALLED
 from megatron_a2d.runtime.device import device
 
-EXIT_SIGNAL, EXIT_NOT_FINITE = 3, 4
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -51,7 +45,7 @@ class StopRequests:
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         number, late = mine.tolist()
         if number:
-            return f"{signal.Signals(number).name} received", EXIT_SIGNAL
+            return f"{signal.Signals(number).name} received", SIGNALLED
         if late:
             return f"--exit-duration-in-mins {limit:g} is over", 0
         interval = self._config.exit_interval

@@ -20,7 +20,7 @@ import pytest
 
 from checkpoints_tools import convert_hf
 from megatron_a2d.conversion.checkpoint import latest_iteration
-from megatron_a2d.runtime.peers import EXIT_PEER_LOST
+from megatron_a2d.exit_codes import PEER_LOST
 from tests.exactness import Exactness, Fault
 from tests.faults.zygote import NUM_RANKS, OF_FIRST_RANK, PATIENCE, POINTS, SLOW_WRITER
 from tests.parity.layouts import DISTRIBUTED, EP, PP, TP_SP
@@ -102,7 +102,7 @@ class Run:
         for rank in set(range(NUM_RANKS)) - dead:
             if result["codes"][rank] == 0 and self.reached() == TRAIN_ITERS:
                 continue  # the last checkpoint was complete, and nothing left to do with the other
-            assert result["codes"][rank] == EXIT_PEER_LOST, result
+            assert result["codes"][rank] == PEER_LOST, result
             assert all(f"rank {other} (" in result["said"][rank] for other in dead), result
             self.slowest = max(self.slowest, result["survivors_ended_after"])
             self.survivors += 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_a2d.runtime.peers import EXIT_PEER_LOST
+from megatron_a2d.exit_codes import PEER_LOST
 from tests.exactness import Exactness, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +90,7 @@ def start(fault: str) -> tuple[list[int | None], list[str], float]:
 def test_a_lost_rank_is_named(fault: str, word: str, exactness: Exactness) -> None:
     codes, said, seconds = start(fault)
     for rank in set(range(SIZE)) - {VICTIM}:
-        assert codes[rank] == EXIT_PEER_LOST, said[rank]
+        assert codes[rank] == PEER_LOST, said[rank]
         (line,) = [line for line in said[rank].splitlines() if line.startswith("error: ")]
         assert f"rank {VICTIM} (" in line and word in line and f"(rank {rank} ends with it)" in line
         assert not any(f"rank {other} (" in line for other in range(SIZE) if other != VICTIM), "an innocent is named"

@@ -26,7 +26,7 @@ from megatron_a2d.config import build
 from megatron_a2d.conversion.manifest import write_manifest
 from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.errors import UserError
-from megatron_a2d.train import _check
+from megatron_a2d.training.checked import check_run
 from tests.cases import Case, copy_of
 from tests.parity.jobs import SETTINGS
 from tests.parity.pool import Pool
@@ -102,7 +102,7 @@ PLACES = [
 def test_an_honest_checkpoint_passes(trained: dict[str, Any]) -> None:
     """Model and optimizer, trained: everything in it is on the allow-lists."""
     check_pickles(Path(trained["settings"]["save"]) / "iter_0000004")
-    assert _check(build(SETTINGS | trained["settings"]), 2).start.directory.name == "iter_0000004"
+    assert check_run(build(SETTINGS | trained["settings"]), 2).start.directory.name == "iter_0000004"
 
 
 CASES = [
@@ -127,10 +127,10 @@ def test_a_hostile_pickle_does_not_run(
         directory = directory.rename(tmp_path / "release")
         settings |= {"load": str(directory), "save": None}
     if how == "finetune" and put is put_into_run_json:  # not read at all
-        _check(build(SETTINGS | settings), 2)
+        check_run(build(SETTINGS | settings), 2)
     else:
         with pytest.raises(UserError, match=message):
-            _check(build(SETTINGS | settings), 2)
+            check_run(build(SETTINGS | settings), 2)
     assert not (tmp_path / "owned").exists()
 
 
@@ -154,7 +154,7 @@ def test_no_file_of_a_run_is_unpickled(name: str, trained: dict[str, Any], tmp_p
         write_manifest(tmp_path / "run" / "iter_0000004")
     settings["load_iteration"] = None if name.endswith(".txt") else 4
     with pytest.raises(UserError):
-        _check(build(SETTINGS | settings), 2)
+        check_run(build(SETTINGS | settings), 2)
     assert not (tmp_path / "owned").exists()
 
 

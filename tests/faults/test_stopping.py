@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_a2d.training.stopping import EXIT_NOT_FINITE, EXIT_SIGNAL, SpikeDetector
+from megatron_a2d.exit_codes import NOT_FINITE, SIGNALLED
+from megatron_a2d.training.stopping import SpikeDetector
 from tests.cases import Case
 from tests.exactness import Exactness, Fault
 from tests.parity.pool import Pool
@@ -44,7 +45,7 @@ def test_a_signal_to_one_rank_ends_all_and_loses_nothing(
     unbroken = pool.run("run", 2, settings={**settings, "save": str(tmp_path / "unbroken")})
     save = tmp_path / "stopped"
     stopped = pool.run("run", 2, settings={**settings, "save": str(save)}, signal_at=(2, 1, int(number)))
-    assert [(rank["iteration"], rank["exit_code"]) for rank in stopped] == [(2, EXIT_SIGNAL)] * 2
+    assert [(rank["iteration"], rank["exit_code"]) for rank in stopped] == [(2, SIGNALLED)] * 2
     assert number.name in events(save, "end")[0]["reason"]
     resumed = pool.run("run", 2, settings={**settings, "save": str(save)})
     for one, other in zip(unbroken, resumed, strict=True):
@@ -92,7 +93,7 @@ def test_too_many_skipped_steps_end_the_run(
     """The run ends with its own exit code, and its checkpoint holds the last good weights."""
     bad = {**settings, "save": str(tmp_path / "bad"), "max_skipped_steps": 2}
     results = pool.run("run", 2, settings=bad, poison=(2, 3, 4))
-    assert [(rank["iteration"], rank["exit_code"]) for rank in results] == [(3, EXIT_NOT_FINITE)] * 2
+    assert [(rank["iteration"], rank["exit_code"]) for rank in results] == [(3, NOT_FINITE)] * 2
     with np.load(tmp_path / "bad" / "not_finite_iter_0000003.npz") as batch:
         kept = {int(index): batch["tokens"][row].tobytes() for row, index in enumerate(batch["sample_index"])}
     fed = pool.run("batch_fingerprints", 1, checkpoint=settings["load"], settings=settings | ONE, num_batches=24)[0]

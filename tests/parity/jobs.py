@@ -25,6 +25,7 @@ from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import resolve
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.inference.sharded import open_sharded
+from megatron_a2d.model import experts
 from megatron_a2d.model.layers import CoreAttention
 from megatron_a2d.training import loop, parallel
 from megatron_a2d.training.checkpoint import Save, load_checkpoint
@@ -112,11 +113,19 @@ def _split_contractions(pieces: int) -> Iterator[None]:
         parts = zip(a.tensor_split(pieces, -1), b.tensor_split(pieces, 0), strict=True)
         return torch.stack([original(left, right, **options) for left, right in parts]).sum(0)
 
+    def split_groups(tokens: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        if pieces == 1:
+            return grouped_product(tokens, weight, ends)
+        bounds = itertools.pairwise([0, *ends.tolist()])
+        return torch.cat([split(tokens[a:b], matrix.T) for matrix, (a, b) in zip(weight, bounds, strict=True)])
+
+    grouped_product = experts.grouped_product
     torch.matmul, torch.Tensor.matmul = split, split  # type: ignore[assignment]
+    experts.grouped_product = split_groups
     try:
         yield
     finally:
-        torch.matmul, torch.Tensor.matmul = original, method
+        torch.matmul, torch.Tensor.matmul, experts.grouped_product = original, method, grouped_product
 
 
 def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> dict[str, Any]:

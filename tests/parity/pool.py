@@ -19,7 +19,7 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 # The modules of the jobs; a server imports them once, and every process is forked from it.
-_JOBS = ("tests.parity.jobs", "tests.parity.run_job")
+_JOBS = ("tests.parity.jobs", "tests.parity.run_job", "tests.parity.memory_job")
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
 # megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads, which wake
 # a hundred times a second: after so many jobs the processes are started anew, which takes a second.

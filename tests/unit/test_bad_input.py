@@ -50,6 +50,23 @@ def test_a_good_run_passes(good: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "8 processes = TP 1 x PP 1 x CP 1 x DP 8, experts EP 4 x ETP 1" in shown and "256 tokens" in shown
 
 
+def test_another_model_than_the_recipes_is_refused(good: Path) -> None:
+    with pytest.raises(UserError) as end:
+        train.main(arguments(good, model="Qwen/Qwen3-30B-A3B-Base"))
+    assert "--model Qwen/Qwen3-30B-A3B-Base: has num_layers 48, the checkpoint 4" in "\n".join(end.value.problems)
+    train.main(arguments(good, model=good / "moe"))
+
+
+def test_what_does_not_fit_is_refused_before_it_is_queued(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(arguments(good, cluster="h100"))
+    assert "of 79.1: weights" in capsys.readouterr().out
+    small = good / "small.yaml"
+    large = (ROOT / "launch" / "clusters" / "h100.yaml").read_text()
+    small.write_text(large.replace("memory_gib: 79.1", "memory_gib: 2.0"))
+    with pytest.raises(UserError, match=r"has 2\.0 GiB, the run needs"):
+        train.main(arguments(good, cluster=small))
+
+
 def drop_idx(root: Path) -> dict[str, Any]:
     shutil.copy(root / "tokens.bin", root / "alone.bin")
     return {"train_data_path": root / "alone"}
@@ -163,9 +180,9 @@ def test_exit_code_and_message(good: Path) -> None:
 
 
 def test_launcher_finds_it_before_it_starts(good: Path) -> None:
-    """launch/train.sh checks in one process first: torchrun would turn exit code 2 into its own traceback."""
+    """launch/train.sh checks first, and ends with the checks' exit code; torchrun's own would be 1, with a traceback."""
     command = [ROOT / "launch" / "train.sh", *arguments(good, expert_model_parallel_size=3)[:-1]]
     environment = {"BIN": str(Path(sys.executable).parent), "NPROC": "2", "PATH": "/usr/bin:/bin"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and "--expert-model-parallel-size 3" in result.stderr
+    assert result.returncode == 2 and result.stderr.count("error: --expert-model-parallel-size 3") == 1
     assert "Traceback" not in result.stderr

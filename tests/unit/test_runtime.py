@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_a2d import runtime
 from megatron_a2d.errors import UserError
 from megatron_a2d.runtime import upstream
 from megatron_a2d.runtime.adam import Adam
+from tests.tiny import write_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is off where there is CUDA")
@@ -37,6 +39,17 @@ def test_factories_make_cpu_tensors() -> None:
     assert torch.empty(3, device="cuda", pin_memory=True).device.type == "cpu"
     assert torch.zeros_like(torch.ones(2), device="cuda").device.type == "cpu"
     assert torch.ones(1, device="meta").device.type == "meta"
+
+
+@cpu_only
+def test_device_contexts_still_work(tmp_path: Path) -> None:
+    """transformers builds a model on "meta" first; its rotary frequencies were uninitialised memory without this."""
+    with torch.device("meta"):
+        assert torch.arange(3).device.type == torch.empty(2).device.type == "meta"
+    write_hf(tmp_path / "model", "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    frequencies = 1e6 ** (-torch.arange(12) / 12)
+    assert torch.allclose(loaded.model.rotary_emb.inv_freq, frequencies)
 
 
 @cpu_only
@@ -139,6 +152,27 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.core.__version__", "0.15.0")
     with pytest.raises(UserError, match=r"megatron-core 0\.15\.0"):
         upstream.check_version()
+
+
+@pytest.mark.parametrize(
+    ("found", "is_older"), [("0.16.1", True), ("0.17.0", False), ("0.19.2", False), ("1.0", False)]
+)
+def test_order_of_versions(found: str, is_older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.__version__", found)
+    assert upstream.is_before(0, 17) == is_older
+
+
+@cpu_only
+def test_no_triton_is_needed() -> None:
+    """In fresh interpreters in which `import triton` fails."""
+    code = "import sys; sys.modules['triton'] = None; import {}"
+    plain, ours = (
+        subprocess.run([sys.executable, "-c", code.format(name)], cwd=ROOT, capture_output=True, text=True)
+        for name in ("megatron.core", "megatron_a2d.training.step")
+    )
+    assert ours.returncode == 0, ours.stderr
+    if not upstream.is_before(0, 17):  # the control
+        assert plain.returncode == 1 and "triton" in plain.stderr
 
 
 @pytest.mark.parametrize(("adam_w_mode", "weight_decay"), [(True, 0.0), (True, 0.1), (False, 0.1)])

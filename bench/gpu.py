@@ -1,0 +1,126 @@
+"""Everything that needs a GPU, as one command of ten minutes and one result file: `make gpu`.
+
+    python -m bench.gpu --out bench/results/gpu_h200.json                 # tests/gpu, then the benchmarks
+    python -m bench.gpu --rehearse --out /tmp/rehearsal.json              # the same way, tiny, on a CPU
+
+Each part is a process of its own with a limit on its time. The file is written again after each: a part that fails or
+runs too long is there with its last lines, and what it had measured until then is kept. Parts for which no time is left
+are listed as skipped. Most wanted first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.report import machine
+from bench.shapes import SHAPES
+from megatron_a2d.cli import Parser
+from megatron_a2d.console import entry_point
+from megatron_a2d.files import write_json
+
+
+class Part(NamedTuple):
+    """`command` writes JSON to the file that stands for OUT in it."""
+
+    name: str
+    command: list[str]
+    limit: float  # seconds
+
+
+def parts(rehearse: bool) -> list[Part]:
+    """In the order in which they run."""
+    step = [sys.executable, "-m", "bench.train_step", "--out", "OUT"]
+    step += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", "--rounds", "6"]
+    head = [sys.executable, "-m", "bench.masked_head", "--out", "OUT"]
+    head += ["--rehearse"] if rehearse else ["--device", "cuda"]
+    shapes = list(SHAPES)  # the two with targets come first
+    tests = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-m", "gpu"]
+    return [
+        Part("tests", [*tests, "--gpu-report", "OUT"], 200),
+        *(Part(f"train_step {name}", [*step, "--shapes", name], 130) for name in shapes[:2]),
+        Part("masked_head", head, 40),
+        *(Part(f"train_step {name}", [*step, "--shapes", name], 70) for name in shapes[2:]),
+    ]
+
+
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the result file")
+    parser.add_argument(
+        "--budget", type=float, default=570, help="seconds in all; a part is skipped when none are left"
+    )
+    parser.add_argument("--parts", nargs="+", default=None, help="names of parts, or beginnings of names; default: all")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU, to try every line of it")
+    options = parser.parse_args()
+    chosen = [
+        part
+        for part in parts(options.rehearse)
+        if options.parts is None or any(part.name.startswith(name) for name in options.parts)
+    ]
+    begin = time.monotonic()
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "rehearsal": options.rehearse,
+        "compiles": can_compile(),
+        "parts": [],
+    }
+    for part in chosen:
+        left = options.budget - (time.monotonic() - begin)
+        done = (
+            run(part, min(part.limit, left), options.rehearse)
+            if left > 10
+            else {"name": part.name, "status": "skipped"}
+        )
+        result["parts"].append(done)
+        result["seconds"] = time.monotonic() - begin
+        write_json(options.out, result)
+        print(f"{part.name:28} {done['status']:8} {done.get('seconds', 0):6.1f} s", flush=True)
+    failed = [part["name"] for part in result["parts"] if part["status"] != "ok"]
+    print(f"{options.out}: {len(chosen) - len(failed)} of {len(chosen)} parts" + (f"; not {failed}" if failed else ""))
+    if failed:
+        sys.exit(1)
+
+
+def can_compile() -> bool:
+    """triton, and with it torch.compile, wants a C compiler; without one functions run as they are, which is slower."""
+    return any(map(shutil.which, ("cc", "gcc", "clang")))
+
+
+def run(part: Part, limit: float, rehearse: bool) -> dict[str, Any]:
+    """One part: status, what it wrote, and its last lines where it did not end well."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        out, log = Path(directory, "out.json"), Path(directory, "log.txt")
+        command = [str(out) if word == "OUT" else word for word in part.command]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"A2D_REHEARSE": "1"} if rehearse else {})
+        if not can_compile():
+            environment["TORCHDYNAMO_DISABLE"] = "1"
+        with log.open("w") as lines:
+            process = subprocess.Popen(
+                command, stdout=lines, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+                code = None
+        written = json.loads(out.read_text()) if out.exists() else None
+        errors = [row for row in (written or {}).get("rows", []) if "error" in row]
+        status = "timeout" if code is None else "failed" if code or written is None else "partly" if errors else "ok"
+        done = {"name": part.name, "status": status, "seconds": time.monotonic() - begin, "result": written}
+        if status != "ok":
+            done["last_lines"] = log.read_text(errors="replace").splitlines()[-60:]
+        return done
+
+
+if __name__ == "__main__":
+    entry_point(main)

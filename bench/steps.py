@@ -1,0 +1,134 @@
+"""The two training steps that are compared: the training loop's own, and a short script's on Hugging Face's model.
+
+Both learn the same objective from the same batches of random tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megatron_a2d.architecture import Architecture, architecture_from_config
+
+LEARNING_RATE = 1e-4
+
+
+class Batches(NamedTuple):
+    """Of what size, and of which tokens: 0 .. mask_token_id - 1."""
+
+    micro_batch_size: int
+    seq_length: int
+    mask_token_id: int
+
+    def tokens(self, sample_index: int, /) -> np.ndarray:
+        return np.random.default_rng(sample_index % 64).integers(0, self.mask_token_id, self.seq_length)
+
+    def documents(self, sample_index: int, /) -> np.ndarray:
+        return np.zeros(self.seq_length, dtype=np.int64)
+
+    def eod_token_id(self) -> int | None:
+        return None
+
+
+class Step(NamedTuple):
+    """`run` takes one step and waits for nothing; `head_fraction` says which share of the rows reached the head."""
+
+    run: Callable[[], None]
+    head_fraction: Callable[[], float]
+
+
+def architecture_of(model: dict[str, Any]) -> Architecture:
+    return architecture_from_config(model, "the benchmark's shape")
+
+
+def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) -> Step:
+    """The training loop's own step, on random weights."""
+    from megatron_a2d.checks import find_problems
+    from megatron_a2d.config import build
+    from megatron_a2d.errors import UserError
+    from megatron_a2d.runtime import environment
+    from megatron_a2d.training import cuda_graphs, loop, parallel, setup, step
+
+    architecture = architecture_of(model)
+    sizes = dict(seq_length=batches.seq_length, micro_batch_size=batches.micro_batch_size)
+    config = build(dict(global_batch_size=batches.micro_batch_size, lr=LEARNING_RATE, **sizes) | settings)
+    if problems := find_problems(config, architecture, world_size=1):
+        raise UserError(problems)
+    environment.apply(config)
+    parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
+    state = setup.build_train_state(architecture, config)
+    graphs = cuda_graphs.LayerGraphs(state, config)
+    samples = loop.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
+    rows: list[torch.Tensor] = []
+
+    def run() -> None:
+        state.scheduler.step(1)
+        graphs.before_step()
+        result = step.train_step(
+            state.chunks, state.optimizer, samples, samples.num_microbatches,
+            (batches.micro_batch_size, batches.seq_length),
+        )  # fmt: skip
+        rows.append(result.totals[2])
+
+    tokens = config.training.global_batch_size * batches.seq_length
+    return Step(run, lambda: float(torch.stack(rows).mean()) / tokens)
+
+
+def hugging_face_step(model: dict[str, Any], batches: Batches, device: torch.device, bf16: bool) -> Step:
+    """What a user would write first: transformers' model, made bidirectional, logits of all positions, torch's AdamW.
+
+    bf16: fp32 weights under autocast, the usual recipe.
+    """
+    import transformers
+
+    from megatron_a2d.data.batches import MicroBatches
+    from megatron_a2d.diffusion.corruption import corrupt
+    from megatron_a2d.diffusion.noise import Noise
+
+    kind = "Qwen3Moe" if model["model_type"] == "qwen3_moe" else "Qwen3"
+    config = getattr(transformers, f"{kind}Config")(**{k: v for k, v in model.items() if k != "model_type"})
+    config._attn_implementation = "sdpa"
+    with device:
+        network = getattr(transformers, f"{kind}ForCausalLM")(config).float().train()
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
+    )
+    noise = Noise(1, batches.mask_token_id)
+    samples = MicroBatches(
+        batches, lambda tokens, index: corrupt(tokens, index, noise),
+        micro_batch_size=batches.micro_batch_size, global_batch_size=batches.micro_batch_size,
+    )  # fmt: skip
+    mask = bidirectional_mask(network, batches, device)
+
+    def run() -> None:
+        batch = next(samples)
+        tokens, labels, weights = (tensor.to(device) for tensor in (batch.tokens, batch.labels, batch.weights))
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = network(tokens, attention_mask=mask, use_cache=False).logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        ((losses * weights.flatten()).sum() / batch.num_maskable.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return Step(run, lambda: 1.0)
+
+
+def bidirectional_mask(network: Any, batches: Batches, device: torch.device) -> torch.Tensor | None:
+    """Make the model bidirectional, without a mask if it can be: a mask keeps torch from its fastest attention."""
+    for module in network.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    with torch.no_grad():
+        probe = torch.zeros(1, 16, dtype=torch.long, device=device)
+        changed = probe.clone()
+        changed[0, -1] = 1
+        first, second = (network(tokens, use_cache=False).logits[0, 0] for tokens in (probe, changed))
+    if (first - second).abs().max() > 1e-4 * first.abs().max():  # the first token's output has seen the last token
+        return None
+    length = batches.seq_length
+    return torch.ones(batches.micro_batch_size, 1, length, length, dtype=torch.bool, device=device)

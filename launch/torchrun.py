@@ -1,0 +1,115 @@
+"""torchrun whose exit code is its workers' own, that lets them end by themselves, and ends a run that stands still.
+
+    python -m launch.torchrun TORCHRUN-ARGUMENTS...         launch/train.sh does it
+
+torchrun makes a 1 of every exit code, kills workers 30 seconds after a SIGTERM, dies of a SIGUSR1, and waits for a
+rank that hangs. Here both signals reach the workers, which save and end; the first node watches all ranks' heartbeats;
+and the first node to end with something else than 0 writes the reason into $A2D_ATTEMPT/outcome, one line: exit code,
+"again" or "stay" (megatron_a2d/exit_codes.py), and words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import psutil
+
+from megatron_a2d.exit_codes import DONE, KILLED, STALLED, Ending, ending, most_telling
+from megatron_a2d.runtime.heartbeat import ATTEMPT, Watch
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+OUTCOME = "outcome"
+
+
+def main() -> NoReturn:
+    logging.disable(logging.ERROR)  # torchrun's own words about an exit code; the workers have said why
+    # Those that torchrun shall still end its workers for; it reads each of its options from PET_... too.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
+    for number in FORWARDED:
+        signal.signal(number, _forward)
+    with _attempt():
+        if os.environ.get("NODE_RANK", "0") == "0" and ATTEMPT in os.environ:
+            threading.Thread(target=_watch, daemon=True).start()
+        reason = _run(sys.argv[1:])
+        if reason.code != DONE:
+            _tell(reason, f"{reason.meaning} on {socket.gethostname()}")
+    sys.exit(reason.code)
+
+
+def _run(arguments: list[str]) -> Ending:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(arguments)
+    except ChildFailedError as error:
+        return most_telling(failure.exitcode for failure in error.failures.values())
+    except SignalException as error:
+        return ending(KILLED + error.sigval)
+    return ending(DONE)
+
+
+@contextlib.contextmanager
+def _attempt() -> Iterator[None]:
+    """One machine alone needs no directory of the user's for its heartbeats."""
+    if ATTEMPT in os.environ or os.environ.get("NNODES", "1") != "1":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="a2d_attempt_") as directory:
+        os.environ[ATTEMPT] = directory
+        yield
+
+
+def _workers() -> list[psutil.Process]:
+    return psutil.Process().children()
+
+
+def _forward(number: int, frame: FrameType | None) -> None:
+    workers = _workers()
+    if not workers:  # none has begun
+        sys.exit(KILLED + number)
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(number)
+
+
+def _watch() -> None:
+    """End the run when it stands still; the other nodes notice that this one is gone."""
+    watch = Watch(os.environ[ATTEMPT])
+    while True:
+        threading.Event().wait(watch.pause)
+        if verdict := watch.look():
+            print(f"error: {verdict}", file=sys.stderr, flush=True)
+            _tell(ending(STALLED), verdict)
+            for worker in _workers():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.kill()
+            os._exit(STALLED)
+
+
+def _tell(reason: Ending, words: str) -> None:
+    """Leave the reason for whoever started this; the first one counts, the others are its consequences."""
+    if directory := os.environ.get(ATTEMPT):
+        try:
+            with open(Path(directory) / OUTCOME, "x") as file:
+                file.write(f"{reason.code} {'again' if reason.comes_back else 'stay'} {words}\n")
+        except FileExistsError:
+            return
+    if reason.code > KILLED:
+        print(f"error: a worker {words}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Plan: which layout to train a model in on a cluster, how long that takes, and what it costs; no GPU is needed.
+
+    python -m megatron_a2d.plan --config launch/recipes/qwen3_30b_a3b.yaml --cluster b200 --gpus 64
+    python -m megatron_a2d.plan --model Qwen/Qwen3-8B-Base --global-batch-size 1024 --cluster h100 --gpus 16
+    python -m megatron_a2d.plan --calibration       # how far published runs are from what it says of them
+
+Every legal layout is tried; the recipe's own one is shown beside the best three. How: docs/planning.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.checks import find_problems
+from megatron_a2d.cli import Parser, parse_run
+from megatron_a2d.config import RunConfig
+from megatron_a2d.console import console as progress_console
+from megatron_a2d.console import entry_point, human
+from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
+from megatron_a2d.conversion.qwen3 import named_architecture
+from megatron_a2d.errors import UserError
+from megatron_a2d.planner import report
+from megatron_a2d.planner.cluster import Cluster, read_cluster
+from megatron_a2d.planner.job import IMBALANCE
+from megatron_a2d.planner.search import Plan, Search, make_plan, search
+
+# What a recipe for GPUs says, for a plan without one.
+WITHOUT_RECIPE = {
+    "training": {"bf16": True},
+    "parallel": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="megatron_a2d.plan", description="Find the layout to train a model in on a cluster.")
+    parser.add_argument(
+        "--cluster", metavar="NAME", help="a file of launch/clusters by its name, or the path of another"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU for an hour; the cluster's is a guess")
+    parser.add_argument(
+        "--imbalance", type=float, default=IMBALANCE, metavar="FACTOR",
+        help="rows of the busiest expert-parallel rank over the mean; 1: balanced routing",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="show every legal layout with all its parts")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and time into this .png, .pdf or .svg")
+    parser.add_argument("--calibration", action="store_true", help="compare the model with published runs, and end")
+    config, options = parse_run(parser, argv)
+    console = Console(highlight=False)
+    if options.calibration:
+        console.print(report.calibration())
+        return
+    cluster = _cluster(options)
+    if not options.config:
+        config = _with_gpu_defaults(config, options)
+    architecture = _architecture(config)
+    with progress_console.status("trying layouts"):
+        found = search(config, architecture, cluster, options.gpus, imbalance=options.imbalance)
+    shown = {f"{rank}.": plan for rank, plan in enumerate(found.fitting[:3], 1)}
+    _need_legal(found)
+    own, problems = _own_plan(config, architecture, cluster, options) if options.config else (None, [])
+    if own:
+        shown = {f"{rank} the recipe's" if plan.job == own.job else rank: plan for rank, plan in shown.items()}
+        if own.job not in [plan.job for plan in shown.values()]:
+            shown["the recipe's"] = own
+    _print(console, config, architecture, cluster, options)
+    if shown:
+        console.print(report.summary(shown))
+        for table in report.parts(shown):
+            console.print(table)
+    for problem in problems:
+        console.print(f"the recipe's own layout: {problem}", style="yellow")
+    console.print(report.why_others_fall(found))
+    if options.all:
+        wide = Console(highlight=False, width=max(console.width, 400))
+        wide.print(report.all_layouts(found))
+    if options.plot:
+        report.draw(
+            options.plot, shown, f"{config.training.model or config.training.load} on {options.gpus} {cluster.gpu}"
+        )
+    if not found.fitting:
+        need = f"the smallest needs {found.too_large[0].memory.total / report.GIB:.1f} GiB"
+        raise UserError(
+            f"--gpus {options.gpus}: no layout fits into the {cluster.memory_gib:.1f} GiB of {cluster.gpu} ({need}); "
+            "take more GPUs or another batch"
+        )
+    console.print(f"the best one's flags: {report.layout_flags(found.fitting[0])}")
+    known, unknown = report.worst_errors()
+    console.print(
+        f"Times are modelled: at most {known:.0%} off published runs, {unknown:.0%} off one that it was not fitted to; "
+        "see --calibration.", style="dim",
+    )  # fmt: skip
+
+
+def _cluster(options: argparse.Namespace) -> Cluster:
+    missing = [f"--{name}: is missing; see --help" for name in ("cluster", "gpus") if getattr(options, name) is None]
+    if missing:
+        raise UserError(missing)
+    if options.gpus < 1:
+        raise UserError(f"--gpus {options.gpus}: a run needs at least 1")
+    if not options.imbalance >= 1:
+        raise UserError(f"--imbalance {options.imbalance}: the busiest rank has no less than the mean; give 1 or more")
+    if options.price is not None and not options.price > 0:
+        raise UserError(f"--price {options.price}: must be positive")
+    cluster = read_cluster(options.cluster)
+    return dataclasses.replace(cluster, price_per_gpu_hour=options.price) if options.price else cluster
+
+
+def _with_gpu_defaults(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """Without a recipe: what no recipe for GPUs is without, unless a flag says otherwise."""
+    for group, values in WITHOUT_RECIPE.items():
+        chosen = {name: value for name, value in values.items() if not hasattr(options, name)}
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **chosen)})
+    return config
+
+
+def _architecture(config: RunConfig) -> Architecture:
+    if config.training.load:
+        return read_architecture(resolve(config.training.load) / HF_FILES)
+    if config.training.model:
+        return named_architecture(config.training.model)
+    raise UserError("--model: is missing; name the model, such as Qwen/Qwen3-8B-Base, or give a checkpoint by --load")
+
+
+def _need_legal(found: Search) -> None:
+    """UserError with what is wrong whatever the layout, if no layout is legal."""
+    if not found.fitting and not found.too_large:
+        always = [problem for problem, count in found.refusals.items() if count == found.num_illegal]
+        raise UserError(always or [problem for problem, _ in found.refusals.most_common(3)])
+
+
+def _own_plan(
+    config: RunConfig, architecture: Architecture, cluster: Cluster, options: argparse.Namespace
+) -> tuple[Plan | None, list[str]]:
+    """The layout that the recipe and the flags have, or what is wrong with it."""
+    if problems := find_problems(config, architecture, options.gpus):
+        return None, problems
+    return make_plan(config, architecture, cluster, options.gpus, imbalance=options.imbalance), []
+
+
+def _print(
+    console: Console, config: RunConfig, architecture: Architecture, cluster: Cluster, options: argparse.Namespace
+) -> None:
+    tokens = config.training.global_batch_size * config.data.seq_length
+    active = f", {human(architecture.num_active_parameters())} active" if architecture.is_moe else ""
+    price = f"${cluster.price_per_gpu_hour:g} an hour{'' if options.price else ' (assumed)'}"
+    console.print(
+        f"{config.training.model or config.training.load}: {human(architecture.num_parameters())} parameters{active}; "
+        f"{options.gpus} {cluster.gpu}, {price}; "
+        f"{human(tokens)} tokens a step, {human(config.training.train_iters * tokens)} in all"
+    )
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,143 @@
+"""What a layer keeps for its backward pass, tensor by tensor, of one micro-batch on one rank.
+
+Korthikanti et al. (2022) count a GPT layer so. Two lists: the portable layers as they are on a CPU, where each tensor
+was measured, and Transformer Engine's, whose norms and rotations keep less and whose products may keep FP8.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron_a2d.planner.job import Job
+
+INDEX = 8  # bytes
+FLOAT = 4
+
+
+class LayerActivations(NamedTuple):
+    """Bytes by the name of the tensor."""
+
+    attention: dict[str, float]
+    mlp: dict[str, float]  # a dense MLP; the router and what surrounds the experts
+    experts: dict[str, float]  # rows that the experts received, all ranks alike
+
+    @property
+    def total(self) -> float:
+        return sum(sum(part.values()) for part in self)
+
+    @property
+    def of_experts(self) -> float:
+        return sum(self.experts.values())
+
+
+def layer_activations(job: Job) -> LayerActivations:
+    """Of the layers that --transformer-impl chooses on a GPU."""
+    if job.transformer_impl == "portable":
+        return LayerActivations(
+            _portable_attention(job), _portable_norm(job, "pre_mlp_layernorm") | _mlp(job), _experts(job)
+        )
+    return LayerActivations(_attention(job), _norm(job, "pre_mlp_layernorm") | _mlp(job), _experts(job))
+
+
+def _heads(job: Job) -> tuple[float, float]:
+    """Values of a token's queries, and of its keys, on one rank."""
+    a, tp = job.architecture, job.tensor_model_parallel_size
+    return a.num_attention_heads * a.head_dim / tp, a.num_key_value_heads * a.head_dim / tp
+
+
+def _cuts_queries(job: Job) -> bool:
+    """The product lays queries, keys and values of each group side by side; those of one group need no copy."""
+    return job.architecture.num_key_value_heads > job.tensor_model_parallel_size
+
+
+def _input_bytes(job: Job) -> int:
+    """Of a value that goes into a matrix product: FP8 products keep one byte."""
+    return 1 if job.fp8 != "none" else job.number_bytes
+
+
+def _norm(job: Job, name: str) -> dict[str, float]:
+    """Input and output; the output is what the next product keeps."""
+    values = job.tokens_between_layers * job.architecture.hidden_size
+    kept = {f"{name}, input": values * job.number_bytes}
+    return kept if job.recomputes("layernorm") else kept | {f"{name}, output": values * _input_bytes(job)}
+
+
+def _attention(job: Job) -> dict[str, float]:
+    queries, keys = _heads(job)
+    rows, number = job.tokens, job.number_bytes
+    kept = _norm(job, "input_layernorm") | {
+        "queries, keys, values": rows * (queries + 2 * keys) * number,
+        "queries, cut out": rows * queries * number if _cuts_queries(job) else 0.0,
+        "queries, normed and rotated": rows * queries * number,
+        "keys, normed and rotated": rows * keys * number,
+        "attention, log-sum-exp": rows * queries / job.architecture.head_dim * FLOAT,
+        "attention, output": rows * queries * number,
+    }
+    return kept if job.fp8 == "none" else kept | {"attention, output in FP8": rows * queries}
+
+
+def _portable_norm(job: Job, name: str) -> dict[str, float]:
+    """torch's norm on a CPU computes in fp32, and keeps what it computed."""
+    rows, hidden = job.tokens_between_layers, job.architecture.hidden_size
+    return {
+        f"{name}, input": rows * hidden * FLOAT,
+        f"{name}, scale": rows * FLOAT,
+        f"{name}, normed": rows * hidden * FLOAT,
+        f"{name}, output": rows * hidden * job.number_bytes,
+    }
+
+
+def _portable_attention(job: Job) -> dict[str, float]:
+    a = job.architecture
+    queries, keys = _heads(job)
+    rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
+    kept = _portable_norm(job, "input_layernorm") | {
+        "queries, keys, values": rows * (queries + 2 * keys) * number,
+        # In fp32 that is the copy which cutting them out makes.
+        "queries, in fp32": rows * queries * FLOAT if job.bf16 or _cuts_queries(job) else 0.0,
+        "queries, scale": rows * queries / a.head_dim * FLOAT,
+        "queries, normed": rows * queries * FLOAT,
+        "keys, scale": rows * keys / a.head_dim * FLOAT,
+        "keys, normed": rows * keys * FLOAT,
+        # The same angles for all samples, each of the four used once for queries or keys.
+        "sines and cosines": 4 * rows / job.micro_batch_size * a.head_dim * number,
+        "queries, rotated": rows * queries * number,
+        "keys, rotated and gathered": rows * keys * number * cp,
+        "attention, log-sum-exp": rows * queries / a.head_dim * FLOAT,
+        "attention, output": rows * queries * number,
+    }
+    if job.bf16:
+        kept["keys, in fp32"] = rows * keys * FLOAT  # in fp32 they are the ones before the norm
+    if cp > 1:
+        kept["values, gathered"] = rows * keys * number * cp
+    return kept
+
+
+def _mlp(job: Job) -> dict[str, float]:
+    a = job.architecture
+    if a.is_moe:
+        rows, chosen = job.tokens_between_layers, a.num_experts_per_tok
+        return {
+            "router, chosen experts": rows * chosen * (INDEX + FLOAT),
+            "router, map and probabilities": rows * a.num_experts * (1 + FLOAT),
+            "router, order of rows": rows * chosen * INDEX,
+        }
+    if job.recomputes("mlp"):
+        return {}
+    width = job.tokens * a.intermediate_size / job.tensor_model_parallel_size
+    return {"linear_fc1, output": width * 2 * job.number_bytes, "linear_fc2, input": width * _input_bytes(job)}
+
+
+def _experts(job: Job) -> dict[str, float]:
+    a = job.architecture
+    if not a.is_moe or job.recomputes("moe"):
+        return {}
+    rows, width = job.routed_rows, a.moe_intermediate_size / job.expert_tensor_parallel_size
+    kept = {
+        "experts, input": rows * a.hidden_size * _input_bytes(job),
+        "experts, probabilities": rows * FLOAT,
+        "experts, linear_fc1's output": rows * 2 * width * job.number_bytes,
+    }
+    if job.recomputes("moe_act"):
+        return kept
+    return kept | {"experts, linear_fc2's input": rows * width * _input_bytes(job)}

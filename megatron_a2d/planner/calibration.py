@@ -1,0 +1,125 @@
+"""How well the time model does: its efficiencies, fitted to published runs, and the error of each run.
+
+`python -m megatron_a2d.plan --calibration` prints the table. Rows are weighed alike; what is minimised is the sum of
+squared logarithms of (predicted / published). Left-out errors are those of a row after a fit to the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from megatron_a2d.architecture import Architecture, architecture_from_config
+from megatron_a2d.conversion.qwen3 import hub_config
+from megatron_a2d.model.flops import train_flops_per_token
+from megatron_a2d.planner.cluster import Cluster, read_cluster
+from megatron_a2d.planner.job import Job
+from megatron_a2d.planner.memory import memory
+from megatron_a2d.planner.timing import Efficiencies, step_time
+
+ROWS = Path(__file__).with_name("published.yaml")
+
+EFFICIENCIES = Efficiencies(
+    matmul_bf16=0.799,
+    matmul_fp8=0.702,
+    attention=0.55,
+    memory=0.476,
+    nvlink=0.85,
+    network=0.836,
+    blackwell=0.841,
+    moe_sync=1.7e-3,
+    launch_moe=4e-3,
+    launch_dense=1.5e-3,
+)
+# The others are assumed: too few rows say anything about them. No fitted one may exceed what is physically likely.
+FITTED = {
+    "matmul_bf16": 0.85, "matmul_fp8": 0.85, "memory": 0.9, "nvlink": 0.85, "network": 0.9, "blackwell": 1.0,
+    "moe_sync": 1e-2,
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """A published run."""
+
+    name: str
+    source: str
+    cluster: Cluster
+    job: Job
+    tokens_per_second: float  # a GPU
+    peak_memory_gib: float | None  # where that is published too
+
+    def predict(self, use: Efficiencies = EFFICIENCIES) -> float:
+        """Tokens a second and GPU."""
+        tokens = self.job.global_batch_size * self.job.seq_length
+        return tokens / self.job.world_size / step_time(self.job, self.cluster, use).total
+
+    @property
+    def modelled_memory_gib(self) -> float:
+        """What PyTorch allocates: neither NCCL's nor CUDA's own."""
+        parts = memory(self.job)
+        return (parts.total - parts.communication) / 2**30
+
+
+@functools.cache
+def published_rows() -> tuple[Row, ...]:
+    """All rows of published.yaml."""
+    content = yaml.safe_load(ROWS.read_text(encoding="utf-8"))
+    return tuple(_row(row) for row in content["rows"])
+
+
+def _row(row: dict[str, Any]) -> Row:
+    architecture = _shape(row["model"])
+    # What is true of all of them: Megatron's distributed optimizer with its overlaps, bf16 gradients, balanced routing.
+    common = {
+        "objective": "ar", "bf16": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
+        "overlap_param_gather": True, "grad_reduce_in_fp32": False, "imbalance": 1.0, "overlap_p2p_comm": True,
+        "tp_comm_overlap": True,
+    }  # fmt: skip
+    job = Job(architecture=architecture, **(common | row["settings"]))
+    tokens = row.get("tokens_per_second")
+    if tokens is None:
+        tokens = row["tflops"] * 1e12 / train_flops_per_token(architecture, job.seq_length, causal=True)
+    cluster = read_cluster(row["cluster"])
+    return Row(row["name"], row["source"], cluster, job, float(tokens), row.get("peak_memory_gib"))
+
+
+def _shape(model: Any) -> Architecture:
+    if isinstance(model, str):
+        return architecture_from_config(hub_config(model), model)
+    return Architecture(
+        head_dim=128, vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=5e5,
+        tie_word_embeddings=False, **model,
+    )  # fmt: skip
+
+
+def error(row: Row, use: Efficiencies = EFFICIENCIES) -> float:
+    """(predicted - published) / published."""
+    return row.predict(use) / row.tokens_per_second - 1
+
+
+def left_out_error(row: Row) -> float:
+    """The row's error after a fit to all others."""
+    return error(row, fit([other for other in published_rows() if other != row]))
+
+
+def fit(rows: Sequence[Row], start: Efficiencies = EFFICIENCIES, step: float = 0.1) -> Efficiencies:
+    """The efficiencies that fit `rows` best, by a pattern search over the logarithms of those in FITTED."""
+
+    def cost(use: Efficiencies) -> float:
+        return sum(math.log(row.predict(use) / row.tokens_per_second) ** 2 for row in rows)
+
+    best, lowest = start, cost(start)
+    while step > 2e-3:
+        improved = False
+        for name, limit in FITTED.items():
+            for factor in (1 + step, 1 / (1 + step)):
+                tried = best._replace(**{name: min(limit, getattr(best, name) * factor)})
+                if (found := cost(tried)) < lowest - 1e-9:
+                    best, lowest, improved = tried, found, True
+        step = step if improved else step / 2
+    return best

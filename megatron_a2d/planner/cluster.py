@@ -1,0 +1,85 @@
+"""The hardware of a cluster, as launch/clusters/NAME.yaml describes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_a2d.cli import Parser
+from megatron_a2d.errors import UserError, nearest
+
+DIRECTORY = Path(__file__).resolve().parents[2] / "launch" / "clusters"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One GPU and what connects it to the others; rates are dense peaks, bandwidths are each way and a GPU's own."""
+
+    gpu: str
+    gpus_per_node: int
+    memory_gib: float
+    bf16_tflops: float
+    fp8_tflops: float
+    memory_gb_per_s: float
+    nvlink_domain: int
+    nvlink_gb_per_s: float
+    network_gb_per_s: float
+    price_per_gpu_hour: float
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.memory_gib * 2**30
+
+    @property
+    def is_blackwell(self) -> bool:
+        return any(name in self.gpu for name in ("B200", "B300"))
+
+
+def add_cluster(parser: Parser) -> None:
+    parser.add_argument("--cluster", metavar="NAME", help="refuse what does not fit into these GPUs (launch/clusters)")
+
+
+def cluster_names() -> list[str]:
+    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+
+
+def read_cluster(name: str) -> Cluster:
+    """The cluster of launch/clusters with this name, or of the YAML file at this path. UserError with every problem."""
+    path = DIRECTORY / f"{name}.yaml"
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+    elif name not in cluster_names():
+        known = ", ".join(cluster_names())
+        raise UserError(f"--cluster {name}: is none of {known}{nearest(name, cluster_names())}; name one, or a file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--cluster {name}: cannot be read ({error.strerror}); check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--cluster {name}: is not valid YAML ({' '.join(str(error).split())}); correct it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--cluster {name}: holds no values; write lines as launch/clusters/h100.yaml has")
+    return _check(name, content)
+
+
+def _check(name: str, content: dict[str, Any]) -> Cluster:
+    fields = {item.name: item.type for item in dataclasses.fields(Cluster)}
+    problems = [
+        f"--cluster {name}: unknown value {key}{nearest(str(key), fields)}" for key in content if key not in fields
+    ]
+    for field, kind in fields.items():
+        value = content.get(field)
+        if value is None:
+            problems.append(f"--cluster {name}: {field} is missing; launch/clusters/h100.yaml has an example")
+        elif kind == "str":
+            content[field] = str(value)
+        elif isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float) or value <= 0:
+            whole = "whole " if kind == "int" else ""
+            problems.append(f"--cluster {name}: {field} is {value!r}, not a positive {whole}number; correct it")
+    if problems:
+        raise UserError(problems)
+    return Cluster(**content)

@@ -1,0 +1,143 @@
+"""Bytes of a rank by part, of the pipeline stage that holds most.
+
+Weights, gradients and optimizer state are exact, to the padding of a buffer (parameters.py). Activations are those of
+activations.py, times the micro-batches that a stage holds at once. The rest are assumptions, named below.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from megatron_a2d.planner.activations import layer_activations
+from megatron_a2d.planner.cluster import Cluster
+from megatron_a2d.planner.job import Job
+from megatron_a2d.planner.parameters import stage_buffers, stage_parameters
+
+# What a process takes before it trains: CUDA's context, workspaces of cuBLAS and Transformer Engine. An assumption.
+CONTEXT_BYTES = 2.0 * 2**30
+# NCCL's buffers and channels, for each group of processes that talk to one another. An assumption.
+COMMUNICATOR_BYTES = 0.25 * 2**30
+# The part of a GPU's memory that stays free for the allocator's gaps. An assumption.
+HEADROOM = 0.04
+# Values of the head's rows: fp32 logits, from which the loss is computed in place, and their gradient in bf16.
+LOGIT_BYTES = 6
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank."""
+
+    weights: float
+    fp8_copies: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float  # all rows may be masked: times near 1 are drawn
+    dispatcher: float  # rows on their way to experts, and what the busiest rank receives beyond its share
+    communication: float  # NCCL, CUDA's context, workspaces
+    headroom: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    @property
+    def state(self) -> float:
+        """What does not depend on the batch."""
+        return self.weights + self.fp8_copies + self.gradients + self.optimizer
+
+
+def memory(job: Job, cluster: Cluster | None = None) -> Memory:
+    """The parts of the fullest stage; without a cluster no headroom is counted."""
+    stages = {0, job.pipeline_model_parallel_size // 2, job.pipeline_model_parallel_size - 1}
+    headroom = HEADROOM * cluster.memory_bytes if cluster else 0.0
+    return max((_stage_memory(job, stage, headroom) for stage in stages), key=lambda parts: parts.total)
+
+
+def _stage_memory(job: Job, stage: int, headroom: float) -> Memory:
+    weights, gradients, optimizer = state_bytes(job, stage)
+    in_flight = microbatches_in_flight(job, stage)
+    kept = layer_activations(job)
+    parameter_bytes = job.number_bytes
+    per_microbatch = kept.total * (job.layers_per_stage - job.recomputed_layers)
+    per_microbatch += job.tokens_between_layers * job.architecture.hidden_size * parameter_bytes * job.recomputed_layers
+    # A layer that is computed again keeps everything while its own backward pass runs.
+    activations = per_microbatch * in_flight + (kept.total if job.recomputed_layers else 0.0)
+    is_last = stage == job.pipeline_model_parallel_size - 1
+    return Memory(
+        weights=weights,
+        fp8_copies=fp8_copy_bytes(job),
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logits=logit_bytes(job) if is_last else 0.0,
+        dispatcher=_dispatcher_bytes(job, kept.of_experts, in_flight),
+        communication=CONTEXT_BYTES + COMMUNICATOR_BYTES * _num_communicators(job),
+        headroom=headroom,
+    )
+
+
+@functools.lru_cache(1024)
+def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer state of a rank.
+
+    Its shard of a buffer is counted with the padding in it, for which the optimizer has no state: `Buffer.shard_numel`
+    is what a given rank has, here stands what none exceeds.
+    """
+    number = job.number_bytes
+    buffers = stage_buffers(job, stage)
+    gradient = 4 if job.grad_reduce_in_fp32 else number
+    gradients = sum(buffer.numel for buffer in buffers) * gradient
+    if job.use_distributed_optimizer:  # weights are views into the buffer, which is padded
+        weights = sum(buffer.numel for buffer in buffers) * number
+        owned = sum(buffer.numel // buffer.replicas for buffer in buffers)
+    else:
+        weights = sum(parameter.total for chunk in stage_parameters(job, stage) for parameter in chunk) * number
+        owned = weights // number
+    moments = sum({"fp32": 4, "bf16": 2}[kind] for kind in (job.exp_avg_dtype, job.exp_avg_sq_dtype))
+    return weights, gradients, owned * (moments + (4 if job.bf16 else 0))
+
+
+def microbatches_in_flight(job: Job, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at once: 1F1B, or interleaved (Narayanan et al. 2021)."""
+    pp, virtual = job.pipeline_model_parallel_size, job.num_virtual_stages_per_pipeline_rank
+    if virtual == 1:
+        return min(job.num_microbatches, pp - stage)
+    chunks = (pp - stage - 1) * 2 + (virtual - 1) * pp + 1
+    return min(job.num_microbatches * virtual, chunks) / virtual
+
+
+def logit_bytes(job: Job) -> float:
+    """The head's logits and their gradient, if every position of a micro-batch is masked."""
+    a = job.architecture
+    return job.tokens * (a.vocab_size / job.tensor_model_parallel_size * LOGIT_BYTES + a.hidden_size * job.number_bytes)
+
+
+def fp8_copy_bytes(job: Job) -> float:
+    """FP8 weights of the layers, kept by rows and by columns beside the bf16 ones for all micro-batches of a step."""
+    if job.fp8 == "none":
+        return 0.0
+    matrices = sum(
+        parameter.total for chunk in stage_parameters(job, 0) for parameter in chunk if ".linear_" in parameter.name
+    )
+    # With FP8 parameters the copies are the weights: bf16 ones are not held beside them.
+    return matrices * (2 - (job.number_bytes if job.fp8_param_gather else 0))
+
+
+def _dispatcher_bytes(job: Job, expert_activations: float, in_flight: float) -> float:
+    a = job.architecture
+    if not a.is_moe:
+        return 0.0
+    row = a.hidden_size * job.number_bytes
+    sent, received = job.routed_rows, job.routed_rows * job.imbalance
+    moving = 2 * (sent + received) * row  # rows and their gradient, at both ends
+    layers = job.layers_per_stage - job.recomputed_layers
+    return moving + (job.imbalance - 1) * expert_activations * max(1, layers) * in_flight
+
+
+def _num_communicators(job: Job) -> int:
+    sizes = (
+        job.world_size, job.tensor_model_parallel_size, job.pipeline_model_parallel_size, job.context_parallel_size,
+        job.expert_model_parallel_size, job.expert_tensor_parallel_size, job.dense_replicas, job.expert_replicas,
+    )  # fmt: skip
+    return sum(size > 1 for size in sizes)

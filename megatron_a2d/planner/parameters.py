@@ -1,0 +1,200 @@
+"""The tensors that a rank holds: weights by name, megatron.core's gradient buffers, and the optimizer's shards.
+
+The layout of a buffer is that of megatron.core's `_ParamAndGradBuffer`: parameters in reverse order, each at a multiple
+of 64 values and each bucket padded to a multiple of lcm(replicas, 128) when the optimizer is distributed.
+tests/unit/test_planner_memory.py compares every figure with what the training code allocates.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.planner.job import Job
+
+
+class Parameter(NamedTuple):
+    """A weight of one rank: its name in the model chunk, its number of values, and whether an expert owns it.
+
+    The experts of a layer are one entry for each of their two matrices: `local_experts.*` in `copies`, or one stack.
+    """
+
+    name: str
+    numel: int
+    is_expert: bool = False
+    is_shared_embedding: bool = False
+    copies: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.numel * self.copies
+
+
+class Bucket(NamedTuple):
+    """A part of a buffer that is reduced in one operation; offsets count values from the buffer's start."""
+
+    start: int
+    end: int
+    parameters: tuple[tuple[Parameter, int], ...]  # with their offsets
+
+
+class _Sizes(NamedTuple):
+    """What decides the tensors of a rank."""
+
+    architecture: Architecture
+    tensor: int
+    pipeline: int
+    virtual: int
+    expert: int
+    expert_tensor: int
+    stacked_experts: bool  # the portable layers hold a layer's experts as two tensors when they are multiplied at once
+
+
+def stage_parameters(job: Job, stage: int) -> tuple[tuple[Parameter, ...], ...]:
+    """The parameters of each model chunk of a pipeline stage, in the order of megatron's modules."""
+    sizes = _sizes(job)
+    return tuple(_chunk_parameters(sizes, stage, chunk) for chunk in range(sizes.virtual))
+
+
+def _sizes(job: Job) -> _Sizes:
+    return _Sizes(
+        job.architecture,
+        job.tensor_model_parallel_size,
+        job.pipeline_model_parallel_size,
+        job.num_virtual_stages_per_pipeline_rank,
+        job.expert_model_parallel_size,
+        job.expert_tensor_parallel_size,
+        job.transformer_impl == "portable" and job.moe_grouped_gemm,
+    )
+
+
+@functools.lru_cache(1024)
+def _chunk_parameters(sizes: _Sizes, stage: int, chunk: int) -> tuple[Parameter, ...]:
+    a = sizes.architecture
+    is_first = stage == chunk == 0
+    is_last = stage == sizes.pipeline - 1 and chunk == sizes.virtual - 1
+    embedding = a.vocab_size // sizes.tensor * a.hidden_size
+    tied = a.tie_word_embeddings
+    found = []
+    if is_first:
+        found.append(Parameter("embedding.word_embeddings.weight", embedding, False, tied and sizes.pipeline > 1))
+    for layer in range(a.num_layers // (sizes.pipeline * sizes.virtual)):
+        found += _layer_parameters(sizes, f"decoder.layers.{layer}")
+    if is_last:
+        found.append(Parameter("decoder.final_layernorm.weight", a.hidden_size))
+    if is_last and not (tied and is_first):  # the last stage of a tied model has a copy of its own
+        found.append(Parameter("output_layer.weight", embedding, False, tied))
+    return tuple(found)
+
+
+def _layer_parameters(sizes: _Sizes, prefix: str) -> list[Parameter]:
+    a = sizes.architecture
+    heads, groups = (
+        a.num_attention_heads * a.head_dim // sizes.tensor,
+        a.num_key_value_heads * a.head_dim // sizes.tensor,
+    )
+    found = [
+        Parameter(f"{prefix}.input_layernorm.weight", a.hidden_size),
+        Parameter(f"{prefix}.self_attention.linear_proj.weight", a.hidden_size * heads),
+        Parameter(f"{prefix}.self_attention.linear_qkv.weight", a.hidden_size * (heads + 2 * groups)),
+        Parameter(f"{prefix}.self_attention.q_layernorm.weight", a.head_dim),
+        Parameter(f"{prefix}.self_attention.k_layernorm.weight", a.head_dim),
+        Parameter(f"{prefix}.pre_mlp_layernorm.weight", a.hidden_size),
+    ]
+    if not a.is_moe:
+        width = a.intermediate_size // sizes.tensor
+        return [
+            *found,
+            Parameter(f"{prefix}.mlp.linear_fc1.weight", 2 * width * a.hidden_size),
+            Parameter(f"{prefix}.mlp.linear_fc2.weight", width * a.hidden_size),
+        ]
+    width = a.moe_intermediate_size // sizes.expert_tensor
+    found.append(Parameter(f"{prefix}.mlp.router.weight", a.num_experts * a.hidden_size))
+    copies = a.num_experts // sizes.expert
+    if sizes.stacked_experts:
+        name = f"{prefix}.mlp.experts"
+        found.append(Parameter(f"{name}.weight1", copies * 2 * width * a.hidden_size, True))
+        found.append(Parameter(f"{name}.weight2", copies * width * a.hidden_size, True))
+        return found
+    name = f"{prefix}.mlp.experts.local_experts.*"
+    found.append(Parameter(f"{name}.linear_fc1.weight", 2 * width * a.hidden_size, True, copies=copies))
+    found.append(Parameter(f"{name}.linear_fc2.weight", width * a.hidden_size, True, copies=copies))
+    return found
+
+
+class Buffer(NamedTuple):
+    """One contiguous buffer of gradients, and of weights with the distributed optimizer."""
+
+    buckets: tuple[Bucket, ...]
+    replicas: int  # ranks that it is reduced over
+
+    @property
+    def numel(self) -> int:
+        return self.buckets[-1].end
+
+    def shard_numel(self, rank: int) -> int:
+        """Values of parameters in the part that `rank` of the replicas updates, padding not counted."""
+        total = 0
+        for bucket in self.buckets:
+            size = (bucket.end - bucket.start) // self.replicas
+            first, last = bucket.start + rank * size, bucket.start + (rank + 1) * size
+            for parameter, offset in bucket.parameters:
+                if offset >= last:
+                    break
+                total += max(0, min(last, offset + parameter.total) - max(first, offset))
+        return total
+
+
+def stage_buffers(job: Job, stage: int) -> tuple[Buffer, ...]:
+    """The buffers of a stage, one for the dense weights of each chunk and one for its experts."""
+    replicas = (job.dense_replicas, job.expert_replicas)
+    return _buffers(_sizes(job), stage, replicas, job.use_distributed_optimizer, job.overlap_grad_reduce)
+
+
+@functools.lru_cache(1024)
+def _buffers(
+    sizes: _Sizes, stage: int, replicas: tuple[int, int], distributed: bool, overlap: bool
+) -> tuple[Buffer, ...]:
+    buffers = []
+    for chunk in range(sizes.virtual):
+        # megatron.core takes the dense group's size for both kinds, and cuts no bucket on later stages and chunks.
+        limit = max(40_000_000, 1_000_000 * replicas[0]) if overlap and chunk == stage == 0 else None
+        parameters = _chunk_parameters(sizes, stage, chunk)
+        for is_expert in (False, True):
+            own = [parameter for parameter in parameters if parameter.is_expert == is_expert]
+            if own:
+                buffers.append(_buffer(own, replicas[is_expert], distributed, limit))
+    return tuple(buffers)
+
+
+def _buffer(parameters: list[Parameter], replicas: int, distributed: bool, limit: int | None) -> Buffer:
+    buckets: list[Bucket] = []
+    pending: list[tuple[Parameter, int]] = []
+    start = end = 0
+
+    def close() -> None:
+        nonlocal start, end, pending
+        end = _pad(end, math.lcm(replicas, 128)) if distributed else end
+        buckets.append(Bucket(start, end, tuple(pending)))
+        start, pending = end, []
+
+    for parameter in reversed(parameters):
+        end = _pad(end, 64) if distributed else end
+        alone = parameter.is_shared_embedding and distributed
+        if alone and pending:
+            close()
+        pending.append((parameter, end))
+        end += (
+            parameter.total if not distributed else _pad(parameter.numel, 64) * (parameter.copies - 1) + parameter.numel
+        )
+        if alone or (limit is not None and end - start >= limit):
+            close()
+    if pending:
+        close()
+    return Buffer(tuple(buckets), replicas)
+
+
+def _pad(number: int, divisor: int) -> int:
+    return -(-number // divisor) * divisor

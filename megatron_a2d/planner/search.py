@@ -1,0 +1,174 @@
+"""Every legal layout of a run on a cluster, with its memory and time, and why those that were not chosen fall.
+
+What is legal is decided by checks.py alone, as for training: a size that it refuses by itself is refused with all
+others, which keeps the number of combinations small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.checks import find_problems
+from megatron_a2d.config import RunConfig, settings
+from megatron_a2d.model.flops import train_flops_per_token
+from megatron_a2d.planner.calibration import EFFICIENCIES
+from megatron_a2d.planner.cluster import Cluster
+from megatron_a2d.planner.job import Job, job_of
+from megatron_a2d.planner.memory import Memory, memory
+from megatron_a2d.planner.timing import MASKED_FRACTION, StepTime, step_time
+
+MICRO_BATCH_SIZES = (1, 2, 4, 8)
+LARGEST_CONTEXT_PARALLEL = 8
+SECONDS_A_DAY = 86400
+# The settings that a search varies, at 1.
+UNDIVIDED = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
+    "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "micro_batch_size",
+)  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """One layout: what it needs, and how long it takes."""
+
+    config: RunConfig
+    job: Job
+    cluster: Cluster
+    memory: Memory
+    time: StepTime
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.cluster.memory_bytes
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        return self.job.global_batch_size * self.job.seq_length / self.job.world_size / self.time.total
+
+    @property
+    def mfu(self) -> float:
+        """Part of the bf16 peak, by the operations that the model needs: recomputation does not count."""
+        job = self.job
+        rows = job.input_length / job.seq_length
+        head = (1.0 if job.is_causal else MASKED_FRACTION) / rows
+        flops = rows * train_flops_per_token(job.architecture, job.input_length, job.is_causal, head)
+        return self.tokens_per_second * flops / (self.cluster.bf16_tflops * 1e12)
+
+    @property
+    def days(self) -> float:
+        """For all of --train-iters."""
+        return self.config.training.train_iters * self.time.total / SECONDS_A_DAY
+
+    @property
+    def cost(self) -> float:
+        return self.days * 24 * self.job.world_size * self.cluster.price_per_gpu_hour
+
+
+def make_plan(config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any) -> Plan:
+    """Memory and time of the layout that `config` has; `changes` are fields of `Job`."""
+    job = job_of(config, architecture, world_size, cluster, **changes)
+    return Plan(config, job, cluster, memory(job, cluster), step_time(job, cluster, EFFICIENCIES))
+
+
+class Search(NamedTuple):
+    """All layouts that were looked at."""
+
+    fitting: list[Plan]  # the fastest first
+    too_large: list[Plan]  # the smallest first
+    num_illegal: int
+    refusals: Counter[str]  # what checks.py said of them, one example of each kind -> how many
+
+
+def search(config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any) -> Search:
+    """Lay the run of `config` out in every way; its own layout and micro-batch size do not matter."""
+    fitting: list[Plan] = []
+    too_large: list[Plan] = []
+    kinds: dict[str, str] = {}  # the first line of each kind
+    num_illegal, refusals = 0, Counter[str]()
+    for candidate in _candidates(config, architecture, cluster, world_size):
+        if problems := find_problems(candidate, architecture, world_size):
+            num_illegal += 1
+            refusals.update({kinds.setdefault(_without_numbers(problem), problem) for problem in problems})
+            continue
+        plan = make_plan(candidate, architecture, cluster, world_size, **changes)
+        (fitting if plan.fits else too_large).append(plan)
+    fitting.sort(key=lambda plan: (plan.time.total, plan.memory.total))
+    too_large.sort(key=lambda plan: plan.memory.total)
+    return Search(fitting, too_large, num_illegal, refusals)
+
+
+def _candidates(
+    config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int
+) -> Iterator[RunConfig]:
+    plain = _laid_out(config, **dict.fromkeys(UNDIVIDED, 1), sequence_parallel=False, global_batch_size=world_size)
+    # What is wrong with nothing divided may be right with something else divided (an overlap that needs EP).
+    accepted = {_without_numbers(problem) for problem in find_problems(plain, architecture, 1)}
+
+    def legal_alone(sizes: list[int], name: str, **more: Any) -> list[int]:
+        """Those sizes to which checks.py has nothing new to say, on as many processes as they need."""
+        return [
+            size
+            for size in sizes
+            if size == 1
+            or accepted.issuperset(
+                map(_without_numbers, find_problems(_laid_out(plain, **{name: size}, **more), architecture, size))
+            )
+        ]
+
+    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    near = [size for size in divisors if size <= cluster.nvlink_domain]
+    tensor = legal_alone(near, "tensor_model_parallel_size", sequence_parallel=True)
+    expert_tensor = legal_alone(near, "expert_tensor_parallel_size")
+    pipeline = legal_alone(divisors, "pipeline_model_parallel_size")
+    expert = legal_alone(divisors, "expert_model_parallel_size")
+    context = legal_alone([size for size in divisors if size <= LARGEST_CONTEXT_PARALLEL], "context_parallel_size")
+    for tp, pp, cp in itertools.product(tensor, pipeline, context):
+        if world_size % (tp * pp * cp):
+            continue
+        stage = architecture.num_layers // pp
+        virtual = [1, *(size for size in range(2, stage + 1) if stage % size == 0)] if pp > 1 else [1]
+        for virtual_size, ep, etp, micro in itertools.product(virtual, expert, expert_tensor, MICRO_BATCH_SIZES):
+            laid_out = _laid_out(
+                config,
+                tensor_model_parallel_size=tp,
+                sequence_parallel=tp > 1,
+                pipeline_model_parallel_size=pp,
+                num_virtual_stages_per_pipeline_rank=virtual_size,
+                context_parallel_size=cp,
+                expert_model_parallel_size=ep,
+                expert_tensor_parallel_size=etp,
+                micro_batch_size=micro,
+            )
+            yield _laid_out(laid_out, recompute_granularity="none")
+            yield _laid_out(laid_out, recompute_granularity="full", recompute_method="uniform")
+
+
+def _laid_out(config: RunConfig, **values: Any) -> RunConfig:
+    """`config` with other values of some settings, in whatever groups they are."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        groups.setdefault(settings()[name].group, {})[name] = value
+    changed = {group: dataclasses.replace(getattr(config, group), **own) for group, own in groups.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def _without_numbers(problem: str) -> str:
+    return re.sub(r"\d+", "N", problem)
+
+
+def why_slower(plan: Plan, best: Plan) -> str:
+    """The part of the step that costs `plan` most beside `best`."""
+    losses = {name: mine - its for name, mine, its in zip(plan.time._fields, plan.time, best.time, strict=True)}
+    return max(losses, key=lambda name: losses[name])
+
+
+def why_too_large(plan: Plan) -> str:
+    """The largest part of its memory."""
+    parts = plan.memory._asdict()
+    return max(parts, key=lambda name: parts[name])

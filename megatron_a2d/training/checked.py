@@ -1,0 +1,84 @@
+"""Everything that can be found wrong with a run before its processes meet: train.py and preflight/ begin with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_a2d.architecture import Architecture, read_architecture
+from megatron_a2d.checks import find_problems
+from megatron_a2d.config import RunConfig
+from megatron_a2d.conversion.checkpoint import HF_FILES
+from megatron_a2d.conversion.mask_token import choose_mask_token
+from megatron_a2d.conversion.qwen3 import shape_problems
+from megatron_a2d.conversion.sources import open_checkpoint
+from megatron_a2d.conversion.torch_dist_reader import check_pickles
+from megatron_a2d.data.mixture import read_mixture
+from megatron_a2d.errors import UserError
+from megatron_a2d.planner.cluster import Cluster
+from megatron_a2d.planner.job import job_of
+from megatron_a2d.planner.memory import memory
+from megatron_a2d.training import loop, resume
+from megatron_a2d.training.samples import make_sample
+
+
+class Checked(NamedTuple):
+    """What a run starts from."""
+
+    start: resume.Start
+    architecture: Architecture
+    config: RunConfig  # with the fingerprint of the data
+
+
+def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None) -> Checked:
+    """Everything that can be found wrong before processes meet; UserError with all of it."""
+    start = resume.find_start(config, report=_warn)
+    architecture = read_architecture(start.directory / HF_FILES)
+    problems = shape_problems(config.training.model, architecture) if config.training.model else []
+    if problems := problems + find_problems(config, architecture, processes):
+        raise UserError(problems)
+    check_memory(config, architecture, processes, cluster)
+    check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
+    with open_checkpoint(start.directory):
+        pass  # every tensor of the model is there, in its shape, and no other
+    if config.diffusion.objective != "ar":
+        choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
+    train_data, _ = loop.open_datasets(config, architecture)
+    data = dataclasses.replace(config.data, train_data_fingerprint=train_data.fingerprint())
+    config = dataclasses.replace(config, data=data)
+    if not start.weights_only and (problems := resume.differences(config, start.directory)):
+        raise UserError(problems)
+    make_sample(config, architecture, train_data, data.seed)
+    return Checked(start, architecture, config)
+
+
+def check_memory(config: RunConfig, architecture: Architecture, processes: int, cluster: Cluster | None) -> None:
+    """UserError when the plan's memory exceeds a GPU of the cluster, before a job waits for one."""
+    if cluster is None:
+        return
+    need = memory(job_of(config, architecture, processes, cluster), cluster)
+    if need.total > cluster.memory_bytes:
+        largest = sorted(need._asdict().items(), key=lambda part: -part[1])[:3]
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
+        raise UserError(
+            f"--cluster: a {cluster.gpu} has {cluster.memory_gib:.1f} GiB, the run needs {need.total / 2**30:.1f} "
+            f"({parts}, ...); python -m megatron_a2d.plan finds layouts that fit"
+        )
+
+
+def input_files(config: RunConfig, start: Path) -> list[Path]:
+    """The files that every node must see: tokens, and what the checkpoint directory `start` consists of."""
+    data = config.data
+    prefixes = [data.train_data_path, data.valid_data_path]
+    if data.data_mixture:
+        prefixes = [
+            path for source in read_mixture(data.data_mixture) for path in (source.train_path, source.valid_path)
+        ]
+    files = [Path(f"{prefix}{suffix}") for prefix in prefixes if prefix for suffix in (".bin", ".idx")]
+    return files + sorted(path for path in start.iterdir() if path.is_file())
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,68 @@
+"""Tests that need a GPU; elsewhere each skips itself and says why. `make gpu` runs them and keeps what they measured.
+
+A2D_REHEARSE=1 runs them on a CPU with portable layers in Transformer Engine's place and without FP8: nothing is proved
+then but that the tests themselves work.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.train import REHEARSAL, Model, write_models
+
+OUTCOMES: dict[str, str] = {}
+FIGURES: dict[str, dict[str, Any]] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = None
+    if not torch.cuda.is_available() and not REHEARSAL:
+        reason = "this machine has no CUDA device (A2D_REHEARSE=1 runs the tests with portable layers)"
+    elif not REHEARSAL and find_spec("transformer_engine") is None:
+        reason = "the package transformer_engine is not installed"
+    for item in items:
+        if "tests/gpu/" in item.nodeid:
+            item.add_marker(pytest.mark.gpu)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
+    """Converted checkpoints and data, in sizes that every kernel takes."""
+    warnings.filterwarnings("ignore")
+    from megatron_a2d.config import build
+    from megatron_a2d.runtime import environment
+    from megatron_a2d.training import parallel
+
+    config = build({})
+    environment.apply(config)
+    written = write_models(tmp_path_factory.mktemp("gpu"))  # before megatron.core is made to fit a machine without CUDA
+    parallel.initialize(config.parallel)
+    yield written
+    parallel.finalize()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
+    """Keep a figure of this test for the result file."""
+    return FIGURES.setdefault(request.node.name, {}).__setitem__
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if "tests/gpu/" in report.nodeid and (report.when == "call" or report.outcome != "passed"):
+        OUTCOMES[report.nodeid.partition("::")[2]] = report.outcome
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path: Path | None = session.config.getoption("--gpu-report", None)
+    if path is not None:
+        path.write_text(json.dumps({"outcomes": OUTCOMES, "figures": FIGURES}, indent=1))

@@ -1,0 +1,76 @@
+"""`make gpu` loses nothing that was measured: parts that fail, hang, or fail in part."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu
+from bench.shapes import SHAPES, rehearsal
+from megatron_a2d.model.flops import train_flops_per_token
+from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
+
+WRITES = "import json, sys; json.dump({'rows': [ROWS]}, open(sys.argv[1], 'w')); print('said', flush=True); "
+
+
+def part(name: str, rows: str = "{}", then: str = "", limit: float = 20) -> gpu.Part:
+    return gpu.Part(name, [sys.executable, "-c", WRITES.replace("ROWS", rows) + then, "OUT"], limit)
+
+
+def test_every_end_of_a_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [
+        part("good"),
+        part("partly", rows="{'error': 'no kernel'}"),
+        part("failing", then="raise ValueError('no image')"),
+        part("hanging", then="import time; time.sleep(60)", limit=2),
+        gpu.Part("silent", [sys.executable, "-c", "pass", "OUT"], 20),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda rehearse: chosen)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "result.json")])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 1
+    result = json.loads((tmp_path / "result.json").read_text())
+    seen: dict[str, Any] = {item["name"]: item for item in result["parts"]}
+    assert {name: item["status"] for name, item in seen.items()} == {
+        "good": "ok", "partly": "partly", "failing": "failed", "hanging": "timeout", "silent": "failed",
+    }  # fmt: skip
+    assert all(seen[name]["result"]["rows"] for name in ("good", "partly", "failing", "hanging"))
+    assert "ValueError: no image" in seen["failing"]["last_lines"] and "said" in seen["hanging"]["last_lines"]
+    assert "last_lines" not in seen["good"] and "4 of 5" not in capsys.readouterr().out
+
+
+def test_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "parts", lambda rehearse: [part("good")])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "result.json"), "--budget", "5"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert json.loads((tmp_path / "result.json").read_text())["parts"] == [{"name": "good", "status": "skipped"}]
+
+
+def test_shapes_are_the_published_models() -> None:
+    """The whole models have the parameters that their names say; what is measured differs in its layers alone."""
+    from bench.steps import architecture_of
+
+    for name, parameters in {"qwen3_0p6b": 0.596e9, "qwen3_1p7b": 1.72e9, "qwen3_4b": 4.02e9}.items():
+        whole = SHAPES[name]._replace(layers=SHAPES[name].model["num_hidden_layers"])
+        assert architecture_of(whole.config()).num_parameters() == pytest.approx(parameters, rel=0.01)
+    for name, model in {"qwen3_8b": QWEN3_8B, "qwen3_30b_a3b": QWEN3_30B_A3B}.items():
+        whole = SHAPES[name]._replace(layers=SHAPES[name].model["num_hidden_layers"])
+        assert architecture_of(whole.config()).num_parameters() == model.num_parameters()
+        layers = SHAPES[name].layers
+        cut = train_flops_per_token(architecture_of(SHAPES[name].config()), 4096, head_fraction=0)
+        assert cut / layers == pytest.approx(train_flops_per_token(model, 4096, head_fraction=0) / model.num_layers)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rehearsals_are_small(name: str) -> None:
+    from bench.steps import architecture_of
+
+    assert architecture_of(rehearsal(SHAPES[name]).config()).num_parameters() < 1e6

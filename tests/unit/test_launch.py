@@ -1,0 +1,271 @@
+"""How runs end and come back: exit codes, heartbeats, the launcher, and what train.sbatch decides (Slurm: tests/slurm)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_a2d import exit_codes
+from megatron_a2d.exit_codes import ENDINGS, ending, most_telling
+from megatron_a2d.runtime import heartbeat
+from megatron_a2d.runtime.heartbeat import Beat, Heartbeat, Watch, judge
+from tests.slurm.cluster import INSTALL, obstacle
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_documented_table_is_the_one_in_use() -> None:
+    assert exit_codes.as_markdown() in (ROOT / "docs" / "cluster.md").read_text()
+
+
+def test_exit_codes() -> None:
+    assert len({row.code for row in ENDINGS}) == len(ENDINGS)
+    assert not ending(exit_codes.USER_ERROR).comes_back and ending(exit_codes.SIGNALLED).comes_back
+    assert ending(-9) == ending(137) and "SIGKILL" in ending(137).meaning and ending(137).comes_back
+    assert ending(77).comes_back and ending(77).meaning == "exit code 77"
+    # One process found its peer dead, the other was told to end: the cause is the third's.
+    assert most_telling([exit_codes.PEER_LOST, -15, exit_codes.SAVE_FAILED]).code == exit_codes.SAVE_FAILED
+    assert most_telling([exit_codes.PEER_LOST, -9]).code == 137
+
+
+def beat(rank: int, **changes: Any) -> Beat:
+    usual = Beat(rank, f"n{rank}", 100 + rank, 7, 12, 3, "update", 50.0, 40.0, "at x.py:1 f", True)
+    return dataclasses.replace(usual, **changes)
+
+
+@pytest.mark.parametrize(
+    ("beats", "silent", "culprits"),
+    [
+        # All wait for rank 2, which is behind.
+        ([beat(0), beat(1), beat(2, place=2, waits=False)], {}, {2}),
+        # In the same place of the program, but not in a collective.
+        ([beat(0), beat(1, waits=False), beat(2)], {}, {1}),
+        # A later stage of the pipeline is behind because it waits.
+        ([beat(0, waits=False), beat(1, place=2)], {}, {0}),
+        # A node that is frozen writes nothing.
+        ([beat(0), beat(1, still=1.0), beat(2)], {1: 55.0}, {1}),
+        # Nothing tells them apart: all are named.
+        ([beat(0), beat(1)], {}, {0, 1}),
+        # Nobody is late.
+        ([beat(0, still=39.0), beat(1, still=1.0)], {}, set()),
+    ],
+)
+def test_who_stands_still(beats: list[Beat], silent: dict[int, float], culprits: set[int]) -> None:
+    verdict = judge(beats, {**dict.fromkeys(range(3), 0.0), **silent})
+    named = {rank for rank in range(3) if f"rank {rank} (n{rank}," in (verdict or "")}
+    assert named == culprits and (verdict is None) == (not culprits)
+
+
+def test_marks_become_a_file_that_a_watch_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(heartbeat.ATTEMPT, str(tmp_path))
+    monkeypatch.setattr(heartbeat, "_last", heartbeat._last)
+    watch = Watch(tmp_path)
+    with Heartbeat(3):
+        heartbeat.mark("reading samples", iteration=5, limit=0.5)
+        heartbeat.mark("micro-batch")
+        verdict, end = None, time.monotonic() + 10
+        while verdict is None and time.monotonic() < end:
+            time.sleep(0.1)
+            verdict = watch.look()
+        assert verdict and "rank 3 (" in verdict and "in iteration 5, micro-batch, at test_launch.py:" in verdict
+        moving = time.monotonic() + 1.5
+        while time.monotonic() < moving:
+            heartbeat.mark("micro-batch")
+            assert watch.look() is None or time.monotonic() < moving - 1.0  # the file is a moment older
+            time.sleep(0.05)
+    assert list(heartbeat.read_beats(tmp_path / heartbeat.HEARTBEATS)) == [], "who has left holds nobody up"
+
+
+WORKER = """
+import os, signal, sys, time
+rank, how = int(os.environ["RANK"]), sys.argv[1]
+if how == "by itself":
+    time.sleep(rank)
+    sys.exit([74, 5][rank])
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: (time.sleep(1), sys.exit(3)))
+open(os.path.join(sys.argv[2], f"ready_{rank}"), "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "number", "expected"),
+    [("by itself", None, "74 stay"), ("signal", signal.SIGUSR1, "3 again"), ("signal", signal.SIGTERM, "3 again")],
+)
+def test_the_launcher_keeps_exit_codes(how: str, number: signal.Signals | None, expected: str, tmp_path: Path) -> None:
+    """torchrun itself would end with 1, and with the signal's number."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", "2"]
+    launcher = subprocess.Popen(
+        [*command, str(tmp_path / "worker.py"), how, str(tmp_path)],
+        cwd=ROOT, env={**os.environ, heartbeat.ATTEMPT: str(tmp_path)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if number:
+        end = time.monotonic() + 60
+        while len(list(tmp_path.glob("ready_*"))) < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+        launcher.send_signal(number)
+    _, said = launcher.communicate(timeout=60)
+    assert (tmp_path / "outcome").read_text().startswith(expected), said
+    assert launcher.returncode == int(expected.split()[0]) and "Traceback" not in said
+
+
+STUBS = {
+    "srun": 'echo "srun $*" >> "$CALLS"; eval "$DURING"; exit "$CODE"',
+    "scontrol": 'case $1 in show) printf "n1\\nn2\\n" ;; *) echo "scontrol $*" >> "$CALLS" ;; esac',
+    "squeue": "echo ${STATE:-RUNNING}",
+}
+
+
+def submit(
+    directory: Path, code: int, during: str = ":", restarts: int = 0, state: str = "RUNNING"
+) -> tuple[str, str, int]:
+    """Run train.sbatch with stand-ins for Slurm's commands; what it said, what it called, its exit code."""
+    bin_ = directory / "bin"
+    bin_.mkdir(parents=True, exist_ok=True)
+    for name, body in STUBS.items():
+        (bin_ / name).write_text(f"#!/bin/bash\n{body}\n")
+        (bin_ / name).chmod(0o755)
+    environment = {
+        "PATH": f"{bin_}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(directory), "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NAME": "run", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_CPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": str(restarts), "CODE": str(code), "DURING": during,
+        "CALLS": str(directory / "calls"), "STATE": state,
+    }  # fmt: skip
+    (directory / "calls").unlink(missing_ok=True)
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / "train.sbatch", "--lr", "1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.stderr == "", done.stderr
+    calls = directory / "calls"
+    return done.stdout, calls.read_text() if calls.exists() else "", done.returncode
+
+
+PROGRESS = 'echo 40 > "$A2D_ATTEMPT/progress"; '
+
+
+def outcome(code: int) -> str:
+    row = ending(code)
+    return f'echo "{row.code} {"again" if row.comes_back else "stay"} words" > "$A2D_ATTEMPT/outcome"; '
+
+
+@pytest.mark.parametrize("code", [row.code for row in ENDINGS if row.code] + [137])
+def test_what_is_requeued(code: int, tmp_path: Path) -> None:
+    """Of each exit code: with progress as the table says, without it never. srun's own code is that of the last to end."""
+    for progress in (False, True):
+        during = outcome(code) + PROGRESS * progress
+        said, calls, exit_code = submit(tmp_path / str(progress), 143, during)
+        assert ("scontrol requeue 17" in calls) == (progress and ending(code).comes_back), said
+        assert exit_code == code and f"exit code {code}: words" in said
+    assert "--lr 1" in calls and "launch/train.sh" in calls
+
+
+def test_what_else_decides(tmp_path: Path) -> None:
+    said, calls, code = submit(tmp_path, 0, PROGRESS)
+    assert code == 0 and "requeue" not in calls and "the run is over" in said
+    # The launcher was killed before it could say why.
+    said, calls, code = submit(tmp_path, 137, PROGRESS)
+    assert "scontrol requeue 17" in calls and code == 137
+    # Somebody cancelled the job, or Slurm requeues it itself.
+    for during, state in ((f"{PROGRESS} kill -TERM $PPID; sleep 0.2;", "RUNNING"), (PROGRESS, "COMPLETING")):
+        said, calls, code = submit(tmp_path, 3, outcome(3) + during, state=state)
+        assert "requeue" not in calls and "Slurm ends this attempt" in said
+
+
+def test_the_signal_is_passed_on_once_and_srun_waited_for(tmp_path: Path) -> None:
+    during = f"trap 'echo got USR1 >> $CALLS; sleep 0.5; {outcome(3)} {PROGRESS} exit 143' USR1; kill -USR1 $PPID; for i in {{1..50}}; do sleep 0.1; done"
+    said, calls, code = submit(tmp_path, 0, during)
+    assert calls.count("got USR1") == 1 and "scontrol requeue 17" in calls and code == 3, said
+
+
+def test_slurms_own_requeues_end_without_progress(tmp_path: Path) -> None:
+    """Node failures are requeued by Slurm, whatever this script thinks of it."""
+    for restarts in range(3):
+        _, calls, _ = submit(tmp_path, 143, outcome(5), restarts)
+        assert "srun" in calls
+    said, calls, code = submit(tmp_path, 143, outcome(5), 3)
+    assert code == 1 and calls == "" and "the last 3 attempts wrote no checkpoint" in said
+    (tmp_path / "logs" / "run-17" / "attempt_2" / "progress").write_text("40\n")
+    _, calls, _ = submit(tmp_path, 143, outcome(5), 3)
+    assert "srun" in calls
+
+
+def test_where_slurm_is_missing_its_tests_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv(INSTALL, raising=False)
+    assert "slurmctld, " in (reason := obstacle() or "") and f"{INSTALL}=1" in reason
+
+
+def test_two_nodes_are_compared(tmp_path: Path) -> None:
+    """Two launchers for two nodes; one of them has another numpy. That all can be well: tests/slurm."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text(
+        "import importlib.metadata as m, socket\nreal = m.version\n"
+        "m.version = lambda name: '0.1' if name == 'numpy' else real(name)\nsocket.gethostname = lambda: 'odd-node'\n"
+    )
+    from checkpoints_tools import convert_hf
+    from tests.tiny import write_hf, write_tokens
+
+    write_hf(tmp_path / "hf", "dense")
+    convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
+    write_tokens(tmp_path / "tokens", 40, 250, seed=0)
+    flags = [
+        "--load", str(tmp_path / "checkpoint"), "--train-data-path", str(tmp_path / "tokens"), "--seq-length", "32",
+        "--save", str(tmp_path / "run"),
+    ]  # fmt: skip
+    codes, said = preflight_on_two_nodes(flags, str(other))
+    assert codes == [2, 2], said
+    (problem,) = [line for line in said[0].splitlines() if line.startswith("error: ")]
+    assert problem.startswith("error: odd-node: numpy is 0.1 there and ") and "preflight: 2 nodes" in said[0], said
+    assert not list((tmp_path / "run").glob("*")), "nothing is left where the run will save"
+
+
+def preflight_on_two_nodes(flags: list[str], path_of_second: str) -> tuple[list[int], list[str]]:
+    """Exit codes of both nodes' launchers, and what they said."""
+    from torch.distributed import TCPStore
+
+    port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    nodes = []
+    for node in range(2):
+        environment = {**os.environ, "NNODES": "2", "NODE_RANK": str(node), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+        environment.pop(heartbeat.ATTEMPT, None)
+        if node:
+            environment["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [path_of_second, os.environ.get("PYTHONPATH", "")])
+            )
+        command = [
+            sys.executable, "-m", "launch.torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node),
+            "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "megatron_a2d.preflight", *flags,
+        ]  # fmt: skip
+        nodes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    said = [""] * 2
+
+    def read(node: int) -> None:
+        said[node] = nodes[node].communicate(timeout=100)[0]
+
+    threads = [threading.Thread(target=read, args=(node,)) for node in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [node.returncode for node in nodes], said

@@ -1,0 +1,39 @@
+"""What `bench.offline_wheels` does to a library without asking anyone: machine code of other architectures is zeroed."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from bench.offline_wheels import prune
+
+
+def entry(kind: int, architecture: int, code: bytes) -> bytes:
+    header = struct.pack("<HHIQ", kind, 0x101, 64, len(code)) + bytes(12) + struct.pack("<I", architecture)
+    return header.ljust(64, b"\0") + code
+
+
+def fat_binary(*entries: bytes) -> bytes:
+    body = b"".join(entries)
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+
+
+def test_only_the_wanted_architecture_keeps_its_code(tmp_path: Path) -> None:
+    library = tmp_path / "library.so"
+    hopper, blackwell, text = b"h" * 96, b"b" * 160, b"p" * 32
+    parts = [
+        fat_binary(entry(2, 90, hopper), entry(2, 100, blackwell), entry(1, 90, text)),
+        fat_binary(entry(2, 80, b"a" * 40)),
+    ]
+    library.write_bytes(b"before" + parts[0] + b"between" + parts[1] + b"after")
+    size = library.stat().st_size
+    assert prune(library, 90) == 200 and library.stat().st_size == size
+    content = library.read_bytes()
+    assert (
+        hopper in content
+        and text in content
+        and b"b" * 4 not in content
+        and b"a" * 4 not in content.replace(b"after", b"")
+    )
+    assert content.startswith(b"before") and b"between" in content and content.endswith(b"after")
+    assert prune(library, 90) == 200, "what is zero already counts as zeroed"

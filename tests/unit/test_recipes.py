@@ -1,0 +1,72 @@
+"""Every shipped recipe is dry-run on every kind of GPU, from the fewest that it fits on to 512."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_a2d import train
+from megatron_a2d.errors import UserError
+from megatron_a2d.planner.cluster import cluster_names, read_cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = {
+    path.stem: path
+    for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+    if "model" in yaml.safe_load(path.read_text())
+}
+GPUS = (8, 16, 32, 64, 128, 256, 512)
+# The fewest GPUs (H100, H200, B200) that a recipe fits on as it stands; 0: on none, another micro-batch is needed.
+FEWEST = {
+    "qwen3_0p6b": (8, 8, 8), "qwen3_1p7b": (8, 8, 8), "qwen3_4b": (8, 8, 8), "qwen3_8b": (8, 8, 8),
+    "qwen3_14b": (8, 8, 8), "qwen3_32b": (16, 8, 8), "qwen3_30b_a3b": (32, 8, 8), "qwen3_235b_a22b": (128, 64, 64),
+    "rnd1_30b_a3b_64xb200": (0, 0, 32),
+}  # fmt: skip
+
+
+def dry_run(recipe: str, gpus: int, cluster: str, *flags: str) -> None:
+    train.main(
+        ["--config", str(RECIPES[recipe]), "--dry-run", "--settings-only", "--world-size", str(gpus), "--cluster", cluster,
+         *flags]
+    )  # fmt: skip
+
+
+def test_every_recipe_and_cluster_is_here() -> None:
+    assert set(RECIPES) == set(FEWEST)
+    assert {"h100", "h200", "b200"} <= set(cluster_names())
+    assert all(read_cluster(name).gpu.lower() == name for name in cluster_names())
+
+
+@pytest.mark.parametrize("recipe", FEWEST)
+def test_dry_run(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for cluster, fewest in zip(("h100", "h200", "b200"), FEWEST[recipe], strict=True):
+        for gpus in GPUS:
+            if fewest and gpus >= fewest:
+                dry_run(recipe, gpus, cluster)
+                assert f"{gpus} processes = TP" in capsys.readouterr().out
+            else:
+                with pytest.raises(UserError, match=r"GiB, the run needs|does not divide"):
+                    dry_run(recipe, gpus, cluster)
+
+
+def test_rnd1s_own_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """500B tokens, in batches of 8M."""
+    dry_run("rnd1_30b_a3b_64xb200", 64, "b200")
+    shown = capsys.readouterr().out
+    assert "59605 iterations = 500G tokens" in shown and "2048 samples x 4096 tokens = 8.39M tokens" in shown
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match=r"a H100 has 79.1 GiB, the run needs [\d.]+ \(activations .*megatron_a2d.plan"):
+        dry_run("qwen3_8b", 8, "h100", "--micro-batch-size", "8")
+
+
+def test_settings_only_needs_a_model_and_a_dry_run() -> None:
+    with pytest.raises(UserError, match="needs --model"):
+        train.main(["--dry-run", "--settings-only"])
+    with pytest.raises(UserError, match="only goes with --dry-run"):
+        train.main(["--settings-only", "--model", "Qwen/Qwen3-8B"])
+    with pytest.raises(UserError, match=r"--model Qwen/Qwen3-7B: is neither .*did you mean Qwen/Qwen3-"):
+        train.main(["--dry-run", "--settings-only", "--model", "Qwen/Qwen3-7B"])

@@ -1,0 +1,253 @@
+"""Settings of speed and precision: what does not go together, what a GPU gets, and what reaches megatron.core."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_a2d import runtime
+from megatron_a2d.checks import find_problems
+from megatron_a2d.config import build, settings
+from megatron_a2d.errors import UserError
+from megatron_a2d.model import transformer_config
+from megatron_a2d.runtime.environment import Gpu, as_text, environment, own_cores
+from megatron_a2d.runtime.precision import Scaling, choose_scaling
+from megatron_a2d.training.garbage import Garbage
+from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
+
+ROOT = Path(__file__).resolve().parents[2]
+EP = {"expert_model_parallel_size": 2}
+SHARDED = {"use_distributed_optimizer": True, "bf16": True}
+OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+QWEN3_8B = dataclasses.replace(QWEN3_8B, mask_token_id=1)
+QWEN3_30B_A3B = dataclasses.replace(QWEN3_30B_A3B, mask_token_id=1)
+
+# (model, settings, the beginning of the only problem, what makes it good)
+PAIRS: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
+    (QWEN3_8B, {"fp8": "auto"}, "--fp8 auto: needs --bf16", {"bf16": True}),
+    (QWEN3_8B, {"bf16": True, "fp8": "delayed", "first_last_layers_bf16": True}, "--first-last-layers-bf16: delayed", {"fp8": "tensorwise"}),
+    (QWEN3_8B, {"first_last_layers_bf16": True}, "--first-last-layers-bf16: has no effect", {"bf16": True, "fp8": "mxfp8"}),
+    (QWEN3_8B, {"bf16": True, "fp8": "auto", "num_layers_at_end_in_bf16": 2}, "--num-layers-at-end-in-bf16 2: has no effect", {"first_last_layers_bf16": True}),
+    (QWEN3_8B, {"bf16": True, "fp8": "auto", "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 40}, "--num-layers-at-end-in-bf16 40: must lie", {"num_layers_at_end_in_bf16": 2}),
+    (QWEN3_8B, {"fp8_param_gather": True, **OVERLAPPED}, "--fp8-param-gather: needs --fp8", {"fp8": "mxfp8"}),
+    (QWEN3_8B, {"bf16": True, "fp8": "tensorwise", "fp8_param_gather": True}, "--fp8-param-gather: needs --use-dist", {"use_distributed_optimizer": True}),
+    (QWEN3_8B, {**SHARDED, "fp8": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather: with --fp8 mxfp8", OVERLAPPED),
+    (QWEN3_8B, {**SHARDED, "fp8": "tensorwise", "fp8_param_gather": True, "use_precision_aware_optimizer": True}, "--fp8-param-gather: not with", {"fp8_param_gather": False}),
+    (QWEN3_8B, {"bf16": True, "fp8": "auto", "seq_length": 4100}, "--fp8 auto: the tokens of a micro-batch", {"fp8": "none"}),
+    (QWEN3_8B, {"bf16": True, "fp8": "auto", "transformer_impl": "portable"}, "--fp8 auto: only Transformer Engine", {"transformer_impl": "auto"}),
+    (QWEN3_8B, {"bf16": True, "fp8": "auto", "document_attention": "isolated", "micro_batch_size": 2}, "--fp8 auto: needs Transformer Engine, which", {"micro_batch_size": 1}),
+    (QWEN3_8B, {"apply_rope_fusion": True, "transformer_impl": "portable"}, "--apply-rope-fusion: only Transformer", {"transformer_impl": "auto"}),
+    (QWEN3_8B, {"moe_permute_fusion": True}, "--moe-permute-fusion: the model is dense", {"moe_permute_fusion": False}),
+    (QWEN3_8B, {"recompute_granularity": "selective", "recompute_modules": ("moe",)}, "--recompute-modules moe: the model is dense", {"recompute_modules": ("mlp",)}),
+    (QWEN3_30B_A3B, {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}, "--recompute-modules mlp: the model has experts", {"recompute_modules": ("moe",)}),
+    (QWEN3_8B, {"recompute_granularity": "selective"}, "--recompute-modules: is empty", {"recompute_modules": ("core_attn",)}),
+    (QWEN3_8B, {"recompute_modules": ("core_attn",)}, "--recompute-modules core_attn: has no effect", {"recompute_granularity": "selective"}),
+    (QWEN3_8B, {"recompute_num_layers": 2}, "--recompute-num-layers 2: has no effect", {"recompute_granularity": "full"}),
+    (QWEN3_8B, {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 37}, "--recompute-num-layers 37: a stage has 36", {"recompute_num_layers": 36}),
+    (QWEN3_30B_A3B, {"recompute_granularity": "selective", "recompute_modules": ("moe_act",), "moe_grouped_gemm": False}, "--recompute-modules moe_act: needs", {"moe_grouped_gemm": True}),
+    (QWEN3_30B_A3B, {"moe_token_dispatcher_type": "flex", "bf16": True}, "--moe-token-dispatcher-type flex: needs --expert", EP),
+    (QWEN3_30B_A3B, {"moe_flex_dispatcher_backend": "deepep"}, "--moe-flex-dispatcher-backend deepep: has no effect", {"moe_token_dispatcher_type": "flex", "bf16": True, **EP}),
+    (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "bf16": True}, "--overlap-moe-expert-parallel-comm: without", EP),
+    (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, **EP}, "--overlap-moe-expert-parallel-comm: megatron.core has it for bf16", {"bf16": True}),
+    (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP, "moe_token_dispatcher_type": "allgather"}, "--overlap-moe-expert-parallel-comm: not with --moe-token", {"moe_token_dispatcher_type": "alltoall"}),
+    (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP, "recompute_granularity": "full"}, "--overlap-moe-expert-parallel-comm: not with --recompute", {"recompute_granularity": "none"}),
+    (QWEN3_30B_A3B, {"delay_wgrad_compute": True}, "--delay-wgrad-compute: has no effect", {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP}),
+    (QWEN3_8B, {"cuda_graph_scope": ("mlp",)}, "--cuda-graph-scope mlp: has no effect", {"cuda_graph_impl": "local"}),
+    (QWEN3_8B, {"cuda_graph_impl": "local", "cuda_graph_scope": ()}, "--cuda-graph-scope: is empty", {"cuda_graph_scope": ("attn",)}),
+    (QWEN3_8B, {"cuda_graph_impl": "local", "recompute_granularity": "full"}, "--cuda-graph-impl local: not with --recompute", {"recompute_granularity": "none"}),
+    (QWEN3_8B, {"cuda_graph_impl": "transformer_engine", "document_attention": "isolated"}, "--cuda-graph-impl transformer_engine: documents", {"document_attention": "open"}),
+    (QWEN3_30B_A3B, {"cuda_graph_impl": "local", "cuda_graph_scope": ("attn", "moe_preprocess")}, "--cuda-graph-scope moe_preprocess", {"cuda_graph_scope": ("attn", "moe_router", "moe_preprocess")}),
+    (QWEN3_8B, {"use_precision_aware_optimizer": True, "bf16": True}, "--use-precision-aware-optimizer: needs --use-dist", {"use_distributed_optimizer": True}),
+    (QWEN3_8B, {"exp_avg_dtype": "bf16"}, "--exp-avg-dtype bf16: has no effect", {"use_precision_aware_optimizer": True, **SHARDED}),
+    (QWEN3_8B, {"grad_reduce_in_fp32": False}, "--no-grad-reduce-in-fp32: has no effect", {"bf16": True}),
+    (QWEN3_8B, {"grad_reduce_in_fp32": False, "gradient_accumulation_fusion": True, "bf16": True}, "--gradient-accumulation-fusion: adds", {"grad_reduce_in_fp32": True}),
+    (QWEN3_8B, {"manual_gc_interval": 5}, "--manual-gc-interval 5: has no effect", {"manual_gc": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "given", "problem", "remedy"), PAIRS, ids=[pair[2] for pair in PAIRS])
+def test_impossible_pairs(model: Any, given: dict[str, Any], problem: str, remedy: dict[str, Any]) -> None:
+    common = {"global_batch_size": 16}
+    (line,) = find_problems(build(common | given), model, 4)
+    assert line.startswith(problem) and "\n" not in line
+    assert find_problems(build(common | given | remedy), model, 4) == []
+
+
+@pytest.mark.parametrize("name", ["qwen3_30b_a3b", "qwen3_8b"])
+def test_recipes_are_possible(name: str) -> None:
+    config = build(yaml.safe_load((ROOT / "launch" / "recipes" / f"{name}.yaml").read_text()))
+    model = {"qwen3_30b_a3b": QWEN3_30B_A3B, "qwen3_8b": QWEN3_8B}[name]
+    assert find_problems(config, model, 8) == []
+    assert (
+        config.parallel.overlap_param_gather and config.performance.apply_rope_fusion and config.performance.manual_gc
+    )
+
+
+HOPPER, BLACKWELL, RACK = Gpu("NVIDIA H200", (9, 0)), Gpu("NVIDIA B200", (10, 0)), Gpu("NVIDIA GB200", (10, 0))
+ALWAYS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"}
+ORDERED = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+FLEX = {"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu", "more"),
+    [
+        ({}, HOPPER, {}),
+        ({"tensor_model_parallel_size": 2}, HOPPER, ORDERED),
+        ({"context_parallel_size": 2}, HOPPER, ORDERED),
+        ({"tensor_model_parallel_size": 2}, BLACKWELL, {"NCCL_NVLS_ENABLE": "0"}),
+        ({"overlap_moe_expert_parallel_comm": True}, BLACKWELL, {"NCCL_NVLS_ENABLE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}),
+        ({"overlap_moe_expert_parallel_comm": True, "tensor_model_parallel_size": 2}, HOPPER, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}),
+        ({"cuda_graph_impl": "transformer_engine"}, HOPPER, {"NCCL_GRAPH_REGISTER": "0"}),
+        (FLEX, HOPPER, {"NVLINK_DOMAIN_SIZE": "8", "USE_MNNVL": "0", "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": "8"}),
+        (FLEX, RACK, {"NCCL_NVLS_ENABLE": "0", "NVLINK_DOMAIN_SIZE": "72", "USE_MNNVL": "1", "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": "16"}),
+        ({**FLEX, "moe_flex_dispatcher_backend": "deepep"}, HOPPER, {}),
+    ],
+)  # fmt: skip
+def test_environment(given: dict[str, Any], gpu: Gpu, more: dict[str, str]) -> None:
+    assert environment(build(given), gpu) == ALWAYS | more
+
+
+def test_environment_without_a_gpu() -> None:
+    assert environment(build({"tensor_model_parallel_size": 2}), None) == {}
+    assert as_text({}) and as_text({"B": "1", "A": "2"}) == "A=2 B=1"
+
+
+def test_cores_are_shared_out() -> None:
+    shares = [own_cores(range(112), rank, 8) for rank in range(8)]
+    assert sorted(core for share in shares for core in share) == list(range(112))
+    assert all(share == list(range(share[0], share[0] + 14)) for share in shares)
+    assert own_cores([4, 0], 1, 4) == [0, 4], "fewer cores than processes: no binding"
+
+
+@pytest.mark.parametrize(
+    ("wish", "capability", "expected"),
+    [
+        ("none", None, None),
+        ("auto", (10, 0), Scaling("mxfp8", "e4m3")),
+        ("auto", (9, 0), Scaling("tensorwise", "hybrid")),
+        ("blockwise", (9, 0), Scaling("blockwise", "e4m3")),
+        ("delayed", (8, 9), Scaling("delayed", "hybrid")),
+    ],
+)
+def test_scaling_by_gpu(wish: str, capability: tuple[int, int] | None, expected: Scaling | None) -> None:
+    assert choose_scaling(wish, capability) == expected
+
+
+@pytest.mark.parametrize(
+    ("wish", "capability", "words"),
+    [
+        ("mxfp8", (9, 0), "capability 9.0, and mxfp8 needs 10.0; use auto"),
+        ("blockwise", (8, 9), "needs 9.0; use auto"),
+        ("auto", (8, 0), "needs 8.9; use none"),
+        ("tensorwise", None, "has no CUDA device"),
+    ],
+)
+def test_scaling_that_a_gpu_lacks(wish: str, capability: tuple[int, int] | None, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        choose_scaling(wish, capability)
+
+
+def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Blackwell GPU with Transformer Engine: each name is one that the installed megatron-core knows."""
+    runtime.install()
+    monkeypatch.setattr(transformer_config, "compute_capability", lambda: (10, 0))
+    monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
+    monkeypatch.setattr(transformer_config, "_need_dispatcher", lambda backend: None)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(transformer_config, "TransformerConfig", _recording(transformer_config.TransformerConfig, seen))
+    given = dict(
+        bf16=True, fp8="auto", first_last_layers_bf16=True, moe_permute_fusion=True, moe_router_fusion=True,
+        moe_router_force_load_balancing=True, overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True,
+        apply_rope_fusion=True, gradient_accumulation_fusion=True, cuda_graph_impl="transformer_engine",
+        cuda_graph_scope=("attn", "moe_router"), recompute_granularity="selective", recompute_modules=("moe_act",),
+        moe_token_dispatcher_type="flex", **EP,
+    )  # fmt: skip
+    transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
+    expected = dict(
+        fp8="e4m3", fp8_recipe="mxfp8", fp8_param=False, first_last_layers_bf16=True, cuda_graph_scope=["attn", "moe_router"],
+        recompute_modules=["moe_act"], moe_flex_dispatcher_backend="hybridep", moe_grouped_gemm=True,
+    )  # fmt: skip
+    for name in ("moe_permute_fusion", "moe_router_fusion", "moe_router_force_load_balancing", "apply_rope_fusion",
+                 "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "gradient_accumulation_fusion"):  # fmt: skip
+        expected[name] = True
+    assert {name: seen[name] for name in expected} == expected
+
+
+def _recording(original: Any, seen: dict[str, Any]) -> Any:
+    """The dataclass's fields, without the checks that look for a GPU's kernels."""
+
+    @dataclasses.dataclass
+    class Recorder(original):  # type: ignore[misc]
+        def __post_init__(self) -> None:
+            seen.update(vars(self))
+
+    return Recorder
+
+
+def test_a_field_that_megatron_lost_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = transformer_config._speed_fields
+    monkeypatch.setattr(transformer_config, "_speed_fields", lambda *a: original(*a) | {"moe_warp_drive": True})
+    with pytest.raises(UserError, match="its TransformerConfig has no moe_warp_drive"):
+        transformer_config.build_transformer_config(QWEN3_8B, build({}))
+
+
+def test_fusions_without_transformer_engine_are_refused() -> None:
+    from megatron_a2d.model.specs import choose_implementation
+
+    with pytest.raises(UserError) as refusal:
+        choose_implementation(build({"apply_rope_fusion": True, "bf16": True, "fp8": "auto"}))
+    assert [line.partition(":")[0] for line in refusal.value.problems] == ["--fp8", "--apply-rope-fusion"]
+
+
+def test_garbage_is_collected_when_said() -> None:
+    """Never by itself in between; and as usual when the loop has ended."""
+    collections: list[str] = []
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        collections.append(phase)
+
+    garbage = Garbage(build({"manual_gc": True, "manual_gc_interval": 3}).performance)
+    gc.callbacks.append(watch)
+    try:
+        assert not gc.isenabled()
+        counts = []
+        for iteration in range(1, 7):
+            collections.clear()
+            garbage.after_step(iteration)
+            counts.append(len(collections))
+        assert [count > 0 for count in counts] == [False, False, True, False, False, True]
+    finally:
+        gc.callbacks.remove(watch)
+        garbage.close()
+    assert gc.isenabled()
+    Garbage(build({}).performance)
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("backend", ["deepep", "hybridep"])
+def test_missing_kernels_of_the_flex_dispatcher(backend: str) -> None:
+    given = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend, "bf16": True, **EP}
+    with pytest.raises(UserError, match=f"backend {backend}: its package, .*use --moe-token-dispatcher-type alltoall"):
+        transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
+
+
+def test_lists_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_a2d.cli import Parser, parse_run
+
+    config, _ = parse_run(Parser(), ["--recompute-modules", "moe_act", "layernorm", "--cuda-graph-scope"])
+    assert (
+        config.performance.recompute_modules == ("moe_act", "layernorm") and config.performance.cuda_graph_scope == ()
+    )
+    with pytest.raises(UserError, match="'moeact' is none of core_attn"):
+        parse_run(Parser(), ["--recompute-modules", "moeact"])
+    with pytest.raises(SystemExit):
+        parse_run(Parser(), ["--recompute-modules", "moe", "--print-config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["recompute_modules"] == ["moe"] and set(printed) == set(settings())
+    assert build(printed).performance.recompute_modules == ("moe",)
