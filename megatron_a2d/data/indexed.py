@@ -22,6 +22,7 @@ import numpy as np
 
 from megatron_a2d.data.checksums import BLOCK, INDEX_CHECKSUM, REWRITE, checksum, open_checksums, read_at, read_metadata
 from megatron_a2d.errors import UserError
+from megatron_a2d.runtime import without_triton as without_triton  # before megatron.core is imported
 
 with warnings.catch_warnings():
     # Importing megatron.core without Transformer Engine warns once a module; the data needs neither.

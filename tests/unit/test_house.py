@@ -87,3 +87,10 @@ def test_lower_floors_are_light(modules: tuple[str, ...], forbidden: set[str]) -
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not forbidden & {name.split(".")[0] for name in loaded.split()}
+
+
+def test_tokenising_does_not_wait_for_torch() -> None:
+    """Each worker is a process of its own, and torch takes longer to import than a piece to tokenise."""
+    code = "import data_prep.tokenize_corpus, data_prep.pieces, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "megatron", "transformers"} & set(loaded.split())
