@@ -27,10 +27,10 @@ import yaml
 
 from megatron_a2d.data.checksums import checksum
 from megatron_a2d.data.dataset import PackedDataset
+from megatron_a2d.data.permutation import Permutation
 from megatron_a2d.errors import UserError, nearest
 
 _BLOCK = 1024
-_STREAM = 3  # of Philox; diffusion/noise.py has the others
 _KEYS = ("train_path", "valid_path", "weight", "max_epochs", "hub")
 
 
@@ -134,7 +134,7 @@ class SourceChoice:
         if index < 0:
             raise IndexError(f"sample index {index} is negative")
         block, within = divmod(index, _BLOCK)
-        number = block * _BLOCK + int(_block_order(self._seed, block)[within])
+        number = block * _BLOCK + _block_order(self._seed, block)(within)
         node = self._tree
         while not isinstance(node, int):
             numerator, denominator, left, right = node
@@ -173,10 +173,8 @@ def _build(leaves: list[tuple[int, Fraction]]) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _block_order(seed: int, block: int) -> np.ndarray:
-    """A permutation of a block's places. numpy promises that Philox's raw bits never change."""
-    bits = np.random.Philox(key=seed + (_STREAM << 64), counter=block << 64).random_raw(_BLOCK)
-    return np.argsort(bits, kind="stable")
+def _block_order(seed: int, block: int) -> Permutation:
+    return Permutation(_BLOCK, seed, block, 0)  # three integers: a key that no source's own order has
 
 
 class MixedDataset:

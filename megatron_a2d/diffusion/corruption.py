@@ -65,7 +65,7 @@ def corrupt(
         labels=labels_L,
         weights=weights_L,
         time=time,
-        num_maskable=int(maskable_L.sum()),
+        num_maskable=int(np.count_nonzero(maskable_L)),
         documents=documents_L,
     )
 
@@ -78,7 +78,7 @@ def next_token(
     if visible_token_id is not None:
         counted_L &= tokens_L != visible_token_id
     labels_L, weights_L = shift(tokens_L, counted_L.astype(np.float32))
-    return Corrupted(tokens_L, labels_L, weights_L, 1.0, int(counted_L.sum()), documents_L)
+    return Corrupted(tokens_L, labels_L, weights_L, 1.0, int(np.count_nonzero(counted_L)), documents_L)
 
 
 def without_loss(tokens_L: np.ndarray, documents_L: np.ndarray | None = None) -> Corrupted:
@@ -107,12 +107,16 @@ def maskable_tokens(
 
 def has_predecessor(tokens_L: np.ndarray, documents_L: np.ndarray | None) -> np.ndarray:
     """True where the row before sees the same document: those tokens can be predicted."""
-    if documents_L is None:
-        return np.arange(len(tokens_L)) > 0
-    return np.append(False, documents_L[1:] == documents_L[:-1])
+    result_L = np.ones(len(tokens_L), dtype=bool)
+    result_L[0] = False
+    if documents_L is not None:
+        np.equal(documents_L[1:], documents_L[:-1], out=result_L[1:])
+    return result_L
 
 
 def shift(tokens_L: np.ndarray, weights_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Row i is judged by token i + 1. The last row has no successor: weight 0, and any label will do."""
-    labels_L = np.append(tokens_L[1:], tokens_L[:1])
-    return labels_L, np.append(weights_L[1:], np.float32(0))
+    labels_L, shifted_L = np.empty_like(tokens_L), np.zeros_like(weights_L)
+    labels_L[:-1], labels_L[-1] = tokens_L[1:], tokens_L[0]
+    shifted_L[:-1] = weights_L[1:]
+    return labels_L, shifted_L

@@ -9,6 +9,7 @@ raw bits are used: numpy guarantees that their stream never changes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -56,13 +57,18 @@ class Noise:
         if self.time_sampling == "uniform":
             fraction = uniforms(self.seed, _STREAM_TIME, sample_index, 1)[0]
         else:
-            start = int(_bits(self.seed, _STREAM_TIME, 0, 1)[0])
-            fraction = ((start + sample_index * _INVERSE_GOLDEN_RATIO) & _MASK_64) / 2.0**64
+            fraction = ((_first_time(self.seed) + sample_index * _INVERSE_GOLDEN_RATIO) & _MASK_64) / 2.0**64
         return self.min_time + (1 - self.min_time) * float(fraction)
 
     def uniforms(self, sample_index: int, length: int) -> np.ndarray:
         """One number in [0, 1) for each position of a sample, [length] float64."""
         return uniforms(self.seed, _STREAM_MASK, sample_index, length)
+
+
+@lru_cache(maxsize=64)
+def _first_time(seed: int) -> int:
+    """Where the times of sample 0 on begin, in units of 2**-64."""
+    return int(_bits(seed, _STREAM_TIME, 0, 1)[0])
 
 
 def attention_key(seed: int, sample_index: int) -> int:
