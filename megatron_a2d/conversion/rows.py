@@ -164,11 +164,11 @@ class StreamedFile:
     def __init__(self, path: Path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
-            self._descriptor = os.open(path, flags | _DIRECT)
+            self._descriptor = os.open(path, flags | _DIRECT, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system that knows only the cache
                 raise
-            self._descriptor = os.open(path, flags)
+            self._descriptor = os.open(path, flags, 0o666)
         self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # it lies at a page's border, as such writes must
         self._filled = 0
 

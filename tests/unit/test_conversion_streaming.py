@@ -90,10 +90,10 @@ def test_files_are_written_with_and_without_the_page_cache(refusal: str, tmp_pat
     calls = {"open": os.open, "write": os.write}
     direct: set[int] = set()
 
-    def open_file(path: Path, flags: int) -> int:
+    def open_file(path: Path, flags: int, mode: int) -> int:
         if flags & rows._DIRECT and refusal == "at the opening":
             raise OSError(errno.EINVAL, "not here")
-        descriptor = calls["open"](path, flags & ~rows._DIRECT)  # what the test's disk makes of it is not the question
+        descriptor = calls["open"](path, flags & ~rows._DIRECT, mode)  # what the test's disk makes of it is not the question
         direct.update({descriptor} if flags & rows._DIRECT else ())
         return descriptor
 
@@ -113,6 +113,7 @@ def test_files_are_written_with_and_without_the_page_cache(refusal: str, tmp_pat
         for begin in range(0, len(data), 700):
             file.write(data[begin : begin + 700])
     assert (tmp_path / "file").read_bytes() == data
+    assert not (tmp_path / "file").stat().st_mode & 0o111, "weights are no program"
 
 
 def test_a_write_that_fails_is_an_error(tmp_path: Path) -> None:
