@@ -93,7 +93,9 @@ def test_files_are_written_with_and_without_the_page_cache(refusal: str, tmp_pat
     def open_file(path: Path, flags: int, mode: int) -> int:
         if flags & rows._DIRECT and refusal == "at the opening":
             raise OSError(errno.EINVAL, "not here")
-        descriptor = calls["open"](path, flags & ~rows._DIRECT, mode)  # what the test's disk makes of it is not the question
+        descriptor = calls["open"](
+            path, flags & ~rows._DIRECT, mode
+        )  # what the test's disk makes of it is not the question
         direct.update({descriptor} if flags & rows._DIRECT else ())
         return descriptor
 
