@@ -202,7 +202,11 @@ def _engine_problems(config: RunConfig) -> Iterator[str]:
     if config.training.transformer_impl == "portable":
         for name in needs_transformer_engine(config):
             yield f"{_shown(config, name)}: only Transformer Engine has it; use --transformer-impl auto, or remove it"
-    elif (refused := refuses_transformer_engine(config)) and config.performance.fp8 != "none":
+    elif not (refused := refuses_transformer_engine(config)):
+        return
+    elif config.training.transformer_impl == "transformer_engine":
+        yield f"--transformer-impl transformer_engine: does not go with {refused}; use portable"
+    elif config.performance.fp8 != "none":
         yield f"--fp8 {config.performance.fp8}: needs Transformer Engine, which does not go with {refused}"
 
 

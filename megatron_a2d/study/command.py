@@ -27,9 +27,6 @@ STUDIES = {
 }
 
 
-_DATA = ("--train-data-path", "--valid-data-path")  # paths are each machine's own
-
-
 def find_study(name: str) -> Study:
     study: Study = importlib.import_module(f"megatron_a2d.study.{STUDIES[name]}").STUDY
     assert study.name == name
@@ -68,12 +65,18 @@ def run_study(name: str, argv: list[str]) -> None:
     page.mkdir(parents=True, exist_ok=True)
     report = study.report(records, page)
     write_lines(page / f"{name}.jsonl", report.rows)
-    command = (
-        f"python -m megatron_a2d.study {name} {shlex.join(_without(argv, '--page', '--jobs', '--out', '--launcher'))}"
-    )
+    words = _without(argv, "--page", "--jobs", "--out", "--launcher")
+    command = f"python -m megatron_a2d.study {name} {' '.join(map(_shown, words))}"
     text = f"`{command} --out DIR`, seeds {seeds_of(options.seeds)}, {len(jobs)} jobs.\n\n{report.text}"
     write_page(page / f"{name}.md", study.title, study.question, text)
     console.print(f"{page / f'{name}.md'}", markup=False)
+
+
+def _shown(word: str) -> str:
+    """Of an absolute path, which is this machine's own, its last two parts."""
+    flag, equals, value = word.rpartition("=")
+    path = Path(value)
+    return shlex.quote(flag + equals + (".../" + "/".join(path.parts[-2:]) if path.is_absolute() else value))
 
 
 def _without(argv: list[str], *flags: str) -> list[str]:
