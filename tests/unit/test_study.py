@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,7 +111,12 @@ def test_another_plan_is_refused(tmp_path: Path) -> None:
     runner(tmp_path).run(JOBS)
     with pytest.raises(UserError, match=r"first was begun with lr 0.0001, not 0.1"):
         runner(tmp_path, lr=0.1).run(JOBS)
-    runner(tmp_path, load="moved").run(JOBS)
+    # A study may be moved, and what it starts from; nothing is made again.
+    count = len(calls(tmp_path))
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    moved = Runner(tmp_path / "elsewhere", base(load="moved"), [sys.executable, str(tmp_path / "stand_in.py")])
+    moved.run(JOBS)
+    assert len(calls(tmp_path)) == count
 
 
 def test_a_study_keeps_to_its_checkpoint_and_tokens(tmp_path: Path) -> None:
