@@ -164,14 +164,43 @@ def test_plans_are_valid_runs_of_any_size(name: str) -> None:
 
 def test_the_critical_batch_of_a_known_curve() -> None:
     """Flat up to 32, then 2% worse a doubling: 1% is lost half a doubling later."""
-    losses = {batch: [3.0 * (1 + 0.02 * max(0.0, math.log2(batch / 32)))] * 2 for batch in (8, 16, 32, 64, 128)}
+    losses = known_curve(num_seeds=2)
     assert critical_batch.critical_batch(losses).value == pytest.approx(32 * 2**0.5, rel=1e-6)
-    flat = critical_batch.critical_batch({batch: [3.0, 3.0] for batch in (8, 16)})
+    flat = critical_batch.critical_batch({batch: {1: 3.0, 2: 3.0} for batch in (8, 16)})
     assert math.isinf(flat.value) and flat.show(16).startswith("> 16")
     draw = random.Random(0)
-    noisy = {batch: [value + draw.gauss(0, 0.01) for value in values] for batch, values in losses.items()}
-    found = critical_batch.critical_batch(noisy)
+    found = critical_batch.critical_batch(with_noise(losses, draw, 0.01))
     assert found.low < found.value < found.high
+    # What a seed does to all of its batches is no uncertainty about where the curve leaves the band.
+    alike = {batch: {seed: loss + seed for seed, loss in found.items()} for batch, found in losses.items()}
+    found = critical_batch.critical_batch(alike)
+    assert found.high - found.low < 1e-6
+    alone = critical_batch.critical_batch(known_curve(num_seeds=1))
+    assert math.isnan(alone.low) and "one seed" in critical_batch._claim({"mdlm": alone, "ar": alone})
+
+
+def test_the_critical_batch_lies_in_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 9 of 10 studies, although three batches are equally good, and the lowest of their losses is too low by chance."""
+    monkeypatch.setattr(critical_batch, "_NUM_DRAWS", 300)
+    draw, curve, truth = random.Random(3), known_curve(num_seeds=2), 32 * 2**0.5
+    found = [
+        critical_batch.critical_batch(with_noise(curve, draw, 0.006), seed=draw.randrange(1000)) for _ in range(150)
+    ]
+    assert sum(item.low <= truth <= item.high for item in found) > 0.87 * 150
+    assert abs(np.median([math.log2(item.value / truth) for item in found])) < 0.1
+
+
+def known_curve(num_seeds: int) -> critical_batch.Losses:
+    return {
+        batch: dict.fromkeys(range(num_seeds), 3.0 * (1 + 0.02 * max(0.0, math.log2(batch / 32))))
+        for batch in (8, 16, 32, 64, 128)
+    }
+
+
+def with_noise(losses: critical_batch.Losses, draw: random.Random, size: float) -> critical_batch.Losses:
+    return {
+        batch: {seed: value + draw.gauss(0, size) for seed, value in found.items()} for batch, found in losses.items()
+    }
 
 
 def test_moments_of_known_gradients() -> None:
