@@ -137,6 +137,13 @@ def test_branches_differ_in_their_batch_alone() -> None:
         assert changed["global_batch_size"] * changed["eval_iters"] == 16 * 8
         assert changed["lr"] == pytest.approx(1e-3 * factor**0.5)
         assert changed["global_batch_size"] % changed["micro_batch_size"] == 0
+    # Counts that the factors of the study do not divide: the same tokens for all, no further off than half a factor.
+    branches = [scaled_batch(config, factor, 16) for factor in critical_batch.FACTORS]
+    for name, was in (("train_iters", 200), ("lr_warmup_iters", 20), ("eval_iters", 8)):
+        [samples] = {branch["global_batch_size"] * branch[name] for branch in branches}
+        assert samples > 0 and abs(samples - 16 * was) <= 16 * 8
+    with pytest.raises(UserError, match="--global-batch-size 6: the study divides it by 4"):
+        scaled_batch(base(global_batch_size=6, micro_batch_size=1, train_iters=8), 0.25)
     unchanged = config.to_dict()
     assert all(unchanged[name] == value for name, value in scaled_batch(config, 1).items())
 
