@@ -101,11 +101,15 @@ def test_what_failed_is_named_and_what_waits_for_it_is_not_begun(tmp_path: Path)
     assert len(runner(tmp_path).run(JOBS)) == 3
 
 
-def test_another_plan_is_refused(tmp_path: Path) -> None:
+def test_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner(tmp_path).run(JOBS)
     with pytest.raises(UserError, match=r"first was begun with lr 0.0001, not 0.1"):
         runner(tmp_path, lr=0.1).run(JOBS)
+    made = calls(tmp_path)
     runner(tmp_path, load="moved").run(JOBS)
+    monkeypatch.chdir(tmp_path)
+    runner(Path()).run(JOBS)  # the same --out under another name
+    assert calls(tmp_path) == made
 
 
 def test_a_killed_study_goes_on(tmp_path: Path) -> None:
