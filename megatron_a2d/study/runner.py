@@ -113,7 +113,7 @@ class Runner:
         if not (directory / f"measured_{number}.json").exists() or not spec.exists():
             return False
         made = read_json(spec, "the measurements made")["measures"]
-        return bool(_without_paths(made) == _without_paths(self._asked(measures)))
+        return _without_paths(made) == _without_paths(self._asked(measures))
 
     def _asked(self, measures: list[Measure]) -> list[dict[str, Any]]:
         return [{"name": item.name, "kind": item.kind, "options": self._options(item)} for item in measures]
@@ -207,11 +207,8 @@ class Runner:
 
 
 def _without_paths(measures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without where a reference lies: a study may be moved."""
-    return [
-        {**item, "options": {name: value for name, value in item["options"].items() if name != "reference"}}
-        for item in measures
-    ]
+    """A reference is the plan's own: where it lies is free, like all paths."""
+    return [{**item, "options": {**item["options"], "reference": None}} for item in measures]
 
 
 def _processes(job: Job) -> list[tuple[dict[str, Any], list[Measure]]]:
