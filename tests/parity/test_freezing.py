@@ -53,7 +53,7 @@ def test_frozen_roles_stand_still(
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.full),
         (4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
         pytest.param(2, {**EP, "bf16": True}, marks=pytest.mark.full),
         pytest.param(2, {**EP, **DISTRIBUTED, "bf16": True}, marks=pytest.mark.full),
