@@ -1,4 +1,4 @@
-"""Dense matrix rates of GPUs, by NVIDIA's data sheets: what MFU is measured against, and what the planner divides by."""
+"""Dense matrix rates of GPUs, by NVIDIA's data sheets: MFU is measured against them, the planner divides by them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Rates(NamedTuple):
-    """Teraflop/s without sparsity; fp8 is 0 where there is none."""
+    """Teraflop/s without sparsity."""
 
-    bf16: float
-    fp8: float
+    bf16_tflops: float
+    fp8_tflops: float | None  # None: it computes nothing in FP8
 
 
 RATES = {
-    "A100": Rates(312, 0), "H100": Rates(989, 1979), "H200": Rates(989, 1979), "B200": Rates(2250, 4500),
+    "A100": Rates(312, None), "H100": Rates(989, 1979), "H200": Rates(989, 1979), "B200": Rates(2250, 4500),
     "GB200": Rates(2500, 5000),
 }  # fmt: skip
 

@@ -50,7 +50,7 @@ class Memory(NamedTuple):
 
 def memory(job: Job, cluster: Cluster | None = None) -> Memory:
     """The parts of the fullest stage; without a cluster no headroom is counted."""
-    # The first stage has the embedding and holds the most micro-batches, the last has the head; those between have less.
+    # The first has the embedding and holds the most micro-batches, the last has the head; those between have less.
     stages = {0, job.pipeline_model_parallel_size - 1}
     headroom = HEADROOM * cluster.memory_bytes if cluster else 0.0
     kept = layer_activations(job)

@@ -186,9 +186,7 @@ def _chunk_keys(job: Job, stage: int) -> list[_ChunkKey]:
     # megatron.core takes the dense group's size for both kinds, and cuts no bucket on later stages and chunks.
     limit = max(40_000_000, 1_000_000 * replicas[0]) if job.overlap_grad_reduce and stage == 0 else None
     return [
-        _ChunkKey(
-            sizes, *_ends(sizes, stage, chunk), replicas, job.use_distributed_optimizer, None if chunk else limit
-        )
+        _ChunkKey(sizes, *_ends(sizes, stage, chunk), replicas, job.use_distributed_optimizer, None if chunk else limit)
         for chunk in range(sizes.virtual)
     ]
 

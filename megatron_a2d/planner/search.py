@@ -92,21 +92,37 @@ def search(config: RunConfig, architecture: Architecture, cluster: Cluster, worl
     kinds: dict[str, str] = {}  # the first line of each kind
     num_illegal, refusals = 0, Counter[str]()
     always = find_general_problems(config)
-    plain, again = _without_recomputation(config), _with_full_recomputation(config)
-    for layout in _layouts(plain, architecture, cluster, world_size):
-        for base in (plain, again):
-            candidate = _laid_out(base, **layout)
-            if problems := always + find_layout_problems(candidate, architecture, world_size):
-                num_illegal += 1
-                refusals.update({kinds.setdefault(_without_numbers(problem), problem) for problem in problems})
-                break
+    apart = _without_overlap_of_experts(config)
+    ways = [_without_full_recomputation(way) for way in ((config,) if apart == config else (config, apart))]
+    again = _with_full_recomputation(apart)
+    for layout in _layouts(apart, architecture, cluster, world_size):
+        candidate, problems = _first_legal([_laid_out(way, **layout) for way in ways], architecture, world_size)
+        if always or problems:
+            num_illegal += 1
+            refusals.update({kinds.setdefault(_without_numbers(line), line) for line in always + problems})
+            continue
+        plan = make_plan(candidate, architecture, cluster, world_size, **changes)
+        (fitting if plan.fits else too_large).append(plan)
+        if plan.fits:  # computing anything again would only take longer
+            continue
+        candidate, problems = _first_legal([_laid_out(again, **layout)], architecture, world_size)
+        if not problems:
             plan = make_plan(candidate, architecture, cluster, world_size, **changes)
             (fitting if plan.fits else too_large).append(plan)
-            if plan.fits:  # computing anything again would only take longer
-                break
     fitting.sort(key=lambda plan: (plan.time.total, plan.memory.total))
     too_large.sort(key=lambda plan: plan.memory.total)
     return Search(fitting, too_large, num_illegal, refusals)
+
+
+def _first_legal(
+    candidates: list[RunConfig], architecture: Architecture, world_size: int
+) -> tuple[RunConfig, list[str]]:
+    """The first of the candidates that nothing is wrong with; else the last one, and what is wrong with it."""
+    problems: list[str] = []
+    for candidate in candidates:
+        if not (problems := find_layout_problems(candidate, architecture, world_size)):
+            break
+    return candidate, problems
 
 
 def _layouts(
@@ -123,7 +139,9 @@ def _layouts(
             for size in sizes
             if size == 1
             or accepted.issuperset(
-                map(_without_numbers, find_layout_problems(_laid_out(plain, **{name: size}, **more), architecture, size))
+                map(
+                    _without_numbers, find_layout_problems(_laid_out(plain, **{name: size}, **more), architecture, size)
+                )
             )
         ]
 
@@ -144,8 +162,13 @@ def _layouts(
             yield dict(zip(SIZES, sizes, strict=True), sequence_parallel=tp > 1)
 
 
-def _without_recomputation(config: RunConfig) -> RunConfig:
-    """`config` without full recomputation; of single modules it stays."""
+def _without_overlap_of_experts(config: RunConfig) -> RunConfig:
+    """For layouts that cannot have it, such as a pipeline without virtual stages."""
+    return _laid_out(config, overlap_moe_expert_parallel_comm=False, delay_wgrad_compute=False)
+
+
+def _without_full_recomputation(config: RunConfig) -> RunConfig:
+    """Of single modules it stays."""
     if config.performance.recompute_granularity == "selective":
         return config
     return _laid_out(config, recompute_granularity="none", recompute_method="uniform", recompute_num_layers=1)

@@ -38,4 +38,4 @@ def communication_backend() -> str:
 def peak_flops() -> float | None:
     """The GPU's dense bf16 peak, operations a second, for MFU; None on a CPU or an unknown GPU."""
     rates = rates_of(torch.cuda.get_device_name()) if has_cuda() else None
-    return rates.bf16 * 1e12 if rates else None
+    return rates.bf16_tflops * 1e12 if rates else None
