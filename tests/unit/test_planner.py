@@ -17,10 +17,18 @@ from megatron_a2d.config import build
 from megatron_a2d.conversion.qwen3 import named_architecture
 from megatron_a2d.errors import UserError
 from megatron_a2d.gpus import rates_of
+from megatron_a2d.model import masked_head
 from megatron_a2d.model.flops import train_flops_per_token
-from megatron_a2d.model.masked_head import _MaskedHead
 from megatron_a2d.planner import search as searching
-from megatron_a2d.planner.calibration import EFFICIENCIES, FITTED, error, fit, left_out_error, published_rows
+from megatron_a2d.planner.calibration import (
+    EFFICIENCIES,
+    FITTED,
+    LARGEST_LEFT_OUT_ERROR,
+    error,
+    fit,
+    left_out_error,
+    published_rows,
+)  # fmt: skip
 from megatron_a2d.planner.cluster import read_cluster
 from megatron_a2d.planner.job import Job
 from megatron_a2d.planner.memory import memory
@@ -59,7 +67,7 @@ def test_efficiencies_are_the_fit_and_few() -> None:
     again = fit(rows)
     for name in FITTED:
         assert getattr(again, name) == pytest.approx(getattr(EFFICIENCIES, name), rel=0.02), name
-    assert max(abs(left_out_error(row)) for row in rows) < 0.3
+    assert max(abs(left_out_error(row)) for row in rows) == pytest.approx(LARGEST_LEFT_OUT_ERROR, abs=0.01) < 0.3
 
 
 def test_published_runs_need_all_of_it() -> None:
@@ -168,12 +176,13 @@ def test_recomputation_trades_time_for_memory() -> None:
     assert memory(full).activations < memory(selective).activations < memory(JOB).activations
 
 
-def test_the_heads_products_are_those_that_it_computes() -> None:
+def test_the_heads_products_are_those_that_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four, as torch counts them: the logits forward and again backward, and two gradients. Control: not three."""
     rows, vocabulary, hidden = 96, 512, 64
-    tensors = [torch.randn(size, hidden).requires_grad_() for size in (rows, vocabulary)]
+    tensors = [torch.randn(size, hidden, dtype=torch.bfloat16).requires_grad_() for size in (rows, vocabulary)]
+    monkeypatch.setattr(masked_head, "_adds_in_fp32", lambda *_: False)  # torch does not count a product in place
     with FlopCounterMode(display=False) as counter:
-        losses, _ = _MaskedHead.apply(*tensors, torch.zeros(rows, dtype=torch.long), OneRank, 64)
+        losses, _ = masked_head._MaskedHead.apply(*tensors, torch.zeros(rows, dtype=torch.long), OneRank, 64)
         losses.sum().backward()
     assert counter.get_total_flops() == 4 * 2 * rows * vocabulary * hidden
     job = Job(
