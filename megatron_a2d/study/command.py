@@ -13,6 +13,7 @@ from megatron_a2d.console import console
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import hold_directory
+from megatron_a2d.study.inputs import hold_inputs
 from megatron_a2d.study.page import import_pyplot, write_lines, write_page
 from megatron_a2d.study.runner import Runner
 from megatron_a2d.study.study import Study, seeds_of
@@ -24,9 +25,6 @@ STUDIES = {
     "time-sampling": "time_sampling",
     "masks": "masks",
 }
-
-
-_DATA = ("--train-data-path", "--valid-data-path")  # paths are each machine's own
 
 
 def find_study(name: str) -> Study:
@@ -60,18 +58,25 @@ def run_study(name: str, argv: list[str]) -> None:
             print(f"{'done' if runner.is_done(job) else 'to do':6}{job.name}")
         return
     hold_directory(options.out, "--out")
+    hold_inputs(options.out, base)
     import_pyplot()  # better missed now than after the last run
     records = runner.run(jobs)
     page = options.page or options.out
     page.mkdir(parents=True, exist_ok=True)
     report = study.report(records, page)
     write_lines(page / f"{name}.jsonl", report.rows)
-    command = (
-        f"python -m megatron_a2d.study {name} {shlex.join(_without(argv, '--page', '--jobs', '--out', '--launcher'))}"
-    )
+    words = _without(argv, "--page", "--jobs", "--out", "--launcher")
+    command = f"python -m megatron_a2d.study {name} {' '.join(map(_shown, words))}"
     text = f"`{command} --out DIR`, seeds {seeds_of(options.seeds)}, {len(jobs)} jobs.\n\n{report.text}"
     write_page(page / f"{name}.md", study.title, study.question, text)
     console.print(f"{page / f'{name}.md'}", markup=False)
+
+
+def _shown(word: str) -> str:
+    """Of an absolute path, which is this machine's own, its last two parts."""
+    flag, equals, value = word.rpartition("=")
+    path = Path(value)
+    return shlex.quote(flag + equals + (".../" + "/".join(path.parts[-2:]) if path.is_absolute() else value))
 
 
 def _without(argv: list[str], *flags: str) -> list[str]:

@@ -37,8 +37,8 @@ PANELS = (
     Panel("learning rate", ("lr",)),
     Panel("busiest expert over an even share", ("router.load_masked", "router.load_visible")),
     Panel("entropy of a token's experts, nats", ("router.entropy_masked", "router.entropy_visible")),
-    Panel("routers: masked against visible", ("router.load_difference",)),
-    Panel("tokens dropped, and above an even share", ("router.dropped", "router.overflow")),
+    Panel("loads of masked against visible tokens", ("router.load_difference",)),
+    Panel("share of choices dropped, and above an even share", ("router.dropped", "router.overflow")),
     Panel("tokens a second", ("tokens_per_second",)),
 )
 

@@ -39,7 +39,7 @@ LAYOUT = {
         "busiest expert over an even share": ["Multiline", ["train/router/load_(masked|visible)$"]],
         "entropy of a token's experts, nats": ["Multiline", ["train/router/entropy_"]],
         "difference of masked and visible loads": ["Multiline", ["train/router/load_difference$"]],
-        "tokens dropped, and above an even share": ["Multiline", ["train/router/(dropped|overflow)$"]],
+        "share of choices dropped, and above an even share": ["Multiline", ["train/router/(dropped|overflow)$"]],
     },
     "4 how fast": {
         "tokens a second": ["Multiline", ["train/tokens_per_second$"]],
@@ -79,6 +79,8 @@ class RunLog:
             "training", total=training.train_iters, completed=iteration, numbers="", start=True
         )
         self._progress.start()
+        if tensorboard:
+            self.say(f"watch it: python -m megatron_a2d.study watch {root or tensorboard}")
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""

@@ -120,6 +120,15 @@ def test_settings_without_effect_are_refused() -> None:
     assert "--finetune" in problems(conversion="random", finetune=True)
     frozen = dict.fromkeys(("attention", "mlp", "router", "norm", "embedding", "head"), 0.0)
     assert "freezes every role" in problems(lr_mult=frozen)
+    for masked in (
+        {"conversion": "annealing", "attention_annealing_steps": 5}, {"conversion": "grafting", "grafting_steps": 2},
+        {"objective": "block", "block_length": 4},
+    ):  # fmt: skip
+        name = "objective" if "objective" in masked else "conversion"
+        assert problems(**masked, transformer_impl="transformer_engine") == (
+            f"--transformer-impl transformer_engine: does not go with --{name} {masked[name]}; use portable"
+        )
+        assert problems(**masked) == problems(**masked, transformer_impl="portable") == ""
     for good in (
         {"conversion": "annealing", "attention_annealing_steps": 5}, {"loss_weights": "cart", "cart_p": 0.5},
         {"objective": "ar", "conversion": "random"}, {"lr_mult": {**frozen, "norm": 0.1}},
