@@ -13,6 +13,7 @@ from megatron_a2d.console import console
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import hold_directory
+from megatron_a2d.study.inputs import hold_inputs
 from megatron_a2d.study.page import import_pyplot, write_lines, write_page
 from megatron_a2d.study.runner import Runner
 from megatron_a2d.study.study import Study, seeds_of
@@ -60,6 +61,7 @@ def run_study(name: str, argv: list[str]) -> None:
             print(f"{'done' if runner.is_done(job) else 'to do':6}{job.name}")
         return
     hold_directory(options.out, "--out")
+    hold_inputs(options.out, base)
     import_pyplot()  # better missed now than after the last run
     records = runner.run(jobs)
     page = options.page or options.out

@@ -65,9 +65,7 @@ class Critical(NamedTuple):
         return f"{one(self.value)} ({one(self.low)} to {one(self.high)})"
 
 
-def critical_batch(
-    losses: Mapping[int, Mapping[int, float]], tolerance: float = TOLERANCE, seed: int = 0
-) -> Critical:
+def critical_batch(losses: Mapping[int, Mapping[int, float]], tolerance: float = TOLERANCE, seed: int = 0) -> Critical:
     """The largest batch whose loss at equal tokens is within `tolerance` of the lowest, with a 95% interval.
 
     `losses`: {batch: {seed: loss}}, every seed with every batch. The loss is linear in log2 of the batch between those
@@ -157,8 +155,8 @@ def report(records: list[Record], images: Path) -> Report:
     text = (
         f"{table}\nHeld-out loss after equal tokens, ± half of a 95% confidence interval over seeds.\n\n{summary}\n"
         "In brackets 95% intervals. Critical batch: where the loss, linear in log2 of the batch between the measured "
-        "ones, leaves the band above the lowest; interval by a parametric bootstrap of the seeds' spread. Merrill et al. "
-        "hold branches against the batch of the run that they leave; the lowest loss does not depend on which batch "
+        "ones, leaves the band above the lowest; interval by a parametric bootstrap of the seeds' spread. Merrill et "
+        "al. hold branches against the batch of the run that they leave; the lowest loss does not depend on which one "
         "that was. Noise scale: tr V / |G|^2 at the checkpoint where the branches begin (McCandlish et al. 2018). All "
         "branches of an objective leave one checkpoint: the intervals say nothing of other checkpoints, sizes or data."
         f"\n\n{_caveats(losses, groups)}"
@@ -185,7 +183,7 @@ def _caveats(losses: dict[str, Losses], groups: dict[tuple[str, int], dict[int, 
     }
     most = max(samples.values())
     lines += [
-        f"- {batch} samples a batch: {count:,} samples in all, where others have {most:,}; its loss is too high for it.\n"
+        f"- {batch} samples a batch: {count:,} samples in all, where others have {most:,}; its loss is higher for it.\n"
         for batch, count in samples.items()
         if count < most
     ]

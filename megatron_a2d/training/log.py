@@ -79,6 +79,8 @@ class RunLog:
             "training", total=training.train_iters, completed=iteration, numbers="", start=True
         )
         self._progress.start()
+        if tensorboard:
+            self.say(f"watch it: python -m megatron_a2d.study watch {root or tensorboard}")
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""

@@ -143,6 +143,12 @@ def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> 
     return values
 
 
+def samples(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[Any]:
+    """This rank's first micro-batches."""
+    _, _, batches = _start(checkpoint, settings)
+    return [next(batches) for _ in range(num_batches)]
+
+
 def mask_rows(checkpoint: str, settings: dict[str, Any]) -> list[tuple[list[float], list[float], list[float]]]:
     """(before, after, mean of all rows) of the mask token's row in each table of this rank that holds it."""
     _, state, _ = _start(checkpoint, settings)
