@@ -27,7 +27,7 @@ STUDIES = {
 }
 
 
-# Measurements make samples of their own (with holes, with facts, with times of other kinds), to which these do not apply.
+# Measurements make samples of their own (with holes, with facts, with other times), to which these do not apply.
 _NOT_MEASURED = (
     "document_attention", "reset_position_ids", "random_length_prob", "eod_maskable", "loss_weights", "mask_sampling",
 )  # fmt: skip

@@ -161,7 +161,7 @@ def _forward_step(batches: Iterator[Batch], model: Any, return_schedule_plan: bo
     micro-batches), and the function that makes a loss of it."""
     mark("micro-batch")
     batch = next(batches)
-    rows = Rows(*(None if tensor is None else send(tensor) for tensor in find_rows(batch)))
+    rows = Rows._make(None if tensor is None else send(tensor) for tensor in find_rows(batch))
     # The documents stay here: where they are packed sequences, their lengths are asked for.
     rest = (None if tensor is None else send(tensor) for tensor in (batch.positions, batch.annealing, batch.levels))
     tokens = send(own_piece(batch.tokens, dim=1).contiguous())
