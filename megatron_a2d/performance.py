@@ -202,8 +202,9 @@ def _engine_problems(config: RunConfig) -> Iterator[str]:
     if config.training.transformer_impl == "portable":
         for name in needs_transformer_engine(config):
             yield f"{_shown(config, name)}: only Transformer Engine has it; use --transformer-impl auto, or remove it"
-    elif (refused := refuses_transformer_engine(config)) and config.performance.fp8 != "none":
-        yield f"--fp8 {config.performance.fp8}: needs Transformer Engine, which does not go with {refused}"
+    elif refused := refuses_transformer_engine(config):
+        for name in needs_transformer_engine(config):
+            yield f"{_shown(config, name)}: needs Transformer Engine, which does not go with {refused}; remove one"
 
 
 def _expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:

@@ -74,11 +74,12 @@ def published_rows() -> tuple[Row, ...]:
 
 def _row(row: dict[str, Any]) -> Row:
     architecture = _shape(row["model"])
-    # What is true of all of them: Megatron's distributed optimizer with its overlaps, bf16 gradients, balanced routing.
+    # What is true of all of them: Megatron's distributed optimizer with its overlaps, bf16 gradients, all logits at
+    # once, balanced routing.
     common = {
         "objective": "ar", "bf16": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
         "overlap_param_gather": True, "grad_reduce_in_fp32": False, "imbalance": 1.0, "overlap_p2p_comm": True,
-        "tp_comm_overlap": True,
+        "tp_comm_overlap": True, "whole_logits": True,
     }  # fmt: skip
     job = Job(architecture=architecture, **(common | row["settings"]))
     tokens = row.get("tokens_per_second")

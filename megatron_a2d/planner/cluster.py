@@ -11,13 +11,17 @@ import yaml
 
 from megatron_a2d.cli import Parser
 from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.gpus import rates_of
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "launch" / "clusters"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """One GPU and what connects it to the others; rates are dense peaks, bandwidths are each way and a GPU's own."""
+    """One GPU and what connects it to the others; bandwidths are each way and a GPU's own.
+
+    The matrix rates, dense peaks, are those of gpus.py unless the file gives others.
+    """
 
     gpu: str
     gpus_per_node: int
@@ -68,6 +72,8 @@ def read_cluster(name: str) -> Cluster:
 
 def _check(name: str, content: dict[str, Any]) -> Cluster:
     fields = {item.name: item.type for item in dataclasses.fields(Cluster)}
+    if rates := rates_of(str(content.get("gpu"))):
+        content = {name: rate for name, rate in rates._asdict().items() if rate is not None} | content
     problems = [
         f"--cluster {name}: unknown value {key}{nearest(str(key), fields)}" for key in content if key not in fields
     ]

@@ -50,6 +50,7 @@ class Job:
     exp_avg_sq_dtype: str = "fp32"
     # Not settings of a run: what is published of others, and what is assumed.
     fused_kernels: bool = False  # casts to FP8 and activations inside the experts' matrix products
+    whole_logits: bool = False  # the head makes the logits of all rows at once
     overlap_p2p_comm: bool = False
     tp_comm_overlap: bool = False
     imbalance: float = IMBALANCE

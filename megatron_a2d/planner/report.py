@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_a2d.config import flag
+from megatron_a2d.config import RunConfig, flag
 from megatron_a2d.console import human
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
@@ -40,15 +40,20 @@ def layout_name(job: Job) -> str:
     return ", ".join([*sizes, f"DP {job.data_parallel_size}", f"MBS {job.micro_batch_size}", *again])
 
 
-def layout_flags(plan: Plan) -> str:
-    """The flags that give a run this layout."""
+def layout_flags(plan: Plan, config: RunConfig) -> str:
+    """The flags that give the run of `config` this layout."""
     job, words = plan.job, []
     for name in LAYOUT:
         words += [flag(name), str(getattr(job, name))]
     words.append("--sequence-parallel" if job.sequence_parallel else "--no-sequence-parallel")
     words += ["--micro-batch-size", str(job.micro_batch_size)]
-    if job.recomputed_layers:
-        words += ["--recompute-granularity", "full"]
+    mine, its = config.performance, plan.config.performance
+    for name in ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute"):
+        if getattr(mine, name) and not getattr(its, name):
+            words.append("--no-" + flag(name)[2:])
+    for name in ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"):
+        if (value := getattr(its, name)) != getattr(mine, name):
+            words += [flag(name), *(value if isinstance(value, tuple) else [str(value)])]
     return " ".join(words)
 
 
