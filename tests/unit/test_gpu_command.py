@@ -54,6 +54,20 @@ def test_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text())["parts"] == [{"name": "good", "status": "skipped"}]
 
 
+def test_outcomes_are_written_after_every_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A test that hangs takes its process with it, not what the tests before it measured."""
+    from tests.gpu import conftest
+
+    path = tmp_path / "report.json"
+    for name, value in {"REPORT": [path], "OUTCOMES": {}, "FIGURES": {"test_a": {"distance": 0.5}}}.items():
+        monkeypatch.setattr(conftest, name, value)
+    for name, outcome in (("test_a", "passed"), ("test_b", "failed")):
+        node = f"tests/gpu/test_gpu.py::{name}"
+        conftest.pytest_runtest_logreport(pytest.TestReport(node, ("", 0, ""), {}, outcome, None, "call"))  # type: ignore[arg-type]
+        written = json.loads(path.read_text())
+        assert written["outcomes"][name] == outcome and written["figures"] == {"test_a": {"distance": 0.5}}
+
+
 def test_shapes_are_the_published_models() -> None:
     """The whole models have the parameters that their names say; what is measured differs in its layers alone."""
     from bench.steps import architecture_of
