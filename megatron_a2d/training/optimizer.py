@@ -113,7 +113,13 @@ def update_parameters(optimizer: MegatronOptimizer) -> float:
         return grad_norm
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
-            megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+            megatron_optimizer.clip_grad_by_total_norm_fp32(
+                parameters,
+                part.config.clip_grad,
+                grad_norm,
+                # --use-precision-aware-optimizer: the gradients are in `decoupled_grad`, of their own type.
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
     optimizer.step_with_ready_grads()
     return grad_norm
 
