@@ -12,7 +12,7 @@ from megatron_a2d.config import RunConfig, flag
 from megatron_a2d.console import human
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
-from megatron_a2d.planner.calibration import FITTED, error, left_out_error, published_rows
+from megatron_a2d.planner.calibration import FITTED, LARGEST_LEFT_OUT_ERROR, error, left_out_error, published_rows
 from megatron_a2d.planner.job import Job
 from megatron_a2d.planner.memory import Memory
 from megatron_a2d.planner.search import Plan, Search, why_slower, why_too_large
@@ -164,8 +164,7 @@ def _memory_error(published: float | None, modelled: float) -> str:
 
 def worst_errors() -> tuple[float, float]:
     """The largest error of a published run, and the largest of one that the fit did not know."""
-    rows = published_rows()
-    return max(abs(error(row)) for row in rows), max(abs(left_out_error(row)) for row in rows)
+    return max(abs(error(row)) for row in published_rows()), LARGEST_LEFT_OUT_ERROR
 
 
 def draw(path: Path, plans: dict[str, Plan], title: str) -> None:

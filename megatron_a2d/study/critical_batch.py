@@ -31,18 +31,20 @@ def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> l
         "batch_size": base.training.global_batch_size,
         "num_groups": NUM_GROUPS,
         "batches_per_group": BATCHES_PER_GROUP,
+        "scheme": "iid",  # the estimate is of samples that are independent, their times included
     }
+    fresh = {"seed": seeds[0] + 500}  # not the samples that SCP began with
     jobs = [
-        Job("scp", {"objective": "mdlm"}, {"seed": seeds[0]}, measures=(Measure("noise", "gradients", {}, noise),)),
+        Job("scp", {"objective": "mdlm"}, {"seed": seeds[0]}, measures=(Measure("noise", "gradients", fresh, noise),)),
         Job(
             "ar_noise", {"objective": "ar"}, {"seed": seeds[0]}, trains=False,
-            measures=(Measure("noise", "gradients", ar_settings(base), noise),),
+            measures=(Measure("noise", "gradients", ar_settings(base) | fresh, noise),),
         ),
     ]  # fmt: skip
     for seed in seeds:
         for objective in OBJECTIVES:
             for factor in FACTORS:
-                settings = {**scaled_batch(base, factor), "seed": seed + 500}  # not the samples that SCP began with
+                settings = {**scaled_batch(base, factor, round(max(FACTORS))), "seed": seed + 500}
                 if objective == "ar":
                     settings |= ar_settings(base)
                 tags = {"objective": objective, "batch": settings["global_batch_size"], "seed": seed}
@@ -65,9 +67,7 @@ class Critical(NamedTuple):
         return f"{one(self.value)} ({one(self.low)} to {one(self.high)})"
 
 
-def critical_batch(
-    losses: Mapping[int, Mapping[int, float]], tolerance: float = TOLERANCE, seed: int = 0
-) -> Critical:
+def critical_batch(losses: Mapping[int, Mapping[int, float]], tolerance: float = TOLERANCE, seed: int = 0) -> Critical:
     """The largest batch whose loss at equal tokens is within `tolerance` of the lowest, with a 95% interval.
 
     `losses`: {batch: {seed: loss}}, every seed with every batch. The loss is linear in log2 of the batch between those
@@ -157,9 +157,10 @@ def report(records: list[Record], images: Path) -> Report:
     text = (
         f"{table}\nHeld-out loss after equal tokens, ± half of a 95% confidence interval over seeds.\n\n{summary}\n"
         "In brackets 95% intervals. Critical batch: where the loss, linear in log2 of the batch between the measured "
-        "ones, leaves the band above the lowest; interval by a parametric bootstrap of the seeds' spread. Merrill et al. "
-        "hold branches against the batch of the run that they leave; the lowest loss does not depend on which batch "
-        "that was. Noise scale: tr V / |G|^2 at the checkpoint where the branches begin (McCandlish et al. 2018). All "
+        "ones, leaves the band above the lowest; interval by a parametric bootstrap of the seeds' spread. Merrill et "
+        "al. hold branches against the batch of the run that they leave; the lowest loss does not depend on which "
+        "that was. Noise scale: tr V / |G|^2 at the checkpoint where the branches begin (McCandlish et al. 2018), of "
+        "independent samples and times; the branches' own times are spread by index. All "
         "branches of an objective leave one checkpoint: the intervals say nothing of other checkpoints, sizes or data."
         f"\n\n{_caveats(losses, groups)}"
         f"The claim that diffusion's critical batch is the larger one: {_claim(found_batches)}.\n\n"
@@ -185,7 +186,7 @@ def _caveats(losses: dict[str, Losses], groups: dict[tuple[str, int], dict[int, 
     }
     most = max(samples.values())
     lines += [
-        f"- {batch} samples a batch: {count:,} samples in all, where others have {most:,}; its loss is too high for it.\n"
+        f"- {batch} samples a batch: {count:,} samples in all, where others have {most:,}; that raises its loss.\n"
         for batch, count in samples.items()
         if count < most
     ]
@@ -201,6 +202,8 @@ def _claim(found: dict[str, Critical]) -> str:
         return "supported by these runs"
     if diffusion.high < autoregressive.low:
         return "contradicted by these runs"
+    if math.isinf(diffusion.low) and math.isinf(autoregressive.low):
+        return "not decided by these runs: both lie above the largest batch that was tried"
     return "not decided by these runs: the intervals overlap"
 
 

@@ -101,11 +101,15 @@ def test_what_failed_is_named_and_what_waits_for_it_is_not_begun(tmp_path: Path)
     assert len(runner(tmp_path).run(JOBS)) == 3
 
 
-def test_another_plan_is_refused(tmp_path: Path) -> None:
+def test_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner(tmp_path).run(JOBS)
     with pytest.raises(UserError, match=r"first was begun with lr 0.0001, not 0.1"):
         runner(tmp_path, lr=0.1).run(JOBS)
+    made = calls(tmp_path)
     runner(tmp_path, load="moved").run(JOBS)
+    monkeypatch.chdir(tmp_path)
+    runner(Path()).run(JOBS)  # the same --out under another name
+    assert calls(tmp_path) == made
 
 
 def test_a_killed_study_goes_on(tmp_path: Path) -> None:
@@ -137,6 +141,13 @@ def test_branches_differ_in_their_batch_alone() -> None:
         assert changed["global_batch_size"] * changed["eval_iters"] == 16 * 8
         assert changed["lr"] == pytest.approx(1e-3 * factor**0.5)
         assert changed["global_batch_size"] % changed["micro_batch_size"] == 0
+    # Counts that the factors of the study do not divide: the same tokens for all, no further off than half a factor.
+    branches = [scaled_batch(config, factor, 16) for factor in critical_batch.FACTORS]
+    for name, was in (("train_iters", 200), ("lr_warmup_iters", 20), ("eval_iters", 8)):
+        [samples] = {branch["global_batch_size"] * branch[name] for branch in branches}
+        assert samples > 0 and abs(samples - 16 * was) <= 16 * 8
+    with pytest.raises(UserError, match="--global-batch-size 6: the study divides it by 4"):
+        scaled_batch(base(global_batch_size=6, micro_batch_size=1, train_iters=8), 0.25)
     unchanged = config.to_dict()
     assert all(unchanged[name] == value for name, value in scaled_batch(config, 1).items())
 
