@@ -36,7 +36,7 @@ def check_version() -> None:
 
 
 def release() -> str:
-    """megatron.core's version, as 0.19.2: without the commit that it adds when its folder lies within a git checkout."""
+    """megatron.core's version, as 0.19.2: without the commit that it adds when it lies within a git checkout."""
     return str(megatron.core.__version__).partition("+")[0]
 
 
