@@ -212,9 +212,15 @@ def measure(shape: Shape, settings: dict[str, Any] | None, rounds: int, peak: fl
 
 
 def free_memory() -> None:
-    """Of the variant before. megatron's DistributedDataParallel keeps itself alive through autograd's hooks."""
+    """Of the variant before. megatron's DistributedDataParallel keeps itself alive through autograd's hooks.
+
+    Its process groups go as well: each has a thread, which never quite sleeps.
+    """
     from megatron.core.distributed import DistributedDataParallel
 
+    from megatron_a2d.training import parallel
+
+    parallel.finalize()
     for item in gc.get_objects():
         if isinstance(item, DistributedDataParallel):
             item.grad_accs.clear()

@@ -18,6 +18,7 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.specs import choose_implementation
+from megatron_a2d.runtime import upstream
 from megatron_a2d.runtime.device import compute_capability, has_cuda
 from megatron_a2d.runtime.precision import choose_scaling
 
@@ -127,8 +128,8 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
     if performance.cuda_graph_impl != "none":
         fields.update(
             cuda_graph_impl=performance.cuda_graph_impl,
-            cuda_graph_scope=list(performance.cuda_graph_scope),
             cuda_graph_warmup_steps=GRAPH_WARMUP_STEPS,
+            **upstream.graphed_parts(performance.cuda_graph_scope),
         )
     if performance.recompute_granularity == "full":
         fields.update(

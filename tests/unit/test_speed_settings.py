@@ -15,6 +15,7 @@ from megatron_a2d.checks import find_problems
 from megatron_a2d.config import build, settings
 from megatron_a2d.errors import UserError
 from megatron_a2d.model import transformer_config
+from megatron_a2d.runtime import upstream
 from megatron_a2d.runtime.environment import Gpu, as_text, environment, own_cores
 from megatron_a2d.runtime.precision import Scaling, choose_scaling
 from megatron_a2d.training.garbage import Garbage
@@ -170,8 +171,8 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
     expected = dict(
-        fp8="e4m3", fp8_recipe="mxfp8", fp8_param=False, first_last_layers_bf16=True, cuda_graph_scope=["attn", "moe_router"],
-        recompute_modules=["moe_act"], moe_flex_dispatcher_backend="hybridep", moe_grouped_gemm=True,
+        fp8="e4m3", fp8_recipe="mxfp8", fp8_param=False, first_last_layers_bf16=True, recompute_modules=["moe_act"],
+        moe_flex_dispatcher_backend="hybridep", moe_grouped_gemm=True, **upstream.graphed_parts(("attn", "moe_router")),
     )  # fmt: skip
     for name in ("moe_permute_fusion", "moe_router_fusion", "moe_router_force_load_balancing", "apply_rope_fusion",
                  "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "gradient_accumulation_fusion"):  # fmt: skip
