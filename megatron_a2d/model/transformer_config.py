@@ -18,9 +18,9 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.specs import choose_implementation
+from megatron_a2d.precision import choose_scaling
 from megatron_a2d.runtime import upstream
-from megatron_a2d.runtime.device import compute_capability, has_cuda
-from megatron_a2d.runtime.precision import choose_scaling
+from megatron_a2d.runtime.device import compute_capability, cuda_version, has_cuda
 
 # Steps that run as usual before a layer's kernels are recorded: allocator, autotuning and FP8 scales have settled.
 GRAPH_WARMUP_STEPS = 3
@@ -105,7 +105,7 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
         apply_rope_fusion=performance.apply_rope_fusion,
         moe_grouped_gemm=grouped,
     )
-    if scaling := choose_scaling(performance.fp8, compute_capability()):
+    if scaling := choose_scaling(performance.fp8, compute_capability(), cuda_version()):
         fields.update(
             fp8=scaling.format,
             fp8_recipe=scaling.recipe,

@@ -20,8 +20,8 @@ from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.model.specs import build_block_spec, choose_implementation
 from megatron_a2d.model.transformer_config import build_transformer_config
 from megatron_a2d.performance import isolates_documents
-from megatron_a2d.runtime.device import compute_capability, device
-from megatron_a2d.runtime.precision import choose_scaling
+from megatron_a2d.precision import choose_scaling
+from megatron_a2d.runtime.device import compute_capability, cuda_version, device
 from megatron_a2d.runtime.upstream import allow_schedule_plans, mark_expert_parameters
 from megatron_a2d.training.gathering import gather_weights
 from megatron_a2d.training.optimizer import build_optimizer, build_scheduler, freeze_roles, reuses_gradient_buffer
@@ -111,7 +111,10 @@ def build_train_state(architecture: Architecture, config: RunConfig) -> TrainSta
         allow_schedule_plans()
     virtual = config.parallel.virtual_pipeline_size
     models = [build_model(architecture, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
-    performance, scaling = config.performance, choose_scaling(config.performance.fp8, compute_capability())
+    performance, scaling = (
+        config.performance,
+        choose_scaling(config.performance.fp8, compute_capability(), cuda_version()),
+    )
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=performance.grad_reduce_in_fp32,
         fp8_param_gather=performance.fp8_param_gather,

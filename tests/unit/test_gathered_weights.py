@@ -20,7 +20,10 @@ from tests.tiny import MASK_TOKEN_ID, hub_config
 
 SHAPE = (4, 64)
 # The sizes that the flag accepts: every weight a multiple of 64 elements.
-MODEL = {**hub_config("moe", head_dim=64, moe_intermediate_size=64, num_hidden_layers=2), "mask_token_id": MASK_TOKEN_ID}
+MODEL = {
+    **hub_config("moe", head_dim=64, moe_intermediate_size=64, num_hidden_layers=2),
+    "mask_token_id": MASK_TOKEN_ID,
+}
 
 
 class Seen(NamedTuple):
@@ -39,7 +42,9 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         if hasattr(param_and_grad_buffer, "_param_uses_quantized_storage"):  # megatron-core 0.19
             patch.setattr(param_and_grad_buffer, "_param_uses_quantized_storage", lambda parameter: True)
             patch.setattr(
-                param_and_grad_buffer, "copy_tensor_to_quantized_param", lambda p, data: p.data.copy_(data.view(p.shape))
+                param_and_grad_buffer,
+                "copy_tensor_to_quantized_param",
+                lambda p, data: p.data.copy_(data.view(p.shape)),
             )
         for module in (setup, optimizer):
             patch.setattr(module, "reuses_gradient_buffer", lambda *_: True)
