@@ -18,7 +18,7 @@ TESTS312 := A2D_TRANSFORMERS4=$(CURDIR)/$(VENV312)/transformers4 OMP_NUM_THREADS
 FORMAT ?=
 # A variable that a target needs and was not given.
 needs = $(foreach name,$(1),$(if $($(name)),,$(error $@: give $(name)=..., see the README)))
-NPROC ?= 1
+NPROC ?=
 INPUT ?=
 OUT ?=
 TOKENIZER ?=

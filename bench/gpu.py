@@ -10,6 +10,7 @@ are listed as skipped. Most wanted first. A rehearsal has four times the time.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from bench.report import machine
 from bench.shapes import SHAPES
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
+from megatron_a2d.errors import UserError
 from megatron_a2d.files import write_json
 
 
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=None, help="names of parts, or beginnings of names; default: all")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU, to try every line")
     options = parser.parse_args()
+    _check(options)
     slack = 4 if options.rehearse else 1  # how long a CPU takes, says nothing
     chosen = [
         part._replace(limit=slack * part.limit)
@@ -88,6 +91,21 @@ def main() -> None:
     print(f"{options.out}: {len(chosen) - len(failed)} of {len(chosen)} parts" + (f"; not {failed}" if failed else ""))
     if failed:
         sys.exit(1)
+
+
+def _check(options: argparse.Namespace) -> None:
+    names = [part.name for part in parts(options.rehearse)]
+    problems = [
+        f"--parts {asked}: no part's name begins so; there are {', '.join(names)}"
+        for asked in options.parts or []
+        if not any(name.startswith(asked) for name in names)
+    ]
+    if not options.budget > 0:
+        problems.append(f"--budget {options.budget:g}: must be above 0 seconds")
+    if not options.out.absolute().parent.is_dir() or options.out.is_dir():
+        problems.append(f"--out {options.out}: is no file in a directory that exists; name one")
+    if problems:
+        raise UserError(problems)
 
 
 def can_compile() -> bool:

@@ -48,7 +48,7 @@ export PYTHONPATH="$packages:$PWD"
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="the folder; made if it is not there")
+    parser.add_argument("--out", type=Path, required=True, help="the folder; new, or empty")
     parser.add_argument(
         "--python", default=f"{sys.version_info.major}.{sys.version_info.minor}", help="of that machine"
     )
@@ -58,6 +58,11 @@ def main() -> None:
     parser.add_argument("--sm", type=int, default=90, help="architecture whose machine code is kept; 0: all")
     parser.add_argument("--megatron", nargs="+", default=list(MEGATRON), help="releases of megatron-core")
     options = parser.parse_args()
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UserError(
+            f"--out {options.out}: is there and is not an empty folder; what was collected for other versions would be "
+            "installed too. Remove it, or name another"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     for release in options.megatron:
         download(options.out, options.python, f"megatron-core=={release}")

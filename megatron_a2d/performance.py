@@ -243,7 +243,7 @@ def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[st
             if size % 64:
                 yield (
                     f"--fp8-param-gather: the {what}, {size}, is no multiple of 64, and with --fp8 {performance.fp8} "
-                    "weights would be taken from wrong places of the gradients' buffer; drop it, or choose another --fp8"
+                    "weights would be read at wrong places of the gradients' buffer; drop it, or choose another --fp8"
                 )
     # Transformer Engine's FP8 products want multiples of 16 on every side; MXFP8 scales blocks of 32.
     block = 32 if performance.fp8 in ("auto", "mxfp8") else 16
