@@ -29,6 +29,7 @@ GRAPH_WARMUP_STEPS = 3
 def build_transformer_config(architecture: Architecture, config: RunConfig) -> TransformerConfig:
     """The configuration of every layer, on every rank of the run's layout."""
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    interleaved = config.parallel.virtual_pipeline_size is not None
     fields: dict[str, Any] = dict(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -68,10 +69,11 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
         bias_dropout_fusion=False,
         bias_activation_fusion=True,
         masked_softmax_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # A send that goes on beside the computation still reads what it sends.
+        deallocate_pipeline_outputs=not interleaved,
         variable_seq_lengths=False,
         batch_p2p_comm=False,
-        overlap_p2p_comm=False,
+        overlap_p2p_comm=interleaved,  # the plain schedule has nothing to compute meanwhile
     )
     if architecture.is_moe:
         fields.update(

@@ -143,6 +143,8 @@ def job_of(
         if name in settings()
     }
     job = Job(architecture=architecture, world_size=world_size, **(known | changes))
+    # As model/transformer_config.py has it.
+    job = dataclasses.replace(job, overlap_p2p_comm=job.num_virtual_stages_per_pipeline_rank > 1)
     if cluster is None:
         return dataclasses.replace(job, fp8="mxfp8") if job.fp8 == "auto" else job
     scaling = choose_scaling(job.fp8, cluster.capability)

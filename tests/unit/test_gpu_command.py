@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench import gpu
+from bench import gpu, train_step
 from bench.shapes import SHAPES, rehearsal
+from megatron_a2d.errors import UserError
 from megatron_a2d.model.flops import train_flops_per_token
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
@@ -88,3 +89,28 @@ def test_rehearsals_are_small(name: str) -> None:
     from bench.steps import architecture_of
 
     assert architecture_of(rehearsal(SHAPES[name]).config()).num_parameters() < 1e6
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        (
+            gpu,
+            ["--out", "OUT", "--parts", "tests", "bogus"],
+            "--parts bogus: no part's name begins so; there are tests",
+        ),
+        (gpu, ["--out", "OUT", "--budget", "-5"], "--budget -5: must be above 0"),
+        (gpu, ["--out", "OUT/nowhere/x.json"], "--out .*: is no file in a directory that exists"),
+        (train_step, ["--rehearse", "--variants", "bogus"], "--variants bogus: is none of .*bf16, portable"),
+        (train_step, ["--variants", "bf16"], "--variants: the CPU's comparison has none"),
+        (train_step, ["--rehearse", "--rounds", "0"], "--rounds 0: at least 1"),
+    ],
+)
+def test_nonsense_is_refused(
+    module: Any, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "result.json")
+    monkeypatch.setattr(sys, "argv", ["bench", *(word.replace("OUT", out) for word in arguments)])
+    with pytest.raises(UserError, match=words):
+        module.main()
+    assert not list(tmp_path.iterdir())
