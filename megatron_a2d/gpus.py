@@ -1,4 +1,5 @@
-"""Dense matrix rates of GPUs, by NVIDIA's data sheets: MFU is measured against them, the planner divides by them."""
+"""GPUs by NVIDIA's data sheets: dense matrix rates (MFU is measured against them, the planner divides by them), and the
+compute capability, which says what they can compute in."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ class Rates(NamedTuple):
 
     bf16_tflops: float
     fp8_tflops: float | None  # None: it computes nothing in FP8
+    compute_capability: float
 
 
 RATES = {
-    "A100": Rates(312, None), "H100": Rates(989, 1979), "H200": Rates(989, 1979), "B200": Rates(2250, 4500),
-    "GB200": Rates(2500, 5000),
+    "A100": Rates(312, None, 8.0), "H100": Rates(989, 1979, 9.0), "H200": Rates(989, 1979, 9.0),
+    "B200": Rates(2250, 4500, 10.0), "GB200": Rates(2500, 5000, 10.0),
 }  # fmt: skip
 
 

@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         console.print(report.calibration())
         return
     cluster = _cluster(options)
+    if options.plot:
+        report.check_plot(options.plot)
     if not options.config:
         config = _with_gpu_defaults(config, options)
     architecture = _architecture(config)

@@ -20,7 +20,7 @@ DIRECTORY = Path(__file__).resolve().parents[2] / "launch" / "clusters"
 class Cluster:
     """One GPU and what connects it to the others; bandwidths are each way and a GPU's own.
 
-    The matrix rates, dense peaks, are those of gpus.py unless the file gives others.
+    The matrix rates, dense peaks, and the compute capability are those of gpus.py unless the file gives others.
     """
 
     gpu: str
@@ -28,6 +28,7 @@ class Cluster:
     memory_gib: float
     bf16_tflops: float
     fp8_tflops: float
+    compute_capability: float
     memory_gb_per_s: float
     nvlink_domain: int
     nvlink_gb_per_s: float
@@ -39,8 +40,14 @@ class Cluster:
         return self.memory_gib * 2**30
 
     @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, (9, 0) for Hopper."""
+        major, minor = divmod(round(10 * self.compute_capability), 10)
+        return major, minor
+
+    @property
     def is_blackwell(self) -> bool:
-        return any(name in self.gpu for name in ("B200", "B300"))
+        return self.capability >= (10, 0)
 
 
 def add_cluster(parser: Parser) -> None:

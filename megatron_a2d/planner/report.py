@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,20 @@ def worst_errors() -> tuple[float, float]:
     return max(abs(error(row)) for row in published_rows()), LARGEST_LEFT_OUT_ERROR
 
 
-def draw(path: Path, plans: dict[str, Plan], title: str) -> None:
-    """Memory and time by part as bars, a bar for each plan."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'megatron_a2d[plot]'") from None
+def check_plot(path: Path) -> None:
+    """UserError if `draw` could not write it; to be asked before the work."""
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {path}: unknown kind of picture; name it .png, .pdf or .svg")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--plot {path}: its directory does not exist; make it, or name another")
+    if find_spec("matplotlib") is None:
+        raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'megatron_a2d[plot]'")
+
+
+def draw(path: Path, plans: dict[str, Plan], title: str) -> None:
+    """Memory and time by part as bars, a bar for each plan."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 3 + 1.2 * len(plans)), layout="constrained")
     above, below = figure.subplots(2, 1)
     labels = [f"{name}\n{layout_name(plan.job)}" for name, plan in plans.items()]

@@ -24,6 +24,12 @@ def compute_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if has_cuda() else None
 
 
+def cuda_version() -> tuple[int, int] | None:
+    """The release of CUDA that torch was built for, (12, 9); None without one."""
+    version = torch.version.cuda
+    return (int(version.split(".")[0]), int(version.split(".")[1])) if version else None
+
+
 def send(tensor: Tensor) -> Tensor:
     """A tensor of the host on this process's device; on a GPU without waiting for what that does at the moment."""
     if tensor.is_cuda or not has_cuda():

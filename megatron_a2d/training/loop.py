@@ -208,6 +208,7 @@ def run_validation(
     batch_size = config.training.global_batch_size
     num_samples = min(config.training.eval_iters, valid_data.num_samples // batch_size) * batch_size
     shape = (config.training.micro_batch_size, config.input_length)
+    state.gather_parameters()
     with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, for_training=False) as batches:
         return validate(state.chunks, batches, num_samples, batches.num_microbatches, shape)
 

@@ -35,6 +35,7 @@ from megatron_a2d.data.batches import Batch
 from megatron_a2d.errors import UserError
 from megatron_a2d.runtime.device import device
 from megatron_a2d.training.drift import Drift
+from megatron_a2d.training.gathering import zero_gradients
 from megatron_a2d.training.parallel import from_first_rank
 from megatron_a2d.training.pieces import over_ranks, owned_pieces, squares_by_role
 from megatron_a2d.training.routers import RouterCounts
@@ -125,9 +126,7 @@ class Monitor:
         assert self._small is not None
         count, size = self._small
         small = [Batch._make(None if rows is None else rows[:size] for rows in batch) for batch in iteration[:count]]
-        for chunk in self._state.chunks:
-            chunk.zero_grad_buffer()
-        self._state.optimizer.zero_grad()
+        zero_gradients(self._state.chunks, self._state.optimizer)
         forward_backward(list(self._state.chunks), iter(small), count, (size, self._input_length), forward_only=False)
         return sum(self._squares(lambda _, piece: piece.gradient()))
 

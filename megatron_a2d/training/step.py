@@ -20,6 +20,7 @@ from megatron_a2d.model.diffusion_lm import RowLosses, own_piece
 from megatron_a2d.runtime.device import device, send
 from megatron_a2d.runtime.heartbeat import mark
 from megatron_a2d.runtime.phases import phase
+from megatron_a2d.training.gathering import zero_gradients
 from megatron_a2d.training.optimizer import update_parameters
 
 
@@ -115,9 +116,7 @@ def train_step(
         iteration = [next(batches) for _ in range(num_microbatches)]
     with observer.step(iteration) if observer else nullcontext():
         with phase("optimizer"):
-            for chunk in chunks:
-                chunk.zero_grad_buffer()
-            optimizer.zero_grad()
+            zero_gradients(chunks, optimizer)
         losses = forward_backward(chunks, iter(iteration), num_microbatches, shape, forward_only=False)
     mark("update")
     with observer.update() if observer else nullcontext(), phase("optimizer"):
