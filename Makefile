@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TESTS := A2D_TRANSFORMERS4=$(CURDIR)/$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # The same tests under the newest megatron-core, which needs Python 3.12.
-PYTHON312 ?= python3.12
+PYTHON312 ?= $(or $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null),$(lastword $(wildcard \
+  $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)))
 VENV312 := .venv312
 PIP312 := $(VENV312)/bin/python -m pip --disable-pip-version-check --quiet
 TESTS312 := A2D_TRANSFORMERS4=$(CURDIR)/$(VENV312)/transformers4 OMP_NUM_THREADS=1 $(VENV312)/bin/python -m pytest
@@ -17,7 +18,7 @@ TESTS312 := A2D_TRANSFORMERS4=$(CURDIR)/$(VENV312)/transformers4 OMP_NUM_THREADS
 FORMAT ?=
 # A variable that a target needs and was not given.
 needs = $(foreach name,$(1),$(if $($(name)),,$(error $@: give $(name)=..., see the README)))
-NPROC ?= 1
+NPROC ?=
 INPUT ?=
 OUT ?=
 TOKENIZER ?=
@@ -57,18 +58,18 @@ demo: setup  ## the whole way on two CPU cores, offline, in minutes
 test: setup  ## the tests: all but the full matrices
 	$(TESTS) $(ARGS)
 
-ifeq ($(shell $(PYTHON312) -c 'print(1)' 2>/dev/null),1)
+ifeq ($(shell "$(PYTHON312)" -c 'print(1)' 2>/dev/null),1)
 test-latest: $(VENV312)/installed  ## the tests under the newest megatron-core, where Python 3.12 is found
 	$(TESTS312) $(ARGS)
 else
 test-latest:
-	@echo "test-latest: $(PYTHON312) is not here, nothing was tested; name one with PYTHON312=..."
+	@echo "test-latest: there is no Python 3.12 here, nothing was tested; name one with PYTHON312=..."
 endif
 
 # torch for Python 3.12 is on the public index with CUDA alone: 5 GB.
 $(VENV312)/installed: setup.py constraints/py312.txt constraints/transformers4.txt
 	@echo "making $(VENV312): Python 3.12, pinned packages, a few minutes"
-	@$(PYTHON312) -m venv $(VENV312)
+	@"$(PYTHON312)" -m venv $(VENV312)
 	@$(PIP312) install --constraint constraints/py312.txt torch
 	@$(PIP312) install --constraint constraints/py312.txt --editable '.[dev,plot]'
 	@$(PIP312) install --no-deps --upgrade --target $(VENV312)/transformers4 --requirement constraints/transformers4.txt

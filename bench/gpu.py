@@ -5,11 +5,12 @@
 
 Each part is a process of its own with a limit on its time. The file is written again after each: a part that fails or
 runs too long is there with its last lines, and what it had measured until then is kept. Parts for which no time is left
-are listed as skipped. Most wanted first.
+are listed as skipped. Most wanted first. A rehearsal has four times the time.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from bench.report import machine
 from bench.shapes import SHAPES
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
+from megatron_a2d.errors import UserError
 from megatron_a2d.files import write_json
 
 
@@ -42,7 +44,7 @@ def parts(rehearse: bool) -> list[Part]:
     head = [sys.executable, "-m", "bench.masked_head", "--out", "OUT"]
     head += ["--rehearse"] if rehearse else ["--device", "cuda"]
     shapes = list(SHAPES)  # the two with targets come first
-    tests = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-m", "gpu"]
+    tests = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-m", "gpu", "-vv"]
     return [
         Part("tests", [*tests, "--gpu-report", "OUT"], 200),
         *(Part(f"train_step {name}", [*step, "--shapes", name], 130) for name in shapes[:2]),
@@ -58,10 +60,12 @@ def main() -> None:
         "--budget", type=float, default=570, help="seconds in all; a part is skipped when none are left"
     )
     parser.add_argument("--parts", nargs="+", default=None, help="names of parts, or beginnings of names; default: all")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU, to try every line of it")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU, to try every line")
     options = parser.parse_args()
+    _check(options)
+    slack = 4 if options.rehearse else 1  # how long a CPU takes, says nothing
     chosen = [
-        part
+        part._replace(limit=slack * part.limit)
         for part in parts(options.rehearse)
         if options.parts is None or any(part.name.startswith(name) for name in options.parts)
     ]
@@ -73,7 +77,7 @@ def main() -> None:
         "parts": [],
     }
     for part in chosen:
-        left = options.budget - (time.monotonic() - begin)
+        left = slack * options.budget - (time.monotonic() - begin)
         done = (
             run(part, min(part.limit, left), options.rehearse)
             if left > 10
@@ -87,6 +91,21 @@ def main() -> None:
     print(f"{options.out}: {len(chosen) - len(failed)} of {len(chosen)} parts" + (f"; not {failed}" if failed else ""))
     if failed:
         sys.exit(1)
+
+
+def _check(options: argparse.Namespace) -> None:
+    names = [part.name for part in parts(options.rehearse)]
+    problems = [
+        f"--parts {asked}: no part's name begins so; there are {', '.join(names)}"
+        for asked in options.parts or []
+        if not any(name.startswith(asked) for name in names)
+    ]
+    if not options.budget > 0:
+        problems.append(f"--budget {options.budget:g}: must be above 0 seconds")
+    if not options.out.absolute().parent.is_dir() or options.out.is_dir():
+        problems.append(f"--out {options.out}: is no file in a directory that exists; name one")
+    if problems:
+        raise UserError(problems)
 
 
 def can_compile() -> bool:

@@ -4,8 +4,8 @@
 
     on that machine:  bash .gpu/use.sh python3 -m bench.gpu --out result.json
 
-The folder then holds megatron-core (both releases, unless one is named), the small packages that this project and
-Transformer Engine import and that such an image may lack, and Transformer Engine itself: its Python part, its core
+The folder then holds megatron-core (both releases, unless one is named), the packages that this project, its tests and
+Transformer Engine import and that such an image may lack (all but torch and numpy), and Transformer Engine itself: its Python part, its core
 library, and its torch extension, which is published as source only and is built here, for the Python and the torch that
 run this command; they must be those of the GPU machine. `--sm 90` keeps the core library's machine code for that
 architecture alone: the other parts are filled with zeros, which compress to nothing (0: keep all).
@@ -26,8 +26,12 @@ from megatron_a2d.console import entry_point
 from megatron_a2d.errors import UserError
 
 MEGATRON = ("0.16.1", "0.19.2")
-# Imported at run time by this project (rich, PyYAML, ...) or by Transformer Engine (einops, pydantic, ...).
+# Imported by this project, its tests and benchmarks (transformers, pytest, ...) with what they need, or by Transformer
+# Engine (einops, pydantic, ...). torch and numpy are that machine's own.
 SMALL = (
+    "transformers", "tokenizers", "safetensors", "huggingface_hub", "hf-xet", "httpx2", "httpcore2", "truststore",
+    "anyio", "idna", "h11", "click", "typer", "shellingham", "annotated-doc", "filelock", "fsspec", "tqdm", "regex",
+    "pytest", "iniconfig", "pluggy",
     "rich", "markdown-it-py", "mdurl", "pygments", "PyYAML", "psutil", "orjson", "xxhash", "einops", "pydantic",
     "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "nvdlfw-inspect", "packaging",
 )  # fmt: skip
@@ -48,7 +52,7 @@ export PYTHONPATH="$packages:$PWD"
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="the folder; made if it is not there")
+    parser.add_argument("--out", type=Path, required=True, help="the folder; new, or empty")
     parser.add_argument(
         "--python", default=f"{sys.version_info.major}.{sys.version_info.minor}", help="of that machine"
     )
@@ -58,6 +62,11 @@ def main() -> None:
     parser.add_argument("--sm", type=int, default=90, help="architecture whose machine code is kept; 0: all")
     parser.add_argument("--megatron", nargs="+", default=list(MEGATRON), help="releases of megatron-core")
     options = parser.parse_args()
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UserError(
+            f"--out {options.out}: is there and is not an empty folder; what was collected for other versions would be "
+            "installed too. Remove it, or name another"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     for release in options.megatron:
         download(options.out, options.python, f"megatron-core=={release}")
@@ -73,12 +82,14 @@ def main() -> None:
 def download(out: Path, python: str, *packages: str) -> None:
     """Wheels for that Python on x86-64 Linux, without what they depend on."""
     tag = python.replace(".", "")
+    pins = Path(__file__).resolve().parents[1] / "constraints" / f"py{tag}.txt"
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 24, 17)] + [
         "--platform=manylinux2014_x86_64"
     ]
     _pip(
         "download", "--no-deps", "--only-binary=:all:", "--dest", str(out), "--python-version", python,
-        "--implementation", "cp", "--abi", f"cp{tag}", "--abi", "abi3", "--abi", "none", *platforms, *packages,
+        "--implementation", "cp", "--abi", f"cp{tag}", "--abi", "abi3", "--abi", "none", *platforms,
+        *(["--constraint", str(pins)] if pins.exists() else []), *packages,
     )  # fmt: skip
 
 

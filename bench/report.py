@@ -40,7 +40,7 @@ def version_of(package: str) -> str | None:
 
 def machine() -> dict[str, Any]:
     """Hardware and versions, without anything that names the machine itself."""
-    import megatron.core
+    from megatron_a2d.runtime.upstream import release
 
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -54,7 +54,7 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron_core": megatron.core.__version__,
+        "megatron_core": release(),
         "transformers": version_of("transformers"),
         "transformer_engine": version_of("transformer_engine"),
         "cuda": torch.version.cuda,

@@ -61,10 +61,17 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; leave it out, or use --rehearse")
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds}: at least 1 step is to be timed")
     if options.device == "cpu" and not options.rehearse:
+        if options.variants:
+            raise UserError("--variants: the CPU's comparison has none; add --rehearse, or use --device cuda")
         in_turns(options.rounds, options.out)
         return
     shapes = {name: rehearsal(SHAPES[name]) if options.rehearse else SHAPES[name] for name in options.shapes}
+    known = {name for shape in shapes.values() for on_gpu in (True, False) for name in variants(shape, on_gpu, on_gpu)}
+    if unknown := [name for name in options.variants or [] if name not in known]:
+        raise UserError([f"--variants {name}: is none of {'; '.join(sorted(known))}" for name in unknown])
     one_by_one(shapes, options.variants, options.rounds, options.out)
 
 
@@ -212,9 +219,15 @@ def measure(shape: Shape, settings: dict[str, Any] | None, rounds: int, peak: fl
 
 
 def free_memory() -> None:
-    """Of the variant before. megatron's DistributedDataParallel keeps itself alive through autograd's hooks."""
+    """Of the variant before. megatron's DistributedDataParallel keeps itself alive through autograd's hooks.
+
+    Its process groups go as well: each has a thread, which never quite sleeps.
+    """
     from megatron.core.distributed import DistributedDataParallel
 
+    from megatron_a2d.training import parallel
+
+    parallel.finalize()
     for item in gc.get_objects():
         if isinstance(item, DistributedDataParallel):
             item.grad_accs.clear()

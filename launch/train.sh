@@ -1,29 +1,42 @@
 #!/usr/bin/env bash
 # Train on one machine, or on each of several, with torchrun.
 #
-#   NPROC=8 launch/train.sh --config launch/recipes/NAME.yaml --load CKPT --save RUN
+#   launch/train.sh --config launch/recipes/NAME.yaml --load CKPT --save RUN
 #
 # Several machines: run the same line on each with NNODES, NODE_RANK and MASTER_ADDR set, and A2D_ATTEMPT naming a new
 # directory that all of them see (launch/train.sbatch does that under Slurm). NPROC is the number of processes of a
-# machine, one a GPU. PREFLIGHT=0 leaves the checks out. Exit codes: docs/cluster.md.
+# machine: one a GPU, 1 without. PREFLIGHT=0 leaves the checks out. Exit codes: docs/cluster.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ -z "${BIN:-}" ]; then
   if [ -x .venv/bin/python ]; then BIN=.venv/bin; else BIN=$(dirname "$(command -v python3)"); fi
 fi
-NPROC=${NPROC:-1}
+if [ -z "${NPROC:-}" ]; then
+  NPROC=$({ nvidia-smi -L 2>/dev/null || :; } | grep -c '^GPU ' || :)
+  if [ "$NPROC" = 0 ]; then NPROC=1; fi
+fi
 export NNODES=${NNODES:-1}
 export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would choose the same, with a banner
 port=${MASTER_PORT:-29500}
+
+refuse() {
+  echo "error: $*; correct it, or leave it out" >&2
+  exit 2
+}
+[[ $NPROC =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NPROC=$NPROC: is no number of processes"
+[[ $NNODES =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NNODES=$NNODES: is no number of nodes"
+[[ $NODE_RANK =~ ^[0-9]{1,5}$ ]] || refuse "NODE_RANK=$NODE_RANK: is no number from 0 on"
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || refuse "MASTER_PORT=$port: is no port"
+[[ $NNODES = 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$NNODES: needs MASTER_ADDR, the first node's name"
 
 torchrun=("$BIN/python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
 if [ "$NNODES" = 1 ]; then
   here=(--standalone) there=(--standalone)
 else
   # Two ports: a node that is quick must not meet the check of one that is slow.
-  here=(--node-rank "$NODE_RANK" --master-addr "${MASTER_ADDR:?}" --master-port "$((port + 1))")
+  here=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$((port + 1))")
   there=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$port")
 fi
 # What can be wrong is found here, before the model is built: exit code 2 and a line for each problem.

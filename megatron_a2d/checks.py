@@ -15,7 +15,17 @@ from megatron_a2d.performance import find_performance_problems
 
 def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
     """Everything that is wrong with a run, a line each: flag and value, why, what to do."""
-    problems = _range_problems(config) + _objective_problems(config) + _layout_problems(config, world_size)
+    return find_general_problems(config) + find_layout_problems(config, architecture, world_size)
+
+
+def find_general_problems(config: RunConfig) -> list[str]:
+    """What is wrong whatever the layout and the model. (The planner asks once for many layouts.)"""
+    return _range_problems(config) + _objective_problems(config)
+
+
+def find_layout_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
+    """What is wrong with the layout, with the model under it, and among the settings of speed."""
+    problems = _layout_problems(config, world_size)
     if architecture is not None:
         problems += _architecture_problems(config, architecture)
     return problems + find_performance_problems(config, architecture)
@@ -248,6 +258,9 @@ def _architecture_problems(config: RunConfig, architecture: Architecture) -> lis
             f"--objective {config.diffusion.objective}: the checkpoint's hf/config.json names no mask_token_id; "
             "convert the model again with python -m checkpoints_tools.convert_hf"
         )
+    frozen = {role for role, factor in config.optimization.lr_mult.items() if factor == 0}
+    if frozen != set(ROLES) and frozen >= {role for role in ROLES if architecture.has_role(role)}:
+        problems.append("--lr-mult: freezes every role that the model has, and nothing would train; leave one above 0")
     if not architecture.is_moe and "router" in config.optimization.lr_mult:
         problems.append("--lr-mult router=...: the model is dense and has no router; remove it")
     if architecture.tie_word_embeddings and "head" in config.optimization.lr_mult:

@@ -202,12 +202,11 @@ def _engine_problems(config: RunConfig) -> Iterator[str]:
     if config.training.transformer_impl == "portable":
         for name in needs_transformer_engine(config):
             yield f"{_shown(config, name)}: only Transformer Engine has it; use --transformer-impl auto, or remove it"
-    elif not (refused := refuses_transformer_engine(config)):
-        return
-    elif config.training.transformer_impl == "transformer_engine":
-        yield f"--transformer-impl transformer_engine: does not go with {refused}; use portable"
-    elif config.performance.fp8 != "none":
-        yield f"--fp8 {config.performance.fp8}: needs Transformer Engine, which does not go with {refused}"
+    elif refused := refuses_transformer_engine(config):
+        if config.training.transformer_impl == "transformer_engine":
+            yield f"--transformer-impl transformer_engine: does not go with {refused}; use portable"
+        for name in needs_transformer_engine(config):
+            yield f"{_shown(config, name)}: needs Transformer Engine, which does not go with {refused}; remove one"
 
 
 def _expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
@@ -240,6 +239,14 @@ def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[st
         count = getattr(performance, name)
         if performance.first_last_layers_bf16 and not 0 <= count <= stage:
             yield f"{flag(name)} {count}: must lie between 0 and the {stage} layers of a stage"
+    if performance.fp8_param_gather and performance.fp8 in ("auto", "mxfp8"):
+        # Each weight begins at a multiple of 64 there; megatron.core 0.16 looks for it where the last one ended.
+        for what, size in (("hidden size", architecture.hidden_size), ("head size", architecture.head_dim)):
+            if size % 64:
+                yield (
+                    f"--fp8-param-gather: the {what}, {size}, is no multiple of 64, and with --fp8 {performance.fp8} "
+                    "weights would be read at wrong places of the gradients' buffer; drop it, or choose another --fp8"
+                )
     # Transformer Engine's FP8 products want multiples of 16 on every side; MXFP8 scales blocks of 32.
     block = 32 if performance.fp8 in ("auto", "mxfp8") else 16
     tp, etp = (max(1, n) for n in (parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size))

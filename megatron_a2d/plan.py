@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         console.print(report.calibration())
         return
     cluster = _cluster(options)
+    if options.plot:
+        report.check_plot(options.plot)
     if not options.config:
         config = _with_gpu_defaults(config, options)
     architecture = _architecture(config)
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--gpus {options.gpus}: no layout fits into the {cluster.memory_gib:.1f} GiB of {cluster.gpu} ({need}); "
             "take more GPUs or another batch"
         )
-    console.print(f"the best one's flags: {report.layout_flags(found.fitting[0])}")
+    console.print(f"the best one's flags: {report.layout_flags(found.fitting[0], config)}")
     known, unknown = report.worst_errors()
     console.print(
         f"Times are modelled: at most {known:.0%} off published runs, {unknown:.0%} off one that it was not fitted to; "

@@ -16,13 +16,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-# Logits that exist at a time: 1 GB in bf16 on a GPU, 130 MB in fp32 on a CPU.
-_ELEMENTS = {"cuda": 2**29, "cpu": 2**25}
-
-
-def rows_per_chunk(vocabulary: int, device: str) -> int:
-    """How many rows' logits over `vocabulary` are made at once: a multiple of 64, at least that."""
-    return max(64, _ELEMENTS[device] // vocabulary // 64 * 64)
+from megatron_a2d.model.chunks import rows_per_chunk
 
 
 class OutputLayer(ColumnParallelLinear):

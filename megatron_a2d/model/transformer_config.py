@@ -18,8 +18,9 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.specs import choose_implementation
-from megatron_a2d.runtime.device import compute_capability, has_cuda
-from megatron_a2d.runtime.precision import choose_scaling
+from megatron_a2d.precision import choose_scaling
+from megatron_a2d.runtime import upstream
+from megatron_a2d.runtime.device import compute_capability, cuda_version, has_cuda
 
 # Steps that run as usual before a layer's kernels are recorded: allocator, autotuning and FP8 scales have settled.
 GRAPH_WARMUP_STEPS = 3
@@ -28,6 +29,7 @@ GRAPH_WARMUP_STEPS = 3
 def build_transformer_config(architecture: Architecture, config: RunConfig) -> TransformerConfig:
     """The configuration of every layer, on every rank of the run's layout."""
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    interleaved = config.parallel.virtual_pipeline_size is not None
     fields: dict[str, Any] = dict(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -67,10 +69,11 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
         bias_dropout_fusion=False,
         bias_activation_fusion=True,
         masked_softmax_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # A send that goes on beside the computation still reads what it sends.
+        deallocate_pipeline_outputs=not interleaved,
         variable_seq_lengths=False,
         batch_p2p_comm=False,
-        overlap_p2p_comm=False,
+        overlap_p2p_comm=interleaved,  # the plain schedule has nothing to compute meanwhile
     )
     if architecture.is_moe:
         fields.update(
@@ -104,7 +107,7 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
         apply_rope_fusion=performance.apply_rope_fusion,
         moe_grouped_gemm=grouped,
     )
-    if scaling := choose_scaling(performance.fp8, compute_capability()):
+    if scaling := choose_scaling(performance.fp8, compute_capability(), cuda_version()):
         fields.update(
             fp8=scaling.format,
             fp8_recipe=scaling.recipe,
@@ -127,8 +130,8 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
     if performance.cuda_graph_impl != "none":
         fields.update(
             cuda_graph_impl=performance.cuda_graph_impl,
-            cuda_graph_scope=list(performance.cuda_graph_scope),
             cuda_graph_warmup_steps=GRAPH_WARMUP_STEPS,
+            **upstream.graphed_parts(performance.cuda_graph_scope),
         )
     if performance.recompute_granularity == "full":
         fields.update(

@@ -11,19 +11,24 @@ import yaml
 
 from megatron_a2d.cli import Parser
 from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.gpus import rates_of
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "launch" / "clusters"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """One GPU and what connects it to the others; rates are dense peaks, bandwidths are each way and a GPU's own."""
+    """One GPU and what connects it to the others; bandwidths are each way and a GPU's own.
+
+    The matrix rates, dense peaks, and the compute capability are those of gpus.py unless the file gives others.
+    """
 
     gpu: str
     gpus_per_node: int
     memory_gib: float
     bf16_tflops: float
     fp8_tflops: float
+    compute_capability: float
     memory_gb_per_s: float
     nvlink_domain: int
     nvlink_gb_per_s: float
@@ -35,8 +40,14 @@ class Cluster:
         return self.memory_gib * 2**30
 
     @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, (9, 0) for Hopper."""
+        major, minor = divmod(round(10 * self.compute_capability), 10)
+        return major, minor
+
+    @property
     def is_blackwell(self) -> bool:
-        return any(name in self.gpu for name in ("B200", "B300"))
+        return self.capability >= (10, 0)
 
 
 def add_cluster(parser: Parser) -> None:
@@ -68,6 +79,8 @@ def read_cluster(name: str) -> Cluster:
 
 def _check(name: str, content: dict[str, Any]) -> Cluster:
     fields = {item.name: item.type for item in dataclasses.fields(Cluster)}
+    if rates := rates_of(str(content.get("gpu"))):
+        content = {name: rate for name, rate in rates._asdict().items() if rate is not None} | content
     problems = [
         f"--cluster {name}: unknown value {key}{nearest(str(key), fields)}" for key in content if key not in fields
     ]

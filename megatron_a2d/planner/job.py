@@ -9,6 +9,7 @@ from typing import Any
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig, settings
 from megatron_a2d.planner.cluster import Cluster
+from megatron_a2d.precision import choose_scaling
 
 IMBALANCE = 1.25  # rows of the busiest expert-parallel rank over the mean; an assumption, `plan --imbalance` sets it
 
@@ -50,6 +51,7 @@ class Job:
     exp_avg_sq_dtype: str = "fp32"
     # Not settings of a run: what is published of others, and what is assumed.
     fused_kernels: bool = False  # casts to FP8 and activations inside the experts' matrix products
+    whole_logits: bool = False  # the head makes the logits of all rows at once
     overlap_p2p_comm: bool = False
     tp_comm_overlap: bool = False
     imbalance: float = IMBALANCE
@@ -131,13 +133,19 @@ class Job:
 def job_of(
     config: RunConfig, architecture: Architecture, world_size: int, cluster: Cluster | None = None, **changes: Any
 ) -> Job:
-    """The job that a run's settings describe; `changes` are fields of `Job`. --fp8 auto is the cluster's kind."""
+    """The job that a run's settings describe; `changes` are fields of `Job`. --fp8 auto is the cluster's kind.
+
+    UserError where the cluster's GPUs lack what --fp8 names.
+    """
     known = {
         name: getattr(getattr(config, settings()[name].group), name)
         for name in Job.__dataclass_fields__
         if name in settings()
     }
     job = Job(architecture=architecture, world_size=world_size, **(known | changes))
-    if job.fp8 != "auto":
-        return job
-    return dataclasses.replace(job, fp8="mxfp8" if cluster is None or cluster.is_blackwell else "tensorwise")
+    # As model/transformer_config.py has it.
+    job = dataclasses.replace(job, overlap_p2p_comm=job.num_virtual_stages_per_pipeline_rank > 1)
+    if cluster is None:
+        return dataclasses.replace(job, fp8="mxfp8") if job.fp8 == "auto" else job
+    scaling = choose_scaling(job.fp8, cluster.capability)
+    return dataclasses.replace(job, fp8=scaling.recipe if scaling else "none")

@@ -6,13 +6,14 @@ activations.py, times the micro-batches that a stage holds at once. The rest are
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import NamedTuple
 
-from megatron_a2d.planner.activations import layer_activations
+from megatron_a2d.model.chunks import rows_per_chunk
+from megatron_a2d.planner.activations import LayerActivations, layer_activations
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.job import Job
-from megatron_a2d.planner.parameters import stage_buffers, stage_parameters
+from megatron_a2d.planner.parameters import stage_values
 
 # What a process takes before it trains: CUDA's context, workspaces of cuBLAS and Transformer Engine. An assumption.
 CONTEXT_BYTES = 2.0 * 2**30
@@ -20,8 +21,8 @@ CONTEXT_BYTES = 2.0 * 2**30
 COMMUNICATOR_BYTES = 0.25 * 2**30
 # The part of a GPU's memory that stays free for the allocator's gaps. An assumption.
 HEADROOM = 0.04
-# Values of the head's rows: fp32 logits, from which the loss is computed in place, and their gradient in bf16.
-LOGIT_BYTES = 6
+# Of a logit where all are made at once: fp32, from which the loss is computed in place, and its gradient in bf16.
+WHOLE_LOGIT_BYTES = 6
 
 
 class Memory(NamedTuple):
@@ -32,7 +33,7 @@ class Memory(NamedTuple):
     gradients: float
     optimizer: float
     activations: float
-    logits: float  # all rows may be masked: times near 1 are drawn
+    logits: float  # of a few rows at a time, with those rows and the head's gradient
     dispatcher: float  # rows on their way to experts, and what the busiest rank receives beyond its share
     communication: float  # NCCL, CUDA's context, workspaces
     headroom: float
@@ -49,15 +50,16 @@ class Memory(NamedTuple):
 
 def memory(job: Job, cluster: Cluster | None = None) -> Memory:
     """The parts of the fullest stage; without a cluster no headroom is counted."""
-    stages = {0, job.pipeline_model_parallel_size // 2, job.pipeline_model_parallel_size - 1}
+    # The first has the embedding and holds the most micro-batches, the last has the head; those between have less.
+    stages = {0, job.pipeline_model_parallel_size - 1}
     headroom = HEADROOM * cluster.memory_bytes if cluster else 0.0
-    return max((_stage_memory(job, stage, headroom) for stage in stages), key=lambda parts: parts.total)
+    kept = layer_activations(job)
+    return max((_stage_memory(job, stage, kept, headroom) for stage in stages), key=lambda parts: parts.total)
 
 
-def _stage_memory(job: Job, stage: int, headroom: float) -> Memory:
+def _stage_memory(job: Job, stage: int, kept: LayerActivations, headroom: float) -> Memory:
     weights, gradients, optimizer = state_bytes(job, stage)
     in_flight = microbatches_in_flight(job, stage)
-    kept = layer_activations(job)
     parameter_bytes = job.number_bytes
     per_microbatch = kept.total * (job.layers_per_stage - job.recomputed_layers)
     per_microbatch += job.tokens_between_layers * job.architecture.hidden_size * parameter_bytes * job.recomputed_layers
@@ -77,7 +79,6 @@ def _stage_memory(job: Job, stage: int, headroom: float) -> Memory:
     )
 
 
-@functools.lru_cache(1024)
 def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
     """Weights, gradients and optimizer state of a rank.
 
@@ -85,17 +86,14 @@ def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
     is what a given rank has, here stands what none exceeds.
     """
     number = job.number_bytes
-    buffers = stage_buffers(job, stage)
-    gradient = 4 if job.grad_reduce_in_fp32 else number
-    gradients = sum(buffer.numel for buffer in buffers) * gradient
-    if job.use_distributed_optimizer:  # weights are views into the buffer, which is padded
-        weights = sum(buffer.numel for buffer in buffers) * number
-        owned = sum(buffer.numel // buffer.replicas for buffer in buffers)
-    else:
-        weights = sum(parameter.total for chunk in stage_parameters(job, stage) for parameter in chunk) * number
-        owned = weights // number
+    values = stage_values(job, stage)
+    gradients = values.in_buffers * (4 if job.grad_reduce_in_fp32 else number)
+    # With the distributed optimizer weights are views into the buffer, which is padded.
+    weights, owned = (
+        (values.in_buffers, values.in_shards) if job.use_distributed_optimizer else (values.of_parameters,) * 2
+    )
     moments = sum({"fp32": 4, "bf16": 2}[kind] for kind in (job.exp_avg_dtype, job.exp_avg_sq_dtype))
-    return weights, gradients, owned * (moments + (4 if job.bf16 else 0))
+    return weights * number, gradients, owned * (moments + (4 if job.bf16 else 0))
 
 
 def microbatches_in_flight(job: Job, stage: int) -> float:
@@ -108,20 +106,33 @@ def microbatches_in_flight(job: Job, stage: int) -> float:
 
 
 def logit_bytes(job: Job) -> float:
-    """The head's logits and their gradient, if every position of a micro-batch is masked."""
-    a = job.architecture
-    return job.tokens * (a.vocab_size / job.tensor_model_parallel_size * LOGIT_BYTES + a.hidden_size * job.number_bytes)
+    """The most that head and loss hold of a micro-batch in which every position is masked: times near 1 are drawn.
+
+    masked_head.py, tensor by tensor. The rows are kept for the backward pass and get a gradient. A chunk's logits and
+    their gradient are still there when the next chunk's logits are made, and after the last one when the weight's
+    gradient is handed to autograd. The weight's gradient is summed in megatron's buffer if that is fp32, else in one
+    of its own.
+    """
+    a, rows, number = job.architecture, job.tokens, job.number_bytes
+    vocabulary = a.vocab_size // job.tensor_model_parallel_size
+    if job.whole_logits:
+        return rows * (vocabulary * WHOLE_LOGIT_BYTES + a.hidden_size * number)
+    chunk = rows_per_chunk(vocabulary, "cuda")
+    first, second = min(rows, chunk), min(max(rows - chunk, 0), chunk)
+    last = rows - (math.ceil(rows / chunk) - 1) * chunk
+    weight = vocabulary * a.hidden_size
+    summed_apart = 0 if job.grad_reduce_in_fp32 or not job.bf16 else 4 * weight
+    of_chunks = vocabulary * number * (2 * first + second)
+    at_the_end = vocabulary * number * 2 * last + weight * number
+    return 2 * rows * a.hidden_size * number + summed_apart + max(of_chunks, at_the_end)
 
 
 def fp8_copy_bytes(job: Job) -> float:
     """FP8 weights of the layers, kept by rows and by columns beside the bf16 ones for all micro-batches of a step."""
     if job.fp8 == "none":
         return 0.0
-    matrices = sum(
-        parameter.total for chunk in stage_parameters(job, 0) for parameter in chunk if ".linear_" in parameter.name
-    )
     # With FP8 parameters the copies are the weights: bf16 ones are not held beside them.
-    return matrices * (2 - (job.number_bytes if job.fp8_param_gather else 0))
+    return stage_values(job, 0).of_matrices * (2 - (job.number_bytes if job.fp8_param_gather else 0))
 
 
 def _dispatcher_bytes(job: Job, expert_activations: float, in_flight: float) -> float:

@@ -55,7 +55,7 @@ class _Sizes(NamedTuple):
 def stage_parameters(job: Job, stage: int) -> tuple[tuple[Parameter, ...], ...]:
     """The parameters of each model chunk of a pipeline stage, in the order of megatron's modules."""
     sizes = _sizes(job)
-    return tuple(_chunk_parameters(sizes, stage, chunk) for chunk in range(sizes.virtual))
+    return tuple(_chunk_parameters(sizes, *_ends(sizes, stage, chunk)) for chunk in range(sizes.virtual))
 
 
 def _sizes(job: Job) -> _Sizes:
@@ -70,11 +70,14 @@ def _sizes(job: Job) -> _Sizes:
     )
 
 
+def _ends(sizes: _Sizes, stage: int, chunk: int) -> tuple[bool, bool]:
+    """Whether a chunk is the model's first, and its last; the others are alike."""
+    return stage == chunk == 0, stage == sizes.pipeline - 1 and chunk == sizes.virtual - 1
+
+
 @functools.lru_cache(1024)
-def _chunk_parameters(sizes: _Sizes, stage: int, chunk: int) -> tuple[Parameter, ...]:
+def _chunk_parameters(sizes: _Sizes, is_first: bool, is_last: bool) -> tuple[Parameter, ...]:
     a = sizes.architecture
-    is_first = stage == chunk == 0
-    is_last = stage == sizes.pipeline - 1 and chunk == sizes.virtual - 1
     embedding = a.vocab_size // sizes.tensor * a.hidden_size
     tied = a.tie_word_embeddings
     found = []
@@ -147,25 +150,66 @@ class Buffer(NamedTuple):
         return total
 
 
+class Values(NamedTuple):
+    """How many numbers a rank of a stage holds."""
+
+    of_parameters: int
+    of_matrices: int  # the layers' linear ones, which FP8 has copies of
+    in_buffers: int  # with their padding
+    in_shards: int  # what it updates of the buffers when the optimizer is distributed
+
+
 def stage_buffers(job: Job, stage: int) -> tuple[Buffer, ...]:
     """The buffers of a stage, one for the dense weights of each chunk and one for its experts."""
-    replicas = (job.dense_replicas, job.expert_replicas)
-    return _buffers(_sizes(job), stage, replicas, job.use_distributed_optimizer, job.overlap_grad_reduce)
+    return tuple(buffer for key in _chunk_keys(job, stage) for buffer in _chunk_buffers(key))
+
+
+def stage_values(job: Job, stage: int) -> Values:
+    """The sums over a stage's parameters and buffers."""
+    chunks = [_chunk_values(key) for key in _chunk_keys(job, stage)]
+    return Values(*map(sum, zip(*chunks, strict=True)))
+
+
+class _ChunkKey(NamedTuple):
+    """What decides the buffers of a chunk: jobs and stages that differ elsewhere share them."""
+
+    sizes: _Sizes
+    is_first: bool
+    is_last: bool
+    replicas: tuple[int, int]  # of dense weights, of experts
+    distributed: bool
+    limit: int | None  # numbers after which a bucket is full
+
+
+def _chunk_keys(job: Job, stage: int) -> list[_ChunkKey]:
+    sizes, replicas = _sizes(job), (job.dense_replicas, job.expert_replicas)
+    # megatron.core takes the dense group's size for both kinds, and cuts no bucket on later stages and chunks.
+    limit = max(40_000_000, 1_000_000 * replicas[0]) if job.overlap_grad_reduce and stage == 0 else None
+    return [
+        _ChunkKey(sizes, *_ends(sizes, stage, chunk), replicas, job.use_distributed_optimizer, None if chunk else limit)
+        for chunk in range(sizes.virtual)
+    ]
 
 
 @functools.lru_cache(1024)
-def _buffers(
-    sizes: _Sizes, stage: int, replicas: tuple[int, int], distributed: bool, overlap: bool
-) -> tuple[Buffer, ...]:
+def _chunk_values(key: _ChunkKey) -> Values:
+    parameters, buffers = _chunk_parameters(key.sizes, key.is_first, key.is_last), _chunk_buffers(key)
+    return Values(
+        of_parameters=sum(parameter.total for parameter in parameters),
+        of_matrices=sum(parameter.total for parameter in parameters if ".linear_" in parameter.name),
+        in_buffers=sum(buffer.numel for buffer in buffers),
+        in_shards=sum(buffer.numel // buffer.replicas for buffer in buffers),
+    )
+
+
+@functools.lru_cache(1024)
+def _chunk_buffers(key: _ChunkKey) -> tuple[Buffer, ...]:
     buffers = []
-    for chunk in range(sizes.virtual):
-        # megatron.core takes the dense group's size for both kinds, and cuts no bucket on later stages and chunks.
-        limit = max(40_000_000, 1_000_000 * replicas[0]) if overlap and chunk == stage == 0 else None
-        parameters = _chunk_parameters(sizes, stage, chunk)
-        for is_expert in (False, True):
-            own = [parameter for parameter in parameters if parameter.is_expert == is_expert]
-            if own:
-                buffers.append(_buffer(own, replicas[is_expert], distributed, limit))
+    parameters = _chunk_parameters(key.sizes, key.is_first, key.is_last)
+    for is_expert in (False, True):
+        own = [parameter for parameter in parameters if parameter.is_expert == is_expert]
+        if own:
+            buffers.append(_buffer(own, key.replicas[is_expert], key.distributed, key.limit))
     return tuple(buffers)
 
 

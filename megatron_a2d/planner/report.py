@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from megatron_a2d.config import flag
+from megatron_a2d.config import RunConfig, flag
 from megatron_a2d.console import human
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
-from megatron_a2d.planner.calibration import FITTED, error, left_out_error, published_rows
+from megatron_a2d.planner.calibration import FITTED, LARGEST_LEFT_OUT_ERROR, error, left_out_error, published_rows
 from megatron_a2d.planner.job import Job
 from megatron_a2d.planner.memory import Memory
 from megatron_a2d.planner.search import Plan, Search, why_slower, why_too_large
@@ -40,15 +41,20 @@ def layout_name(job: Job) -> str:
     return ", ".join([*sizes, f"DP {job.data_parallel_size}", f"MBS {job.micro_batch_size}", *again])
 
 
-def layout_flags(plan: Plan) -> str:
-    """The flags that give a run this layout."""
+def layout_flags(plan: Plan, config: RunConfig) -> str:
+    """The flags that give the run of `config` this layout."""
     job, words = plan.job, []
     for name in LAYOUT:
         words += [flag(name), str(getattr(job, name))]
     words.append("--sequence-parallel" if job.sequence_parallel else "--no-sequence-parallel")
     words += ["--micro-batch-size", str(job.micro_batch_size)]
-    if job.recomputed_layers:
-        words += ["--recompute-granularity", "full"]
+    mine, its = config.performance, plan.config.performance
+    for name in ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute"):
+        if getattr(mine, name) and not getattr(its, name):
+            words.append("--no-" + flag(name)[2:])
+    for name in ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"):
+        if (value := getattr(its, name)) != getattr(mine, name):
+            words += [flag(name), *(value if isinstance(value, tuple) else [str(value)])]
     return " ".join(words)
 
 
@@ -159,18 +165,23 @@ def _memory_error(published: float | None, modelled: float) -> str:
 
 def worst_errors() -> tuple[float, float]:
     """The largest error of a published run, and the largest of one that the fit did not know."""
-    rows = published_rows()
-    return max(abs(error(row)) for row in rows), max(abs(left_out_error(row)) for row in rows)
+    return max(abs(error(row)) for row in published_rows()), LARGEST_LEFT_OUT_ERROR
+
+
+def check_plot(path: Path) -> None:
+    """UserError if `draw` could not write it; to be asked before the work."""
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {path}: unknown kind of picture; name it .png, .pdf or .svg")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--plot {path}: its directory does not exist; make it, or name another")
+    if find_spec("matplotlib") is None:
+        raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'megatron_a2d[plot]'")
 
 
 def draw(path: Path, plans: dict[str, Plan], title: str) -> None:
     """Memory and time by part as bars, a bar for each plan."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'megatron_a2d[plot]'") from None
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot {path}: unknown kind of picture; name it .png, .pdf or .svg")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 3 + 1.2 * len(plans)), layout="constrained")
     above, below = figure.subplots(2, 1)
     labels = [f"{name}\n{layout_name(plan.job)}" for name, plan in plans.items()]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from megatron_a2d.architecture import Architecture
-from megatron_a2d.checks import find_problems
+from megatron_a2d.checks import find_general_problems, find_layout_problems
 from megatron_a2d.config import RunConfig, settings
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner.calibration import EFFICIENCIES
@@ -26,8 +26,8 @@ from megatron_a2d.planner.timing import MASKED_FRACTION, StepTime, step_time
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 LARGEST_CONTEXT_PARALLEL = 8
 SECONDS_A_DAY = 86400
-# The settings that a search varies, at 1.
-UNDIVIDED = (
+# The settings that a search varies; nothing is divided where they are 1.
+SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
     "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "micro_batch_size",
 )  # fmt: skip
@@ -91,24 +91,46 @@ def search(config: RunConfig, architecture: Architecture, cluster: Cluster, worl
     too_large: list[Plan] = []
     kinds: dict[str, str] = {}  # the first line of each kind
     num_illegal, refusals = 0, Counter[str]()
-    for candidate in _candidates(config, architecture, cluster, world_size):
-        if problems := find_problems(candidate, architecture, world_size):
+    always = find_general_problems(config)
+    apart = _without_overlap_of_experts(config)
+    ways = [_without_full_recomputation(way) for way in ((config,) if apart == config else (config, apart))]
+    again = _with_full_recomputation(apart)
+    for layout in _layouts(apart, architecture, cluster, world_size):
+        candidate, problems = _first_legal([_laid_out(way, **layout) for way in ways], architecture, world_size)
+        if always or problems:
             num_illegal += 1
-            refusals.update({kinds.setdefault(_without_numbers(problem), problem) for problem in problems})
+            refusals.update({kinds.setdefault(_without_numbers(line), line) for line in always + problems})
             continue
         plan = make_plan(candidate, architecture, cluster, world_size, **changes)
         (fitting if plan.fits else too_large).append(plan)
+        if plan.fits:  # computing anything again would only take longer
+            continue
+        candidate, problems = _first_legal([_laid_out(again, **layout)], architecture, world_size)
+        if not problems:
+            plan = make_plan(candidate, architecture, cluster, world_size, **changes)
+            (fitting if plan.fits else too_large).append(plan)
     fitting.sort(key=lambda plan: (plan.time.total, plan.memory.total))
     too_large.sort(key=lambda plan: plan.memory.total)
     return Search(fitting, too_large, num_illegal, refusals)
 
 
-def _candidates(
+def _first_legal(
+    candidates: list[RunConfig], architecture: Architecture, world_size: int
+) -> tuple[RunConfig, list[str]]:
+    """The first of the candidates that nothing is wrong with; else the last one, and what is wrong with it."""
+    problems: list[str] = []
+    for candidate in candidates:
+        if not (problems := find_layout_problems(candidate, architecture, world_size)):
+            break
+    return candidate, problems
+
+
+def _layouts(
     config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int
-) -> Iterator[RunConfig]:
-    plain = _laid_out(config, **dict.fromkeys(UNDIVIDED, 1), sequence_parallel=False, global_batch_size=world_size)
+) -> Iterator[dict[str, Any]]:
+    plain = _laid_out(config, **dict.fromkeys(SIZES, 1), sequence_parallel=False, global_batch_size=world_size)
     # What is wrong with nothing divided may be right with something else divided (an overlap that needs EP).
-    accepted = {_without_numbers(problem) for problem in find_problems(plain, architecture, 1)}
+    accepted = {_without_numbers(problem) for problem in find_layout_problems(plain, architecture, 1)}
 
     def legal_alone(sizes: list[int], name: str, **more: Any) -> list[int]:
         """Those sizes to which checks.py has nothing new to say, on as many processes as they need."""
@@ -117,7 +139,9 @@ def _candidates(
             for size in sizes
             if size == 1
             or accepted.issuperset(
-                map(_without_numbers, find_problems(_laid_out(plain, **{name: size}, **more), architecture, size))
+                map(
+                    _without_numbers, find_layout_problems(_laid_out(plain, **{name: size}, **more), architecture, size)
+                )
             )
         ]
 
@@ -134,19 +158,26 @@ def _candidates(
         stage = architecture.num_layers // pp
         virtual = [1, *(size for size in range(2, stage + 1) if stage % size == 0)] if pp > 1 else [1]
         for virtual_size, ep, etp, micro in itertools.product(virtual, expert, expert_tensor, MICRO_BATCH_SIZES):
-            laid_out = _laid_out(
-                config,
-                tensor_model_parallel_size=tp,
-                sequence_parallel=tp > 1,
-                pipeline_model_parallel_size=pp,
-                num_virtual_stages_per_pipeline_rank=virtual_size,
-                context_parallel_size=cp,
-                expert_model_parallel_size=ep,
-                expert_tensor_parallel_size=etp,
-                micro_batch_size=micro,
-            )
-            yield _laid_out(laid_out, recompute_granularity="none")
-            yield _laid_out(laid_out, recompute_granularity="full", recompute_method="uniform")
+            sizes = (tp, pp, virtual_size, cp, ep, etp, micro)
+            yield dict(zip(SIZES, sizes, strict=True), sequence_parallel=tp > 1)
+
+
+def _without_overlap_of_experts(config: RunConfig) -> RunConfig:
+    """For layouts that cannot have it, such as a pipeline without virtual stages."""
+    return _laid_out(config, overlap_moe_expert_parallel_comm=False, delay_wgrad_compute=False)
+
+
+def _without_full_recomputation(config: RunConfig) -> RunConfig:
+    """Of single modules it stays."""
+    if config.performance.recompute_granularity == "selective":
+        return config
+    return _laid_out(config, recompute_granularity="none", recompute_method="uniform", recompute_num_layers=1)
+
+
+def _with_full_recomputation(config: RunConfig) -> RunConfig:
+    return _laid_out(
+        config, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1, recompute_modules=()
+    )
 
 
 def _laid_out(config: RunConfig, **values: Any) -> RunConfig:

@@ -8,8 +8,10 @@ what the head, a pipeline, the gradients' reduction and the optimizer take.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
+from megatron_a2d.model.chunks import rows_per_chunk
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.job import Job
 from megatron_a2d.planner.memory import state_bytes
@@ -275,10 +277,20 @@ def _head_time(job: Job, cluster: Cluster, use: Efficiencies) -> float:
     """Seconds of the head and the loss for a micro-batch, in bf16, spread over the stages as a pipeline spreads it."""
     a = job.architecture
     rows = job.tokens * job.seq_length / job.input_length * (1.0 if job.is_causal else MASKED_FRACTION)
-    logits = rows * a.vocab_size / job.tensor_model_parallel_size
-    products = 3 * 2 * logits * a.hidden_size / (cluster.bf16_tflops * 1e12 * use.matmul_bf16)
-    # Written in bf16, read and written in fp32 by each of the loss's passes, and back.
-    return products + logits * (2 + 4 * 8) / (cluster.memory_gb_per_s * 1e9 * use.memory)
+    vocabulary = a.vocab_size / job.tensor_model_parallel_size
+    if job.whole_logits:
+        products = 3  # forward, and the gradients of rows and weights
+        # Written in bf16, read and written in fp32 by each of the loss's passes, and back.
+        moved = rows * vocabulary * (2 + 4 * 8)
+    else:
+        products = 4  # backward makes the logits again (masked_head.py)
+        # Forward they are written and read twice, for the maximum and the sum; backward written, read, and replaced by
+        # their gradient, in bf16 throughout. Each chunk is added to the weight's fp32 gradient.
+        chunks = math.ceil(rows / rows_per_chunk(round(vocabulary), "cuda"))
+        moved = vocabulary * (rows * 2 * 6 + chunks * a.hidden_size * 2 * 4)
+    operations = products * 2 * rows * vocabulary * a.hidden_size
+    seconds = operations / (cluster.bf16_tflops * 1e12 * use.matmul_bf16)
+    return seconds + moved / (cluster.memory_gb_per_s * 1e9 * use.memory)
 
 
 def _data_time(job: Job, cluster: Cluster, use: Efficiencies) -> float:

@@ -86,7 +86,9 @@ def _check_all(config: RunConfig, thorough: bool, cluster: Cluster | None) -> No
             problems += judge.find_problems(list(arrived.values()), 0.0)
         if problems and arrived:
             _show(judge.table(list(arrived.values())))
-        probe = None if problems else _make_probe(config.training.save)
+        probe = None
+        if not problems:
+            probe, problems = _make_probe(config.training.save)
         nodes = [] if problems else [arrived[other].node for other in range(size)]
         store.set("plan", json.dumps({"inputs": inputs, "probe": probe, "nodes": nodes, "problems": problems}))
     plan = json.loads(store.get("plan"))
@@ -129,15 +131,18 @@ def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[d
     )
 
 
-def _make_probe(save: str | None) -> str | None:
-    """A file in --save that the other nodes must see."""
+def _make_probe(save: str | None) -> tuple[str | None, list[str]]:
+    """A file in --save that the other nodes must see, or what keeps it from being made."""
     if save is None:
-        return None
+        return None, []
     directory = Path(save).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
     probe = directory / f".preflight-{uuid.uuid4().hex}"
-    probe.touch()
-    return str(probe)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        return None, [f"--save {save}: no checkpoint can be written there ({error.strerror}); choose another directory"]
+    return str(probe), []
 
 
 def _wait_for(store: dist.Store, stage: str, size: int) -> dict[int, Facts]:

@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from megatron_a2d.gpus import rates_of
+
 
 def has_cuda() -> bool:
     return torch.cuda.is_available()
@@ -22,6 +24,12 @@ def compute_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if has_cuda() else None
 
 
+def cuda_version() -> tuple[int, int] | None:
+    """The release of CUDA that torch was built for, (12, 9); None without one."""
+    version = torch.version.cuda
+    return (int(version.split(".")[0]), int(version.split(".")[1])) if version else None
+
+
 def send(tensor: Tensor) -> Tensor:
     """A tensor of the host on this process's device; on a GPU without waiting for what that does at the moment."""
     if tensor.is_cuda or not has_cuda():
@@ -33,13 +41,7 @@ def communication_backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
-# Dense bfloat16 matrix rate by NVIDIA's data sheets, operations a second.
-_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-
-
 def peak_flops() -> float | None:
-    """The GPU's dense bf16 peak, for MFU; None on a CPU or an unknown GPU."""
-    if not has_cuda():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((rate for key, rate in _PEAK_FLOPS.items() if key in name), None)
+    """The GPU's dense bf16 peak, operations a second, for MFU; None on a CPU or an unknown GPU."""
+    rates = rates_of(torch.cuda.get_device_name()) if has_cuda() else None
+    return rates.bf16_tflops * 1e12 if rates else None

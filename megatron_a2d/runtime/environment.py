@@ -6,9 +6,11 @@ CUDA, and asks the driver (NVML) for the GPU. Nothing is left to the user: what 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron_a2d.config import RunConfig
@@ -54,23 +56,101 @@ def environment(config: RunConfig, gpu: Gpu | None) -> dict[str, str]:
     return values
 
 
-def own_cores(allowed: Sequence[int], local_rank: int, local_world_size: int) -> list[int]:
-    """This process's share of the machine's cores: neighbours, so that a process stays on its side of the machine."""
-    cores = sorted(allowed)
-    share = len(cores) // local_world_size
-    return cores[local_rank * share : (local_rank + 1) * share] if share else cores
+def own_cores(
+    allowed: Collection[int],
+    near: Sequence[Collection[int]],
+    local_rank: int,
+    first_thread: Mapping[int, int] | None = None,
+) -> list[int]:
+    """This process's cores: its share of those that are near its GPU, with the processes whose GPUs have the same ones.
+
+    `near[r]`: the cores on the side of the machine where rank r's GPU is; empty if that is not known, and then nothing
+    is bound. `first_thread`: of each core (hardware thread) the first one that shares its execution units; they stay
+    together.
+    """
+    mine = frozenset(near[local_rank])
+    sharers = [rank for rank, cores in enumerate(near) if frozenset(cores) == mine]
+    order = first_thread or {}
+    cores = sorted(mine & set(allowed), key=lambda core: (order.get(core, core), core))
+    if not cores:
+        return sorted(allowed)
+    share, place = len(cores) // len(sharers), sharers.index(local_rank)
+    return sorted(cores[place * share : (place + 1) * share] if share else cores)
 
 
-def find_gpu() -> Gpu | None:
-    """Asked of the driver, without starting CUDA; None on a machine without an NVIDIA GPU."""
+def find_near_cores(num_gpus: int) -> list[list[int]]:
+    """For each of this machine's first GPUs, as CUDA_VISIBLE_DEVICES orders them, the cores on its side of the machine.
+
+    By the driver and the kernel (local_cpulist of the GPU's PCI device); empty where either does not say.
+    """
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = visible or [str(number) for number in range(num_gpus)]
+    return [_near_cores(names[number]) if number < len(names) else [] for number in range(num_gpus)]
+
+
+def _near_cores(gpu: str) -> list[int]:
+    """`gpu`: its number or its UUID."""
+    nvml = _nvml()
+    device, pci = ctypes.c_void_p(), _PciInfo()
+    if nvml is None:
+        return []
+    if gpu.isdecimal():
+        code = nvml.nvmlDeviceGetHandleByIndex_v2(int(gpu), ctypes.byref(device))
+    else:
+        code = nvml.nvmlDeviceGetHandleByUUID(gpu.encode(), ctypes.byref(device))
+    if code or nvml.nvmlDeviceGetPciInfo_v3(device, ctypes.byref(pci)):
+        return []
+    name = f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"
+    try:
+        return parse_cpu_list(Path(f"/sys/bus/pci/devices/{name}/local_cpulist").read_text())
+    except (OSError, ValueError):
+        return []
+
+
+def parse_cpu_list(text: str) -> list[int]:
+    """The kernel's notation: 0-55,112-167."""
+    cores: list[int] = []
+    for part in text.strip().split(",") if text.strip() else []:
+        first, _, last = part.partition("-")
+        cores += range(int(first), int(last or first) + 1)
+    return cores
+
+
+def _first_threads(cores: Collection[int]) -> dict[int, int]:
+    known = {}
+    for core in cores:
+        path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+        with contextlib.suppress(OSError, ValueError):
+            known[core] = min(parse_cpu_list(path.read_text()), default=core)
+    return known
+
+
+class _PciInfo(ctypes.Structure):
+    """NVML's nvmlPciInfo_t."""
+
+    _fields_ = (
+        ("bus_id_legacy", ctypes.c_char * 16), ("domain", ctypes.c_uint), ("bus", ctypes.c_uint),
+        ("device", ctypes.c_uint), ("device_id", ctypes.c_uint), ("subsystem_id", ctypes.c_uint),
+        ("bus_id", ctypes.c_char * 32),
+    )  # fmt: skip
+
+
+def _nvml() -> ctypes.CDLL | None:
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
+    return None if nvml.nvmlInit_v2() else nvml
+
+
+def find_gpu() -> Gpu | None:
+    """Asked of the driver, without starting CUDA; None on a machine without an NVIDIA GPU."""
+    nvml = _nvml()
+    if nvml is None:
+        return None
     device, name = ctypes.c_void_p(), ctypes.create_string_buffer(96)
     major, minor = ctypes.c_int(), ctypes.c_int()
     calls = (
-        lambda: nvml.nvmlInit_v2(),
         lambda: nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)),
         lambda: nvml.nvmlDeviceGetName(device, name, len(name)),
         lambda: nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)),
@@ -90,5 +170,6 @@ def apply(config: RunConfig) -> dict[str, str]:
     os.environ.update(values)
     if gpu is not None and hasattr(os, "sched_setaffinity"):
         rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        os.sched_setaffinity(0, own_cores(list(os.sched_getaffinity(0)), rank, size))
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, own_cores(allowed, find_near_cores(size), rank, _first_threads(allowed)))
     return values

@@ -3,14 +3,18 @@
 What 0.19.2 does otherwise than 0.16.1, where this project meets it:
 
 - `import megatron.core` needs triton (without_triton.py).
+- Its version ends in a commit where .venv312 lies in a git checkout, as ours does: that checkout's (`release`).
 - A checkpoint has no common.pt, strategies are not registered by name, and saves are planned by another package unless
   one asks for megatron.core's own (saving.py, `async_save_options`). Ours have one form under both: common.pt is read.
 - Readers of checkpoints are made in another way, and keep metadata by path for good (loading.py).
 - Adam is given `capturable` (adam.py).
+- The parts of a layer that CUDA graphs replay are given under another name (`graphed_parts`).
 - Process groups that are not passed are taken from the global state, as before, with a DeprecationWarning.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import megatron.core
 from torch import nn
@@ -23,7 +27,7 @@ SUPPORTED = ("0.16.1", "0.19.2")
 
 def check_version() -> None:
     """What is built here rests on the internals of these releases; another one must be tested first."""
-    found = megatron.core.__version__
+    found = release()
     if found not in SUPPORTED:
         raise UserError(
             f"megatron-core {found}: only {' and '.join(SUPPORTED)} are supported; "
@@ -31,15 +35,25 @@ def check_version() -> None:
         )
 
 
+def release() -> str:
+    """megatron.core's version, as 0.19.2: without the commit that it adds when it lies within a git checkout."""
+    return str(megatron.core.__version__).partition("+")[0]
+
+
 def is_before(major: int, minor: int) -> bool:
     """Whether megatron.core is older than this series."""
-    first, second = megatron.core.__version__.split(".")[:2]
+    first, second = release().split(".")[:2]
     return (int(first), int(second)) < (major, minor)
 
 
 def async_save_options() -> dict[str, str]:
     """For TorchDistSaveShardedStrategy.async_save: by default newer versions plan with a package of their own."""
     return {} if is_before(0, 17) else {"async_strategy": "mcore"}
+
+
+def graphed_parts(parts: Sequence[str]) -> dict[str, list[str]]:
+    """TransformerConfig's field for the parts of a layer that CUDA graphs replay."""
+    return {"cuda_graph_scope" if is_before(0, 17) else "cuda_graph_modules": list(parts)}
 
 
 def apply_fixes() -> None:

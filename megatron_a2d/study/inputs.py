@@ -28,6 +28,11 @@ def hold_inputs(out: Path, base: RunConfig) -> None:
         for flag, now in found.items()
         if known.get(flag, now[0]) != now[0]
     ]
+    problems += [
+        f"{flag}: the study in --out {out} was begun {'without' if flag in found else 'with'} it; give its tokens as "
+        "they were given then, or another --out"
+        for flag in (known.keys() ^ found.keys() if known else ())
+    ]
     if problems:
         raise UserError(problems)
     out.mkdir(parents=True, exist_ok=True)

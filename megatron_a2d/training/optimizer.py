@@ -20,8 +20,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from torch import nn
 
 from megatron_a2d.config import RunConfig
-from megatron_a2d.runtime.device import compute_capability
-from megatron_a2d.runtime.precision import Scaling, choose_scaling
+from megatron_a2d.precision import Scaling, choose_scaling
+from megatron_a2d.runtime.device import compute_capability, cuda_version
 
 # First match wins: a norm inside attention is a norm.
 _ROLE_OF_NAME_PART = (
@@ -46,7 +46,7 @@ def role_of(name: str, tied: bool = False) -> str:
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], tied: bool) -> MegatronOptimizer:
     """The optimizer over all of this rank's model chunks."""
     settings, performance = config.optimization, config.performance
-    scaling = choose_scaling(performance.fp8, compute_capability())
+    scaling = choose_scaling(performance.fp8, compute_capability(), cuda_version())
     precise = performance.use_precision_aware_optimizer
     scales = _tag_learning_rates(chunks, settings.lr_mult, tied)
     return get_megatron_optimizer(
@@ -114,7 +114,13 @@ def update_parameters(optimizer: MegatronOptimizer) -> float:
         return grad_norm
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
-            megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+            megatron_optimizer.clip_grad_by_total_norm_fp32(
+                parameters,
+                part.config.clip_grad,
+                grad_norm,
+                # --use-precision-aware-optimizer: the gradients are in `decoupled_grad`, of their own type.
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
     optimizer.step_with_ready_grads()
     return grad_norm
 

@@ -20,9 +20,10 @@ from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.model.specs import build_block_spec, choose_implementation
 from megatron_a2d.model.transformer_config import build_transformer_config
 from megatron_a2d.performance import isolates_documents
-from megatron_a2d.runtime.device import compute_capability, device
-from megatron_a2d.runtime.precision import choose_scaling
+from megatron_a2d.precision import choose_scaling
+from megatron_a2d.runtime.device import compute_capability, cuda_version, device
 from megatron_a2d.runtime.upstream import allow_schedule_plans, mark_expert_parameters
+from megatron_a2d.training.gathering import gather_weights
 from megatron_a2d.training.optimizer import build_optimizer, build_scheduler, freeze_roles, reuses_gradient_buffer
 
 
@@ -68,17 +69,18 @@ class TrainState:
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     def restore_weights(self) -> None:
-        """Make the model's weights of the main weights, as a step does at its end. Collective."""
+        """Make the model's weights of the main weights, for a run that was resumed. Collective."""
+        if self.chunks[0].ddp_config.reuse_grad_buf_for_mxfp8_param_ag:
+            self.gather_parameters()
+            return
         for part in self._optimizers:
             part._copy_main_params_to_model_params()
         for chunk in self.chunks:
             chunk.start_param_sync(force_sync=True)
 
     def gather_parameters(self) -> None:
-        """Fetch what other ranks updated: with --overlap-param-gather the next forward pass would. Collective."""
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+        """Fetch what the last step updated: with --overlap-param-gather the next step would. Collective."""
+        gather_weights(self.chunks, self.optimizer)
 
 
 def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
@@ -109,7 +111,10 @@ def build_train_state(architecture: Architecture, config: RunConfig) -> TrainSta
         allow_schedule_plans()
     virtual = config.parallel.virtual_pipeline_size
     models = [build_model(architecture, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
-    performance, scaling = config.performance, choose_scaling(config.performance.fp8, compute_capability())
+    performance, scaling = (
+        config.performance,
+        choose_scaling(config.performance.fp8, compute_capability(), cuda_version()),
+    )
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=performance.grad_reduce_in_fp32,
         fp8_param_gather=performance.fp8_param_gather,

@@ -6,7 +6,6 @@ then but that the tests themselves work.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -16,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_a2d.files import write_json
 from tests.gpu.train import REHEARSAL, Model, write_models
 
+REPORT: list[Path] = []  # the file of --gpu-report, if there is one
 OUTCOMES: dict[str, str] = {}
 FIGURES: dict[str, dict[str, Any]] = {}
 
@@ -57,12 +58,14 @@ def record(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
     return FIGURES.setdefault(request.node.name, {}).__setitem__
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--gpu-report", None):
+        REPORT.append(path)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Written after every test: should one of them hang, the others are known."""
     if "tests/gpu/" in report.nodeid and (report.when == "call" or report.outcome != "passed"):
         OUTCOMES[report.nodeid.partition("::")[2]] = report.outcome
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path: Path | None = session.config.getoption("--gpu-report", None)
-    if path is not None:
-        path.write_text(json.dumps({"outcomes": OUTCOMES, "figures": FIGURES}, indent=1))
+        for path in REPORT:
+            write_json(path, {"outcomes": OUTCOMES, "figures": FIGURES})

@@ -61,6 +61,7 @@ class Run(NamedTuple):
 
 def train(model: Model, steps: int, save: Path | None = None, **changes: Any) -> Run:
     """Train from the model's checkpoint; with `save`, write a checkpoint with the optimizer's state there."""
+    from bench.train_step import free_memory
     from megatron_a2d.architecture import read_architecture
     from megatron_a2d.checks import find_problems
     from megatron_a2d.config import build
@@ -75,6 +76,7 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     architecture = read_architecture(start / "hf")
     environment.apply(config)
     assert not (problems := find_problems(config, architecture, parallel.world_size())), problems
+    free_memory()  # of the run before, and its process groups
     parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
     state = setup.build_train_state(architecture, config)
     load_checkpoint(state, start, weights_only=iteration_of(start) == 0)

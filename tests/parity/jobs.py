@@ -134,7 +134,7 @@ def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> 
     architecture = read_architecture(resolve(checkpoint) / "hf")
     monitor, meter = Monitor(config, architecture, state), Meter(config, architecture)
     monitor.remember_start()
-    shape = (config.training.micro_batch_size, config.data.seq_length)
+    shape = (config.training.micro_batch_size, config.input_length)
     for _ in range(num_steps):
         state.scheduler.step(1)
         meter.add(train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, monitor))

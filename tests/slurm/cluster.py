@@ -54,15 +54,27 @@ def obstacle() -> str | None:
     if os.geteuid() != 0:
         return "Slurm's daemons on loopback addresses need root"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    if missing and os.environ.get(INSTALL) == "1" and shutil.which("apt-get"):
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            subprocess.run(["apt-get", "--quiet", *command], check=True, env=environment, stdout=subprocess.DEVNULL)
+    if missing and os.environ.get(INSTALL) == "1":
+        if reason := _install():
+            return f"{', '.join(missing)} missing, and {reason}"
         missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} missing: apt-get install {' '.join(PACKAGES)}, or set {INSTALL}=1"
     if subprocess.run(["unshare", "-m", "-u", "true"], capture_output=True).returncode:
         return "this machine allows no mount namespaces (unshare -m -u)"
+    return None
+
+
+def _install() -> str | None:
+    """Debian's packages; returns why it could not be."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update"], ["apt-get", "install", "--yes", "--no-install-recommends", *PACKAGES]):
+        try:
+            subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=300)
+        except (OSError, subprocess.TimeoutExpired) as problem:
+            return f"cannot be installed: {problem}"
+        except subprocess.CalledProcessError as problem:
+            return f"cannot be installed: {' '.join(command)}: {(problem.stderr.strip() or 'failed').splitlines()[-1]}"
     return None
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench import gpu
+from bench import gpu, train_step
 from bench.shapes import SHAPES, rehearsal
+from megatron_a2d.errors import UserError
 from megatron_a2d.model.flops import train_flops_per_token
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
@@ -54,6 +55,20 @@ def test_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text())["parts"] == [{"name": "good", "status": "skipped"}]
 
 
+def test_outcomes_are_written_after_every_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A test that hangs takes its process with it, not what the tests before it measured."""
+    from tests.gpu import conftest
+
+    path = tmp_path / "report.json"
+    for name, value in {"REPORT": [path], "OUTCOMES": {}, "FIGURES": {"test_a": {"distance": 0.5}}}.items():
+        monkeypatch.setattr(conftest, name, value)
+    for name, outcome in (("test_a", "passed"), ("test_b", "failed")):
+        node = f"tests/gpu/test_gpu.py::{name}"
+        conftest.pytest_runtest_logreport(pytest.TestReport(node, ("", 0, ""), {}, outcome, None, "call"))  # type: ignore[arg-type]
+        written = json.loads(path.read_text())
+        assert written["outcomes"][name] == outcome and written["figures"] == {"test_a": {"distance": 0.5}}
+
+
 def test_shapes_are_the_published_models() -> None:
     """The whole models have the parameters that their names say; what is measured differs in its layers alone."""
     from bench.steps import architecture_of
@@ -74,3 +89,28 @@ def test_rehearsals_are_small(name: str) -> None:
     from bench.steps import architecture_of
 
     assert architecture_of(rehearsal(SHAPES[name]).config()).num_parameters() < 1e6
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        (
+            gpu,
+            ["--out", "OUT", "--parts", "tests", "bogus"],
+            "--parts bogus: no part's name begins so; there are tests",
+        ),
+        (gpu, ["--out", "OUT", "--budget", "-5"], "--budget -5: must be above 0"),
+        (gpu, ["--out", "OUT/nowhere/x.json"], "--out .*: is no file in a directory that exists"),
+        (train_step, ["--rehearse", "--variants", "bogus"], "--variants bogus: is none of .*bf16, portable"),
+        (train_step, ["--variants", "bf16"], "--variants: the CPU's comparison has none"),
+        (train_step, ["--rehearse", "--rounds", "0"], "--rounds 0: at least 1"),
+    ],
+)
+def test_nonsense_is_refused(
+    module: Any, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "result.json")
+    monkeypatch.setattr(sys, "argv", ["bench", *(word.replace("OUT", out) for word in arguments)])
+    with pytest.raises(UserError, match=words):
+        module.main()
+    assert not list(tmp_path.iterdir())

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import struct
+import sys
+from importlib.metadata import requires
 from pathlib import Path
 
-from bench.offline_wheels import prune
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from bench import offline_wheels
+from bench.offline_wheels import SMALL, prune
+from megatron_a2d.errors import UserError
 
 
 def entry(kind: int, architecture: int, code: bytes) -> bytes:
@@ -37,3 +45,26 @@ def test_only_the_wanted_architecture_keeps_its_code(tmp_path: Path) -> None:
     )
     assert content.startswith(b"before") and b"between" in content and content.endswith(b"after")
     assert prune(library, 90) == 200, "what is zero already counts as zeroed"
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels of another release that lie there would be installed too."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(offline_wheels, "download", lambda *_: pytest.fail("downloads"))
+    for out in (tmp_path, tmp_path / "file"):
+        monkeypatch.setattr(sys, "argv", ["offline_wheels", "--out", str(out)])
+        with pytest.raises(UserError, match="is not an empty folder"):
+            offline_wheels.main()
+
+
+def test_what_tests_and_benchmarks_import_is_carried() -> None:
+    """With all that it needs in turn, but for numpy, which comes with torch."""
+    wanted, seen = ["transformers", "tokenizers", "safetensors", "pytest", "rich"], set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name in seen or name == "numpy":
+            continue
+        seen.add(name)
+        needs = [Requirement(line) for line in requires(name) or []]
+        wanted += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    assert seen <= {canonicalize_name(name) for name in SMALL} and len(seen) > 10

@@ -8,21 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_a2d import plan
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import build
 from megatron_a2d.conversion.qwen3 import named_architecture
 from megatron_a2d.errors import UserError
+from megatron_a2d.gpus import rates_of
+from megatron_a2d.model import masked_head
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner import search as searching
-from megatron_a2d.planner.calibration import EFFICIENCIES, FITTED, error, fit, left_out_error, published_rows
+from megatron_a2d.planner.calibration import (
+    EFFICIENCIES,
+    FITTED,
+    LARGEST_LEFT_OUT_ERROR,
+    error,
+    fit,
+    left_out_error,
+    published_rows,
+)  # fmt: skip
 from megatron_a2d.planner.cluster import read_cluster
 from megatron_a2d.planner.job import Job
 from megatron_a2d.planner.memory import memory
+from megatron_a2d.planner.report import layout_flags
 from megatron_a2d.planner.search import make_plan, search
 from megatron_a2d.planner.timing import step_time
+from tests.unit.test_masked_head import OneRank
 
+ROOT = Path(__file__).resolve().parents[2]
 MOE, DENSE = named_architecture("Qwen/Qwen3-30B-A3B-Base"), named_architecture("Qwen3-8B")
 B200, H100 = read_cluster("b200"), read_cluster("h100")
 GPU_RUN = {
@@ -52,7 +67,8 @@ def test_efficiencies_are_the_fit_and_few() -> None:
     again = fit(rows)
     for name in FITTED:
         assert getattr(again, name) == pytest.approx(getattr(EFFICIENCIES, name), rel=0.02), name
-    assert max(abs(left_out_error(row)) for row in rows) < 0.3
+    largest = max(abs(left_out_error(row)) for row in rows)
+    assert largest < 0.3 and largest == pytest.approx(LARGEST_LEFT_OUT_ERROR, abs=0.01)
 
 
 def test_published_runs_need_all_of_it() -> None:
@@ -81,7 +97,7 @@ def test_state_of_the_30b(gpus: int, grad_reduce_in_fp32: bool, expected: float)
 
 
 def test_search_finds_every_legal_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against all combinations of sizes, with and without recomputation, each asked of checks.py."""
+    """Against all combinations of sizes, with recomputation where it is needed, each asked of checks.py."""
     monkeypatch.setattr(searching, "MICRO_BATCH_SIZES", (1, 2))
     config, gpus, model = build(GPU_RUN | {"global_batch_size": 8}), 4, replace(MOE, num_layers=8)
     found = search(config, model, H100, gpus)
@@ -98,18 +114,56 @@ def test_search_finds_every_legal_layout(monkeypatch: pytest.MonkeyPatch) -> Non
             }  # fmt: skip
             for granularity in ("none", "full"):
                 laid_out = build(values | {"recompute_granularity": granularity})
-                if not find_problems(laid_out, model, gpus):
-                    legal += 1
-                    assert make_plan(laid_out, model, H100, gpus).job in jobs
+                if find_problems(laid_out, model, gpus):
+                    continue
+                legal += 1
+                planned = make_plan(laid_out, model, H100, gpus)
+                assert planned.job in jobs
+                if planned.fits:  # computed again is only what does not fit otherwise
+                    assert replace(planned.job, recompute_granularity="full") not in jobs
+                    break
     assert legal == len(jobs) == len(found.fitting) + len(found.too_large) > 100
     assert all(plan.fits for plan in found.fitting) and not any(plan.fits for plan in found.too_large)
     assert found.fitting == sorted(found.fitting, key=lambda plan: plan.time.total)
 
 
+def test_a_recipes_overlap_of_experts_hides_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts that cannot have it are tried without, and their flags say so; the others keep it."""
+    monkeypatch.setattr(searching, "MICRO_BATCH_SIZES", (1,))
+    overlap = {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}
+    small, settings = replace(MOE, num_layers=8), GPU_RUN | {"global_batch_size": 8}
+    plain, config = search(build(settings), small, B200, 4), build(settings | overlap)
+    found = search(config, small, B200, 4)
+    assert len(found.fitting) == len(plain.fitting) and found.num_illegal == plain.num_illegal
+    kept = {
+        overlaps: [plan for plan in found.fitting if plan.job.overlap_moe_expert_parallel_comm == overlaps]
+        for overlaps in (True, False)
+    }
+    for plan_ in kept[True]:
+        job = plan_.job
+        assert job.expert_model_parallel_size > 1
+        assert job.pipeline_model_parallel_size == 1 or job.num_virtual_stages_per_pipeline_rank > 1
+    assert {plan_.job.pipeline_model_parallel_size for plan_ in kept[False]} == {1, 2, 4}
+    off = "--no-overlap-moe-expert-parallel-comm --no-delay-wgrad-compute"
+    assert layout_flags(kept[False][0], config).endswith(off) and off not in layout_flags(kept[True][0], config)
+
+
+def test_a_search_keeps_what_is_computed_again_by_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "MICRO_BATCH_SIZES", (1, 8))
+    config = build(GPU_RUN | {"recompute_granularity": "selective", "recompute_modules": ("layernorm", "moe_act")})
+    found = search(config, MOE, H100, 32)
+    assert {plan.job.recompute_granularity for plan in found.fitting} == {"selective", "full"}
+    whole = next(plan for plan in found.fitting if plan.job.recomputed_layers)
+    assert layout_flags(whole, config).endswith("--recompute-granularity full --recompute-modules")
+
+
 def test_the_best_layout_on_b200_is_the_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts inside the NVLink domain, four samples a micro-batch, nothing else divided."""
+    """Experts inside the NVLink domain, four samples a micro-batch, nothing else divided. (EP 4 would leave 0.4 GiB.)"""
     monkeypatch.setattr(searching, "MICRO_BATCH_SIZES", (2, 4))
-    best = search(build(GPU_RUN), MOE, B200, 32).fitting[0].job
+    roomy = [
+        plan for plan in search(build(GPU_RUN), MOE, B200, 32).fitting if plan.memory.total < 0.95 * B200.memory_bytes
+    ]
+    best = roomy[0].job
     assert best.expert_model_parallel_size == 8 and best.micro_batch_size == 4
     assert best.tensor_model_parallel_size == best.pipeline_model_parallel_size == best.context_parallel_size == 1
 
@@ -124,6 +178,32 @@ def test_recomputation_trades_time_for_memory() -> None:
     assert seconds(full).matmul == pytest.approx(4 / 3 * seconds(JOB).matmul, rel=0.01)
     selective = replace(JOB, recompute_granularity="selective", recompute_modules=("moe_act", "layernorm"))
     assert memory(full).activations < memory(selective).activations < memory(JOB).activations
+
+
+def test_the_heads_products_are_those_that_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four, as torch counts them: the logits forward and again backward, and two gradients. Control: not three."""
+    rows, vocabulary, hidden = 96, 512, 64
+    tensors = [torch.randn(size, hidden, dtype=torch.bfloat16).requires_grad_() for size in (rows, vocabulary)]
+    monkeypatch.setattr(masked_head, "_adds_in_fp32", lambda *_: False)  # torch does not count a product in place
+    with FlopCounterMode(display=False) as counter:
+        losses, _ = masked_head._MaskedHead.apply(*tensors, torch.zeros(rows, dtype=torch.long), OneRank, 64)
+        losses.sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * rows * vocabulary * hidden
+    job = Job(
+        replace(DENSE, vocab_size=vocabulary, hidden_size=hidden),
+        1,
+        seq_length=2 * rows,
+        global_batch_size=1,
+        bf16=True,
+    )
+    endless = replace(B200, memory_gb_per_s=1e15)
+    rate = B200.bf16_tflops * 1e12 * EFFICIENCIES.on(B200).matmul_bf16
+    assert seconds(job, endless).head * rate == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert seconds(replace(job, whole_logits=True), endless).head == pytest.approx(
+        0.75 * seconds(job, endless).head, rel=1e-3
+    )
+    # At a real vocabulary they cost a product more and spare most of the passes over the logits.
+    assert seconds(JOB).head < seconds(replace(JOB, whole_logits=True)).head
 
 
 def test_fp8_keeps_copies_and_smaller_activations() -> None:
@@ -174,7 +254,7 @@ def test_mfu_is_by_the_bidirectional_formula() -> None:
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("COLUMNS", "200")
-    recipe = Path(__file__).resolve().parents[2] / "launch" / "recipes" / "qwen3_8b.yaml"
+    recipe = ROOT / "launch" / "recipes" / "qwen3_8b.yaml"
     image = tmp_path / "plan.png"
     plan.main(
         ["--config", str(recipe), "--cluster", "h100", "--gpus", "8", "--price", "2", "--all", "--plot", str(image)]
@@ -221,3 +301,17 @@ def test_bad_cluster_file(tmp_path: Path) -> None:
     text = "\n".join(end.value.problems)
     assert "unknown value memory_gb (did you mean memory_gib?)" in text and "memory_gib is missing" in text
     assert "gpus_per_node is 8.5, not a positive whole number" in text and "price_per_gpu_hour is -1" in text
+
+
+def test_matrix_rates_have_one_source(tmp_path: Path) -> None:
+    """Clusters take those of their GPU by its name, as a run does for MFU, unless their file gives others."""
+    for name, gpu in (("h100", "NVIDIA H100 80GB HBM3"), ("b200", "NVIDIA B200"), ("gb200", "NVIDIA GB200")):
+        cluster, rates = read_cluster(name), rates_of(gpu)
+        assert rates is not None and (cluster.bf16_tflops, cluster.fp8_tflops) == rates
+    assert rates_of("Tesla T4") is None and rates_of("NVIDIA GB200") != rates_of("NVIDIA B200")
+    path = tmp_path / "mine.yaml"
+    path.write_text((ROOT / "launch" / "clusters" / "h100.yaml").read_text() + "bf16_tflops: 756\n")
+    assert read_cluster(str(path)).bf16_tflops == 756 != read_cluster("h100").bf16_tflops
+    path.write_text(path.read_text().replace("gpu: H100", "gpu: MI300"))
+    with pytest.raises(UserError, match="fp8_tflops is missing"):
+        read_cluster(str(path))

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_a2d.architecture import read_architecture
 from megatron_a2d.config import build
 from megatron_a2d.conversion.checkpoint import resolve
+from megatron_a2d.conversion.qwen3 import named_architecture
+from megatron_a2d.model import masked_head
+from megatron_a2d.planner import memory as planned
 from megatron_a2d.planner.activations import layer_activations
 from megatron_a2d.planner.job import Job, job_of
-from megatron_a2d.planner.memory import state_bytes
+from megatron_a2d.planner.memory import logit_bytes, state_bytes
 from megatron_a2d.planner.parameters import stage_buffers, stage_parameters
 from tests.cases import Case
 from tests.parity.jobs import SETTINGS
 from tests.parity.layouts import CP, DISTRIBUTED, EP, OVERLAP, PP, TP_SP, VPP
 from tests.parity.pool import Pool
+from tests.unit.test_masked_head import Memory, OneRank
 
 # Of the layers' activations; routing is uneven, and the all-to-all dispatcher keeps a little of its own.
 ACTIVATIONS_WITHIN = {"dense": 1e-3, "dense_tied": 1e-3, "moe": 0.05}
@@ -92,6 +99,42 @@ def test_activations(name: str, measured: Any) -> None:
         kept += sum(rank["layer_bytes"])
     assert kept == pytest.approx(expected, rel=ACTIVATIONS_WITHIN[LAYOUTS[name][0]])
     assert kept != pytest.approx(expected * layers / (layers + 1), rel=0.1), "a layer more or less would be seen"
+
+
+@pytest.mark.parametrize("grad_reduce_in_fp32", [True, False])
+@pytest.mark.parametrize("rows", [100, 128, 200, 1024])
+def test_head(rows: int, grad_reduce_in_fp32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak of head and loss in bf16, in one chunk, two, eight. What is one kernel on a GPU has no tensors inside."""
+    vocabulary, hidden, chunk = 4096, 64, 128
+    run, add = masked_head._run, masked_head._add_product
+
+    def as_one_kernel(function: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        with _disable_current_modes():
+            result = run(function, *tensors)
+        return result.clone()
+
+    def in_place(*tensors: torch.Tensor) -> None:
+        with _disable_current_modes():
+            add(*tensors)
+
+    monkeypatch.setattr(masked_head, "_run", as_one_kernel)
+    monkeypatch.setattr(masked_head, "_add_product", in_place)
+    monkeypatch.setattr(planned, "rows_per_chunk", lambda *_: chunk)
+    hidden_rows, weight = (
+        torch.randn(size, hidden, dtype=torch.bfloat16).requires_grad_() for size in (rows, vocabulary)
+    )
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32 if grad_reduce_in_fp32 else torch.bfloat16)  # type: ignore[attr-defined]
+    labels = torch.zeros(rows, dtype=torch.long)
+    memory = Memory()
+    memory._known.add(weight.untyped_storage().data_ptr())  # its transposed view is no new tensor
+    with memory:
+        losses, _ = masked_head._MaskedHead.apply(hidden_rows.clone(), weight, labels, OneRank, chunk)
+        losses.sum().backward()
+    shape = replace(named_architecture("Qwen3-8B"), vocab_size=vocabulary, hidden_size=hidden)
+    job = Job(shape, 1, seq_length=rows, bf16=True, grad_reduce_in_fp32=grad_reduce_in_fp32)
+    assert memory.peak == pytest.approx(logit_bytes(job), rel=0.02)
+    if rows > 2 * chunk:
+        assert memory.peak < 0.5 * logit_bytes(replace(job, whole_logits=True))
 
 
 def final_norm_bytes(job: Job) -> float:

@@ -22,7 +22,7 @@ GPUS = (8, 16, 32, 64, 128, 256, 512)
 FEWEST = {
     "qwen3_0p6b": (8, 8, 8), "qwen3_1p7b": (8, 8, 8), "qwen3_4b": (8, 8, 8), "qwen3_8b": (8, 8, 8),
     "qwen3_14b": (8, 8, 8), "qwen3_32b": (16, 8, 8), "qwen3_30b_a3b": (32, 8, 8), "qwen3_235b_a22b": (128, 64, 64),
-    "rnd1_30b_a3b_64xb200": (0, 0, 32),
+    "rnd1_30b_a3b_64xb200": (0, 0, 16),
 }  # fmt: skip
 
 
@@ -49,6 +49,49 @@ def test_dry_run(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
             else:
                 with pytest.raises(UserError, match=r"GiB, the run needs|does not divide"):
                     dry_run(recipe, gpus, cluster)
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_0p6b", "qwen3_8b", "qwen3_30b_a3b", "qwen3_235b_a22b"])
+def test_objectives_on_top(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each goes with each model; those that Transformer Engine has no attention for only with its flags off."""
+    own = RECIPES[recipe].parent
+    for objective in sorted((own / "objectives").glob("*.yaml")):
+        lines = [
+            "--dry-run",
+            "--settings-only",
+            "--world-size",
+            "128",
+            "--config",
+            str(RECIPES[recipe]),
+            str(objective),
+        ]
+        if objective.stem in ("annealing", "block", "block_ar", "grafting"):
+            with pytest.raises(
+                UserError, match="--apply-rope-fusion: needs Transformer Engine, which does not go with"
+            ):
+                train.main(lines)
+        else:
+            train.main(lines)
+        train.main([*lines, str(own / "portable.yaml")])
+    assert "128 processes = TP" in capsys.readouterr().out
+
+
+def test_speed_flags_are_set() -> None:
+    """docs/performance.md says which, and why the others are not."""
+    for name, path in RECIPES.items():
+        values = yaml.safe_load(path.read_text())
+        needed = [
+            "overlap_grad_reduce",
+            "overlap_param_gather",
+            "apply_rope_fusion",
+            "gradient_accumulation_fusion",
+            "manual_gc",
+        ]
+        if "_a" in name:
+            needed += ["moe_permute_fusion", "moe_router_fusion"]
+        if "30b_a3b" in name:
+            needed += ["overlap_moe_expert_parallel_comm", "delay_wgrad_compute"]
+        assert all(values.get(flag) is True for flag in needed), name
 
 
 def test_rnd1s_own_run(capsys: pytest.CaptureFixture[str]) -> None:

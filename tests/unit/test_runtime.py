@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,8 @@ def test_router_finds_its_missing_name() -> None:
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream.check_version()
+    monkeypatch.setattr("megatron.core.__version__", f"{upstream.SUPPORTED[1]}+c2139b3")  # installed within a checkout
+    upstream.check_version()
     monkeypatch.setattr("megatron.core.__version__", "0.15.0")
     with pytest.raises(UserError, match=r"megatron-core 0\.15\.0"):
         upstream.check_version()
@@ -160,6 +163,16 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_order_of_versions(found: str, is_older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.core.__version__", found)
     assert upstream.is_before(0, 17) == is_older
+
+
+def test_graphed_parts_have_the_name_of_this_version() -> None:
+    """megatron.core's own name, not one that it still takes from before."""
+    from megatron.core.transformer import TransformerConfig
+
+    given = upstream.graphed_parts(("attn",))
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert fields >= given.keys()
+    assert ("cuda_graph_modules" in fields) == ("cuda_graph_modules" in given)
 
 
 @cpu_only

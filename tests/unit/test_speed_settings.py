@@ -15,8 +15,9 @@ from megatron_a2d.checks import find_problems
 from megatron_a2d.config import build, settings
 from megatron_a2d.errors import UserError
 from megatron_a2d.model import transformer_config
-from megatron_a2d.runtime.environment import Gpu, as_text, environment, own_cores
-from megatron_a2d.runtime.precision import Scaling, choose_scaling
+from megatron_a2d.precision import Scaling, choose_scaling
+from megatron_a2d.runtime import upstream
+from megatron_a2d.runtime.environment import Gpu, as_text, environment, own_cores, parse_cpu_list
 from megatron_a2d.training.garbage import Garbage
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
@@ -38,6 +39,7 @@ PAIRS: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
     (QWEN3_8B, {"bf16": True, "fp8": "tensorwise", "fp8_param_gather": True}, "--fp8-param-gather: needs --use-dist", {"use_distributed_optimizer": True}),
     (QWEN3_8B, {**SHARDED, "fp8": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather: with --fp8 mxfp8", OVERLAPPED),
     (QWEN3_8B, {**SHARDED, "fp8": "tensorwise", "fp8_param_gather": True, "use_precision_aware_optimizer": True}, "--fp8-param-gather: not with", {"fp8_param_gather": False}),
+    (dataclasses.replace(QWEN3_8B, head_dim=80), {**OVERLAPPED, "fp8": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather: the head size, 80", {"fp8": "tensorwise"}),
     (QWEN3_8B, {"bf16": True, "fp8": "auto", "seq_length": 4100}, "--fp8 auto: the tokens of a micro-batch", {"fp8": "none"}),
     (QWEN3_8B, {"bf16": True, "fp8": "auto", "transformer_impl": "portable"}, "--fp8 auto: only Transformer Engine", {"transformer_impl": "auto"}),
     (QWEN3_8B, {"bf16": True, "fp8": "auto", "document_attention": "isolated", "micro_batch_size": 2}, "--fp8 auto: needs Transformer Engine, which", {"micro_batch_size": 1}),
@@ -118,11 +120,33 @@ def test_environment_without_a_gpu() -> None:
     assert as_text({}) and as_text({"B": "1", "A": "2"}) == "A=2 B=1"
 
 
-def test_cores_are_shared_out() -> None:
-    shares = [own_cores(range(112), rank, 8) for rank in range(8)]
-    assert sorted(core for share in shares for core in share) == list(range(112))
-    assert all(share == list(range(share[0], share[0] + 14)) for share in shares)
-    assert own_cores([4, 0], 1, 4) == [0, 4], "fewer cores than processes: no binding"
+# A DGX H100: 2 x 56 cores with two threads each; four GPUs on either side.
+LEFT, RIGHT = parse_cpu_list("0-55,112-167"), parse_cpu_list("56-111,168-223\n")
+SIBLINGS = {core: core % 112 for core in range(224)}
+
+
+def test_cores_are_those_near_the_gpu() -> None:
+    """Cut in a row, the cores of GPUs 2 and 3 would lie on the other side."""
+    near = [LEFT] * 4 + [RIGHT] * 4
+    shares = [own_cores(range(224), near, rank, SIBLINGS) for rank in range(8)]
+    assert sorted(core for share in shares for core in share) == list(range(224))
+    assert all(set(share) <= set(near[rank]) and len(share) == 28 for rank, share in enumerate(shares))
+    assert shares[0] == parse_cpu_list("0-13,112-125") and shares[7] == parse_cpu_list("98-111,210-223")
+
+
+def test_cores_of_gpus_in_another_order() -> None:
+    near = [RIGHT, LEFT, RIGHT, LEFT]
+    shares = [own_cores(range(224), near, rank, SIBLINGS) for rank in range(4)]
+    assert all(set(share) <= set(near[rank]) and len(share) == 56 for rank, share in enumerate(shares))
+    assert not set(shares[1]) & set(shares[3])
+
+
+def test_cores_that_the_job_was_given() -> None:
+    assert own_cores(range(48, 64), [LEFT, RIGHT], 0) == list(range(48, 56))
+    assert own_cores([4, 0], [LEFT] * 4, 1) == [0, 4], "fewer cores than processes: all that are near"
+    assert own_cores(range(56, 60), [LEFT], 0) == [56, 57, 58, 59], "none is near: nothing is bound"
+    assert own_cores(range(8), [[], []], 1) == list(range(8)), "not known: nothing is bound"
+    assert parse_cpu_list("\n") == [] and parse_cpu_list("3,5-6") == [3, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +154,12 @@ def test_cores_are_shared_out() -> None:
     [
         ("none", None, None),
         ("auto", (10, 0), Scaling("mxfp8", "e4m3")),
+        ("auto", (10, 3), Scaling("mxfp8", "e4m3")),
+        ("auto", (11, 0), Scaling("mxfp8", "e4m3")),
+        ("auto", (12, 0), Scaling("tensorwise", "hybrid")),
+        ("auto", (12, 1), Scaling("tensorwise", "hybrid")),
         ("auto", (9, 0), Scaling("tensorwise", "hybrid")),
+        ("auto", (8, 9), Scaling("tensorwise", "hybrid")),
         ("blockwise", (9, 0), Scaling("blockwise", "e4m3")),
         ("delayed", (8, 9), Scaling("delayed", "hybrid")),
     ],
@@ -142,15 +171,24 @@ def test_scaling_by_gpu(wish: str, capability: tuple[int, int] | None, expected:
 @pytest.mark.parametrize(
     ("wish", "capability", "words"),
     [
-        ("mxfp8", (9, 0), "capability 9.0, and mxfp8 needs 10.0; use auto"),
+        ("mxfp8", (9, 0), "--fp8 mxfp8: a GPU of compute capability 9.0 has no mxfp8, which needs 10.0; use auto"),
+        ("mxfp8", (12, 0), "capability 12.0 has no mxfp8 in Transformer Engine, which has it below 12.0; use auto"),
         ("blockwise", (8, 9), "needs 9.0; use auto"),
         ("auto", (8, 0), "needs 8.9; use none"),
+        ("mxfp8", (8, 0), "needs 10.0; use none"),
         ("tensorwise", None, "has no CUDA device"),
     ],
 )
 def test_scaling_that_a_gpu_lacks(wish: str, capability: tuple[int, int] | None, words: str) -> None:
     with pytest.raises(UserError, match=words):
         choose_scaling(wish, capability)
+
+
+def test_blockwise_needs_a_late_cuda() -> None:
+    assert choose_scaling("blockwise", (9, 0), (12, 9)) == choose_scaling("blockwise", (9, 0), (13, 0))
+    assert choose_scaling("auto", (9, 0), (12, 4)) == Scaling("tensorwise", "hybrid")
+    with pytest.raises(UserError, match=r"--fp8 blockwise: needs CUDA 12.9, and torch has 12.8; use auto"):
+        choose_scaling("blockwise", (9, 0), (12, 8))
 
 
 def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +208,8 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
     expected = dict(
-        fp8="e4m3", fp8_recipe="mxfp8", fp8_param=False, first_last_layers_bf16=True, cuda_graph_scope=["attn", "moe_router"],
-        recompute_modules=["moe_act"], moe_flex_dispatcher_backend="hybridep", moe_grouped_gemm=True,
+        fp8="e4m3", fp8_recipe="mxfp8", fp8_param=False, first_last_layers_bf16=True, recompute_modules=["moe_act"],
+        moe_flex_dispatcher_backend="hybridep", moe_grouped_gemm=True, **upstream.graphed_parts(("attn", "moe_router")),
     )  # fmt: skip
     for name in ("moe_permute_fusion", "moe_router_fusion", "moe_router_force_load_balancing", "apply_rope_fusion",
                  "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "gradient_accumulation_fusion"):  # fmt: skip

@@ -138,6 +138,9 @@ def test_a_study_keeps_to_its_checkpoint_and_tokens(tmp_path: Path) -> None:
         hold(train=1)
     with pytest.raises(UserError, match="--valid-data-path"):
         hold(train=0, valid=1)
+    tokens, start = str(tmp_path / "tokens0"), str(tmp_path / "start")
+    with pytest.raises(UserError, match="--valid-data-path: the study in --out .* was begun with it"):
+        hold_inputs(tmp_path / "out", base(train_data_path=tokens, load=start))
     (tmp_path / "start" / "release" / "manifest.json").write_text("another")
     with pytest.raises(UserError, match="--load"):
         hold(train=0)
@@ -375,3 +378,16 @@ def test_roles_that_the_model_does_not_have_stay_out(changes: dict[str, Any], mi
     jobs = layer_lr.plan(base(), [1], replace(QWEN3_30B_A3B, **changes))
     roles = {"mlp", "router", "norm", "embedding", "head"} - missing
     assert all(set(job.settings["lr_mult"]) == roles for job in jobs if job.trains)
+
+
+def test_what_a_study_cannot_measure_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--document-attention", "isolated", "--reset-position-ids", "--no-eod-maskable", "--loss-weights", "cart"]
+    flags += ["--load-iteration", "5"]
+    with pytest.raises(UserError) as error:
+        main(
+            ["probe", "--out", str(tmp_path), "--load", "x", "--valid-data-path", "v", "--train-data-path", "t", *flags]
+        )
+    problems = str(error.value)
+    for name in ("document-attention isolated", "reset-position-ids True", "eod-maskable False", "loss-weights cart"):
+        assert f"--{name}: a study's measurements know only" in problems, name
+    assert "give the iteration's directory to --load" in problems
