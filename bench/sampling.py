@@ -1,6 +1,6 @@
 """Samplers against a plain reimplementation of the published loop: tokens a second, at equal output or a stated cost.
 
-    python -m bench.sampling [--rounds 2] [--out bench/results/sampling_cpu.json]
+    python -m bench.sampling [--rounds 4] [--out bench/results/sampling_cpu.json]
     python -m bench.sampling --model demo_run/exported --data demo_run/corpus_valid --texts 8 --out ...
 
 The plain loop does what the published one does: the head, a full-vocabulary log-softmax, entropies and argmax on all
@@ -42,6 +42,10 @@ SAMPLERS = {
     "threshold 0.2": SamplingOptions("threshold", num_steps=STEPS, threshold=0.2),
     "threshold 0.1": SamplingOptions("threshold", num_steps=STEPS, threshold=0.1),
     "threshold 0.08": SamplingOptions("threshold", num_steps=STEPS, threshold=0.08),
+    "threshold 0.06": SamplingOptions("threshold", num_steps=STEPS, threshold=0.06),
+    "threshold 0.05": SamplingOptions("threshold", num_steps=STEPS, threshold=0.05),
+    "eb 16": SamplingOptions("eb", num_steps=STEPS, gamma=16.0),
+    "eb 32": SamplingOptions("eb", num_steps=STEPS, gamma=32.0),
     "rnd1, blocks of 16": SamplingOptions(num_steps=STEPS, block_length=16),
     "rnd1, blocks of 16, prefix cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="prefix"),
     "rnd1, blocks of 16, dual cache": SamplingOptions(num_steps=STEPS, block_length=16, cache="dual"),
@@ -50,6 +54,12 @@ SAMPLERS = {
     ),
     "threshold 0.1, blocks of 16, dual cache": SamplingOptions(
         "threshold", num_steps=STEPS, threshold=0.1, block_length=16, cache="dual"
+    ),
+    "threshold 0.08, blocks of 16, dual cache": SamplingOptions(
+        "threshold", num_steps=STEPS, threshold=0.08, block_length=16, cache="dual"
+    ),
+    "rnd1, a quarter of the steps, blocks of 16, dual cache": SamplingOptions(
+        num_steps=STEPS // 4, block_length=16, cache="dual"
     ),
 }
 
@@ -64,7 +74,7 @@ class Measured(NamedTuple):
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2, help="texts of the untrained model, after one warm-up")
+    parser.add_argument("--rounds", type=int, default=4, help="texts of the untrained model, after one warm-up")
     parser.add_argument("--model", default=None, help="an export that all samplers are compared on")
     parser.add_argument("--data", default=None, help="prefix of its held-out tokens")
     parser.add_argument("--texts", type=int, default=8, help="texts that are continued, after one warm-up")
@@ -138,7 +148,7 @@ def trained(directory: str, data: str, num_texts: int) -> dict[str, Any]:
         }
         row = table[name]
         print(
-            f"{name:42} {row['speed_ratio']:6.2f}x  {row['forwards']:5.1f} forwards  {row['nats_per_token']:.3f} nats  "
+            f"{name:54} {row['speed_ratio']:6.2f}x  {row['forwards']:5.1f} forwards  {row['nats_per_token']:.3f} nats  "
             f"accuracy {row['accuracy']:.1%}  {row['texts_equal_to_plain']} of {len(texts)} equal",
             flush=True,
         )

@@ -19,8 +19,8 @@ from torch import Tensor
 Head = Callable[[Tensor], Tensor]  # hidden [n, D] -> logits [n, V]
 Reduce = Callable[[Tensor, Head], tuple[Tensor, ...]]  # hidden [N, D], head -> any number of tensors [N]
 
-# Logits of a part are a few times larger than a core's cache at most, and are reused by the allocator.
-_PART_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+# Few large parts: each reads the head's whole weight, which at Qwen3's vocabulary costs as much as 30 rows do on a CPU.
+_PART_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 class Request(NamedTuple):
@@ -60,7 +60,7 @@ def from_logits(logits_fn: Callable[[Tensor], Tensor]) -> Model:
 
 def logits_in_parts(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
     """The head's fp32 logits, a few rows at a time; they may be changed in place."""
-    start, size = 0, 32
+    start, size = 0, 64
     while start < len(hidden_ND):
         part = slice(start, start + size)
         logits_nV = head(hidden_ND[part]).float()

@@ -102,10 +102,8 @@ class HarnessModel(TemplateLM):
             advance(len(jobs) - len(unknown))
             for start in range(0, len(unknown), self.batch_size):
                 batch = unknown[start : start + self.batch_size]
-                texts = self._complete([jobs[number][:2] for number in batch], [keys[number] for number in batch])
-                self.journal.add(
-                    {keys[number]: _cut(text, jobs[number][2]) for number, text in zip(batch, texts, strict=True)}
-                )
+                texts = self._complete([jobs[number] for number in batch], [keys[number] for number in batch])
+                self.journal.add({keys[number]: text for number, text in zip(batch, texts, strict=True)})
                 advance(len(batch))
         return [self.journal.get(key) for key in keys]
 
@@ -128,26 +126,32 @@ class HarnessModel(TemplateLM):
             self.counts["contexts cut at the left"] += 1
         return context[-room:], continuation
 
-    def _complete(self, jobs: list[tuple[list[int], int]], keys: list[str]) -> list[str]:
+    def _complete(self, jobs: list[tuple[list[int], int, list[str]]], keys: list[str]) -> list[str]:
+        """Of each context, the most new tokens and the stop texts: what is written before the first of those."""
         opened = self.opened
         if opened.objective == "ar":
-            return [_greedy(opened, tokens, length) for tokens, length in jobs]
+            return [_cut(_greedy(opened, tokens, length), until) for tokens, length, until in jobs]
         canvas = make_canvas(
-            [tokens + [opened.mask_token_id] * length for tokens, length in jobs], opened.mask_token_id
+            [tokens + [opened.mask_token_id] * length for tokens, length, _ in jobs], opened.mask_token_id
         )
-        for row, (tokens, _) in enumerate(jobs):
+        for row, (tokens, _, _) in enumerate(jobs):
             canvas.editable[row, : len(tokens)] = False  # a mask token in a question is no hole
+
+        def is_final(row: int, written: list[int]) -> bool:
+            return _is_cut(opened.decode(written), jobs[row][2])
+
         sampled = denoise(
             opened.run, canvas.to(opened.device), opened.mask_token_id, self.sampling,
             label_shift=opened.label_shift, end_token_ids=opened.end_token_ids,
+            is_final=is_final if opened.end_token_ids else None,
             # By the request's content: the same text in any order and batch.
             seed=[row_seed(self.seed, int(key[:8], 16)) for key in keys],
         ).tokens.tolist()  # fmt: skip
         texts = []
-        for row, (tokens, length) in zip(sampled, jobs, strict=True):
+        for row, (tokens, length, until) in zip(sampled, jobs, strict=True):
             new = row[len(tokens) : len(tokens) + length]
             kept = kept_positions(new, [True] * length, set(opened.end_token_ids))
-            texts.append(opened.decode([new[position] for position in kept]))
+            texts.append(_cut(opened.decode([new[position] for position in kept]), until))
         return texts
 
     def error_summary(self) -> dict[str, float]:
@@ -166,8 +170,19 @@ class HarnessModel(TemplateLM):
 
 def _cut(text: str, until: Sequence[str]) -> str:
     """The text before the first stop text in it."""
-    ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-    return text[: min(ends)] if ends else text
+    place = _first_stop(text, until)
+    return text if place is None else text[:place]
+
+
+def _is_cut(text: str, until: Sequence[str]) -> bool:
+    """Whether any text that begins so is cut at the same place: no stop text can begin earlier and end behind it."""
+    place = _first_stop(text, until)
+    # A character whose bytes are not all there decodes to this one.
+    return place is not None and len(text.rstrip("\ufffd")) >= place - 1 + max(map(len, until))
+
+
+def _first_stop(text: str, until: Sequence[str]) -> int | None:
+    return min((place for stop in until if stop and (place := text.find(stop)) >= 0), default=None)
 
 
 @torch.no_grad()

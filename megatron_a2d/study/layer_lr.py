@@ -10,7 +10,7 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import ROLES, RunConfig
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import BASE, Job, Measure, ar_settings
-from megatron_a2d.study.statistics import Interval, mean_interval, paired_difference, verdict
+from megatron_a2d.study.statistics import MANY_COMPARISONS, Interval, mean_interval, paired_difference, verdict
 from megatron_a2d.study.study import Record, Report, Study, by_tag, final
 
 RATIOS = (1.0, 0.3, 0.1, 0.03, 0.0)
@@ -90,7 +90,7 @@ def report(records: list[Record], images: Path) -> Report:
         f"{table}\nNELBO, nats a token, and infilling (16 tokens at once) of held-out text with the bidirectional "
         "mask. AR perplexity and cloze accuracy of the same weights under the causal mask: "
         f"{before['cloze']['num_facts']:,} facts of the training text, asked where they occur in held-out text. Drift: "
-        "|W - W0| / |W0|. ± is half of a 95% confidence interval over seeds (Student's t).\n\n"
+        f"|W - W0| / |W0|. ± is half of a 95% confidence interval over seeds (Student's t). {MANY_COMPARISONS}\n\n"
         f"{_findings(groups)}\n![results](layer-lr.png)\n"
     )
     rows = [

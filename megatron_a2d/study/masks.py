@@ -10,7 +10,14 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import Job, Measure
-from megatron_a2d.study.statistics import Moments, mean_interval, paired_difference, ratio_interval, verdict
+from megatron_a2d.study.statistics import (
+    MANY_COMPARISONS,
+    Moments,
+    mean_interval,
+    paired_difference,
+    ratio_interval,
+    verdict,
+)
 from megatron_a2d.study.study import Record, Report, Study, by_tag, final
 
 BASELINE = "baseline"
@@ -85,8 +92,10 @@ def report(records: list[Record], images: Path) -> Report:
     _draw(images / "masks.png", values, columns[1:3])
     text = (
         f"{table}\n{differences}\nNELBO, nats a token, of the same held-out samples under independent masks, whatever "
-        "was trained with; accuracy on masked tokens, each under its own document attention. ± is half of a 95% "
-        "confidence interval over seeds (Student's t), in the second table of the differences pair by pair.\n\n"
+        "was trained with; accuracy on masked tokens and the NELBO at the start, each under its own document "
+        "attention. Isolated documents have fewer tokens that can be masked: the two NELBO columns are of different "
+        "tokens. ± is half of a 95% confidence interval over seeds (Student's t), in the second table of the "
+        f"differences pair by pair. {MANY_COMPARISONS}\n\n"
         "Variance of a batch's gradient at the end of the baseline, exact count over independent masks: "
         f"{ratio.format(3)} ({NUM_GROUPS * BATCHES_PER_GROUP} batches, by-index times for both; 95% interval by a "
         "jackknife).\n\n"

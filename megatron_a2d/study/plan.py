@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from megatron_a2d.config import RunConfig
+from megatron_a2d.errors import UserError
 
 # Seeds of a study's runs: the order of samples and their noise. Validation has a seed of its own, the same for all.
 FIRST_SEED = 1000
@@ -45,26 +46,36 @@ def resolved(base: RunConfig, job: Job) -> dict[str, Any]:
     return {**base.to_dict(), "finetune": True, "keep_last": base.training.keep_last or 1, **job.settings}
 
 
-def scaled_batch(base: RunConfig, factor: float) -> dict[str, Any]:
+def scaled_batch(base: RunConfig, factor: float, largest: int = 1) -> dict[str, Any]:
     """The settings of the base run at another batch size and equal tokens.
 
     The learning rate follows the square root of the batch (for Adam: Malladi et al. 2022; so branch Merrill et al.
-    2025); warm-up and decay keep their places in tokens.
+    2025); warm-up and decay keep their places in tokens. The base's iterations (of training, warm-up, decay,
+    validation) are first rounded to multiples of the `largest` factor that a study takes, so that all its branches see
+    exactly the same tokens and are judged by the same held-out samples. UserError where a batch would not be whole.
     """
     training, optimization = base.training, base.optimization
-    batch = round(training.global_batch_size * factor)
+    if training.global_batch_size * factor % 1:
+        raise UserError(
+            f"--global-batch-size {training.global_batch_size}: the study divides it by {round(1 / factor)}; "
+            "take a multiple of that"
+        )
+    batch = int(training.global_batch_size * factor)
+
+    def scaled(count: int, least: int) -> int:
+        return round(max(least, round(count / largest)) * largest / factor)
+
     values = {
         "global_batch_size": batch,
         "micro_batch_size": min(training.micro_batch_size, batch),
-        "train_iters": max(1, round(training.train_iters / factor)),
-        "lr_warmup_iters": round(optimization.lr_warmup_iters / factor),
-        "lr_wsd_decay_iters": round(optimization.lr_wsd_decay_iters / factor),
+        "train_iters": scaled(training.train_iters, 1),
+        "lr_warmup_iters": scaled(optimization.lr_warmup_iters, 0),
+        "lr_wsd_decay_iters": scaled(optimization.lr_wsd_decay_iters, 0),
         "lr": optimization.lr * factor**0.5,
         "min_lr": optimization.min_lr * factor**0.5,
         "log_interval": max(1, round(training.log_interval / factor)),
         "save_interval": max(1, round(training.save_interval / factor)),
-        # Every branch is judged by the same held-out samples.
-        "eval_iters": max(1, round(training.eval_iters / factor)),
+        "eval_iters": scaled(training.eval_iters, 1),
     }
     assert values.keys() <= base.to_dict().keys()
     return values

@@ -10,7 +10,7 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig, settings
 from megatron_a2d.study.page import figure, markdown_table
 from megatron_a2d.study.plan import Job, Measure
-from megatron_a2d.study.statistics import mean_interval, paired_difference, verdict
+from megatron_a2d.study.statistics import MANY_COMPARISONS, mean_interval, paired_difference, verdict
 from megatron_a2d.study.study import Record, Report, Study, by_tag, final
 
 NUM_VALIDATIONS = 4
@@ -70,7 +70,7 @@ def report(records: list[Record], images: Path) -> Report:
     ]
     text = (
         f"{table}\nHeld out; NELBO in nats a token; infilling of 16 tokens at once; ± is half of a 95% confidence "
-        "interval over seeds (Student's t).\n\n"
+        f"interval over seeds (Student's t). {MANY_COMPARISONS}\n\n"
         f"{_findings(groups)}\n![results](probe.png)\n"
     )
     return Report(text, rows)
@@ -93,9 +93,11 @@ def _draw(path: Path, groups: dict[str, dict[int, Record]]) -> None:
         for number, (way, runs) in enumerate(groups.items()):
             for seed, record in runs.items():
                 first = seed == min(runs)
+                # While attention is regressed, the loss is a distance and no likelihood.
+                training = [item for item in record["training"] if item.get("loss_by_time")]
                 axes[0].plot(
-                    [item["consumed_samples"] for item in record["training"]],
-                    [item["loss"] for item in record["training"]],
+                    [item["consumed_samples"] for item in training],
+                    [item["loss"] for item in training],
                     color=f"C{number}", alpha=0.6, linewidth=1, label=way if first else None,
                 )  # fmt: skip
             iterations = [item["iteration"] for item in next(iter(runs.values()))["validation"]]

@@ -34,7 +34,7 @@ from megatron_a2d.study.report import read_log
 
 # Settings that say where things lie and how they are shown: a job may be moved, watched and spread over processes.
 _FREE = (
-    "load", "train_data_path", "valid_data_path", "data_mixture", "num_workers", "distributed_timeout_minutes",
+    "load", "save", "train_data_path", "valid_data_path", "data_mixture", "num_workers", "distributed_timeout_minutes",
     "keep_last", "keep_every", "async_save", "save_interval",
 )  # fmt: skip
 
@@ -110,7 +110,8 @@ class Runner:
         spec = directory / f"measure_{number}.json"
         if not (directory / f"measured_{number}.json").exists() or not spec.exists():
             return False
-        return bool(read_json(spec, "the measurements made")["measures"] == self._asked(measures))
+        made = read_json(spec, "the measurements made")["measures"]
+        return _without_paths(made) == _without_paths(self._asked(measures))
 
     def _asked(self, measures: list[Measure]) -> list[dict[str, Any]]:
         return [{"name": item.name, "kind": item.kind, "options": self._options(item)} for item in measures]
@@ -201,6 +202,11 @@ class Runner:
             self._stopped = True
             for process in self._processes:
                 process.send_signal(signal.SIGTERM)
+
+
+def _without_paths(measures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A reference is the plan's own: where it lies is free, like all paths."""
+    return [{**item, "options": {**item["options"], "reference": None}} for item in measures]
 
 
 def _processes(job: Job) -> list[tuple[dict[str, Any], list[Measure]]]:

@@ -10,6 +10,11 @@ from typing import NamedTuple
 # Student's t, two-sided 95%, by degrees of freedom; beyond the table the normal distribution's value.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
+# What a reader of many verdicts has to know.
+MANY_COMPARISONS = (
+    "Each comparison below is made at 95% for itself: of twenty without any difference one is expected to stand out."
+)
+
 
 def t95(degrees: int) -> float:
     return _T95[degrees - 1] if degrees <= len(_T95) else 1.960 + 2.4 / degrees

@@ -119,6 +119,57 @@ def test_the_harness_model_against_plain_logits(models):
     assert all(len(a) + len(b) <= opened.max_positions for a, b in windows) and math.isfinite(total)
 
 
+def test_stop_texts_end_the_writing_and_change_no_answer(models, monkeypatch):
+    """Answers are those of texts written to their end and cut afterwards, in fewer forward passes."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_a2d.diffusion.sampling import SamplingOptions, denoise
+    from megatron_a2d.evaluation import harness as module
+    from megatron_a2d.evaluation.journal import Journal
+    from megatron_a2d.inference.export import open_export
+
+    opened = open_export(models["export"])
+    forwards: list[int] = []
+
+    def answers(stops: list[str], early: bool) -> list[str]:
+        def counted(*arguments, is_final, **options):
+            sampled = denoise(*arguments, is_final=is_final if early else None, **options)
+            forwards.append(sum(sampled.num_forwards))
+            return sampled
+
+        monkeypatch.setattr(module, "denoise", counted)
+        model = module.HarnessModel(
+            opened, scoring.ScoringOptions(mc_num=4), SamplingOptions(num_steps=48, block_length=8), 48, 2,
+            Journal(None, None), lambda what, total, unit: evaluate._progress(opened, what, total, unit),
+        )  # fmt: skip
+        requests = [Instance("g", {}, (f"for {c} in ", {"until": stops}), 0) for c in "abc"]
+        return model.generate_until(requests)
+
+    [text, *_] = answers([], early=True)
+    stop = text[len(text) // 4 :][:3]  # three characters that the first text has in its second quarter
+    assert answers([stop, "not in any text"], early=False) == answers([stop, "not in any text"], early=True)
+    plain, early = sum(forwards[2:4]), sum(forwards[4:6])
+    assert early < plain
+
+
+@pytest.mark.parametrize(
+    "text, until, place, final",
+    [
+        ("a = 1\n", ["\n"], 5, True),
+        ("a = 1", ["\n"], None, False),
+        ("a = 1", [], None, False),
+        ("a\n\n", ["\n\n", "a\n\nQ"], 1, False),  # the longer one may turn out to begin earlier
+        ("a\n\nb", ["\n\n", "a\n\nQ"], 1, True),
+        ("a\n\n\ufffd", ["\n\n", "a\n\nQ"], 1, False),
+    ],
+)
+def test_where_a_stop_text_cuts(text, until, place, final):
+    from megatron_a2d.evaluation.harness import _cut, _is_cut
+
+    assert _cut(text, until) == (text if place is None else text[:place])
+    assert _is_cut(text, until) is final
+
+
 def test_held_out_text_by_source(models, tmp_path):
     content = run(
         models, tmp_path, "--valid-data-path", f"code={models['code']}", str(models["web"]), "--seq-length", "32",

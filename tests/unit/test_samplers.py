@@ -205,6 +205,29 @@ def test_finished_rows_leave_the_batch():
     assert sizes == [3, 2, 1, 1, 1, 1] and result.num_forwards == [6, 1, 2]
 
 
+def test_a_final_row_is_left_with_what_it_has():
+    canvas = make_canvas([[1, *[MASK] * 24], [5, 2, *[MASK] * 22]], MASK)
+    options = SamplingOptions(num_steps=24, block_length=4)
+    whole = denoise(row_by_row, canvas, MASK, options, end_token_ids=[25])
+    seen: list[tuple[int, list[int]]] = []
+
+    def is_final(row: int, written: list[int]) -> bool:
+        seen.append((row, written))
+        return row == 0 and len(written) >= 8
+
+    cut = denoise(row_by_row, canvas, MASK, options, end_token_ids=[25], is_final=is_final)
+    assert cut.tokens[1].tolist() == whole.tokens[1].tolist() and cut.num_forwards[1] == whole.num_forwards[1]
+    asked = [written for row, written in seen if row == 0]
+    written = asked[-1]
+    assert 8 <= len(written) < 24 and cut.num_forwards[0] < whole.num_forwards[0]
+    assert cut.tokens[0].tolist() == [1, *written, *cut.tokens[0].tolist()[1 + len(written) :]]
+    assert cut.tokens[0].tolist()[1 : 1 + len(written)] == whole.tokens[0].tolist()[1 : 1 + len(written)]
+    assert cut.tokens[0, -1] == 25 and MASK not in cut.tokens
+    assert all(len(a) < len(b) for a, b in itertools.pairwise(asked))
+    with pytest.raises(ValueError, match="is_final needs end_token_ids"):
+        denoise(row_by_row, canvas, MASK, options, is_final=is_final)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

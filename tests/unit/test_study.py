@@ -101,11 +101,15 @@ def test_what_failed_is_named_and_what_waits_for_it_is_not_begun(tmp_path: Path)
     assert len(runner(tmp_path).run(JOBS)) == 3
 
 
-def test_another_plan_is_refused(tmp_path: Path) -> None:
+def test_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner(tmp_path).run(JOBS)
     with pytest.raises(UserError, match=r"first was begun with lr 0.0001, not 0.1"):
         runner(tmp_path, lr=0.1).run(JOBS)
+    made = calls(tmp_path)
     runner(tmp_path, load="moved").run(JOBS)
+    monkeypatch.chdir(tmp_path)
+    runner(Path()).run(JOBS)  # the same --out under another name
+    assert calls(tmp_path) == made
 
 
 def test_a_killed_study_goes_on(tmp_path: Path) -> None:
@@ -137,6 +141,13 @@ def test_branches_differ_in_their_batch_alone() -> None:
         assert changed["global_batch_size"] * changed["eval_iters"] == 16 * 8
         assert changed["lr"] == pytest.approx(1e-3 * factor**0.5)
         assert changed["global_batch_size"] % changed["micro_batch_size"] == 0
+    # Counts that the factors of the study do not divide: the same tokens for all, no further off than half a factor.
+    branches = [scaled_batch(config, factor, 16) for factor in critical_batch.FACTORS]
+    for name, was in (("train_iters", 200), ("lr_warmup_iters", 20), ("eval_iters", 8)):
+        [samples] = {branch["global_batch_size"] * branch[name] for branch in branches}
+        assert samples > 0 and abs(samples - 16 * was) <= 16 * 8
+    with pytest.raises(UserError, match="--global-batch-size 6: the study divides it by 4"):
+        scaled_batch(base(global_batch_size=6, micro_batch_size=1, train_iters=8), 0.25)
     unchanged = config.to_dict()
     assert all(unchanged[name] == value for name, value in scaled_batch(config, 1).items())
 
@@ -164,14 +175,43 @@ def test_plans_are_valid_runs_of_any_size(name: str) -> None:
 
 def test_the_critical_batch_of_a_known_curve() -> None:
     """Flat up to 32, then 2% worse a doubling: 1% is lost half a doubling later."""
-    losses = {batch: [3.0 * (1 + 0.02 * max(0.0, math.log2(batch / 32)))] * 2 for batch in (8, 16, 32, 64, 128)}
+    losses = known_curve(num_seeds=2)
     assert critical_batch.critical_batch(losses).value == pytest.approx(32 * 2**0.5, rel=1e-6)
-    flat = critical_batch.critical_batch({batch: [3.0, 3.0] for batch in (8, 16)})
+    flat = critical_batch.critical_batch({batch: {1: 3.0, 2: 3.0} for batch in (8, 16)})
     assert math.isinf(flat.value) and flat.show(16).startswith("> 16")
     draw = random.Random(0)
-    noisy = {batch: [value + draw.gauss(0, 0.01) for value in values] for batch, values in losses.items()}
-    found = critical_batch.critical_batch(noisy)
+    found = critical_batch.critical_batch(with_noise(losses, draw, 0.01))
     assert found.low < found.value < found.high
+    # What a seed does to all of its batches is no uncertainty about where the curve leaves the band.
+    alike = {batch: {seed: loss + seed for seed, loss in found.items()} for batch, found in losses.items()}
+    found = critical_batch.critical_batch(alike)
+    assert found.high - found.low < 1e-6
+    alone = critical_batch.critical_batch(known_curve(num_seeds=1))
+    assert math.isnan(alone.low) and "one seed" in critical_batch._claim({"mdlm": alone, "ar": alone})
+
+
+def test_the_critical_batch_lies_in_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 9 of 10 studies, although three batches are equally good, and the lowest of their losses is too low by chance."""
+    monkeypatch.setattr(critical_batch, "_NUM_DRAWS", 300)
+    draw, curve, truth = random.Random(3), known_curve(num_seeds=2), 32 * 2**0.5
+    found = [
+        critical_batch.critical_batch(with_noise(curve, draw, 0.006), seed=draw.randrange(1000)) for _ in range(150)
+    ]
+    assert sum(item.low <= truth <= item.high for item in found) > 0.87 * 150
+    assert abs(np.median([math.log2(item.value / truth) for item in found])) < 0.1
+
+
+def known_curve(num_seeds: int) -> critical_batch.Losses:
+    return {
+        batch: dict.fromkeys(range(num_seeds), 3.0 * (1 + 0.02 * max(0.0, math.log2(batch / 32))))
+        for batch in (8, 16, 32, 64, 128)
+    }
+
+
+def with_noise(losses: critical_batch.Losses, draw: random.Random, size: float) -> critical_batch.Losses:
+    return {
+        batch: {seed: value + draw.gauss(0, size) for seed, value in found.items()} for batch, found in losses.items()
+    }
 
 
 def test_moments_of_known_gradients() -> None:

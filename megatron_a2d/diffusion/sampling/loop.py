@@ -26,6 +26,8 @@ from megatron_a2d.diffusion.sampling.selection import entropy_bounded, lowest
 
 # on_step(step, tokens_BL, decided_BL): step counts from 1, `decided` are the positions decided in it
 OnStep = Callable[[int, Tensor, Tensor], None]
+# is_final(row, tokens): whether a text that begins with these tokens is cut within them
+IsFinal = Callable[[int, list[int]], bool]
 
 
 class Sampled(NamedTuple):
@@ -45,6 +47,7 @@ def denoise(
     label_shift: bool = True,
     seed: int | Sequence[int] = 0,
     end_token_ids: Sequence[int] = (),
+    is_final: IsFinal | None = None,
     on_step: OnStep | None = None,
 ) -> Sampled:
     """Fill the holes of `canvas`.
@@ -52,11 +55,14 @@ def denoise(
     Under `label_shift` row i - 1 of the model's output predicts position i, so position 0 cannot be a hole. A row's
     draws depend on its own seed only, not on the batch around it: give one seed a row, or one number from which
     `row_seed(seed, row)` makes them. `end_token_ids`: a row whose holes all have ended with one of them is left, and
-    what is masked behind it is filled with the first of them. Raises ValueError for a hole at position 0 under the
-    shift.
+    what is masked behind it is filled with the first of them. `is_final` is asked of what a row's holes hold before
+    their first masked position, when that has grown; where it says yes, the row is left likewise. Raises ValueError for
+    a hole at position 0 under the shift, and for `is_final` without end tokens.
     """
     _check(canvas, label_shift)
-    state = _State(canvas, mask_token_id, options, seed, tuple(end_token_ids))
+    if is_final and not end_token_ids:
+        raise ValueError("is_final needs end_token_ids: the first of them fills what is left")
+    state = _State(canvas, mask_token_id, options, seed, tuple(end_token_ids), is_final)
     while rows := state.unfinished():
         decided_BL = state.advance(model, rows, label_shift)
         if on_step is not None:
@@ -74,9 +80,10 @@ class _State:
         options: SamplingOptions,
         seed: int | Sequence[int],
         end_token_ids: tuple[int, ...],
+        is_final: IsFinal | None,
     ):
-        self.canvas, self.mask_token_id, self.options, self.end_token_ids = (
-            canvas, mask_token_id, options, end_token_ids,
+        self.canvas, self.mask_token_id, self.options, self.end_token_ids, self.is_final = (
+            canvas, mask_token_id, options, end_token_ids, is_final,
         )  # fmt: skip
         batch, length = canvas.tokens.shape
         self.tokens_BL = canvas.tokens.masked_fill(canvas.editable, mask_token_id)
@@ -91,6 +98,7 @@ class _State:
         self.cursors = [0] * batch
         self.cached_blocks = [-1] * batch
         self.num_forwards = [0] * batch
+        self.num_written = [0] * batch  # decided positions before each row's first masked one
         self.step = 0
 
     def unfinished(self) -> list[int]:
@@ -165,6 +173,9 @@ class _State:
         if not self.end_token_ids:
             return torch.zeros_like(self.masked_BL)
         lost_BL = hopeless(self.tokens_BL, self.masked_BL, self.canvas.editable, self.end_token_ids)
+        if self.is_final is not None:
+            for row in self._final_rows(self.is_final):
+                lost_BL[row] = self.masked_BL[row]
         done_B = ~(self.masked_BL & ~lost_BL).any(1)
         filled_BL = lost_BL & done_B[:, None]
         self.tokens_BL.masked_fill_(filled_BL, self.end_token_ids[0])
@@ -172,6 +183,16 @@ class _State:
         for row in done_B.nonzero()[:, 0].tolist():
             self.left[row] = [0] * len(self.left[row])
         return filled_BL
+
+    def _final_rows(self, is_final: IsFinal) -> list[int]:
+        written_BL = self.canvas.editable & (self.masked_BL.cumsum(1) == 0)
+        final = []
+        for row in self.unfinished():
+            written = self.tokens_BL[row][written_BL[row]].tolist()
+            if len(written) > self.num_written[row] and is_final(row, written):
+                final.append(row)
+            self.num_written[row] = len(written)
+        return final
 
 
 def _decide(options: SamplingOptions, scores: Scores, considered_RL: Tensor, required_R: Tensor) -> Tensor:
