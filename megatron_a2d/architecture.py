@@ -44,6 +44,10 @@ class Architecture:
     def is_moe(self) -> bool:
         return self.num_experts > 0
 
+    def has_role(self, role: str) -> bool:
+        """Whether the model has parameters of this role (config.ROLES); a tied head is the embedding."""
+        return {"router": self.is_moe, "head": not self.tie_word_embeddings}.get(role, True)
+
     def num_parameters(self) -> int:
         """All weights, a tied output head counted once."""
         return self._weights(self.num_experts)

@@ -258,6 +258,9 @@ def _architecture_problems(config: RunConfig, architecture: Architecture) -> lis
             f"--objective {config.diffusion.objective}: the checkpoint's hf/config.json names no mask_token_id; "
             "convert the model again with python -m checkpoints_tools.convert_hf"
         )
+    frozen = {role for role, factor in config.optimization.lr_mult.items() if factor == 0}
+    if frozen != set(ROLES) and frozen >= {role for role in ROLES if architecture.has_role(role)}:
+        problems.append("--lr-mult: freezes every role that the model has, and nothing would train; leave one above 0")
     if not architecture.is_moe and "router" in config.optimization.lr_mult:
         problems.append("--lr-mult router=...: the model is dense and has no router; remove it")
     if architecture.tie_word_embeddings and "head" in config.optimization.lr_mult:

@@ -203,6 +203,8 @@ def _engine_problems(config: RunConfig) -> Iterator[str]:
         for name in needs_transformer_engine(config):
             yield f"{_shown(config, name)}: only Transformer Engine has it; use --transformer-impl auto, or remove it"
     elif refused := refuses_transformer_engine(config):
+        if config.training.transformer_impl == "transformer_engine":
+            yield f"--transformer-impl transformer_engine: does not go with {refused}; use portable"
         for name in needs_transformer_engine(config):
             yield f"{_shown(config, name)}: needs Transformer Engine, which does not go with {refused}; remove one"
 

@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     processes = parallel.world_size() if options.world_size is None else options.world_size
     if processes < 1:
         raise UserError(f"--world-size {processes}: a run needs at least 1 process")
+    if not options.dry_run:
+        parallel.check_launch()
     try:
         # The first rank alone looks into files; while it does, the others wait for it to join the process group.
         if parallel.rank() == 0 and config.training.save and not options.dry_run:

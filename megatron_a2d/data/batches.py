@@ -52,6 +52,10 @@ class Batch(NamedTuple):
     positions: Tensor | None = None  # [b, s] int64; None: 0 .. s - 1
     annealing: Tensor | None = None  # [b, 2] int64 (diffusion/visibility.py); None: no causal mask is left
     levels: Tensor | None = None  # [b, s] int64 (diffusion/blocks.py); None: there are no blocks
+    # n spans of a sample, each masked at one time, for monitoring (diffusion/corruption.py).
+    spans: Tensor | None = None  # [b, n, 3] float64: time, maskable tokens, masked ones; None: nothing is masked
+    span_of_row: Tensor | None = None  # [b, s] int64; None: all rows belong to the first
+    masked_weights: Tensor | None = None  # [b, s] float32; None: all weights are those of masked tokens
 
 
 def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int) -> Batch:
@@ -69,6 +73,11 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
         positions=_stack([sample.positions for sample in samples], lambda length: np.arange(length, dtype=np.int64)),
         annealing=_stack([sample.annealing for sample in samples], lambda _: everything_open()),
         levels=_stack([sample.levels for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
+        spans=_stack([sample.spans for sample in samples], lambda number: np.zeros((number, 3))),
+        span_of_row=_stack([sample.span_of_row for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
+        masked_weights=_stack(
+            [sample.masked_weights for sample in samples], lambda length: np.zeros(length, dtype=np.float32)
+        ),
     )
 
 

@@ -61,6 +61,8 @@ def corrupt_blocks(
         clean_weights_L = next_weights_L - noised_weights_L
     else:
         labels_L, noised_weights_L, clean_weights_L = tokens_L, weights_L, np.zeros_like(weights_L)
+    weights_2L = np.concatenate([noised_weights_L, clean_weights_L])
+    masked_weights_2L = weights_2L if ar_loss_weight else None
     if ar_loss_weight:
         counted_L = has_predecessor(tokens_L, documents_L)
         if visible_token_id is not None:
@@ -68,16 +70,23 @@ def corrupt_blocks(
         clean_weights_L = (
             clean_weights_L + np.float32(ar_loss_weight) * shift(tokens_L, counted_L.astype(np.float32))[1]
         )
-    starts_L = places_L // block_length * block_length
+        weights_2L = np.concatenate([noised_weights_L, clean_weights_L])
+    block_of_L = places_L // block_length
+    judged_by_L = np.minimum(places_L + 1, length - 1) if noise.label_shift else places_L
+    counts = (np.bincount(block_of_L, weights=chosen_L) for chosen_L in (maskable_L, masked_L))
+    starts_L = block_of_L * block_length
     return Corrupted(
         tokens=np.concatenate([np.where(masked_L, noise.mask_token_id, tokens_L), tokens_L]),
         labels=np.concatenate([labels_L, next_L]),
-        weights=np.concatenate([noised_weights_L, clean_weights_L]),
+        weights=weights_2L,
         time=float(np.mean(times)),
         num_maskable=int(maskable_L.sum()),
         documents=None if documents_L is None else np.tile(documents_L, 2),
         positions=np.tile(places_L, 2),
         levels=np.concatenate([2 * starts_L, 2 * (places_L if causal_context else starts_L) + 1]),
+        spans=np.stack([times, *counts], axis=1),
+        span_of_row=np.tile(block_of_L[judged_by_L], 2),
+        masked_weights=masked_weights_2L,
     )
 
 

@@ -31,6 +31,10 @@ class Corrupted(NamedTuple):
     positions: np.ndarray | None = None  # [L] int64, where they are not 0 .. L - 1
     annealing: np.ndarray | None = None  # [2] int64 (visibility.py), where not all tokens see one another yet
     levels: np.ndarray | None = None  # [L] int64 (blocks.py), where blocks follow one another
+    # What monitoring asks for. A span is what was masked at one time: the sample, or each of its blocks.
+    spans: np.ndarray | None = None  # [n, 3] float64: time, maskable tokens, masked ones; None where none are masked
+    span_of_row: np.ndarray | None = None  # [L] int64, that of the token which judges the row; None: all the first
+    masked_weights: np.ndarray | None = None  # [L] float32, where `weights` holds an autoregressive co-loss too
 
 
 def corrupt(
@@ -60,13 +64,16 @@ def corrupt(
     labels_L = tokens_L
     if noise.label_shift:
         labels_L, weights_L = shift(tokens_L, weights_L)
+    num_maskable = int(np.count_nonzero(maskable_L))
     return Corrupted(
         tokens=np.where(masked_L, noise.mask_token_id, tokens_L),
         labels=labels_L,
         weights=weights_L,
         time=time,
-        num_maskable=int(np.count_nonzero(maskable_L)),
+        num_maskable=num_maskable,
         documents=documents_L,
+        # Not the rows with weight: some weights (cart) are 0 for tokens that are masked.
+        spans=np.array([[time, num_maskable, np.count_nonzero(masked_L)]], dtype=np.float64),
     )
 
 

@@ -26,11 +26,21 @@ class SampleSums(NamedTuple):
 
 
 def sample_sums(
-    losses_N: Tensor, weights_N: Tensor, correct_N: Tensor, sample_N: Tensor, num_samples: int
+    losses_N: Tensor,
+    weights_N: Tensor,
+    correct_N: Tensor,
+    sample_N: Tensor,
+    num_samples: int,
+    counts_N: Tensor | None = None,
 ) -> SampleSums:
-    """Group the rows that carry loss by the sample (0..num_samples-1) that they belong to."""
+    """Group the rows that carry loss by the sample (0..num_samples-1) that they belong to.
+
+    `counts_N`, bool: which rows are counted; the weights of the others are 0.
+    """
     losses, weights = losses_N.detach().double(), weights_N.double()
     columns = torch.stack([weights * losses, losses, torch.ones_like(losses), correct_N.double()])
+    if counts_N is not None:
+        columns = columns * counts_N
     sums = torch.zeros(4, num_samples, dtype=torch.float64, device=losses.device)
     return SampleSums(*sums.index_add_(1, sample_N, columns))
 

@@ -62,6 +62,7 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         submodules: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
     ):
         super().__init__(config=config)
         assert pg_collection is not None and config.gated_linear_unit and not config.add_bias_linear

@@ -15,6 +15,8 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_a2d.runtime.recompute import is_recomputed
+
 
 class GraftedSelfAttention(SelfAttention):
     """An ordinary bidirectional SelfAttention until `start_grafting`."""
@@ -47,7 +49,8 @@ class GraftedSelfAttention(SelfAttention):
         old = self._old_output(read, attention_mask, options)
         new, _ = super().forward(read, attention_mask, **options)
         loss = relative_errors(new, old).sum() / self.config.num_layers
-        self._error += loss.detach().double()
+        if not is_recomputed():
+            self._error += loss.detach().double()
         stream = new.detach() if self._feeds_new else old
         return _WithLoss.apply(stream, loss, hidden_states), None
 

@@ -9,6 +9,7 @@ What 0.19.2 does otherwise than 0.16.1, where this project meets it:
 - Readers of checkpoints are made in another way, and keep metadata by path for good (loading.py).
 - Adam is given `capturable` (adam.py).
 - The parts of a layer that CUDA graphs replay are given under another name (`graphed_parts`).
+- Modules are told their names when they are built (model/experts.py takes its own and leaves it).
 - Process groups that are not passed are taken from the global state, as before, with a DeprecationWarning.
 """
 

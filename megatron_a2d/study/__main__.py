@@ -2,6 +2,7 @@
 
     python -m megatron_a2d.study NAME --out DIR --config RECIPE --load CKPT --train-data-path P --valid-data-path P
     python -m megatron_a2d.study report RUN [--out page.png]     draw a run; RUN is a --save directory
+    python -m megatron_a2d.study watch RUN [--port 6006]         TensorBoard, opened at the run's charts
 
 A study (`make study` runs one on a small model, offline) is resumable: the same command goes on where it stopped.
 """
@@ -16,6 +17,7 @@ from megatron_a2d.console import entry_point
 from megatron_a2d.errors import UserError, nearest
 from megatron_a2d.study.command import STUDIES, run_study, usage
 from megatron_a2d.study.report import draw_run
+from megatron_a2d.study.watch import watch
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,10 +30,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--out", type=Path, default=None, help="the image; default: RUN/report.png")
         options = parser.parse_args(rest)
         print(draw_run(options.run, options.out or options.run / "report.png"))
+    elif name == "watch":
+        parser = Parser(prog="python -m megatron_a2d.study watch", description="TensorBoard, opened at a run's charts.")
+        parser.add_argument("run", type=Path, help="the run's --save directory, or a directory of several runs")
+        parser.add_argument("--port", type=int, default=6006, help="of this machine")
+        options = parser.parse_args(rest)
+        watch(options.run, options.port)
     elif name in STUDIES:
         run_study(name, rest)
     else:
-        known = ("report", *STUDIES)
+        known = ("report", "watch", *STUDIES)
         raise UserError(f"{name}: no such study{nearest(name, known)}; there are {', '.join(known)}")
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from megatron_a2d.architecture import read_architecture
 from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import RunConfig
+from megatron_a2d.config import RunConfig, flag, settings
 from megatron_a2d.console import console
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import hold_directory
+from megatron_a2d.study.inputs import hold_inputs
 from megatron_a2d.study.page import import_pyplot, write_lines, write_page
 from megatron_a2d.study.runner import Runner
 from megatron_a2d.study.study import Study, seeds_of
@@ -26,7 +27,10 @@ STUDIES = {
 }
 
 
-_DATA = ("--train-data-path", "--valid-data-path")  # paths are each machine's own
+# Measurements make samples of their own (with holes, with facts, with other times), to which these do not apply.
+_NOT_MEASURED = (
+    "document_attention", "reset_position_ids", "random_length_prob", "eod_maskable", "loss_weights", "mask_sampling",
+)  # fmt: skip
 
 
 def find_study(name: str) -> Study:
@@ -44,8 +48,8 @@ def run_study(name: str, argv: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument(
         "--launcher", default="", metavar="WORDS",
-        help="what stands before `-m megatron_a2d.train`, such as 'torchrun --nproc-per-node 8' or 'srun python'; "
-        "default: this Python, one process",
+        help="what stands before `-m megatron_a2d.train`, such as 'torchrun --nproc-per-node 8' or, under Slurm, "
+        "'srun --ntasks-per-node 1 launch/node.sh'; default: this Python, one process",
     )  # fmt: skip
     parser.add_argument("--page", type=Path, metavar="DIR", help="directory for table, plots and page; default: --out")
     parser.add_argument("--plan", action="store_true", help="print what would be run, and what of it is done; end")
@@ -60,18 +64,25 @@ def run_study(name: str, argv: list[str]) -> None:
             print(f"{'done' if runner.is_done(job) else 'to do':6}{job.name}")
         return
     hold_directory(options.out, "--out")
+    hold_inputs(options.out, base)
     import_pyplot()  # better missed now than after the last run
     records = runner.run(jobs)
     page = options.page or options.out
     page.mkdir(parents=True, exist_ok=True)
     report = study.report(records, page)
     write_lines(page / f"{name}.jsonl", report.rows)
-    command = (
-        f"python -m megatron_a2d.study {name} {shlex.join(_without(argv, '--page', '--jobs', '--out', '--launcher'))}"
-    )
+    words = _without(argv, "--page", "--jobs", "--out", "--launcher")
+    command = f"python -m megatron_a2d.study {name} {' '.join(map(_shown, words))}"
     text = f"`{command} --out DIR`, seeds {seeds_of(options.seeds)}, {len(jobs)} jobs.\n\n{report.text}"
     write_page(page / f"{name}.md", study.title, study.question, text)
     console.print(f"{page / f'{name}.md'}", markup=False)
+
+
+def _shown(word: str) -> str:
+    """Of an absolute path, which is this machine's own, its last two parts."""
+    flag, equals, value = word.rpartition("=")
+    path = Path(value)
+    return shlex.quote(flag + equals + (".../" + "/".join(path.parts[-2:]) if path.is_absolute() else value))
 
 
 def _without(argv: list[str], *flags: str) -> list[str]:
@@ -95,6 +106,15 @@ def _check(base: RunConfig, seeds: int, jobs: int) -> None:
         problems.append("--load: is missing; give the autoregressive checkpoint that the study starts from")
     if not (base.data.valid_data_path or base.data.data_mixture):
         problems.append("--valid-data-path: is missing; a study judges its runs by held-out text")
+    if base.training.load_iteration is not None:
+        problems.append(
+            f"--load-iteration {base.training.load_iteration}: a study begins with one checkpoint and its runs resume "
+            "with their own; give the iteration's directory to --load"
+        )
+    for name in _NOT_MEASURED:
+        value, usual = base.to_dict()[name], settings()[name].default
+        if value != usual:
+            problems.append(f"{flag(name)} {value}: a study's measurements know only {usual}; leave it out")
     if base.diffusion.objective != "mdlm":
         problems.append(f"--objective {base.diffusion.objective}: a study chooses its runs' objectives; leave it out")
     for name, value in (("--seeds", seeds), ("--jobs", jobs)):

@@ -23,8 +23,7 @@ def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> l
     causal = ar_settings(base)
     kept = (Measure("ar", "likelihood", causal), Measure("cloze", "cloze", causal))
     jobs = [Job("before", {"lr": 0.0, "rest": 0.0, "seed": seeds[0]}, {}, measures=kept, trains=False)]
-    there = {"router": architecture.is_moe, "head": not architecture.tie_word_embeddings}
-    roles = [role for role in REST if there.get(role, True)]
+    roles = [role for role in REST if architecture.has_role(role)]
     for seed in seeds:
         for factor in ATTENTION_LR if seed == seeds[0] else ATTENTION_LR[:1]:
             for ratio in RATIOS:

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.study.opened import open_run
     from megatron_a2d.training import parallel
 
+    parallel.check_launch()
     try:
         opened = open_run(spec["settings"])
         results = {item["name"]: _KINDS[item["kind"]](opened, **item["options"]) for item in spec["measures"]}

@@ -93,8 +93,8 @@ def _draw(path: Path, groups: dict[str, dict[int, Record]]) -> None:
         for number, (way, runs) in enumerate(groups.items()):
             for seed, record in runs.items():
                 first = seed == min(runs)
-                # While attention is regressed, the loss is a distance and no likelihood.
-                training = [item for item in record["training"] if item.get("loss_by_time")]
+                # None while attention is grafted.
+                training = [item for item in record["training"] if item["loss"] is not None]
                 axes[0].plot(
                     [item["consumed_samples"] for item in training],
                     [item["loss"] for item in training],

@@ -26,6 +26,8 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("loss, nats a token", ("loss",), "nelbo"),
     Panel("loss weighted and unweighted", ("loss", "cross_entropy")),
+    Panel("diffusion and next-token loss", ("diffusion_loss", "ar_loss")),
+    Panel("error of grafting", ("grafting_error",)),
     Panel("loss by time", ("loss_by_time",)),
     Panel("accuracy on rows with loss", ("accuracy",), "accuracy"),
     Panel("accuracy by mask ratio", ("accuracy_by_mask_ratio",)),
@@ -37,8 +39,8 @@ PANELS = (
     Panel("learning rate", ("lr",)),
     Panel("busiest expert over an even share", ("router.load_masked", "router.load_visible")),
     Panel("entropy of a token's experts, nats", ("router.entropy_masked", "router.entropy_visible")),
-    Panel("routers: masked against visible", ("router.load_difference",)),
-    Panel("tokens dropped, and above an even share", ("router.dropped", "router.overflow")),
+    Panel("loads of masked against visible tokens", ("router.load_difference",)),
+    Panel("share of choices dropped, and above an even share", ("router.dropped", "router.overflow")),
     Panel("tokens a second", ("tokens_per_second",)),
 )
 
@@ -57,7 +59,19 @@ def read_log(run: Path) -> list[Record]:
         except (json.JSONDecodeError, KeyError, TypeError):
             if number < len(lines):  # the last line may be that of a run that was killed while it wrote
                 raise UserError(f"{path}: line {number} is no record of a run; remove it") from None
-    return list(newest.values())
+    records = list(newest.values())
+    _cut_grafting(records)
+    return records
+
+
+def _cut_grafting(records: list[Record]) -> None:
+    """Logs once held the error of grafting as `loss`, and no accuracy as 0: such numbers are taken out."""
+    starts = [record for record in records if record["kind"] == "start"]
+    steps = starts[-1].get("settings", {}).get("grafting_steps", 0) if starts else 0
+    train = sorted((record for record in records if record["kind"] == "train"), key=lambda record: record["iteration"])
+    for before, record in zip([None, *train], train, strict=False):
+        if (before["iteration"] if before else 0) < steps and "grafting_error" not in record:
+            record |= dict.fromkeys(("loss", "cross_entropy", "accuracy", "mask_ratio"))
 
 
 def draw_run(run: Path, image: Path) -> Path:

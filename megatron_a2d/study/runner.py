@@ -93,7 +93,9 @@ class Runner:
         if job.trains:
             log = read_log(directory)
             found["training"] = [record for record in log if record["kind"] == "train"]
-            found["validation"] = [record for record in log if record["kind"] == "validation"]
+            judged = [record for record in log if record["kind"] == "validation"]
+            # Of a mixture the first source, which measurements are made on too.
+            found["validation"] = [record for record in judged if record.get("source") == judged[0].get("source")]
         for number in range(len(_processes(job))):
             found |= json.loads((directory / f"measured_{number}.json").read_text())
         return found

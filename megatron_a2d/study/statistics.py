@@ -21,18 +21,22 @@ def t95(degrees: int) -> float:
 
 
 class Interval(NamedTuple):
-    """A mean with half the width of its 95% confidence interval; nan where one value alone is known."""
+    """A mean with half the width of its 95% confidence interval; nan where one value alone is known.
+
+    Values that are equal to the last bit do not depend on the seed: they have no spread to be told from.
+    """
 
     mean: float
     half_width: float
     num_values: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half_width:.3f}" if math.isfinite(self.half_width) else f"{self.mean:.3f}"
+        return self.format(3)
 
     def format(self, digits: int) -> str:
         shown = f"{self.mean:.{digits}f}"
-        return f"{shown} ± {self.half_width:.{digits}f}" if math.isfinite(self.half_width) else shown
+        has_spread = math.isfinite(self.half_width) and self.half_width > 0
+        return f"{shown} ± {self.half_width:.{digits}f}" if has_spread else shown
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -51,6 +55,8 @@ def verdict(difference: Interval, digits: int = 3) -> str:
     shown = f"{abs(difference.mean):.{digits}f} ± {difference.half_width:.{digits}f}"
     if not math.isfinite(difference.half_width):
         return f"{difference.mean:+.{digits}f} (one seed: no interval)"
+    if difference.half_width == 0:
+        return f"{difference.mean:+.{digits}f}, whatever the seed"
     if abs(difference.mean) <= difference.half_width:
         return f"not told apart ({difference.mean:+.{digits}f} ± {difference.half_width:.{digits}f})"
     return f"{'higher' if difference.mean > 0 else 'lower'} by {shown}"

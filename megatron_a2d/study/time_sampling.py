@@ -138,7 +138,7 @@ def _draw(path: Path, rows: list[Record]) -> None:
             axis.axvline(1.0, color="gray", linestyle="--")
             axis.set_yticks(range(len(settings)), [f"{a}, {b}, {c}" for a, b, c in settings], fontsize=7)
             axis.set_title(f"variance of the {quantity}, relative to independent times")
-            axis.legend(fontsize=7)
+        axes[0].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)  # of both
 
 
 STUDY = Study(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ from megatron_a2d.conversion.checkpoint import (
 from megatron_a2d.conversion.manifest import Entry, write_manifest
 from megatron_a2d.conversion.torch_dist import FORMAT
 from megatron_a2d.errors import SaveError, UserError
-from megatron_a2d.files import fsync_path, new_file, write_json
+from megatron_a2d.files import fsync_path, new_file, read_json, write_json
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
 from megatron_a2d.runtime.loading import load_state
 from megatron_a2d.runtime.model_state import dequantise, fill_model, state_to_load, state_to_save
 from megatron_a2d.runtime.saving import Saving
+from megatron_a2d.training.optimizer import frozen_roles, role_of
 from megatron_a2d.training.optimizer_state import OptimizerState, adam_step
 from megatron_a2d.training.parallel import from_first_rank
 from megatron_a2d.training.setup import TrainState
@@ -170,7 +171,10 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
         )
     step = common["optimizer_step"]
     # Without an update so far (all steps were skipped) there is no state yet.
-    optimizer = OptimizerState(state.optimizer, model, is_loading=True, metadata=_metadata()) if step else None
+    begins = _had_no_state(directory, tied=state.models[0].share_embeddings_and_output_weights)
+    optimizer = (
+        OptimizerState(state.optimizer, model, is_loading=True, metadata=_metadata(), begins=begins) if step else None
+    )
     loaded = _load({**_wanted_model(state), "optimizer": optimizer.tensors if optimizer else {}}, directory)
     _load_model(state, loaded)
     if optimizer:
@@ -182,6 +186,12 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
+
+
+def _had_no_state(directory: Path, tied: bool) -> Callable[[str], bool]:
+    """Whether the parameter of this name was frozen when the checkpoint was written."""
+    frozen = frozen_roles(read_json(directory / RUN_CONFIG, "the settings of the run that wrote the checkpoint"))
+    return lambda name: role_of(name, tied) in frozen
 
 
 def _metadata() -> dict[str, Any]:

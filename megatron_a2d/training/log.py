@@ -39,13 +39,24 @@ LAYOUT = {
         "busiest expert over an even share": ["Multiline", ["train/router/load_(masked|visible)$"]],
         "entropy of a token's experts, nats": ["Multiline", ["train/router/entropy_"]],
         "difference of masked and visible loads": ["Multiline", ["train/router/load_difference$"]],
-        "tokens dropped, and above an even share": ["Multiline", ["train/router/(dropped|overflow)$"]],
+        "share of choices dropped, and above an even share": ["Multiline", ["train/router/(dropped|overflow)$"]],
     },
     "4 how fast": {
         "tokens a second": ["Multiline", ["train/tokens_per_second$"]],
         "MFU": ["Multiline", ["train/mfu$"]],
     },
 }
+
+
+def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
+    """LAYOUT, with the charts that only some runs have numbers for."""
+    (first, charts), *others = LAYOUT.items()
+    charts = dict(charts)
+    if config.diffusion.ar_loss_weight:
+        charts["diffusion and next-token loss"] = ["Multiline", ["train/(diffusion_loss|ar_loss)$"]]
+    if config.diffusion.grafting_steps:
+        charts["error of grafting"] = ["Multiline", ["train/grafting_error$"]]
+    return {first: charts, **dict(others)}
 
 
 class RunLog:
@@ -66,7 +77,7 @@ class RunLog:
         # A resumed run writes its iterations again: TensorBoard is told to forget what lies beyond.
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=iteration) if tensorboard else None
         if self._tensorboard:
-            self._tensorboard.add_custom_scalars(LAYOUT)
+            self._tensorboard.add_custom_scalars(layout(config))
         if root:
             root.mkdir(parents=True, exist_ok=True)
         self._jsonl = open(root / "log.jsonl", "a", encoding="utf-8") if root else None  # noqa: SIM115
@@ -79,6 +90,8 @@ class RunLog:
             "training", total=training.train_iters, completed=iteration, numbers="", start=True
         )
         self._progress.start()
+        if tensorboard:
+            self.say(f"watch it: python -m megatron_a2d.study watch {root or tensorboard}")
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
@@ -102,8 +115,11 @@ class RunLog:
         self.event("train", iteration=iteration, **values)
         self._curves("train", iteration, values)
         mfu = values.get("mfu")
+        learnt = f"loss {values['loss']:.4f}  acc {values['accuracy']:.1%}"
+        if "grafting_error" in values and not math.isfinite(values["loss"]):
+            learnt = f"grafting error {values['grafting_error']:.4f}"
         numbers = (
-            f"loss {values['loss']:.4f}  acc {values['accuracy']:.1%}  grad {values['grad_norm']:.2f}  "
+            f"{learnt}  grad {values['grad_norm']:.2f}  "
             f"lr {values['lr']:.2e}  {human(values['tokens_per_second'], 'tok')}/s  "
             f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
         )

@@ -77,16 +77,15 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             scan.check()
             state.scheduler.step(1)
             graphs.before_step()
-            # A regression on clean text has no part in what is watched.
             grafts = grafting.is_active(state.iteration)
-            observer = monitor if is_logged(training, state.iteration + 1) and not grafts else None
+            observer = monitor if is_logged(training, state.iteration + 1) else None
             with profile.measure(state.iteration + 1), grafting.step(state):
                 result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, observer)
             grafting.add_error(result.totals)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
-            meter.add(result, has_times=not grafts)
+            meter.add(result, grafts)
             profile.after(state.iteration, log)
             garbage.after_step(state.iteration)
             if skipped.add(result.grad_norm):
@@ -99,7 +98,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             if last or is_logged(training, state.iteration):
                 values = meter.read(state) | (observer.read() if observer else {})
                 log.train(state.iteration, values)
-                if spikes.is_spike(values["loss"]):
+                if not grafts and spikes.is_spike(values["loss"]):
                     log.spike(state.iteration, values["loss"])
             if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
                 _validate(state, config, architecture, valid_data, log)

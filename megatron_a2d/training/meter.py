@@ -17,9 +17,9 @@ from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.runtime.device import device, peak_flops
 from megatron_a2d.training.parallel import owns_loss
 from megatron_a2d.training.setup import TrainState
-from megatron_a2d.training.step import SampleLosses, StepResult
+from megatron_a2d.training.step import SampleLosses, StepResult, Totals
 
-_NUM_TOTALS = 5  # those of StepResult
+_NUM_COLUMNS = 5  # of a bucket: weighted loss, cross-entropy, rows, correct rows, maskable tokens
 
 
 class Meter:
@@ -30,68 +30,81 @@ class Meter:
         self._architecture, self._input_length = architecture, config.input_length
         self._rows_per_token = config.input_length / config.data.seq_length
         self._causal = config.diffusion.objective == "ar"
-        self._has_times = config.diffusion.objective == "mdlm"  # a block has a time of its own, a sample has many
+        self._ar_loss_weight = config.diffusion.ar_loss_weight
         self._peak = peak_flops()
         self.restart()
 
     def restart(self) -> None:
-        # The totals, then [by time, by mask ratio] x buckets x the same five.
-        self._sums = torch.zeros(1 + 2 * NUM_BUCKETS, _NUM_TOTALS, dtype=torch.float64, device=device())
+        # Of steps that learn from the objective, and of those that graft; then [by time, by mask ratio] x buckets.
+        self._totals = torch.zeros(2, len(Totals._fields), dtype=torch.float64, device=device())
+        self._buckets = torch.zeros(2 * NUM_BUCKETS, _NUM_COLUMNS, dtype=torch.float64, device=device())
         self._grad_norm, self._steps, self._updates, self._seconds = 0.0, 0, 0, 0.0
         self.resume()
 
     def resume(self) -> None:
         self._begin = time.perf_counter()
 
-    def add(self, result: StepResult, has_times: bool = True) -> None:
-        """`has_times`: the samples were masked, each at its time."""
+    def add(self, result: StepResult, grafts: bool = False) -> None:
+        """`grafts`: the step's loss is the error of grafting."""
         now = time.perf_counter()
         self._seconds += now - self._begin
         self._begin = now
         self._steps += 1
         if math.isfinite(result.grad_norm):  # a step that was skipped is no part of the means
-            self._sums[0] += result.totals
+            self._totals[int(grafts)] += result.totals
             self._grad_norm += result.grad_norm
             self._updates += 1
-            if owns_loss() and self._has_times and has_times:
+            if owns_loss():
                 self._add_buckets(result.losses)
 
     def _add_buckets(self, losses: list[SampleLosses]) -> None:
-        for item in losses:
-            columns = torch.stack([*item.sums, item.num_maskable.to(self._sums)], dim=1)
-            for first, positions in ((1, item.times), (1 + NUM_BUCKETS, item.mask_ratios)):
-                self._sums.index_add_(0, first + _bucket(positions).to(self._sums.device), columns)
+        for spans in (item.spans for item in losses if item.spans):
+            columns = torch.stack([*spans.sums, spans.num_maskable.to(self._buckets)], dim=1)
+            for first, positions in ((0, spans.times), (NUM_BUCKETS, spans.mask_ratios)):
+                self._buckets.index_add_(0, first + _bucket(positions).to(self._buckets.device), columns)
 
     def read(self, state: TrainState) -> dict[str, Any]:
         """The interval's numbers, global; collective. Starts the next interval."""
-        dist.all_reduce(self._sums)
-        totals, *buckets = self._sums.tolist()
-        weighted_loss, cross_entropy, num_rows, num_correct, num_maskable = totals
+        dist.all_reduce(self._totals)
+        dist.all_reduce(self._buckets)
+        totals, grafting = (Totals(*row) for row in self._totals.tolist())
         tokens_per_second = self._steps * self._tokens_per_step / self._seconds
         values: dict[str, Any] = {
-            "loss": weighted_loss / num_maskable if num_maskable else math.nan,
-            "cross_entropy": cross_entropy / max(num_rows, 1),
-            "accuracy": num_correct / max(num_rows, 1),
-            "mask_ratio": num_rows / max(num_maskable, 1),
+            "loss": _ratio(totals.weighted_loss, totals.num_maskable),
+            "cross_entropy": _ratio(totals.masked_cross_entropy, totals.masked_rows),
+            "accuracy": _ratio(totals.masked_correct, totals.masked_rows),
+            "mask_ratio": _ratio(totals.num_masked, totals.num_maskable),
             "grad_norm": self._grad_norm / max(self._updates, 1),
             "lr": max(group["lr"] for group in state.optimizer.param_groups),
             "tokens_per_second": tokens_per_second,
             "consumed_samples": state.consumed_samples,
         }
+        if grafting.num_maskable:
+            values["grafting_error"] = grafting.weighted_loss / grafting.num_maskable
+        if self._ar_loss_weight:
+            ar_loss = (totals.weighted_loss - totals.masked_loss) / self._ar_loss_weight
+            values["diffusion_loss"] = _ratio(totals.masked_loss, totals.num_maskable)
+            values["ar_loss"] = _ratio(ar_loss, totals.num_maskable)
         if self._peak:
+            judged = totals.num_rows / max(totals.num_maskable + grafting.num_maskable, 1)
             flops = self._rows_per_token * train_flops_per_token(
                 self._architecture,
                 self._input_length,
                 self._causal,
-                head_fraction=values["mask_ratio"] / self._rows_per_token,
+                head_fraction=judged / self._rows_per_token,
             )
             values["mfu"] = tokens_per_second * flops / (self._peak * dist.get_world_size())
-        if self._has_times:
+        if not self._causal:
+            buckets = self._buckets.tolist()
             by_time, by_ratio = buckets[:NUM_BUCKETS], buckets[NUM_BUCKETS:]
             values["loss_by_time"] = _by_bucket(by_time, above=0, below=4)
             values["accuracy_by_mask_ratio"] = _by_bucket(by_ratio, above=3, below=2)
         self.restart()
         return values
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
 
 
 def _bucket(positions: Tensor) -> Tensor:

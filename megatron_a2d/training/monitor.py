@@ -7,8 +7,10 @@ Gradient noise scale (McCandlish et al. 2018, appendix A): with |g_b|^2 of a sma
 
     tr S  = (|g_b|^2 - |g_B|^2) / (1/b - 1/B)     |G|^2 = (B |g_B|^2 - b |g_b|^2) / (B - b)     B_noise = tr S / |G|^2
 
-Each is unbiased but noisy: the ratio is that of their moving averages. The small batch is a part of the same samples,
-forwarded and differentiated once more before the step: at most a quarter of a step in a log interval.
+Of independent samples each is unbiased but noisy: the ratio is that of their moving averages. Times by index are spread
+evenly over a batch, whose samples are then not independent: the scale comes out somewhat low. The small batch is a part
+of the same samples, forwarded and differentiated once more before the step: at most a quarter of a step in a log
+interval.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ class Monitor:
             mask = architecture.mask_token_id if config.diffusion.objective != "ar" else None
             self._routers = RouterCounts(state.models, mask)
         self._small = _small_batch(config)
+        self._grafting_steps = config.diffusion.grafting_steps
         self._batch_size = config.training.global_batch_size
         self._noise, self._signal = 0.0, 0.0
         self._drift: Drift | None = None
@@ -82,7 +85,9 @@ class Monitor:
     def step(self, iteration: list[Batch]) -> Iterator[None]:
         """Around the forward and backward passes of a training step, whose micro-batches are `iteration`."""
         self._values = {}
-        small = self._small_gradient(iteration) if self._small else None
+        # What attention is regressed with is no gradient of the objective.
+        grafts = self._state.iteration < self._grafting_steps
+        small = self._small_gradient(iteration) if self._small and not grafts else None
         with self._routers.counting() if self._routers else nullcontext():
             yield
         squares = self._squares(lambda _, piece: piece.gradient())

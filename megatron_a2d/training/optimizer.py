@@ -8,6 +8,7 @@ parameter group.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -122,6 +123,11 @@ def update_parameters(optimizer: MegatronOptimizer) -> float:
             )
     optimizer.step_with_ready_grads()
     return grad_norm
+
+
+def frozen_roles(settings: dict[str, Any]) -> set[str]:
+    """Of a run's settings."""
+    return {role for role, factor in (settings.get("lr_mult") or {}).items() if factor == 0}
 
 
 def freeze_roles(model: nn.Module, factors: dict[str, float], tied: bool) -> None:

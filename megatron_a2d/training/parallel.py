@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_a2d import runtime
 from megatron_a2d.config import ParallelConfig
+from megatron_a2d.errors import UserError
 from megatron_a2d.runtime.device import communication_backend, device, has_cuda
 
 T = TypeVar("T")
@@ -26,6 +27,16 @@ def world_size() -> int:
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def check_launch() -> None:
+    """UserError where Slurm started several processes that would each train alone."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and tasks != "1":
+        raise UserError(
+            f"SLURM_NTASKS {tasks}: srun started this process {tasks} times without a RANK, and each would run alone; "
+            "let torchrun number them: `srun --ntasks-per-node 1 launch/node.sh -m megatron_a2d.train ...`"
+        )
 
 
 def initialize(config: ParallelConfig, replays_graphs: bool = False) -> None:

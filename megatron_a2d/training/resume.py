@@ -6,8 +6,8 @@ bound    what decides samples and noise (seed, seq_length, document_attention, r
          eod_maskable, global_batch_size, and what the tokens are: train_data_fingerprint), the objective (all diffusion
          settings), and the numbers' type (bf16): another value is an error.
 noted    the optimizer's settings, fp8 and train_iters hold from now on, as the learning rate of a run that is mended
-         must; a change is told. A role that was frozen (--lr-mult ROLE=0) stays so: the checkpoint has no moments for
-         it.
+         must; a change is told. Where a role was frozen (--lr-mult ROLE=0) and is not any longer, its moments begin at
+         zero: the checkpoint has none.
 free     the layout, micro_batch_size, intervals, paths, workers.
 """
 
@@ -104,13 +104,6 @@ def differences(config: RunConfig, directory: Path) -> list[str]:
             )
         else:
             lines.append(f"{flag(name)} {now}: {directory} was trained with {was}; resume with that, or {remedy}")
-    recorded = read_json(directory / RUN_CONFIG, "the settings of the run that wrote the checkpoint")
-    for role, factor in (recorded.get("lr_mult") or {}).items():
-        if factor == 0 and (wanted := config.optimization.lr_mult.get(role, 1.0)) != 0:
-            lines.append(
-                f"--lr-mult {role}={wanted}: {role} was frozen, and {directory} has no optimizer state for it; keep "
-                f"{role}=0, or {remedy}"
-            )
     return lines
 
 

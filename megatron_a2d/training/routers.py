@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
+from megatron_a2d.runtime.recompute import is_recomputed
 from megatron_a2d.training.pieces import over_ranks
 
 _VISIBLE, _MASKED = 0, 1
@@ -61,7 +62,7 @@ class RouterCounts:
 
     @torch.no_grad()
     def _see_choices(self, router: Any, arguments: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        if not self._active:
+        if not self._active or is_recomputed():
             return
         assert self._is_masked_sb is not None
         masked_N = self._is_masked_sb.reshape(-1)

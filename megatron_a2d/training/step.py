@@ -24,14 +24,24 @@ from megatron_a2d.training.gathering import zero_gradients
 from megatron_a2d.training.optimizer import update_parameters
 
 
+class SpanLosses(NamedTuple):
+    """What was masked at one time: the samples of a micro-batch, or all of their blocks; m of them."""
+
+    times: Tensor  # [m]
+    mask_ratios: Tensor  # [m], masked over maskable tokens
+    num_maskable: Tensor  # [m]; like num_masked 0 on all but the first of the ranks that share a sequence
+    num_masked: Tensor  # [m]
+    sums: SampleSums  # [m] each, of the rows that masked tokens judge, without an autoregressive co-loss
+
+
 class SampleLosses(NamedTuple):
     """The losses of a micro-batch's samples, on the last pipeline stage."""
 
     sample_index: Tensor  # [b] int64, global
     times: Tensor  # [b]
     num_maskable: Tensor  # [b] int64; 0 on all but the first of the ranks that share the samples' sequences
-    mask_ratios: Tensor  # [b], of the whole samples
     sums: SampleSums
+    spans: SpanLosses | None  # None where nothing is masked
 
 
 class StepResult(NamedTuple):
@@ -41,10 +51,25 @@ class StepResult(NamedTuple):
     this rank's samples whose loss is not finite (none, where the loss is finite and its gradient is not).
     """
 
-    totals: Tensor  # [5] float64: weighted loss, cross-entropy, rows, correct rows, maskable tokens
+    totals: Tensor  # [10] float64, the fields of Totals
     grad_norm: float
     not_finite: list[int]
     losses: list[SampleLosses]  # of this rank
+
+
+class Totals(NamedTuple):
+    """Sums over samples. Where nothing is masked (objective ar), `masked_...` are those of all rows with loss."""
+
+    weighted_loss: float
+    cross_entropy: float
+    num_rows: float
+    num_correct: float
+    num_maskable: float
+    num_masked: float  # tokens, whether or not they have a weight
+    masked_loss: float  # the weighted loss without the autoregressive co-loss
+    masked_cross_entropy: float
+    masked_rows: float  # those of masked tokens that have a weight
+    masked_correct: float
 
 
 class Observer(Protocol):
@@ -111,13 +136,23 @@ class Rows(NamedTuple):
     labels: Tensor  # [N] int64
     weights: Tensor  # [N] float32
     samples: Tensor  # [N] int64, 0 .. b - 1
+    spans: Tensor | None = None  # [N] int64, 0 .. b n - 1; None: as `samples`
+    masked_weights: Tensor | None = None  # [N] float32; None: as `weights`
 
 
 def find_rows(batch: Batch) -> Rows:
     """On the host, like the batch."""
     labels_bs, weights_bs = (own_piece(tensor, dim=1) for tensor in (batch.labels, batch.weights))
     index_N = (weights_bs.flatten() > 0).nonzero()[:, 0]
-    return Rows(index_N, labels_bs.flatten()[index_N], weights_bs.flatten()[index_N], index_N // weights_bs.size(1))
+    labels_N, weights_N = labels_bs.flatten()[index_N], weights_bs.flatten()[index_N]
+    samples_N = index_N // weights_bs.size(1)
+    spans_N = masked_weights_N = None
+    if batch.span_of_row is not None:
+        assert batch.spans is not None
+        spans_N = own_piece(batch.span_of_row, dim=1).flatten()[index_N] + samples_N * batch.spans.size(1)
+    if batch.masked_weights is not None:
+        masked_weights_N = own_piece(batch.masked_weights, dim=1).flatten()[index_N]
+    return Rows(index_N, labels_N, weights_N, samples_N, spans_N, masked_weights_N)
 
 
 def _forward_step(batches: Iterator[Batch], model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
@@ -125,25 +160,37 @@ def _forward_step(batches: Iterator[Batch], model: Any, return_schedule_plan: bo
     micro-batches), and the function that makes a loss of it."""
     mark("micro-batch")
     batch = next(batches)
-    mask_ratios = (batch.weights > 0).sum(1) / batch.num_maskable.clamp(min=1)
-    rows = Rows(*map(send, find_rows(batch)))
+    rows = Rows._make(None if tensor is None else send(tensor) for tensor in find_rows(batch))
     # The documents stay here: where they are packed sequences, their lengths are asked for.
     rest = (None if tensor is None else send(tensor) for tensor in (batch.positions, batch.annealing, batch.levels))
     tokens = send(own_piece(batch.tokens, dim=1).contiguous())
     inputs = (tokens, rows.labels, rows.places, batch.documents, *rest)
     if not return_schedule_plan:
-        return model(*inputs), partial(_loss, batch, mask_ratios, rows)
+        return model(*inputs), partial(_loss, batch, rows)
     plan = model.build_schedule_plan(*inputs)
-    return plan, lambda losses: _loss(batch, mask_ratios, rows, RowLosses(losses, model.correct_of(plan)))
+    return plan, lambda losses: _loss(batch, rows, RowLosses(losses, model.correct_of(plan)))
 
 
-def _loss(batch: Batch, mask_ratios: Tensor, rows: Rows, output: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
+def _loss(batch: Batch, rows: Rows, output: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
     """Sum of the weighted losses, not divided: megatron divides gradients by the global number of tokens."""
     sums = sample_sums(output.losses, rows.weights, output.correct, rows.samples, len(batch.weights))
     # The ranks that share a sample's sequence have its rows in pieces; one of them counts the sample.
     num_maskable = batch.num_maskable * (parallel_state.get_context_parallel_rank() == 0)
-    losses = SampleLosses(batch.sample_index, batch.times, num_maskable, mask_ratios, sums)
+    losses = SampleLosses(batch.sample_index, batch.times, num_maskable, sums, _span_losses(batch, rows, output, sums))
     return (output.losses * rows.weights).sum(), send(num_maskable.sum().int()), losses
+
+
+def _span_losses(batch: Batch, rows: Rows, output: RowLosses, sums: SampleSums) -> SpanLosses | None:
+    """`sums` are those of the samples, which are the spans' too where a sample is one and has one loss."""
+    if batch.spans is None:
+        return None
+    times_M, num_maskable_M, num_masked_M = batch.spans.flatten(0, 1).T
+    ratios_M = num_masked_M / num_maskable_M.clamp(min=1)
+    if rows.spans is not None:
+        weights_N = rows.weights if rows.masked_weights is None else rows.masked_weights
+        sums = sample_sums(output.losses, weights_N, output.correct, rows.spans, len(times_M), weights_N > 0)
+    counts = parallel_state.get_context_parallel_rank() == 0
+    return SpanLosses(times_M, ratios_M, num_maskable_M * counts, num_masked_M * counts, sums)
 
 
 def _not_finite(losses: list[SampleLosses]) -> list[int]:
@@ -156,9 +203,13 @@ def _not_finite(losses: list[SampleLosses]) -> list[int]:
 
 
 def loss_totals(losses: list[SampleLosses]) -> Tensor:
-    totals = torch.zeros(5, dtype=torch.float64, device=device())
+    """[10] float64, the fields of Totals."""
+    totals = torch.zeros(len(Totals._fields), dtype=torch.float64, device=device())
     if parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor-parallel ranks hold the same rows
         for item in losses:
             totals[:4] += torch.stack([column.sum() for column in item.sums])
             totals[4] += item.num_maskable.sum()
+            spans = item.spans
+            totals[5] += spans.num_masked.sum() if spans else item.sums.num_rows.sum()
+            totals[6:] += torch.stack([column.sum() for column in (spans.sums if spans else item.sums)])
     return totals

@@ -134,13 +134,19 @@ def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> 
     architecture = read_architecture(resolve(checkpoint) / "hf")
     monitor, meter = Monitor(config, architecture, state), Meter(config, architecture)
     monitor.remember_start()
-    shape = (config.training.micro_batch_size, config.data.seq_length)
+    shape = (config.training.micro_batch_size, config.input_length)
     for _ in range(num_steps):
         state.scheduler.step(1)
         meter.add(train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, monitor))
     values = meter.read(state) | monitor.read()
     del values["tokens_per_second"]
     return values
+
+
+def samples(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[Any]:
+    """This rank's first micro-batches."""
+    _, _, batches = _start(checkpoint, settings)
+    return [next(batches) for _ in range(num_batches)]
 
 
 def mask_rows(checkpoint: str, settings: dict[str, Any]) -> list[tuple[list[float], list[float], list[float]]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_a2d.study.report import read_log
 from tests.cases import Case
 from tests.parity.layouts import DISTRIBUTED, EP, PP, TP_SP
 from tests.parity.pool import Pool
@@ -59,24 +60,45 @@ def test_grafting_teaches_attention_and_resumes(cases: dict[str, Case], pool: Po
     assert {"attention", "mlp", "embedding", "head"} <= moved
     log = [json.loads(line) for line in (tmp_path / "unbroken" / "log.jsonl").read_text().splitlines()]
     train = [line for line in log if line["kind"] == "train"]
-    errors = [line["loss"] for line in train[:4]]
-    assert 0 < errors[3] < errors[0] < 2 and all(line["mask_ratio"] == 0 for line in train[:4])
-    assert all(line["mask_ratio"] > 0 for line in train[4:])
+    errors = [line["grafting_error"] for line in train[:4]]
+    assert 0 < errors[3] < errors[0] < 2 and not any("grafting_error" in line for line in train[4:])
+    for line in train:
+        grafts = line["iteration"] <= 4
+        for name in ("loss", "cross_entropy", "accuracy", "mask_ratio"):
+            assert (line[name] is None) == grafts, name
+        assert ("noise_scale" in line) != grafts and line["router"]["entropy_visible"] > 0
+        assert [role for role, norm in line["grad_norm_by_role"].items() if norm > 0][:1] == ["attention"]
+        assert (line["grad_norm_by_role"]["mlp"] == 0) == grafts
 
     layout = {**PP, **TP_SP, **EP, **DISTRIBUTED}
     stopped = grafting_run(case, tmp_path / "stopped")
     pool.run("run", 1, settings=stopped, stop_at=2)
     resumed = pool.run("run", 4, settings={**stopped, **layout})[0]
     assert resumed["start"] == 2
-    assert [line["loss"] for line in train] == pytest.approx(
+    assert [line["loss"] or line["grafting_error"] for line in train] == pytest.approx(
         [
-            json.loads(line)["loss"]
+            json.loads(line)["loss"] or json.loads(line)["grafting_error"]
             for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()
             if json.loads(line)["kind"] == "train"
         ],
         rel=1e-5,
     )
     assert expected["losses"][4:] == pytest.approx(resumed["losses"][-2:], rel=1e-5)
+
+
+def test_a_recomputed_layer_counts_its_error_once(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
+    found = {}
+    for granularity in ("none", "full"):
+        settings = grafting_run(
+            cases["moe"], tmp_path / granularity, train_iters=3, grafting_steps=2, recompute_granularity=granularity
+        )
+        pool.run("run", 1, settings=settings)
+        found[granularity] = [record for record in read_log(tmp_path / granularity) if record["kind"] == "train"]
+    for recomputed, plain in zip(found["full"], found["none"], strict=True):
+        for name in ("grafting_error", "loss"):
+            assert recomputed.get(name) == pytest.approx(plain.get(name), rel=1e-6), name
+        for name in ("load_visible", "entropy_visible", "overflow"):
+            assert recomputed["router"][name] == pytest.approx(plain["router"][name], rel=1e-6), name
 
 
 def test_grafting_needs_its_old_operators(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:

@@ -150,6 +150,16 @@ def test_monitoring_changes_nothing(layout: dict[str, Any], cases: dict[str, Cas
     tags = curves.Tags()
     assert any(tag.startswith("custom_scalars") for tag in tags["tensors"])
     charts = {chart: patterns for category in LAYOUT.values() for chart, (_, patterns) in category.items()}
+    for record in records:
+        numbers = {name: value for name, value in flat(record).items() if name != "time" and "by_layer" not in name}
+        for name, value in numbers.items():
+            if isinstance(value, float):
+                (curve,) = [
+                    event.value
+                    for event in curves.Scalars(f"train/{name.replace('.', '/', 1)}")
+                    if event.step == record["iteration"]
+                ]
+                assert curve == pytest.approx(value, rel=1e-6), name
     del charts["MFU"]  # this machine has no peak to compare with
     for chart, patterns in charts.items():
         for pattern in patterns:

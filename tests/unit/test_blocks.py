@@ -69,6 +69,26 @@ def test_blocks_have_their_own_times_evenly_spread() -> None:
     assert [len(set(part[part > 0])) for part in weights] == [1] * 4
 
 
+@pytest.mark.parametrize("shift", [True, False])
+def test_a_block_is_a_span_of_its_own(shift: bool) -> None:
+    """Its time, its tokens and its part of the loss: what monitoring sorts by. The co-loss is kept apart."""
+    noise = Noise(seed=7, mask_token_id=MASK, label_shift=shift)
+    for index in range(20):
+        sample = corrupt_blocks(TOKENS, index, noise, BLOCK, causal_context=True, ar_loss_weight=0.5)
+        plain = corrupt_blocks(TOKENS, index, noise, BLOCK, causal_context=True)
+        assert plain.masked_weights is None and np.array_equal(sample.masked_weights, plain.weights)
+        assert (sample.weights - sample.masked_weights > 0).sum() == LENGTH - 1
+        masked = sample.tokens[:LENGTH] == MASK
+        for number, (time, num_maskable, num_masked) in enumerate(sample.spans):
+            block = slice(number * BLOCK, (number + 1) * BLOCK)
+            assert time == noise.time(index * 5 + number) and num_masked == masked[block].sum()
+            assert num_maskable == len(TOKENS[block]) - (shift and number == 0)
+            rows = np.flatnonzero((sample.masked_weights > 0) & (sample.span_of_row == number))
+            assert sorted(sample.labels[rows]) == sorted(TOKENS[block][masked[block]])
+            assert sample.masked_weights[rows] == pytest.approx(np.full(len(rows), 1 / time), rel=1e-6)
+        assert len(sample.spans) == 5
+
+
 def test_one_block_is_masked_diffusion() -> None:
     """The noised half of one block is the sample of the objective mdlm, bit for bit."""
     for index in range(10):

@@ -58,3 +58,15 @@ def test_nothing_is_masked_where_nothing_can_be() -> None:
     noise = Noise(seed=1, mask_token_id=MASK, mask_sampling="exact_count")
     sample = corrupt(np.full(5, 7), 0, noise, visible_token_id=7)
     assert (sample.tokens == 7).all() and sample.weights.sum() == 0 and sample.num_maskable == 0
+
+
+def test_a_time_on_a_border_has_an_ordinary_weight() -> None:
+    """Counts of m(min_time) n and below are never drawn; rounding may ask for one of them."""
+    noise = Noise(seed=1, mask_token_id=MASK, min_time=1e-3)
+    for total in (1000, 4000, 8000):
+        first = total // 1000 + 1
+        for time in (1e-3, np.nextafter(1e-3, 1), np.nextafter(1e-3, 0), 1.05e-3):
+            masked, weight = hide_exactly(noise, float(time), 0, np.ones(total, dtype=bool))
+            assert masked.sum() == first and weight == pytest.approx(0.999 * total / first), (total, time)
+    masked, weight = hide_exactly(noise, 1.0, 0, np.ones(4000, dtype=bool))
+    assert masked.all() and weight == pytest.approx(0.999)

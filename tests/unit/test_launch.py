@@ -301,3 +301,22 @@ def preflight_on_two_nodes(flags: list[str], path_of_second: str) -> tuple[list[
     for thread in threads:
         thread.join()
     return [node.returncode for node in nodes], said
+
+
+def test_one_task_a_node_finds_the_others(tmp_path: Path) -> None:
+    """launch/node.sh under Slurm's variables: what it would start (a stand-in for Python and scontrol)."""
+    for name, script in (("python", 'echo "$@"'), ("scontrol", "[ $3 = n[3-4] ] && printf 'n3\\nn4\\n'")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_NODEID": "1",
+                 "SLURM_STEP_ID": "3", "SLURM_GPUS_ON_NODE": "8"}  # fmt: skip
+    here = {"BIN": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def started(**more: str) -> str:
+        command = [ROOT / "launch" / "node.sh", "-m", "some.module", "--an", "argument"]
+        return subprocess.run(command, env=here | variables | more, check=True, capture_output=True, text=True).stdout
+
+    torchrun, program = "-m launch.torchrun --nnodes", "-m some.module --an argument\n"
+    both = f"{torchrun} 2 --nproc-per-node 8 --node-rank 1 --master-addr n3 --master-port 20017 {program}"
+    assert started() == both
+    assert started(SLURM_STEP_NUM_NODES="1", NPROC="2") == f"{torchrun} 1 --nproc-per-node 2 --standalone {program}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from megatron_a2d.diffusion.visibility import annealed, annealing_of
 from megatron_a2d.diffusion.weights import context
 from megatron_a2d.model.grafting import relative_errors
 from megatron_a2d.training.initialise import _fill, normals
+from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
 LENGTH = 48
 
@@ -120,6 +123,15 @@ def test_settings_without_effect_are_refused() -> None:
     assert "--finetune" in problems(conversion="random", finetune=True)
     frozen = dict.fromkeys(("attention", "mlp", "router", "norm", "embedding", "head"), 0.0)
     assert "freezes every role" in problems(lr_mult=frozen)
+    for masked in (
+        {"conversion": "annealing", "attention_annealing_steps": 5}, {"conversion": "grafting", "grafting_steps": 2},
+        {"objective": "block", "block_length": 4},
+    ):  # fmt: skip
+        name = "objective" if "objective" in masked else "conversion"
+        assert problems(**masked, transformer_impl="transformer_engine") == (
+            f"--transformer-impl transformer_engine: does not go with --{name} {masked[name]}; use portable"
+        )
+        assert problems(**masked) == problems(**masked, transformer_impl="portable") == ""
     for good in (
         {"conversion": "annealing", "attention_annealing_steps": 5}, {"loss_weights": "cart", "cart_p": 0.5},
         {"objective": "ar", "conversion": "random"}, {"lr_mult": {**frozen, "norm": 0.1}},
@@ -169,3 +181,30 @@ def test_relative_errors() -> None:
     assert torch.allclose(relative_errors(torch.zeros_like(old), old), torch.ones(5, 2))
     assert torch.allclose(relative_errors(1.5 * old, old), torch.full((5, 2), 0.25))
     assert bool(relative_errors(old, torch.zeros_like(old)).isfinite().all())
+
+
+def test_masked_tokens_without_a_weight_are_still_masked() -> None:
+    """CART, nearly all masked: what is far from all that is visible counts nothing, and is no visible token."""
+    noise = Noise(seed=3, mask_token_id=99, loss_weights="cart")
+    some = False
+    for index in range(200):
+        sample = corrupt(np.zeros(128, dtype=np.int64), index, noise)
+        ((time, num_maskable, num_masked),) = sample.spans
+        assert (time, num_maskable, num_masked) == (sample.time, 127, (sample.tokens == 99).sum())
+        some |= num_masked > (sample.weights > 0).sum() > 0
+    assert some
+
+
+def test_freezing_all_that_a_model_has() -> None:
+    everything = dict.fromkeys(("attention", "mlp", "norm", "embedding"), 0.0)
+    shapes = {
+        ("router",): replace(QWEN3_30B_A3B, tie_word_embeddings=True),
+        ("head",): QWEN3_8B,
+        (): replace(QWEN3_8B, tie_word_embeddings=True),
+    }
+    for more, architecture in shapes.items():
+        frozen = everything | dict.fromkeys(more, 0.0)
+        for factors, refused in ((frozen, True), (frozen | {"norm": 0.1}, False)):
+            config = build({"train_data_path": "x", "lr_mult": factors})
+            found = [problem for problem in find_problems(config, architecture, 1) if "freezes" in problem]
+            assert len(found) == refused, (factors, found)

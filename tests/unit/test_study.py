@@ -9,7 +9,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,19 @@ import numpy as np
 import pytest
 
 from megatron_a2d.config import RunConfig, build
+from megatron_a2d.conversion.checkpoint import REQUIRED_FILES
 from megatron_a2d.errors import UserError
 from megatron_a2d.study import critical_batch, layer_lr
 from megatron_a2d.study.__main__ import main
 from megatron_a2d.study.command import STUDIES, find_study
 from megatron_a2d.study.facts import CONTEXT, Facts
 from megatron_a2d.study.gradients import BatchTimes
+from megatron_a2d.study.inputs import hold_inputs
 from megatron_a2d.study.page import write_page
 from megatron_a2d.study.plan import BASE, Job, Measure, resolved, scaled_batch
 from megatron_a2d.study.runner import Runner
 from megatron_a2d.study.statistics import Moments, mean_interval, paired_difference, ratio_interval, verdict
+from megatron_a2d.study.watch import logs_of, plugins
 from tests.tiny import write_tokens
 from tests.unit.test_training import QWEN3_30B_A3B
 
@@ -110,6 +115,64 @@ def test_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     runner(Path()).run(JOBS)  # the same --out under another name
     assert calls(tmp_path) == made
+
+
+def test_a_study_keeps_to_its_checkpoint_and_tokens(tmp_path: Path) -> None:
+    for number, seed in enumerate((0, 1, 0)):
+        write_tokens(tmp_path / f"tokens{number}", 5, 200, seed=seed)
+    (tmp_path / "start" / "release" / "hf").mkdir(parents=True)
+    (tmp_path / "start" / "latest_checkpointed_iteration.txt").write_text("release")
+    for name in (*REQUIRED_FILES, "manifest.json"):
+        (tmp_path / "start" / "release" / name).write_text("one")
+
+    def hold(train: int, valid: int = 0) -> None:
+        paths = {
+            "train_data_path": str(tmp_path / f"tokens{train}"),
+            "valid_data_path": str(tmp_path / f"tokens{valid}"),
+        }
+        hold_inputs(tmp_path / "out", base(**paths, load=str(tmp_path / "start")))
+
+    hold(train=0)
+    hold(train=2, valid=2)  # the same tokens elsewhere
+    with pytest.raises(UserError, match=r"--train-data-path: \S+tokens1 holds something else than what the study"):
+        hold(train=1)
+    with pytest.raises(UserError, match="--valid-data-path"):
+        hold(train=0, valid=1)
+    tokens, start = str(tmp_path / "tokens0"), str(tmp_path / "start")
+    with pytest.raises(UserError, match=r"--valid-data-path: the study in --out .* was begun with it"):
+        hold_inputs(tmp_path / "out", base(train_data_path=tokens, load=start))
+    (tmp_path / "start" / "release" / "manifest.json").write_text("another")
+    with pytest.raises(UserError, match="--load"):
+        hold(train=0)
+
+
+def test_tensorboard_opens_at_the_charts(tmp_path: Path) -> None:
+    """The first tab that has something to show is the one that opens."""
+    from tensorboard.program import TensorBoard
+    from torch.utils.tensorboard import SummaryWriter
+
+    from megatron_a2d.training.log import LAYOUT
+
+    with pytest.raises(UserError, match="holds no curves"):
+        main(["watch", str(tmp_path)])
+    with SummaryWriter(str(tmp_path / "run" / "tensorboard")) as writer:
+        writer.add_custom_scalars(LAYOUT)
+        writer.add_scalar("train/loss", 1.0, 1)
+    tabs = {}
+    for name, order in (("ours", plugins()), ("its own", None)):
+        board = TensorBoard(plugins=order)
+        board.configure(argv=["", "--logdir", str(logs_of(tmp_path / "run")), "--port", "0", "--load_fast", "false"])
+        server = board._make_server()
+        with urllib.request.urlopen(f"{serve(server)}/data/plugins_listing") as answer:
+            listing = json.load(answer)
+        tabs[name] = next(tab for tab, about in listing.items() if about["enabled"])
+    assert tabs["ours"] == "custom_scalars" != tabs["its own"]
+
+
+def serve(server: Any) -> str:
+    """The address of a server that answers in a thread until the tests end."""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return str(server.get_url()).rstrip("/")
 
 
 def test_a_killed_study_goes_on(tmp_path: Path) -> None:
@@ -236,6 +299,10 @@ def test_intervals() -> None:
     assert verdict(mean_interval([0.5, 0.6, 0.55])).startswith("higher by 0.550")
     assert verdict(mean_interval([-0.5, 0.6, 0.1])).startswith("not told apart")
     assert "one seed" in verdict(mean_interval([0.5]))
+    assert (
+        mean_interval([2.0, 2.0]).format(1) == "2.0"
+        and verdict(mean_interval([2.0, 2.0])) == "+2.000, whatever the seed"
+    )
     draw = random.Random(1)
     below = [draw.gauss(2, 0.1) for _ in range(30)]
     found_ratio = ratio_interval([0.5 * value + draw.gauss(0, 0.02) for value in below], below)
@@ -311,3 +378,16 @@ def test_roles_that_the_model_does_not_have_stay_out(changes: dict[str, Any], mi
     jobs = layer_lr.plan(base(), [1], replace(QWEN3_30B_A3B, **changes))
     roles = {"mlp", "router", "norm", "embedding", "head"} - missing
     assert all(set(job.settings["lr_mult"]) == roles for job in jobs if job.trains)
+
+
+def test_what_a_study_cannot_measure_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--document-attention", "isolated", "--reset-position-ids", "--no-eod-maskable", "--loss-weights", "cart"]
+    flags += ["--load-iteration", "5"]
+    with pytest.raises(UserError) as error:
+        main(
+            ["probe", "--out", str(tmp_path), "--load", "x", "--valid-data-path", "v", "--train-data-path", "t", *flags]
+        )
+    problems = str(error.value)
+    for name in ("document-attention isolated", "reset-position-ids True", "eod-maskable False", "loss-weights cart"):
+        assert f"--{name}: a study's measurements know only" in problems, name
+    assert "give the iteration's directory to --load" in problems

@@ -13,6 +13,8 @@ from megatron_a2d.console import entry_point
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.study.report import draw_run, read_log
+from megatron_a2d.train import main
+from megatron_a2d.training import parallel
 from megatron_a2d.training.optimizer import role_of
 
 QWEN3_30B_A3B = Architecture(48, 2048, 32, 4, 128, 6144, 151936, 40960, 1e-6, 1e6, False, 128, 8, 768)
@@ -70,6 +72,36 @@ def test_report_of_a_resumed_run(tmp_path: Path) -> None:
     assert [record["loss"] for record in read_log(tmp_path) if record["kind"] == "train"] == [9.0, 7.0]
     image = draw_run(tmp_path, tmp_path / "report.png")
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_error_of_grafting_is_no_loss(tmp_path: Path) -> None:
+    """Logs once held it as `loss`, in intervals of which a part or all was grafting; newer ones name it."""
+    start = {"kind": "start", "iteration": 0, "settings": {"grafting_steps": 25}}
+    old = [
+        {"kind": "train", "iteration": i, "loss": 0.5, "accuracy": 0.0, "grad_norm": 1.0, "lr": 0.1}
+        for i in (10, 20, 30, 40)
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [start, *old])))
+    train = [record for record in read_log(tmp_path) if record["kind"] == "train"]
+    assert [record["loss"] for record in train] == [None, None, None, 0.5] and train[0]["grad_norm"] == 1.0
+    assert draw_run(tmp_path, tmp_path / "report.png").stat().st_size > 5000
+    new = [{**record, "grafting_error": 0.3} for record in old[:3]]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [start, *new, old[3]])))
+    train = [record for record in read_log(tmp_path) if record["kind"] == "train"]
+    assert [record["loss"] for record in train] == [0.5] * 4
+
+
+def test_slurm_alone_numbers_no_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("SLURM_PROCID", "1"), ("SLURM_NTASKS", "4")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="SLURM_NTASKS 4: srun started this process 4 times without a RANK"):
+        main(["--train-data-path", "x", "--load", "y"])
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    parallel.check_launch()
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    monkeypatch.setenv("RANK", "1")
+    parallel.check_launch()
 
 
 def test_report_without_a_run(tmp_path: Path) -> None:

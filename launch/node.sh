@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Under Slurm, one task a node: run a program of this project on all GPUs of the step's nodes, with torchrun.
+#
+#   srun --nodes 8 --ntasks-per-node 1 launch/node.sh -m megatron_a2d.train --config ... --load CKPT --save RUN
+#
+# Inside an allocation, such as for a study's --launcher; launch/train.sbatch makes its own, and comes back after faults.
+# NPROC is the number of processes of a node, otherwise that of its GPUs. Untested on a cluster.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the caller's directory stays: paths may be relative to it
+
+if [ -z "${BIN:-}" ]; then
+  if [ -x "$root/.venv/bin/python" ]; then BIN=$root/.venv/bin; else BIN=$(dirname "$(command -v python3)"); fi
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export NNODES=${SLURM_STEP_NUM_NODES:-${SLURM_JOB_NUM_NODES:?}}
+torchrun=("$BIN/python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "${NPROC:-${SLURM_GPUS_ON_NODE:-1}}")
+if [ "$NNODES" = 1 ]; then
+  exec "${torchrun[@]}" --standalone "$@"
+fi
+nodes=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:?}}")
+export NODE_RANK=${SLURM_NODEID:?}
+# The steps of an allocation, and several allocations on one machine, each have a port of their own.
+exec "${torchrun[@]}" --node-rank "$NODE_RANK" --master-addr "$(head -n 1 <<<"$nodes")" \
+  --master-port "$((20000 + (2 * SLURM_JOB_ID + ${SLURM_STEP_ID:-0}) % 10000))" "$@"

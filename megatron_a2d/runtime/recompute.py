@@ -1,0 +1,10 @@
+"""Recomputed layers are forwarded twice: for the step, and again within its backward pass. Who counts, counts once."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_recomputed() -> bool:
+    """Whether what runs now is a layer's second forward pass; torch.utils.checkpoint asks the same."""
+    return torch._C._current_graph_task_id() != -1
