@@ -5,10 +5,10 @@
     on that machine:  bash .gpu/use.sh python3 -m bench.gpu --out result.json
 
 The folder then holds megatron-core (both releases, unless one is named), the packages that this project, its tests and
-Transformer Engine import and that such an image may lack (all but torch and numpy), and Transformer Engine itself: its Python part, its core
-library, and its torch extension, which is published as source only and is built here, for the Python and the torch that
-run this command; they must be those of the GPU machine. `--sm 90` keeps the core library's machine code for that
-architecture alone: the other parts are filled with zeros, which compress to nothing (0: keep all).
+Transformer Engine import and that such an image may lack (all but torch and numpy), and Transformer Engine itself: its
+Python part, its core library, and its torch extension, which is published as source only and is built here, for the
+Python and the torch that run this command; they must be those of the GPU machine. `--sm 90` keeps the core library's
+machine code for that architecture alone: the other parts are filled with zeros, which compress well (0: keep all).
 """
 
 from __future__ import annotations

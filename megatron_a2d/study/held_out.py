@@ -20,6 +20,7 @@ def judge(opened: OpenedRun, make: MakeSample) -> ValidationResult:
     """Cross-entropy and accuracy on the rows that `make` gives weight, over all held-out samples. Collective."""
     training, data = opened.config.training, opened.valid_data
     count = data.num_samples // training.global_batch_size * training.global_batch_size
+    opened.state.gather_parameters()
     with MicroBatches(
         data, make, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),

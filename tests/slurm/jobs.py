@@ -40,6 +40,7 @@ class Job:
         directory: Path,
         fault: dict[str, Any] | None = None,
         preflight: bool = True,
+        options: tuple[str, ...] = (),
         **settings: Any,
     ):
         self._cluster, self._directory, self.save = cluster, directory, directory / "run"
@@ -64,7 +65,13 @@ class Job:
         ]
         cluster.environment |= environment
         self.id = cluster.run(
-            "sbatch", "--parsable", "--nodes=2", f"--output={directory}/job.log", "launch/train.sbatch", *words
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            *options,
+            f"--output={directory}/job.log",
+            "launch/train.sbatch",
+            *words,
         )
 
     def state(self) -> str:

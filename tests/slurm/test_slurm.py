@@ -18,8 +18,13 @@ pytestmark = pytest.mark.full
 
 
 def test_the_time_limit_comes(cluster: Cluster, material: Material, unbroken: Job, tmp_path: Path) -> None:
-    """SIGUSR1 to the batch script, as --signal sends it: save after the running step, requeue, go on."""
-    job = Job(cluster, material, tmp_path, fault={"iteration": 4, "do": "hold"})
+    """SIGUSR1 to the batch script, as --signal sends it: save after the running step, requeue, go on.
+
+    The job was given two tasks a node: there is one torchrun on each all the same.
+    """
+    job = Job(
+        cluster, material, tmp_path, fault={"iteration": 4, "do": "hold"}, options=("--ntasks-per-node=2",)
+    )  # fmt: skip
     job.wait_until_held(attempt=0, iteration=4)
     cluster.run("scancel", "--batch", "--signal=USR1", job.id)
     job.wait_for(lambda: "SIGUSR1: the run saves" in job.log(), "answer to the signal")

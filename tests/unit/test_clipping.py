@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_a2d import runtime
+from megatron_a2d.architecture import architecture_from_config
+from megatron_a2d.config import build
+from megatron_a2d.training import parallel
 from megatron_a2d.training.optimizer import update_parameters
+from megatron_a2d.training.pieces import owned_pieces, squares_by_role
+from megatron_a2d.training.setup import build_train_state
+from tests.tiny import hub_config
 
 runtime.install()
 
@@ -31,3 +38,25 @@ def test_gradients_are_clipped(precise: bool, clip_grad: float) -> None:
     )
     assert update_parameters(optimizer) == 200.0  # type: ignore[arg-type]
     assert seen == [pytest.approx(1.0 if clip_grad == 1.0 else 200.0)]
+
+
+def test_norm_clipping_and_monitoring_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron.core's distributed optimizer, made precision-aware as far as gradients go: on a CPU there is no Adam for it."""
+    config = build({"bf16": True, "use_distributed_optimizer": True, "train_iters": 10, "clip_grad": 1.0})
+    parallel.initialize(config.parallel)
+    try:
+        state = build_train_state(architecture_from_config(hub_config("moe"), "moe"), config)
+        for part in state.optimizer.chained_optimizers:
+            part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+            for group, shards in zip(part.optimizer.param_groups, part.shard_float16_groups, strict=True):
+                group["params"] = shards
+        generator, squares = torch.Generator().manual_seed(0), 0.0
+        for parameter in state.models[0].parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+            squares += float(parameter.main_grad.double().square().sum())
+        monkeypatch.setattr(state.optimizer, "step_with_ready_grads", lambda: True)
+        assert update_parameters(state.optimizer) == pytest.approx(math.sqrt(squares), rel=1e-5)
+        seen = squares_by_role(owned_pieces(state), lambda _, piece: piece.gradient())
+        assert float(seen.sum().sqrt()) == pytest.approx(1.0, rel=1e-5)
+    finally:
+        parallel.finalize()

@@ -27,6 +27,37 @@ def test_the_documented_table_is_the_one_in_use() -> None:
     assert exit_codes.as_markdown() in (ROOT / "docs" / "cluster.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("script", "given", "words"),
+    [
+        ("train.sh", {"NPROC": "8x"}, "NPROC=8x: is no number of processes"),
+        ("train.sh", {"NPROC": "0"}, "NPROC=0: is no number of processes"),
+        ("train.sh", {"NNODES": "two"}, "NNODES=two: is no number of nodes"),
+        ("train.sh", {"NNODES": "2"}, "needs MASTER_ADDR"),
+        ("train.sh", {"NODE_RANK": "-1"}, "NODE_RANK=-1: is no number"),
+        ("train.sh", {"MASTER_PORT": "x"}, "MASTER_PORT=x: is no port"),
+        ("train.sbatch", {}, "is for Slurm; submit it with sbatch"),
+    ],
+)
+def test_variables_that_are_wrong(script: str, given: dict[str, str], words: str) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "BIN": "/nowhere", **given}
+    done = subprocess.run(["bash", ROOT / "launch" / script], env=environment, capture_output=True, text=True)
+    assert done.returncode == exit_codes.USER_ERROR and words in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("num_gpus", [0, 3])
+def test_a_process_for_each_gpu(num_gpus: int, tmp_path: Path) -> None:
+    """NPROC unset; 1 without a GPU. Stand-ins for the driver's tool and for Python, which says what it is told."""
+    tools = {"nvidia-smi": f'for i in $(seq {num_gpus}); do echo "GPU $i: H100"; done', "python": 'echo "$@"'}
+    for name, line in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BIN": str(tmp_path), "PREFLIGHT": "0"}
+    done = subprocess.run(["bash", ROOT / "launch" / "train.sh"], env=environment, capture_output=True, text=True)
+    assert f"--nproc-per-node {max(num_gpus, 1)} " in done.stdout, done.stderr
+
+
 def test_exit_codes() -> None:
     assert len({row.code for row in ENDINGS}) == len(ENDINGS)
     assert not ending(exit_codes.USER_ERROR).comes_back and ending(exit_codes.SIGNALLED).comes_back
@@ -172,6 +203,7 @@ def test_what_is_requeued(code: int, tmp_path: Path) -> None:
         assert ("scontrol requeue 17" in calls) == (progress and ending(code).comes_back), said
         assert exit_code == code and f"exit code {code}: words" in said
     assert "--lr 1" in calls and "launch/train.sh" in calls
+    assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 " in calls and "--cpus-per-task=8 " in calls
 
 
 def test_what_else_decides(tmp_path: Path) -> None:

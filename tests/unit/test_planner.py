@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_a2d import plan
 from megatron_a2d.checks import find_problems
+from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import build
 from megatron_a2d.conversion.qwen3 import named_architecture
 from megatron_a2d.errors import UserError
@@ -30,7 +31,7 @@ from megatron_a2d.planner.calibration import (
     published_rows,
 )  # fmt: skip
 from megatron_a2d.planner.cluster import read_cluster
-from megatron_a2d.planner.job import Job
+from megatron_a2d.planner.job import Job, job_of
 from megatron_a2d.planner.memory import memory
 from megatron_a2d.planner.report import layout_flags
 from megatron_a2d.planner.search import make_plan, search
@@ -293,6 +294,29 @@ def test_bad_input(argv: list[str], message: str) -> None:
     assert message in "\n".join(end.value.problems)
 
 
+def test_what_the_gpus_cannot_compute_is_refused() -> None:
+    """As a run on them does; a GPU's name is not asked for twice."""
+    recipe = ["--config", str(ROOT / "launch" / "recipes" / "qwen3_8b.yaml"), "--gpus", "8"]
+    with pytest.raises(
+        UserError, match=r"--fp8 mxfp8: a GPU of compute capability 9\.0 has no mxfp8, which needs 10\.0"
+    ):
+        plan.main([*recipe, "--cluster", "h100", "--fp8", "mxfp8"])
+    config, _ = parse_run(Parser(), [*recipe[:2], "--fp8", "auto"])
+    kinds = [job_of(config, DENSE, 8, read_cluster(name)).fp8 for name in ("h100", "h200", "b200", "gb200")]
+    assert kinds == ["tensorwise", "tensorwise", "mxfp8", "mxfp8"]
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "search", lambda *_, **__: pytest.fail("it searches"))
+    for name, words in (("x.gif", "unknown kind of picture"), ("nowhere/x.png", "its directory does not exist")):
+        with pytest.raises(UserError, match=words):
+            plan.main(
+                ["--model", "Qwen/Qwen3-8B-Base", "--cluster", "h100", "--gpus", "8", "--plot", str(tmp_path / name)]
+            )
+
+
 def test_bad_cluster_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("gpu: X\ngpus_per_node: 8.5\nmemory_gb: 80\nprice_per_gpu_hour: -1\n")
@@ -307,7 +331,9 @@ def test_matrix_rates_have_one_source(tmp_path: Path) -> None:
     """Clusters take those of their GPU by its name, as a run does for MFU, unless their file gives others."""
     for name, gpu in (("h100", "NVIDIA H100 80GB HBM3"), ("b200", "NVIDIA B200"), ("gb200", "NVIDIA GB200")):
         cluster, rates = read_cluster(name), rates_of(gpu)
-        assert rates is not None and (cluster.bf16_tflops, cluster.fp8_tflops) == rates
+        assert rates is not None and (
+            cluster.bf16_tflops, cluster.fp8_tflops, cluster.compute_capability
+        ) == rates  # fmt: skip
     assert rates_of("Tesla T4") is None and rates_of("NVIDIA GB200") != rates_of("NVIDIA B200")
     path = tmp_path / "mine.yaml"
     path.write_text((ROOT / "launch" / "clusters" / "h100.yaml").read_text() + "bf16_tflops: 756\n")

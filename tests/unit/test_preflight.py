@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_a2d.preflight.__main__ import _make_probe
 from megatron_a2d.preflight.facts import Facts, check_files
 from megatron_a2d.preflight.judge import find_problems, missing
 from megatron_a2d.preflight.network import IN_ALL, IN_NODE, pair_name, pairs_of, rounds, within
@@ -145,3 +147,11 @@ def test_files_that_differ_and_a_directory_that_is_not_shared(tmp_path: Any) -> 
     inputs = {str(tmp_path / "a.bin"): 6}
     check_files(facts, inputs, str(tmp_path), str(probe))
     assert facts.problems == [f"{tmp_path / 'a.bin'}: has 5 bytes there and 6 on the first node; make them the same"]
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    probe, problems = _make_probe(str(tmp_path / "file" / "sub"))
+    assert probe is None and len(problems) == 1 and "file/sub: no checkpoint can be written there" in problems[0]
+    probe, problems = _make_probe(str(tmp_path / "new"))
+    assert probe is not None and Path(probe).exists() and problems == []
