@@ -3,8 +3,8 @@ optimizer on a CPU, with bf16 in MXFP8's place. All that a run does is bitwise w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,10 +34,10 @@ class Seen(NamedTuple):
     weights: dict[str, Tensor]
 
 
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+@contextmanager
+def _sharing() -> Iterator[pytest.MonkeyPatch]:
     """As on a Blackwell GPU with --fp8 mxfp8 --fp8-param-gather."""
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(param_and_grad_buffer, "is_mxfp8tensor", lambda parameter: True)
         if hasattr(param_and_grad_buffer, "_param_uses_quantized_storage"):  # megatron-core 0.19
             patch.setattr(param_and_grad_buffer, "_param_uses_quantized_storage", lambda parameter: True)
@@ -49,9 +49,14 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         for module in (setup, optimizer):
             patch.setattr(module, "reuses_gradient_buffer", lambda *_: True)
         patch.setattr(
-            setup, "DistributedDataParallelConfig",
-            lambda **fields: functools.partial(ORDINARY, **{**fields, "fp8_param_gather": True})(),
-        )  # fmt: skip
+            setup, "DistributedDataParallelConfig", lambda **fields: ORDINARY(**{**fields, "fp8_param_gather": True})
+        )
+        yield patch
+
+
+@pytest.fixture
+def shared() -> Iterator[pytest.MonkeyPatch]:
+    with _sharing() as patch:
         yield patch
 
 
@@ -130,13 +135,11 @@ def test_control_fetched_and_left_in_the_buffer(expected: Seen, shared: pytest.M
     assert not _same(expected, _run())
 
 
-def test_control_sizes_that_are_refused(shared: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_sizes_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A norm of 24 elements: megatron.core 0.16 takes what follows it from the wrong places."""
-    buckets = vars(param_and_grad_buffer._ParamAndGradBucket)
-    if "params_with_extra_main_grads" in buckets["__init__"].__code__.co_varnames:
+    if "params_with_extra_main_grads" in param_and_grad_buffer._ParamAndGradBucket.__init__.__code__.co_varnames:
         pytest.skip("this megatron-core counts the gaps")
     monkeypatch.setitem(MODEL, "head_dim", 24)
-    with shared.context() as patch:
-        misplaced = _run()
-        patch.undo()
-    assert not _same(_run(), misplaced)
+    right = _run()
+    with _sharing():
+        assert not _same(right, _run())
