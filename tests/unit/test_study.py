@@ -221,8 +221,16 @@ def test_plans_are_valid_runs_of_any_size(name: str) -> None:
     from megatron_a2d.checks import find_problems
     from megatron_a2d.cli import Parser, parse_run
 
-    for recipe, processes in (("study_laptop", 1), ("qwen3_30b_a3b", 8)):
-        arguments = ["--config", f"launch/recipes/{recipe}.yaml", "--load", "x", "--train-data-path", "y"]
+    # All branches of a comparison on the same layers: torch's, where one of them has no others.
+    for recipes, processes in ((["study_laptop"], 1), (["qwen3_30b_a3b", "portable"], 8)):
+        arguments = [
+            "--config",
+            *(f"launch/recipes/{recipe}.yaml" for recipe in recipes),
+            "--load",
+            "x",
+            "--train-data-path",
+            "y",
+        ]
         config, _ = parse_run(Parser(), arguments)
         jobs = find_study(name).plan(config, [1, 2], QWEN3_30B_A3B)
         names = [job.name for job in jobs]
