@@ -95,8 +95,9 @@ def test_a_recomputed_layer_counts_its_error_once(cases: dict[str, Case], pool: 
         pool.run("run", 1, settings=settings)
         found[granularity] = [record for record in read_log(tmp_path / granularity) if record["kind"] == "train"]
     for recomputed, plain in zip(found["full"], found["none"], strict=True):
-        for name in ("grafting_error", "loss"):
-            assert recomputed.get(name) == pytest.approx(plain.get(name), rel=1e-6), name
+        # One of the two, while attention is grafted and behind it; the other is null.
+        [name] = [name for name in ("grafting_error", "loss") if plain.get(name) is not None]
+        assert recomputed[name] == pytest.approx(plain[name], rel=1e-6), name
         for name in ("load_visible", "entropy_visible", "overflow"):
             assert recomputed["router"][name] == pytest.approx(plain["router"][name], rel=1e-6), name
 
