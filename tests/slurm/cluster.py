@@ -33,7 +33,7 @@ SlurmctldPidFile={root}/run/slurmctld.pid
 SlurmdPidFile={root}/run/slurmd-%n.pid
 SlurmctldLogFile={root}/log/slurmctld.log
 SlurmdLogFile={root}/log/slurmd-%n.log
-SlurmctldPort=16817
+SlurmctldPort={ports[0]}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -43,8 +43,8 @@ ReturnToService=2
 MailProg=/bin/true
 KillWait=5
 SchedulerParameters=sched_min_interval=0,sched_interval=1,bf_interval=1
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.2 Port=16821 CPUs=64 RealMemory=1000000 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.3 Port=16822 CPUs=64 RealMemory=1000000 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.2 Port={ports[1]} CPUs=64 RealMemory=1000000 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.3 Port={ports[2]} CPUs=64 RealMemory=1000000 State=UNKNOWN
 PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -86,12 +86,20 @@ class Cluster:
         self.environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
 
     def __enter__(self) -> Cluster:
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__()  # nothing of it stays behind
+            raise
+        return self
+
+    def _begin(self) -> None:
         root, host = self.root, socket.gethostname().split(".")[0]
         for name in ("state", "log", "run", "spool/n1", "spool/n2"):
             (root / name).mkdir(parents=True)
         for path in (root, *root.rglob("*")):
             path.chmod(0o755)
-        (root / "slurm.conf").write_text(CONF.format(host=host, root=root))
+        (root / "slurm.conf").write_text(CONF.format(host=host, root=root, ports=_free_ports(3)))
         (root / "hosts").write_text(f"127.0.0.1 localhost {host}\n127.0.0.2 n1\n127.0.0.3 n2\n")
         key = root / "munge.key"
         key.touch(mode=0o600)
@@ -106,7 +114,6 @@ class Cluster:
         for node in NODES:
             self._start("unshare", "-m", "-u", "sh", "-c", f"hostname {node}; {hosts} && slurmd -N {node}")
         self.wait_idle()
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.run("scancel", "--user=root", check=False)
@@ -140,6 +147,15 @@ class Cluster:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+
+
+def _free_ports(count: int) -> list[int]:
+    """Other clusters on this machine keep theirs."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
