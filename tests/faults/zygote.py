@@ -26,7 +26,7 @@ NUM_RANKS = 2
 PATIENCE = 60.0
 # Where a rank kills itself, as (module, object or None, function): when that is called for the nth time.
 POINTS: dict[str, tuple[str, str | None, str]] = {
-    "while it loads the checkpoint": ("megatron_a2d.training.loop", None, "load_checkpoint"),
+    "while it loads the checkpoint": ("megatron_a2d.training.start", None, "load_checkpoint"),
     "in the middle of a step": ("megatron_a2d.training.step", None, "_loss"),
     "between backward and update": ("megatron_a2d.training.step", None, "update_parameters"),
     "while chunks are written": ("megatron_a2d.runtime.saving", "Saving", "finish_writing"),
