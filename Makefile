@@ -86,7 +86,7 @@ test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLU
 
 check: setup  ## linters, formatter, types
 	$(BIN)/ruff check .
-	$(BIN)/shellcheck launch/train.sh launch/train.sbatch .ci/run
+	$(BIN)/shellcheck launch/train.sh launch/train.sbatch launch/node.sh .ci/run
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

@@ -13,8 +13,13 @@ if [ -z "${BIN:-}" ]; then
   if [ -x "$root/.venv/bin/python" ]; then BIN=$root/.venv/bin; else BIN=$(dirname "$(command -v python3)"); fi
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}}
+if [ -z "$NPROC" ]; then # Slurm does not know: as launch/train.sh counts
+  NPROC=$({ nvidia-smi -L 2>/dev/null || :; } | grep -c '^GPU ' || :)
+  if [ "$NPROC" = 0 ]; then NPROC=1; fi
+fi
 export NNODES=${SLURM_STEP_NUM_NODES:-${SLURM_JOB_NUM_NODES:?}}
-torchrun=("$BIN/python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "${NPROC:-${SLURM_GPUS_ON_NODE:-1}}")
+torchrun=("$BIN/python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
 if [ "$NNODES" = 1 ]; then
   exec "${torchrun[@]}" --standalone "$@"
 fi
