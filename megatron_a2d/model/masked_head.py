@@ -66,6 +66,7 @@ class _MaskedHead(torch.autograd.Function):
             hidden_gradient[chunk] = delta_nV.matmul(weight_Vh)
             if buffer_Vh is not None:
                 _add_product(buffer_Vh, delta_nV, hidden_Nh[chunk])
+            del logits_nV, delta_nV  # before the next chunk's are made
         if ctx.group.size() > 1:
             torch.distributed.all_reduce(hidden_gradient, group=ctx.group)
         return hidden_gradient, _hand_over(weight_Vh, buffer_Vh), None, None, None

@@ -6,7 +6,6 @@ activations.py, times the micro-batches that a stage holds at once. The rest are
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from megatron_a2d.model.chunks import rows_per_chunk
@@ -109,22 +108,18 @@ def logit_bytes(job: Job) -> float:
     """The most that head and loss hold of a micro-batch in which every position is masked: times near 1 are drawn.
 
     masked_head.py, tensor by tensor. The rows are kept for the backward pass and get a gradient. A chunk's logits and
-    their gradient are still there when the next chunk's logits are made, and after the last one when the weight's
-    gradient is handed to autograd. The weight's gradient is summed in megatron's buffer if that is fp32, else in one
-    of its own.
+    their gradient are there together, and gone when the next chunk's are made. The weight's gradient is summed in
+    megatron's buffer if that is fp32, else in one of its own, and handed to autograd after the last chunk.
     """
     a, rows, number = job.architecture, job.tokens, job.number_bytes
     vocabulary = a.vocab_size // job.tensor_model_parallel_size
     if job.whole_logits:
         return rows * (vocabulary * WHOLE_LOGIT_BYTES + a.hidden_size * number)
     chunk = rows_per_chunk(vocabulary, "cuda")
-    first, second = min(rows, chunk), min(max(rows - chunk, 0), chunk)
-    last = rows - (math.ceil(rows / chunk) - 1) * chunk
     weight = vocabulary * a.hidden_size
     summed_apart = 0 if job.grad_reduce_in_fp32 or not job.bf16 else 4 * weight
-    of_chunks = vocabulary * number * (2 * first + second)
-    at_the_end = vocabulary * number * 2 * last + weight * number
-    return 2 * rows * a.hidden_size * number + summed_apart + max(of_chunks, at_the_end)
+    of_a_chunk = 2 * min(rows, chunk) * vocabulary * number
+    return 2 * rows * a.hidden_size * number + summed_apart + max(of_a_chunk, weight * number)
 
 
 def fp8_copy_bytes(job: Job) -> float:
