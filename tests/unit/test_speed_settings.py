@@ -39,6 +39,8 @@ PAIRS: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
     (QWEN3_8B, {"bf16": True, "fp8": "tensorwise", "fp8_param_gather": True}, "--fp8-param-gather: needs --use-dist", {"use_distributed_optimizer": True}),
     (QWEN3_8B, {**SHARDED, "fp8": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather: with --fp8 mxfp8", OVERLAPPED),
     (QWEN3_8B, {**SHARDED, "fp8": "tensorwise", "fp8_param_gather": True, "use_precision_aware_optimizer": True}, "--fp8-param-gather: not with", {"fp8_param_gather": False}),
+    (QWEN3_8B, {**SHARDED, "fp8": "tensorwise", "fp8_param_gather": True, "mask_embedding": "mean"}, "--fp8-param-gather: not with --mask-embedding", {"fp8_param_gather": False}),
+    (QWEN3_8B, {**SHARDED, "fp8": "tensorwise", "fp8_param_gather": True, "conversion": "random"}, "--fp8-param-gather: not with --conversion", {"fp8_param_gather": False}),
     (dataclasses.replace(QWEN3_8B, head_dim=80), {**OVERLAPPED, "fp8": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather: the head size, 80", {"fp8": "tensorwise"}),
     (QWEN3_8B, {"bf16": True, "fp8": "auto", "seq_length": 4100}, "--fp8 auto: the tokens of a micro-batch", {"fp8": "none"}),
     (QWEN3_8B, {"bf16": True, "fp8": "auto", "transformer_impl": "portable"}, "--fp8 auto: only Transformer Engine", {"transformer_impl": "auto"}),
