@@ -128,12 +128,12 @@ def _fp8_problems(config: RunConfig) -> Iterator[str]:
         )
     if performance.fp8_param_gather and performance.use_precision_aware_optimizer:
         yield "--fp8-param-gather: not with --use-precision-aware-optimizer, whose main weights it reads; drop one"
-    for flag, sets_weights in (
+    for setting, sets_weights in (
         ("--mask-embedding mean", config.diffusion.mask_embedding == "mean"),
         ("--conversion random", config.diffusion.conversion == "random"),
     ):
         if performance.fp8_param_gather and sets_weights:
-            yield f"--fp8-param-gather: not with {flag}, after which all main weights would be FP8's; drop one"
+            yield f"--fp8-param-gather: not with {setting}, after which all main weights would be FP8's; drop one"
 
 
 def _memory_problems(config: RunConfig) -> Iterator[str]:

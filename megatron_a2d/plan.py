@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and time into this .png, .pdf or .svg")
     parser.add_argument("--calibration", action="store_true", help="compare the model with published runs, and end")
     config, options = parse_run(parser, argv)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     if options.calibration:
         console.print(report.calibration())
         return
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--gpus {options.gpus}: no layout fits into the {cluster.memory_gib:.1f} GiB of {cluster.gpu} ({need}); "
             "take more GPUs or another batch"
         )
-    console.print(f"the best one's flags: {report.layout_flags(found.fitting[0], config)}")
+    console.print(f"the best one's flags: {report.layout_flags(found.fitting[0], config)}", soft_wrap=True)
     known, unknown = report.worst_errors()
     console.print(
         f"Times are modelled: at most {known:.0%} off published runs, {unknown:.0%} off one that it was not fitted to; "
