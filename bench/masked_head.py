@@ -55,14 +55,14 @@ def main() -> None:
     columns = list(zip(*times, strict=True))
     for kind, column in zip(KINDS, columns, strict=True):
         print(f"{kind:12} {statistics.median(column):.4f} s   peak {memory[kind] / 1e6:.0f} MB")
-    result: dict[str, Any] = {"machine": machine(), "vocabulary": sizes[0], "hidden": sizes[1], "rows": sizes[2]}
+    result: dict[str, Any] = {"machine": machine(), "vocabulary": sizes[0], "hidden": sizes[1], "num_rows": sizes[2]}
     for kind, column in zip(KINDS[1:], columns[1:], strict=True):
         time_ratio = statistics.median(ours / other for ours, other in zip(columns[0], column, strict=True))
         memory_ratio = memory["chunks"] / max(1, memory[kind])
         result[f"chunks over {kind}"] = {"time_ratio": time_ratio, "memory_ratio": memory_ratio}
         print(f"chunks over {kind}: time {time_ratio:.2f}, memory {memory_ratio:.2f}")
     if options.out:
-        write_json(options.out, result | {"masked": sizes[2] // 2, "seconds": times, "peak_bytes": memory})
+        write_json(options.out, result | {"num_masked": sizes[2] // 2, "seconds": times, "peak_bytes": memory})
 
 
 def head_and_loss(kind: str, sizes: tuple[int, int, int]) -> Callable[[], Any]:

@@ -55,6 +55,13 @@ def test_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text())["parts"] == [{"name": "good", "status": "skipped"}]
 
 
+def test_the_heads_part() -> None:
+    """Its result is of another form than the other benchmarks'."""
+    (head,) = [part for part in gpu.parts(rehearse=True) if part.name == "masked_head"]
+    done = gpu.run(head, 120, rehearse=True)
+    assert done["status"] == "ok" and set(done["result"]["peak_bytes"]) == {"chunks", "masked rows", "all rows"}
+
+
 def test_outcomes_are_written_after_every_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A test that hangs takes its process with it, not what the tests before it measured."""
     from tests.gpu import conftest
