@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.report import machine
+from bench.report import can_compile, machine
 from bench.shapes import SHAPES
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
@@ -40,16 +39,16 @@ class Part(NamedTuple):
 def parts(rehearse: bool) -> list[Part]:
     """In the order in which they run."""
     step = [sys.executable, "-m", "bench.train_step", "--out", "OUT"]
-    step += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", "--rounds", "6"]
+    step += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", "--rounds", "5"]
     head = [sys.executable, "-m", "bench.masked_head", "--out", "OUT"]
     head += ["--rehearse"] if rehearse else ["--device", "cuda"]
     shapes = list(SHAPES)  # the two with targets come first
     tests = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-m", "gpu", "-vv"]
     return [
         Part("tests", [*tests, "--gpu-report", "OUT"], 200),
-        *(Part(f"train_step {name}", [*step, "--shapes", name], 130) for name in shapes[:2]),
+        *(Part(f"train_step {name}", [*step, "--shapes", name], 150) for name in shapes[:2]),
         Part("masked_head", head, 40),
-        *(Part(f"train_step {name}", [*step, "--shapes", name], 70) for name in shapes[2:]),
+        *(Part(f"train_step {name}", [*step, "--shapes", name], 60) for name in shapes[2:]),
     ]
 
 
@@ -106,11 +105,6 @@ def _check(options: argparse.Namespace) -> None:
         problems.append(f"--out {options.out}: is no file in a directory that exists; name one")
     if problems:
         raise UserError(problems)
-
-
-def can_compile() -> bool:
-    """triton, and with it torch.compile, wants a C compiler; without one functions run as they are, which is slower."""
-    return any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def run(part: Part, limit: float, rehearse: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def matrix_rate(seconds: float = 1.0) -> float:
             elapsed = time.perf_counter() - begin
         best = max(best, 2 * size**3 * count / elapsed)
     return best
+
+
+def can_compile() -> bool:
+    """triton, and with it torch.compile, wants a C compiler; without one functions run as they are, which is slower."""
+    return any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def version_of(package: str) -> str | None:

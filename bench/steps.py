@@ -5,7 +5,8 @@ Both learn the same objective from the same batches of random tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,11 @@ class Batches(NamedTuple):
     micro_batch_size: int
     seq_length: int
     mask_token_id: int
+    num_microbatches: int = 1  # of a step
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.num_microbatches
 
     def tokens(self, sample_index: int, /) -> np.ndarray:
         return np.random.default_rng(sample_index % 64).integers(0, self.mask_token_id, self.seq_length)
@@ -55,7 +61,7 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
 
     architecture = architecture_of(model)
     sizes = dict(seq_length=batches.seq_length, micro_batch_size=batches.micro_batch_size)
-    config = build(dict(global_batch_size=batches.micro_batch_size, lr=LEARNING_RATE, **sizes) | settings)
+    config = build(dict(global_batch_size=batches.global_batch_size, lr=LEARNING_RATE, **sizes) | settings)
     if problems := find_problems(config, architecture, world_size=1):
         raise UserError(problems)
     environment.apply(config)
@@ -78,10 +84,13 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
     return Step(run, lambda: float(torch.stack(rows).mean()) / tokens)
 
 
-def hugging_face_step(model: dict[str, Any], batches: Batches, device: torch.device, bf16: bool) -> Step:
+def hugging_face_step(
+    model: dict[str, Any], batches: Batches, device: torch.device, bf16: bool, experts: str | None = None
+) -> Step:
     """What a user would write first: transformers' model, made bidirectional, logits of all positions, torch's AdamW.
 
-    bf16: fp32 weights under autocast, the usual recipe.
+    bf16: fp32 weights under autocast, the usual recipe. experts: transformers' own name of how it computes them
+    ("eager", "grouped_mm"), its default without.
     """
     import transformers
 
@@ -94,28 +103,56 @@ def hugging_face_step(model: dict[str, Any], batches: Batches, device: torch.dev
     config._attn_implementation = "sdpa"
     with device:
         network = getattr(transformers, f"{kind}ForCausalLM")(config).float().train()
+    if experts is not None:
+        network.set_experts_implementation(experts)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
     )
     noise = Noise(1, batches.mask_token_id)
     samples = MicroBatches(
         batches, lambda tokens, index: corrupt(tokens, index, noise),
-        micro_batch_size=batches.micro_batch_size, global_batch_size=batches.micro_batch_size,
+        micro_batch_size=batches.micro_batch_size, global_batch_size=batches.global_batch_size,
     )  # fmt: skip
     mask = bidirectional_mask(network, batches, device)
 
     def run() -> None:
-        batch = next(samples)
-        tokens, labels, weights = (tensor.to(device) for tensor in (batch.tokens, batch.labels, batch.weights))
+        iteration = [next(samples) for _ in range(batches.num_microbatches)]
+        num_maskable = sum(int(batch.num_maskable.sum()) for batch in iteration)
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = network(tokens, attention_mask=mask, use_cache=False).logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-        ((losses * weights.flatten()).sum() / batch.num_maskable.sum()).backward()
+        for batch in iteration:
+            tokens, labels, weights = (tensor.to(device) for tensor in (batch.tokens, batch.labels, batch.weights))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16), grouped_products_autocast():
+                logits = network(tokens, attention_mask=mask, use_cache=False).logits
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+            ((losses * weights.flatten()).sum() / num_maskable).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
 
     return Step(run, lambda: 1.0)
+
+
+@contextmanager
+def grouped_products_autocast() -> Iterator[None]:
+    """Under autocast torch computes all products in bf16 but the grouped one, for which it has no rule: transformers'
+    experts would be computed in fp32, and a comparison with them would flatter."""
+    places = [(F, "grouped_mm"), (torch, "_grouped_mm")]
+    originals = [(place, name, getattr(place, name)) for place, name in places if hasattr(place, name)]
+
+    def cast(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def grouped(rows: torch.Tensor, weight: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            if torch.is_autocast_enabled(rows.device.type):
+                rows, weight = (tensor.to(torch.get_autocast_dtype(rows.device.type)) for tensor in (rows, weight))
+            return product(rows, weight, *arguments, **options)
+
+        return grouped
+
+    for place, name, product in originals:
+        setattr(place, name, cast(product))
+    try:
+        yield
+    finally:
+        for place, name, product in originals:
+            setattr(place, name, product)
 
 
 def bidirectional_mask(network: Any, batches: Batches, device: torch.device) -> torch.Tensor | None:

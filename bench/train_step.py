@@ -7,11 +7,15 @@
 On a CPU both take whole steps in turns, so that a change of the machine's speed meets both; the figure is the median of
 the ratios. On a GPU, where two models do not fit, one variant follows the other, each for --rounds steps: Transformer
 Engine and portable layers, bf16 and FP8, routing as it falls and force-balanced. A variant that fails is recorded with
-its error, and the next one begins; what is known is in --out after each.
+its error, and the next one begins; what is known is in --out after each. All variants of a shape have the same batch:
+one that needs more memory takes it in more and smaller micro-batches.
 
 tokens/s   of the step: data, forward, backward, update
 TFLOP/s    by the bidirectional formula (model/flops.py), with the rows that reached the head
 MFU        of the bf16 matrix rate measured on this very card in this run
+layer MFU  the same of the difference between all layers and half of them: neither head nor embedding. Where a shape has
+           fewer layers than its model, this is what compares with the model
+ratios     of tokens/s, to the fastest of Hugging Face's variants and, of FP8, to bf16
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from typing import Any
 
 import torch
 
-from bench.report import machine, matrix_rate
+from bench.report import can_compile, machine, matrix_rate
 from bench.shapes import SHAPES, Shape, rehearsal
 from bench.steps import Batches, Step, architecture_of, hugging_face_step, our_step
 from megatron_a2d.cli import Parser
@@ -107,15 +111,22 @@ _FUSED = dict(apply_rope_fusion=True, gradient_accumulation_fusion=True)
 _FUSED_EXPERTS = dict(moe_permute_fusion=True, moe_router_fusion=True)
 
 
-def variants(shape: Shape, transformer_engine: bool, gpu: bool) -> dict[str, dict[str, Any] | None]:
-    """Settings by name, in the order of measurement; None: Hugging Face's model."""
-    engine = _FUSED | (_FUSED_EXPERTS if shape.is_moe else {})
-    result: dict[str, dict[str, Any] | None] = {}
+_HUGGING_FACE = "hugging_face"
+
+
+def variants(shape: Shape, transformer_engine: bool, gpu: bool) -> dict[str, dict[str, Any]]:
+    """Settings by name, in the order of measurement; those of Hugging Face's model are `hugging_face_step`'s."""
+    experts = _FUSED_EXPERTS if can_compile() else {"moe_router_fusion": True}  # permutation is triton's
+    engine = _FUSED | (experts if shape.is_moe else {})
+    theirs: dict[str, dict[str, Any]] = {_HUGGING_FACE: {}}
+    if shape.is_moe:
+        theirs = {f"{_HUGGING_FACE}, {name}": {"experts": name} for name in ("grouped_mm", "eager")}
+    result: dict[str, dict[str, Any]] = {}
     if transformer_engine:
         result["bf16"] = engine
         result["fp8"] = engine | {"fp8": "auto"}
     if gpu:
-        result["hugging_face"] = None
+        result |= theirs
     if shape.is_moe and transformer_engine:
         result["bf16, force-balanced"] = engine | {"moe_router_force_load_balancing": True}
         result["fp8, force-balanced"] = engine | {"fp8": "auto", "moe_router_force_load_balancing": True}
@@ -125,7 +136,7 @@ def variants(shape: Shape, transformer_engine: bool, gpu: bool) -> dict[str, dic
             "transformer_impl": "portable", "moe_router_force_load_balancing": True,
         }  # fmt: skip
     if not gpu:
-        result["hugging_face"] = None
+        result |= theirs
     if transformer_engine:
         result["bf16, unfused"] = {"transformer_impl": "transformer_engine"}
         result["fp8, blockwise"] = engine | {"fp8": "blockwise"}
@@ -151,25 +162,69 @@ def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, 
             if chosen is not None and variant not in chosen:
                 continue
             row: dict[str, Any] = {"shape": name, "layers": shape.layers, "variant": variant}
-            row |= largest_that_fits(shape, settings, rounds, peak)
+            row |= largest_that_fits(shape, variant, settings, rounds, peak)
             result["rows"].append(row)
+            result["ratios"] = ratios(result["rows"])
             if out:
                 write_json(out, result)
-            print(_line(row), flush=True)
             free_memory()
+            if shape.is_cut and variant in _OF_LAYERS and "error" not in row:
+                half = shape._replace(layers=shape.layers // 2, **_sizes(row))
+                row |= of_layers(row, largest_that_fits(half, variant, settings, rounds, peak), peak)
+                free_memory()
+            print(_line(row), flush=True)
+    for shape_name, values in result.get("ratios", {}).items():
+        for name, value in values.items():
+            print(f"{shape_name:14} {name}: {value:.2f}x", flush=True)
     if out:
         write_json(out, result)
 
 
-def largest_that_fits(shape: Shape, settings: dict[str, Any] | None, rounds: int, peak: float) -> dict[str, Any]:
-    """`measure` at the shape's micro-batch size, or at half of it and so on where memory does not suffice.
+# Of which the layers alone are measured too: those that targets are set for.
+_OF_LAYERS = ("bf16", "bf16, force-balanced", "bf16, portable")
+
+
+def _sizes(row: dict[str, Any]) -> dict[str, int]:
+    return {name: row[name] for name in ("micro_batch_size", "num_microbatches")}
+
+
+def of_layers(whole: dict[str, Any], half: dict[str, Any], peak: float) -> dict[str, Any]:
+    """What a row says of its layers alone, by the row with half of them and the same batch."""
+    if "error" in half or _sizes(half) != _sizes(whole):
+        return {"half": half}
+    tokens = whole["micro_batch_size"] * whole["num_microbatches"] * whole["seq_length"]
+    longer = statistics.median(whole["seconds"]) - statistics.median(half["seconds"])
+    if longer <= 0:  # a rehearsal's steps take as long as the machine likes
+        return {"half": half}
+    operations = tokens * (whole["flops_per_token"] - half["flops_per_token"])
+    return {"half": half, "layer_tflops": operations / longer / 1e12, "layer_mfu": operations / longer / peak}
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By shape and variant, how many times the tokens/s of Hugging Face's fastest; and of FP8, those of bf16."""
+    speed = {(row["shape"], row["variant"]): row["tokens_per_second"] for row in rows if "error" not in row}
+    found: dict[str, dict[str, float]] = {}
+    for shape, variant in speed:
+        theirs = [value for (s, v), value in speed.items() if s == shape and v.startswith(_HUGGING_FACE)]
+        ours, own = speed[shape, variant], found.setdefault(shape, {})
+        if theirs and not variant.startswith(_HUGGING_FACE):
+            own[f"{variant} over {_HUGGING_FACE}"] = ours / max(theirs)
+        plain = variant.replace("fp8", "bf16").removesuffix(", blockwise")
+        if variant.startswith("fp8") and (shape, plain) in speed:
+            own[f"{variant} over {plain}"] = ours / speed[shape, plain]
+    return found
+
+
+def largest_that_fits(shape: Shape, variant: str, settings: dict[str, Any], rounds: int, peak: float) -> dict[str, Any]:
+    """`measure` with the shape's micro-batches, or, where memory does not suffice, with more and smaller ones.
 
     Whatever else goes wrong is returned as "error": the other variants are worth having without this one.
     """
-    size = shape.micro_batch_size
+    size, count = shape.micro_batch_size, shape.num_microbatches
     while True:
         try:
-            return measure(shape._replace(micro_batch_size=size), settings, rounds, peak)
+            smaller = shape._replace(micro_batch_size=size, num_microbatches=count)
+            return measure(smaller, variant, settings, rounds, peak)
         except torch.OutOfMemoryError as problem:
             error = f"out of memory at a micro-batch of {size}: {_one_line(problem)}"
         except Exception as problem:
@@ -178,40 +233,42 @@ def largest_that_fits(shape: Shape, settings: dict[str, Any] | None, rounds: int
         free_memory()  # here the exception, and with it the frames that hold the model, is gone
         if size == 1:
             return {"error": error}
-        size //= 2
+        size, count = size // 2, count * 2
 
 
 def _one_line(problem: Exception) -> str:
     return " ".join(str(problem).split())[:500] or type(problem).__name__
 
 
-def measure(shape: Shape, settings: dict[str, Any] | None, rounds: int, peak: float) -> dict[str, Any]:
+def measure(shape: Shape, variant: str, settings: dict[str, Any], rounds: int, peak: float) -> dict[str, Any]:
     """Build one variant, take its steps, and say how fast they were."""
     from megatron_a2d.model.flops import train_flops_per_token
 
     model = shape.config()
-    batches = Batches(shape.micro_batch_size, shape.seq_length, model["mask_token_id"])
+    batches = Batches(shape.micro_batch_size, shape.seq_length, model["mask_token_id"], shape.num_microbatches)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step: Step
-    if settings is None:
-        step = hugging_face_step(model, batches, device, bf16=True)
+    if variant.startswith(_HUGGING_FACE):
+        step = hugging_face_step(model, batches, device, bf16=True, **settings)
     else:
         step = our_step(model, batches, {"bf16": True, **settings})
     # Autotuning, compilation, and the recording of graphs, which follows the third step.
-    warm_up = [seconds(step.run) for _ in range(6 if settings and "cuda_graph_impl" in settings else 3)]
+    warm_up = [seconds(step.run) for _ in range(6 if "cuda_graph_impl" in settings else 3)]
     times = [seconds(step.run) for _ in range(rounds)]
-    tokens_per_second = shape.micro_batch_size * shape.seq_length / statistics.median(times)
+    tokens_per_second = batches.global_batch_size * shape.seq_length / statistics.median(times)
     flops = train_flops_per_token(architecture_of(model), shape.seq_length, head_fraction=step.head_fraction())
     return {
         "settings": settings,
         "micro_batch_size": shape.micro_batch_size,
+        "num_microbatches": shape.num_microbatches,
         "seq_length": shape.seq_length,
         "seconds": times,
         "warm_up_seconds": warm_up,
         "tokens_per_second": tokens_per_second,
         "head_fraction": step.head_fraction(),
+        "flops_per_token": flops,
         "tflops": tokens_per_second * flops / 1e12,
         "mfu": tokens_per_second * flops / peak,
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
@@ -241,9 +298,9 @@ def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{head} failed: {row['error']}"
     memory = row["peak_memory_gb"]
-    return f"{head} {row['tokens_per_second']:9.0f} tokens/s {row['tflops']:7.1f} TFLOP/s  MFU {row['mfu']:6.1%}" + (
-        f"  {memory:.1f} GB" if memory else ""
-    )
+    layers = f" (layers {row['layer_mfu']:6.1%})" if "layer_mfu" in row else ""
+    rate = f"{row['tokens_per_second']:9.0f} tokens/s {row['tflops']:7.1f} TFLOP/s  MFU {row['mfu']:6.1%}{layers}"
+    return f"{head} {rate}" + (f"  {memory:.1f} GB" if memory else "")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@
 # Inside an allocation, such as for a study's --launcher; launch/train.sbatch makes its own, and comes back after faults.
 # NPROC is the number of processes of a node, otherwise that of its GPUs. Untested on a cluster.
 set -euo pipefail
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  echo "error: launch/node.sh: is for Slurm; start it with srun, or use launch/train.sh on this machine" >&2
+  exit 2
+fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the caller's directory stays: paths may be relative to it
 

@@ -16,6 +16,7 @@ class Rates(NamedTuple):
 
 RATES = {
     "A100": Rates(312, None, 8.0), "H100": Rates(989, 1979, 9.0), "H200": Rates(989, 1979, 9.0),
+    "H100 PCIe": Rates(756, 1513, 9.0), "H100 NVL": Rates(835, 1671, 9.0), "H200 NVL": Rates(835, 1671, 9.0),
     "B200": Rates(2250, 4500, 10.0), "GB200": Rates(2500, 5000, 10.0),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ class DiffusionLM(InParts, LanguageModule):
     """One pipeline stage of the model. Middle stages take and return hidden states [s, b, h]."""
 
     position_embedding_type = "rope"  # asked for where kernels are recorded
+    watch_tokens: Callable[[Tensor], None] | None = None  # is shown the tokens [b, s] of every micro-batch
 
     def __init__(
         self,
@@ -137,6 +139,7 @@ class DiffusionLM(InParts, LanguageModule):
         `positions` [b, whole sequence] are those of the rotary embedding, 0, 1, ... without. `annealing` [b, 2]: causal
         but for random entries. `levels` [b, whole sequence]: block by block (both: diffusion/visibility.py).
         """
+        self._show(tokens_bs)
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None
         if hidden is not None and not hidden.requires_grad and torch.is_grad_enabled() and not self.post_process:
             hidden.requires_grad_()  # all of a first stage may be frozen; the schedule wants a gradient of each stage
@@ -144,6 +147,10 @@ class DiffusionLM(InParts, LanguageModule):
         rotary = self._rotary(hidden, positions)
         hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary, packed_seq_params=packed)
         return self._head(hidden, labels_N, rows_N) if self.post_process else hidden
+
+    def _show(self, tokens_bs: Tensor) -> None:
+        if self.watch_tokens is not None:
+            self.watch_tokens(tokens_bs)
 
     def _attention_inputs(
         self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None = None, levels: Tensor | None = None

@@ -1,8 +1,9 @@
 """Head and loss of the rows that carry loss, a few rows at a time: the logits are never whole.
 
-Forward keeps one number a row, the logarithm of the softmax's denominator; backward computes a chunk's logits again and
-makes the gradient of it: softmax minus the label's one-hot. That is one more product of the head, for [N, V] numbers
-less in memory. The vocabulary may be divided over tensor-parallel ranks; they exchange four numbers a row, once.
+Forward keeps two numbers a row, its loss and the logarithm of the softmax's denominator; backward computes a chunk's
+logits again and turns them into their gradient: softmax minus the label's one-hot. That is one more product of the
+head, for [N, V] numbers less in memory. All chunks take the same place in memory. The vocabulary may be divided over
+tensor-parallel ranks; they exchange four numbers a row, once.
 Shapes: N rows with loss, n rows of a chunk, h hidden, V this rank's part of the vocabulary.
 """
 
@@ -44,36 +45,61 @@ class _MaskedHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         first = group.rank() * len(weight_Vh)
         own_N = labels_N - first  # outside [0, V): another rank's
-        parts = [_run(_statistics, torch.matmul(hidden_Nh[c], weight_Vh.T), own_N[c]) for c in _chunks(hidden_Nh, rows)]
+        space = _space(hidden_Nh, weight_Vh, rows)
+        parts = [
+            _run(_statistics, _logits(hidden_Nh[chunk], weight_Vh, space), own_N[chunk])
+            for chunk in _chunks(hidden_Nh, rows)
+        ]
         statistics_4N = torch.cat(parts, dim=1) if parts else hidden_Nh.new_empty(4, 0).float()
         largest, total, label, index = _over_ranks(statistics_4N, len(weight_Vh), group)
         log_denominator_N = largest + total.log()
         ctx.group, ctx.rows = group, rows
-        ctx.save_for_backward(hidden_Nh, weight_Vh, own_N, log_denominator_N)
+        losses_N = log_denominator_N - label
+        ctx.save_for_backward(hidden_Nh, weight_Vh, own_N, log_denominator_N, losses_N)
         correct_N = index.long() == labels_N
         ctx.mark_non_differentiable(correct_N)
-        return log_denominator_N - label, correct_N
+        return losses_N, correct_N
 
     @staticmethod
     def backward(ctx: Any, gradient_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden_Nh, weight_Vh, labels_N, log_denominator_N = ctx.saved_tensors
-        hidden_gradient = torch.empty_like(hidden_Nh)
-        wanted = ctx.needs_input_grad[1]
-        buffer_Vh = _gradient_buffer(weight_Vh) if wanted else None
-        for chunk in _chunks(hidden_Nh, ctx.rows):
-            logits_nV = torch.matmul(hidden_Nh[chunk], weight_Vh.T)
-            delta_nV = _run(_logits_gradient, logits_nV, log_denominator_N[chunk], labels_N[chunk], gradient_N[chunk])
-            hidden_gradient[chunk] = delta_nV.matmul(weight_Vh)
-            if buffer_Vh is not None:
-                _add_product(buffer_Vh, delta_nV, hidden_Nh[chunk])
-            del logits_nV, delta_nV  # before the next chunk's are made
+        saved = ctx.saved_tensors
+        weight_Vh = saved[1]
+        buffer_Vh = _gradient_buffer(weight_Vh) if ctx.needs_input_grad[1] else None
+        hidden_gradient = _hidden_gradient(*saved, gradient_N, ctx.rows, buffer_Vh)
         if ctx.group.size() > 1:
             torch.distributed.all_reduce(hidden_gradient, group=ctx.group)
         return hidden_gradient, _hand_over(weight_Vh, buffer_Vh), None, None, None
 
 
+def _hidden_gradient(
+    hidden_Nh: Tensor, weight_Vh: Tensor, labels_N: Tensor, log_denominator_N: Tensor, losses_N: Tensor,
+    gradient_N: Tensor, rows: int, buffer_Vh: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[N, h], of this rank's part of the vocabulary; the weight's gradient is added to `buffer_Vh`, if there is one."""
+    label_gradient_N = torch.expm1(-losses_N) * gradient_N  # the label's probability less one
+    result_Nh = torch.empty_like(hidden_Nh)
+    space = _space(hidden_Nh, weight_Vh, rows)
+    for chunk in _chunks(hidden_Nh, rows):
+        delta_nV = _logits(hidden_Nh[chunk], weight_Vh, space)
+        _run(_become_softmax, delta_nV, log_denominator_N[chunk], gradient_N[chunk])
+        _put(delta_nV, labels_N[chunk], label_gradient_N[chunk])
+        torch.mm(delta_nV, weight_Vh, out=result_Nh[chunk])
+        if buffer_Vh is not None:
+            _add_product(buffer_Vh, delta_nV, hidden_Nh[chunk])
+    return result_Nh
+
+
 def _chunks(hidden_Nh: Tensor, rows: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(hidden_Nh), rows))
+
+
+def _space(hidden_Nh: Tensor, weight_Vh: Tensor, rows: int) -> Tensor:
+    """Room for a chunk's logits; on a CPU, new memory for every chunk would cost as much time as its product."""
+    return hidden_Nh.new_empty(min(rows, len(hidden_Nh)), len(weight_Vh))
+
+
+def _logits(hidden_nh: Tensor, weight_Vh: Tensor, space: Tensor) -> Tensor:
+    return torch.mm(hidden_nh, weight_Vh.T, out=space[: len(hidden_nh)])
 
 
 def _statistics(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
@@ -87,12 +113,17 @@ def _statistics(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
     return torch.stack([largest, total, label, index.float()])
 
 
-def _logits_gradient(logits_nV: Tensor, log_denominator_n: Tensor, labels_n: Tensor, gradient_n: Tensor) -> Tensor:
-    """[n, V] in the logits' type: (softmax - one-hot label) times the row's gradient. The logits are used up."""
-    logits = logits_nV.float()
-    columns_V = torch.arange(logits.size(1), device=logits.device)
-    softmax = logits.sub_(log_denominator_n[:, None]).exp_()
-    return softmax.sub_((columns_V == labels_n[:, None]).float()).mul_(gradient_n[:, None]).to(logits_nV.dtype)
+def _become_softmax(logits_nV: Tensor, log_denominator_n: Tensor, gradient_n: Tensor) -> Tensor:
+    """The logits become softmax times the row's gradient."""
+    softmax = logits_nV.float().sub_(log_denominator_n[:, None]).exp_()
+    return logits_nV.copy_(softmax.mul_(gradient_n[:, None]))
+
+
+def _put(delta_nV: Tensor, labels_n: Tensor, values_n: Tensor) -> None:
+    """Set each row's label, where it is on this rank, to the row's value."""
+    place = labels_n.clamp(0, delta_nV.size(1) - 1)[:, None]
+    kept_n1 = delta_nV.gather(1, place)
+    delta_nV.scatter_(1, place, torch.where(place == labels_n[:, None], values_n[:, None].to(kept_n1), kept_n1))
 
 
 _compiled: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}

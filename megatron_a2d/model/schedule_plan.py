@@ -29,6 +29,7 @@ class InParts:
         levels: Tensor | None = None,
     ) -> TransformerModelChunkSchedulePlan:
         """The inputs of `forward`, to be run part by part."""
+        self._show(tokens_bs)  # type: ignore[attr-defined]
         mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)  # type: ignore[attr-defined]
         # loss_mask is the place for the rows: megatron hands it through to _postprocess.
         return TransformerModelChunkSchedulePlan(

@@ -107,8 +107,8 @@ def microbatches_in_flight(job: Job, stage: int) -> float:
 def logit_bytes(job: Job) -> float:
     """The most that head and loss hold of a micro-batch in which every position is masked: times near 1 are drawn.
 
-    masked_head.py, tensor by tensor. The rows are kept for the backward pass and get a gradient. A chunk's logits and
-    their gradient are there together, and gone when the next chunk's are made. The weight's gradient is summed in
+    masked_head.py, tensor by tensor. The rows are kept for the backward pass and get a gradient. A chunk's logits
+    turn into their gradient in place, and the next chunk's follow them there. The weight's gradient is summed in
     megatron's buffer if that is fp32, else in one of its own, and handed to autograd after the last chunk.
     """
     a, rows, number = job.architecture, job.tokens, job.number_bytes
@@ -118,7 +118,7 @@ def logit_bytes(job: Job) -> float:
     chunk = rows_per_chunk(vocabulary, "cuda")
     weight = vocabulary * a.hidden_size
     summed_apart = 0 if job.grad_reduce_in_fp32 or not job.bf16 else 4 * weight
-    of_a_chunk = 2 * min(rows, chunk) * vocabulary * number
+    of_a_chunk = min(rows, chunk) * vocabulary * number
     return 2 * rows * a.hidden_size * number + summed_apart + max(of_a_chunk, weight * number)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from megatron_a2d.model.chunks import rows_per_chunk
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.job import Job
-from megatron_a2d.planner.memory import state_bytes
+from megatron_a2d.planner.memory import microbatches_in_flight, state_bytes
 from megatron_a2d.planner.parameters import stage_buffers
 
 # Positions of a step that reach the head: one half under a linear schedule, all of them for next-token prediction.
@@ -220,7 +220,8 @@ def step_time(job: Job, cluster: Cluster, use: Efficiencies) -> StepTime:
     bandwidth = cluster.nvlink_gb_per_s * use.nvlink
     if per_stage * pp > cluster.nvlink_domain:
         bandwidth = cluster.network_gb_per_s * use.network
-    pipeline = sent * microbatches / (bandwidth * 1e9) if pp > 1 and not job.overlap_p2p_comm else 0.0
+    visible = EXPOSED_WITH_OVERLAP if job.overlap_p2p_comm else 1.0
+    pipeline = visible * sent * microbatches / (bandwidth * 1e9) if pp > 1 else 0.0
     return StepTime(
         **part,
         head=head * microbatches,
@@ -250,9 +251,11 @@ def layer_time(job: Job, cluster: Cluster, use: Efficiencies) -> LayerTime:
     if job.tp_comm_overlap:
         seconds[5] *= EXPOSED_WITH_OVERLAP
     if job.overlap_moe_expert_parallel_comm:
-        # Another micro-batch computes meanwhile: what is longer than that stays visible.
+        # Another micro-batch computes meanwhile: what is longer than that stays visible, and so do the forward passes
+        # before the first backward pass, and as many backward passes after the last forward pass.
         computing, travelling = sum(seconds[:3]), seconds[3] + seconds[4]
-        hidden = min(travelling, computing) * (1 - EXPOSED_WITH_OVERLAP)
+        alone = min(1.0, microbatches_in_flight(job, 0) / job.num_microbatches)
+        hidden = min(travelling, computing) * (1 - EXPOSED_WITH_OVERLAP) * (1 - alone)
         seconds[3:5] = [part * (1 - hidden / travelling) if travelling else 0.0 for part in seconds[3:5]]
     return LayerTime(*seconds, _host_time(job, use, sum(seconds)))  # type: ignore[call-arg]
 

@@ -66,12 +66,14 @@ class Recorder:
         self._configs = configs
         self._scopes: list[tuple[str, Any]] = []
         self._changes: list[tuple[Any, str | None]] = []  # from this moment on, time belongs to that phase
+        self._stream: Any = None  # the step's; not the default one, where kernels are recorded
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """One step."""
         global _recorder
         assert _recorder is None
+        self._stream = torch.cuda.current_stream() if has_cuda() else None
         _recorder, exchange = self, dist.all_to_all_single
 
         def all_to_all(*arguments: Any, **options: Any) -> Any:
@@ -103,7 +105,7 @@ class Recorder:
         scope = record_function("step" if name == "rest" else name)  # in the trace it spans the others
         scope.__enter__()
         self._scopes.append((name, scope))
-        self._changes.append((_now(), name))
+        self._changes.append((_now(self._stream), name))
 
     def leave(self, name: str) -> None:
         """End this phase, and what was begun in it and not ended."""
@@ -112,7 +114,7 @@ class Recorder:
             scope.__exit__(None, None, None)
             if inner == name:
                 break
-        self._changes.append((_now(), self._scopes[-1][0] if self._scopes else None))
+        self._changes.append((_now(self._stream), self._scopes[-1][0] if self._scopes else None))
 
     def milliseconds(self) -> dict[str, float]:
         """All measured steps' time by phase; on a GPU it waits for the last of them to end."""
@@ -145,11 +147,11 @@ class _Timer:
             self._recorder.leave(self._name)
 
 
-def _now() -> Any:
-    if not has_cuda():
+def _now(stream: Any) -> Any:
+    if stream is None:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.default_stream())
+    event.record(stream)
     return event
 
 

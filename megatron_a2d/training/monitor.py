@@ -58,7 +58,9 @@ class Monitor:
         self._roles = {role: index for index, role in enumerate(ROLES) if sizes[index] > 0}
         self._input_length = config.input_length
         self._routers = None
-        if architecture.is_moe:
+        performance = config.performance
+        replayed = performance.cuda_graph_scope if performance.cuda_graph_impl != "none" else ()
+        if architecture.is_moe and "moe_router" not in replayed:  # of routers that are replayed no hook hears
             mask = architecture.mask_token_id if config.diffusion.objective != "ar" else None
             self._routers = RouterCounts(state.models, mask)
         self._small = _small_batch(config)
@@ -160,6 +162,7 @@ def _small_batch(config: RunConfig) -> tuple[int, int] | None:
     share = training.global_batch_size // (training.micro_batch_size * parallel_state.get_data_parallel_world_size())
     if share >= 4 * least:
         return least, training.micro_batch_size
-    if training.micro_batch_size > 1:
+    if training.micro_batch_size > 1 and config.performance.cuda_graph_impl == "none":
         return least, max(1, training.micro_batch_size // 4)
-    return (least, 1) if share > least else None
+    # Recorded kernels take micro-batches of the size that they were recorded with.
+    return (least, training.micro_batch_size) if share > least else None

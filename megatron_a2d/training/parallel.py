@@ -61,6 +61,8 @@ def initialize(config: ParallelConfig, replays_graphs: bool = False) -> None:
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tensor_parallel_size,
+        # On GPUs nothing speaks gloo, whose mesh of connections costs time and needs names that resolve everywhere.
+        create_gloo_process_groups=not has_cuda(),
         # A rank that hangs is found before a collective gives up on it, and then it has a name.
         distributed_timeout_minutes=config.distributed_timeout_minutes + 1,
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
@@ -35,7 +35,7 @@ class RouterCounts:
         # By layer and kind of token: choices of each expert, then tokens, then the sum of their entropies.
         self._table = torch.zeros(config.num_layers, 2, self._num_experts + 2, dtype=torch.float64, device=device())
         for model in models:
-            model.register_forward_pre_hook(self._see_tokens)
+            model.watch_tokens = self._see_tokens
             for module in model.modules():
                 if isinstance(module, TopKRouter):
                     module.register_forward_hook(self._see_choices)
@@ -51,10 +51,10 @@ class RouterCounts:
             self._active = False
             self._is_masked_sb = None
 
-    def _see_tokens(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def _see_tokens(self, tokens_bs: Tensor) -> None:
         if not self._active:
             return
-        masked_sb = (arguments[0] == (-1 if self._mask_token_id is None else self._mask_token_id)).T
+        masked_sb = (tokens_bs == (-1 if self._mask_token_id is None else self._mask_token_id)).T
         if self._sequence_parallel:
             pieces = parallel_state.get_tensor_model_parallel_world_size()
             masked_sb = masked_sb.chunk(pieces)[parallel_state.get_tensor_model_parallel_rank()]

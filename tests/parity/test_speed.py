@@ -9,6 +9,7 @@ import pytest
 from tests.cases import Case
 from tests.parity.layouts import EP, VPP
 from tests.parity.pool import Pool
+from tests.parity.test_monitor import flat
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2": (2, EP),
@@ -34,6 +35,19 @@ def test_interleaved_micro_batches(name: str, cases: dict[str, Case], pool: Pool
     plain = steps()
     assert steps(overlap_moe_expert_parallel_comm=True) == pytest.approx(plain, rel=1e-6)
     assert steps(lr=2e-2) != pytest.approx(plain, rel=1e-6)
+
+
+def test_interleaved_micro_batches_are_watched(cases: dict[str, Case], pool: Pool) -> None:
+    """Monitoring says of them what it says of the plain schedule's, the routers' counts by kind of token among it."""
+    case = cases["moe"]
+    settings = {**case.settings, **EP, "bf16": True}
+    plain, interleaved = (
+        flat(pool.run("monitored", 2, checkpoint=case.checkpoint, settings={**settings, **more})[0]["router"])
+        for more in ({}, {"overlap_moe_expert_parallel_comm": True})
+    )
+    assert {"load_masked", "load_visible"} < plain.keys()
+    for name, value in plain.items():
+        assert interleaved[name] == pytest.approx(value, rel=1e-6), name
 
 
 @pytest.mark.parametrize(

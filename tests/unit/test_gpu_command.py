@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from bench import gpu, train_step
 from bench.shapes import SHAPES, rehearsal
@@ -89,6 +91,72 @@ def test_shapes_are_the_published_models() -> None:
         layers = SHAPES[name].layers
         cut = train_flops_per_token(architecture_of(SHAPES[name].config()), 4096, head_fraction=0)
         assert cut / layers == pytest.approx(train_flops_per_token(model, 4096, head_fraction=0) / model.num_layers)
+
+
+def row(variant: str, speed: float, **more: Any) -> dict[str, Any]:
+    return {"shape": "moe", "variant": variant, "tokens_per_second": speed, **more}
+
+
+def test_ratios_are_to_the_fastest_baseline() -> None:
+    rows = [
+        row("bf16", 300.0), row("fp8", 390.0), row("hugging_face, grouped_mm", 100.0), row("hugging_face, eager", 50.0),
+        row("fp8, blockwise", 330.0), {"shape": "moe", "variant": "bf16, portable", "error": "no kernel"},
+    ]  # fmt: skip
+    assert train_step.ratios(rows) == {
+        "moe": {
+            "bf16 over hugging_face": 3.0, "fp8 over hugging_face": 3.9, "fp8 over bf16": pytest.approx(1.3),
+            "fp8, blockwise over hugging_face": 3.3, "fp8, blockwise over bf16": pytest.approx(1.1),
+        }
+    }  # fmt: skip
+    assert train_step.ratios(rows[:1]) == {"moe": {}}
+
+
+def test_layers_alone() -> None:
+    """A head that takes half of the time at a tenth of the operations' rate changes nothing."""
+    sizes = {"micro_batch_size": 2, "num_microbatches": 4, "seq_length": 1000}
+    whole = {**sizes, "seconds": [2.0, 3.0, 4.0], "flops_per_token": 8.5e9}
+    half = {**sizes, "seconds": [2.2, 2.0, 1.9], "flops_per_token": 4.5e9}
+    found = train_step.of_layers(whole, half, peak=64e12)
+    assert found["layer_tflops"] == pytest.approx(32.0) and found["layer_mfu"] == pytest.approx(0.5)
+    for unlike in ({**half, "micro_batch_size": 1, "num_microbatches": 8}, {"error": "out of memory"}):
+        assert train_step.of_layers(whole, unlike, peak=64e12) == {"half": unlike}
+
+
+def test_memory_is_found_by_smaller_micro_batches_of_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def measure(shape: Any, *_: Any) -> dict[str, Any]:
+        tried.append((shape.micro_batch_size, shape.num_microbatches))
+        if shape.micro_batch_size > 1:
+            raise torch.OutOfMemoryError("all of it")
+        return {"fits": True}
+
+    monkeypatch.setattr(train_step, "measure", measure)
+    shape = SHAPES["qwen3_30b_a3b"]
+    assert train_step.largest_that_fits(shape, "bf16", {}, 1, 1.0) == {"fits": True}
+    assert tried == [(4, 8), (2, 16), (1, 32)]
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
+def test_the_baselines_experts_are_computed_in_bf16(experts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's autocast leaves the grouped product out."""
+    from bench.steps import Batches, hugging_face_step
+
+    seen = []
+    original = F.grouped_mm
+
+    def spy(rows: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((rows.dtype, weight.dtype))
+        return original(rows, weight, **options)
+
+    monkeypatch.setattr(F, "grouped_mm", spy)
+    shape = rehearsal(SHAPES["qwen3_30b_a3b"])
+    batches = Batches(shape.micro_batch_size, shape.seq_length, shape.config()["mask_token_id"], shape.num_microbatches)
+    step = hugging_face_step(shape.config(), batches, torch.device("cpu"), bf16=True, experts=experts)
+    seen.clear()  # the probe for causality is not measured
+    step.run()
+    assert set(seen) == ({(torch.bfloat16, torch.bfloat16)} if experts == "grouped_mm" else set())
+    assert F.grouped_mm is spy
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -37,6 +37,8 @@ def test_the_documented_table_is_the_one_in_use() -> None:
         ("train.sh", {"NODE_RANK": "-1"}, "NODE_RANK=-1: is no number"),
         ("train.sh", {"MASTER_PORT": "x"}, "MASTER_PORT=x: is no port"),
         ("train.sbatch", {}, "is for Slurm; submit it with sbatch"),
+        ("train.sbatch", {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": "/usr"}, "/usr has no launch/train.sh; submit from"),
+        ("node.sh", {}, "is for Slurm; start it with srun"),
     ],
 )
 def test_variables_that_are_wrong(script: str, given: dict[str, str], words: str) -> None:
@@ -154,7 +156,8 @@ def test_the_launcher_keeps_exit_codes(how: str, number: signal.Signals | None, 
 STUBS = {
     "srun": 'echo "srun $*" >> "$CALLS"; eval "$DURING"; exit "$CODE"',
     "scontrol": 'case $1 in show) printf "n1\\nn2\\n" ;; *) echo "scontrol $*" >> "$CALLS" ;; esac',
-    "squeue": "echo ${STATE:-RUNNING}",
+    "squeue": "[ $STATE != no-answer ] && echo $STATE",
+    "sleep": 'case $1 in 10) ;; *) exec /bin/sleep "$@" ;; esac',
 }
 
 
@@ -167,6 +170,8 @@ def submit(
     for name, body in STUBS.items():
         (bin_ / name).write_text(f"#!/bin/bash\n{body}\n")
         (bin_ / name).chmod(0o755)
+    (directory / "launch").mkdir(exist_ok=True)
+    (directory / "launch" / "train.sh").touch(0o755)
     environment = {
         "PATH": f"{bin_}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(directory), "SLURM_JOB_ID": "17",
         "SLURM_JOB_NAME": "run", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]",
@@ -216,6 +221,9 @@ def test_what_else_decides(tmp_path: Path) -> None:
     for during, state in ((f"{PROGRESS} kill -TERM $PPID; sleep 0.2;", "RUNNING"), (PROGRESS, "COMPLETING")):
         said, calls, code = submit(tmp_path, 3, outcome(3) + during, state=state)
         assert "requeue" not in calls and "Slurm ends this attempt" in said
+    # The controller does not answer: nothing says that the job has ended.
+    _, calls, _ = submit(tmp_path, 3, outcome(3) + PROGRESS, state="no-answer")
+    assert "scontrol requeue 17" in calls
 
 
 def test_the_signal_is_passed_on_once_and_srun_waited_for(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from megatron_a2d.training.profiling import as_table
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second passes from one look at the clock to the next."""
     seconds = itertools.count()
-    monkeypatch.setattr(phases, "_now", lambda: float(next(seconds)))
+    monkeypatch.setattr(phases, "_now", lambda *_: float(next(seconds)))
     monkeypatch.setattr(phases, "_milliseconds", lambda begin, end: 1000 * (end - begin))
 
 

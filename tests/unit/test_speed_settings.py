@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from megatron_a2d.model import transformer_config
 from megatron_a2d.precision import Scaling, choose_scaling
 from megatron_a2d.runtime import upstream
 from megatron_a2d.runtime.environment import Gpu, as_text, environment, own_cores, parse_cpu_list
+from megatron_a2d.training import monitor
 from megatron_a2d.training.garbage import Garbage
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
@@ -120,6 +123,35 @@ def test_environment(given: dict[str, Any], gpu: Gpu, more: dict[str, str]) -> N
 def test_environment_without_a_gpu() -> None:
     assert environment(build({"tensor_model_parallel_size": 2}), None) == {}
     assert as_text({}) and as_text({"B": "1", "A": "2"}) == "A=2 B=1"
+
+
+def test_environment_is_set_before_cuda_starts() -> None:
+    """CUDA reads its variables when it is first asked anything."""
+    code = """
+import torch
+order = []
+torch.cuda.is_available = lambda: bool(order.append("CUDA"))
+from megatron_a2d import train
+from megatron_a2d.runtime import environment
+environment.apply = lambda config: order.append("environment") or {}
+train.main("--model Qwen/Qwen3-8B --dry-run --settings-only --world-size 1".split())
+print(order)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].startswith("['environment', 'CUDA'"), run.stdout
+
+
+def test_recorded_kernels_get_whole_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the small batch of the noise scale: (micro-batches, samples of each)."""
+    monkeypatch.setattr(monitor.parallel_state, "get_data_parallel_world_size", lambda: 1)
+
+    def small(samples: int, **more: Any) -> Any:
+        return monitor._small_batch(build({"micro_batch_size": 8, "global_batch_size": samples, **more}))
+
+    assert [small(samples) for samples in (8, 16, 32)] == [(1, 2), (1, 2), (1, 8)]
+    recorded = [small(samples, cuda_graph_impl="transformer_engine") for samples in (8, 16, 32)]
+    assert recorded == [None, (1, 8), (1, 8)]
 
 
 # A DGX H100: 2 x 56 cores with two threads each; four GPUs on either side.
