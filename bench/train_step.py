@@ -184,7 +184,7 @@ def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, 
 _OF_LAYERS = ("bf16", "bf16, force-balanced", "bf16, portable")
 
 
-def _sizes(row: dict[str, Any]) -> dict[str, int]:
+def _sizes(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("micro_batch_size", "num_microbatches")}
 
 

@@ -62,10 +62,11 @@ class _MaskedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        saved = ctx.saved_tensors
-        weight_Vh = saved[1]
+        hidden_Nh, weight_Vh, labels_N, log_denominator_N, losses_N = ctx.saved_tensors
         buffer_Vh = _gradient_buffer(weight_Vh) if ctx.needs_input_grad[1] else None
-        hidden_gradient = _hidden_gradient(*saved, gradient_N, ctx.rows, buffer_Vh)
+        hidden_gradient = _hidden_gradient(
+            hidden_Nh, weight_Vh, labels_N, log_denominator_N, losses_N, gradient_N, ctx.rows, buffer_Vh
+        )
         if ctx.group.size() > 1:
             torch.distributed.all_reduce(hidden_gradient, group=ctx.group)
         return hidden_gradient, _hand_over(weight_Vh, buffer_Vh), None, None, None
