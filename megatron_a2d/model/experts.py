@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -53,6 +54,11 @@ def grouped_product(tokens_Ti: Tensor, weight_Eoi: Tensor, ends_E: Tensor) -> Te
     return _grouped_mm(tokens_Ti, weight_Eoi.transpose(1, 2), offs=ends_E)
 
 
+def _activation(inner_T2f: Tensor, probs_T: Tensor) -> Tensor:
+    """SwiGLU, weighted by the router: [T, f]."""
+    return weighted_bias_swiglu_impl(inner_T2f, None, probs_T[:, None])
+
+
 class GroupedExperts(MegatronModule):
     """The experts of an MoE layer, called as megatron.core calls SequentialMLP."""
 
@@ -67,6 +73,9 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         assert pg_collection is not None and config.gated_linear_unit and not config.add_bias_linear
         self.num_local_experts, self.groups = num_local_experts, pg_collection
+        self.recomputes_activation = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
         rows = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         options: dict[str, Any] = {"dtype": config.params_dtype, "device": device()}
         self.weight1 = torch.nn.Parameter(torch.empty(num_local_experts, 2 * rows, config.hidden_size, **options))
@@ -89,8 +98,12 @@ class GroupedExperts(MegatronModule):
             return nothing @ self.weight2[0].T, None
         ends_E = tokens_per_expert_E.to(tokens_Th.device, non_blocking=True).cumsum(0).int()
         inner_T2f = grouped_product(tokens_Th, self.weight1, ends_E)
-        inner_Tf = weighted_bias_swiglu_impl(inner_T2f, None, probs_T[:, None])
-        return grouped_product(inner_Tf, self.weight2, ends_E), None
+        if not self.recomputes_activation:
+            return grouped_product(_activation(inner_T2f, probs_T), self.weight2, ends_E), None
+        kept = CheckpointWithoutOutput()
+        output_Th = grouped_product(kept.checkpoint(_activation, inner_T2f, probs_T), self.weight2, ends_E)
+        kept.discard_output_and_register_recompute(output_Th)
+        return output_Th, None
 
     def backward_dw(self) -> None:
         """Weight gradients are not delayed here."""

@@ -16,6 +16,7 @@ What 0.19.2 does otherwise than 0.16.1, where this project meets it:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import megatron.core
 from torch import nn
@@ -59,6 +60,7 @@ def graphed_parts(parts: Sequence[str]) -> dict[str, list[str]]:
 
 def apply_fixes() -> None:
     _define_te_general_gemm()
+    _recompute_norms_without_te()
 
 
 def _define_te_general_gemm() -> None:
@@ -67,6 +69,21 @@ def _define_te_general_gemm() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _recompute_norms_without_te() -> None:
+    """--recompute-modules layernorm asks Transformer Engine about FP8 whether it is there or not."""
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE:
+        return
+    initialize = random.CheckpointWithoutOutput.__init__
+
+    def without_fp8(self: Any, *arguments: Any, **options: Any) -> None:
+        initialize(self, *arguments, **options)
+        self.fp8 = False
+
+    random.CheckpointWithoutOutput.__init__ = without_fp8
 
 
 def allow_schedule_plans() -> None:

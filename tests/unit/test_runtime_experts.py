@@ -75,6 +75,33 @@ def test_outputs_and_gradients(counts: list[int], pair: tuple[GroupedExperts, Se
         torch.testing.assert_close(weight.grad, expected)
 
 
+def test_an_activation_that_is_computed_again(pair: tuple[GroupedExperts, SequentialMLP]) -> None:
+    """--recompute-modules moe_act: the same output and gradients, and the second product's input is not kept."""
+    grouped, _ = pair
+
+    def run(again: bool) -> tuple[list[Any], int]:
+        grouped.recomputes_activation = again
+        grouped.zero_grad()
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        tokens = torch.randn(16, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        probs = torch.linspace(0.1, 0.9, 16).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output, _ = grouped(tokens, torch.tensor([3, 5, 1, 7]), probs)
+        held = sum(tensor.untyped_storage().nbytes() for tensor in kept if tensor.shape[-1] == ROWS)
+        output.square().sum().backward()
+        return [output.detach(), tokens.grad, probs.grad, grouped.weight1.grad, grouped.weight2.grad], held
+
+    (plain, held), (recomputed, held_again) = run(False), run(True)
+    for one, other in zip(plain, recomputed, strict=True):
+        assert torch.equal(one, other)
+    assert held_again < held
+
+
 def test_a_rank_without_tokens_in_bf16(pair: tuple[GroupedExperts, SequentialMLP]) -> None:
     """The router's probabilities are fp32; every weight still gets a gradient, of its own type."""
     grouped = pair[0].bfloat16()
