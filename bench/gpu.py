@@ -45,10 +45,10 @@ def parts(rehearse: bool) -> list[Part]:
     shapes = list(SHAPES)  # the two with targets come first
     tests = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-m", "gpu", "-vv"]
     return [
-        Part("tests", [*tests, "--gpu-report", "OUT"], 200),
-        *(Part(f"train_step {name}", [*step, "--shapes", name], 150) for name in shapes[:2]),
+        Part("tests", [*tests, "--gpu-report", "OUT"], 180),
+        *(Part(f"train_step {name}", [*step, "--shapes", name], 140) for name in shapes[:2]),
         Part("masked_head", head, 40),
-        *(Part(f"train_step {name}", [*step, "--shapes", name], 60) for name in shapes[2:]),
+        *(Part(f"train_step {name}", [*step, "--shapes", name], 50) for name in shapes[2:]),
     ]
 
 

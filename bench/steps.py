@@ -135,24 +135,23 @@ def hugging_face_step(
 def grouped_products_autocast() -> Iterator[None]:
     """Under autocast torch computes all products in bf16 but the grouped one, for which it has no rule: transformers'
     experts would be computed in fp32, and a comparison with them would flatter."""
-    places = [(F, "grouped_mm"), (torch, "_grouped_mm")]
-    originals = [(place, name, getattr(place, name)) for place, name in places if hasattr(place, name)]
+    try:
+        from transformers.integrations import moe
+    except ImportError:  # transformers 4 computes one expert after the other
+        yield
+        return
+    product = moe._grouped_mm
 
-    def cast(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def grouped(rows: torch.Tensor, weight: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-            if torch.is_autocast_enabled(rows.device.type):
-                rows, weight = (tensor.to(torch.get_autocast_dtype(rows.device.type)) for tensor in (rows, weight))
-            return product(rows, weight, *arguments, **options)
+    def grouped(rows: torch.Tensor, weight: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        kind = rows.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return product(rows.to(dtype), weight.to(dtype), *arguments, **options)
 
-        return grouped
-
-    for place, name, product in originals:
-        setattr(place, name, cast(product))
+    moe._grouped_mm = grouped  # type: ignore[assignment]
     try:
         yield
     finally:
-        for place, name, product in originals:
-            setattr(place, name, product)
+        moe._grouped_mm = product
 
 
 def bidirectional_mask(network: Any, batches: Batches, device: torch.device) -> torch.Tensor | None:

@@ -171,6 +171,8 @@ def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, 
             if shape.is_cut and variant in _OF_LAYERS and "error" not in row:
                 half = shape._replace(layers=shape.layers // 2, **_sizes(row))
                 row |= of_layers(row, largest_that_fits(half, variant, settings, rounds, peak), peak)
+                if out:
+                    write_json(out, result)
                 free_memory()
             print(_line(row), flush=True)
     for shape_name, values in result.get("ratios", {}).items():
@@ -201,13 +203,16 @@ def of_layers(whole: dict[str, Any], half: dict[str, Any], peak: float) -> dict[
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By shape and variant, how many times the tokens/s of Hugging Face's fastest; and of FP8, those of bf16."""
+    """By shape and variant, how many times the tokens/s of Hugging Face's fastest; and of FP8, those of bf16.
+
+    Their router cannot be force-balanced: what is, has no ratio to theirs.
+    """
     speed = {(row["shape"], row["variant"]): row["tokens_per_second"] for row in rows if "error" not in row}
     found: dict[str, dict[str, float]] = {}
     for shape, variant in speed:
         theirs = [value for (s, v), value in speed.items() if s == shape and v.startswith(_HUGGING_FACE)]
         ours, own = speed[shape, variant], found.setdefault(shape, {})
-        if theirs and not variant.startswith(_HUGGING_FACE):
+        if theirs and not variant.startswith(_HUGGING_FACE) and "balanced" not in variant:
             own[f"{variant} over {_HUGGING_FACE}"] = ours / max(theirs)
         plain = variant.replace("fp8", "bf16").removesuffix(", blockwise")
         if variant.startswith("fp8") and (shape, plain) in speed:

@@ -178,6 +178,11 @@ def _overlap_problems(config: RunConfig) -> Iterator[str]:
         yield f"{name}: needs the interleaved schedule: --num-virtual-stages-per-pipeline-rank above 1"
     if performance.recompute_granularity == "full":
         yield f"{name}: not with --recompute-granularity full; use selective"
+    if "moe" in performance.recompute_modules:
+        yield f"{name}: not with --recompute-modules moe, whose parts are interleaved; use moe_act"
+    for role in ("attention", "mlp"):
+        if performance.delay_wgrad_compute and config.optimization.lr_mult.get(role) == 0:
+            yield f"--delay-wgrad-compute: waits for gradients of {role}, which --lr-mult {role}=0 freezes; drop one"
     if {"mlp"} & set(performance.cuda_graph_scope) and performance.cuda_graph_impl != "none":
         yield f"{name}: not with --cuda-graph-scope mlp; remove one"
     if performance.cuda_graph_impl == "local":
@@ -195,6 +200,11 @@ def _graph_problems(config: RunConfig) -> Iterator[str]:
         yield "--cuda-graph-scope moe_preprocess: what lies before it is not replayed; add moe_router"
     if performance.recompute_granularity == "full":
         yield f"--cuda-graph-impl {impl}: not with --recompute-granularity full; use selective, or none"
+    if performance.first_last_layers_bf16 and performance.gradient_accumulation_fusion:
+        yield (
+            f"--first-last-layers-bf16: with --cuda-graph-impl {impl} and --gradient-accumulation-fusion those layers "
+            "would keep the gradients of the last micro-batch alone; drop one of the three"
+        )
     if "moe" in performance.recompute_modules and "moe_router" in scope:
         yield "--cuda-graph-scope moe_router: not with --recompute-modules moe; remove one"
     if isolates_documents(config):
@@ -219,6 +229,7 @@ def _expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[
     performance = config.performance
     graphs = performance.cuda_graph_scope if performance.cuda_graph_impl != "none" else ()
     if architecture.is_moe:
+        yield from _single_expert_problems(config, architecture)
         for name, chosen in (("recompute_modules", performance.recompute_modules), ("cuda_graph_scope", graphs)):
             if "mlp" in chosen:
                 yield f"{flag(name)} mlp: the model has experts instead; remove it"
@@ -232,6 +243,17 @@ def _expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[
         for module in chosen:
             if module.startswith("moe"):
                 yield f"{flag(name)} {module}: the model is dense and has no experts; remove it"
+
+
+def _single_expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    performance, parallel = config.performance, config.parallel
+    size, whole = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size == 1
+    interleaves = performance.overlap_moe_expert_parallel_comm and parallel.moe_token_dispatcher_type == "alltoall"
+    if interleaves and size == architecture.num_experts and whole and performance.fp8 == "none":
+        yield (
+            f"--overlap-moe-expert-parallel-comm: with --expert-model-parallel-size {size} a process has one expert, "
+            "whose input megatron.core 0.16 frees too early; use a smaller one, or flex"
+        )
 
 
 def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -55,6 +56,8 @@ class InParts:
         """Hidden states and rotary angles, and four things that only other models have."""
         model: Any = self
         hidden = model.embedding(input_ids, None) if model.pre_process else decoder_input
+        if hidden is not None and not hidden.requires_grad and torch.is_grad_enabled():
+            hidden.requires_grad_()  # of a frozen embedding; the plan asks it for a gradient
         return hidden, model._rotary(hidden, position_ids), None, None, None, None
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: Any) -> Tensor:

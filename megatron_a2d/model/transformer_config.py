@@ -133,6 +133,10 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
             cuda_graph_warmup_steps=GRAPH_WARMUP_STEPS,
             **upstream.graphed_parts(performance.cuda_graph_scope),
         )
+    if performance.cuda_graph_impl != "none" and performance.fp8 == "none":
+        # Else a graph is recorded as that of a step's first micro-batch, and every later one, with fused accumulation,
+        # replaces the gradients of those before it (Transformer Engine's pull request 2715).
+        fields["disable_parameter_transpose_cache"] = True
     if performance.recompute_granularity == "full":
         fields.update(
             recompute_granularity="full",

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import megatron.core
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from megatron_a2d.errors import UserError
 
@@ -61,6 +62,7 @@ def graphed_parts(parts: Sequence[str]) -> dict[str, list[str]]:
 def apply_fixes() -> None:
     _define_te_general_gemm()
     _recompute_norms_without_te()
+    _recompute_without_compiling()
 
 
 def _define_te_general_gemm() -> None:
@@ -84,6 +86,22 @@ def _recompute_norms_without_te() -> None:
         self.fp8 = False
 
     random.CheckpointWithoutOutput.__init__ = without_fp8
+
+
+def _recompute_without_compiling() -> None:
+    """From 0.17 on, --recompute-modules layernorm and moe_act compile C++ in the first backward pass, on every process
+    at once, in one cache; where a compiler is missing or a stale lock lies, the run ends or waits. What was computed
+    again is copied to its place instead, as 0.16 did."""
+    from megatron.core.tensor_parallel import random
+
+    if hasattr(random, "_get_share_storage"):
+        random._get_share_storage = lambda: _copy_storage
+
+
+def _copy_storage(target: Tensor, source: Tensor) -> None:
+    with torch.no_grad():
+        target.untyped_storage().resize_(source.untyped_storage().nbytes())
+        target.untyped_storage().copy_(source.untyped_storage())
 
 
 def allow_schedule_plans() -> None:

@@ -16,6 +16,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2, distributed optimizer, overlap": (
         2, {**EP, "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
     ),
+    "EP2, frozen embedding": (2, {**EP, "lr_mult": {"embedding": 0.0, "mlp": 0.5}}),
     "VPP2 x EP2": (4, {**VPP, **EP}),
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ def test_dropped_and_overflow() -> None:
         logits_NE = torch.tensor([[0.0, 0, 0, 0], [50.0, 0, 0, 0], [0.0, 0, 0, 0], [3.0, 3, -50, -50]])
         router = SimpleNamespace(gating=lambda hidden: logits_NE, layer_number=1)
         with counts.counting():
-            counts._see_tokens(None, (tokens_bs,))  # type: ignore[arg-type]
+            counts._see_tokens(tokens_bs)
             counts._see_choices(router, (None,), (logits_NE, chosen_NE))  # type: ignore[arg-type]
         values = counts.read()
     finally:

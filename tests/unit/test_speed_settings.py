@@ -63,6 +63,10 @@ PAIRS: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
     (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, **EP}, "--overlap-moe-expert-parallel-comm: megatron.core has it for bf16", {"bf16": True}),
     (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP, "moe_token_dispatcher_type": "allgather"}, "--overlap-moe-expert-parallel-comm: not with --moe-token", {"moe_token_dispatcher_type": "alltoall"}),
     (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP, "recompute_granularity": "full"}, "--overlap-moe-expert-parallel-comm: not with --recompute", {"recompute_granularity": "none"}),
+    (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP, "recompute_granularity": "selective", "recompute_modules": ("moe",)}, "--overlap-moe-expert-parallel-comm: not with --recompute-modules moe", {"recompute_modules": ("moe_act",)}),
+    (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True, "bf16": True, **EP, "lr_mult": {"mlp": 0.0}}, "--delay-wgrad-compute: waits for gradients of mlp", {"delay_wgrad_compute": False}),
+    (dataclasses.replace(QWEN3_30B_A3B, num_experts=2, num_experts_per_tok=1), {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP}, "--overlap-moe-expert-parallel-comm: with --expert-model-parallel-size 2 a process has one", {"overlap_moe_expert_parallel_comm": False}),
+    (QWEN3_8B, {"bf16": True, "fp8": "auto", "first_last_layers_bf16": True, "gradient_accumulation_fusion": True, "cuda_graph_impl": "transformer_engine"}, "--first-last-layers-bf16: with --cuda-graph-impl", {"gradient_accumulation_fusion": False}),
     (QWEN3_30B_A3B, {"delay_wgrad_compute": True}, "--delay-wgrad-compute: has no effect", {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP}),
     (QWEN3_8B, {"cuda_graph_scope": ("mlp",)}, "--cuda-graph-scope mlp: has no effect", {"cuda_graph_impl": "local"}),
     (QWEN3_8B, {"cuda_graph_impl": "local", "cuda_graph_scope": ()}, "--cuda-graph-scope: is empty", {"cuda_graph_scope": ("attn",)}),
@@ -249,6 +253,18 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
                  "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "gradient_accumulation_fusion"):  # fmt: skip
         expected[name] = True
     assert {name: seen[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("fp8", "transposes_are_kept"), [("none", False), ("tensorwise", True)])
+def test_graphs_add_gradients_up(fp8: str, transposes_are_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that knows which micro-batch is a step's first is recorded as if each were."""
+    runtime.install()
+    monkeypatch.setattr(transformer_config, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
+    config = build(dict(bf16=True, fp8=fp8, cuda_graph_impl="transformer_engine", gradient_accumulation_fusion=True))
+    fields = transformer_config._speed_fields(QWEN3_8B, config)
+    assert fields.get("disable_parameter_transpose_cache", False) == (not transposes_are_kept)
+    assert hasattr(transformer_config.TransformerConfig, "disable_parameter_transpose_cache")
 
 
 def _recording(original: Any, seen: dict[str, Any]) -> Any:
