@@ -35,7 +35,7 @@ EXTREMES = [
 ]
 # Those that micro-batches alone tell apart are one layout to a checkpoint.
 MATRIX = [layout for layout in LAYOUTS if layout.name != "micro-batches of 4"]
-QUICK = {"dense_tied: PP2 x DP2, distributed optimizer", "moe: TP2+SP, EP1", "moe: EP4, distributed optimizer"}
+QUICK = {"dense_tied: PP2 x DP2, distributed optimizer", "moe: EP4, distributed optimizer"}
 
 
 def settings_of(case: Case, layout: Layout, save: Path) -> dict[str, Any]:
