@@ -182,7 +182,7 @@ def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, 
         write_json(out, result)
 
 
-# Of which the layers alone are measured too: those that targets are set for.
+# Of which the layers alone are measured too: those that targets are set for, and the portable ones beside them.
 _OF_LAYERS = ("bf16", "bf16, force-balanced", "bf16, portable")
 
 
