@@ -61,6 +61,7 @@ def _range_problems(config: RunConfig) -> list[str]:
         "exit_duration_in_mins",
     ):
         need(name, values[name] >= 0, "must not be negative")
+    need("seed", values["seed"] < 1 << 64, "must be below 2^64")
     for name in ("lr", "adam_eps", "distributed_timeout_minutes"):
         need(name, values[name] > 0, "must be positive")
     for name, value in values.items():

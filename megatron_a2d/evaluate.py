@@ -147,6 +147,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
     for name, least in (("num_fewshot", 0), ("limit", 1), ("seed", 0)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             problems.append(f"{flag(name)} {getattr(options, name)}: must be at least {least}")
+    if options.seed >= 1 << 64:
+        problems.append(f"--seed {options.seed}: must be below 2^64")
     if options.objective == "ar":
         problems += [
             f"{flag(name)} {value}: has no effect with --objective ar; remove it" for name, value in noise.items()

@@ -23,10 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_a2d.diffusion.noise import uniforms
+from megatron_a2d.diffusion.noise import Stream, uniforms
 from megatron_a2d.diffusion.objective import Estimate
-
-_STREAM_LIKELIHOOD = 2  # diffusion/noise.py has 0 and 1
 
 
 class Draws(NamedTuple):
@@ -53,7 +51,7 @@ def likelihood_draws(num_tokens: int, mc_num: int, seed: int = 0) -> Draws:
     masks_J: list[np.ndarray] = []
     weights_J: list[float] = []
     for replicate in range(num_replicates):
-        numbers = uniforms(seed, _STREAM_LIKELIHOOD, replicate, num_tokens + 1)
+        numbers = uniforms(seed, Stream.CONTINUATION, replicate, num_tokens + 1)
         order, start = numbers[1:].argsort(), 0
         for draw in range(per_replicate):
             size = 1 + int(num_tokens * ((draw + numbers[0]) / per_replicate))

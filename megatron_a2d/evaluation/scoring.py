@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_a2d.diffusion.continuation import Draws, likelihood_draws, log_likelihood, pseudo_likelihood_draws
 from megatron_a2d.diffusion.forward import Head, Request, logits_in_parts
+from megatron_a2d.diffusion.noise import Stream
 from megatron_a2d.errors import UserError
 from megatron_a2d.evaluation.journal import Journal
 from megatron_a2d.inference.opened import Opened
@@ -78,7 +79,11 @@ def score(
     `advance` is told how many requests are done. What the journal knows is not run again.
     """
     journal = journal or Journal(None, None)
-    keys = [journal.key("likelihood", list(context), list(continuation)) for context, continuation in requests]
+    # With the stream of draws: answers from another one would not share their noise with these.
+    keys = [
+        journal.key("likelihood", int(Stream.CONTINUATION), list(context), list(continuation))
+        for context, continuation in requests
+    ]
     unknown = [number for number, key in enumerate(keys) if journal.get(key) is None]
     advance(len(requests) - len(unknown))
     # Long ones first: the largest batch is the first, and the estimate of the time left errs on the safe side.

@@ -19,13 +19,11 @@ from torch import Tensor
 from megatron_a2d.console import progress
 from megatron_a2d.data.batches import MakeSample, MicroBatches
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
-from megatron_a2d.diffusion.noise import Noise, uniforms
+from megatron_a2d.diffusion.noise import Noise, Stream, uniforms
 from megatron_a2d.runtime.device import device
 from megatron_a2d.study.opened import OpenedRun
 from megatron_a2d.training.pieces import Piece, over_ranks, owned_pieces, squares_by_role
 from megatron_a2d.training.step import forward_backward, loss_totals
-
-_STREAM_TIME = 102  # of Philox, away from those of diffusion/noise.py
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,13 @@ class BatchTimes(Noise):
             return super().time(sample_index)
         batch, place = divmod(sample_index, self.batch_size)
         if self.scheme == "iid":
-            fraction = uniforms(self.seed, _STREAM_TIME, sample_index, 1)[0]
+            fraction = uniforms(self.seed, Stream.STUDY_TIME, sample_index, 1)[0]
         elif self.scheme == "antithetic":
-            fraction = uniforms(self.seed, _STREAM_TIME, sample_index // 2, 1)[0]
+            fraction = uniforms(self.seed, Stream.STUDY_TIME, sample_index // 2, 1)[0]
             fraction = 1 - fraction if place % 2 else fraction
         else:
             assert self.scheme == "stratified", self.scheme
-            fraction = (uniforms(self.seed, _STREAM_TIME, batch, 1)[0] + place / self.batch_size) % 1.0
+            fraction = (uniforms(self.seed, Stream.STUDY_TIME, batch, 1)[0] + place / self.batch_size) % 1.0
         return self.min_time + (1 - self.min_time) * float(fraction)
 
 

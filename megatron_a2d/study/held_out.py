@@ -9,11 +9,9 @@ from megatron.core import parallel_state
 
 from megatron_a2d.data.batches import MakeSample, MicroBatches
 from megatron_a2d.diffusion.corruption import Corrupted, next_token
-from megatron_a2d.diffusion.noise import uniforms
+from megatron_a2d.diffusion.noise import Stream, uniforms
 from megatron_a2d.study.opened import OpenedRun
 from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
-
-_STREAM_HOLE = 101  # of Philox, away from those of diffusion/noise.py
 
 
 def judge(opened: OpenedRun, make: MakeSample) -> ValidationResult:
@@ -47,7 +45,7 @@ def holes(opened: OpenedRun, length: int) -> MakeSample:
     assert mask is not None
 
     def make(tokens: np.ndarray, index: int) -> Corrupted:
-        first = 1 + int(uniforms(VALIDATION_SEED, _STREAM_HOLE, index, 1)[0] * (len(tokens) - length))
+        first = 1 + int(uniforms(VALIDATION_SEED, Stream.STUDY_HOLE, index, 1)[0] * (len(tokens) - length))
         hole = np.zeros(len(tokens), dtype=bool)
         hole[first : first + length] = True
         labels, rows = (np.roll(tokens, -1), np.roll(hole, -1)) if shifted else (tokens, hole)

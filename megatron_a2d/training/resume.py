@@ -5,9 +5,9 @@ A resumed run must be the run that was stopped. Its settings fall in three kinds
 bound    what decides samples and noise (seed, seq_length, document_attention, reset_position_ids, random_length_prob,
          eod_maskable, global_batch_size, and what the tokens are: train_data_fingerprint), the objective (all diffusion
          settings), and the numbers' type (bf16): another value is an error.
-noted    the optimizer's settings, fp8 and train_iters hold from now on, as the learning rate of a run that is mended
-         must; a change is told. Where a role was frozen (--lr-mult ROLE=0) and is not any longer, its moments begin at
-         zero: the checkpoint has none.
+noted    the optimizer's settings, fp8 and the layers that are kept in bf16, routing that is forced to be even, and
+         train_iters hold from now on, as the learning rate of a run that is mended must; a change is told. Where a role
+         was frozen (--lr-mult ROLE=0) and is not any longer, its moments begin at zero: the checkpoint has none.
 free     the layout, micro_batch_size, intervals, paths, workers.
 """
 
@@ -42,7 +42,11 @@ BOUND = (
     ),
 )  # fmt: skip
 # train_iters is the length of the learning rate's decay.
-NOTED = ("train_iters", "fp8", *(item.name for item in dataclasses.fields(OptimizationConfig)))
+NOTED = (
+    "train_iters", "fp8", "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+    "moe_router_force_load_balancing",
+    *(item.name for item in dataclasses.fields(OptimizationConfig)),
+)  # fmt: skip
 
 
 class Start(NamedTuple):
