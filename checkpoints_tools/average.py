@@ -14,6 +14,7 @@ from checkpoints_tools.options import add_workers, check_streaming_options
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
 from megatron_a2d.errors import UserError
+from megatron_a2d.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         options.checkpoints, options.out, options.ema_decay, options.workers, allow_nonfinite=options.allow_nonfinite
     )
     parts = ", ".join(f"{factor:.4g} of {number}" for number, factor in zip(done.iterations, done.factors, strict=True))
-    print(f"{done.directory}: {parts}")
+    print_line(f"{done.directory}: {parts}")
 
 
 if __name__ == "__main__":

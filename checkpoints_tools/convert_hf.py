@@ -15,6 +15,7 @@ from checkpoints_tools.options import add_streaming_options, check_streaming_opt
 from checkpoints_tools.verify import print_report
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human
+from megatron_a2d.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         verify=not options.no_verify,
     )
     types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in done.dtypes))
-    print(
+    print_line(
         f"{done.directory}: {human(done.architecture.num_parameters())} parameters, "
         f"{human(done.num_bytes, 'B')} of {types}, mask token {done.mask_token_id}"
     )

@@ -16,6 +16,7 @@ from checkpoints_tools.verify import print_report
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human
 from megatron_a2d.files import read_json
+from megatron_a2d.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         allow_nonfinite=options.allow_nonfinite,
         evaluation=evaluation,
     )
-    print(
+    print_line(
         f"{done.directory}: iteration {done.iteration}, {human(done.num_parameters)} parameters, "
         f"{human(done.num_bytes, 'B')}{', verified' if done.comparison else ''}"
     )

@@ -10,11 +10,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point, human, progress
+from megatron_a2d.console import PlainConsole, entry_point, human, progress
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.checkpoint:
             facts |= training_facts(weights.directory)
     # A pipe has no width; a table cut to eighty columns would be of no use there.
-    output = Console(width=None if os.isatty(1) else 140)
+    output = PlainConsole(width=None if os.isatty(1) else 140)
     output.print(facts_table(facts))
     output.print(roles_table(roles))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human, progress
 from megatron_a2d.errors import UserError
+from megatron_a2d.printable import print_line
 
 SUMS = "SHA256SUMS"
 
@@ -37,16 +38,18 @@ def main(argv: list[str] | None = None) -> None:
     token = get_token()
     total = human(sum(files.values()), "B")
     for name, size in files.items():
-        print(f"{human(size, 'B'):>10}  {name}")
-    print(f"{len(files)} files, {total}, to {options.repo} on {constants.ENDPOINT}; checksums are right")
+        print_line(f"{human(size, 'B'):>10}  {name}")
+    print_line(f"{len(files)} files, {total}, to {options.repo} on {constants.ENDPOINT}; checksums are right")
     if options.dry_run:
-        print("dry run: nothing was sent" + ("" if token else "; there is no token, set HF_TOKEN or run hf auth login"))
+        print_line(
+            "dry run: nothing was sent" + ("" if token else "; there is no token, set HF_TOKEN or run hf auth login")
+        )
         return
     if not token:
         raise UserError("no token for the hub: set HF_TOKEN, or run hf auth login")
     if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would show it in its complaint
         raise UserError("the token for the hub holds a character that no token has; set HF_TOKEN anew")
-    print(f"{options.repo}: {push(options.export, options.repo, options.private, options.message, token)}")
+    print_line(f"{options.repo}: {push(options.export, options.repo, options.private, options.message, token)}")
 
 
 def check_export(directory: Path) -> dict[str, int]:

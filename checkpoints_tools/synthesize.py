@@ -12,6 +12,7 @@ from pathlib import Path
 from checkpoints_tools.options import parse_size
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human
+from megatron_a2d.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         parse_size("--max-shard-size", options.max_shard_size),
         options.tokenizer,
     )
-    print(f"{options.out}: {human(size, 'B')} of random {options.dtype} weights")
+    print_line(f"{options.out}: {human(size, 'B')} of random {options.dtype} weights")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, progress
 from megatron_a2d.errors import UserError
+from megatron_a2d.printable import print_line
 
 if TYPE_CHECKING:
     from megatron_a2d.conversion.compare import Comparison
@@ -72,12 +73,13 @@ def print_report(comparison: Comparison, first: Weights, second: Weights, logits
     """`first` and `second` as `verify` compares them: source or checkpoint, checkpoint or export."""
     from megatron_a2d.verification import report
 
-    print(report.tensors_line(comparison, first, second))
+    print_line(report.tensors_line(comparison, first, second))
     # transformers runs a Hugging Face directory: the export if there is one. The other side is streamed.
     ran, streamed = (second, first) if report.is_hugging_face(second) else (first, second)
-    print(report.logits_line(ran.directory, streamed, logits, rounded=comparison.largest_rounding > 0))
+    print_line(report.logits_line(ran.directory, streamed, logits, rounded=comparison.largest_rounding > 0))
     text, losses = report.loss_by_time(second, report.label_shift(second))
-    print("\n".join(report.loss_lines(text, losses, second.architecture.vocab_size)))
+    for line in report.loss_lines(text, losses, second.architecture.vocab_size):
+        print_line(line)
 
 
 if __name__ == "__main__":

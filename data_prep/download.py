@@ -60,7 +60,7 @@ def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int 
         raise UserError("--out: shards need the package zstandard; pip install 'megatron_a2d[data]'") from None
     state = _read_state(source, out)
     if state["complete"]:
-        console.print(f"{out}: complete, {state['documents']:,} documents", markup=False)
+        console.print(f"{out}: complete, {state['documents']:,} documents")
         return state
     columns = (TextColumn("{task.description}"), TextColumn("{task.fields[amount]}", style="cyan"), TimeElapsedColumn())
     rows = stream(source, state["documents"])
@@ -90,7 +90,7 @@ def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int 
             write_json(out / STATE, state)
     if state["documents"] == 0:
         raise UserError(f"--dataset {source.dataset}: holds no documents; check --name and --split")
-    console.print(f"{out}: {state['documents']:,} documents in {len(state['shards'])} shards", markup=False)
+    console.print(f"{out}: {state['documents']:,} documents in {len(state['shards'])} shards")
     return state
 
 

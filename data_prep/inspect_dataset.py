@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from data_prep.encoders import Encoder, open_encoder
 from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point, human, progress
+from megatron_a2d.console import PlainConsole, entry_point, human, progress
 from megatron_a2d.data.checksums import REWRITE
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.indexed import TokenFile, read_metadata
@@ -192,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     encoder = open_encoder(tokenizer, append_eod=False, workers=1) if tokenizer else None
     contents = read_contents(file)
 
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(summary(file, contents))
     console.print(histogram(contents.lengths))
     if encoder is not None:

@@ -153,10 +153,10 @@ def report(writers: list[TokenWriter], counts: dict[str, Any], path: str) -> Non
     others = "".join(f", {count:,} {name}" for name, count in left_out.items() if count)
     console.print(f"{counts['empty']:,} empty documents skipped{others}", soft_wrap=True)
     for problem in counts["problems"][:SHOWN_PROBLEMS]:
-        console.print(f"  {problem}", markup=False, soft_wrap=True)
+        console.print(f"  {problem}", soft_wrap=True)
     if counts["invalid"] > SHOWN_PROBLEMS:
-        console.print(f"  ... and {counts['invalid'] - SHOWN_PROBLEMS:,} more: {path}", markup=False, soft_wrap=True)
-    console.print(f"encoded by {counts['encoder']}", markup=False, soft_wrap=True)
+        console.print(f"  ... and {counts['invalid'] - SHOWN_PROBLEMS:,} more: {path}", soft_wrap=True)
+    console.print(f"encoded by {counts['encoder']}", soft_wrap=True)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -87,13 +87,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _title(text: str) -> None:
-    console.rule(f"[bold]{text}", align="left")
+    console.rule(Text(text, style="bold"), align="left")
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
     """Show a command as a person would type it, and run it."""
     shown = " ".join(_quote(word) for word in command)
-    console.print("[bold green]$[/]", Text(shown), soft_wrap=True)
+    console.print(Text("$", style="bold green"), Text(shown), soft_wrap=True)
     # The variables of the outer make are not meant for the inner ones.
     outer = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")
     inherited = {name: value for name, value in os.environ.items() if name not in outer}

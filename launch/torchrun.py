@@ -26,6 +26,7 @@ from typing import NoReturn
 import psutil
 
 from megatron_a2d.exit_codes import DONE, KILLED, STALLED, Ending, ending, most_telling
+from megatron_a2d.printable import one_line, print_line
 from megatron_a2d.runtime.heartbeat import ATTEMPT, Watch
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -91,7 +92,7 @@ def _watch() -> None:
     while True:
         threading.Event().wait(watch.pause)
         if verdict := watch.look():
-            print(f"error: {verdict}", file=sys.stderr, flush=True)
+            print_line(f"error: {verdict}", sys.stderr)
             _tell(ending(STALLED), verdict)
             for worker in _workers():
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -104,11 +105,11 @@ def _tell(reason: Ending, words: str) -> None:
     if directory := os.environ.get(ATTEMPT):
         try:
             with open(Path(directory) / OUTCOME, "x") as file:
-                file.write(f"{reason.code} {'again' if reason.comes_back else 'stay'} {words}\n")
+                file.write(f"{reason.code} {'again' if reason.comes_back else 'stay'} {one_line(words)}\n")
         except FileExistsError:
             return
     if reason.code > KILLED:
-        print(f"error: a worker {words}", file=sys.stderr, flush=True)
+        print_line(f"error: a worker {words}", sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,9 @@ import yaml
 
 from megatron_a2d.config import RunConfig, Setting, build, flag, settings
 from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.files import read_yaml
+
+LARGEST = 2**63 - 1  # whole number of a flag or a setting: more than the tokens, bytes and steps of any run
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +42,21 @@ class Parser(argparse.ArgumentParser):
             result, unknown = self.parse_known_args(words, namespace)
         if unknown:
             raise UserError(f"{word}: unknown argument{nearest(word, known)}; see --help" for word in unknown)
+        if problems := _impossible_values(result):
+            raise UserError(problems)
         return result
+
+
+def _impossible_values(options: argparse.Namespace) -> list[str]:
+    """Values that no flag of any command can have, and that arithmetic or the operating system would stumble over."""
+    problems = []
+    for name, given in vars(options).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str | Path) and "\0" in str(value):
+                problems.append(f"{flag(name)} {value}: holds a NUL character, which no name or path can; correct it")
+            elif isinstance(value, int | float) and (reason := _unusable(value)):
+                problems.append(f"{flag(name)} {value}: {reason}; correct it")
+    return problems
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
@@ -91,18 +109,10 @@ def given_settings(options: argparse.Namespace, names: Iterable[str], problems: 
 
 
 def _read_recipe(path: str, problems: list[str]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config {path}: is not valid YAML ({reason}); correct the file") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: holds no settings; write lines of the form `name: value`")
+    content = read_yaml(path, f"--config {path}")
     values: dict[str, Any] = {}
     for key, value in content.items():
-        name = str(key).replace("-", "_")
+        name = key.replace("-", "_")
         if name not in settings():
             problems.append(f"--config {path}: unknown setting {key}{nearest(name, settings())}")
         else:
@@ -118,8 +128,10 @@ def _set(values: dict[str, Any], item: Setting, given: Any, where: str, problems
 
 
 def _convert(item: Setting, given: Any) -> Any:
-    if given is None and item.optional:
-        return None
+    if given is None:
+        if item.optional:
+            return None
+        raise ValueError("is empty; give it a value, or leave it out")
     if isinstance(item.kind, tuple):
         if given not in item.kind:
             raise ValueError(f"must be one of {', '.join(item.kind)}{nearest(str(given), item.kind)}")
@@ -132,25 +144,48 @@ def _convert(item: Setting, given: Any) -> Any:
         return _convert_factors(given)
     if item.kind is list:
         return _convert_names(item, given)
-    if item.kind is str:
-        return str(given)
+    return _convert_text(given) if item.kind is str else _convert_number(item.kind, given)
+
+
+def _convert_text(given: Any) -> str:
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise ValueError("must be text; write it in quotes")
+    if "\0" in str(given):
+        raise ValueError("holds a NUL character, which no name or path can")
+    return str(given)
+
+
+def _convert_number(kind: type, given: Any) -> int | float:
     try:
         if isinstance(given, bool):
             raise ValueError
-        number = float(given) if item.kind is float else int(str(given).replace("_", ""))
-    except (TypeError, ValueError):
-        kind = "number" if item.kind is float else "whole number"
-        raise ValueError(f"must be a {kind}") from None
+        number: int | float = float(given) if kind is float else int(str(given).replace("_", ""))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"must be a {'number' if kind is float else 'whole number'}") from None
+    if reason := _unusable(number):
+        raise ValueError(reason)
     return number
 
 
+def _unusable(number: int | float) -> str:
+    """Why nothing can be set to `number`, or ''."""
+    if isinstance(number, int):
+        return "" if abs(number) <= LARGEST else "must be below 2**63"
+    return "" if math.isfinite(number) else "must be a finite number"
+
+
 def _convert_factors(given: Any) -> dict[str, float]:
-    pairs = given.items() if isinstance(given, dict) else [str(word).partition("=")[::2] for word in given]
+    if isinstance(given, dict):
+        pairs: Any = given.items()
+    elif isinstance(given, list):
+        pairs = [str(word).partition("=")[::2] for word in given]
+    else:
+        pairs = [(None, None)]
     factors = {}
     for role, factor in pairs:
         try:
-            factors[str(role)] = float(factor)
-        except (TypeError, ValueError):
+            factors[str(role)] = float(_convert_number(float, factor))
+        except ValueError:
             raise ValueError("must be written as role=factor, for example attention=1 mlp=0.1") from None
     return factors
 
@@ -159,7 +194,7 @@ def _convert_names(item: Setting, given: Any) -> tuple[str, ...]:
     if not isinstance(given, list | tuple):
         raise ValueError(f"must be a list of {', '.join(item.choices)}")
     for name in given:
-        if name not in item.choices:
+        if not isinstance(name, str) or name not in item.choices:
             raise ValueError(f"{name!r} is none of {', '.join(item.choices)}{nearest(str(name), item.choices)}")
     return tuple(given)
 

@@ -1,6 +1,7 @@
 """Errors that a user can cause. Everything else that is raised is a bug and keeps its traceback.
 
-A message is one line: what (the flag or file and its value), why it is wrong, what to do.
+A message is one line: what (the flag or file and its value), why it is wrong, what to do. Whatever it quotes stays on
+that line and prints as visible characters, so that nobody's file can write an error message of its own.
 `console.entry_point` prints the lines and exits with code 2.
 """
 
@@ -10,13 +11,14 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_a2d.exit_codes import SAVE_FAILED
+from megatron_a2d.printable import one_line
 
 
 class UserError(Exception):
     """One or more problems in what the user gave us, each a line that names remedy and reason."""
 
     def __init__(self, problems: str | Iterable[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [one_line(line) for line in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
 
 

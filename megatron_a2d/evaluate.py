@@ -24,14 +24,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-
 from megatron_a2d.cli import Parser, add_settings, given_settings
 from megatron_a2d.config import build, flag
 from megatron_a2d.console import entry_point, progress
 from megatron_a2d.errors import UserError, nearest
-from megatron_a2d.files import new_file, read_json, write_json
+from megatron_a2d.files import new_file, read_json, read_yaml, write_json
 from megatron_a2d.inference.flags import LAYOUT, SAMPLING, add_sampling_flags, close_model, open_model, sampling_options
+from megatron_a2d.printable import print_line, print_text
 
 if TYPE_CHECKING:
     from megatron_a2d.evaluation.journal import Journal
@@ -161,16 +160,11 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
 def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
     from megatron_a2d.diffusion.sampling import SamplingOptions
 
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read ({' '.join(str(error).split())}); check the file") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: holds no settings; write lines of the form `name: value`")
+    content = read_yaml(path, f"--config {path}")
     values = {}
     known = [*OPTIONS, *SAMPLING]
     for key, value in content.items():
-        name = str(key).replace("-", "_")
+        name = key.replace("-", "_")
         if name not in known:
             problems.append(f"--config {path}: unknown setting {key}{nearest(name, known)}")
             continue
@@ -342,8 +336,8 @@ def _write(out: Path, content: dict[str, Any], beside: list[dict[str, Any]]) -> 
     write_json(out / "results.json", content)
     with new_file(out / "results.md") as partial:
         partial.write_text(page, encoding="utf-8")
-    print(page, end="")
-    print(json.dumps({"results": str(out / "results.json")}), file=sys.stderr)
+    print_text(page.rstrip())
+    print_line(json.dumps({"results": str(out / "results.json")}), sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,17 @@ import math
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_a2d.errors import UserError
+from megatron_a2d.parsing import ParseError, decode, parse_json, parse_yaml
+
+LARGEST_JSON = 2**28  # bytes; the tokenizers and indices of the largest models take a tenth
+LARGEST_YAML = 2**18  # bytes; a recipe takes a hundredth, and the library four seconds for all of it
 
 _HELD: list[Any] = []  # locks
 
@@ -118,23 +123,53 @@ def hold_directory(path: str | Path, flag: str) -> None:
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """The JSON object in `path`; `what` names its role in error messages."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: {what} is missing; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {what} cannot be read ({error}); check the file") from None
-    if not text.strip():
+    """The JSON object in the file `path`; `what` names its role in error messages."""
+    content = _read(path, f"{path}: {what}")
+    if not content.strip():
         raise UserError(f"{path}: {what} is empty; fetch or write it again")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = parse_json(content)
+    except ParseError as error:
         raise UserError(f"{path}: {what} is not valid JSON ({error}); fetch or write it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: {what} holds a JSON {type(value).__name__}, not an object; fetch it again")
     return value
+
+
+def read_yaml(path: str | Path, where: str) -> dict[str, Any]:
+    """The YAML mapping in `path`, a file or a pipe; `where` (a flag and its value) begins error messages."""
+    try:
+        value = parse_yaml(_read(path, f"{where}:", limit=LARGEST_YAML, only_files=False))
+    except ParseError as error:
+        raise UserError(f"{where}: is not valid YAML ({error}); correct the file") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: holds no settings; write lines of the form `name: value`")
+    return value
+
+
+def read_text(path: str | Path, what: str, limit: int | None = None) -> str:
+    """The UTF-8 text of the file `path`, of at most `limit` bytes; `what` names its role in error messages."""
+    try:
+        return decode(_read(path, f"{path}: {what}", limit=limit or LARGEST_JSON))
+    except ParseError as error:
+        raise UserError(f"{path}: {what} is {error}; fetch or write it again") from None
+
+
+def _read(path: str | Path, where: str, limit: int = LARGEST_JSON, only_files: bool = True) -> bytes:
+    """A file's bytes. A pipe or a device inside somebody's directory would be waited for without end."""
+    try:
+        if only_files and not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{where} is no regular file; check the path")
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise UserError(f"{where} is missing; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{where} cannot be read ({reason}); check the path") from None
+    if len(content) > limit:
+        raise UserError(f"{where} is larger than {limit >> 10:,} KiB; check that it is the right file")
+    return content
 
 
 def finite(value: Any) -> Any:

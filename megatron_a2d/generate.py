@@ -27,11 +27,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from rich.console import Console
-
 from megatron_a2d.cli import Parser, add_settings, given_settings
 from megatron_a2d.config import flag
-from megatron_a2d.console import entry_point, human
+from megatron_a2d.console import PlainConsole, entry_point, human
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
 from megatron_a2d.inference.flags import (
@@ -43,6 +41,7 @@ from megatron_a2d.inference.flags import (
     sampling_options,
 )
 from megatron_a2d.live_view import LiveView
+from megatron_a2d.printable import print_line, print_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,7 +230,7 @@ def _generate(
         (prompt, sample, to_row(prompt, opened, reserve)) for prompt in prompts for sample in range(options.num_samples)
     )
     numbered = enumerate(jobs)
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     shows = console.is_terminal and not options.no_live and not options.jsonl and opened.speaks
     for batch in _batches(numbered, options.batch_size):
         canvas = make_canvas([row for _, (_, _, row) in batch], opened.mask_token_id)
@@ -299,7 +298,7 @@ def _write(options: argparse.Namespace, opened: Opened, results: Iterator[Result
     """Texts as they come; the page and the numbers at the end."""
     begin = time.perf_counter()
     rows, tokens, forwards, texts = [], 0, 0, 0
-    in_terminal = Console().is_terminal and not options.no_live
+    in_terminal = PlainConsole().is_terminal and not options.no_live
     many = options.num_samples > 1 or (options.prompt is not None and len(options.prompt) > 1)
     for number, result in enumerate(results):
         rows.append(result.replay)
@@ -311,12 +310,12 @@ def _write(options: argparse.Namespace, opened: Opened, results: Iterator[Result
                 "text": result.text, "sample": result.sample, "num_tokens": result.num_tokens,
                 "num_forwards": result.num_forwards,
             }  # fmt: skip
-            print(json.dumps(record, ensure_ascii=False), flush=True)
+            print_text(json.dumps(record, ensure_ascii=False))
         elif not in_terminal:
             if many:
                 of = options.num_samples * len(options.prompt or [0])
-                print(f"=== sample {number + 1} of {of} ===")
-            print(result.text)
+                print_line(f"=== sample {number + 1} of {of} ===")
+            print_text(result.text)
     if not texts:
         raise UserError(f"--input {options.input}: holds no prompt; give at least one line")
     if options.save_html and opened.speaks:
@@ -326,10 +325,10 @@ def _write(options: argparse.Namespace, opened: Opened, results: Iterator[Result
             partial.write_text(replay_page(f"{Path(opened.name).name}: {texts} texts", rows), encoding="utf-8")
     if options.stats and opened.speaks:
         seconds = time.perf_counter() - begin
-        print(
+        print_line(
             f"{texts} texts, {tokens} tokens in {forwards} forward passes of a text: {tokens / max(forwards, 1):.2f} "
             f"tokens per forward; {seconds:.1f} s, {human(tokens / seconds, 'tokens')}/s",
-            file=sys.stderr,
+            sys.stderr,
         )
 
 

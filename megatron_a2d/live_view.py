@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
+from megatron_a2d.printable import lines_of
+
 Decode = Callable[[list[int]], str]
 
 MASK_BLOCK = "▒▒"
@@ -73,7 +75,7 @@ class LiveView:
             if steps[end - 1] is None:
                 text.append(MASK_BLOCK * (end - start), _MASK_STYLE)
             else:
-                text.append(_printable(piece), self._style(steps[end - 1] or 0))
+                text.append(lines_of(piece), self._style(steps[end - 1] or 0))
         return text
 
     def _style(self, step: int) -> Style:
@@ -109,8 +111,3 @@ def pieces(tokens: list[int], steps: list[int | None], decode: Decode) -> Iterat
         if at_border or not piece.endswith("\ufffd") or end - start == 4:
             yield start, end, piece
             start = end
-
-
-def _printable(text: str) -> str:
-    """Control characters could rearrange the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -20,8 +20,8 @@ from megatron_a2d.architecture import Architecture, read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
+from megatron_a2d.console import PlainConsole, entry_point, human
 from megatron_a2d.console import console as progress_console
-from megatron_a2d.console import entry_point, human
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.conversion.qwen3 import named_architecture
 from megatron_a2d.errors import UserError
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and time into this .png, .pdf or .svg")
     parser.add_argument("--calibration", action="store_true", help="compare the model with published runs, and end")
     config, options = parse_run(parser, argv)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     if options.calibration:
         console.print(report.calibration())
         return
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"the recipe's own layout: {problem}", style="yellow")
     console.print(report.why_others_fall(found))
     if options.all:
-        wide = Console(highlight=False, width=max(console.width, 400))
+        wide = PlainConsole(width=max(console.width, 400))
         wide.print(report.all_layouts(found))
     if options.plot:
         report.draw(

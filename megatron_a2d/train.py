@@ -27,6 +27,7 @@ from megatron_a2d.files import hold_directory
 from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
 from megatron_a2d.planner.job import job_of
 from megatron_a2d.planner.memory import memory
+from megatron_a2d.printable import one_line, print_text
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,12 +67,12 @@ def main(argv: list[str] | None = None) -> None:
             hold_directory(config.training.save, "--save")
         if options.settings_only:
             architecture = _check_settings(config, processes, cluster)
-            print(describe(config, architecture, f"{config.training.model}, its shape alone", processes, cluster))
+            print_text(describe(config, architecture, f"{config.training.model}, its shape alone", processes, cluster))
             return
         first = check_run(config, processes, cluster) if parallel.rank() == 0 else None
         if first:
             start = str(first.start.directory)
-            print(describe(config, first.architecture, start, processes, cluster), flush=True)
+            print_text(describe(config, first.architecture, start, processes, cluster))
         if options.dry_run:
             return
         if problems := find_problems(config, None, processes):
@@ -144,7 +145,7 @@ def describe(
         ),
         ("environ", environment.as_text(environment.environment(config, environment.find_gpu()))),
     ]
-    return "\n".join(f"{name:<8}{text}" for name, text in lines)
+    return "\n".join(one_line(f"{name:<8}{text}") for name, text in lines)
 
 
 if __name__ == "__main__":

@@ -23,26 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from megatron_a2d.data.checksums import checksum
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.permutation import Permutation
 from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.files import read_yaml
 
 _BLOCK = 1024
 _KEYS = ("train_path", "valid_path", "weight", "max_epochs", "hub")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a name that comes twice is an error; the library lets the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if names.count(key.value) > 1 and key.value != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} comes twice", key.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 class Source(NamedTuple):
@@ -59,13 +48,8 @@ class Source(NamedTuple):
 def read_mixture(path: str | Path) -> list[Source]:
     """The sources of a mixture file; UserError with everything that is wrong with it."""
     where = f"--data-mixture {path}"
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: is not valid YAML ({' '.join(str(error).split())}); correct the file") from None
-    entries = content.get("sources") if isinstance(content, dict) else None
+    content = read_yaml(path, where)
+    entries = content.get("sources")
     if not isinstance(entries, dict) or not entries or len(content) > 1:
         raise UserError(f"{where}: must hold `sources:` and nothing else, with an entry for each source; correct it")
     problems = [line for name, entry in entries.items() for line in _entry_problems(f"{where}: {name}", entry)]

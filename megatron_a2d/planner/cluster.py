@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_a2d.cli import Parser
 from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.files import read_yaml
 from megatron_a2d.gpus import rates_of
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "launch" / "clusters"
@@ -66,14 +65,7 @@ def read_cluster(name: str) -> Cluster:
     elif name not in cluster_names():
         known = ", ".join(cluster_names())
         raise UserError(f"--cluster {name}: is none of {known}{nearest(name, cluster_names())}; name one, or a file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--cluster {name}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--cluster {name}: is not valid YAML ({' '.join(str(error).split())}); correct it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--cluster {name}: holds no values; write lines as launch/clusters/h100.yaml has")
+    content = read_yaml(path, f"--cluster {name}")
     return _check(name, content)
 
 
@@ -81,15 +73,14 @@ def _check(name: str, content: dict[str, Any]) -> Cluster:
     fields = {item.name: item.type for item in dataclasses.fields(Cluster)}
     if rates := rates_of(str(content.get("gpu"))):
         content = {name: rate for name, rate in rates._asdict().items() if rate is not None} | content
-    problems = [
-        f"--cluster {name}: unknown value {key}{nearest(str(key), fields)}" for key in content if key not in fields
-    ]
+    problems = [f"--cluster {name}: unknown value {key}{nearest(key, fields)}" for key in content if key not in fields]
     for field, kind in fields.items():
         value = content.get(field)
         if value is None:
             problems.append(f"--cluster {name}: {field} is missing; launch/clusters/h100.yaml has an example")
         elif kind == "str":
-            content[field] = str(value)
+            if not isinstance(value, str):
+                problems.append(f"--cluster {name}: {field} is {value!r}, not a name; write it in quotes")
         elif isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float) or value <= 0:
             whole = "whole " if kind == "int" else ""
             problems.append(f"--cluster {name}: {field} is {value!r}, not a positive {whole}number; correct it")

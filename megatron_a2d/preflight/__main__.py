@@ -25,18 +25,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
 from megatron_a2d.checks import find_problems as find_setting_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
-from megatron_a2d.console import console, entry_point
+from megatron_a2d.console import PlainConsole, console, entry_point
 from megatron_a2d.errors import UserError
 from megatron_a2d.exit_codes import USER_ERROR
 from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
 from megatron_a2d.preflight import judge, network
 from megatron_a2d.preflight.facts import Facts, check_files, gather_facts, sizes
+from megatron_a2d.printable import print_line
 
 _CHECKING = timedelta(hours=2)  # the first rank may read checksums of a large checkpoint or corpus
 _ARRIVAL = 120.0  # seconds; torchrun starts all processes at about the same time
@@ -162,14 +162,14 @@ def _wait_for(store: dist.Store, stage: str, size: int) -> dict[int, Facts]:
 
 def _show(table: Table) -> None:
     """A log is as wide as a table needs."""
-    (console if console.is_terminal else Console(stderr=True, width=150)).print(table)
+    (console if console.is_terminal else PlainConsole(stderr=True, width=150)).print(table)
 
 
 def _end(rank: int, problems: list[str]) -> None:
     """Without farewells: a communicator that hangs would not let go."""
     if rank == 0:
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print_line(f"error: {problem}", sys.stderr)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

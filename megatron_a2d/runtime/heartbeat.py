@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
+from megatron_a2d.printable import print_line
+
 ATTEMPT = "A2D_ATTEMPT"  # names the directory of this start of the run, on a file system that all nodes share
 HEARTBEATS, PROGRESS = "heartbeat", "progress"
 # Checkpoints are read and written for as long as that takes.
@@ -57,7 +59,7 @@ def note_progress(iteration: int) -> None:
             Path(directory).mkdir(parents=True, exist_ok=True)
             (Path(directory) / PROGRESS).write_text(f"{iteration}\n")
         except OSError as error:
-            print(f"warning: {directory}: {error.strerror}: progress is not noted", file=sys.stderr, flush=True)
+            print_line(f"warning: {directory}: {error.strerror}: progress is not noted", sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Heartbeat:
             try:
                 self._write()
             except OSError as error:
-                print(f"warning: {self._path}: {error.strerror}: no heartbeat now", file=sys.stderr, flush=True)
+                print_line(f"warning: {self._path}: {error.strerror}: no heartbeat now", sys.stderr)
 
     def _write(self) -> None:
         assert self._path is not None

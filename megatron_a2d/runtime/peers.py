@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.exit_codes import PEER_LOST
+from megatron_a2d.printable import print_line
 
 BEAT = 1.0  # seconds
 # A beat that stands still so long is a dead rank, once a connection broke somewhere. Before, patience is --distributed-
@@ -131,7 +132,7 @@ class Peers:
             _give_verdict(store, f"{', '.join(lost)} gave no sign of life; {remedy}")
 
     def _end(self, verdict: str) -> None:
-        sys.stderr.write(f"error: {verdict} (rank {self._rank} ends with it)\n")  # one piece: all ranks do it
+        print_line(f"error: {verdict} (rank {self._rank} ends with it)", sys.stderr)  # one piece: all ranks do it
         sys.stderr.flush()
         os._exit(PEER_LOST)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
 from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.printable import print_line, print_text
 from megatron_a2d.study.command import STUDIES, run_study, usage
 from megatron_a2d.study.report import draw_run
 from megatron_a2d.study.watch import watch
@@ -23,13 +24,13 @@ from megatron_a2d.study.watch import watch
 def main(argv: list[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nstudies, each with --help:\n{usage()}")
+        print_text(f"{__doc__}\nstudies, each with --help:\n{usage()}")
     elif name == "report":
         parser = Parser(prog="python -m megatron_a2d.study report", description="Draw what a run did, as one PNG.")
         parser.add_argument("run", type=Path, help="the run's --save directory")
         parser.add_argument("--out", type=Path, default=None, help="the image; default: RUN/report.png")
         options = parser.parse_args(rest)
-        print(draw_run(options.run, options.out or options.run / "report.png"))
+        print_line(draw_run(options.run, options.out or options.run / "report.png"))
     elif name == "watch":
         parser = Parser(prog="python -m megatron_a2d.study watch", description="TensorBoard, opened at a run's charts.")
         parser.add_argument("run", type=Path, help="the run's --save directory, or a directory of several runs")

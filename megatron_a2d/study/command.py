@@ -13,6 +13,7 @@ from megatron_a2d.console import console
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import hold_directory
+from megatron_a2d.printable import print_line
 from megatron_a2d.study.inputs import hold_inputs
 from megatron_a2d.study.page import import_pyplot, write_lines, write_page
 from megatron_a2d.study.runner import Runner
@@ -61,7 +62,7 @@ def run_study(name: str, argv: list[str]) -> None:
     runner = Runner(options.out, base, shlex.split(options.launcher), options.jobs)
     if options.plan:
         for job in jobs:
-            print(f"{'done' if runner.is_done(job) else 'to do':6}{job.name}")
+            print_line(f"{'done' if runner.is_done(job) else 'to do':6}{job.name}")
         return
     hold_directory(options.out, "--out")
     hold_inputs(options.out, base)
@@ -75,7 +76,7 @@ def run_study(name: str, argv: list[str]) -> None:
     command = f"python -m megatron_a2d.study {name} {' '.join(map(_shown, words))}"
     text = f"`{command} --out DIR`, seeds {seeds_of(options.seeds)}, {len(jobs)} jobs.\n\n{report.text}"
     write_page(page / f"{name}.md", study.title, study.question, text)
-    console.print(f"{page / f'{name}.md'}", markup=False)
+    console.print(f"{page / f'{name}.md'}")
 
 
 def _shown(word: str) -> str:

@@ -71,11 +71,11 @@ class Runner:
                             job = running.pop(future)
                             if error := future.exception():
                                 failed.append(f"{job.name}: {error}")
-                                console.print(f"{job.name}: failed", markup=False)
+                                console.print(f"{job.name}: failed")
                                 continue
                             done.add(job.name)
                             left = len(waiting) + len(running)
-                            console.print(f"{job.name}: done, {left} of {len(jobs)} left", markup=False)
+                            console.print(f"{job.name}: done, {left} of {len(jobs)} left")
                 finally:
                     self._stop()
         finally:

@@ -44,7 +44,7 @@ def watch(run: Path, port: int) -> None:
         url = board.launch()
     except TensorBoardServerException as error:
         raise UserError(f"--port {port}: {' '.join(str(error).split())}; choose another") from None
-    console.print(f"{url}    (Ctrl+C ends it)", markup=False)
+    console.print(f"{url}    (Ctrl+C ends it)")
     try:
         while True:
             time.sleep(3600)

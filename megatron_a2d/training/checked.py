@@ -20,6 +20,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.job import job_of
 from megatron_a2d.planner.memory import memory
+from megatron_a2d.printable import print_line
 from megatron_a2d.training import loop, resume
 from megatron_a2d.training.samples import make_sample
 
@@ -81,4 +82,4 @@ def input_files(config: RunConfig, start: Path) -> list[Path]:
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    print_line(f"warning: {line}", sys.stderr)

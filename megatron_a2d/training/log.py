@@ -82,8 +82,8 @@ class RunLog:
             root.mkdir(parents=True, exist_ok=True)
         self._jsonl = open(root / "log.jsonl", "a", encoding="utf-8") if root else None  # noqa: SIM115
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"), TextColumn("eta"), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}", markup=False), TextColumn("eta"), TimeRemainingColumn(),
             console=console, transient=True,
         )  # fmt: skip
         self._task = self._progress.add_task(
@@ -96,7 +96,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """One line for the person who watches."""
         if self._enabled:
-            self._progress.console.print(message, soft_wrap=True, markup=False)
+            self._progress.console.print(message, soft_wrap=True)
 
     def event(self, kind: str, **values: Any) -> None:
         """One line of log.jsonl. A full disk does not end the run: what is not written now is written with the next."""

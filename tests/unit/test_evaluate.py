@@ -195,7 +195,7 @@ BAD = {
     "nothing": ([], "nothing to evaluate"),
     "no directory of tasks": (["--tasks", "a", "--include-path", "/nowhere"], "--include-path /nowhere"),
     "code": (["--tasks", "local_code", "--include-path", str(LOCAL / "local")], "--allow-code-execution"),
-    "no file": (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: cannot be read"),
+    "no file": (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: is missing"),
     "samples too long": (["--valid-data-path", "x", "--seq-length", "9999"], "512 positions"),
     "no data": (["--valid-data-path", "/nowhere/x", "--seq-length", "16"], "/nowhere/x"),
     "no draws": (["--tasks", "a", "--mc-num", "0"], "--mc-num 0"),

@@ -388,7 +388,7 @@ def test_live_view_keeps_the_end_of_a_long_text_and_no_control_characters():
         written = console.file.getvalue()
     assert MASK_BLOCK in written and "line 29" in written and "line 3\n" not in written
     view = LiveView([[0]], [[False]], 2, lambda ids: "a\x1b[31mb\a\n", console)
-    assert view.text(0).plain == "a\ufffd[31mb\ufffd\n"
+    assert view.text(0).plain == "a\\x1b[31mb\\x07\n"
 
 
 def test_live_view_in_a_terminal_ends_with_the_whole_text(exports, monkeypatch, capsys):
@@ -405,7 +405,7 @@ def test_live_view_in_a_terminal_ends_with_the_whole_text(exports, monkeypatch, 
     generate.main([*arguments, "--no-live"])
     plain = capsys.readouterr().out
     console = terminal(width=200, height=50)
-    monkeypatch.setattr(generate, "Console", lambda **options: console)
+    monkeypatch.setattr(generate, "PlainConsole", lambda **options: console)
     generate.main([*arguments, "--no-live"])
     assert capsys.readouterr().out == plain and console.file.getvalue() == ""
     generate.main(arguments)

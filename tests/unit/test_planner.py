@@ -280,7 +280,7 @@ def test_calibration_table(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     [
         (["--model", "Qwen3-8B"], "--cluster: is missing"),
         (["--model", "Qwen3-8B", "--cluster", "h1000", "--gpus", "8"], "did you mean h100"),
-        (["--model", "Qwen3-8B", "--cluster", "none.yaml", "--gpus", "8"], "cannot be read"),
+        (["--model", "Qwen3-8B", "--cluster", "none.yaml", "--gpus", "8"], "is missing"),
         (["--cluster", "h100", "--gpus", "8"], "--model: is missing"),
         (["--model", "Qwen3-8B", "--cluster", "h100", "--gpus", "0"], "--gpus 0"),
         (["--model", "Qwen3-8B", "--cluster", "h100", "--gpus", "8", "--imbalance", "0.5"], "--imbalance 0.5"),

@@ -1,0 +1,151 @@
+"""JSON and YAML that other people wrote, as plain values: the one reader of each.
+
+Both libraries accept more than a file of settings may hold, and fail in more ways than their documentation lists:
+RecursionError for deep nesting, ValueError for numbers of thousands of digits, KeyError or AttributeError for a tag
+that does not fit its value. Here all of it is `ParseError`. What comes back consists of dict (keys are str), list, str,
+int up to 2**64, finite float, bool and None, at most `DEEPEST` levels deep.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import yaml
+
+DEEPEST = 64  # levels of nesting
+LARGEST_INTEGER = 2**64 - 1
+LONGEST_NUMBER = 100  # characters, in YAML
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+class ParseError(ValueError):
+    """The text is not what it should be; the message says why, in a few words."""
+
+
+def parse_json(content: str | bytes, allow_nonfinite: bool = False) -> Any:
+    """The value of a JSON text. `allow_nonfinite`: NaN and infinities too (logs of crashed runs have held them)."""
+    try:
+        text = content if isinstance(content, str) else decode(content)
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ParseError(f"nested more than {DEEPEST} levels deep") from None
+    except ValueError as error:
+        raise ParseError(_in_a_line(error)) from None
+    _check(value, allow_nonfinite)
+    return value
+
+
+def parse_yaml(content: str | bytes) -> Any:
+    """The value of a YAML document. Aliases are refused: a few of them make a small file a huge value."""
+    try:
+        value = yaml.load(content if isinstance(content, str) else decode(content), _Loader)
+    except RecursionError:
+        raise ParseError(f"nested more than {DEEPEST} levels deep") from None
+    # A tag beside a value that does not fit it (`!!int x`) raises whatever the constructor stumbles over.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        raise ParseError(_in_a_line(error)) from None
+    _check(value, allow_nonfinite=False)
+    return value
+
+
+def decode(content: bytes) -> str:
+    """UTF-8 as text; ParseError names the first byte that is none."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ParseError(f"not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, without keys that come twice, without deep nesting; dates stay text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (the library's own attribute)
+        first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor}: write it out", event.start_mark)
+        self._depth += 1
+        if self._depth > DEEPEST + 1:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no plain text", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} comes twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _number(loader: _Loader, node: Any) -> Any:
+    if len(node.value) > LONGEST_NUMBER:  # YAML 1.1 has numbers to base 60 (1:30:00), whose cost is quadratic
+        raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
+    is_int = node.tag == "tag:yaml.org,2002:int"
+    return loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ParseError(f"{twice!r} comes twice")
+    return values
+
+
+def _check(value: Any, allow_nonfinite: bool) -> None:
+    """ParseError when `value` holds what no setting, size or name can be. Without recursion."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                for key in item:
+                    if not isinstance(key, str):
+                        raise ParseError(f"the key {key!r} is no text; write it in quotes")
+                    _check_text(key)
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, str):
+                _check_text(item)
+            elif isinstance(item, float):
+                if not (allow_nonfinite or math.isfinite(item)):
+                    raise ParseError(f"{item} is no finite number")
+            elif isinstance(item, int):
+                if abs(item) > LARGEST_INTEGER:
+                    raise ParseError("a number is larger than 2**64")
+            elif item is not None:
+                raise ParseError(f"a value is a {type(item).__name__}; write text, numbers, lists and mappings")
+        if not below:
+            return
+        level = below
+    raise ParseError(f"nested more than {DEEPEST} levels deep")
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii() and _HALF_CHARACTER.search(text):
+        raise ParseError("a text holds half of a surrogate pair")
+
+
+def _in_a_line(error: Exception) -> str:
+    """The library's reason without its line breaks and without the quoted source line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
