@@ -11,6 +11,8 @@ from megatron_a2d.diffusion.forward import Request, from_logits
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_positions, make_canvas
 from megatron_a2d.diffusion.sampling.endings import hopeless
 from megatron_a2d.diffusion.sampling.schedules import blocks_of, counts_left, sizes_of, turns
+from megatron_a2d.diffusion.sampling.scores import Scores, _draw, _filter, scorer
+from megatron_a2d.diffusion.sampling.selection import entropy_bounded
 from tests.unit.test_sampling import MASK, VOCAB, fill, hashed_logits, row_by_row, without_mask
 
 # (prefix, holes, suffix, steps, gamma) -> what the published package makes of `without_mask` (greedy, temperature 1,
@@ -159,6 +161,55 @@ def test_guidance():
     fixed = sharp([0.5, 0.9, 0.6, 0.8, 0.99, 0.7])
     plain, same = (fill(lambda t: fixed.expand(len(t), -1, -1), canvas, 3, guidance=w) for w in (0.0, 2.0))
     assert torch.equal(plain, same)
+
+
+def test_guidance_is_the_written_formula() -> None:
+    """l + w (l - u), in all that a sampler reads of it: token, confidence and entropy; the mask token has no part."""
+    generator = torch.Generator().manual_seed(2)
+    given, masked = torch.randn(2, 5, VOCAB, generator=generator)
+    for w in (0.5, 1.0, 3.0):
+        reduce = scorer(SamplingOptions(guidance=w), MASK, None)
+        found = Scores(*reduce(torch.cat([given, masked]), lambda logits: logits.clone()))
+        guided = given + w * (given - masked)
+        guided[:, MASK] = -torch.inf
+        probabilities = guided.softmax(-1)
+        assert found.tokens.tolist() == guided.argmax(-1).tolist()
+        torch.testing.assert_close(found.log_confidence, probabilities.max(-1).values.log())
+        entropy = -torch.special.xlogy(probabilities, probabilities).sum(-1)
+        torch.testing.assert_close(found.entropy, entropy)
+
+
+def test_the_entropy_bound_is_written_out() -> None:
+    """By cost, the sum of entropies less the largest of them: 0, 1/8, 3/8, 5/8, 7/8. The bound itself is within."""
+    costs = torch.tensor([[0.5, 0.1, 0.4, 0.2, 0.3]])
+    entropies = torch.tensor([[0.25, 0.125, 0.25, 0.5, 0.25]])
+    everything = torch.ones(1, 5, dtype=torch.bool)
+    for gamma, places in (
+        (0.0, [1]), (0.124, [1]), (0.125, [1, 3]), (0.374, [1, 3]), (0.375, [1, 3, 4]), (0.625, [1, 2, 3, 4]),
+        (0.875, [0, 1, 2, 3, 4]),
+    ):  # fmt: skip
+        assert entropy_bounded(costs, entropies, everything, gamma)[0].nonzero()[:, 0].tolist() == places
+    some = torch.tensor([[True, False, True, True, True]])  # the first one counts from among these
+    assert entropy_bounded(costs, entropies, some, 0.25)[0].nonzero()[:, 0].tolist() == [3, 4]
+
+
+def test_bounds_are_inclusive() -> None:
+    """Probabilities of exactly the threshold are taken; a token whose likelier ones reach top-p is not."""
+    certain = torch.full((5, VOCAB), -1e9)
+    certain[:, 4] = 0.0
+    assert order_of(certain, sampler="threshold", threshold=1.0) == [[1, 2, 3, 4]]
+    four = torch.full((1, VOCAB), -torch.inf)
+    four[0, 5:9] = 1.0  # a quarter each
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3), (0.76, 4)):
+        assert int(_filter(four, 0, top_p).isfinite().sum()) == kept
+    assert [int(_filter(four, top_k, 1.0).isfinite().sum()) for top_k in (0, 1, 3, 4, 40)] == [4, 1, 3, 4, 4]
+
+
+def test_draws_at_the_ends_of_the_distribution() -> None:
+    """Impossible tokens are not drawn, whatever the number; each token's part begins with its lower end."""
+    weights = torch.tensor([[0.0, 1.0, 0.0, 2.0, 1.0, 0.0]])
+    for uniform, token in ((0.0, 1), (0.249, 1), (0.25, 3), (0.749, 3), (0.75, 4), (1 - 2**-53, 4), (1.0, 4)):
+        assert _draw(weights, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
 
 
 END = 9

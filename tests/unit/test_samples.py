@@ -1,0 +1,166 @@
+"""From settings to samples: what training makes of a sample, and that a validation is the same whatever is trained."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.config import build
+from megatron_a2d.diffusion.blocks import corrupt_blocks
+from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
+from megatron_a2d.diffusion.noise import Noise, random_cut
+from megatron_a2d.diffusion.weights import context
+from megatron_a2d.training.samples import attention_segments, make_sample, positions_within
+
+LENGTH, MASK, END, SEED = 40, 255, 7, 11
+MODEL = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, mask_token_id=MASK)
+TOKENS = np.where(np.isin(np.arange(LENGTH), (8, 25)), END, np.arange(LENGTH) + 100)
+DOCUMENTS = np.repeat([3, 4, 5], [9, 17, 14])
+
+
+class Data:
+    """Three documents of 9, 17 and 14 tokens; the first two end with the token END."""
+
+    def documents(self, sample_index: int) -> np.ndarray:
+        return DOCUMENTS
+
+    def eod_token_id(self) -> int | None:
+        return END
+
+
+def sample_of(index: int = 0, for_training: bool = True, **settings: Any) -> Corrupted:
+    config = build({"train_data_path": "x", "seq_length": LENGTH, "global_batch_size": 4} | settings)
+    return make_sample(config, MODEL, Data(), SEED, for_training)(TOKENS, index)
+
+
+def same(one: Corrupted, other: Corrupted) -> bool:
+    return all(
+        a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in zip(one, other, strict=True)
+    )
+
+
+FOR_TRAINING: dict[str, dict[str, Any]] = {
+    "mask_sampling": {"mask_sampling": "exact_count"},
+    "loss_weights": {"loss_weights": "uniform"},
+    "cart": {"loss_weights": "cart", "cart_p": 0.3},
+    "random_length_prob": {"random_length_prob": 1.0},
+    "annealing": {"conversion": "annealing", "attention_annealing_steps": 9},
+    "grafting": {"conversion": "grafting", "grafting_steps": 9},
+}
+FOR_BOTH: dict[str, dict[str, Any]] = {
+    "noise_schedule": {"noise_schedule": "cosine"},
+    "time_sampling": {"time_sampling": "uniform"},
+    "min_time": {"min_time": 0.5},
+    "label_shift": {"label_shift": False},
+    "document_attention": {"document_attention": "isolated"},
+    "reset_position_ids": {"reset_position_ids": True},
+    "eod_maskable": {"eod_maskable": False},
+    "ar": {"objective": "ar"},
+    "block": {"objective": "block", "block_length": 5},
+}
+
+
+@pytest.mark.parametrize("name", FOR_TRAINING)
+def test_a_validation_is_the_same_whatever_is_trained(name: str) -> None:
+    """These settings change what is trained, and nothing of what is validated."""
+    plain = [sample_of(index) for index in range(8)]
+    assert all(same(sample_of(index, for_training=False), plain[index]) for index in range(8))
+    changed = [sample_of(index, **FOR_TRAINING[name]) for index in range(8)]
+    assert not all(same(*pair) for pair in zip(changed, plain, strict=True))
+    valid = [sample_of(index, for_training=False, **FOR_TRAINING[name]) for index in range(8)]
+    assert all(same(*pair) for pair in zip(valid, plain, strict=True))
+
+
+@pytest.mark.parametrize("name", FOR_BOTH)
+def test_settings_of_both(name: str) -> None:
+    plain = [sample_of(index) for index in range(8)]
+    trained, valid = ([sample_of(index, done, **FOR_BOTH[name]) for index in range(8)] for done in (True, False))
+    assert all(same(*pair) for pair in zip(trained, valid, strict=True))
+    assert not all(same(*pair) for pair in zip(trained, plain, strict=True))
+
+
+def test_the_co_loss_is_trained_and_not_validated() -> None:
+    """The model's context stays causal: that is what it has been given."""
+    block = {"objective": "block", "block_length": 5}
+    trained, valid = (sample_of(2, done, ar_loss_weight=0.5, **block) for done in (True, False))
+    noise = Noise(SEED, MASK)
+    assert same(trained, corrupt_blocks(TOKENS, 2, noise, 5, causal_context=True, ar_loss_weight=0.5))
+    assert same(valid, corrupt_blocks(TOKENS, 2, noise, 5, causal_context=True))
+    assert same(sample_of(2, **block), corrupt_blocks(TOKENS, 2, noise, 5))
+
+
+def test_every_setting_of_the_noise_arrives() -> None:
+    noise = Noise(SEED, MASK, "cosine", "uniform", 0.2, False, "exact_count", "cart", 0.4)
+    settings = dict(
+        noise_schedule="cosine", time_sampling="uniform", min_time=0.2, label_shift=False, mask_sampling="exact_count",
+        loss_weights="cart", cart_p=0.4,
+    )  # fmt: skip
+    for index in range(6):
+        assert same(sample_of(index, **settings), corrupt(TOKENS, index, noise))
+
+
+def test_a_cut_isolates_its_halves() -> None:
+    """And the documents beside it, where they are isolated; positions are counted in each piece."""
+    for index in range(8):
+        cut = random_cut(SEED, index, LENGTH, 1.0)
+        assert cut is not None
+        halves = (np.arange(LENGTH) >= cut).astype(np.int64)
+        assert same(sample_of(index, random_length_prob=1.0), corrupt(TOKENS, index, Noise(SEED, MASK), halves))
+        isolated = sample_of(index, random_length_prob=1.0, document_attention="isolated", reset_position_ids=True)
+        pieces = 2 * DOCUMENTS + halves
+        assert isolated.documents is not None and np.array_equal(isolated.documents, pieces)
+        starts = [0, *(np.flatnonzero(np.diff(pieces)) + 1), LENGTH]
+        assert isolated.positions is not None
+        assert isolated.positions.tolist() == [n for a, b in itertools.pairwise(starts) for n in range(b - a)]
+        assert isolated.tokens[starts[:-1]].tolist() == TOKENS[starts[:-1]].tolist(), "nothing predicts a first token"
+    assert attention_segments(None, None, 4) is None and positions_within(None) is None
+    whole = sample_of(0, reset_position_ids=True)
+    assert whole.documents is None and whole.positions is not None and whole.positions[9] == 0
+
+
+def test_end_of_document_tokens_stay() -> None:
+    for objective in ({}, {"objective": "ar"}, {"objective": "block", "block_length": 5}):
+        plain, kept = (sample_of(4, eod_maskable=maskable, **objective) for maskable in (True, False))
+        assert plain.num_maskable - kept.num_maskable == 2
+        assert not kept.weights[kept.labels == END].any()
+    assert same(sample_of(4, objective="ar", eod_maskable=False), next_token(TOKENS, None, END))
+
+
+@pytest.mark.parametrize("settings", [{}, {"reset_position_ids": True}])
+def test_positions_of_both_halves_of_a_block_sample(settings: dict[str, Any]) -> None:
+    """Noised and clean rows of a token have one place: 0 .. L - 1 twice, or counted in each document."""
+    sample = sample_of(3, objective="block", block_length=6, **settings)
+    assert sample.positions is not None and len(sample.positions) == 2 * LENGTH
+    expected = [*range(9), *range(17), *range(14)] if settings else list(range(LENGTH))
+    assert sample.positions.tolist() == expected + expected
+
+
+def test_annealing_and_grafting_follow_the_iteration() -> None:
+    """Of the batch that the sample is in: 4 samples an iteration."""
+    annealings = [
+        sample_of(index, conversion="annealing", attention_annealing_steps=3).annealing for index in range(12)
+    ]
+    shares = [None if found is None else round(int(found[1]) / 2**53, 3) for found in annealings]
+    assert shares == [0.333] * 4 + [0.667] * 4 + [None] * 4
+    clean = [not (sample_of(n, conversion="grafting", grafting_steps=2).tokens == MASK).any() for n in range(12)]
+    assert clean == [True] * 8 + [False] * 4
+
+
+def test_cart_looks_at_its_own_document_alone() -> None:
+    """Where documents are isolated, what is visible in another one is no context."""
+    # The mean of t (1 - t) over times from 0.001 on.
+    scale = (1 / 2 - 1 / 3 - (0.001**2 / 2 - 0.001**3 / 3)) / 0.999
+    seen = 0
+    for index in range(20):
+        sample, open_one = (
+            sample_of(index, loss_weights="cart", **more) for more in ({"document_attention": "isolated"}, {})
+        )
+        masked = sample.tokens == MASK
+        alone = np.concatenate([context(part, 0.8) for part in np.split(~masked, [9, 26])])
+        assert np.append(0, sample.weights[:-1]) == pytest.approx(masked * alone / scale, rel=1e-5)
+        seen += not np.array_equal(sample.weights, open_one.weights)
+    assert seen > 10
