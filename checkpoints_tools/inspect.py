@@ -62,8 +62,9 @@ def shape_facts(a: Architecture) -> dict[str, str]:
 
 def training_facts(directory: Path) -> dict[str, str]:
     """Iteration, tokens and recipe of an iteration's directory."""
+    from megatron_a2d.config import recorded_settings
     from megatron_a2d.conversion.checkpoint import RUN_CONFIG, iteration_of
-    from megatron_a2d.conversion.model_card import RECIPE, Origin
+    from megatron_a2d.conversion.model_card import Origin, recipe_rows
     from megatron_a2d.conversion.torch_dist_reader import read_common
 
     run = directory / RUN_CONFIG
@@ -74,8 +75,9 @@ def training_facts(directory: Path) -> dict[str, str]:
     if common.get("averaged_iterations"):
         facts["mean of iterations"] = ", ".join(map(str, common["averaged_iterations"]))
     facts["tokens seen"] = "not recorded" if origin.num_tokens is None else human(origin.num_tokens)
-    names = [*RECIPE, "lr_mult"]
-    facts["recipe"] = ", ".join(f"{name} {settings[name]}" for name in names if name in settings) or "none"
+    good, wrong = recorded_settings(settings)
+    rows = recipe_rows(good, wrong) + [("lr_mult", str(good["lr_mult"]))] * ("lr_mult" in good)
+    facts["recipe"] = ", ".join(f"{name} {value}" for name, value in rows) or "none"
     return facts
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
+from megatron_a2d.tokenizer import read_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -64,12 +65,7 @@ class HFEncoder:
         # The library's threads start on its first batch, and are never fewer or more from then on.
         os.environ["RAYON_NUM_THREADS"] = str(workers)
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
-        from tokenizers import Tokenizer
-
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more precise
-            raise UserError(f"--tokenizer {path}: cannot be read ({error}); fetch it again") from None
+        self._tokenizer = read_tokenizer(path, f"--tokenizer {path}")
         # Some files were saved with settings of the day's inference. A corpus is neither cut nor padded.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -331,6 +332,34 @@ def settings() -> dict[str, Setting]:
             choices = item.metadata.get("choices", ())
             result[item.name] = Setting(item.name, group, kind, default, docs[item.name], optional, choices)
     return result
+
+
+def recorded_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings that a run's record (run.json) holds, and the names of those whose values none can have.
+
+    A name that is not known is left out: it is of an older or a newer version.
+    """
+    known = {name: value for name, value in values.items() if name in settings()}
+    wrong = [name for name, value in known.items() if not _can_be(settings()[name], value)]
+    return {name: value for name, value in known.items() if name not in wrong}, wrong
+
+
+def _can_be(item: Setting, value: Any) -> bool:
+    if value is None:
+        return item.optional
+    if isinstance(item.kind, tuple):
+        return isinstance(value, str) and value in item.kind
+    if item.kind is list:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if item.kind is dict:
+        return isinstance(value, dict) and all(_is_number(factor) for factor in value.values())
+    if item.kind in (bool, str):
+        return isinstance(value, item.kind)
+    return _is_number(value) and (item.kind is float or isinstance(value, int))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:

@@ -12,13 +12,17 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+from megatron_a2d.config import recorded_settings
 from megatron_a2d.errors import UserError
+from megatron_a2d.files import read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 HF_FILES = "hf"
 RUN_CONFIG = "run.json"
+LONGEST_FRONT_MATTER = 1 << 16  # characters
 
 # What makes an iteration complete; metadata.json is written last.
 REQUIRED_FILES = (".metadata", "common.pt", "metadata.json")
@@ -79,6 +83,15 @@ def resolve(path: str | Path) -> Path:
     return directory
 
 
+def read_run_settings(directory: Path) -> dict[str, Any]:
+    """The settings of the run that wrote an iteration's `directory`; UserError when they are missing or unusable."""
+    path = directory / RUN_CONFIG
+    found, wrong = recorded_settings(read_json(path, "the settings of the run that wrote the checkpoint"))
+    if wrong:
+        raise UserError(f"{path}: holds no usable {', '.join(wrong)}; restore the file, or use another iteration")
+    return found
+
+
 def copy_hf_files(source: str | Path, destination: str | Path) -> None:
     """Copy configuration and tokenizer files, never weights, into the existing directory `destination`."""
     for pattern in HF_PATTERNS:
@@ -93,9 +106,14 @@ def copy_hf_files(source: str | Path, destination: str | Path) -> None:
 def read_license(source: str | Path) -> str | None:
     """The licence that the model card (README.md) in `source` names in its front matter, as the hub spells it."""
     card = Path(source) / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    match = re.match(r"---\n(?:.*\n)*?license: *([\w.-]+) *\n(?:.*\n)*?---", text)
-    return match[1] if match else None
+    if not card.is_file():
+        return None
+    with open(card, encoding="utf-8", errors="replace") as file:
+        begin, *lines = file.read(LONGEST_FRONT_MATTER).split("\n")
+    if begin != "---" or "---" not in lines:
+        return None
+    names = [re.fullmatch(r"license: *([\w.-]+) *", line) for line in lines[: lines.index("---")]]
+    return next((name[1] for name in names if name), None)
 
 
 def _latest(tracker: Path) -> str:
@@ -105,6 +123,6 @@ def _latest(tracker: Path) -> str:
         raise UserError(f"{tracker}: cannot be read ({error}); name an iteration's directory instead") from None
     if text == RELEASE:
         return RELEASE
-    if not text.isascii() or not text.isdigit():
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise UserError(f"{tracker}: holds {text[:40]!r}, no iteration; name an iteration's directory instead")
     return directory_name(int(text))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_a2d import __version__
+from megatron_a2d.config import recorded_settings
 from megatron_a2d.console import progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, copy_hf_files, iteration_of
 from megatron_a2d.conversion.compare import Comparison, compare_weights
@@ -92,6 +93,10 @@ def _describe(weights: Weights, dtype: str) -> tuple[Exported, Origin]:
     """What the configuration and the model card of an export say, read from the checkpoint's small files."""
     run = weights.directory / RUN_CONFIG
     settings = read_json(run, "the run's configuration") if run.exists() else {}
+    if unusable := {"label_shift", "block_length"} & set(recorded_settings(settings)[1]):
+        raise UserError(
+            f"{run}: holds no usable {', '.join(sorted(unusable))}, which the export says; restore the file"
+        )
     hf = weights.directory / HF_FILES
     model = Exported(
         weights.architecture,

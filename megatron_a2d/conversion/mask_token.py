@@ -45,6 +45,14 @@ def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, c
 
 def read_tokens(directory: Path) -> dict[int, str]:
     """id -> token of all tokens that the tokenizer of `directory` can produce; empty if there is none."""
+    try:
+        return {int(i): str(token) for i, token in _pairs(directory)}
+    except (TypeError, ValueError, AttributeError, LookupError):
+        raise UserError(f"{directory}: its tokenizer has an id that is no number; fetch it again") from None
+
+
+def _pairs(directory: Path) -> list[tuple[Any, Any]]:
+    """(id, token) as the files of a tokenizer have them."""
     pairs: list[tuple[Any, Any]] = []
     if (directory / "tokenizer.json").exists():
         content = read_json(directory / "tokenizer.json", "the tokenizer")
@@ -61,11 +69,7 @@ def read_tokens(directory: Path) -> dict[int, str]:
             if (directory / name).exists():
                 pairs += [(i, token) for token, i in read_json(directory / name, "the vocabulary").items()]
     declared = _member(_tokenizer_config(directory), "added_tokens_decoder") or {}
-    pairs += [(i, _member(item, "content")) for i, item in declared.items()]
-    try:
-        return {int(i): str(token) for i, token in pairs}
-    except (TypeError, ValueError):
-        raise UserError(f"{directory}: its tokenizer has an id that is no number; fetch it again") from None
+    return pairs + [(i, _member(item, "content")) for i, item in declared.items()]
 
 
 def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> int:

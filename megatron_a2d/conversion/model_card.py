@@ -1,7 +1,8 @@
 """The README.md of an export: what it is, what it was made of and how, how to load it.
 
 All of it is read from the checkpoint: hf/config.json says what was converted, run.json how it was trained,
-common.pt for how long. What they lack is left out or called not recorded.
+common.pt for how long. What they lack, and text where a number or a known choice belongs, is called not recorded:
+the card goes onto the hub under somebody's name, and the checkpoint may be another one's.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from megatron_a2d.config import ROLES
+from megatron_a2d.config import ROLES, recorded_settings
 from megatron_a2d.console import human
 from megatron_a2d.conversion.hf_config import Exported, Format
+from megatron_a2d.printable import one_line
 
 # The settings that make a recipe, in the order of the card.
 RECIPE = (
@@ -35,13 +37,14 @@ class Origin(NamedTuple):
     @property
     def num_tokens(self) -> int | None:
         """Tokens seen in training; None when that is not recorded."""
-        length = self.settings.get("seq_length")
-        return None if self.consumed_samples is None or length is None else self.consumed_samples * length
+        length = recorded_settings(self.settings)[0].get("seq_length")
+        return None if not _is_count(self.consumed_samples) or length is None else self.consumed_samples * length
 
 
 def model_card(kind: Format, model: Exported, origin: Origin, evaluation: Mapping[str, Any] | None = None) -> str:
     """`evaluation`: results by name, nested as one likes; numbers become the rows of a table."""
     trained = origin.iteration > 0
+    settings, wrong = recorded_settings(origin.settings)
     sections = [
         _front_matter(kind, model),
         "# Masked diffusion language model" if kind != "qwen3" else "# Language model",
@@ -49,8 +52,8 @@ def model_card(kind: Format, model: Exported, origin: Origin, evaluation: Mappin
         "\n".join(f"- {fact}" for fact in _facts(kind, model, origin)),
         _usage(kind),
         *(["## Data", _data(origin.settings)] if trained else []),
-        *(["## Recipe", _recipe(origin.settings)] if trained and origin.settings else []),
-        *(["## Learning rates by role", _learning_rates(origin.settings)] if trained and origin.settings else []),
+        *(["## Recipe", _recipe(settings, wrong)] if trained and origin.settings else []),
+        *(["## Learning rates by role", _learning_rates(settings)] if trained and origin.settings else []),
         *(["## Evaluation", _table(("measure", "value"), _numbers(evaluation))] if evaluation else []),
         "## Licence",
         f"The weights are under the terms of the base model's licence{_named(license_of(model))}; the Python files in "
@@ -87,7 +90,7 @@ def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
     )
     yield f"Base model: {_base_model(model) or 'not recorded'}."
     yield f"Training: {_training(origin)}."
-    if origin.averaged:
+    if origin.averaged and all(map(_is_count, origin.averaged)):
         yield f"Weights: mean of the iterations {', '.join(map(str, origin.averaged))}."
     if kind != "qwen3":
         shift = "row i - 1 predicts token i" if model.label_shift else "row i predicts token i"
@@ -125,21 +128,28 @@ def _training(origin: Origin) -> str:
 def _data(settings: Mapping[str, Any]) -> str:
     """The training mixture: names of data sets and their weights. Paths of someone's disk do not belong into a card."""
     given = settings.get("train_data_path")
-    words = given.split() if isinstance(given, str) else [str(word) for word in given or ()]
-    if not words:
+    words = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
+    names = [PurePath(str(word)).name for word in words]
+    if not words or not all(re.fullmatch(r"[\w.+-]{1,100}", name) for name in names):
         return "Not recorded."
     rows, weight = [], ""
-    for word in words:
-        if re.fullmatch(r"[\d.eE+-]+", word):
-            weight = word
+    for name in names:
+        if re.fullmatch(r"[\d.eE+-]+", name):
+            weight = name
         else:
-            rows.append((PurePath(word).name, weight or "all"))
+            rows.append((name, weight or "all"))
             weight = ""
     return _table(("data set", "weight"), rows)
 
 
-def _recipe(settings: Mapping[str, Any]) -> str:
-    return _table(("setting", "value"), [(name, str(settings[name])) for name in RECIPE if name in settings])
+def recipe_rows(settings: Mapping[str, Any], wrong: Sequence[str]) -> list[tuple[str, str]]:
+    """(setting, value) of the recipe's settings as `recorded_settings` tells the good from the wrong ones."""
+    shown = {name: str(value) for name, value in settings.items()} | dict.fromkeys(wrong, "not recorded")
+    return [(name, shown[name]) for name in RECIPE if name in shown]
+
+
+def _recipe(settings: Mapping[str, Any], wrong: Sequence[str]) -> str:
+    return _table(("setting", "value"), recipe_rows(settings, wrong))
 
 
 def _learning_rates(settings: Mapping[str, Any]) -> str:
@@ -162,7 +172,16 @@ def _numbers(results: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Names (of measures, in a results.json) stay in their cell, and are neither markup nor links."""
+    return re.sub(r"([\\|<>\[\]`])", r"\\\1", one_line(text))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _base_model(model: Exported) -> str | None:

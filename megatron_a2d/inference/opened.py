@@ -15,6 +15,7 @@ from megatron_a2d.conversion.checkpoint import RELEASE, TRACKER
 from megatron_a2d.diffusion.forward import Model
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
+from megatron_a2d.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path}: the tokenizer is missing; copy it from the model that this one comes from")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower class
-        raise UserError(f"{path}: the tokenizer cannot be read ({error}); copy it again") from error
+    tokenizer = read_tokenizer(path, str(path))
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise UserError(

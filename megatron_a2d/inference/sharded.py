@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_a2d.architecture import Architecture, read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
-from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, resolve
+from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, read_run_settings, resolve
 from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.diffusion.blocks import BlockModel
@@ -47,7 +47,7 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
     directory = resolve(path)
     hf_files = directory / HF_FILES
     architecture = read_architecture(hf_files)
-    trained = read_json(directory / RUN_CONFIG, "the run's settings") if (directory / RUN_CONFIG).exists() else {}
+    trained = read_run_settings(directory) if (directory / RUN_CONFIG).exists() else {}
     if objective == "mdlm" and trained.get("objective") == "block":
         objective = "block"  # masked diffusion too; how it is read follows from how it was trained
     if trained.get("objective", objective) != objective:

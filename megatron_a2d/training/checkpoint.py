@@ -27,11 +27,12 @@ from megatron_a2d.conversion.checkpoint import (
     copy_hf_files,
     directory_name,
     list_iterations,
+    read_run_settings,
 )
 from megatron_a2d.conversion.manifest import Entry, write_manifest
 from megatron_a2d.conversion.torch_dist import FORMAT
 from megatron_a2d.errors import SaveError, UserError
-from megatron_a2d.files import fsync_path, new_file, read_json, write_json
+from megatron_a2d.files import fsync_path, new_file, write_json
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
 from megatron_a2d.runtime.loading import load_state
@@ -190,7 +191,7 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
 
 def _had_no_state(directory: Path, tied: bool) -> Callable[[str], bool]:
     """Whether the parameter of this name was frozen when the checkpoint was written."""
-    frozen = frozen_roles(read_json(directory / RUN_CONFIG, "the settings of the run that wrote the checkpoint"))
+    frozen = frozen_roles(read_run_settings(directory))
     return lambda name: role_of(name, tied) in frozen
 
 

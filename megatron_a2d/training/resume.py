@@ -20,16 +20,15 @@ from typing import Any, NamedTuple
 
 from megatron_a2d.config import DataConfig, DiffusionConfig, OptimizationConfig, RunConfig, flag, settings
 from megatron_a2d.conversion.checkpoint import (
-    RUN_CONFIG,
     directory_name,
     iteration_of,
     latest_iteration,
     list_iterations,
+    read_run_settings,
     resolve,
 )
 from megatron_a2d.conversion.manifest import MANIFEST, check_manifest
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json
 
 _FREE = {"train_data_path", "valid_data_path", "data_mixture", "num_workers"}
 BOUND = (
@@ -116,7 +115,7 @@ def _changes(config: RunConfig, directory: Path, names: tuple[str, ...]) -> list
 
     A setting that the checkpoint does not know is younger than it and had the default's effect.
     """
-    recorded = read_json(directory / RUN_CONFIG, "the settings of the run that wrote the checkpoint")
+    recorded = read_run_settings(directory)
     now = config.to_dict()
     pairs = [(name, recorded.get(name, settings()[name].default), now[name]) for name in names]
     return [

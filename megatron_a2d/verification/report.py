@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_a2d.console import human, progress
-from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG
+from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, read_run_settings
 from megatron_a2d.conversion.compare import Comparison
 from megatron_a2d.conversion.hf_config import AUTO_MAPS
 from megatron_a2d.conversion.sources import Weights
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 from megatron_a2d.hf import TRAVELLING
+from megatron_a2d.tokenizer import read_tokenizer
 from megatron_a2d.verification.streamed import StreamedModel
 
 # Sums of a few thousand fp32 products in another order differ by about 1e-6 of the largest logit.
@@ -200,9 +201,9 @@ def is_hugging_face(weights: Weights) -> bool:
 
 def label_shift(weights: Weights) -> bool:
     """Whether row i - 1 predicts token i, as the run or the export says; so it is in every autoregressive model."""
-    run = weights.directory / RUN_CONFIG
-    source = run if run.exists() else _configuration(weights) / "config.json"
-    return bool(read_json(source, "the configuration").get("label_shift", True))
+    if (weights.directory / RUN_CONFIG).exists():
+        return bool(read_run_settings(weights.directory).get("label_shift", True))
+    return bool(read_json(_configuration(weights) / "config.json", "the configuration").get("label_shift", True))
 
 
 def _configuration(weights: Weights) -> Path:
@@ -217,10 +218,8 @@ def _sample_text(weights: Weights, num_rows: int) -> tuple[str, torch.Tensor]:
     if path.exists():
         from pydoc_data.topics import topics
 
-        from tokenizers import Tokenizer
-
         text = " ".join(re.sub(r"\s+", " ", topics[name]) for name in ("debugger", "formatstrings", "typesmapping"))
-        ids = [i for i in Tokenizer.from_file(str(path)).encode(text[:20_000]).ids if i < vocab_size]
+        ids = [i for i in read_tokenizer(path, str(path)).encode(text[:20_000]).ids if i < vocab_size]
         if len(ids) >= num_rows * NUM_POSITIONS:
             ids = ids[: num_rows * NUM_POSITIONS]
             return "text of Python's manual", torch.tensor(ids).view(num_rows, NUM_POSITIONS)
