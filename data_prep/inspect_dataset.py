@@ -29,6 +29,7 @@ from megatron_a2d.data.indexed import TokenFile, read_metadata
 from megatron_a2d.diffusion.noise import Noise
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import new_file
+from megatron_a2d.printable import one_line
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BAR_WIDTH = 40
@@ -154,7 +155,7 @@ def plot(path: Path, contents: Contents, title: str) -> None:
     axes[0].set(xscale="log", xlabel="tokens a document", ylabel="documents")
     axes[1].loglog(np.arange(1, len(contents.counts) + 1), np.sort(contents.counts)[::-1])
     axes[1].set(xlabel="rank of the token", ylabel="occurrences")
-    figure.suptitle(title)
+    figure.suptitle(one_line(title).replace("$", r"\$"))
     with new_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=150)
 

@@ -26,6 +26,7 @@ from megatron_a2d.console import console, progress
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import check_new_directory, fsync_path, make_parent
+from megatron_a2d.parsing import ParseError, parse_json
 
 JOURNAL = ".journal"
 _BLOCK = 1 << 20
@@ -117,7 +118,11 @@ def _take_up(partial: Path, journal: Any, identity: dict[str, Any]) -> dict[str,
     lines = [_parse(line) for line in journal]
     done: dict[str, dict[str, Any]] = {}
     if lines and lines[0] == {"identity": identity}:
-        whole = [line for line in lines[1:] if line and (partial / line["file"]).is_file()]
+        whole = [
+            line for line in lines[1:]
+            if isinstance(line.get("file"), str) and isinstance(line.get("facts"), dict) and
+            (partial / line["file"]).is_file()
+        ]  # fmt: skip
         with progress("checking what is there", sum(_size(partial / line["file"]) for line in whole), "B") as advance:
             jobs = [functools.partial(_is_intact, partial / line["file"], line["facts"]) for line in whole]
             intact = run_jobs(jobs, _CHECKERS, advance)
@@ -158,9 +163,10 @@ def _size(path: Path) -> int:
 
 def _parse(line: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(line))
-    except ValueError:
+        value = parse_json(line)
+    except ParseError:
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def describe_files(directory: Path) -> list[list[Any]]:

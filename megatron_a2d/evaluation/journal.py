@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_a2d.errors import UserError
+from megatron_a2d.parsing import ParseError, parse_json
 
 
 class Journal:
@@ -27,10 +28,11 @@ class Journal:
         try:
             for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
                 try:
-                    record = json.loads(line)
-                    self._known[record["key"]] = record["value"]
-                except (json.JSONDecodeError, KeyError, TypeError):
+                    record = parse_json(line)
+                except ParseError:
                     continue
+                if isinstance(record, dict) and isinstance(record.get("key"), str) and "value" in record:
+                    self._known[record["key"]] = record["value"]
             if not writes:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_a2d.errors import UserError, nearest
 from megatron_a2d.inference.opened import Opened
+from megatron_a2d.parsing import ParseError, parse_json
 
 # <|hole:16|> in a text stands for 16 tokens to find.
 _HOLE = re.compile(r"<\|hole:(-?\d{1,9})\|>")
@@ -56,8 +56,8 @@ def read_jsonl(lines: Iterable[str], name: str, max_new_tokens: int, hole_length
 
 def _from_json(line: str, where: str, max_new_tokens: int, hole_length: int) -> Prompt:
     try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless nesting
+        record = parse_json(line)
+    except ParseError as error:
         raise UserError(f"{where}: is not JSON ({error}); give one object a line") from None
     if not isinstance(record, dict):
         raise UserError(f'{where}: is no object; write {{"prompt": "..."}}')

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import finite, new_file
+from megatron_a2d.printable import one_line
 
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 
@@ -65,6 +66,11 @@ def figure(
             drawn.savefig(partial, dpi=110, format="png")
     finally:
         pyplot.close(drawn)
+
+
+def plain_label(text: str) -> str:
+    """A name as a label of a plot: matplotlib would take what stands between two $ for a formula."""
+    return one_line(text).replace("$", r"\$")
 
 
 def import_pyplot() -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_a2d.errors import UserError
-from megatron_a2d.study.page import figure
+from megatron_a2d.parsing import ParseError, parse_json
+from megatron_a2d.study.page import figure, plain_label
 
 Record = dict[str, Any]
 
@@ -51,23 +51,43 @@ def read_log(run: Path) -> list[Record]:
     if not path.is_file():
         raise UserError(f"{run}: has no log.jsonl; give the --save directory of a run")
     newest: dict[tuple[Any, ...], Record] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if not lines[-1]:
+        lines.pop()
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
+        record = _record(line)
+        if record is not None:
             newest[(record["kind"], record["iteration"], record.get("source"))] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
-            if number < len(lines):  # the last line may be that of a run that was killed while it wrote
-                raise UserError(f"{path}: line {number} is no record of a run; remove it") from None
+        elif number < len(lines):  # the last line may be that of a run that was killed while it wrote
+            raise UserError(f"{path}: line {number} is no record of a run; remove it")
     records = list(newest.values())
     _cut_grafting(records)
     return records
 
 
+def _record(line: str) -> Record | None:
+    """A line of a log; None for what is none."""
+    try:
+        record = parse_json(line, allow_nonfinite=True)
+    except ParseError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    iteration, source = record.get("iteration"), record.get("source")
+    is_good = isinstance(iteration, int) and abs(iteration) < 2**53 and isinstance(source, str | None)
+    return record if is_good else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _cut_grafting(records: list[Record]) -> None:
     """Logs once held the error of grafting as `loss`, and no accuracy as 0: such numbers are taken out."""
     starts = [record for record in records if record["kind"] == "start"]
-    steps = starts[-1].get("settings", {}).get("grafting_steps", 0) if starts else 0
+    settings = starts[-1].get("settings") if starts else None
+    steps = settings.get("grafting_steps", 0) if isinstance(settings, dict) else 0
+    steps = steps if isinstance(steps, int) else 0
     train = sorted((record for record in records if record["kind"] == "train"), key=lambda record: record["iteration"])
     for before, record in zip([None, *train], train, strict=False):
         if (before["iteration"] if before else 0) < steps and "grafting_error" not in record:
@@ -84,7 +104,7 @@ def draw_run(run: Path, image: Path) -> Path:
     panels = [(panel, found) for panel in PANELS if (found := _curves(panel, train))]
     columns = min(4, math.ceil(math.sqrt(len(panels))))
     rows = math.ceil(len(panels) / columns)
-    with figure(image, columns, rows, size=(4.6, 3.3), title=run.resolve().name) as axes:
+    with figure(image, columns, rows, size=(4.6, 3.3), title=plain_label(run.resolve().name)) as axes:
         for axis, (panel, found) in zip(axes, panels, strict=False):
             _draw(axis, panel, found, valid)
         for axis in axes[len(panels) :]:
@@ -105,7 +125,7 @@ def _curves(panel: Panel, train: Sequence[Record]) -> Curves:
                 value = value.get(part) if isinstance(value, dict) else None
             named = value if isinstance(value, dict) else {key.rpartition(".")[2]: value}
             for name, number in named.items():
-                if number is not None and (number > 0 or not panel.logarithmic):
+                if _is_number(number) and (number > 0 or not panel.logarithmic):
                     iterations, values = found.setdefault(name, ([], []))
                     iterations.append(record["iteration"])
                     values.append(number)
@@ -117,17 +137,22 @@ def _draw(axis: Any, panel: Panel, found: Curves, valid: Sequence[Record]) -> No
     for name in sorted(found) if shade else found:
         iterations, values = found[name]
         options = {"color": shade(float(name))} if shade else {}
-        label = "training" if panel.validation else name.replace("_", " ")
+        label = "training" if panel.validation else plain_label(name.replace("_", " "))
         axis.plot(iterations, values, label=label, linewidth=1, marker="." if len(values) == 1 else None, **options)
     sources = list(dict.fromkeys(record.get("source") for record in valid)) if panel.validation else []
     for number, source in enumerate(sources):
-        of_source = [record for record in valid if record.get("source") == source]
+        error = f"{panel.validation}_standard_error"
+        of_source = [
+            record for record in valid
+            if record.get("source") == source and _is_number(record.get(panel.validation)) and
+            _is_number(record.get(error)) and record[error] >= 0
+        ]  # fmt: skip
         axis.errorbar(
             [r["iteration"] for r in of_source],
             [r[panel.validation] for r in of_source],
-            [r[f"{panel.validation}_standard_error"] for r in of_source],
+            [r[error] for r in of_source],
             fmt="o", capsize=3, color=f"C{3 + number}",
-            label=f"held out{f', {source}' if source else ''} (± standard error)",
+            label=f"held out{f', {plain_label(source)}' if source else ''} (± standard error)",
         )  # fmt: skip
     if panel.logarithmic:
         axis.set_yscale("log")
@@ -139,7 +164,7 @@ def _draw(axis: Any, panel: Panel, found: Curves, valid: Sequence[Record]) -> No
 
 def _shades(found: Curves) -> Callable[[float], Any] | None:
     """A colour by number where all curves are named by numbers: the lower ends of buckets."""
-    if not all(name.replace(".", "", 1).isdigit() for name in found):
+    if not all(name.replace(".", "", 1).isdecimal() for name in found):
         return None
     from matplotlib import colormaps
 
