@@ -1,19 +1,26 @@
 # megatron_a2d: every job as one command. `make help` lists them.
 
-PYTHON ?= python3.11
-VENV := .venv
-BIN := $(VENV)/bin
-TRANSFORMERS4 := $(VENV)/transformers4
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# In NVIDIA's container its own Python is used, with its torch and Transformer Engine, and nothing is built; so it is
+# anywhere with VENV=none (the python3 of PATH) or BIN=... (the folder of another).
+VENV ?= $(if $(NVIDIA_PYTORCH_VERSION),none,.venv)
+ifeq ($(VENV)$(origin BIN),noneundefined)
+  BIN := $(shell python3 -c 'import os, sys; print(os.path.dirname(sys.executable))')
+endif
+MADE := $(if $(filter undefined,$(origin BIN)),$(VENV))# the environment that is built here, if one is
+BIN ?= $(VENV)/bin
+PY := $(firstword $(wildcard $(BIN)/python3 $(BIN)/python) $(BIN)/python3)
 # One thread a process: tests and demo run several processes on few cores.
-TESTS := A2D_TRANSFORMERS4=$(CURDIR)/$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+tests_of = OMP_NUM_THREADS=1 $(if $(MADE),A2D_TRANSFORMERS4=$(CURDIR)/$(1)/transformers4) $(2) -m pytest
+TESTS := $(call tests_of,$(VENV),$(PY))
 
-# The same tests under the newest megatron-core, which needs Python 3.12.
-PYTHON312 ?= $(or $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null),$(lastword $(wildcard \
-  $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)))
-VENV312 := .venv312
-PIP312 := $(VENV312)/bin/python -m pip --disable-pip-version-check --quiet
-TESTS312 := A2D_TRANSFORMERS4=$(CURDIR)/$(VENV312)/transformers4 OMP_NUM_THREADS=1 $(VENV312)/bin/python -m pytest
+# What the environment is built with: its own Python if it is there, else any from 3.11 on, under any name. Each name is
+# tried, for one can be there without the Python that it stands for (pyenv's). The newest megatron-core needs 3.12.
+find_python = $(firstword $(foreach name,$(wildcard $(VENV)/bin/python3) python3.11 python3.12 python3.13 python3.14 \
+  python3 python $(wildcard $(HOME)/.pyenv/versions/3.1[1-9].*/bin/python3),$(shell "$(name)" -c \
+  'import sys; sys.version_info >= (3, $(1)) and print("$(name)")' 2>/dev/null)))
+PYTHON ?= $(or $(call find_python,11),$(error no Python 3.11 or later is found; name one with PYTHON=...))
+PYTHON312 ?= $(call find_python,12)
+LATEST := $(if $(wildcard $(VENV)/lib/python3.1[2-9]),$(VENV),.venv312)
 
 FORMAT ?=
 # A variable that a target needs and was not given.
@@ -41,39 +48,63 @@ NAME ?=
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup: $(VENV)/installed  ## .venv with pinned dependencies
+ifneq ($(MADE),)
+setup: $(VENV)/installed  ## .venv with pinned dependencies, by any Python from 3.11 on (PYTHON=... names one)
+else
+setup:
+	@$(PY) -c "$$LACKING" $(PY)
+endif
 
-# torch first: left to another package's wish, the newest one would be taken.
-$(VENV)/installed: setup.py constraints/py311.txt constraints/transformers4.txt
-	@echo "making $(VENV): pinned packages, a minute or a few"
-	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --constraint constraints/py311.txt torch
-	@$(PIP) install --constraint constraints/py311.txt --editable '.[dev,plot]'
-	@$(PIP) install --no-deps --upgrade --target $(TRANSFORMERS4) --requirement constraints/transformers4.txt
-	@touch $@
+# What our packages need of a Python that is used as it is; torch's own import takes seconds, so nothing is imported.
+define LACKING
+import importlib.util, sys
+print(f"using {sys.executable}, and building nothing", file=sys.stderr)
+lacks = [name for name in ("torch", "megatron", "transformers", "yaml", "rich") if not importlib.util.find_spec(name)]
+if sys.version_info < (3, 11):
+    sys.exit(f"error: {sys.argv[1]}: is Python {sys.version.split()[0]}; name the folder of 3.11 or later with BIN=...")
+if lacks:
+    sys.exit(f"error: {sys.argv[1]}: has no {', '.join(lacks)}; {sys.argv[1]} -m pip install --editable . adds them")
+endef
+export LACKING
+
+# Make the environment $(2) with the Python $(1), with the pins of its version. torch first: left to another package's
+# wish, the newest one would be taken.
+define install
+@"$(1)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("error: PYTHON=$(1): is Python %d.%d; 3.11 or \
+later is needed" % v[:2])'
+@"$(1)" -m venv $(2)
+@pins=$$($(2)/bin/python3 -c 'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")') && \
+  echo "making $(2): $$($(2)/bin/python3 --version), the packages of constraints/$$pins.txt, a minute or a few" && \
+  pip() { $(2)/bin/python3 -m pip --disable-pip-version-check --quiet install "$$@"; } && \
+  pip --constraint constraints/$$pins.txt torch && \
+  pip --constraint constraints/$$pins.txt --editable '.[dev,plot]' && \
+  pip --no-deps --upgrade --target $(2)/transformers4 --requirement constraints/transformers4.txt
+@touch $@
+endef
+
+# torch for Python 3.12 and later is on the public index with CUDA alone: 5 GB.
+PINNED := setup.py constraints/py311.txt constraints/py312.txt constraints/transformers4.txt
+.venv312/installed: $(PINNED)
+	$(call install,$(PYTHON312),.venv312)
+ifneq ($(MADE),)
+$(VENV)/installed: $(PINNED)
+	$(call install,$(PYTHON),$(VENV))
+endif
 
 demo: setup  ## the whole way on two CPU cores, offline, in minutes
-	@$(BIN)/python -m launch.demo $(ARGS)
+	@$(PY) -m launch.demo $(ARGS)
 
 test: setup  ## the tests: all but the full matrices
 	$(TESTS) $(ARGS)
 
-ifeq ($(shell "$(PYTHON312)" -c 'print(1)' 2>/dev/null),1)
-test-latest: $(VENV312)/installed  ## the tests under the newest megatron-core, where Python 3.12 is found
-	$(TESTS312) $(ARGS)
+ifneq ($(MADE),)
+test-latest:  ## the tests under the newest megatron-core, where Python 3.12 or later is found
+	@if [ -z "$(or $(filter-out .venv312,$(LATEST)),$(PYTHON312))" ]; then \
+	  echo "test-latest: there is no Python 3.12 or later here, nothing was tested; name one with PYTHON312=..."; \
+	else $(MAKE) --no-print-directory $(LATEST)/installed && $(call tests_of,$(LATEST),$(LATEST)/bin/python3) $(ARGS); fi
 else
-test-latest:
-	@echo "test-latest: there is no Python 3.12 here, nothing was tested; name one with PYTHON312=..."
+test-latest: test
 endif
-
-# torch for Python 3.12 is on the public index with CUDA alone: 5 GB.
-$(VENV312)/installed: setup.py constraints/py312.txt constraints/transformers4.txt
-	@echo "making $(VENV312): Python 3.12, pinned packages, a few minutes"
-	@"$(PYTHON312)" -m venv $(VENV312)
-	@$(PIP312) install --constraint constraints/py312.txt torch
-	@$(PIP312) install --constraint constraints/py312.txt --editable '.[dev,plot]'
-	@$(PIP312) install --no-deps --upgrade --target $(VENV312)/transformers4 --requirement constraints/transformers4.txt
-	@touch $@
 
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes docs/exactness.md
 	$(TESTS) tests/parity -m "" --exactness docs/exactness.md $(ARGS)
@@ -92,68 +123,68 @@ check: setup  ## linters, formatter, types
 
 data: setup  ## tokenise INPUT with TOKENIZER to OUT.bin/.idx
 	$(call needs,INPUT TOKENIZER OUT)
-	$(BIN)/python -m data_prep.tokenize_corpus --input $(INPUT) --tokenizer $(TOKENIZER) --output-prefix $(OUT) $(ARGS)
+	$(PY) -m data_prep.tokenize_corpus --input $(INPUT) --tokenizer $(TOKENIZER) --output-prefix $(OUT) $(ARGS)
 
 convert-hf: setup  ## HF (directory or hub id) -> checkpoint OUT
 	$(call needs,HF OUT)
-	$(BIN)/python -m checkpoints_tools.convert_hf --hf $(HF) --out $(OUT) $(ARGS)
+	$(PY) -m checkpoints_tools.convert_hf --hf $(HF) --out $(OUT) $(ARGS)
 
 train: setup  ## RECIPE on NPROC processes of this machine
 	$(call needs,RECIPE)
-	NPROC=$(NPROC) launch/train.sh --config $(RECIPE) $(ARGS)
+	BIN=$(BIN) NPROC=$(NPROC) launch/train.sh --config $(RECIPE) $(ARGS)
 
 plan: setup  ## RECIPE on GPUS of CLUSTER (h100, h200, b200, ...): the best layouts, their memory, time and cost
 	$(call needs,RECIPE CLUSTER GPUS)
-	@$(BIN)/python -m megatron_a2d.plan --config $(RECIPE) --cluster $(CLUSTER) --gpus $(GPUS) $(ARGS)
+	@$(PY) -m megatron_a2d.plan --config $(RECIPE) --cluster $(CLUSTER) --gpus $(GPUS) $(ARGS)
 
 export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d, qwen3)
 	$(call needs,CHECKPOINT OUT)
-	$(BIN)/python -m checkpoints_tools.export_hf --checkpoint $(CHECKPOINT) --out $(OUT) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
+	$(PY) -m checkpoints_tools.export_hf --checkpoint $(CHECKPOINT) --out $(OUT) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
 verify: setup  ## compare the tensors of HF and CHECKPOINT
 	$(call needs,HF CHECKPOINT)
-	$(BIN)/python -m checkpoints_tools.verify --hf $(HF) --checkpoint $(CHECKPOINT) $(ARGS)
+	$(PY) -m checkpoints_tools.verify --hf $(HF) --checkpoint $(CHECKPOINT) $(ARGS)
 
 inspect: setup  ## what CHECKPOINT holds: sizes, norms by role, iteration, tokens, recipe
 	$(call needs,CHECKPOINT)
-	@$(BIN)/python -m checkpoints_tools.inspect --checkpoint $(CHECKPOINT) $(ARGS)
+	@$(PY) -m checkpoints_tools.inspect --checkpoint $(CHECKPOINT) $(ARGS)
 
 publish: setup  ## push the export MODEL to the hub as REPO (ARGS=--dry-run shows what would go)
 	$(call needs,MODEL REPO)
-	$(BIN)/python -m checkpoints_tools.publish --export $(MODEL) --repo $(REPO) $(ARGS)
+	$(PY) -m checkpoints_tools.publish --export $(MODEL) --repo $(REPO) $(ARGS)
 
 evaluate: setup  ## MODEL on held-out text (DATA) and tasks (CONFIG, such as launch/eval/local.yaml), to OUT
 	$(call needs,MODEL OUT)
-	@$(BIN)/python -m megatron_a2d.evaluate --model $(MODEL) --out $(OUT) $(if $(DATA),--valid-data-path $(DATA)) \
+	@$(PY) -m megatron_a2d.evaluate --model $(MODEL) --out $(OUT) $(if $(DATA),--valid-data-path $(DATA)) \
 	  $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 export PROMPT PREFIX SUFFIX
 generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' SUFFIX='...'
 	$(call needs,MODEL)
-	@$(BIN)/python -m megatron_a2d.generate --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT") \
+	@$(PY) -m megatron_a2d.generate --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT") \
 	  $(if $(PREFIX),--prefix "$$PREFIX" --suffix "$$SUFFIX") $(ARGS)
 
 study: setup  ## the study NAME on a small model, offline; its runs, table, plots and page in OUT/NAME
 	$(call needs,NAME OUT)
-	$(BIN)/python -m launch.study_base --out $(OUT)/base
-	OMP_NUM_THREADS=1 $(BIN)/python -m megatron_a2d.study $(NAME) --out $(OUT)/$(NAME) \
+	$(PY) -m launch.study_base --out $(OUT)/base
+	OMP_NUM_THREADS=1 $(PY) -m megatron_a2d.study $(NAME) --out $(OUT)/$(NAME) \
 	  --config launch/recipes/study_laptop.yaml --load $(OUT)/base/ar \
 	  --train-data-path $(OUT)/base/corpus_train --valid-data-path $(OUT)/base/corpus_valid $(ARGS)
 
 bench: setup  ## the benchmarks, as tables
-	$(BIN)/python -m bench.train_step --out bench/results/train_step_cpu.json
-	$(BIN)/python -m bench.masked_head --out bench/results/masked_head_cpu.json
-	$(BIN)/python -m bench.tokenize --out bench/results/tokenize_cpu.json
-	$(BIN)/python -m bench.mixing --out bench/results/mixing_cpu.json
-	$(BIN)/python -m bench.loader --out bench/results/loader_cpu.json
-	$(BIN)/python -m bench.sampling --out bench/results/sampling_cpu.json
-	$(BIN)/python -m bench.likelihood --out bench/results/likelihood_cpu.json
-	$(BIN)/python -m bench.monitoring --out bench/results/monitoring_cpu.json
+	$(PY) -m bench.train_step --out bench/results/train_step_cpu.json
+	$(PY) -m bench.masked_head --out bench/results/masked_head_cpu.json
+	$(PY) -m bench.tokenize --out bench/results/tokenize_cpu.json
+	$(PY) -m bench.mixing --out bench/results/mixing_cpu.json
+	$(PY) -m bench.loader --out bench/results/loader_cpu.json
+	$(PY) -m bench.sampling --out bench/results/sampling_cpu.json
+	$(PY) -m bench.likelihood --out bench/results/likelihood_cpu.json
+	$(PY) -m bench.monitoring --out bench/results/monitoring_cpu.json
 
-# On a GPU machine the environment is the machine's own: BIN names the folder of its python.
+# On a GPU machine the environment is the machine's own: VENV=none, or BIN names the folder of its python.
 GPU_OUT ?= bench/results/gpu.json
 gpu:  ## tests/gpu and the benchmarks on one GPU, ten minutes, one result file (BIN=/usr/bin for the system's python)
-	$(BIN)/python3 -m bench.gpu --out $(GPU_OUT) $(ARGS)
+	$(PY) -m bench.gpu --out $(GPU_OUT) $(ARGS)
 
 bench-convert: setup  ## conversion against cp on a checkpoint of 8.7 GB: time and memory; takes 18 GB of disk
-	$(BIN)/python -m bench.convert --out bench/results/convert_cpu.json $(ARGS)
+	$(PY) -m bench.convert --out bench/results/convert_cpu.json $(ARGS)

@@ -14,8 +14,15 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the caller's directory stays: paths may be relative to it
 
 if [ -z "${BIN:-}" ]; then
-  if [ -x "$root/.venv/bin/python" ]; then BIN=$root/.venv/bin; else BIN=$(dirname "$(command -v python3)"); fi
+  # NVIDIA's container has torch and all that was built against it, whatever lies in a .venv that is mounted.
+  if [ -z "${NVIDIA_PYTORCH_VERSION:-}" ] && [ -x "$root/.venv/bin/python" ]; then
+    BIN=$root/.venv/bin
+  else
+    BIN=$(dirname "$(command -v python3)")
+  fi
 fi
+python=$BIN/python3
+if [ ! -x "$python" ]; then python=$BIN/python; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}}
 if [ -z "$NPROC" ]; then # Slurm does not know: as launch/train.sh counts
@@ -23,7 +30,7 @@ if [ -z "$NPROC" ]; then # Slurm does not know: as launch/train.sh counts
   if [ "$NPROC" = 0 ]; then NPROC=1; fi
 fi
 export NNODES=${SLURM_STEP_NUM_NODES:-${SLURM_JOB_NUM_NODES:?}}
-torchrun=("$BIN/python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
+torchrun=("$python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
 if [ "$NNODES" = 1 ]; then
   exec "${torchrun[@]}" --standalone "$@"
 fi

@@ -10,8 +10,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ -z "${BIN:-}" ]; then
-  if [ -x .venv/bin/python ]; then BIN=.venv/bin; else BIN=$(dirname "$(command -v python3)"); fi
+  # NVIDIA's container has torch and all that was built against it, whatever lies in a .venv that is mounted.
+  if [ -z "${NVIDIA_PYTORCH_VERSION:-}" ] && [ -x .venv/bin/python ]; then
+    BIN=.venv/bin
+  else
+    BIN=$(dirname "$(command -v python3)")
+  fi
 fi
+python=$BIN/python3
+if [ ! -x "$python" ]; then python=$BIN/python; fi
 if [ -z "${NPROC:-}" ]; then
   NPROC=$({ nvidia-smi -L 2>/dev/null || :; } | grep -c '^GPU ' || :)
   if [ "$NPROC" = 0 ]; then NPROC=1; fi
@@ -31,7 +38,7 @@ refuse() {
 [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || refuse "MASTER_PORT=$port: is no port"
 [[ $NNODES = 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$NNODES: needs MASTER_ADDR, the first node's name"
 
-torchrun=("$BIN/python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
+torchrun=("$python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
 if [ "$NNODES" = 1 ]; then
   here=(--standalone) there=(--standalone)
 else

@@ -1,0 +1,136 @@
+"""The Makefile on machines with other Pythons: stand-ins for them, which say what they are asked to install and run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A Python of the version MINOR: it answers -c as one, makes environments of its own kind, and installs nothing.
+STAND_IN = """#!/bin/sh
+case "$1" in
+  -c) code=$2; shift 2
+      exec "{python}" -S -c "import sys; sys.version_info = (3, MINOR, 1, 'final', 0); sys.executable = '$0'
+$code" "$@" ;;
+  --version) echo "Python 3.MINOR.1" ;;
+  *) echo "$0 $*" >> "$CALLS"
+     case "$2" in venv) /bin/mkdir -p "$3/bin" "$3/lib/python3.MINOR"; [ -e "$3/bin/python3" ] || /bin/cp "$0" "$3/bin/python3" ;; esac ;;
+esac
+"""
+
+
+class Machine:
+    """A fresh clone, and a PATH with nothing but a shell's tools and the Pythons that are put there."""
+
+    def __init__(self, directory: Path):
+        self.clone, self.path, self.calls = directory / "clone", directory / "bin", directory / "calls"
+        self.path.mkdir()
+        for tool in ("make", "bash", "env", "sed", "expand", "touch", "dirname", "grep", "cat"):
+            (self.path / tool).symlink_to(str(shutil.which(tool)))
+        shutil.copytree(ROOT / "launch", self.clone / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "constraints", self.clone / "constraints")
+        for name in ("Makefile", "setup.py"):
+            shutil.copy(ROOT / name, self.clone)
+
+    def python(self, name: str, minor: int, where: Path | None = None) -> None:
+        path = (where or self.path) / name
+        path.write_text(STAND_IN.format(python=sys.executable).replace("MINOR", str(minor)))
+        path.chmod(0o755)
+
+    def make(self, *words: str, **environment: str) -> tuple[int, str, list[str]]:
+        """Exit code, what was said, and what the Pythons were called for."""
+        self.calls.unlink(missing_ok=True)
+        given = {"PATH": str(self.path), "HOME": str(self.clone), "CALLS": str(self.calls), **environment}
+        done = subprocess.run(["make", *words], cwd=self.clone, env=given, capture_output=True, text=True)
+        called = self.calls.read_text().splitlines() if self.calls.exists() else []
+        return done.returncode, done.stdout + done.stderr, called
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pythons", "chosen", "pins"),
+    [
+        ({"python3.11": 11}, "python3.11", "py311"),
+        ({"python3.12": 12}, "python3.12", "py312"),
+        ({"python3": 13}, "python3", "py312"),
+        ({"python3": 11, "python": 12}, "python3", "py311"),
+        ({"python": 12}, "python", "py312"),
+        ({"python3": 9, "python3.14": 14}, "python3.14", "py312"),
+    ],
+)
+def test_any_python_makes_the_environment(
+    pythons: dict[str, int], chosen: str, pins: str, machine: Machine
+) -> None:
+    for name, minor in pythons.items():
+        machine.python(name, minor)
+    if "python3.11" not in pythons:  # pyenv puts names there for Pythons that are not active
+        (machine.path / "python3.11").write_text("#!/bin/sh\nexit 127\n")
+        (machine.path / "python3.11").chmod(0o755)
+    code, said, called = machine.make("setup")
+    assert code == 0, said
+    venv, *installs = called
+    assert venv.endswith(f"{chosen} -m venv .venv")
+    assert [f"--constraint constraints/{pins}.txt" in line for line in installs] == [True, True, False]
+    assert machine.make("setup")[2] == [], "it is made once"
+    # What is there is kept when its pins change, also where an earlier name appears on PATH.
+    machine.python("python3.11", 11)
+    os.utime(machine.clone / ".venv" / "installed", (1e9, 1e9))
+    assert f"--constraint constraints/{pins}.txt" in "".join(machine.make("setup")[2])
+    # Under 3.12 and later the tests of the newest megatron-core need no environment of their own.
+    _, said, called = machine.make("test-latest", PYTHON312="")
+    assert (".venv/bin/python3 -m pytest" in "".join(called)) == (pins == "py312"), said
+
+
+def test_no_python_is_new_enough(machine: Machine) -> None:
+    machine.python("python3", 10)
+    code, said, called = machine.make("setup")
+    assert code and "no Python 3.11 or later is found; name one with PYTHON=" in said and not called
+    code, said, called = machine.make("setup", "PYTHON=python3")
+    assert code and "PYTHON=python3: is Python 3.10" in said and not called
+    assert machine.make("help")[0] == 0
+
+
+@pytest.mark.parametrize("how", ["container", "VENV=none", "BIN"])
+@pytest.mark.parametrize("target", ["plan", "train"])
+def test_nothing_is_built_where_the_pythons_own_packages_are_wanted(how: str, target: str, machine: Machine) -> None:
+    where = machine.path
+    if how == "BIN":
+        (where := machine.clone.parent / "own").mkdir()
+    machine.python("python3", 12, where)
+    for name in ("torch", "megatron", "transformers", "yaml", "rich"):
+        (machine.clone / f"{name}.py").touch()
+    (machine.clone / ".venv" / "bin").mkdir(parents=True)  # of the machine that the directory is mounted from
+    machine.python("python", 11, machine.clone / ".venv" / "bin")
+    variables = {"container": {"NVIDIA_PYTORCH_VERSION": "25.12"}, "BIN": {"BIN": str(where)}}.get(how, {})
+    words = ["RECIPE=r.yaml", "CLUSTER=h100", "GPUS=8", *(["VENV=none"] if how == "VENV=none" else [])]
+    code, said, called = machine.make(target, *words, **variables)
+    assert code == 0 and f"using {where}/python3, and building nothing" in said, said
+    assert called and all(line.startswith(f"{where}/python3 -m ") for line in called), called
+    assert not [line for line in called if " -m venv " in line or " -m pip " in line]
+    assert " -m megatron_a2d.plan " in called[0] or " -m megatron_a2d.preflight " in called[0]
+    (machine.clone / "rich.py").unlink()
+    code, said, called = machine.make(target, *words, **variables)
+    assert code and "has no rich; " in said and "-m pip install --editable . adds them" in said and not called
+
+
+@pytest.mark.parametrize("script", ["train.sh", "node.sh"])
+def test_scripts_take_the_containers_python(script: str, machine: Machine) -> None:
+    machine.python("python3", 12)
+    (machine.clone / ".venv" / "bin").mkdir(parents=True)
+    machine.python("python", 11, machine.clone / ".venv" / "bin")
+    for container, python in (("", ".venv/bin/python "), ("25.12", f"{machine.path}/python3 ")):
+        machine.calls.unlink(missing_ok=True)
+        environment = {"PATH": str(machine.path), "CALLS": str(machine.calls), "NPROC": "1", "SLURM_JOB_ID": "1",
+                       "SLURM_STEP_NUM_NODES": "1", "NVIDIA_PYTORCH_VERSION": container}  # fmt: skip
+        subprocess.run(["bash", f"launch/{script}"], cwd=machine.clone, env=environment, check=True)
+        assert all(python in f"{line} " for line in machine.calls.read_text().splitlines())
