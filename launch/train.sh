@@ -46,8 +46,13 @@ else
   here=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$((port + 1))")
   there=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$port")
 fi
-# What can be wrong is found here, before the model is built: exit code 2 and a line for each problem.
+for word in "$@"; do
+  case $word in -h | --help | --print-config) exec "$python" -m megatron_a2d.train "$@" ;; esac
+done
+# What can be wrong is found here, before the model is built: exit code 2 and a line for each problem. What settings alone
+# show comes first, before torch is imported.
 if [ "${PREFLIGHT:-1}" != 0 ]; then
+  WORLD_SIZE=$((NNODES * NPROC)) "$python" -m megatron_a2d.preflight --settings-only "$@"
   "${torchrun[@]}" "${here[@]}" -m megatron_a2d.preflight "$@"
 fi
 # Environment variables that depend on settings and GPU are computed inside, by the processes themselves.

@@ -12,6 +12,15 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import ROLES, ParallelConfig, RunConfig, flag, settings
 from megatron_a2d.performance import find_performance_problems
 
+NO_START = "--load: is missing; give the checkpoint to start from, as python -m checkpoints_tools.convert_hf writes it"
+NO_DATA = "--train-data-path: is missing; give the prefix that data_prep.tokenize_corpus wrote"
+
+
+def missing_inputs(config: RunConfig) -> list[str]:
+    """What a run cannot be without and was not named."""
+    lines = [] if config.training.load or config.training.save else [NO_START]
+    return lines + ([] if config.data.train_data_path or config.data.data_mixture else [NO_DATA])
+
 
 def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
     """Everything that is wrong with a run, a line each: flag and value, why, what to do."""

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +29,7 @@ from megatron_a2d.errors import UserError, nearest
 from megatron_a2d.files import new_file, read_json, read_yaml, write_json
 from megatron_a2d.inference.flags import LAYOUT, SAMPLING, add_sampling_flags, close_model, open_model, sampling_options
 from megatron_a2d.printable import print_line, print_text
+from megatron_a2d.runtime.quiet import hide_noise
 
 if TYPE_CHECKING:
     from megatron_a2d.evaluation.journal import Journal
@@ -78,8 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     for directory, earlier in zip(options.beside, beside, strict=True):
         if not {"model", "objective"} <= earlier.keys():
             raise UserError(f"--beside {directory}: its results.json is not of this command; name an earlier --out")
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    hide_noise()
     begin = time.perf_counter()
     try:
         opened = open_model(options.model, layout, options.objective)
@@ -158,7 +156,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
 
 
 def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
-    from megatron_a2d.diffusion.sampling import SamplingOptions
+    from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
     content = read_yaml(path, f"--config {path}")
     values = {}

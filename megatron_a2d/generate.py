@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,6 +40,7 @@ from megatron_a2d.inference.flags import (
 )
 from megatron_a2d.live_view import LiveView
 from megatron_a2d.printable import print_line, print_text
+from megatron_a2d.runtime.quiet import hide_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +57,7 @@ _Job = TypeVar("_Job")
 def main(argv: list[str] | None = None) -> None:
     options = _parse(argv)
     values = _check(options)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    hide_noise()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to lose the text
     opened = open_model(options.model, values)
@@ -143,7 +141,7 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
     if options.num_samples > 1 and (given.get("temperature") == 0 or given.get("greedy")):
         problems.append(f"--num-samples {options.num_samples}: all would be equal without chance; raise --temperature")
     try:
-        from megatron_a2d.diffusion.sampling import SamplingOptions
+        from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
         SamplingOptions(**given)
     except ValueError as error:

@@ -10,11 +10,10 @@ What its exit codes mean: exit_codes.py.
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import time
-import warnings
+from typing import NamedTuple
 
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.checks import find_problems
@@ -26,11 +25,38 @@ from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import hold_directory
 from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
 from megatron_a2d.planner.job import job_of
-from megatron_a2d.planner.memory import memory
+from megatron_a2d.planner.memory import check_memory, memory
 from megatron_a2d.printable import one_line, print_text
+from megatron_a2d.runtime import environment
+from megatron_a2d.runtime.processes import check_launch, rank, world_size
+from megatron_a2d.runtime.quiet import hide_noise
+from megatron_a2d.training.early import check_early
+
+
+class Options(NamedTuple):
+    """What the command line says beside the settings."""
+
+    dry_run: bool
+    settings_only: bool
+    processes: int
+    cluster: Cluster | None
 
 
 def main(argv: list[str] | None = None) -> None:
+    try:
+        _run(*_parse(argv))
+    except (UserError, SaveError):
+        if "megatron_a2d.training.parallel" in sys.modules:
+            sys.modules["megatron_a2d.training.parallel"].finalize()
+        if rank() > 0:
+            # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+        raise
+
+
+def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
+    """Settings and options; UserError with all that they show to be wrong by themselves, before torch is imported."""
     parser = Parser(prog="megatron_a2d.train", description="Train a masked diffusion or autoregressive Qwen3.")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and end")
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to check for")
@@ -38,66 +64,56 @@ def main(argv: list[str] | None = None) -> None:
         "--settings-only", action="store_true", help="with --dry-run: for the shape of --model; no checkpoint, no data"
     )
     add_cluster(parser)
-    config, options = parse_run(parser, argv)
-    if options.world_size is not None and not options.dry_run:
+    config, given = parse_run(parser, argv)
+    if given.world_size is not None and not given.dry_run:
         raise UserError("--world-size: only goes with --dry-run; torchrun decides the number of processes")
-    if options.settings_only and not options.dry_run:
+    if given.settings_only and not given.dry_run:
         raise UserError("--settings-only: only goes with --dry-run; a run needs weights and data")
-    cluster = read_cluster(options.cluster) if options.cluster else None
+    processes = world_size() if given.world_size is None else given.world_size
+    if processes < 1:
+        raise UserError(f"--world-size {processes}: a run needs at least 1 process")
+    if not given.dry_run:
+        check_launch()
+    cluster = read_cluster(given.cluster) if given.cluster else None
+    if not given.settings_only:
+        check_early(config, processes)
+    return config, Options(given.dry_run, given.settings_only, processes, cluster)
 
-    # A message for each module of megatron.core that finds no GPU library says nothing to the user.
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    from megatron_a2d.runtime import environment
 
+def _run(config: RunConfig, options: Options) -> None:
+    processes, cluster = options.processes, options.cluster
+    if options.settings_only:
+        architecture = _check_settings(config, processes, cluster)
+        print_text(describe(config, architecture, f"{config.training.model}, its shape alone", processes, cluster))
+        return
     environment.apply(config)  # before anything touches CUDA
+    hide_noise()
     from megatron_a2d.runtime.heartbeat import Heartbeat
     from megatron_a2d.runtime.peers import Peers
     from megatron_a2d.training import loop, parallel
     from megatron_a2d.training.checked import check_run
 
-    processes = parallel.world_size() if options.world_size is None else options.world_size
-    if processes < 1:
-        raise UserError(f"--world-size {processes}: a run needs at least 1 process")
-    if not options.dry_run:
-        parallel.check_launch()
-    try:
-        # The first rank alone looks into files; while it does, the others wait for it to join the process group.
-        if parallel.rank() == 0 and config.training.save and not options.dry_run:
-            hold_directory(config.training.save, "--save")
-        if options.settings_only:
-            architecture = _check_settings(config, processes, cluster)
-            print_text(describe(config, architecture, f"{config.training.model}, its shape alone", processes, cluster))
-            return
-        first = check_run(config, processes, cluster) if parallel.rank() == 0 else None
-        if first:
-            start = str(first.start.directory)
-            print_text(describe(config, first.architecture, start, processes, cluster))
-        if options.dry_run:
-            return
-        if problems := find_problems(config, None, processes):
-            raise UserError(problems)
-        parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
-        with Heartbeat(parallel.rank()), Peers(60 * config.parallel.distributed_timeout_minutes):
-            checked = parallel.from_first_rank(first)
-            assert checked is not None
-            _, exit_code = loop.train(checked.config, checked.architecture, *checked.start)
-        parallel.finalize()
-        if exit_code:
-            sys.exit(exit_code)
-    except (UserError, SaveError):
-        parallel.finalize()
-        if parallel.rank() > 0:
-            # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
-        raise
+    # The first rank alone looks into files; while it does, the others wait for it to join the process group.
+    if rank() == 0 and config.training.save and not options.dry_run:
+        hold_directory(config.training.save, "--save")
+    first = check_run(config, processes, cluster) if rank() == 0 else None
+    if first:
+        start = str(first.start.directory)
+        print_text(describe(config, first.architecture, start, processes, cluster))
+    if options.dry_run:
+        return
+    parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
+    with Heartbeat(rank()), Peers(60 * config.parallel.distributed_timeout_minutes):
+        checked = parallel.from_first_rank(first)
+        assert checked is not None
+        _, exit_code = loop.train(checked.config, checked.architecture, *checked.start)
+    parallel.finalize()
+    if exit_code:
+        sys.exit(exit_code)
 
 
 def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) -> Architecture:
     """What can be wrong with settings alone; UserError with all of it. Returns the shape of --model."""
-    from megatron_a2d.training.checked import check_memory
-
     if not config.training.model:
         raise UserError("--settings-only: needs --model, whose shape the settings are checked for; name it")
     architecture = named_architecture(config.training.model)
@@ -111,8 +127,6 @@ def describe(
     config: RunConfig, architecture: Architecture, start: str, processes: int, cluster: Cluster | None = None
 ) -> str:
     """The sizes of a run, and the environment that it sets here, as it and --dry-run print them."""
-    from megatron_a2d.runtime import environment
-
     parallel, training, data = config.parallel, config.training, config.data
     tp, pp, cp, ep, etp = (
         parallel.tensor_model_parallel_size,

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron_a2d.architecture import Architecture
+from megatron_a2d.config import RunConfig
+from megatron_a2d.errors import UserError
 from megatron_a2d.model.chunks import rows_per_chunk
 from megatron_a2d.planner.activations import LayerActivations, layer_activations
 from megatron_a2d.planner.cluster import Cluster
-from megatron_a2d.planner.job import Job
+from megatron_a2d.planner.job import Job, job_of
 from megatron_a2d.planner.parameters import stage_values
 
 # What a process takes before it trains: CUDA's context, workspaces of cuBLAS and Transformer Engine. An assumption.
@@ -147,3 +150,17 @@ def _num_communicators(job: Job) -> int:
         job.expert_model_parallel_size, job.expert_tensor_parallel_size, job.dense_replicas, job.expert_replicas,
     )  # fmt: skip
     return sum(size > 1 for size in sizes)
+
+
+def check_memory(config: RunConfig, architecture: Architecture, processes: int, cluster: Cluster | None) -> None:
+    """UserError when the plan's memory exceeds a GPU of the cluster, before a job waits for one."""
+    if cluster is None:
+        return
+    need = memory(job_of(config, architecture, processes, cluster), cluster)
+    if need.total > cluster.memory_bytes:
+        largest = sorted(need._asdict().items(), key=lambda part: -part[1])[:3]
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
+        raise UserError(
+            f"--cluster: a {cluster.gpu} has {cluster.memory_gib:.1f} GiB, the run needs {need.total / 2**30:.1f} "
+            f"({parts}, ...); python -m megatron_a2d.plan finds layouts that fit"
+        )

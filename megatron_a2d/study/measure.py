@@ -8,9 +8,7 @@ study writes it, and reads the JSON object of results by name that this program 
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json, write_json
+from megatron_a2d.runtime.quiet import hide_noise
 
 if TYPE_CHECKING:
     from megatron_a2d.study.opened import OpenedRun
@@ -28,8 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="megatron_a2d.study.measure", description="Measure a checkpoint as a study asks.")
     parser.add_argument("spec", type=Path, help="JSON file: settings, measures, out")
     spec = read_json(parser.parse_args(argv).spec, "the measurements to make")
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    hide_noise()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_a2d.study.opened import open_run
     from megatron_a2d.training import parallel

@@ -18,8 +18,7 @@ from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.data.mixture import read_mixture
 from megatron_a2d.errors import UserError
 from megatron_a2d.planner.cluster import Cluster
-from megatron_a2d.planner.job import job_of
-from megatron_a2d.planner.memory import memory
+from megatron_a2d.planner.memory import check_memory
 from megatron_a2d.printable import print_line
 from megatron_a2d.training import loop, resume
 from megatron_a2d.training.samples import make_sample
@@ -53,20 +52,6 @@ def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None)
         raise UserError(problems)
     make_sample(config, architecture, train_data, data.seed)
     return Checked(start, architecture, config)
-
-
-def check_memory(config: RunConfig, architecture: Architecture, processes: int, cluster: Cluster | None) -> None:
-    """UserError when the plan's memory exceeds a GPU of the cluster, before a job waits for one."""
-    if cluster is None:
-        return
-    need = memory(job_of(config, architecture, processes, cluster), cluster)
-    if need.total > cluster.memory_bytes:
-        largest = sorted(need._asdict().items(), key=lambda part: -part[1])[:3]
-        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
-        raise UserError(
-            f"--cluster: a {cluster.gpu} has {cluster.memory_gib:.1f} GiB, the run needs {need.total / 2**30:.1f} "
-            f"({parts}, ...); python -m megatron_a2d.plan finds layouts that fit"
-        )
 
 
 def input_files(config: RunConfig, start: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_a2d.architecture import Architecture
+from megatron_a2d.checks import NO_DATA
 from megatron_a2d.config import RunConfig, TrainingConfig
 from megatron_a2d.conversion.checkpoint import HF_FILES
 from megatron_a2d.data.batches import MicroBatches, write_batch
@@ -158,7 +159,7 @@ def open_datasets(
         train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, **checks)
         valid_paths = {"valid": data.valid_data_path} if data.valid_data_path else {}
     else:
-        raise UserError("--train-data-path: is missing; give the prefix that data_prep.tokenize_corpus wrote")
+        raise UserError(NO_DATA)
     # One fixed order: the first samples of it stand for all documents, whatever --seed a run has.
     valid_data = {
         name: PackedDataset(path, data.seq_length, seed=VALIDATION_SEED, **checks) for name, path in valid_paths.items()

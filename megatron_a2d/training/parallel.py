@@ -13,30 +13,13 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_a2d import runtime
 from megatron_a2d.config import ParallelConfig
-from megatron_a2d.errors import UserError
 from megatron_a2d.runtime.device import communication_backend, device, has_cuda
+from megatron_a2d.runtime.processes import check_launch as check_launch
+from megatron_a2d.runtime.processes import rank as rank
+from megatron_a2d.runtime.processes import world_size as world_size
 
 T = TypeVar("T")
 _STARTING = timedelta(hours=2)
-
-
-def world_size() -> int:
-    """Number of processes that torchrun (or Slurm through it) started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def check_launch() -> None:
-    """UserError where Slurm started several processes that would each train alone."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and tasks != "1":
-        raise UserError(
-            f"SLURM_NTASKS {tasks}: srun started this process {tasks} times without a RANK, and each would run alone; "
-            "let torchrun number them: `srun --ntasks-per-node 1 launch/node.sh -m megatron_a2d.train ...`"
-        )
 
 
 def initialize(config: ParallelConfig, replays_graphs: bool = False) -> None:

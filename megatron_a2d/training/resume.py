@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_a2d.checks import NO_START
 from megatron_a2d.config import DataConfig, DiffusionConfig, OptimizationConfig, RunConfig, flag, settings
 from megatron_a2d.conversion.checkpoint import (
     directory_name,
@@ -83,9 +84,7 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
         is_drawn = config.diffusion.conversion == "random"
         weights_only = training.finetune or is_drawn or iteration_of(directory) == 0
     else:
-        raise UserError(
-            "--load: is missing; give the checkpoint to start from, as python -m checkpoints_tools.convert_hf writes it"
-        )
+        raise UserError(NO_START)
     if not weights_only:
         if problems := differences(config, directory):
             raise UserError(problems)

@@ -184,5 +184,6 @@ def test_launcher_finds_it_before_it_starts(good: Path) -> None:
     command = [ROOT / "launch" / "train.sh", *arguments(good, expert_model_parallel_size=3)[:-1]]
     environment = {"BIN": str(Path(sys.executable).parent), "NPROC": "2", "PATH": "/usr/bin:/bin"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("error: --expert-model-parallel-size 3") == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: --expert-model-parallel-size 3")]
+    assert result.returncode == 2 and len(lines) == len(set(lines)) == 2, "the layout's and the model's, each once"
     assert "Traceback" not in result.stderr

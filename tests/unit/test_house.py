@@ -109,3 +109,36 @@ def test_tokenising_does_not_wait_for_torch() -> None:
     code = "import data_prep.tokenize_corpus, data_prep.pieces, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"torch", "megatron", "transformers"} & set(loaded.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "code", "words"),
+    [
+        ("train", "--lrr 1", 2, "--lrr: unknown argument"),
+        ("train", "--seq-length 64 --lr -1", 2, "--lr -1.0: must be positive"),
+        (
+            "train",
+            "--model Qwen/Qwen3-8B --dry-run --settings-only --world-size 8 --cluster h100",
+            2,
+            "GiB, the run needs",
+        ),
+        ("train", "--help", 0, "--global-batch-size"),
+        ("preflight", "--settings-only --config /nowhere", 2, "--config /nowhere: cannot be read"),
+        ("generate", "--model x --prompt a --max-new-tokens 0", 2, "--max-new-tokens 0: must be at least 1"),
+        ("evaluate", "--model x --out y", 2, "there is nothing to evaluate"),
+        ("plan", "--cluster h100", 2, "--gpus: is missing"),
+        ("plan", "--help", 0, "--imbalance"),
+    ],
+)
+def test_what_settings_show_does_not_wait_for_torch(module: str, arguments: str, code: int, words: str) -> None:
+    """It takes seconds to import, on a busy machine half a minute."""
+    run = "from megatron_a2d.console import entry_point; entry_point(main.main)"
+    if module == "preflight":
+        module = "preflight.__main__"
+    program = (
+        f"import sys, megatron_a2d.{module} as main\ntry: {run}\n"
+        "finally: assert not {'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", program, *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout + done.stderr, done.stderr

@@ -68,9 +68,7 @@ def machine(tmp_path: Path) -> Machine:
         ({"python3": 9, "python3.14": 14}, "python3.14", "py312"),
     ],
 )
-def test_any_python_makes_the_environment(
-    pythons: dict[str, int], chosen: str, pins: str, machine: Machine
-) -> None:
+def test_any_python_makes_the_environment(pythons: dict[str, int], chosen: str, pins: str, machine: Machine) -> None:
     for name, minor in pythons.items():
         machine.python(name, minor)
     if "python3.11" not in pythons:  # pyenv puts names there for Pythons that are not active

@@ -18,11 +18,11 @@ from torch import Tensor
 from megatron_a2d.diffusion.forward import Model, Request, Window
 from megatron_a2d.diffusion.sampling.canvas import Canvas
 from megatron_a2d.diffusion.sampling.endings import hopeless
-from megatron_a2d.diffusion.sampling.options import SamplingOptions
 from megatron_a2d.diffusion.sampling.randomness import position_uniforms
 from megatron_a2d.diffusion.sampling.schedules import Turn, blocks_of, sizes_of, turns
 from megatron_a2d.diffusion.sampling.scores import Scores, scorer
 from megatron_a2d.diffusion.sampling.selection import entropy_bounded, lowest
+from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
 # on_step(step, tokens_BL, decided_BL): step counts from 1, `decided` are the positions decided in it
 OnStep = Callable[[int, Tensor, Tensor], None]

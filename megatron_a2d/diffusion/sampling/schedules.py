@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_a2d.diffusion.sampling.options import Sampler
+from megatron_a2d.diffusion.sampling_options import Sampler
 
 
 class Turn(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_a2d.diffusion.forward import Head, Reduce, logits_in_parts
-from megatron_a2d.diffusion.sampling.options import SamplingOptions
+from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
 
 class Scores(NamedTuple):
