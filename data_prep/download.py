@@ -40,7 +40,9 @@ def stream(source: HubSource, skip: int) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise UserError("--dataset: needs the package datasets; pip install 'megatron_a2d[data]'") from None
+        raise UserError(
+            "--dataset: needs the package datasets; in the clone, pip install --editable '.[data]'"
+        ) from None
     try:
         rows = datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=True)
         yield from rows.skip(skip)
@@ -57,7 +59,9 @@ def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int 
     try:
         import zstandard
     except ImportError:
-        raise UserError("--out: shards need the package zstandard; pip install 'megatron_a2d[data]'") from None
+        raise UserError(
+            "--out: shards need the package zstandard; in the clone, pip install --editable '.[data]'"
+        ) from None
     state = _read_state(source, out)
     if state["complete"]:
         console.print(f"{out}: complete, {state['documents']:,} documents")

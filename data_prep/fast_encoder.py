@@ -113,7 +113,7 @@ def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[s
     try:
         fast = GigatokenEncoder(tokenizer_file(tokenizer), reference.vocab_size, None, 1, lambda: plain)
     except ImportError:
-        return "gigatoken is not installed (pip install 'megatron_a2d[data]')", ""
+        return "gigatoken is not installed (in the clone, pip install --editable '.[data]')", ""
     # Its Rust code may also end in a panic, which is no Exception.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):

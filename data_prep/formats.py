@@ -294,7 +294,9 @@ def _package(name: str, span: Span) -> Any:
     try:
         return __import__(name)
     except ImportError:
-        raise UserError(f"{span.path}: {span.kind} needs {name}; pip install 'megatron_a2d[data]'") from None
+        raise UserError(
+            f"{span.path}: {span.kind} needs {name}; in the clone, pip install --editable '.[data]'"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

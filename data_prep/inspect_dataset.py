@@ -145,7 +145,9 @@ def plot(path: Path, contents: Contents, title: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'megatron_a2d[plot]'") from None
+        raise UserError(
+            f"--plot {path}: matplotlib is not installed; in the clone, pip install --editable '.[plot]'"
+        ) from None
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {path}: unknown kind of picture; name it .png, .pdf or .svg")
     figure = Figure(figsize=(10, 4), layout="constrained")

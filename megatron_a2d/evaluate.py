@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     for directory, earlier in zip(options.beside, beside, strict=True):
         if not {"model", "objective"} <= earlier.keys():
             raise UserError(f"--beside {directory}: its results.json is not of this command; name an earlier --out")
-    hide_noise()
+    hide_noise("lm_eval.api.task", "lm_eval.evaluator")  # how tasks are written, and shots that were asked for
     begin = time.perf_counter()
     try:
         opened = open_model(options.model, layout, options.objective)
@@ -195,7 +195,7 @@ def _versions(options: argparse.Namespace) -> dict[str, str]:
         return {name: version(name) for name in names}
     except ImportError:
         raise UserError(
-            "--tasks: the lm-evaluation-harness is not installed; pip install 'megatron_a2d[eval]'"
+            "--tasks: the lm-evaluation-harness is not installed; in the clone, pip install --editable '.[eval]'"
         ) from None
 
 

@@ -175,7 +175,7 @@ def check_plot(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise UserError(f"--plot {path}: its directory does not exist; make it, or name another")
     if find_spec("matplotlib") is None:
-        raise UserError(f"--plot {path}: matplotlib is not installed; pip install 'megatron_a2d[plot]'")
+        raise UserError(f"--plot {path}: matplotlib is not installed; in the clone, pip install --editable '.[plot]'")
 
 
 def draw(path: Path, plans: dict[str, Plan], title: str) -> None:

@@ -78,7 +78,7 @@ def import_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("matplotlib: is not installed; pip install 'megatron_a2d[plot]'") from None
+        raise UserError("matplotlib: is not installed; in the clone, pip install --editable '.[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

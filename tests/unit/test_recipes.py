@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,21 @@ def test_settings_only_needs_a_model_and_a_dry_run() -> None:
         train.main(["--settings-only", "--model", "Qwen/Qwen3-8B"])
     with pytest.raises(UserError, match=r"--model Qwen/Qwen3-7B: is neither .*did you mean Qwen/Qwen3-"):
         train.main(["--dry-run", "--settings-only", "--model", "Qwen/Qwen3-7B"])
+
+
+def test_the_readmes_runs_fit_their_machines() -> None:
+    """The commands as they stand there, with the GPUs that they name: those of a line's own cluster, and on that many."""
+    text = (ROOT / "README.md").read_text()
+    one = re.search(r"Train on (\d+) (\w+).*\nNPROC=(\d+) launch/train.sh --config launch/recipes/(\w+).yaml", text)
+    many = re.search(
+        r"on (\d+) (\w+) under Slurm.*\nsbatch --nodes (\d+) --gpus-per-node (\d+) launch/train.sbatch --config "
+        r"launch/recipes/(\w+).yaml", text,
+    )  # fmt: skip
+    plan = re.search(r"make plan RECIPE=launch/recipes/(\w+).yaml\s+CLUSTER=(\w+) GPUS=(\d+)", text)
+    assert one and many and plan
+    assert one[1] == one[3] and int(many[1]) == int(many[3]) * int(many[4])
+    for recipe, gpus, cluster in ((one[4], one[1], one[2]), (many[5], many[1], many[2]), (plan[1], plan[3], plan[2])):
+        dry_run(recipe, int(gpus), cluster.lower())
+    load = re.search(r"--config launch/recipes/(\w+).yaml --load checkpoints/([\w-]+)", text)
+    model = yaml.safe_load(RECIPES[one[4]].read_text())["model"]
+    assert load and f"make convert-hf HF={model} OUT=checkpoints/{load[2]}\n" in text, "of the recipe's own model"

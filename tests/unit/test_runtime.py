@@ -210,3 +210,33 @@ def test_adam_equals_torch(adam_w_mode: bool, weight_decay: float) -> None:
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
     assert [group["step"] for group in optimizer.param_groups] == [30, 30, 30]
     assert set(optimizer.state[ours[0]]) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_noise_is_filtered_by_library_and_the_rest_is_heard() -> None:
+    """What megatron.core and torch say of missing GPU libraries is left out; our own and others' warnings are not."""
+    program = """
+import logging, sys, types, warnings
+from megatron_a2d.runtime.quiet import hide_noise
+hide_noise("talkative.part")
+import megatron_a2d.training.loop
+for name in ("megatron.core.x", "torch.distributed.x", "transformer_engine", "numpy", "megatron_a2d.data", "mega"):
+    exec(f"import warnings; warnings.warn('w {name}', UserWarning)", {"__name__": name})
+    logging.getLogger(name).warning("l %s", name)
+    logging.getLogger(name).error("e %s", name)
+for name in ("talkative.part", "talkative"):
+    logging.getLogger(name).warning("l %s", name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    said = [line for line in done.stderr.splitlines() if line]
+    names = ("megatron.core.x", "torch.distributed.x", "transformer_engine", "numpy", "megatron_a2d.data", "mega")
+    heard = {
+        kind: {
+            n
+            for n in (*names, "talkative", "talkative.part")
+            if any(f"{kind} {n}" == line.split("Warning: ")[-1].split("] ")[-1] for line in said)
+        }
+        for kind in "wle"
+    }
+    assert heard["w"] == {"numpy", "megatron_a2d.data", "mega"}, said
+    assert heard["l"] == {"numpy", "megatron_a2d.data", "mega", "talkative"}, said
+    assert heard["e"] == set(names) and len(said) == 3 + 4 + 6, said
