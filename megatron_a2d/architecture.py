@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
+from megatron_a2d.rotary import YarnScaling, agreed, is_positive, read_rotary
 
 # model_type -> is it a mixture of experts? (None: the keys tell)
 MODEL_TYPES = {"qwen3": False, "qwen3_moe": True, "rnd1": True, "a2d": None}
@@ -39,6 +40,13 @@ class Architecture:
     norm_topk_prob: bool = True
     initializer_range: float = 0.02
     mask_token_id: int | None = None
+    yarn: YarnScaling | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model knows; YaRN's where `max_position_embeddings` was left as it was."""
+        extended = round(self.yarn.factor * self.yarn.original_max_position_embeddings) if self.yarn else 0
+        return max(self.max_position_embeddings, extended)
 
     @property
     def is_moe(self) -> bool:
@@ -82,12 +90,14 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
             f"{where}: model_type {model_type!r} is not supported; "
             f"give a Qwen3 or Qwen3-MoE model (one of {', '.join(MODEL_TYPES)})"
         )
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise UserError(f"{where}: {quantised(_method(config))}")
     problems: list[str] = []
 
     def get(*names: str, default: Any = None) -> Any:
-        for name in names:
-            if config.get(name) is not None:
-                return config[name]
+        found = {name: config[name] for name in names if config.get(name) is not None}
+        if found:
+            return agreed(found, where, problems)
         if default is None:
             problems.append(f"{where}: {names[0]} is missing; take the config.json that belongs to the weights")
             return 1
@@ -102,7 +112,7 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
 
     def number(name: str, default: float) -> float:
         value = get(name, default=default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if not is_positive(value):
             problems.append(f"{where}: {name} is {value!r}, not a positive number; correct the file")
             return default
         return float(value)
@@ -126,6 +136,8 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
             "moe_intermediate_size": size("moe_intermediate_size"),
             "norm_topk_prob": flag("norm_topk_prob", default=model_type == "rnd1"),
         }
+    max_position_embeddings = size("max_position_embeddings", default=32768)
+    rotary = read_rotary(config, where, max_position_embeddings, problems)
     architecture = Architecture(
         num_layers=size("num_hidden_layers"),
         hidden_size=hidden_size,
@@ -134,12 +146,13 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
         head_dim=size("head_dim", default=max(1, hidden_size // num_heads)),
         intermediate_size=size("intermediate_size"),
         vocab_size=size("vocab_size"),
-        max_position_embeddings=size("max_position_embeddings", default=32768),
+        max_position_embeddings=max_position_embeddings,
         rms_norm_eps=number("rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(config, where, problems),
+        rope_theta=rotary.theta,
         tie_word_embeddings=flag("tie_word_embeddings", default=False),
         initializer_range=number("initializer_range", 0.02),
         mask_token_id=config.get("mask_token_id"),
+        yarn=rotary.yarn,
         **experts,
     )
     problems += _unsupported(config, architecture, where)
@@ -148,22 +161,18 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
     return architecture
 
 
-def _rope_theta(config: dict[str, Any], where: str, problems: list[str]) -> float:
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        problems.append(f"{where}: rope_scaling is {parameters!r}, not an object of settings; correct the file")
-        return 1.0
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind != "default":
-        problems.append(f"{where}: rotary scaling {kind!r} is not supported; remove rope_scaling or use the base model")
-    theta = config.get("rope_theta") or parameters.get("rope_theta")
-    if theta is None:
-        problems.append(f"{where}: rope_theta is missing; Qwen3 models use 1000000, write it into the file")
-        return 1.0
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
-        problems.append(f"{where}: rope_theta is {theta!r}, not a positive number; correct the file")
-        return 1.0
-    return float(theta)
+def quantised(how: str) -> str:
+    """What to say of a model whose weights are not plain floating-point numbers."""
+    return (
+        f"its weights are quantised ({how}), and only bfloat16, float16 and float32 can be converted and trained; "
+        "take the unquantised model that it was made from, or save it dequantised"
+    )
+
+
+def _method(config: dict[str, Any]) -> str:
+    settings = config.get("quantization_config") or config.get("compression_config")
+    method = settings.get("quant_method") or settings.get("format") if isinstance(settings, dict) else None
+    return str(method or "quantization_config")[:40]
 
 
 def _unsupported(config: dict[str, Any], architecture: Architecture, where: str) -> list[str]:
@@ -192,4 +201,12 @@ def _unsupported(config: dict[str, Any], architecture: Architecture, where: str)
         found = config.get(key)
         if found is not None and found != value:
             problems.append(f"{where}: {key} is {found!r}, and only {value!r} is supported; use an unmodified Qwen3")
+    full = ["full_attention"] * architecture.num_layers
+    if (layers := config.get("layer_types")) is not None and layers != full:
+        problems.append(f"{where}: layer_types is {str(layers)[:60]}, and only full_attention in each of the "
+                        f"{architecture.num_layers} layers is supported; use an unmodified Qwen3")  # fmt: skip
+    if config.get("per_layer_config"):
+        problems.append(f"{where}: per_layer_config gives layers settings of their own; use an unmodified Qwen3")
+    types = {key: str(config[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)}
+    agreed(types, where, problems)
     return problems

@@ -258,10 +258,10 @@ def _architecture_problems(config: RunConfig, architecture: Architecture) -> lis
         problems.append(
             f"--tensor-model-parallel-size {tp}: MoE layers need --sequence-parallel with it; add that flag"
         )
-    if config.data.seq_length > architecture.max_position_embeddings:
+    if config.data.seq_length > architecture.context_length:
         problems.append(
             f"--seq-length {config.data.seq_length}: the model knows "
-            f"{architecture.max_position_embeddings} positions; shorten the samples"
+            f"{architecture.context_length} positions; shorten the samples, or give the model YaRN (docs/weights.md)"
         )
     if config.diffusion.objective != "ar" and architecture.mask_token_id is None:
         problems.append(

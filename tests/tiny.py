@@ -9,6 +9,7 @@ the same size: hidden 64, 4 query heads of 24 = 96 rows, 2 KV heads = 48 rows, M
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -66,7 +67,7 @@ def hub_config(kind: str, **overrides: Any) -> dict[str, Any]:
             "output_router_logits": False,
             "router_aux_loss_coef": 0.001,
         }
-    return config | overrides
+    return copy.deepcopy(config | overrides)  # transformers writes into what it is given
 
 
 def hf_model(kind: str, seed: int = 0, **overrides: Any) -> Any:

@@ -86,8 +86,9 @@ def config_json(kind: Format, model: Exported) -> dict[str, Any]:
     }
     config |= _special_tokens(model, first_only=kind == "rnd1")
     config["torch_dtype"] = model.dtype
+    scaling = a.yarn.to_rope_scaling() if a.yarn else None
     if kind == "qwen3":
-        return config | {"rope_scaling": None, "sliding_window": None, "use_cache": True}
+        return config | {"rope_scaling": scaling, "sliding_window": None, "use_cache": True}
     config |= {
         "mask_token_id": a.mask_token_id,
         "num_diffusion_steps": NUM_DIFFUSION_STEPS,
@@ -96,8 +97,8 @@ def config_json(kind: Format, model: Exported) -> dict[str, Any]:
     }
     if kind == "rnd1":
         del config["bos_token_id"]
-        return config | {"moe_backend": "hf", "rope_scaling": False, "sliding_window": False}
-    return config | {"label_shift": model.label_shift}
+        return config | {"moe_backend": "hf", "rope_scaling": scaling or False, "sliding_window": False}
+    return config | {"label_shift": model.label_shift, "rope_scaling": scaling}
 
 
 def generation_json(kind: Format, model: Exported) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Configuration of an A2D model: the keys of Qwen3's and Qwen3-MoE's `config.json`, and those of diffusion.
 
-Both spellings of the hub's keys are read, that of transformers 4 (`rope_theta`, `num_experts`) and that of
-transformers 5 (`rope_parameters`, `num_local_experts`); the first one is written. A key that this code does
-not implement is an error, because ignoring it would give wrong logits.
+Both spellings of the hub's keys are read, that of transformers 4 (`rope_theta`, `rope_scaling`, `num_experts`) and that
+of transformers 5 (`rope_parameters`, `num_local_experts`); the first one is written. Two spellings that differ, and a
+key that this code does not implement, are errors: ignoring them would give wrong logits.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -24,6 +25,8 @@ class A2DConfig(PretrainedConfig):
 
     model_type = "a2d"
     attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012 (transformers reads a class attribute)
+    # transformers 5 has a property of this name that would write `rope_parameters`.
+    rope_scaling = None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -63,9 +66,11 @@ class A2DConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = _rope_theta(rope_theta, rope_parameters or rope_scaling or {})
+        self.rope_theta, self.rope_scaling = _rotary(
+            rope_theta, rope_scaling, rope_parameters, max_position_embeddings, kwargs
+        )
         self.initializer_range = initializer_range
-        self.num_experts = num_experts or num_local_experts or 0
+        self.num_experts = _agreed({"num_experts": num_experts, "num_local_experts": num_local_experts}) or 0
         self.num_experts_per_tok = num_experts_per_tok or 0
         self.moe_intermediate_size = moe_intermediate_size or 0
         self.norm_topk_prob = norm_topk_prob
@@ -86,11 +91,58 @@ class A2DConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def _rope_theta(rope_theta: float | None, parameters: dict[str, Any]) -> float:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind != "default":
-        raise ValueError(f"rotary embeddings of type {kind!r} are not supported, only 'default'")
-    return float(rope_theta or parameters.get("rope_theta") or 1e6)
+def _agreed(spellings: dict[str, Any]) -> Any:
+    """The one value of a setting with several spellings; None without any."""
+    found = {key: value for key, value in spellings.items() if value is not None}
+    first = next(iter(found.values()), None)
+    if any(value != first for value in found.values()):
+        raise ValueError(" and ".join(f"{key} is {value!r}" for key, value in found.items()) + ", which contradict")
+    return first
+
+
+def _rotary(
+    theta: float | None, scaling: Any, parameters: Any, longest: int, others: dict[str, Any]
+) -> tuple[float, dict[str, Any] | None]:
+    """`rope_theta`, and `rope_scaling` with all of YaRN's settings; None without it."""
+    objects = {"rope_scaling": scaling or {}, "rope_parameters": parameters or {}}
+    places = {f"{key}.rope_theta": found.get("rope_theta") for key, found in objects.items()}
+    base = _agreed({"rope_theta": theta, **places})
+    if scaling and theta is None and places["rope_scaling.rope_theta"] is None and base is not None:
+        raise ValueError("rope_theta stands in rope_parameters alone, which transformers ignores beside rope_scaling")
+    original = others.pop("original_max_position_embeddings", None)
+    read = [_yarn(found, original, longest) for found in objects.values() if found]
+    if len(read) == 2 and read[0] != read[1]:
+        raise ValueError(f"rope_scaling is {scaling} and rope_parameters is {parameters}, which contradict")
+    for found in (others, *objects.values()):
+        if found.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(f"partial_rotary_factor is {found['partial_rotary_factor']!r}; this model supports 1 only")
+    return float(base or 1e6), read[0] if read else None
+
+
+def _yarn(found: dict[str, Any], original: int | None, longest: int) -> dict[str, Any] | None:
+    kind = _agreed({key: found.get(key) for key in ("rope_type", "type")}) or "default"
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ValueError(f"rotary embeddings of type {kind!r} are not supported, only 'default' and 'yarn'")
+    name = "original_max_position_embeddings"
+    original = _agreed({name: original, f"in the scaling, {name}": found.get(name)}) or longest
+    factor = found.get("factor") or longest / original
+    if factor < 1 or (factor == 1 and not found.get("factor")):
+        raise ValueError(f"YaRN's factor is {found.get('factor')!r}, and it must be at least 1")
+
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0
+
+    attention = found.get("attention_factor")
+    above, below = found.get("mscale"), found.get("mscale_all_dim")
+    if attention is None:
+        attention = temperature(above) / temperature(below) if above and below else temperature(1.0)
+    return {
+        "rope_type": "yarn", "factor": float(factor), name: int(original), "attention_factor": float(attention),
+        "beta_fast": float(found.get("beta_fast") or 32), "beta_slow": float(found.get("beta_slow") or 1),
+        "truncate": found.get("truncate", True),
+    }  # fmt: skip
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
@@ -101,6 +153,8 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
     for key, value in supported.items():
         if config.get(key) not in (None, value):
             raise ValueError(f"config key {key} is {config[key]!r}; this model supports {value!r} only")
+    if set(config.get("layer_types") or ()) - {"full_attention"} or config.get("per_layer_config"):
+        raise ValueError("layers with settings of their own (layer_types, per_layer_config) are not supported")
 
 
 A2DConfig.register_for_auto_class()

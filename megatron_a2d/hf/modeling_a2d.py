@@ -8,6 +8,9 @@ Shapes: B batch, L sequence, D hidden, N = B * L tokens, K experts per token, V 
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,14 +37,34 @@ class A2DRMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def rotary_angles(positions_BL: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+def rotary_angles(positions_BL: torch.Tensor, config: A2DConfig) -> torch.Tensor:
     """Angles [B, 1, L, head_dim / 2] in fp32.
 
     Computed anew in each forward: transformers 5 builds a model without storage and fills in only what the
     checkpoint holds, so that a non-persistent buffer would stay uninitialised.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions_BL.device, dtype=torch.float32) / head_dim
-    return (positions_BL.float()[..., None] * (1.0 / theta**exponents))[:, None]
+    size = config.head_dim
+    exponents = torch.arange(0, size, 2, device=positions_BL.device, dtype=torch.float32) / size
+    frequencies = 1.0 / config.rope_theta**exponents
+    if yarn := config.rope_scaling:
+        slowed = yarn_blend(size, config.rope_theta, yarn).to(frequencies.device)
+        frequencies = frequencies / yarn["factor"] * slowed + frequencies * (1 - slowed)
+    return (positions_BL.float()[..., None] * frequencies)[:, None]
+
+
+def yarn_blend(size: int, theta: float, yarn: dict[str, Any]) -> torch.Tensor:
+    """How much of each frequency YaRN (Peng et al. 2023) slows, [size / 2]: from 0, the fast ones, to 1."""
+    length = yarn["original_max_position_embeddings"]
+    low, high = (
+        size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (yarn["beta_fast"], yarn["beta_slow"])
+    )
+    if yarn["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001
+    return ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -88,6 +111,9 @@ class A2DAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
+        # YaRN's attention factor belongs to queries and keys alike.
+        yarn = config.rope_scaling
+        self.scale = yarn["attention_factor"] ** 2 / config.head_dim**0.5 if yarn else None
         self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -110,7 +136,7 @@ class A2DAttention(nn.Module):
         # Keys and values are repeated rather than grouped inside the kernel: with a padding mask, PyTorch's
         # fused kernels refuse grouped queries and it falls back to one that stores all attention weights.
         key, value = (t.repeat_interleave(self.queries_per_key, dim=1) for t in (key, value))
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -237,7 +263,7 @@ class A2DModel(A2DPreTrainedModel):
             visible = attention_mask.bool()[:, None, None, :]
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
-        angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        angles = rotary_angles(position_ids, self.config)  # type: ignore[arg-type]
         for layer in self.layers:
             x = layer(x, angles, visible, cache)
         return BaseModelOutput(last_hidden_state=self.norm(x))

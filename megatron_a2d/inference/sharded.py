@@ -55,7 +55,7 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
             f"--model {path}: was trained with --objective {trained['objective']}, not {objective}; give that objective"
         )
     processes = dist.get_world_size() if dist.is_initialized() else parallel.world_size()
-    longest = architecture.max_position_embeddings // (tp := values.get("tensor_model_parallel_size", 1) or 1) * tp
+    longest = architecture.context_length // (tp := values.get("tensor_model_parallel_size", 1) or 1) * tp
     block = {name: trained[name] for name in ("block_length", "ar_loss_weight") if objective == "block"}
     config = build({**values, **block, "objective": objective, "global_batch_size": processes, "seq_length": longest})
     if problems := find_problems(config, architecture, processes):
@@ -84,7 +84,7 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
         mask_token_id=int(mask if mask is not None else -1),
         end_token_ids=end_tokens(hf_config.get("eos_token_id")),
         label_shift=bool(trained.get("label_shift", True)),
-        max_positions=architecture.max_position_embeddings,
+        max_positions=architecture.context_length,
         num_diffusion_steps=256,
         has_caches=False,
         device=device(),

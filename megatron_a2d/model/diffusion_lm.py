@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
@@ -51,6 +52,30 @@ def packed_sequences(documents: Tensor | None, length: int) -> PackedSeqParams:
     longest, bounds = int(bounds.diff().max()), send(bounds)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+class YarnAngles(YarnRotaryEmbedding):
+    """megatron's YaRN without its tables of sine and cosine, which only its own decoding reads."""
+
+    def _set_cos_sin_cache(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def rotary_embedding(architecture: Architecture) -> RotaryEmbedding:
+    """The angles of positions, scaled by YaRN where the architecture says so; on the device that trains."""
+    common: dict[str, Any] = dict(rotary_base=architecture.rope_theta, use_cpu_initialization=not has_cuda())
+    yarn = architecture.yarn
+    if yarn is None:
+        return RotaryEmbedding(architecture.head_dim, rotary_percent=1.0, **common)
+    return YarnAngles(
+        architecture.head_dim,
+        scaling_factor=yarn.factor,
+        original_max_position_embeddings=yarn.original_max_position_embeddings,
+        beta_fast=yarn.beta_fast,
+        beta_slow=yarn.beta_slow,
+        correction_range_round_to_int=yarn.truncate,
+        **common,
     )
 
 
@@ -89,12 +114,7 @@ class DiffusionLM(InParts, LanguageModule):
                 architecture.max_position_embeddings,
                 position_embedding_type="rope",
             )
-        self.rotary_pos_emb = RotaryEmbedding(
-            config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=architecture.rope_theta,
-            use_cpu_initialization=not has_cuda(),
-        )
+        self.rotary_pos_emb = rotary_embedding(architecture)
         self.decoder = TransformerBlock(
             config, block_spec, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
@@ -189,6 +209,8 @@ class DiffusionLM(InParts, LanguageModule):
         length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
         # packed_seq=True: no slicing by megatron, whose pieces are made for causal masks.
         angles = self.rotary_pos_emb(length, packed_seq=True)
+        if isinstance(angles, tuple):
+            angles, _ = angles  # YaRN's attention factor is in config.softmax_scale
         if positions is None or self.packs_documents:  # packed sequences are counted from 0 by megatron
             return own_piece(angles, dim=0)
         return angles[own_piece(positions, dim=1).T, 0]

@@ -75,6 +75,10 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
         batch_p2p_comm=False,
         overlap_p2p_comm=interleaved,  # the plain schedule has nothing to compute meanwhile
     )
+    if architecture.yarn:
+        # Queries and keys times the attention factor are scores times its square. megatron.core has its own way, which
+        # its fused kernel cannot do, and which is lost for packed sequences (0.16.1, rope_utils.py).
+        fields["softmax_scale"] = architecture.yarn.attention_factor**2 / architecture.head_dim**0.5
     if architecture.is_moe:
         fields.update(
             num_moe_experts=architecture.num_experts,

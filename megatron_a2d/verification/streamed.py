@@ -8,6 +8,7 @@ Shapes: B batch, L sequence, D hidden, N = B * L tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -87,16 +88,38 @@ class StreamedModel:
         query, key = self._rotate(query), self._rotate(key)
         key, value = (t.repeat_interleave(a.num_attention_heads // a.num_key_value_heads, dim=2) for t in (key, value))
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self._causal)
+        heat = a.yarn.attention_factor**2 if a.yarn else 1.0
+        mixed = F.scaled_dot_product_attention(heat * query, key, value, is_causal=self._causal)
         return self._linear(mixed.transpose(1, 2).flatten(2), prefix + "o_proj.weight")
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of x [B, L, heads, d]: as complex numbers, element j being real and j + d / 2 imaginary."""
         half = x.shape[-1] // 2
-        speeds = self._shape.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+        speeds = torch.tensor([self._speed(index / half) for index in range(half)])
         angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None, None] * speeds
         turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat([turned.real, turned.imag], dim=-1)
+
+    def _speed(self, part: float) -> float:
+        """Radians a position of the frequency that lies at `part` (0 to 1) of the spectrum.
+
+        YaRN: a frequency that turns more than `beta_fast` times within the original length is kept, one that turns less
+        than `beta_slow` times is slowed by `factor`; both bounds and the blend are linear in `part`.
+        """
+        theta, yarn = self._shape.rope_theta, self._shape.yarn
+        speed = theta**-part
+        if yarn is None:
+            return speed
+        half = self._shape.head_dim / 2
+        fast, slow = (
+            half * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns), theta)
+            for turns in (yarn.beta_fast, yarn.beta_slow)
+        )
+        if yarn.truncate:
+            fast, slow = math.floor(fast), math.ceil(slow)
+        fast, slow = max(fast, 0), min(slow, 2 * half - 1)
+        slowed = min(max((part * half - fast) / ((slow - fast) or 0.001), 0.0), 1.0)
+        return speed * (1 - slowed) + speed / yarn.factor * slowed
 
     def _mlp(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
         gate, up = (self._linear(x, f"{prefix}{name}_proj.weight") for name in ("gate", "up"))

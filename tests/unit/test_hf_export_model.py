@@ -257,7 +257,7 @@ def test_config_reads_both_spellings():
         ("use_sliding_window", True),
         ("mlp_only_layers", [0]),
         ("decoder_sparse_step", 2),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_scaling", {"rope_type": "dynamic", "factor": 4.0}),
         ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e6}),
     ],
 )
@@ -292,7 +292,7 @@ def test_travelling_files_are_self_contained():
                 elif isinstance(node, ast.ImportFrom | ast.Import):
                     names = [node.module] if isinstance(node, ast.ImportFrom) else [item.name for item in node.names]
                     roots = {(name or "").split(".")[0] for name in names}
-                    assert roots <= {"__future__", "typing", "torch", "transformers"}, (path.name, roots)
+                    assert roots <= {"__future__", "math", "typing", "torch", "transformers"}, (path.name, roots)
 
 
 @pytest.mark.parametrize("label_shift", [True, False])
