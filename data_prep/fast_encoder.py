@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_prep.encoders import END_OF_TEXT, Encoded, Encoder, open_encoder, token_dtype, tokenizer_file
+from data_prep.limits import DEFAULT_LIMITS, Limits
 from data_prep.readers import Counts, Piece, read_span
 from megatron_a2d.errors import UserError
 
@@ -36,8 +38,9 @@ PROBES = (
 class GigatokenEncoder:
     """The fast encoder; `reference` opens the one whose ids it must give, without end-of-document tokens.
 
-    Documents that Unicode's normal form NFC would change go to the reference: the two libraries know different versions
-    of Unicode, and put some combining marks in different orders (U+07F3 before U+07FD is one such pair).
+    Documents that Unicode's normal form NFC would change, or may change by a newer Unicode than Python's, go to the
+    reference: the two libraries know different versions, put some combining marks in different orders (U+07F3 before
+    U+07FD), and compose different letters (gigatoken 0.10.0 those of Unicode 16, as U+16D67 U+16D67).
     """
 
     name = "gigatoken"
@@ -84,8 +87,23 @@ class GigatokenEncoder:
 
 
 def is_normal(text: bytes) -> bool:
-    """Whether NFC leaves a text as it is."""
-    return text.isascii() or unicodedata.is_normalized("NFC", text.decode("utf-8"))
+    """Whether NFC leaves a text as it is, for all that Python's version of Unicode knows of its characters."""
+    if text.isascii():
+        return True
+    characters = text.decode("utf-8")
+    return unicodedata.is_normalized("NFC", characters) and not _holds_unknown(characters)
+
+
+def _holds_unknown(characters: str) -> bool:
+    """Whether there is a code point that Python's Unicode has not assigned: a newer one may compose it with others."""
+    codes = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
+    return bool(_unknown()[codes].any())
+
+
+@functools.cache
+def _unknown() -> np.ndarray:
+    """[code points] bool."""
+    return np.fromiter((unicodedata.category(chr(code)) == "Cn" for code in range(sys.maxunicode + 1)), dtype=bool)
 
 
 class Chosen(NamedTuple):
@@ -130,13 +148,13 @@ def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[s
     return "", f"{len(texts)} texts, {len(expected.ids):,} tokens, of this corpus"
 
 
-def corpus_sample(pieces: Sequence[Piece], json_key: str) -> list[bytes]:
+def corpus_sample(pieces: Sequence[Piece], json_key: str, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
     """The beginnings of pieces that are spread evenly over the corpus."""
     sample: list[bytes] = []
     count = min(len(pieces), SAMPLE_PIECES)
     for number in range(count):
         left = SAMPLE_BYTES // count
-        for document in _documents(pieces[number * len(pieces) // count], json_key):
+        for document in _documents(pieces[number * len(pieces) // count], json_key, limits):
             # Whole characters: a sequence that the cut breaks is dropped.
             sample.append(document[:left].decode("utf-8", "ignore").encode("utf-8"))
             left -= len(document)
@@ -145,7 +163,7 @@ def corpus_sample(pieces: Sequence[Piece], json_key: str) -> list[bytes]:
     return sample
 
 
-def _documents(piece: Piece, json_key: str) -> Any:
+def _documents(piece: Piece, json_key: str, limits: Limits) -> Any:
     for span in piece.spans:
-        for document in read_span(span, json_key, Counts(), skip_invalid=True):
+        for document in read_span(span, json_key, Counts(), skip_invalid=True, limits=limits):
             yield document.data

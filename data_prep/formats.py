@@ -2,23 +2,28 @@
 
 A reader yields a `Document` or a `Problem` for each line or row. It raises UserError for what is wrong with a whole
 file's shape: a key or column that is not there, a package that is missing.
+A small file may unpack to any size: what a reader holds at a time is bounded by `Limits`, not by the file.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import orjson
 
+from data_prep.limits import MEGABYTE, Limits
 from megatron_a2d.errors import UserError, nearest
 
 BUFFER = 1 << 20
+_ZSTD_INPUT = 1 << 9  # unpacks to 16 MiB at most: a block of 4 bytes may stand for 128 KiB
+_LARGEST_EXPANSION = 200  # of a parquet column by its compression; text comes to a tenth of that
+_ROWS_BYTES = 16 * MEGABYTE  # of the parquet rows that are held at a time
 
 
 class Span(NamedTuple):
@@ -55,11 +60,13 @@ class Problem(NamedTuple):
 
 
 Item = Document | Problem
-Reader = Callable[[Span, str], Iterator[Item]]
+Reader = Callable[[Span, str, Limits], Iterator[Item]]
 
 
 def parse_line(line: bytes, json_key: str) -> bytes | str | None:
     """The text of one JSON line as bytes; the reason why there is none; None for a blank line."""
+    if line.isspace():
+        return None
     try:
         text = orjson.loads(line)[json_key]
         if isinstance(text, str):
@@ -90,22 +97,38 @@ def parse_line(line: bytes, json_key: str) -> bytes | str | None:
         return f"{json_key!r} holds half of a surrogate pair, no text"
 
 
-def read_jsonl(span: Span, json_key: str) -> Iterator[Item]:
+def read_jsonl(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
     """One JSON object in each line that begins within the span; blank lines are passed over."""
     with open(span.path, "rb", buffering=BUFFER) as stream:
         if span.start:  # the line that runs into the span belongs to the one before
             stream.seek(span.start - 1)
-            stream.readline()
+            _skip_line(stream)
         position = stream.tell()
         number = 0
-        while position < span.stop and (line := stream.readline()):
+        while position < span.stop and (line := stream.readline(limits.document_bytes + 1)):
             number += 1
-            text = parse_line(line, json_key)
+            text = parse_line(line, json_key) if len(line) <= limits.document_bytes else _too_long("line", limits)
             if isinstance(text, str):
                 yield Problem(f"{span.path}:{_lines_before(span) + number}", text)
             elif text is not None:
                 yield Document(text, len(line))
             position += len(line)
+            if len(line) > limits.document_bytes and not line.endswith(b"\n"):
+                position += _skip_line(stream)
+
+
+def _skip_line(stream: IO[bytes]) -> int:
+    """Read to the end of a line of any length; returns the bytes."""
+    size = 0
+    while part := stream.readline(BUFFER):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
+
+
+def _too_long(what: str, limits: Limits) -> str:
+    return f"the {what} is longer than --max-document-megabytes {limits.document_bytes // MEGABYTE}"
 
 
 def _lines_before(span: Span) -> int:
@@ -120,19 +143,23 @@ def _lines_before(span: Span) -> int:
     return count + (not last.endswith(b"\n"))
 
 
-def _read_lines(span: Span, json_key: str, lines: IO[bytes], raw: IO[bytes], broken: tuple[Any, ...]) -> Iterator[Item]:
+def _read_lines(
+    span: Span, json_key: str, lines: IO[bytes], raw: IO[bytes], broken: tuple[type[Exception], ...], limits: Limits
+) -> Iterator[Item]:
     """The lines of a compressed stream; where it breaks off, a problem and the end."""
     number = position = 0
     while True:
         try:
-            line = lines.readline()
+            line = lines.readline(limits.document_bytes + 1)
+            if too_long := len(line) > limits.document_bytes and not line.endswith(b"\n"):
+                _skip_line(lines)
         except broken as error:
             yield Problem(f"{span.path}:{number + 1}", f"the compressed data ends or is damaged here ({error})")
             return
         if not line:
             return
         number += 1
-        text = parse_line(line, json_key)
+        text = _too_long("line", limits) if too_long else parse_line(line, json_key)
         now = raw.tell()
         if isinstance(text, str):
             yield Problem(f"{span.path}:{number}", text)
@@ -141,72 +168,68 @@ def _read_lines(span: Span, json_key: str, lines: IO[bytes], raw: IO[bytes], bro
             position = now
 
 
-def read_jsonl_gz(span: Span, json_key: str) -> Iterator[Item]:
+def read_jsonl_gz(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
     with open(span.path, "rb") as raw, gzip.GzipFile(fileobj=raw) as lines:
-        yield from _read_lines(span, json_key, lines, raw, (EOFError, OSError, zlib.error))  # type: ignore[arg-type]
+        yield from _read_lines(span, json_key, lines, raw, (EOFError, OSError, zlib.error), limits)  # type: ignore[arg-type]
 
 
-def read_jsonl_zst(span: Span, json_key: str) -> Iterator[Item]:
+def read_jsonl_zst(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
     zstandard = _package("zstandard", span)
-    size = Path(span.path).stat().st_size
-    with open(span.path, "rb") as raw, _Zstandard(zstandard, raw) as lines:
-        yield from _read_lines(span, json_key, lines, raw, (zstandard.ZstdError, OSError, EOFError))
-        if lines.is_cut_short(size):
-            yield Problem(span.path, "the compressed data is cut short")
+    with open(span.path, "rb") as raw, io.BufferedReader(_Zstandard(zstandard, raw, limits), BUFFER) as lines:
+        yield from _read_lines(span, json_key, lines, raw, (zstandard.ZstdError, OSError, EOFError), limits)
 
 
-class _Zstandard:
-    """Lines of a .zst file. The library takes a file that ends within a frame for a whole one; this tells."""
+class _Zstandard(io.RawIOBase):
+    """The contents of a .zst file. The library takes a file that ends within a frame for a whole one, and unpacks all
+    that it is given at once; this tells, and gives it little."""
 
-    def __init__(self, package: Any, raw: IO[bytes]):
-        self._package, self._raw = package, raw
-        self._lines: deque[bytes] = deque()
-        self._rest: list[bytes] = []  # the beginning of a line, in parts: a document may be large
+    def __init__(self, package: Any, raw: IO[bytes], limits: Limits):
+        self._package, self._raw, self._limits = package, raw, limits
         self._decoder: Any = None
-        self._error: Exception | None = None  # raised after the lines that came before it
+        self._packed = memoryview(b"")
+        self._text = memoryview(b"")
+        self._error: Exception | None = None  # raised after what came before it
 
-    def __enter__(self) -> Any:
-        return self
+    def readable(self) -> bool:
+        return True
 
-    def __exit__(self, *_: Any) -> None:
-        self._decoder = None
-
-    def is_cut_short(self, size: int) -> bool:
-        return self._error is None and self._decoder is not None and self._raw.tell() >= size
-
-    def readline(self) -> bytes:
-        while not self._lines and self._error is None and (data := self._raw.read(1 << 16)):
+    def readinto(self, buffer: Any) -> int:
+        while not self._text and self._error is None and (self._packed or self._fill()):
             try:
-                self._decompress(data)
+                self._unpack()
             except self._package.ZstdError as error:
-                self._error = error
-        if self._lines:
-            return self._lines.popleft()
-        if self._error is not None:
+                self._error = self._explained(error)
+        if not self._text and self._error is not None:
             raise self._error
-        line, self._rest = b"".join(self._rest), []
-        return line
+        size = min(len(buffer), len(self._text))
+        buffer[:size] = self._text[:size]
+        self._text = self._text[size:]
+        return size
 
-    def _decompress(self, data: bytes) -> None:
-        while data:
-            if self._decoder is None:
-                # As large a window as the format's own tool takes with --long=31.
-                self._decoder = self._package.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self._split(self._decoder.decompress(data))
-            data = self._decoder.unused_data if self._decoder.eof else b""
-            if self._decoder.eof:
-                self._decoder = None
+    def _fill(self) -> bool:
+        self._packed = memoryview(self._raw.read(1 << 16))
+        if not self._packed and self._decoder is not None:
+            self._error = EOFError("the file is cut short")
+        return bool(self._packed)
 
-    def _split(self, text: bytes) -> None:
-        *lines, rest = text.split(b"\n")
-        if lines:
-            lines[0] = b"".join([*self._rest, lines[0]])
-            self._rest = []
-        self._lines.extend(line + b"\n" for line in lines)
-        self._rest.append(rest)
+    def _unpack(self) -> None:
+        if self._decoder is None:
+            decompressor = self._package.ZstdDecompressor(max_window_size=self._limits.window_bytes)
+            self._decoder = decompressor.decompressobj()
+        some, self._packed = self._packed[:_ZSTD_INPUT], self._packed[_ZSTD_INPUT:]
+        self._text = memoryview(self._decoder.decompress(some))
+        if self._decoder.eof:
+            self._packed = memoryview(self._decoder.unused_data + bytes(self._packed))
+            self._decoder = None
+
+    def _explained(self, error: Exception) -> Exception:
+        if "too much memory" not in str(error):
+            return error
+        limit = f"--max-window-megabytes {self._limits.window_bytes >> 20}"
+        return EOFError(f"its window is larger than {limit}; raise that, or compress without --long and --ultra")
 
 
-def read_parquet(span: Span, json_key: str) -> Iterator[Item]:
+def read_parquet(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
     """One document in each row, the text in the column `json_key`."""
     arrow = _package("pyarrow", span)
     try:
@@ -216,36 +239,76 @@ def read_parquet(span: Span, json_key: str) -> Iterator[Item]:
             raise
         yield Problem(span.path, "is no parquet file or is damaged")
         return
+    _check_column(file, span.path, json_key)
+    file = arrow.parquet.ParquetFile(span.path, metadata=file.metadata, read_dictionary=[json_key])
+    number = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
+    rows = sum(file.metadata.row_group(group).num_rows for group in range(span.start, span.stop))
+    share = span.num_bytes // max(rows, 1)
+    for group in range(span.start, span.stop):
+        size, problem = _unpacked_size(file, group, json_key, limits)
+        num_rows = file.metadata.row_group(group).num_rows
+        if problem:
+            yield Problem(f"{span.path}: row {number + 1}", problem)
+            number += num_rows
+            continue
+        some = max(1, min(256, _ROWS_BYTES * num_rows // max(size, 1)))
+        batches = file.iter_batches(batch_size=some, row_groups=[group], columns=[json_key])
+        while True:
+            try:
+                batch = next(batches, None)
+            except (OSError, arrow.ArrowException) as error:
+                yield Problem(f"{span.path}: row {number + 1}", f"the file is damaged here ({_first_line(error)})")
+                return
+            if batch is None:
+                break
+            for value in _values(arrow, batch.column(0)):
+                number += 1
+                yield _row(f"{span.path}: row {number}", value, json_key, share, limits)
+
+
+def _check_column(file: Any, path: str, json_key: str) -> None:
+    """UserError unless the file has a column of strings under this name."""
+    from pyarrow import types
+
     names = file.schema_arrow.names
     if json_key not in names:
         hint = nearest(json_key, names) or f"; it has {', '.join(names[:8])}"
-        raise UserError(f"{span.path}: no column {json_key!r}{hint}; name the text's column with --json-keys")
+        raise UserError(f"{path}: no column {json_key!r}{hint}; name the text's column with --json-keys")
     kind = file.schema_arrow.field(json_key).type
-    types = arrow.types
     plain = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(plain) or types.is_large_string(plain) or types.is_string_view(plain)):
-        raise UserError(f"{span.path}: column {json_key!r} holds {kind}, not strings; name the text's column")
-    groups = range(span.start, span.stop)
-    rows = sum(file.metadata.row_group(group).num_rows for group in groups)
-    share = span.num_bytes // max(rows, 1)
-    number = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
-    batches = file.iter_batches(batch_size=256, row_groups=list(groups), columns=[json_key])
-    while True:
-        try:
-            batch = next(batches, None)
-        except (OSError, arrow.ArrowException) as error:
-            yield Problem(f"{span.path}: row {number + 1}", f"the file is damaged here ({_first_line(error)})")
-            return
-        if batch is None:
-            return
-        for value in batch.column(0).cast(plain).cast(arrow.large_binary()).to_pylist():
-            number += 1
-            yield _row(f"{span.path}: row {number}", value, json_key, share)
+        raise UserError(f"{path}: column {json_key!r} holds {kind}, not strings; name the text's column")
 
 
-def _row(where: str, value: bytes | None, json_key: str, share: int) -> Item:
+def _unpacked_size(file: Any, group: int, json_key: str, limits: Limits) -> tuple[int, str]:
+    """(bytes of the texts of a row group, why they are not unpacked or '')."""
+    metadata = file.metadata.row_group(group)
+    columns = (metadata.column(number) for number in range(metadata.num_columns))
+    column = next(column for column in columns if column.path_in_schema == json_key)
+    size, packed = column.total_uncompressed_size, column.total_compressed_size
+    if size <= max(limits.document_bytes, _LARGEST_EXPANSION * packed):
+        return size, ""
+    return size, (
+        f"row group {group} unpacks {packed:,} bytes to {size:,}, as no text does; raise --max-document-megabytes "
+        "if it is sound"
+    )
+
+
+def _values(arrow: Any, column: Any) -> Iterator[bytes | None]:
+    """The texts of a column; one that many rows share is held once."""
+    if not arrow.types.is_dictionary(column.type):
+        yield from column.cast(arrow.large_binary()).to_pylist()
+        return
+    texts = column.dictionary.cast(arrow.large_binary())
+    for index in column.indices.to_pylist():
+        yield None if index is None else texts[index].as_py()
+
+
+def _row(where: str, value: bytes | None, json_key: str, share: int, limits: Limits) -> Item:
     if value is None:
         return Problem(where, f"{json_key!r} is null, not a string")
+    if len(value) > limits.document_bytes:
+        return Problem(where, _too_long("text", limits))
     try:
         value.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -263,9 +326,13 @@ def _open_parquet(path: str, span: Span | None = None) -> Any:
         raise UserError(f"{path}: is no parquet file or is damaged ({_first_line(error)}); fetch it again") from None
 
 
-def read_text(span: Span, json_key: str) -> Iterator[Item]:
+def read_text(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
     """The whole file is one document."""
-    data = Path(span.path).read_bytes()
+    with open(span.path, "rb") as stream:
+        data = stream.read(limits.document_bytes + 1)
+    if len(data) > limits.document_bytes:
+        yield Problem(span.path, _too_long("file", limits))
+        return
     try:
         yield Document(data.decode("utf-8-sig").encode("utf-8"), len(data))
     except UnicodeDecodeError as error:

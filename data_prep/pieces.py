@@ -30,6 +30,7 @@ import xxhash
 from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.fast_encoder import GigatokenEncoder
 from data_prep.formats import Document
+from data_prep.limits import Limits
 from data_prep.readers import Counts, Piece, read_span
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import make_parent, new_file
@@ -52,6 +53,7 @@ class Job:
     min_tokens: int
     max_tokens: int | None
     skip_invalid: bool
+    limits: Limits
     tokenizer_checksum: str
 
     def open_encoder(self, threads: int) -> Encoder:
@@ -85,7 +87,7 @@ def _key(job: Job, piece: Piece) -> str:
     """Everything that a piece's tokens follow from."""
     files = [(*span, *(os.stat(span.path).st_size, os.stat(span.path).st_mtime_ns)) for span in piece.spans]
     tokens = job.tokenizer_checksum, job.encoder, job.append_eod, job.eod_token_id
-    settings = *tokens, job.json_key, job.min_tokens, job.max_tokens
+    settings = *tokens, job.json_key, job.min_tokens, job.max_tokens, job.limits
     return digest(repr((files, settings)).encode()).hex()
 
 
@@ -123,7 +125,11 @@ def tokenize_piece(job: Job, number: int, piece: Piece, encoder: Encoder, report
     lengths: list[np.ndarray] = []
     digests: list[bytes] = []
     too_short = too_long = 0
-    documents = (item for span in piece.spans for item in read_span(span, job.json_key, counts, job.skip_invalid))
+    documents = (
+        document
+        for span in piece.spans
+        for document in read_span(span, job.json_key, counts, job.skip_invalid, job.limits)
+    )
     smallest = max(job.min_tokens, 1) + job.append_eod
     largest = None if job.max_tokens is None else job.max_tokens + job.append_eod
     with new_file(job.path(number, ".tokens")) as partial, open(partial, "wb") as stream:

@@ -6,15 +6,14 @@ kept when a job is interrupted. The cut follows from the files alone, not from w
 
 from __future__ import annotations
 
-import glob
-import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.formats import READERS, Document, Problem, Span, num_units
+from data_prep.inputs import find_inputs, kind_of
+from data_prep.limits import DEFAULT_LIMITS, Limits
 from megatron_a2d.errors import UserError
 
 PIECE_BYTES = 1 << 25
@@ -41,50 +40,6 @@ class Piece(NamedTuple):
         return sum(span.num_bytes for span in self.spans)
 
 
-def suffix_of(path: Path) -> str:
-    """`.jsonl.gz` for a.b.jsonl.gz; only such double endings that a reader knows."""
-    double = "".join(path.suffixes[-2:])
-    return double if double in READERS else path.suffix
-
-
-def expand_inputs(patterns: Sequence[Path | str], skip_invalid: bool = False) -> list[Path]:
-    """Files of files, directories (with all below them) and globs; a directory's files in the order of their paths.
-
-    UserError with every one that is missing, of a kind that no reader knows, or empty (unless `skip_invalid`).
-    """
-    problems: list[str] = []
-    paths: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file) in READERS)
-            missing = f"--input {path}: holds no {', '.join(READERS)} files; name another directory"
-        elif path.exists():
-            found, missing = [path], ""
-        elif glob.has_magic(str(path)):
-            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
-            missing = f"--input {path}: matches no file; check the pattern"
-        else:
-            found, missing = [], f"--input {path}: does not exist; check the path"
-        if not found:
-            problems.append(missing)
-        paths += found
-    for path in paths:
-        if not path.is_file():
-            problems.append(f"--input {path}: is not a file; name a file, a directory or a glob")
-        elif suffix_of(path) not in READERS:
-            problems.append(f"--input {path}: unknown kind of file; give {' or '.join(READERS)}")
-        elif path.stat().st_size == 0 and not skip_invalid:
-            problems.append(f"--input {path}: is empty; leave it out, or pass over such with --on-error skip")
-        elif not os.access(path, os.R_OK):
-            problems.append(f"--input {path}: cannot be read (no permission); change that, or leave it out")
-    twice = [path for path, count in Counter(paths).items() if count > 1]
-    problems += [f"--input {path}: is named twice; name it once" for path in sorted(twice)]
-    if problems:
-        raise UserError(problems)
-    return paths
-
-
 def plan_pieces(paths: Sequence[Path], piece_bytes: int = PIECE_BYTES, skip_invalid: bool = False) -> list[Piece]:
     """The corpus in pieces: large files are cut where their kind allows it, small ones put together.
 
@@ -105,7 +60,8 @@ def plan_pieces(paths: Sequence[Path], piece_bytes: int = PIECE_BYTES, skip_inva
 
 def _spans(path: Path, piece_bytes: int, skip_invalid: bool) -> Iterator[Span]:
     """Lines of .jsonl by bytes, .parquet by row groups; other kinds are read from their beginning alone."""
-    kind, size = suffix_of(path), path.stat().st_size
+    kind, size = kind_of(path), path.stat().st_size
+    assert kind is not None
     try:
         units = num_units(path, kind) if size else 0
     except UserError:
@@ -118,10 +74,12 @@ def _spans(path: Path, piece_bytes: int, skip_invalid: bool) -> Iterator[Span]:
         yield Span(str(path), kind, start, stop, size * (number + 1) // count - size * number // count)
 
 
-def read_span(span: Span, json_key: str, counts: Counts, skip_invalid: bool = False) -> Iterator[Document]:
+def read_span(
+    span: Span, json_key: str, counts: Counts, skip_invalid: bool = False, limits: Limits = DEFAULT_LIMITS
+) -> Iterator[Document]:
     """Every document of a span that has text. What cannot be read is a UserError, or counted and passed over."""
     empty = Problem(span.path, "is empty")
-    for item in READERS[span.kind](span, json_key) if span.num_bytes else [empty]:
+    for item in READERS[span.kind](span, json_key, limits) if span.num_bytes else [empty]:
         if isinstance(item, Problem):
             if not skip_invalid:
                 raise UserError(
@@ -137,15 +95,12 @@ def read_span(span: Span, json_key: str, counts: Counts, skip_invalid: bool = Fa
             yield item
 
 
-def input_size(patterns: Sequence[Path]) -> int:
-    """Bytes of all inputs; checks them first."""
-    return sum(path.stat().st_size for path in expand_inputs(patterns))
-
-
-def read_documents(patterns: Sequence[Path], json_key: str, counts: Counts) -> Iterator[Document]:
+def read_documents(
+    patterns: Sequence[Path], json_key: str, counts: Counts, limits: Limits = DEFAULT_LIMITS
+) -> Iterator[Document]:
     """Every document that has text, in the order of the files; UserError where there is none at all."""
-    for piece in plan_pieces(expand_inputs(patterns)):
+    for piece in plan_pieces(find_inputs(patterns).paths):
         for span in piece.spans:
-            yield from read_span(span, json_key, counts)
+            yield from read_span(span, json_key, counts, limits=limits)
     if counts.documents == 0:
         raise UserError(f"--input {' '.join(map(str, patterns))}: holds no text at all; give documents")

@@ -30,9 +30,11 @@ from rich.table import Table
 
 from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.fast_encoder import choose, corpus_sample
+from data_prep.inputs import find_inputs
+from data_prep.limits import add_limits, read_limits
 from data_prep.merge import merge
 from data_prep.pieces import Job, hold, is_done, tokenize_pieces
-from data_prep.readers import Piece, expand_inputs, plan_pieces
+from data_prep.readers import Piece, plan_pieces
 from data_prep.token_writer import TokenWriter, check_free, open_writers
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human, progress
@@ -41,6 +43,7 @@ from megatron_a2d.errors import UserError
 from megatron_a2d.files import write_json
 
 SHOWN_PROBLEMS = 10
+MAX_WORKERS = 1024
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -72,23 +75,26 @@ def prefixes_of(arguments: argparse.Namespace, json_key: str) -> tuple[str, list
     return prefix, [f"{prefix}_train", f"{prefix}_valid"] if arguments.valid_fraction else [prefix]
 
 
-def tokenize(arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], json_key: str) -> None:
+def tokenize(
+    arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], passed_over: list[str], json_key: str
+) -> None:
     """Read, encode and write everything under one key of the documents."""
     prefix, _ = prefixes_of(arguments, json_key)
-    chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(pieces, json_key))
+    limits = read_limits(arguments)
+    chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(pieces, json_key, limits))
     job = Job(
         directory=Path(f"{prefix}.parts"), tokenizer=arguments.tokenizer, encoder=chosen.name,
         vocab_size=reference.vocab_size, eod_token_id=reference.eod_token_id, append_eod=arguments.append_eod,
         json_key=json_key, min_tokens=arguments.min_tokens,
-        max_tokens=arguments.max_tokens, skip_invalid=arguments.on_error == "skip",
+        max_tokens=arguments.max_tokens, skip_invalid=arguments.on_error == "skip", limits=limits,
         tokenizer_checksum=file_checksum(tokenizer_file(arguments.tokenizer)),
     )  # fmt: skip
     with hold(job.directory):
-        _tokenize(arguments, reference, pieces, job, chosen.reason)
+        _tokenize(arguments, reference, pieces, job, {"encoder": chosen.reason, "passed_over": passed_over})
 
 
 def _tokenize(
-    arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], job: Job, encoded_by: str
+    arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], job: Job, facts: dict[str, Any]
 ) -> None:
     prefix, prefixes = prefixes_of(arguments, job.json_key)
     todo = missing_pieces(job, pieces)
@@ -110,7 +116,7 @@ def _tokenize(
             shutil.rmtree(job.directory)
             raise UserError(problem)
     counts["seconds"] = round(time.perf_counter() - begin, 3)
-    counts["encoder"] = encoded_by
+    counts |= facts
     write_json(f"{prefix}.report.json", counts | {"files": {writer.prefix: writer.num_documents for writer in writers}})
     shutil.rmtree(job.directory)
     report(writers, counts, f"{prefix}.report.json")
@@ -192,12 +198,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="what a line that is not UTF-8, not JSON or has no text does, and a file that is empty or cannot be "
         "opened: end the job, or be reported and passed over",
     )  # fmt: skip
+    add_limits(parser)
     arguments = parser.parse_args(argv)
     arguments.input = list(chain.from_iterable(arguments.input))
     if not 0 <= arguments.valid_fraction < 1:
         raise UserError(f"--valid-fraction {arguments.valid_fraction}: must be at least 0 and below 1")
-    if arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: something must encode; give 1 or more")
+    if not 1 <= arguments.workers <= MAX_WORKERS:
+        raise UserError(f"--workers {arguments.workers}: must lie in 1 .. {MAX_WORKERS}; one for each CPU is best")
+    read_limits(arguments)
     if arguments.min_tokens < 1:
         raise UserError(f"--min-tokens {arguments.min_tokens}: a document has tokens; give 1 or more")
     if arguments.max_tokens is not None and arguments.max_tokens < arguments.min_tokens:
@@ -213,10 +221,12 @@ def main(argv: list[str] | None = None) -> None:
     reference = open_encoder(arguments.tokenizer, arguments.append_eod, arguments.workers)
     check_free([name for key in arguments.json_keys for name in prefixes_of(arguments, key)[1]])
     skip_invalid = arguments.on_error == "skip"
-    pieces = plan_pieces(expand_inputs(arguments.input, skip_invalid), skip_invalid=skip_invalid)
+    inputs = find_inputs(arguments.input, skip_invalid)
+    inputs.show_passed_over()
+    pieces = plan_pieces(inputs.paths, skip_invalid=skip_invalid)
     for key in arguments.json_keys:
         try:
-            tokenize(arguments, reference, pieces, key)
+            tokenize(arguments, reference, pieces, inputs.passed_over, key)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise

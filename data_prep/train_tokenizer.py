@@ -27,7 +27,9 @@ from tokenizers import (
 )
 
 from data_prep.encoders import END_OF_TEXT
-from data_prep.readers import Counts, input_size, read_documents
+from data_prep.inputs import find_inputs
+from data_prep.limits import add_limits, read_limits
+from data_prep.readers import Counts, read_documents
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human, progress
 from megatron_a2d.errors import UserError
@@ -119,7 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the model's embedding")
     parser.add_argument("--reserved-tokens", type=int, default=8, help="rows at the end that no token uses")
     parser.add_argument("--out", required=True, type=Path, help="the directory to write")
+    add_limits(parser)
     arguments = parser.parse_args(argv)
+    limits = read_limits(arguments)
     if arguments.reserved_tokens < 1:
         raise UserError(f"--reserved-tokens {arguments.reserved_tokens}: the mask token needs a row; give 1 or more")
     num_tokens = arguments.vocab_size - arguments.reserved_tokens
@@ -131,10 +135,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     with new_directory(arguments.out, "--out") as partial:
         counts = Counts()
-        with progress("train tokenizer", input_size(arguments.input), "B") as advance:
+        inputs = find_inputs(arguments.input)
+        inputs.show_passed_over()
+        with progress("train tokenizer", sum(path.stat().st_size for path in inputs.paths), "B") as advance:
 
             def texts() -> Iterator[str]:
-                for document in read_documents(arguments.input, arguments.json_key, counts):
+                for document in read_documents(arguments.input, arguments.json_key, counts, limits):
                     advance(document.num_bytes)
                     yield document.text
 
