@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_a2d.architecture import Architecture
+from megatron_a2d.config import build
 from megatron_a2d.console import entry_point
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.model.flops import train_flops_per_token
+from megatron_a2d.precision import Scaling
 from megatron_a2d.study.report import draw_run, read_log
 from megatron_a2d.train import main
-from megatron_a2d.training import parallel
-from megatron_a2d.training.optimizer import role_of
+from megatron_a2d.training import optimizer, parallel
+from megatron_a2d.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    freeze_roles,
+    frozen_roles,
+    reuses_gradient_buffer,
+    role_of,
+)
 
 QWEN3_30B_A3B = Architecture(48, 2048, 32, 4, 128, 6144, 151936, 40960, 1e-6, 1e6, False, 128, 8, 768)
 QWEN3_8B = Architecture(36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e-6, 1e6, False)
@@ -119,3 +132,142 @@ def test_exit_code_of_a_checkpoint_that_cannot_be_written(capsys: pytest.Capture
     with pytest.raises(SystemExit) as end:
         entry_point(main)
     assert end.value.code == 74 and capsys.readouterr().err == "error: --save run: no room\n"
+
+
+class TinyModel(torch.nn.Module):
+    """A parameter of each role, and a vector and a matrix that have none of their own factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(params_dtype=torch.bfloat16)
+        self.shapes = {
+            "embedding": (3, 2),
+            "self_attention": (2, 2),
+            "mlp": (4, 2),
+            "router": (5, 2),
+            "final_norm": (2,),
+            "mlp_bias": (4,),
+        }
+        for name, shape in self.shapes.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+
+
+def megatron_config(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """megatron.core's configuration, and by parameter what the overrides say that match it."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        optimizer, "get_megatron_optimizer", lambda config, chunks, **others: asked.update(config=config, **others)
+    )
+    model = TinyModel()
+    build_optimizer(build(settings), [model], tied=False)  # type: ignore[list-item]
+    assert asked["use_gloo_process_groups"] is False
+    overrides = {
+        name: {
+            field: value
+            for key, override in asked["config_overrides"].items()
+            if key.matches(parameter, name)
+            for field, value in override.items()
+        }
+        for name, parameter in model.named_parameters()
+    }
+    return asked["config"], overrides
+
+
+def test_each_role_has_its_learning_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends of the decay are scaled; vectors do not decay, whatever their role."""
+    settings = {"lr": 0.5, "min_lr": 0.125, "lr_mult": {"attention": 4.0, "mlp": 0.5, "router": 0.0, "embedding": 1.0}}
+    _, overrides = megatron_config(monkeypatch, settings)
+    attention = {"max_lr": 2.0, "min_lr": 0.5, "lr_mult": 4.0}
+    mlp = {"max_lr": 0.25, "min_lr": 0.0625, "lr_mult": 0.5}
+    assert overrides == {
+        "embedding": {}, "self_attention": attention, "mlp": mlp, "router": {}, "final_norm": {"wd_mult": 0.0}, "mlp_bias": {**mlp, "wd_mult": 0.0},
+    }  # fmt: skip
+
+
+def test_settings_reach_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {
+        "lr": 3e-4, "min_lr": 2e-5, "weight_decay": 0.07, "adam_beta1": 0.85, "adam_beta2": 0.93, "adam_eps": 3e-7, "clip_grad": 0.6,
+        "bf16": True, "use_distributed_optimizer": True, "overlap_param_gather": True, "overlap_grad_reduce": True,
+    }  # fmt: skip
+    config, _ = megatron_config(monkeypatch, settings)
+    names = (
+        "lr",
+        "min_lr",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_eps",
+        "clip_grad",
+        "bf16",
+        "use_distributed_optimizer",
+        "overlap_param_gather",
+    )
+    assert {name: getattr(config, name) for name in names} == {name: settings[name] for name in names}
+    assert config.optimizer == "adam" and config.params_dtype == torch.bfloat16 and config.fp8_recipe is None
+    assert not config.use_precision_aware_optimizer and config.main_grads_dtype == torch.float32
+    assert (
+        config.exp_avg_dtype == config.exp_avg_sq_dtype == torch.float32
+        and not config.reuse_grad_buf_for_mxfp8_param_ag
+    )
+
+
+@pytest.mark.parametrize(("in_fp32", "expected"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_types_of_a_precision_aware_optimizer(
+    in_fp32: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "use_precision_aware_optimizer": True,
+        "use_distributed_optimizer": True,
+        "grad_reduce_in_fp32": in_fp32,
+        "exp_avg_dtype": "bf16",
+    }
+    monkeypatch.setattr(
+        optimizer, "MegatronOptimizerConfig", SimpleNamespace
+    )  # megatron.core's asks Transformer Engine
+    config, _ = megatron_config(monkeypatch, settings)
+    assert config.use_precision_aware_optimizer and config.main_grads_dtype == expected
+    assert (config.exp_avg_dtype, config.exp_avg_sq_dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_only_mxfp8_weights_are_gathered_into_the_gradients() -> None:
+    for gathers in (False, True):
+        for recipe in (None, "mxfp8", "blockwise"):
+            scaling = Scaling(recipe, "e4m3") if recipe else None
+            assert reuses_gradient_buffer(build({"fp8_param_gather": gathers}), scaling) == (
+                gathers and recipe == "mxfp8"
+            )
+
+
+def test_frozen_roles_ask_for_no_gradient() -> None:
+    factors = {"mlp": 0.0, "norm": 0.0, "attention": 0.5}
+    model = TinyModel()
+    freeze_roles(model, factors, tied=False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"mlp", "mlp_bias", "final_norm"}
+    assert (
+        frozen_roles({"lr_mult": factors}) == {"mlp", "norm"}
+        and frozen_roles({}) == frozen_roles({"lr_mult": None}) == set()
+    )
+
+
+def learning_rates(**settings: Any) -> list[float]:
+    """Of iterations 0 .. train_iters, as the schedule sets them for a group of factor 1 and one of factor 4."""
+    groups = [{"lr": 0.0, "weight_decay": 0.0}, {"lr": 0.0, "weight_decay": 0.0, "max_lr": 4.0, "min_lr": 0.4}]
+    config = build({"lr": 1.0, "min_lr": 0.1, "weight_decay": 0.3, **settings})
+    scheduler = build_scheduler(config, SimpleNamespace(param_groups=groups))  # type: ignore[arg-type]
+    found = []
+    for _ in range(config.training.train_iters + 1):
+        found.append(groups[0]["lr"])
+        assert groups[1]["lr"] == pytest.approx(4 * groups[0]["lr"]) and groups[0]["weight_decay"] == 0.3
+        scheduler.step(1)
+    return found
+
+
+def test_the_schedule_of_learning_rates() -> None:
+    """Linear warm-up from 0, half a cosine down to min_lr; WSD stays up and comes down in its last iterations."""
+    cosine = learning_rates(train_iters=20, lr_warmup_iters=4, lr_decay_style="cosine")
+    assert cosine[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+    assert cosine[4:] == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * step / 16)) / 2 for step in range(17)])
+    wsd = learning_rates(train_iters=20, lr_warmup_iters=2, lr_decay_style="WSD", lr_wsd_decay_iters=8)
+    assert wsd[:13] == pytest.approx([0, 0.5, *[1.0] * 11])
+    assert wsd[12:] == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)])
