@@ -16,7 +16,7 @@ from megatron_a2d.conversion.manifest import MANIFEST, Entry, check_manifest, li
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import write_json
 from megatron_a2d.training.checkpoint import remove_old
-from megatron_a2d.training.resume import find_start
+from megatron_a2d.training.resume import Start, differences, find_start
 from tests import tiny
 
 
@@ -204,3 +204,75 @@ def test_a_removal_cut_short_leaves_nothing_that_looks_whole(run: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         remove()
     assert sorted(path.name for path in run.glob("iter_*")) == ["iter_0000020", "iter_0000030"]
+
+
+def told(**settings: Any) -> tuple[Start, list[str]]:
+    """Where a run starts, and what it is told."""
+    lines: list[str] = []
+    config = build({key: str(value) if isinstance(value, Path) else value for key, value in settings.items()})
+    return find_start(config, lines.append), lines
+
+
+def test_what_is_taken_beside_the_weights(run: Path, tmp_path: Path) -> None:
+    """Everything, but from a converted model, for --finetune, and where the weights are drawn anew."""
+    make(tmp_path / "first" / "iter_0000000")
+    assert told(save=run) == (Start(run / "iter_0000030", False), [])
+    assert told(load=run) == (Start(run / "iter_0000030", False), [])
+    assert told(load=run, save=tmp_path / "none")[0] == Start(run / "iter_0000030", False)
+    assert told(load=run, finetune=True)[0] == Start(run / "iter_0000030", True)
+    assert told(load=run, conversion="random", seed=3)[0] == Start(run / "iter_0000030", True)
+    assert told(load=tmp_path / "first" / "iter_0000000", seed=3) == (
+        Start(tmp_path / "first" / "iter_0000000", True),
+        [],
+    )
+    assert told(save=run, load=tmp_path / "first", finetune=True)[0] == Start(run / "iter_0000030", False), (
+        "--save comes first"
+    )
+    with pytest.raises(UserError, match="--load: is missing"):
+        told()
+
+
+def test_what_is_passed_over_is_told(run: Path) -> None:
+    flip_a_bit(run / "iter_0000030" / "common.pt")
+    (run / TRACKER).write_text("40\n")
+    start, lines = told(save=run)
+    assert start.directory.name == "iter_0000020" and len(lines) == 2
+    assert lines[0] == f"{run / 'iter_0000040'}: is missing"
+    assert "common.pt: is damaged" in lines[1] and lines[1].endswith("; iter_0000030 is passed over")
+    with pytest.raises(UserError, match="leave out --load-iteration 30"):
+        told(save=run, load_iteration=30)
+    with pytest.raises(UserError, match="restore the file, or use another iteration"):
+        told(load=run, load_iteration=30)
+
+
+def test_changes_that_hold_from_now_on_are_told(run: Path) -> None:
+    _, lines = told(load=run, lr=1e-5, train_iters=77, lr_mult={"mlp": 0.5, "norm": 2.0}, num_workers=9)
+    before = build({})
+    assert lines == [
+        f"--train-iters 77: was {before.training.train_iters} until iteration 30, and holds from now on",
+        f"--lr 1e-05: was {before.optimization.lr} until iteration 30, and holds from now on",
+        "--lr-mult mlp=0.5 norm=2.0: was "
+        + (" ".join(f"{role}={factor}" for role, factor in before.optimization.lr_mult.items()) or "no factors")
+        + " until iteration 30, and holds from now on",
+    ]
+
+
+def test_bound_settings_that_differ(run: Path) -> None:
+    (line,) = differences(build({"label_shift": False}), run / "iter_0000030")
+    assert line == (
+        f"--label-shift false: {run / 'iter_0000030'} was trained with true; resume with that, or start a new run from its "
+        f"weights: --load {run / 'iter_0000030'} --finetune and another --save"
+    )
+    (run / "iter_0000030" / "run.json").write_text("{}")  # before any of the settings was there
+    assert differences(build({}), run / "iter_0000030") == []
+    assert len(differences(build({"seed": 5, "bf16": not build({}).training.bf16}), run / "iter_0000030")) == 2
+
+
+def test_checkpoints_of_other_programs_need_no_manifest_where_nobody_looks(run: Path) -> None:
+    (run / "iter_0000030" / MANIFEST).unlink()
+    assert told(load=run, verify_checkpoint=False)[0].directory.name == "iter_0000030"
+    with pytest.raises(UserError):
+        told(load=run)
+    (run / "iter_0000020" / "common.pt").unlink()
+    with pytest.raises(UserError, match=r"common.pt"):
+        told(load=run / "iter_0000020", verify_checkpoint=False)
