@@ -98,7 +98,7 @@ class BlockHasher:
         """The table's next entries, after `data`."""
         sums = []
         start = min(BLOCK - self._filled, len(data)) if self._filled else 0
-        if start:
+        if self._filled:
             self._open.update(data[:start])
             self._filled += start
             if self._filled < BLOCK:
