@@ -14,16 +14,18 @@ from megatron_a2d.config import build
 from megatron_a2d.conversion.checkpoint import resolve
 from megatron_a2d.conversion.qwen3 import named_architecture
 from megatron_a2d.model import masked_head
+from megatron_a2d.model.chunks import rows_per_chunk
 from megatron_a2d.planner import memory as planned
 from megatron_a2d.planner.activations import layer_activations
 from megatron_a2d.planner.job import Job, job_of
-from megatron_a2d.planner.memory import logit_bytes, state_bytes
+from megatron_a2d.planner.memory import logit_bytes, memory, microbatches_in_flight, state_bytes
 from megatron_a2d.planner.parameters import stage_buffers, stage_parameters
 from tests.cases import Case
 from tests.parity.jobs import SETTINGS
 from tests.parity.layouts import CP, DISTRIBUTED, EP, OVERLAP, PP, TP_SP, VPP
 from tests.parity.pool import Pool
 from tests.unit.test_masked_head import Memory, OneRank
+from tests.unit.test_planner import B200, JOB
 
 # Of the layers' activations; routing is uneven, and the all-to-all dispatcher keeps a little of its own.
 ACTIVATIONS_WITHIN = {"dense": 1e-3, "dense_tied": 1e-3, "moe": 0.05}
@@ -125,17 +127,102 @@ def test_head(rows: int, grad_reduce_in_fp32: bool, monkeypatch: pytest.MonkeyPa
     )
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32 if grad_reduce_in_fp32 else torch.bfloat16)  # type: ignore[attr-defined]
     labels = torch.zeros(rows, dtype=torch.long)
-    memory = Memory()
-    memory._known.add(weight.untyped_storage().data_ptr())  # its transposed view is no new tensor
-    with memory:
+    seen = Memory()
+    seen._known.add(weight.untyped_storage().data_ptr())  # its transposed view is no new tensor
+    with seen:
         losses, _ = masked_head._MaskedHead.apply(hidden_rows.clone(), weight, labels, OneRank, chunk)
         losses.sum().backward()
     shape = replace(named_architecture("Qwen3-8B"), vocab_size=vocabulary, hidden_size=hidden)
     job = Job(shape, 1, seq_length=rows, bf16=True, grad_reduce_in_fp32=grad_reduce_in_fp32)
-    assert memory.peak == pytest.approx(logit_bytes(job), rel=0.02)
+    assert seen.peak == pytest.approx(logit_bytes(job), rel=0.02)
     if rows > 2 * chunk:
-        assert memory.peak < 0.5 * logit_bytes(replace(job, whole_logits=True))
+        assert seen.peak < 0.5 * logit_bytes(replace(job, whole_logits=True))
 
 
 def final_norm_bytes(job: Job) -> float:
     return job.tokens_between_layers * (2 * job.architecture.hidden_size + 1) * 4
+
+
+def test_micro_batches_in_flight() -> None:
+    """1F1B holds one for each stage from itself on; interleaving as many parts of one as are warmed up, and the next."""
+    for stage, expected in enumerate((4, 3, 2, 1)):
+        job = replace(JOB, pipeline_model_parallel_size=4)
+        assert microbatches_in_flight(job, stage) == expected
+        assert microbatches_in_flight(replace(job, global_batch_size=2 * job.data_parallel_size), stage) == min(
+            2, expected
+        )
+    # Warmed up: 2 parts for each later stage, and all other parts of p micro-batches; then one more is begun.
+    for virtual, expected in ((2, (11 / 2, 9 / 2, 7 / 2, 5 / 2)), (3, (15 / 3, 13 / 3, 11 / 3, 9 / 3))):
+        job = replace(JOB, pipeline_model_parallel_size=4, num_virtual_stages_per_pipeline_rank=virtual)
+        assert [microbatches_in_flight(job, stage) for stage in range(4)] == pytest.approx(expected)
+        few = replace(job, global_batch_size=2 * job.data_parallel_size)
+        assert [microbatches_in_flight(few, stage) for stage in range(4)] == pytest.approx(
+            [min(2, held) for held in expected]
+        )
+
+
+def test_memory_part_by_part() -> None:
+    """The 30B on 64 GPUs in 4 stages, by hand: 2 sequences of 4,096 tokens, 12 layers a stage, 16 of 128 experts each."""
+    job = replace(JOB, pipeline_model_parallel_size=4, micro_batch_size=2, seq_length=4096, imbalance=1.25)
+    parts, kept = memory(job), layer_activations(job)
+    assert parts.activations == pytest.approx(kept.total * 12 * 4), "the first stage holds four micro-batches"
+    rows = 2 * 4096 * 8  # each token goes to 8 experts
+    moved = 2 * (rows + 1.25 * rows) * 2048 * 2
+    assert parts.dispatcher == pytest.approx(moved + 0.25 * kept.of_experts * 12 * 4)
+    # All 64, 4 stages, 8 experts' ranks, 16 replicas of dense weights and 2 of experts.
+    assert parts.communication == (2 + 5 * 0.25) * 2**30
+    assert parts.headroom == 0 and memory(job, B200).headroom == pytest.approx(0.04 * B200.memory_bytes)
+    assert parts.total == pytest.approx(sum(getattr(parts, name) for name in parts._fields))
+    assert parts.state == parts.weights + parts.gradients + parts.optimizer
+
+    layers = replace(job, recompute_granularity="full", recompute_method="block", recompute_num_layers=5)
+    inputs = 2 * 4096 * 2048 * 2
+    again = memory(layers)
+    assert again.activations == pytest.approx((kept.total * 7 + inputs * 5) * 4 + kept.total)
+    assert again.dispatcher == pytest.approx(moved + 0.25 * kept.of_experts * 7 * 4)
+    every = memory(replace(layers, recompute_num_layers=12))
+    assert every.activations == pytest.approx(inputs * 12 * 4 + kept.total)
+    assert every.dispatcher == pytest.approx(moved + 0.25 * kept.of_experts * 4), "the layer that is computed again"
+
+
+def test_the_fullest_stage_counts() -> None:
+    """With few micro-batches the last stage, whose logits the first has not; with many the first."""
+    job = replace(JOB, pipeline_model_parallel_size=4, micro_batch_size=1, whole_logits=True)
+    few = replace(job, global_batch_size=job.data_parallel_size)
+    assert memory(job).logits == 0 < memory(few).logits == 4096 * (151936 * 6 + 2048 * 2)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "bf16", "in_fp32"), [(1, True, True), (2, True, False), (4, False, True), (1, False, False)]
+)
+def test_logits_of_a_real_vocabulary(tensor: int, bf16: bool, in_fp32: bool) -> None:
+    """Rows and their gradient; the weight's gradient or a chunk's logits, whichever is larger; and its fp32 sum beside bf16."""
+    job = replace(JOB, tensor_model_parallel_size=tensor, bf16=bf16, grad_reduce_in_fp32=in_fp32, micro_batch_size=1)
+    number, vocabulary = (2 if bf16 else 4), 151936 // tensor
+    rows = 2 * 4096 * 2048 * number
+    chunk = min(4096, rows_per_chunk(vocabulary, "cuda")) * vocabulary * number
+    weight = vocabulary * 2048 * number
+    summed = vocabulary * 2048 * 4 if bf16 and not in_fp32 else 0
+    assert logit_bytes(job) == rows + max(chunk, weight) + summed
+    short = replace(job, seq_length=64)
+    assert logit_bytes(short) == 2 * 64 * 2048 * number + max(64 * vocabulary * number, weight) + summed
+
+
+def test_fp8_copies() -> None:
+    """By rows and by columns, a byte each; as parameters they take the bf16 weights' place."""
+    job = replace(JOB, fp8="mxfp8")
+    attention = 2048 * (4096 + 2 * 512) + 4096 * 2048
+    experts = 128 // 8 * 3 * 768 * 2048
+    assert memory(job).fp8_copies == 2 * 48 * (attention + experts)
+    assert memory(replace(job, fp8_param_gather=True)).fp8_copies == 0
+
+
+@pytest.mark.parametrize(
+    ("average", "square", "moments"), [("fp32", "fp32", 8), ("bf16", "fp32", 6), ("bf16", "bf16", 4)]
+)
+def test_bytes_of_moments(average: str, square: str, moments: int) -> None:
+    job = replace(JOB, use_distributed_optimizer=False, exp_avg_dtype=average, exp_avg_sq_dtype=square)
+    weights, _, optimizer = state_bytes(job, 0)
+    assert optimizer / (weights / 2) == moments + 4, "and the fp32 weights"
+    weights, _, optimizer = state_bytes(replace(job, bf16=False), 0)
+    assert optimizer / (weights / 4) == moments
