@@ -116,12 +116,12 @@ test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLU
 	$(TESTS) tests/slurm -m "" $(ARGS)
 
 SEED ?= 1
-test-mutants: $(VENV)/mutants  ## small changes to the core that some test should notice: 150 by SEED; stopped, it resumes; hours
+test-mutants: setup  ## small changes to the core, 150 by SEED, that some test should notice; stopped, it resumes; an hour
+ifneq ($(MADE),)
+	@$(PY) -c 'import coverage, mutmut' 2>/dev/null || $(PY) -m pip --disable-pip-version-check --quiet install \
+	  --constraint constraints/mutants.txt --editable '.[mutants]'
+endif
 	$(TESTS:pytest=tests.mutants) --seed $(SEED) $(ARGS)
-
-$(VENV)/mutants: $(VENV)/installed
-	@$(PIP) install --constraint constraints/py311.txt --editable '.[mutants]'
-	@touch $@
 
 check: setup  ## linters, formatter, types
 	$(BIN)/ruff check .
