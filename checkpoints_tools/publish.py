@@ -9,6 +9,7 @@ The token comes from HF_TOKEN or from `hf auth login` and is never shown; HF_END
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human, progress
 from megatron_a2d.errors import UserError
-from megatron_a2d.printable import print_line
+from megatron_a2d.printable import print_line, without_passwords
 
 SUMS = "SHA256SUMS"
 
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     total = human(sum(files.values()), "B")
     for name, size in files.items():
         print_line(f"{human(size, 'B'):>10}  {name}")
-    print_line(f"{len(files)} files, {total}, to {options.repo} on {constants.ENDPOINT}; checksums are right")
+    hub = without_passwords(constants.ENDPOINT)
+    print_line(f"{len(files)} files, {total}, to {options.repo} on {hub}; checksums are right")
     if options.dry_run:
         print_line(
             "dry run: nothing was sent" + ("" if token else "; there is no token, set HF_TOKEN or run hf auth login")
@@ -92,16 +94,28 @@ def check_export(directory: Path) -> dict[str, int]:
 
 
 def push(directory: Path, repo: str, private: bool, message: str, token: str) -> str:
-    """The address of the commit. What the hub refuses is a UserError without the token in it."""
+    """The address of the commit. What the hub refuses is a UserError without the token, or a password, in it."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="megatron_a2d")
+    remedy = "correct it and push again"
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message).commit_url)
+        if _sends_through_xet():
+            # It neither asks for the older way (LFS) nor falls back to it where a hub has no Xet storage.
+            remedy += ", with HF_HUB_DISABLE_XET=1 for a hub or mirror that has no Xet storage"
+        commit = api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message)
+        return without_passwords(str(commit.commit_url))
     except Exception as error:  # of several HTTP libraries, by version; a traceback could show the request's headers
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(token, "***")
-        raise UserError(f"--repo {repo}: the hub did not take it ({reason}); correct it and push again") from None
+        reason = without_passwords(" ".join(f"{type(error).__name__}: {error}".split()).replace(token, "***"))
+        raise UserError(f"--repo {repo}: the hub did not take it ({reason}); {remedy}") from None
+
+
+def _sends_through_xet() -> bool:
+    """Whether huggingface_hub uploads large files by hf-xet."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human
 from megatron_a2d.errors import UserError, nearest
 from megatron_a2d.files import new_file, read_json, write_json
+from megatron_a2d.printable import without_passwords
 
 STATE = "download.json"
 
@@ -45,13 +46,29 @@ def stream(source: HubSource, skip: int) -> Iterator[dict[str, Any]]:
         ) from None
     try:
         rows = datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=True)
-        yield from rows.skip(skip)
+        yield from _as_written(datasets, rows, source).skip(skip)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # of the library, the hub, the network
-        words = " ".join(str(error).split())[:300]
+        words = without_passwords(" ".join(str(error).split()))[:300]
         raise UserError(
             f"--dataset {source.dataset}: cannot be read ({type(error).__name__}: {words}); check its name, --name, "
             "--split and the network, and run the same command again to go on"
         ) from None
+
+
+def _as_written(datasets: Any, rows: Any, source: HubSource) -> Any:
+    """The rows with every text of JSON files as the file has it.
+
+    datasets 5.2.0 guesses a column's type from the first 10 MB. Where that is text, a number further on becomes text
+    too, and all other texts of its 10 MB come in quotation marks. As JSON values they are left alone, and what is
+    no text is found wherever it stands.
+    """
+    json_values, features = getattr(datasets, "Json", None), rows.features
+    builder = datasets.load_dataset_builder(source.dataset, source.name)
+    kinds = {parent.__name__ for parent in type(builder).__mro__}
+    if json_values is None or "Json" not in kinds or source.text_key not in (features or {}):
+        return rows
+    features = type(features)({**features, source.text_key: json_values()})
+    return datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=True, features=features)
 
 
 def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int | None) -> dict[str, Any]:
@@ -72,7 +89,7 @@ def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int 
         task = bar.add_task(out.name, total=None, amount="")
         while not state["complete"]:
             number, documents, size, ended = len(state["shards"]), 0, 0, False
-            with new_file(out / f"{number:05d}.jsonl.zst") as partial, open(partial, "wb") as raw:
+            with new_file(out / _shard(number)) as partial, open(partial, "wb") as raw:
                 with zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as shard:
                     while size < shard_bytes:
                         if max_documents is not None and state["documents"] + documents >= max_documents:
@@ -82,13 +99,13 @@ def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int 
                         if row is None:
                             ended = True
                             break
-                        text = _text(row, source)
+                        text = _text(row, source, state["documents"] + documents + 1)
                         shard.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
                         documents, size = documents + 1, size + len(text)
                         if documents % 1000 == 0:
                             done = state["documents"] + documents
                             bar.update(task, amount=f"{done:,} documents, shard {number}: {human(size, 'characters')}")
-            state["shards"].append({"file": f"{number:05d}.jsonl.zst", "documents": documents})
+            state["shards"].append({"file": _shard(number), "documents": documents})
             state["documents"] += documents
             state["complete"] = ended
             write_json(out / STATE, state)
@@ -98,13 +115,17 @@ def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int 
     return state
 
 
-def _text(row: dict[str, Any], source: HubSource) -> str:
+def _text(row: dict[str, Any], source: HubSource, number: int) -> str:
+    """The text of row `number`, counted from 1; of a .jsonl file that is its line."""
     if source.text_key not in row:
         hint = nearest(source.text_key, row) or f"; it has {', '.join(list(row)[:8])}"
         raise UserError(f"--dataset {source.dataset}: no column {source.text_key!r}{hint}; name it with --text-key")
     text = row[source.text_key]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"--dataset {source.dataset}: {source.text_key!r} holds {type(text).__name__}, not text")
+        raise UserError(
+            f"--dataset {source.dataset}: row {number}: {source.text_key!r} holds {type(text).__name__}, not text; "
+            "correct the dataset, or name the text's column with --text-key"
+        )
     return text or ""
 
 
@@ -115,10 +136,23 @@ def _read_state(source: HubSource, out: Path) -> dict[str, Any]:
     state = read_json(out / STATE, "the state of the download")
     if state.get("source") != wanted:
         raise UserError(f"--out {out}: holds another dataset, {state.get('source')}; name another directory")
-    missing = [shard["file"] for shard in state["shards"] if not (out / shard["file"]).exists()]
+    shards = state.get("shards")
+    files = [shard.get("file") for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else None
+    if (
+        files is None
+        or files != [_shard(number) for number in range(len(shards))]
+        or not isinstance(state.get("documents"), int)
+        or not isinstance(state.get("complete"), bool)
+    ):
+        raise UserError(f"{out / STATE}: is damaged; remove the directory and download it again")
+    missing = [file for file in files if not (out / file).exists()]
     if missing:
         raise UserError(f"--out {out}: {missing[0]} is missing; remove the directory and fetch it again")
     return state
+
+
+def _shard(number: int) -> str:
+    return f"{number:05d}.jsonl.zst"
 
 
 def sources_of(arguments: argparse.Namespace) -> dict[Path, HubSource]:

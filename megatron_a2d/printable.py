@@ -27,6 +27,17 @@ def one_line(text: object) -> str:
     return line
 
 
+def is_name(value: object) -> bool:
+    """Whether `value` can name something in a directory, a table or a log: printable, no path, not hidden."""
+    return (
+        isinstance(value, str)
+        and 0 < len(value.encode("utf-8", "replace")) <= 200
+        and value.isprintable()
+        and not value.startswith(".")
+        and not set("/\\") & set(value)
+    )
+
+
 def lines_of(text: str) -> str:
     """`text` with its line breaks and tabs, and no other control character."""
     return _IN_A_TEXT.sub(_escape, text)
@@ -47,3 +58,8 @@ def print_text(text: str) -> None:
 
 def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode("ascii")
+
+
+def without_passwords(text: str) -> str:
+    """`text` whose addresses have lost user and password: a library's message may quote the one that was set."""
+    return re.sub(r"(?<=://)[^/\s]*@", "***@", text)

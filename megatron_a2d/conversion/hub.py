@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from megatron_a2d.conversion.checkpoint import HF_PATTERNS
 from megatron_a2d.errors import UserError
+from megatron_a2d.printable import without_passwords
 
 
 class Model(NamedTuple):
@@ -28,7 +29,7 @@ def find_model(given: str) -> Model:
     try:
         return Model(Path(snapshot_download(given, allow_patterns=patterns)), given)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())
+        reason = without_passwords(" ".join(str(error).split()))
         raise UserError(
             f"--hf {given}: no such directory, and the hub does not give it ({reason}); "
             "check the name and the connection, or download it and give the directory"

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from megatron_a2d.errors import UserError
@@ -57,7 +57,9 @@ def check_manifest(directory: Path, checksums: bool = True) -> list[str]:
     problems, whole = [], []
     for name, entry in expected.items():
         path = directory / name
-        if not path.is_file():
+        if ".." in PurePath(name).parts or PurePath(name).is_absolute():
+            problems.append(f"{directory / MANIFEST}: names {name!r}, which lies outside the directory")
+        elif not path.is_file():
             problems.append(f"{path}: is missing")
         elif (size := path.stat().st_size) != entry.size:
             problems.append(f"{path}: has {size} bytes, not {entry.size}")

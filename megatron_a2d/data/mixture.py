@@ -29,6 +29,7 @@ from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.permutation import Permutation
 from megatron_a2d.errors import UserError, nearest
 from megatron_a2d.files import read_yaml
+from megatron_a2d.printable import is_name
 
 _BLOCK = 1024
 _KEYS = ("train_path", "valid_path", "weight", "max_epochs", "hub")
@@ -52,7 +53,13 @@ def read_mixture(path: str | Path) -> list[Source]:
     entries = content.get("sources")
     if not isinstance(entries, dict) or not entries or len(content) > 1:
         raise UserError(f"{where}: must hold `sources:` and nothing else, with an entry for each source; correct it")
-    problems = [line for name, entry in entries.items() for line in _entry_problems(f"{where}: {name}", entry)]
+    problems = [
+        f"{where}: {name!r}: is no name for a source, which becomes a directory's and a chart's; leave out slashes, a "
+        "leading dot and control characters"
+        for name in entries
+        if not is_name(str(name))
+    ]
+    problems += [line for name, entry in entries.items() for line in _entry_problems(f"{where}: {name}", entry)]
     if problems:
         raise UserError(problems)
     # As written in the file: 0.1 is a tenth, not the nearest binary number.

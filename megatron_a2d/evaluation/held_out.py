@@ -22,6 +22,7 @@ from megatron_a2d.diffusion.validation import SampleColumns, ValidationResult, s
 from megatron_a2d.errors import UserError
 from megatron_a2d.evaluation.scoring import label_losses
 from megatron_a2d.inference.opened import Opened
+from megatron_a2d.printable import is_name
 from megatron_a2d.training.loop import make_sample
 from megatron_a2d.training.validation import VALIDATION_SEED
 
@@ -40,6 +41,8 @@ def open_sources(named_paths: Sequence[str], seq_length: int, vocab_size: int) -
         name, equals, prefix = word.partition("=")
         if not equals:
             name, prefix = Path(word).name, word
+        if not is_name(name):
+            raise UserError(f"--valid-data-path {word}: {name!r} is no name for a source; write another NAME={prefix}")
         if any(name == source.name for source in sources):
             raise UserError(f"--valid-data-path {word}: there are two sources called {name!r}; write NAME={prefix}")
         sources.append(Source(name, PackedDataset(prefix, seq_length, seed=VALIDATION_SEED, vocab_size=vocab_size)))

@@ -26,6 +26,7 @@ from megatron_a2d.conversion.sources import open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_reader import read_common
 from megatron_a2d.errors import UserError
 from megatron_a2d.hf import TRAVELLING
+from megatron_a2d.printable import without_passwords
 from megatron_a2d.verification import report
 from megatron_a2d.verification.streamed import StreamedModel
 from tests import tiny
@@ -308,6 +309,41 @@ def test_a_hub_that_does_not_answer_is_one_line(exported: Path, hub: Hub) -> Non
     assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     done = push(exported, hub, token="hf_sec\x01ret")
     assert done.returncode == 2 and "holds a character" in done.stderr and "ret" not in done.stderr.partition("hub")[0]
+
+
+def test_passwords_of_an_endpoint_are_not_shown(exported: Path, hub: Hub) -> None:
+    secret = "pass:w@rd"
+    hub.url = hub.url.replace("://", f"://me:{secret}@")
+    done = push(exported, hub, "--dry-run")
+    assert done.returncode == 0 and "on http://***@127.0.0.1:" in done.stdout
+    hub.url = f"http://me:{secret}@127.0.0.1:9"
+    failed = push(exported, hub)
+    assert failed.returncode == 2
+    assert not any(part in word for part in ("w@rd", "me:") for d in (done, failed) for word in (d.stdout, d.stderr))
+    words = f"({hub.url}/x?y=a@b https://hub/b@c)"
+    assert without_passwords(words) == "(http://***@127.0.0.1:9/x?y=a@b https://hub/b@c)"
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_a_hub_without_xet_is_told_of(exported: Path, disabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Xet token missing at http://me:secret@hub/x")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", disabled)
+    monkeypatch.setattr(publish.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
+    with pytest.raises(
+        UserError, match=r"did not take it \(RuntimeError: Xet token missing at http://\*\*\*@hub/x\)"
+    ) as caught:
+        publish.push(exported, "me/rnd1", False, "message", TOKEN)
+    assert ("HF_HUB_DISABLE_XET=1" in str(caught.value)) != disabled
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
+    with pytest.raises(UserError) as caught:
+        publish.push(exported, "me/rnd1", False, "message", TOKEN)
+    assert "HF_HUB_DISABLE_XET" not in str(caught.value)
 
 
 def test_an_export_that_was_changed_is_not_published(exported: Path, tmp_path: Path) -> None:

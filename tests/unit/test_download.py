@@ -82,6 +82,57 @@ def test_bad_input(dataset, tmp_path):
         fetch("--dataset", dataset, "--out", out, "--split", "test")
 
 
+@pytest.mark.parametrize("place", [3, 400])
+@pytest.mark.parametrize("value", [5, 2.5, True, ["a"], {"a": 1}])
+def test_what_is_no_text_is_found_wherever_it_stands(place, value, dataset, tmp_path, monkeypatch):
+    """In the part of a file that decides its type, and in a later one."""
+    from datasets.packaged_modules.json.json import JsonConfig
+
+    monkeypatch.setattr(JsonConfig, "chunksize", 10_000)
+    monkeypatch.setattr(
+        JsonConfig.__init__,
+        "__defaults__",
+        tuple(10_000 if value == 10 << 20 else value for value in JsonConfig.__init__.__defaults__),
+    )
+    lines = [{"text": value if n == place else f"text {n} {'x' * 80}", "n": {"m": n}} for n in range(600)]
+    (dataset / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=rf"row {place + 1}: 'text' holds {type(value).__name__}, not text"):
+        fetch("--dataset", dataset, "--out", tmp_path / "raw", "--shard-megabytes", 0.002)
+    held = texts(tmp_path / "raw") if (tmp_path / "raw" / "00000.jsonl.zst").exists() else []
+    assert held == [line["text"] for line in lines[: len(held)]] and len(held) > place - 50
+
+
+def test_names_of_sources_are_no_paths(tmp_path):
+    def problems(name: str) -> list[str]:
+        entry = "{train_path: a, weight: 1, hub: {dataset: a/b}}"
+        (tmp_path / "m.yaml").write_text(f"sources:\n  {json.dumps(name)}: {entry}\n")
+        try:
+            sources = read_mixture(tmp_path / "m.yaml")
+        except UserError as error:
+            return error.problems
+        assert sources[0].name == name
+        return []
+
+    for name in ("web", "web 2", "wéb-1.0", "a" * 200, "-"):
+        assert problems(name) == []
+    for name in ("..", ".", "", "../web", "/web", "a/b", "a\\b", ".hidden", "a\nb", "a\x1b[2J", "a" * 201):
+        (line,) = problems(name)
+        assert "is no name for a source" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shards": 5}, {"shards": [{"file": "../../x"}]}, {"shards": [5]}, {"documents": "3"}, {"complete": None}],
+)
+def test_a_state_that_was_changed(change, dataset, tmp_path):
+    out = tmp_path / "raw"
+    fetch("--dataset", dataset, "--out", out)
+    state = json.loads((out / "download.json").read_text())
+    (out / "download.json").write_text(json.dumps(state | change))
+    with pytest.raises(UserError, match=r"download\.json: is damaged"):
+        fetch("--dataset", dataset, "--out", out)
+
+
 def test_the_mixture_of_rnd1_names_six_sources(tmp_path):
     path = Path(__file__).resolve().parents[2] / "launch" / "mixtures" / "rnd1.yaml"
     sources = read_mixture(path)
