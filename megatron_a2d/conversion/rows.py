@@ -219,7 +219,9 @@ class OpenFiles:
         self._lock = threading.Lock()
 
     def read_bytes(self, path: Path, offset: int, length: int) -> bytes:
-        data = os.pread(self._descriptor(path), length, offset)
+        """Not more than there is, whatever `length` a damaged file names: a buffer is made for all of it."""
+        descriptor = self._descriptor(path)
+        data = os.pread(descriptor, max(0, min(length, os.fstat(descriptor).st_size - offset)), offset)
         if len(data) != length:
             raise UserError(f"{path}: ends after byte {offset + len(data)}; the file is truncated, fetch it again")
         return data

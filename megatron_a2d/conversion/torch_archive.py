@@ -1,14 +1,13 @@
 """Where the values of one tensor lie inside a torch.save archive, so that any rows can be read or written alone.
 
-The archive is an uncompressed zip: `data.pkl` describes the tensor, `data/0` is its storage. The pickle is
-read with an allow-list that rebuilds nothing.
+The archive is an uncompressed zip: `data.pkl` describes the tensor, `data/0` is its storage. The pickle is read as data
+(plain_pickle.py): neither torch nor Python unpickles it.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_a2d.conversion.plain_pickle import PERSISTENT, Allowed, Name, Record, read_pickle
 from megatron_a2d.conversion.rows import OpenFiles
 
 DTYPES_OF_STORAGES = {
@@ -27,9 +27,39 @@ DTYPES_OF_STORAGES = {
 
 # What reading a pickle or a zip can raise on damaged or hostile bytes.
 DAMAGED = (
-    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, AttributeError, ImportError,
-    IndexError, KeyError, TypeError, ValueError, RuntimeError, OverflowError,
+    zipfile.BadZipFile, struct.error, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError,
+    OverflowError,
 )  # fmt: skip
+
+_REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
+_ORDERED = Name("collections", "OrderedDict")
+_IN_TENSORS: Allowed = {
+    _REBUILD.module: {_REBUILD.name}, _ORDERED.module: {_ORDERED.name}, "torch": set(DTYPES_OF_STORAGES),
+}  # fmt: skip
+# What Megatron-LM puts beside its plain values (megatron.core.safe_globals): written down, never built.
+_IN_VALUES: Allowed = {
+    **_IN_TENSORS,
+    "torch": {
+        "ByteStorage", "LongStorage", *DTYPES_OF_STORAGES,
+        "bfloat16", "bool", "float16", "float32", "float64", "int32", "int64", "uint8",
+    },
+    "_codecs": {"encode"},
+    "_io": {"BytesIO"},
+    "argparse": {"Namespace"},
+    "types": {"SimpleNamespace"},
+    "pathlib": {"PosixPath"},
+    "signal": {"Signals"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.dtypes": {"UInt32DType"},
+    "megatron.core.enums": {"ModelType"},
+    "megatron.core.optimizer.optimizer_config": {"OptimizerConfig"},
+    "megatron.core.rerun_state_machine": {"RerunDiagnostic", "RerunMode", "RerunState"},
+    "megatron.core.transformer.enums": {"AttnBackend", "CudaGraphScope", "CudaGraphModule"},
+}  # fmt: skip
+_LARGEST_TENSOR_PICKLE = 1 << 16  # bytes; torch writes some 200
+_LARGEST_PICKLE = 64 << 20
 
 ReadBytes = Callable[[int, int], bytes]  # offset, length
 
@@ -44,38 +74,74 @@ def find_values(
     return _find(partial(files.read_bytes, path), offset, length, dtype, shape)
 
 
-def _find(read_bytes: ReadBytes, offset: int, length: int, dtype: torch.dtype, shape: Sequence[int]) -> int:
-    view = _Slice(read_bytes, offset, length)
-    with zipfile.ZipFile(view) as archive:
-        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+def read_value(read_bytes: ReadBytes, offset: int, length: int) -> Any:
+    """What torch.save wrote there, of plain values: an OrderedDict is a dict; a tensor, and any other object of those
+    that Megatron-LM saves, stays a `Record`. Raises one of DAMAGED for anything else."""
+    archive = _Archive(read_bytes, offset, length)
+    return _plain(read_pickle(archive.content("data.pkl", _LARGEST_PICKLE), _IN_VALUES), depth=0)
 
-    if not {"data.pkl", "data/0"} <= records.keys():
-        raise ValueError("it holds no tensor")
-    if min(record.header_offset for record in records.values()) != 0:
-        raise ValueError("it does not begin there")
 
-    def position(name: str) -> int:
+def _plain(value: Any, depth: int) -> Any:
+    if depth > 100:
+        raise ValueError("it is nested more than 100 deep")
+    if type(value) is Record and value.name == _ORDERED:
+        value = value.state or {}
+    if type(value) is dict:
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, depth + 1) for item in value)
+    return value
+
+
+class _Archive:
+    """The records of a torch.save archive."""
+
+    def __init__(self, read_bytes: ReadBytes, offset: int, length: int):
+        self._read_bytes, self._offset, self._end = read_bytes, offset, offset + length
+        with zipfile.ZipFile(_Slice(read_bytes, offset, length)) as archive:
+            self.records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if "data.pkl" not in self.records:
+            raise ValueError("it holds no values")
+        if min(record.header_offset for record in self.records.values()) != 0:
+            raise ValueError("it does not begin there")
+        if any(self.is_compressed(name) for name in ("data.pkl", "data/0")):
+            raise ValueError("it is compressed")
+        if "byteorder" in self.records and self.content("byteorder", 16) != b"little":
+            raise ValueError("it is not little-endian")
+
+    def is_compressed(self, name: str) -> bool:
+        return name in self.records and self.records[name].compress_type != zipfile.ZIP_STORED
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Absolute position and length."""
         # A record's own header may be padded differently from its entry in the zip's directory.
-        header = read_bytes(offset + records[name].header_offset, 30)
-        name_length, extra_length = struct.unpack_from("<HH", header, 26)
-        return offset + records[name].header_offset + 30 + name_length + extra_length
+        start = self._offset + self.records[name].header_offset
+        name_length, extra_length = struct.unpack_from("<HH", self._read_bytes(start, 30), 26)
+        begin, size = start + 30 + name_length + extra_length, self.records[name].file_size
+        if begin + size > self._end:
+            raise ValueError("it is cut short")
+        return begin, size
 
-    def content(name: str) -> bytes:
-        return read_bytes(position(name), records[name].file_size)
+    def content(self, name: str, limit: int) -> bytes:
+        begin, size = self.place(name)
+        if size > limit:
+            raise ValueError(f"its {name} has {size} bytes, more than {limit}")
+        return self._read_bytes(begin, size)
 
-    if any(records[name].compress_type != zipfile.ZIP_STORED for name in ("data.pkl", "data/0")):
-        raise ValueError("it is compressed")
-    if "byteorder" in records and content("byteorder") != b"little":
-        raise ValueError("it is not little-endian")
-    tensor = _TensorUnpickler(io.BytesIO(content("data.pkl"))).load()
+
+def _find(read_bytes: ReadBytes, offset: int, length: int, dtype: torch.dtype, shape: Sequence[int]) -> int:
+    archive = _Archive(read_bytes, offset, length)
+    if "data/0" not in archive.records:
+        raise ValueError("it holds no tensor")
+    tensor = _describe(read_pickle(archive.content("data.pkl", _LARGEST_TENSOR_PICKLE), _IN_TENSORS))
     num_elements = math.prod(shape)
-    if not isinstance(tensor, _StoredTensor) or tensor[:4] != (dtype, num_elements, 0, tuple(shape)):
+    if tensor[:4] != (dtype, num_elements, 0, tuple(shape)):
         raise ValueError(f"it holds {tensor}, not {dtype} {list(shape)}")
     strides = (math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     if any(n > 1 and a != b for n, a, b in zip(shape, strides, tensor.stride, strict=True)):
         raise ValueError(f"it is not contiguous (strides {tensor.stride})")
-    begin, size = position("data/0"), num_elements * dtype.itemsize
-    if records["data/0"].file_size != size or begin + size > offset + length:
+    begin, size = archive.place("data/0")
+    if size != num_elements * dtype.itemsize:
         raise ValueError("it is cut short")
     return begin
 
@@ -108,27 +174,17 @@ class _StoredTensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Gives a `_StoredTensor` for the pickle of a tensor."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _describe
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name in DTYPES_OF_STORAGES:
-            return DTYPES_OF_STORAGES[name]
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is not allowed")
-
-    def persistent_load(self, pid: Any) -> tuple[torch.dtype, int]:
-        _, dtype, _, _, num_elements = pid
-        return dtype, num_elements
-
-
-def _describe(
-    storage: tuple[torch.dtype, int], offset: int, shape: Sequence[int], stride: Sequence[int], *_: Any
-) -> _StoredTensor:
-    return _StoredTensor(*storage, offset, tuple(shape), tuple(stride))
+def _describe(value: Any) -> _StoredTensor:
+    """The tensor that a pickle would have rebuilt."""
+    if type(value) is not Record or value.name != _REBUILD:
+        raise ValueError("it holds no tensor")
+    storage, offset, shape, stride = value.arguments[:4]
+    if type(storage) is not Record or storage.name != PERSISTENT:
+        raise ValueError("its tensor has no storage")
+    _, kind, _, _, num_elements = storage.arguments[0]
+    if type(kind) is not Name or any(type(n) is not int for n in (offset, num_elements, *shape, *stride)):
+        raise ValueError("its tensor is not described by numbers")
+    return _StoredTensor(DTYPES_OF_STORAGES[kind.name], num_elements, offset, tuple(shape), tuple(stride))
 
 
 class _Slice(io.RawIOBase):

@@ -1,196 +1,176 @@
-"""Reading a torch_dist checkpoint of any layout without megatron.core, a few rows at a time.
+"""Reading a torch_dist checkpoint of any layout without megatron.core, a box of a tensor at a time.
 
-`.metadata` is a pickle that lists, for every tensor, its chunks and where each lies: (file, offset, length).
-A chunk is an uncompressed torch.save archive. Both kinds of pickle are read with allow-lists, so that a
-checkpoint from a stranger can be wrong but cannot run code.
+`.metadata` lists, for every tensor, its chunks and where each lies (checkpoint_index.py). A chunk is an uncompressed
+torch.save archive (torch_archive.py). Both are read as data, here and nowhere else in the project: a checkpoint from
+a stranger can be wrong but cannot run code.
 """
 
 from __future__ import annotations
 
-import io
+import itertools
 import math
-import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_a2d.conversion.rows import OpenFiles, Span
-from megatron_a2d.conversion.torch_archive import DAMAGED, find_values
+from megatron_a2d.conversion.checkpoint_index import Box, Chunk, Place, StoredTensor, are_disjoint, read_index
+from megatron_a2d.conversion.rows import OpenFiles, Span, bytes_of
+from megatron_a2d.conversion.torch_archive import DAMAGED, DTYPES_OF_STORAGES, find_values, read_value
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 
-_DCP = "torch.distributed.checkpoint"
-ALLOWED_IN_METADATA = {
-    f"{_DCP}.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    },
-    f"{_DCP}.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    f"{_DCP}.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch": {
-        "Size", "bfloat16", "bool", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2",
-        "int16", "int32", "int64", "int8", "uint8",
-    },
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-}  # fmt: skip
 # Besides the weights a trained checkpoint holds optimizer state and random generators.
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
-
-
-class Chunk(NamedTuple):
-    """A stored box of a tensor, and the part of a file that holds it."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    offset: int
-    length: int
-
-
-class Box(NamedTuple):
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-
-    def intersect(self, other: Box) -> Box | None:
-        start = tuple(map(max, self.start, other.start))
-        stop = tuple(map(min, self.stop, other.stop))
-        return Box(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None
-
-    def num_elements(self) -> int:
-        return math.prod(b - a for a, b in zip(self.start, self.stop, strict=True))
-
-
-@dataclass
-class _Stored:
-    """A tensor's type and chunks, found by their index in the leading axes along which all are 1 long."""
-
-    dtype: torch.dtype
-    num_lead_axes: int
-    chunks: dict[tuple[int, ...], list[Chunk]]
-
-    def near(self, lead: tuple[int, ...]) -> list[Chunk]:
-        if len(lead) >= self.num_lead_axes:
-            return self.chunks.get(lead[: self.num_lead_axes], [])
-        return [chunk for chunks in self.chunks.values() for chunk in chunks]
+# Where megatron.core from 0.17 on keeps what is in no tensor; before, and here under every version, it is common.pt.
+COMMON_OBJECT = "common_state/shard_0_1"
+# Runs of a box that are shorter (bytes) are read together with what lies between them: calls cost more than bytes.
+_SHORTEST_RUN = 256
 
 
 class TorchDistCheckpoint:
-    """The weights of an iteration's directory, under megatron's names. A `RowSource`."""
+    """The tensors of an iteration's directory, under megatron's names. A `RowSource` of the weights."""
 
     def __init__(self, directory: Path):
         self._directory = directory
         self._files = OpenFiles()
-        self._payloads: dict[Chunk, int] = {}
+        self._payloads: dict[Place, int] = {}
         backend = read_json(directory / "metadata.json", "the checkpoint's format").get("sharded_backend")
         if backend != "torch_dist":
             raise UserError(f"{directory}: is in the format {backend!r}; only torch_dist can be read")
-        metadata = _load_metadata(directory / ".metadata")
-        self.shapes: Mapping[str, tuple[int, ...]]
-        try:
-            self.shapes, self._stored = _index(metadata)
-        except DAMAGED as error:
-            raise UserError(f"{directory / '.metadata'}: is damaged ({error!r}); use another iteration") from None
+        tensors, self._objects = read_index(directory)
+        self._tensors = {name: _Grid(tensor) for name, tensor in tensors.items()}
+        self.all_shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
+        """With those of the optimizer's state."""
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: shape for name, shape in self.all_shapes.items() if not name.startswith(NOT_WEIGHTS)
+        }
+        self._check_objects()
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._stored[name].dtype
+        dtype = self._tensors[name].dtype
+        if dtype not in DTYPES_OF_STORAGES.values():
+            raise UserError(f"{self._directory}: {name} is of the type {dtype}, which weights do not have")
+        return dtype
 
     def read(self, span: Span) -> torch.Tensor:
-        """Put together from all chunks that overlap; every element must be stored exactly once."""
-        axes, stored = len(span.lead), self._stored[span.name]
-        rest = self.shapes[span.name][axes + 1 :]
-        box = Box((*span.lead, span.start, *(0 for _ in rest)), (*(i + 1 for i in span.lead), span.stop, *rest))
-        pieces = []
-        for chunk in stored.near(span.lead):
+        """Rows of a tensor, without its leading axes."""
+        rest = self.shapes[span.name][len(span.lead) + 1 :]
+        box = Box(
+            (*span.lead, span.start, *(0 for _ in rest)), (*(index + 1 for index in span.lead), span.stop, *rest)
+        )
+        return self.read_box(span.name, box).reshape(span.stop - span.start, *rest)
+
+    def read_box(self, name: str, box: Box) -> torch.Tensor:
+        """Part of a tensor, put together from all chunks that overlap; every element must be stored exactly once."""
+        dtype, pieces = self.dtype(name), []
+        for chunk in self._tensors[name].near(box):
             whole = Box(chunk.offsets, tuple(map(sum, zip(chunk.offsets, chunk.sizes, strict=True))))
             if overlap := box.intersect(whole):
                 pieces.append((chunk, overlap))
-        self._check_cover(span, box, [overlap for _, overlap in pieces])
+        self._check_cover(name, box, [overlap for _, overlap in pieces])
         if len(pieces) == 1:
-            return self._read_piece(*pieces[0], axes, stored.dtype)
-        rows = torch.empty((span.stop - span.start, *rest), dtype=stored.dtype)
+            return self._read_piece(name, *pieces[0], dtype)
+        result = torch.empty(tuple(b - a for a, b in zip(box.start, box.stop, strict=True)), dtype=dtype)
         for chunk, overlap in pieces:
             target = [slice(a - b, c - b) for a, b, c in zip(overlap.start, box.start, overlap.stop, strict=True)]
-            rows[tuple(target[axes:])] = self._read_piece(chunk, overlap, axes, stored.dtype)
-        return rows
+            result[tuple(target)] = self._read_piece(name, chunk, overlap, dtype)
+        return result
+
+    def read_common(self) -> Any:
+        """What is stored in no tensor, by megatron.core from 0.17 on. Raises one of DAMAGED, or UserError."""
+        if COMMON_OBJECT not in self._objects:
+            raise UserError(f"{self._directory}: has no common.pt, nor {COMMON_OBJECT}; the checkpoint is incomplete")
+        file, offset, length = self._objects[COMMON_OBJECT]
+        (value,) = read_value(partial(self._files.read_bytes, self._directory / file), offset, length)
+        return value
 
     def close(self) -> None:
         self._files.close()
 
-    def _check_cover(self, span: Span, box: Box, overlaps: list[Box]) -> None:
-        twice = any(a.intersect(b) for i, a in enumerate(overlaps) for b in overlaps[:i])
+    def _check_objects(self) -> None:
+        """None of them is used but the common one. A checkpoint that hides code in another is none to go on with."""
+        for name, (file, offset, length) in self._objects.items():
+            path = self._directory / file
+            try:
+                read_value(partial(self._files.read_bytes, path), offset, length)
+            except DAMAGED as error:
+                raise UserError(f"{path}: {name} is refused ({error}); it is damaged or no plain data, use another one") from None
+
+    def _check_cover(self, name: str, box: Box, overlaps: list[Box]) -> None:
         stored = sum(overlap.num_elements() for overlap in overlaps)
-        if twice or stored != box.num_elements():
+        missing = f"{stored} of {box.num_elements()} elements stored" if stored < box.num_elements() else ""
+        if missing or stored > box.num_elements() or not are_disjoint(overlaps):
             raise UserError(
-                f"{self._directory}: {span.name} {list(span.lead)} rows {span.start} to {span.stop}: "
-                + ("some elements are stored twice" if twice else f"{stored} of {box.num_elements()} elements stored")
-                + "; the checkpoint is damaged, use another iteration"
+                f"{self._directory}: {name} from {list(box.start)} to {list(box.stop)}: "
+                f"{missing or 'some elements are stored twice'}; the checkpoint is damaged, use another iteration"
             )
 
-    def _read_piece(self, chunk: Chunk, box: Box, axes: int, dtype: torch.dtype) -> torch.Tensor:
-        """The part `box` (global indices) of a chunk, without its `axes` leading axes. Reads whole rows."""
-        strides = [math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes))]
-        local = [a - b for a, b in zip(box.start, chunk.offsets, strict=True)]
-        first = sum(index * stride for index, stride in zip(local[: axes + 1], strides, strict=False))
-        shape = (box.stop[axes] - box.start[axes], *chunk.sizes[axes + 1 :])
-        position = self._payload(chunk, dtype) + first * dtype.itemsize
-        rows = self._files.read_tensor(self._directory / chunk.file, position, shape, dtype)
-        columns = [
-            slice(index, index + b - a)
-            for index, a, b in zip(local[axes + 1 :], box.start[axes + 1 :], box.stop[axes + 1 :], strict=True)
-        ]
-        return rows[(slice(None), *columns)]
-
-    def _payload(self, chunk: Chunk, dtype: torch.dtype) -> int:
-        """Where in its file the values of `chunk` begin."""
-        if chunk not in self._payloads:
-            path = self._directory / chunk.file
-            try:
-                self._payloads[chunk] = find_values(self._files, path, chunk.offset, chunk.length, dtype, chunk.sizes)
-            except DAMAGED as error:
-                raise UserError(f"{path}: the chunk at byte {chunk.offset} is damaged ({error})") from None
-        return self._payloads[chunk]
+    def _read_piece(self, name: str, chunk: Chunk, box: Box, dtype: torch.dtype) -> torch.Tensor:
+        """The part `box` (of the whole tensor) of a chunk."""
+        path, place = self._directory / chunk.place.file, chunk.place
+        try:
+            if place not in self._payloads:
+                self._payloads[place] = find_values(self._files, path, place.offset, place.length, dtype, chunk.sizes)
+        except DAMAGED as error:
+            raise UserError(f"{path}: the chunk of {name} is refused ({error}); it is damaged, use another iteration") from None
+        offsets = tuple(a - b for a, b in zip(box.start, chunk.offsets, strict=True))
+        lengths = tuple(b - a for a, b in zip(box.start, box.stop, strict=True))
+        return read_box(self._files, path, self._payloads[place], chunk.sizes, dtype, offsets, lengths)
 
 
-def check_pickles(directory: Path) -> None:
-    """UserError unless every pickle of the checkpoint loads under an allow-list: weights, optimizer state, the rest.
+class _Grid:
+    """A tensor's chunks, found by their index in the leading axes along which all are 1 long."""
 
-    torch and megatron.core read .metadata and the byte items of the .distcp files (extra states, the optimizer's
-    parameter groups) without any restriction: this comes before they do. They read tensors and common.pt with
-    torch's own allow-list, weights_only; common.pt is tried here too, because the environment can switch that off.
-    """
-    read_common(directory)
-    metadata = _load_metadata(directory / ".metadata")
-    try:
-        # By type, as torch decides, not by attributes: those are the file's own.
-        is_bytes = {
-            name for name, item in metadata.state_dict_metadata.items() if isinstance(item, BytesStorageMetadata)
-        }
-        places = [(index.fqn, _file_of(info), info) for index, info in metadata.storage_data.items()]
-    except DAMAGED as error:
-        raise UserError(f"{directory / '.metadata'}: is damaged ({error!r}); use another iteration") from None
-    files = OpenFiles()
-    try:
-        for name, file, info in places:
-            if name in is_bytes:
-                _check_bytes(files, directory / file, name, info)
-    finally:
-        files.close()
+    def __init__(self, tensor: StoredTensor):
+        self.dtype = tensor.dtype
+        self._num_lead_axes = 0
+        last = len(tensor.shape) - 1
+        while self._num_lead_axes < last and all(chunk.sizes[self._num_lead_axes] == 1 for chunk in tensor.chunks):
+            self._num_lead_axes += 1
+        self._chunks: dict[tuple[int, ...], list[Chunk]] = {}
+        for chunk in tensor.chunks:
+            self._chunks.setdefault(chunk.offsets[: self._num_lead_axes], []).append(chunk)
+
+    def near(self, box: Box) -> list[Chunk]:
+        """The chunks among which those lie that overlap with `box`."""
+        ends = zip(box.start[: self._num_lead_axes], box.stop[: self._num_lead_axes], strict=True)
+        leads = itertools.product(*(range(start, stop) for start, stop in ends))
+        return [chunk for lead in leads for chunk in self._chunks.get(lead, ())]
 
 
-def _check_bytes(files: OpenFiles, path: Path, name: str, info: Any) -> None:
-    try:
-        blob = io.BytesIO(files.read_bytes(path, int(info.offset), int(info.length)))
-        torch.load(blob, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: {name} is refused ({reason}); use a checkpoint that you trust") from None
+def read_box(
+    files: OpenFiles,
+    path: Path,
+    begin: int,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    offsets: tuple[int, ...],
+    lengths: tuple[int, ...],
+) -> torch.Tensor:
+    """The box of `lengths` at `offsets` of a contiguous tensor of `sizes`, whose values begin at byte `begin`."""
+    axes = len(sizes)
+    inner = axes  # from this axis on a run is contiguous
+    while inner > 0 and all(offsets[i] == 0 and lengths[i] == sizes[i] for i in range(inner, axes)):
+        inner -= 1
+    run = math.prod(lengths[inner:]) * dtype.itemsize
+    if inner > 0 and run < _SHORTEST_RUN:  # whole inner rows, then cut
+        whole = (*offsets[:inner], *(0 for _ in sizes[inner:])), (*lengths[:inner], *sizes[inner:])
+        rows = read_box(files, path, begin, sizes, dtype, *whole)
+        cut: list[slice] = [slice(a, a + n) for a, n in zip(offsets[inner:], lengths[inner:], strict=True)]
+        return rows[(slice(None),) * inner + tuple(cut)]
+    strides = [math.prod(sizes[i + 1 :]) for i in range(axes)]
+    result = torch.empty(lengths, dtype=dtype)
+    data, position = bytes_of(result), 0
+    for outer in itertools.product(*(range(offsets[i], offsets[i] + lengths[i]) for i in range(inner))):
+        index = (*outer, *offsets[inner:])
+        start = begin + sum(a * b for a, b in zip(index, strides, strict=True)) * dtype.itemsize
+        files.read_into(path, start, data[position : position + run])
+        position += run
+    return result
 
 
 @contextmanager
@@ -203,72 +183,45 @@ def open_torch_dist(directory: Path) -> Iterator[TorchDistCheckpoint]:
 
 
 def read_common(directory: Path) -> dict[str, Any]:
-    """The unsharded part of a checkpoint: iteration, consumed_samples and so on."""
+    """What a checkpoint stores in no tensor: iteration, consumed_samples and so on."""
     path = directory / "common.pt"
     try:
-        common = torch.load(path, map_location="cpu", weights_only=True)
+        if path.exists():
+            with closing(OpenFiles()) as files:
+                common = read_value(partial(files.read_bytes, path), 0, path.stat().st_size)
+        else:
+            path = directory / ".metadata"
+            with open_torch_dist(directory) as stored:
+                common = stored.read_common()
     except (*DAMAGED, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read ({reason}); use another iteration") from None
-    if not isinstance(common, dict):
+    if type(common) is not dict:
         raise UserError(f"{path}: holds a {type(common).__name__}, not a dict; use another iteration")
+    if wrong := [name for name, is_right in _COMMON.items() if name in common and not is_right(common[name])]:
+        raise UserError(f"{path}: its {', '.join(wrong)} cannot be what it says; use another iteration")
     return common
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in ALLOWED_IN_METADATA.get(module, ()):
-            raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is not allowed")
-        return super().find_class(module, name)
+def check_pickles(directory: Path) -> None:
+    """UserError unless all that is pickled in the checkpoint is data: .metadata, the stored objects, the common values.
+
+    What is read later is read as data too; this says before a run what would stop it then.
+    """
+    read_common(directory)
+    with open_torch_dist(directory):
+        pass
 
 
-def _load_metadata(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            return _MetadataUnpickler(file).load()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete") from None
-    except DAMAGED as error:
-        raise UserError(f"{path}: is refused: {error}; use a checkpoint that megatron.core wrote") from None
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
-def _index(metadata: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, _Stored]]:
-    """Shapes and chunks of all weights. Raises one of DAMAGED when the metadata contradicts itself."""
-    places = {
-        (index.fqn, tuple(index.offset)): info
-        for index, info in metadata.storage_data.items()
-        if index.offset is not None
-    }
-    shapes, stored = {}, {}
-    for name, tensor in metadata.state_dict_metadata.items():
-        if name.startswith(NOT_WEIGHTS) or not hasattr(tensor, "chunks"):
-            continue
-        shapes[name] = tuple(map(int, tensor.size))
-        chunks = [_chunk(item, places[name, tuple(item.offsets)], shapes[name]) for item in tensor.chunks]
-        axes = 0
-        while axes < len(shapes[name]) - 1 and all(chunk.sizes[axes] == 1 for chunk in chunks):
-            axes += 1
-        stored[name] = _Stored(tensor.properties.dtype, axes, {})
-        for chunk in chunks:
-            stored[name].chunks.setdefault(chunk.offsets[:axes], []).append(chunk)
-    return shapes, stored
-
-
-def _chunk(item: Any, info: Any, shape: tuple[int, ...]) -> Chunk:
-    offsets, sizes = tuple(map(int, item.offsets)), tuple(map(int, item.sizes))
-    if any(a < 0 or n < 1 or a + n > m for a, n, m in zip(offsets, sizes, shape, strict=True)):
-        raise ValueError(f"a chunk at {offsets} of size {sizes} lies outside the shape {shape}")
-    file = _file_of(info)
-    if int(info.offset) < 0 or int(info.length) < 0:
-        raise ValueError(f"a chunk lies at byte {info.offset}, {info.length} long")
-    return Chunk(offsets, sizes, file, int(info.offset), int(info.length))
-
-
-def _file_of(info: Any) -> str:
-    """The chunk's file: in this very directory, and as it is."""
-    file = info.relative_path
-    if not isinstance(file, str) or PurePath(file).name != file or not file.endswith(".distcp"):
-        raise ValueError(f"the path {file!r} lies outside the checkpoint")
-    if getattr(info, "transform_descriptors", None):
-        raise ValueError("chunks are compressed or encrypted")
-    return file
+# What is read of it here, and what it must be.
+_COMMON: dict[str, Callable[[Any], bool]] = {
+    "iteration": _is_count,
+    "consumed_samples": lambda value: value is None or _is_count(value),
+    "averaged_iterations": lambda value: type(value) in (list, tuple) and all(map(_is_count, value)),
+    "optimizer_step": _is_count,
+    "scheduler": lambda value: type(value) is dict and _is_count(value.get("num_steps")),
+}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -24,7 +24,6 @@ from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
 from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, read_run_settings, resolve
 from megatron_a2d.conversion.sources import open_checkpoint
-from megatron_a2d.conversion.torch_dist_reader import check_pickles
 from megatron_a2d.diffusion.blocks import BlockModel
 from megatron_a2d.diffusion.forward import Model, Reduce, Request
 from megatron_a2d.errors import UserError
@@ -33,6 +32,7 @@ from megatron_a2d.inference.export import check_mask_token
 from megatron_a2d.inference.opened import Opened, end_tokens, load_tokenizer, pad_token
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
+from megatron_a2d.runtime.loading import load_state
 from megatron_a2d.runtime.model_state import fill_model, state_to_load
 from megatron_a2d.training import parallel
 from megatron_a2d.training.setup import build_model
@@ -64,7 +64,6 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
     tokenizer = load_tokenizer(hf_files, architecture.vocab_size)
     if objective != "ar":
         check_mask_token(hf_files, mask, architecture.vocab_size)
-    check_pickles(directory)
     with open_checkpoint(directory):
         pass  # every tensor of the model is there, in its shape, and no other
     parallel.initialize(config.parallel)
@@ -99,7 +98,7 @@ def load_weights(architecture: Architecture, config: RunConfig, directory: Path)
     """This rank's part of the model; no optimizer, no gradients. Collective."""
     model = build_model(architecture, config)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    loaded = dist_checkpointing.load({"model": state_to_load(model, metadata)}, str(directory))
+    loaded = load_state({"model": state_to_load(model, metadata)}, directory)
     fill_model(model, loaded["model"])
     return model.eval()
 

@@ -1,129 +1,121 @@
 """Loading a checkpoint so that every byte is read once: by one rank, and only where it is needed.
 
-megatron.core's default load reads whole chunks, however little of them a rank's slice needs, and what several ranks
-hold is read by each. Here a slice's own bytes are read, and of equal slices one rank reads each and gives it to the
-others (megatron.core's FullyParallelLoadStrategyWrapper).
+megatron.core's default load reads whole chunks, however little of them a rank's slice needs; what several ranks hold is
+read by each; and torch, which it reads through, unpickles whatever lies in .metadata. Here its steps are taken one by
+one, the slices are read by the project's own reader (conversion/torch_dist_reader.py), which unpickles nothing, and of
+equal slices one rank reads each and gives it to the others (megatron.core's FullyParallelLoadStrategyWrapper).
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import os
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.futures import Future
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 
-from megatron_a2d.conversion.rows import OpenFiles, bytes_of
-from megatron_a2d.conversion.torch_archive import DAMAGED, DTYPES_OF_STORAGES, find_values
+from megatron_a2d.conversion.checkpoint_index import Box
+from megatron_a2d.conversion.torch_dist_reader import TorchDistCheckpoint, open_torch_dist
 from megatron_a2d.errors import UserError
-
-_READABLE = set(DTYPES_OF_STORAGES.values())
-# Runs of a slice that are shorter (bytes) are read together with what lies between them: calls cost more than bytes.
-_SHORTEST_RUN = 256
+from megatron_a2d.runtime.device import device
 
 
 def load_state(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """dist_checkpointing.load. Collective; raises what that raises."""
-    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(directory)))
-    # megatron.core's strategy makes its reader by this name; each version asks it for other things.
-    reader, init_data = torch_strategies._get_filesystem_reader, ShardedTensor.init_data
-    torch_strategies._get_filesystem_reader = lambda directory, *_, **__: SliceReader(directory)
-    if not torch.cuda.is_available():
-        # The place to receive a slice is made on "cuda" by a torch.empty that was bound before runtime.install().
-        ShardedTensor.init_data = lambda self, device, init_fn=torch.empty: init_data(self, "cpu", init_fn)
+    """`wanted` with its sharded tensors read from the iteration's directory. Collective.
+
+    UserError, on all ranks, when the checkpoint is damaged, lacks a tensor, or has one in another shape.
+    """
+    force_all_tensors_to_non_fp8(wanted)
+    problems = _Problems()
+    with ExitStack() as stack, _receiving_on(device()):
+        stored = problems.attempt(lambda: stack.enter_context(open_torch_dist(directory)))
+        problems.agree()
+        wanted, local, factories = load_preprocess(wanted)
+        sharded, _ = extract_sharded_base(wanted)
+        _, shards_of_all = determine_global_metadata(sharded)
+        validate_sharding_integrity(shards_of_all)
+        for shard in nested_values(sharded):
+            if shard.data is not None and not shard.data.is_contiguous():
+                shard.data = None  # what is exchanged must be contiguous: a tensor of its own receives it
+        slices = _Slices(stored, directory, problems)
+        loaded = FullyParallelLoadStrategyWrapper(slices).load(sharded, directory)
+        problems.agree()
+    state: dict[str, Any] = apply_factory_merges(merge(loaded, local), factories)
+    return state
+
+
+class _Problems:
+    """What this rank could not read. It is remembered until all ranks have exchanged their slices, for a rank that
+    raised at once would leave the others waiting."""
+
+    def __init__(self) -> None:
+        self._problems: list[str] = []
+
+    def attempt(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns; None after a UserError."""
+        try:
+            return function()
+        except UserError as error:
+            self._problems += error.problems
+            return None
+
+    def agree(self) -> None:
+        """UserError on all ranks when there is a problem on one. Collective."""
+        problems: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(problems, self._problems)
+        if any(problems):
+            raise UserError(dict.fromkeys(line for lines in problems for line in lines))
+
+
+class _Slices:
+    """A rank's slices, as megatron.core's strategies load them: every sharded tensor is replaced by a plain one."""
+
+    def __init__(self, stored: TorchDistCheckpoint, directory: Path, problems: _Problems):
+        self._stored, self._directory, self._problems = stored, directory, problems
+
+    def load(self, wanted: dict[str, Any], *_: Any) -> dict[str, Any]:
+        dict_list_map_inplace(self._receive, wanted)
+        return wanted
+
+    def _receive(self, shard: ShardedTensor) -> torch.Tensor:
+        if not isinstance(shard, ShardedTensor):
+            raise TypeError(f"{shard} is asked of a checkpoint; only tensors are read, objects would be unpickled")
+        shard.init_data(device())
+        assert shard.data is not None
+        target = shard.data.detach()
+        self._problems.attempt(lambda: target.copy_(self._read(shard).reshape(target.shape)))
+        return target
+
+    def _read(self, shard: ShardedTensor) -> torch.Tensor:
+        there, asked = self._stored.all_shapes.get(shard.key), tuple(shard.global_shape)
+        if there != asked:
+            found = "is missing" if there is None else f"has the shape {list(there)}, not {list(asked)}"
+            raise UserError(
+                f"{self._directory}: {shard.key} {found}: the checkpoint does not fit this run; resume with the "
+                "settings in its run.json, or take only its weights with --finetune"
+            )
+        lengths = (*(1 for _ in range(shard.prepend_axis_num)), *shard.local_shape)
+        start = tuple(shard.global_offset)
+        stop = tuple(first + length for first, length in zip(start, lengths, strict=True))
+        return self._stored.read_box(shard.key, Box(start, stop))
+
+
+@contextmanager
+def _receiving_on(place: torch.device) -> Iterator[None]:
+    """megatron.core makes the tensors that receive other ranks' slices on "cuda", by a torch.empty that was bound before
+    runtime.install()."""
+    original = ShardedTensor.init_data
+    ShardedTensor.init_data = lambda self, _, init_fn=torch.empty: original(self, place, init_fn)
     try:
-        return dist_checkpointing.load(wanted, str(directory), sharded_strategy=strategy)
+        yield
     finally:
-        torch_strategies._get_filesystem_reader, ShardedTensor.init_data = reader, init_data
-
-
-class SliceReader(FileSystemReader):
-    """Reads of each chunk the part that is asked for. Whatever is no plain tensor is read by torch."""
-
-    def __init__(self, directory: str | os.PathLike[str]):
-        super().__init__(directory)
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read once: a load asks for it several times. Not kept for longer, as another one may be written."""
-        self._metadata = self._metadata or super().read_metadata(*args, **kwargs)
-        return self._metadata
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
-        self._sizes: dict[MetadataIndex, tuple[int, ...]] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
-        for name, item in metadata.state_dict_metadata.items():
-            if isinstance(item, TensorStorageMetadata):
-                self._dtypes[name] = item.properties.dtype
-                for chunk in item.chunks:
-                    self._sizes[MetadataIndex(name, chunk.offsets)] = tuple(chunk.sizes)
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        others: list[ReadItem] = []
-        files = OpenFiles()
-        try:
-            for item in plan.items:
-                if item.type == LoadItemType.BYTE_IO or self._dtypes[item.storage_index.fqn] not in _READABLE:
-                    others.append(item)
-                    continue
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(self._read(files, item))
-                planner.commit_tensor(item, target)
-        finally:
-            files.close()
-        return super().read_data(replace(plan, items=others), planner)
-
-    def _read(self, files: OpenFiles, item: ReadItem) -> torch.Tensor:
-        place = self.storage_data[item.storage_index]
-        path, dtype = Path(self.path) / place.relative_path, self._dtypes[item.storage_index.fqn]
-        sizes = self._sizes[item.storage_index]
-        try:
-            begin = find_values(files, path, place.offset, place.length, dtype, sizes)
-        except DAMAGED as error:
-            name = item.storage_index.fqn
-            raise UserError(f"{path}: the chunk of {name} is refused ({error}); take another checkpoint") from None
-        return read_box(files, path, begin, sizes, dtype, tuple(item.storage_offsets), tuple(item.lengths))
-
-
-def read_box(
-    files: OpenFiles,
-    path: Path,
-    begin: int,
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    offsets: tuple[int, ...],
-    lengths: tuple[int, ...],
-) -> torch.Tensor:
-    """The box of `lengths` at `offsets` of a contiguous tensor of `sizes`, whose values begin at byte `begin`."""
-    axes = len(sizes)
-    inner = axes  # from this axis on a run is contiguous
-    while inner > 0 and all(offsets[i] == 0 and lengths[i] == sizes[i] for i in range(inner, axes)):
-        inner -= 1
-    run = math.prod(lengths[inner:]) * dtype.itemsize
-    if inner > 0 and run < _SHORTEST_RUN:  # whole inner rows, then cut
-        whole = (*offsets[:inner], *(0 for _ in sizes[inner:])), (*lengths[:inner], *sizes[inner:])
-        rows = read_box(files, path, begin, sizes, dtype, *whole)
-        cut: list[slice] = [slice(a, a + n) for a, n in zip(offsets[inner:], lengths[inner:], strict=True)]
-        return rows[(slice(None),) * inner + tuple(cut)]
-    strides = [math.prod(sizes[i + 1 :]) for i in range(axes)]
-    result = torch.empty(lengths, dtype=dtype)
-    data, position = bytes_of(result), 0
-    for outer in itertools.product(*(range(offsets[i], offsets[i] + lengths[i]) for i in range(inner))):
-        index = (*outer, *offsets[inner:])
-        start = begin + sum(a * b for a, b in zip(index, strides, strict=True)) * dtype.itemsize
-        files.read_into(path, start, data[position : position + run])
-        position += run
-    return result
+        ShardedTensor.init_data = original

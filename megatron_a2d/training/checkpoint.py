@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 
 from megatron_a2d.config import RunConfig, TrainingConfig
 from megatron_a2d.console import human
@@ -31,6 +31,7 @@ from megatron_a2d.conversion.checkpoint import (
 )
 from megatron_a2d.conversion.manifest import Entry, write_manifest
 from megatron_a2d.conversion.torch_dist import FORMAT
+from megatron_a2d.conversion.torch_dist_reader import read_common
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import fsync_path, new_file, write_json
 from megatron_a2d.model.diffusion_lm import DiffusionLM
@@ -157,7 +158,7 @@ def _complete(
 def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> None:
     """Fill `state` from the iteration directory `directory`; collective."""
     if weights_only:
-        loaded = _load(_wanted_model(state), directory)
+        loaded = load_state(_wanted_model(state), directory)
         _load_model(state, loaded)
         if state.has_fp8_weights:
             state.take_main_weights(loaded)
@@ -165,18 +166,22 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
             state.optimizer.reload_model_params()
         return
     model = _sharded_model(state)
-    common = dist_checkpointing.load_common_state_dict(str(directory))
-    if "optimizer_step" not in common:
+    common = read_common(directory)
+    step = common.get("optimizer_step")
+    if missing := {"optimizer_step", "scheduler", "iteration", "consumed_samples"} - common.keys():
         raise UserError(
-            f"{directory}: its optimizer's state is of a form that is not known here; take its weights with --finetune"
+            f"{directory}: its optimizer's state is of a form that is not known here (it has no "
+            f"{', '.join(sorted(missing))}); take its weights with --finetune"
         )
-    step = common["optimizer_step"]
+    scheduler = {name: common["scheduler"].get(name) for name in state.scheduler.state_dict()}
+    if any(type(value) not in (int, float, str, bool) for value in scheduler.values()):
+        raise UserError(f"{directory}: the schedule in common.pt is damaged; use another iteration")
     # Without an update so far (all steps were skipped) there is no state yet.
     begins = _had_no_state(directory, tied=state.models[0].share_embeddings_and_output_weights)
     optimizer = (
         OptimizerState(state.optimizer, model, is_loading=True, metadata=_metadata(), begins=begins) if step else None
     )
-    loaded = _load({**_wanted_model(state), "optimizer": optimizer.tensors if optimizer else {}}, directory)
+    loaded = load_state({**_wanted_model(state), "optimizer": optimizer.tensors if optimizer else {}}, directory)
     _load_model(state, loaded)
     if optimizer:
         optimizer.load(loaded["optimizer"], step)
@@ -184,9 +189,9 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
             state.restore_weights()
     else:
         state.optimizer.reload_model_params()
-    state.scheduler.load_state_dict(loaded["scheduler"])
-    state.iteration = loaded["iteration"]
-    state.consumed_samples = loaded["consumed_samples"]
+    state.scheduler.load_state_dict(scheduler)
+    state.iteration = common["iteration"]
+    state.consumed_samples = common["consumed_samples"]
 
 
 def _had_no_state(directory: Path, tied: bool) -> Callable[[str], bool]:
@@ -227,17 +232,6 @@ def _sharded_state(state: TrainState) -> dict[str, Any]:
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
     }
-
-
-def _load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
-    try:
-        return load_state(wanted, directory)
-    except (dist_checkpointing.core.CheckpointingException, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{directory}: does not fit this run ({type(error).__name__}: {reason}); resume with the settings in its "
-            "run.json, or take only its weights with --finetune"
-        ) from error
 
 
 def _load_model(state: TrainState, loaded: dict[str, Any]) -> None:
