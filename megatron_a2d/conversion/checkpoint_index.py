@@ -56,9 +56,9 @@ class Chunk(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """`dtype` is None for a type that weights and optimizer state never have."""
+    """A tensor's type and shape, and the chunks that it was cut into."""
 
-    dtype: torch.dtype | None
+    dtype: torch.dtype
     shape: tuple[int, ...]
     chunks: list[Chunk]
 
@@ -127,13 +127,14 @@ def _place(info: Any) -> Place:
     return Place(file, _number(fields["offset"]), _number(fields["length"]))
 
 
-def _dtype(properties: Any) -> torch.dtype | None:
+def _dtype(properties: Any) -> torch.dtype:
     if not _is(properties, "metadata", "TensorProperties"):
         raise ValueError("a tensor has no properties")
     dtype = properties.state[0]
     if type(dtype) is not Name or dtype.module != "torch" or dtype.name not in _DTYPES:
         raise ValueError("a tensor has no type")
-    return getattr(torch, dtype.name)  # type: ignore[no-any-return]
+    found: torch.dtype = getattr(torch, dtype.name)
+    return found
 
 
 def _is(value: Any, module: str, name: str) -> bool:

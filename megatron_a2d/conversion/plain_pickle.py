@@ -31,7 +31,8 @@ class Record:
     __slots__ = ("arguments", "name", "state")
 
     def __init__(self, name: Name, arguments: tuple[Any, ...]):
-        self.name, self.arguments, self.state = name, arguments, None
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
 
 
 PERSISTENT = Name("pickle", "persistent_load")  # of a Record with the persistent id as its only argument
@@ -225,7 +226,8 @@ def _set_items(machine: _Machine) -> None:
 def _set_all(machine: _Machine, items: list[Any]) -> None:
     target = machine.stack[-1]
     if type(target) is Record:  # an OrderedDict is called first and filled then
-        target.state = target = {} if target.state is None else target.state
+        target.state = {} if target.state is None else target.state
+        target = target.state
     if type(target) is not dict:
         raise PickleError(f"it sets items of a {type(target).__name__}")
     for key, value in zip(items[::2], items[1::2], strict=True):

@@ -27,8 +27,8 @@ DTYPES_OF_STORAGES = {
 
 # What reading a pickle or a zip can raise on damaged or hostile bytes.
 DAMAGED = (
-    zipfile.BadZipFile, struct.error, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError,
-    OverflowError,
+    zipfile.BadZipFile, struct.error, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError,
+    RuntimeError, OverflowError,
 )  # fmt: skip
 
 _REBUILD = Name("torch._utils", "_rebuild_tensor_v2")

@@ -59,9 +59,7 @@ class TorchDistCheckpoint:
     def read(self, span: Span) -> torch.Tensor:
         """Rows of a tensor, without its leading axes."""
         rest = self.shapes[span.name][len(span.lead) + 1 :]
-        box = Box(
-            (*span.lead, span.start, *(0 for _ in rest)), (*(index + 1 for index in span.lead), span.stop, *rest)
-        )
+        box = Box((*span.lead, span.start, *(0 for _ in rest)), (*(index + 1 for index in span.lead), span.stop, *rest))
         return self.read_box(span.name, box).reshape(span.stop - span.start, *rest)
 
     def read_box(self, name: str, box: Box) -> torch.Tensor:
@@ -98,7 +96,9 @@ class TorchDistCheckpoint:
             try:
                 read_value(partial(self._files.read_bytes, path), offset, length)
             except DAMAGED as error:
-                raise UserError(f"{path}: {name} is refused ({error}); it is damaged or no plain data, use another one") from None
+                raise UserError(
+                    f"{path}: {name} is refused ({error}); it is damaged or no plain data, use another one"
+                ) from None
 
     def _check_cover(self, name: str, box: Box, overlaps: list[Box]) -> None:
         stored = sum(overlap.num_elements() for overlap in overlaps)
@@ -116,7 +116,9 @@ class TorchDistCheckpoint:
             if place not in self._payloads:
                 self._payloads[place] = find_values(self._files, path, place.offset, place.length, dtype, chunk.sizes)
         except DAMAGED as error:
-            raise UserError(f"{path}: the chunk of {name} is refused ({error}); it is damaged, use another iteration") from None
+            raise UserError(
+                f"{path}: the chunk of {name} is refused ({error}); it is damaged, use another iteration"
+            ) from None
         offsets = tuple(a - b for a, b in zip(box.start, chunk.offsets, strict=True))
         lengths = tuple(b - a for a, b in zip(box.start, box.stop, strict=True))
         return read_box(self._files, path, self._payloads[place], chunk.sizes, dtype, offsets, lengths)
