@@ -111,7 +111,7 @@ class _Slices:
 
 @contextmanager
 def _receiving_on(place: torch.device) -> Iterator[None]:
-    """megatron.core makes what receives other ranks' slices on "cuda", by a torch.empty bound before runtime.install()."""
+    """megatron.core makes what receives others' slices on "cuda", by a torch.empty bound before runtime.install()."""
     original = ShardedTensor.init_data
     ShardedTensor.init_data = lambda self, _, init_fn=torch.empty: original(self, place, init_fn)
     try:

@@ -167,12 +167,12 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
         return
     model = _sharded_model(state)
     common = read_common(directory)
-    step = common.get("optimizer_step")
     if missing := {"optimizer_step", "scheduler", "iteration", "consumed_samples"} - common.keys():
         raise UserError(
             f"{directory}: its optimizer's state is of a form that is not known here (it has no "
             f"{', '.join(sorted(missing))}); take its weights with --finetune"
         )
+    step: int = common["optimizer_step"]
     scheduler = {name: common["scheduler"].get(name) for name in state.scheduler.state_dict()}
     if any(type(value) not in (int, float, str, bool) for value in scheduler.values()):
         raise UserError(f"{directory}: the schedule in common.pt is damaged; use another iteration")
