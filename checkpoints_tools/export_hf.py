@@ -29,6 +29,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB")
     parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="type to store")
     parser.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of results for the model card's table")
+    parser.add_argument(
+        "--allow-objective-mismatch",
+        action="store_true",
+        help="also write a form whose attention the model was not trained with",
+    )
     add_streaming_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)
@@ -51,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         workers=options.workers,
         allow_nonfinite=options.allow_nonfinite,
         evaluation=evaluation,
+        allow_objective_mismatch=options.allow_objective_mismatch,
     )
     print_line(
         f"{done.directory}: iteration {done.iteration}, {human(done.num_parameters)} parameters, "

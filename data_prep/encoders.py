@@ -12,11 +12,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from megatron_a2d.conversion.end_tokens import END_OF_TEXT, end_of_document
+from megatron_a2d.conversion.mask_token import read_tokenizer_config
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json
 from megatron_a2d.tokenizer import read_tokenizer
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -74,17 +73,7 @@ class HFEncoder:
         self._suffix = [] if self.eod_token_id is None else [self.eod_token_id]
 
     def _end_of_document(self, path: Path) -> int:
-        # Qwen3's chat models name <|im_end|> as eos, yet documents end with <|endoftext|> in all of them.
-        name = END_OF_TEXT
-        if self._tokenizer.token_to_id(name) is None:
-            configuration = path.with_name("tokenizer_config.json")
-            eos = (
-                read_json(configuration, "the tokenizer's configuration").get("eos_token")
-                if configuration.exists()
-                else None
-            )
-            name = eos.get("content", "") if isinstance(eos, dict) else eos or ""
-        token_id = self._tokenizer.token_to_id(name)
+        token_id = end_of_document(self._tokenizer.token_to_id, read_tokenizer_config(path.parent))
         if token_id is None:
             raise UserError(
                 f"--tokenizer {path}: has no end-of-document token ({END_OF_TEXT}, or eos_token in "

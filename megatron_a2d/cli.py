@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,8 +77,15 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = 
         group.add_argument(flag(item.name), **options)
 
 
-def parse_run(parser: Parser, argv: list[str] | None) -> tuple[RunConfig, argparse.Namespace]:
-    """Read a run's configuration; with --print-config print it and end. Reports all problems together."""
+def parse_run(
+    parser: Parser,
+    argv: list[str] | None,
+    inherit: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
+) -> tuple[RunConfig, argparse.Namespace]:
+    """Read a run's configuration; with --print-config print it and end. Reports all problems together.
+
+    `inherit` gives defaults that depend on the given settings: those of the checkpoint that a run starts from.
+    """
     parser.add_argument(
         "--config", nargs="+", default=[], metavar="RECIPE", help="YAML files of settings; later ones and flags win"
     )
@@ -92,7 +99,7 @@ def parse_run(parser: Parser, argv: list[str] | None) -> tuple[RunConfig, argpar
     values.update(given_settings(options, settings(), problems))
     if problems:
         raise UserError(problems)
-    config = build(values)
+    config = build(inherit(values) | values)
     if options.print_config:
         yaml.safe_dump(config.to_dict(), sys.stdout, sort_keys=False)
         sys.exit(0)

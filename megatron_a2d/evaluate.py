@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     try:
         opened = open_model(options.model, layout, options.objective)
+        if opened.objective != "ar":
+            noise = {"noise_schedule": opened.noise_schedule, **noise}
         settings = {name: getattr(options, name) for name in OPTIONS}
         content: dict[str, Any] = {
             "model": options.model, "objective": options.objective, "versions": _versions(options),
@@ -237,6 +239,7 @@ def _tasks(options: argparse.Namespace, opened: Opened) -> dict[str, Any]:
     dependent = {
         "model": _fingerprint(Path(options.model)), "objective": options.objective, "likelihood": options.likelihood,
         "mc_num": options.mc_num, "seed": options.seed, "sampling": repr(sampling),
+        "end_token_ids": opened.end_token_ids, "document_token_id": opened.document_token_id,
     }  # fmt: skip
     journal = Journal(Path(options.out) / "answers.jsonl", dependent, writes=opened.speaks)
     if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():

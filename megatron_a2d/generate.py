@@ -221,7 +221,7 @@ def _generate(
 
     reserve = None
     if options.reserve_last == "eos" and not opened.end_token_ids:
-        raise UserError("--reserve-last eos: the model's config.json names no eos_token_id; give pad")
+        raise UserError("--reserve-last eos: no file of the model names a token that ends a text; give pad")
     if options.reserve_last:
         reserve = opened.end_token_ids[0] if options.reserve_last == "eos" else opened.pad_token_id
     jobs = (

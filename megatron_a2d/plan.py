@@ -24,6 +24,7 @@ from megatron_a2d.console import PlainConsole, entry_point, human
 from megatron_a2d.console import console as progress_console
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.conversion.qwen3 import named_architecture
+from megatron_a2d.conversion.trained import inherited
 from megatron_a2d.errors import UserError
 from megatron_a2d.planner import report
 from megatron_a2d.planner.cluster import Cluster, read_cluster
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="show every legal layout with all its parts")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and time into this .png, .pdf or .svg")
     parser.add_argument("--calibration", action="store_true", help="compare the model with published runs, and end")
-    config, options = parse_run(parser, argv)
+    config, options = parse_run(parser, argv, inherited)
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     if options.calibration:
         console.print(report.calibration())

@@ -21,6 +21,7 @@ from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
 from megatron_a2d.conversion.qwen3 import named_architecture
+from megatron_a2d.conversion.trained import inherited
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import hold_directory
 from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
@@ -64,7 +65,7 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
         "--settings-only", action="store_true", help="with --dry-run: for the shape of --model; no checkpoint, no data"
     )
     add_cluster(parser)
-    config, given = parse_run(parser, argv)
+    config, given = parse_run(parser, argv, inherited)
     if given.world_size is not None and not given.dry_run:
         raise UserError("--world-size: only goes with --dry-run; torchrun decides the number of processes")
     if given.settings_only and not given.dry_run:

@@ -27,6 +27,7 @@ from megatron_a2d.conversion.rows import FiniteCheck, RowSource, Span, num_bytes
 from megatron_a2d.conversion.sources import Weights, as_megatron, open_checkpoint
 from megatron_a2d.conversion.torch_dist import write_torch_dist
 from megatron_a2d.conversion.torch_dist_reader import read_common
+from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.conversion.unfinished import describe_files, unfinished_directory
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.errors import UserError
@@ -140,6 +141,8 @@ def _check_alike(opened: Sequence[Weights]) -> None:
         problems.append(
             f"--checkpoints: their mask tokens differ ({', '.join(map(str, masks))}); name one run's iterations"
         )
+    if len({read_trained(weights.directory) for weights in opened}) > 1:
+        problems.append("--checkpoints: their objectives or schedules differ; name one run's iterations")
     directories = [weights.directory.resolve() for weights in opened]
     twice = sorted({path for path in directories if directories.count(path) > 1})
     problems += [f"--checkpoints {path}: is named twice; name each once" for path in twice]

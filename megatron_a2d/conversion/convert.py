@@ -18,6 +18,7 @@ from megatron_a2d.conversion.mask_token import choose_mask_token
 from megatron_a2d.conversion.rows import FiniteCheck, num_bytes
 from megatron_a2d.conversion.sources import as_megatron, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist import write_torch_dist
+from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.conversion.unfinished import describe_files, size_of_unfinished, unfinished_directory
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.errors import UserError
@@ -52,6 +53,7 @@ def convert(
     check_new_directory(out, "--out")
     with open_hf(hf, check_values=not allow_nonfinite) as weights:
         config = read_json(hf / "config.json", "the model's configuration")
+        _check_mask_token(hf, mask_token_id, weights.architecture.mask_token_id)
         config["mask_token_id"] = choose_mask_token(
             hf, weights.architecture.vocab_size, mask_token_id, weights.architecture.mask_token_id
         )
@@ -84,6 +86,14 @@ def convert(
                     comparison = compare_weights(weights, written, advance, workers)
         dtypes = {tensors.dtype(key) for key in tensors.shapes}
         return Converted(out, weights.architecture, size, dtypes, config["mask_token_id"], comparison)
+
+
+def _check_mask_token(hf: Path, requested: int | None, configured: int | None) -> None:
+    """UserError when a diffusion model is to have another mask token than it was trained with. Checks the rest too."""
+    if read_trained(hf).is_diffusion and requested is not None and configured not in (None, requested):
+        raise UserError(
+            f"--mask-token-id {requested}: {hf} was trained with {configured} (its config.json); leave the flag out"
+        )
 
 
 def check_space(out: Path, size: int) -> None:

@@ -16,12 +16,15 @@ from megatron_a2d.console import progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, copy_hf_files, iteration_of
 from megatron_a2d.conversion.compare import Comparison, compare_weights
 from megatron_a2d.conversion.convert import check_space
+from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import Exported, Format, config_json, generation_json, refusals
+from megatron_a2d.conversion.mask_tokenizer import register_mask_token
 from megatron_a2d.conversion.model_card import Origin, model_card
 from megatron_a2d.conversion.rows import FiniteCheck, num_bytes
 from megatron_a2d.conversion.safetensors_files import write_safetensors
 from megatron_a2d.conversion.sources import EMBEDDING, Weights, as_type, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_reader import read_common
+from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.conversion.unfinished import JOURNAL, describe_files, unfinished_directory
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.errors import UserError
@@ -49,10 +52,12 @@ def export(
     workers: int = DEFAULT_WORKERS,
     allow_nonfinite: bool = False,
     evaluation: dict[str, Any] | None = None,
+    allow_objective_mismatch: bool = False,
 ) -> Written:
     """Write the latest iteration of `checkpoint` (or the one it names) as the Hugging Face directory `out`.
 
-    `travelling` are the python files that the format's auto_map names. `evaluation` is shown in the model card. With
+    `travelling` are the python files that the format's auto_map names. `evaluation` is shown in the model card.
+    `allow_objective_mismatch` permits a form that the model was not trained for. With
     `verify` what was written is read back and compared, before it gets its final name. Raises UserError and leaves
     nothing behind; an interrupted run is continued by the next one.
     """
@@ -61,7 +66,7 @@ def export(
         checked = FiniteCheck(weights.tensors)
         tensors = as_type(weights._replace(tensors=checked), dtype)
         model, origin = _describe(weights, str(tensors.dtype(EMBEDDING)).removeprefix("torch."))
-        if problems := refusals(kind, model):
+        if problems := refusals(kind, model, allow_objective_mismatch):
             raise UserError(problems)
         size = num_bytes(tensors)
         check_space(out, size)
@@ -74,9 +79,12 @@ def export(
             if not allow_nonfinite and (problems := checked.problems(weights.directory)):
                 raise UserError(problems)
             copy_hf_files(weights.directory / HF_FILES, work.directory)
+            config = config_json(kind, model)
+            if config.get("mask_token_id") is not None:
+                register_mask_token(work.directory, config["mask_token_id"])
             for file in travelling:
                 shutil.copyfile(file, work.directory / file.name)
-            write_json(work.directory / "config.json", config_json(kind, model))
+            write_json(work.directory / "config.json", config)
             if generation := generation_json(kind, model):
                 write_json(work.directory / "generation_config.json", generation)
             card = model_card(kind, model, origin, evaluation)
@@ -103,8 +111,8 @@ def _describe(weights: Weights, dtype: str) -> tuple[Exported, Origin]:
         read_json(hf / "config.json", "the model's configuration"),
         _optional(hf / "generation_config.json"),
         dtype,
-        bool(settings.get("label_shift", True)),
-        int(settings.get("block_length", 0)),
+        read_trained(weights.directory),
+        read_end_tokens(hf, weights.architecture.vocab_size),
     )
     common = read_common(weights.directory)
     averaged = common.get("averaged_iterations", ())

@@ -6,9 +6,12 @@ the new spellings of transformers 5, while 5 reads both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from megatron_a2d.architecture import Architecture
+from megatron_a2d.conversion.end_tokens import EndTokens
+from megatron_a2d.conversion.trained import Trained
 
 Format = Literal["rnd1", "a2d", "qwen3"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -26,6 +29,9 @@ AUTO_MAPS = {
     },
 }
 NUM_DIFFUSION_STEPS = 256
+# Of the training, what every export says; the rest only where it was used.
+_OF_ALL = ("objective", "label_shift", "noise_schedule", "document_attention")
+_NONE = Trained()._asdict()
 
 
 class Exported(NamedTuple):
@@ -35,14 +41,22 @@ class Exported(NamedTuple):
     source: dict[str, Any]  # hf/config.json of the checkpoint
     source_generation: dict[str, Any]  # its generation_config.json, or {}
     dtype: str  # of the embedding: bfloat16, float16, float32
-    label_shift: bool
-    block_length: int = 0  # of block diffusion
+    trained: Trained
+    ends: EndTokens
 
 
-def refusals(kind: Format, model: Exported) -> list[str]:
-    """Why this model has no faithful form in format `kind`; empty if it has one."""
+def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = False) -> list[str]:
+    """Why this model has no faithful form in format `kind`; empty if it has one.
+
+    `allow_objective_mismatch`: also one with another attention than the model was trained with.
+    """
     problems = []
-    a = model.architecture
+    a, trained = model.architecture, model.trained
+    if not allow_objective_mismatch and (mismatch := objective_mismatch(kind, model)):
+        instead = "a2d" if kind == "qwen3" else "qwen3"
+        problems.append(
+            f"--format {kind}: {mismatch}; use --format {instead}, or give --allow-objective-mismatch if you want that"
+        )
     if kind == "rnd1":
         reasons = {
             "it is dense, and RND1 models are mixtures of experts": not a.is_moe,
@@ -50,17 +64,33 @@ def refusals(kind: Format, model: Exported) -> list[str]:
                 a.is_moe and not a.norm_topk_prob
             ),
             "its output head is tied to its embedding, and RND1's is not": a.tie_word_embeddings,
-            "it was trained without the label shift, and RND1 with it": not model.label_shift,
+            "it was trained without the label shift, and RND1 with it": not trained.label_shift,
         }
-        problems = [f"--format rnd1: {why}; use --format a2d" for why, holds in reasons.items() if holds]
-    if kind != "qwen3" and model.block_length:
+        problems += [f"--format rnd1: {why}; use --format a2d" for why, holds in reasons.items() if holds]
+    if kind != "qwen3" and trained.block_length:
         problems.append(
-            f"--format {kind}: the model was trained in blocks of {model.block_length} (--objective block), and the "
+            f"--format {kind}: the model was trained in blocks of {trained.block_length} (--objective block), and the "
             "modelling code of exports knows no blocks; sample and evaluate the checkpoint itself"
         )
     if kind != "qwen3" and a.mask_token_id is None:
         problems.append(f"--format {kind}: the checkpoint's hf/config.json has no mask_token_id; convert it again")
     return problems
+
+
+def objective_mismatch(kind: Format, model: Exported) -> str | None:
+    """In which way format `kind` contradicts the training; None if it does not, or nothing is recorded."""
+    trained = model.trained
+    if kind == "qwen3" and trained.is_diffusion and not trained.is_causal:
+        return (
+            f"the model was trained for masked diffusion (--objective {trained.objective}), and this form predicts the "
+            "next token under causal attention"
+        )
+    if kind != "qwen3" and trained.objective == "ar":
+        return (
+            "the model was trained to predict the next token (--objective ar), and this form fills masks under "
+            "bidirectional attention"
+        )
+    return None
 
 
 def config_json(kind: Format, model: Exported) -> dict[str, Any]:
@@ -87,32 +117,53 @@ def config_json(kind: Format, model: Exported) -> dict[str, Any]:
     config |= _special_tokens(model, first_only=kind == "rnd1")
     config["torch_dtype"] = model.dtype
     scaling = a.yarn.to_rope_scaling() if a.yarn else None
+    config |= _training(kind, model)
     if kind == "qwen3":
         return config | {"rope_scaling": scaling, "sliding_window": None, "use_cache": True}
     config |= {
         "mask_token_id": a.mask_token_id,
-        "num_diffusion_steps": NUM_DIFFUSION_STEPS,
+        "num_diffusion_steps": num_diffusion_steps(model.source),
         "is_causal": False,
         "use_cache": False,
     }
     if kind == "rnd1":
         del config["bos_token_id"]
         return config | {"moe_backend": "hf", "rope_scaling": scaling or False, "sliding_window": False}
-    return config | {"label_shift": model.label_shift, "rope_scaling": scaling}
+    return config | {"rope_scaling": scaling}
 
 
 def generation_json(kind: Format, model: Exported) -> dict[str, Any]:
-    """The export's generation_config.json. RND1's loader takes the mask token from this file."""
+    """The export's generation_config.json, with all end tokens. RND1's loader takes the mask token from it."""
+    ends: dict[str, Any] = {}
+    if model.ends.ids:
+        ends["eos_token_id"] = model.ends.ids[0] if len(model.ends.ids) == 1 else list(model.ends.ids)
     if kind == "qwen3":
-        return model.source_generation
+        return model.source_generation | ends
     tokens = _special_tokens(model, first_only=kind == "rnd1")
     if kind == "rnd1":
         del tokens["bos_token_id"]
-    return {name: value for name, value in tokens.items() if value is not None} | {
+    return {name: value for name, value in (tokens | ends).items() if value is not None} | {
         "mask_token_id": model.architecture.mask_token_id,
-        "num_diffusion_steps": NUM_DIFFUSION_STEPS,
+        "num_diffusion_steps": num_diffusion_steps(model.source),
         "use_cache": False,
     }
+
+
+def num_diffusion_steps(config: Mapping[str, Any]) -> int:
+    """Denoising steps unless told otherwise: what a model's config.json says, else RND1's number."""
+    value = config.get("num_diffusion_steps")
+    return value if type(value) is int and value > 0 else NUM_DIFFUSION_STEPS
+
+
+def _training(kind: Format, model: Exported) -> dict[str, Any]:
+    """What a conversion of the export must know of the training (trained.py); of a causal model's, nothing."""
+    trained = model.trained
+    if kind == "qwen3" and not trained.is_diffusion:
+        return {}
+    facts = {name: value for name, value in trained._asdict().items() if name in _OF_ALL or value != _NONE[name]}
+    if kind == "qwen3":
+        facts["mask_token_id"] = model.architecture.mask_token_id
+    return facts
 
 
 def _shape(a: Architecture) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Which row of the embedding becomes the mask token.
+"""Which row of the embedding becomes the mask token, and its name in an export's tokenizer.
 
 Qwen3's embedding has more rows than its tokenizer has tokens (151936 rows, 151669 tokens), so a row is free
-for the mask and nothing is resized. RND1 uses the first free one, 151669; so do we.
+for the mask and nothing is resized. RND1 uses the first free one, 151669; so do we, unless the tokenizer has a mask
+token of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MASK_TOKEN = "<|mask|>"
 
 def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, configured: int | None) -> int:
     """The mask token of the model in `directory`: `requested` (--mask-token-id), else what its config.json
-    says (`configured`), else the first row that its tokenizer leaves unused.
+    says (`configured`), else the tokenizer's own, else the first row that its tokenizer leaves unused.
 
     Raises UserError when the choice is outside the embedding or is a token of ordinary text.
     """
@@ -32,10 +33,11 @@ def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, c
     if requested is None:
         requested, where = configured, f"{directory / 'config.json'}: mask_token_id {configured}"
     if requested is None:
-        return _first_unused(directory, tokens, vocab_size)
+        own = _declared(directory, tokens)
+        return _first_unused(directory, tokens, vocab_size) if own is None else own
     if not isinstance(requested, int) or isinstance(requested, bool) or not 0 <= requested < vocab_size:
         raise UserError(f"{where}: is no row of the embedding; choose one of 0 to {vocab_size - 1}")
-    if requested in tokens and tokens[requested] not in (MASK_TOKEN, _own_mask_token(directory)):
+    if requested in tokens and tokens[requested] not in mask_token_names(directory):
         raise UserError(
             f"{where}: is the token {tokens[requested]!r}, which text uses; choose an unused id"
             + (f", such as {free}" if (free := _free(tokens, vocab_size)) is not None else "")
@@ -68,7 +70,7 @@ def _pairs(directory: Path) -> list[tuple[Any, Any]]:
         for name in ("vocab.json", "added_tokens.json"):
             if (directory / name).exists():
                 pairs += [(i, token) for token, i in read_json(directory / name, "the vocabulary").items()]
-    declared = _member(_tokenizer_config(directory), "added_tokens_decoder") or {}
+    declared = _member(read_tokenizer_config(directory), "added_tokens_decoder") or {}
     return pairs + [(i, _member(item, "content")) for i, item in declared.items()]
 
 
@@ -78,10 +80,6 @@ def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> i
     free = _free(tokens, vocab_size)
     if free is not None:
         return free
-    own = _own_mask_token(directory)
-    for i, token in tokens.items():
-        if token in (MASK_TOKEN, own):
-            return i
     raise UserError(
         f"{directory}: its tokenizer uses all {vocab_size} rows of the embedding and has no mask token; "
         f"add a token {MASK_TOKEN} to it and a row to the model"
@@ -92,12 +90,20 @@ def _free(tokens: dict[int, str], vocab_size: int) -> int | None:
     return next((i for i in range(vocab_size) if i not in tokens), None)
 
 
-def _own_mask_token(directory: Path) -> str | None:
-    token = _tokenizer_config(directory).get("mask_token")
-    return token.get("content") if isinstance(token, dict) else token
+def _declared(directory: Path, tokens: dict[int, str]) -> int | None:
+    """The id of the tokenizer's own mask token; a name that it gives no id counts for nothing."""
+    id_of = {token: i for i, token in tokens.items()}
+    return next((id_of[name] for name in mask_token_names(directory) if name in id_of), None)
 
 
-def _tokenizer_config(directory: Path) -> dict[str, Any]:
+def mask_token_names(directory: Path) -> list[str]:
+    """What a mask token is called there: as tokenizer_config.json declares it, and as we do."""
+    token = read_tokenizer_config(directory).get("mask_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return [*([token] if isinstance(token, str) else []), MASK_TOKEN]
+
+
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
     return read_json(path, "the tokenizer's configuration") if path.exists() else {}
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_a2d.config import ROLES, recorded_settings
 from megatron_a2d.console import human
-from megatron_a2d.conversion.hf_config import Exported, Format
+from megatron_a2d.conversion.hf_config import Exported, Format, objective_mismatch
 from megatron_a2d.printable import one_line
 
 # The settings that make a recipe, in the order of the card.
@@ -92,8 +92,10 @@ def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
     yield f"Training: {_training(origin)}."
     if origin.averaged and all(map(_is_count, origin.averaged)):
         yield f"Weights: mean of the iterations {', '.join(map(str, origin.averaged))}."
+    if mismatch := objective_mismatch(kind, model):
+        yield f"**Not what it was trained for**: {mismatch}. Nothing is known of how well it does that."
     if kind != "qwen3":
-        shift = "row i - 1 predicts token i" if model.label_shift else "row i predicts token i"
+        shift = "row i - 1 predicts token i" if model.trained.label_shift else "row i predicts token i"
         yield f"Mask token id: {a.mask_token_id}; {shift}."
 
 

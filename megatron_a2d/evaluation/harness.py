@@ -53,10 +53,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        # Documents end with the first of them; it stands for "nothing before".
-        if not self.opened.end_token_ids:
-            raise UserError(f"--model {self.opened.name}: config.json names no eos_token_id; write it into the file")
-        return self.opened.end_token_ids[0]
+        # What ends the document before a text stands for "nothing before".
+        if self.opened.document_token_id is None:
+            raise UserError(
+                f"--model {self.opened.name}: no file names a token that ends a text; write eos_token_id into "
+                "config.json"
+            )
+        return self.opened.document_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self.opened.encode(string)

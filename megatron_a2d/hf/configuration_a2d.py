@@ -148,7 +148,7 @@ def _yarn(found: dict[str, Any], original: int | None, longest: int) -> dict[str
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     supported = {
         "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
-        "mlp_only_layers": [], "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "decoder_sparse_step": 1, "block_length": 0,
     }  # fmt: skip
     for key, value in supported.items():
         if config.get(key) not in (None, value):

@@ -11,13 +11,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_a2d.architecture import read_architecture
-from megatron_a2d.conversion.mask_token import MASK_TOKEN, read_tokens
+from megatron_a2d.conversion.end_tokens import read_end_tokens
+from megatron_a2d.conversion.hf_config import num_diffusion_steps
+from megatron_a2d.conversion.mask_token import mask_token_names, read_tokens
+from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.diffusion.forward import Reduce, Request, Window
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM, KeyValueCache
 from megatron_a2d.hf.modeling_rnd import RND1LM
-from megatron_a2d.inference.opened import Opened, end_tokens, load_tokenizer, pad_token
+from megatron_a2d.inference.opened import Opened, load_tokenizer, pad_token
 from megatron_a2d.runtime.device import device, has_cuda
 
 DIFFUSION_TYPES = {"a2d": A2DForMaskedLM, "rnd1": RND1LM}
@@ -37,6 +40,7 @@ def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
     tokenizer = load_tokenizer(directory, architecture.vocab_size)
     if is_diffusion:
         check_mask_token(directory, mask, architecture.vocab_size)
+    ends, trained = read_end_tokens(directory, architecture.vocab_size), read_trained(directory)
     model = _load(directory, DIFFUSION_TYPES.get(str(config["model_type"]), transformers.AutoModelForCausalLM))
     return Opened(
         run=TransformersModel(model),
@@ -46,13 +50,15 @@ def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
         architecture=architecture,
         vocab_size=architecture.vocab_size,
         mask_token_id=int(mask if mask is not None else -1),
-        end_token_ids=end_tokens(config.get("eos_token_id")),
-        label_shift=bool(config.get("label_shift", True)),
+        end_token_ids=ends.ids,
+        document_token_id=ends.document,
+        label_shift=trained.label_shift,
+        noise_schedule=trained.noise_schedule,
         max_positions=architecture.context_length,
-        num_diffusion_steps=int(config.get("num_diffusion_steps") or 256),
+        num_diffusion_steps=num_diffusion_steps(config),
         has_caches=is_diffusion,
         device=model.device,
-        pad_token_id=pad_token(directory, config),
+        pad_token_id=pad_token(directory, config, ends),
     )
 
 
@@ -65,7 +71,7 @@ def check_mask_token(directory: Path, mask: Any, vocab_size: int) -> None:
             "write the id that the model was trained with into the file"
         )
     token = read_tokens(directory).get(mask)
-    if token is not None and token != MASK_TOKEN and "mask" not in token.lower():
+    if token is not None and token not in mask_token_names(directory) and "mask" not in token.lower():
         raise UserError(
             f"{path}: mask_token_id is {mask}, which the tokenizer uses for {token!r}; write the id that the model "
             "was trained with into the file, or take the model's own tokenizer"

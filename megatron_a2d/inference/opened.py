@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.conversion.checkpoint import RELEASE, TRACKER
+from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.diffusion.forward import Model
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
@@ -29,12 +30,16 @@ class Opened:
     architecture: Architecture
     vocab_size: int
     mask_token_id: int  # -1 for an autoregressive model
-    end_token_ids: tuple[int, ...]
+    end_token_ids: tuple[int, ...]  # a text ends at the first of them (conversion/end_tokens.py)
     label_shift: bool
     max_positions: int
     num_diffusion_steps: int
     has_caches: bool
     device: torch.device
+    # It lies between the documents of training data, and stands for "nothing before"; None: nothing names one.
+    document_token_id: int | None = None
+    # As it was trained; what held-out text is judged with unless told otherwise.
+    noise_schedule: str = "linear"
     # The public package's reserved slot holds it.
     pad_token_id: int = 0
     # Of a model of block diffusion.
@@ -69,17 +74,11 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def pad_token(directory: Path, config: Mapping[str, Any]) -> int:
+def pad_token(directory: Path, config: Mapping[str, Any], ends: EndTokens) -> int:
     """As an export has it: config.json's, else generation_config.json's, else the first end-of-text token, else 0."""
     path = directory / "generation_config.json"
     generation = read_json(path, "the generation settings") if path.exists() else {}
-    ends = end_tokens(config.get("eos_token_id"))
-    for value in (config.get("pad_token_id"), generation.get("pad_token_id"), *ends):
+    for value in (config.get("pad_token_id"), generation.get("pad_token_id"), *ends.ids):
         if isinstance(value, int):
             return value
     return 0
-
-
-def end_tokens(value: int | list[int] | None) -> tuple[int, ...]:
-    """eos_token_id of a config.json, which is a number, a list or nothing."""
-    return (value,) if isinstance(value, int) else tuple(value or ())

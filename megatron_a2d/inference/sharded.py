@@ -22,14 +22,17 @@ from torch import Tensor
 from megatron_a2d.architecture import Architecture, read_architecture
 from megatron_a2d.checks import find_problems
 from megatron_a2d.config import RunConfig, build
-from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, read_run_settings, resolve
+from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
+from megatron_a2d.conversion.end_tokens import read_end_tokens
+from megatron_a2d.conversion.hf_config import num_diffusion_steps
 from megatron_a2d.conversion.sources import open_checkpoint
+from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.diffusion.blocks import BlockModel
 from megatron_a2d.diffusion.forward import Model, Reduce, Request
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 from megatron_a2d.inference.export import check_mask_token
-from megatron_a2d.inference.opened import Opened, end_tokens, load_tokenizer, pad_token
+from megatron_a2d.inference.opened import Opened, load_tokenizer, pad_token
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.runtime.device import device
 from megatron_a2d.runtime.loading import load_state
@@ -41,22 +44,21 @@ from megatron_a2d.training.setup import build_model
 def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdlm") -> Opened:
     """The model of a checkpoint, laid out as `values` (names of LAYOUT) say; collective under torchrun.
 
-    How it was trained (objective, label shift) is read from its run.json; a converted checkpoint has none and counts as
-    `objective` with the label shift.
+    How it was trained (objective, label shift) the checkpoint says; a converted Qwen3 counts as `objective`.
     """
     directory = resolve(path)
     hf_files = directory / HF_FILES
     architecture = read_architecture(hf_files)
-    trained = read_run_settings(directory) if (directory / RUN_CONFIG).exists() else {}
-    if objective == "mdlm" and trained.get("objective") == "block":
+    trained = read_trained(directory)
+    if objective == "mdlm" and trained.objective == "block":
         objective = "block"  # masked diffusion too; how it is read follows from how it was trained
-    if trained.get("objective", objective) != objective:
+    if trained.objective not in (None, objective):
         raise UserError(
-            f"--model {path}: was trained with --objective {trained['objective']}, not {objective}; give that objective"
+            f"--model {path}: was trained with --objective {trained.objective}, not {objective}; give that objective"
         )
     processes = dist.get_world_size() if dist.is_initialized() else parallel.world_size()
     longest = architecture.context_length // (tp := values.get("tensor_model_parallel_size", 1) or 1) * tp
-    block = {name: trained[name] for name in ("block_length", "ar_loss_weight") if objective == "block"}
+    block = {name: getattr(trained, name) for name in ("block_length", "ar_loss_weight") if objective == "block"}
     config = build({**values, **block, "objective": objective, "global_batch_size": processes, "seq_length": longest})
     if problems := find_problems(config, architecture, processes):
         raise UserError(problems)
@@ -64,6 +66,7 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
     tokenizer = load_tokenizer(hf_files, architecture.vocab_size)
     if objective != "ar":
         check_mask_token(hf_files, mask, architecture.vocab_size)
+    ends = read_end_tokens(hf_files, architecture.vocab_size)
     with open_checkpoint(directory):
         pass  # every tensor of the model is there, in its shape, and no other
     parallel.initialize(config.parallel)
@@ -81,13 +84,15 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
         architecture=architecture,
         vocab_size=architecture.vocab_size,
         mask_token_id=int(mask if mask is not None else -1),
-        end_token_ids=end_tokens(hf_config.get("eos_token_id")),
-        label_shift=bool(trained.get("label_shift", True)),
+        end_token_ids=ends.ids,
+        document_token_id=ends.document,
+        label_shift=trained.label_shift,
+        noise_schedule=trained.noise_schedule,
         max_positions=architecture.context_length,
-        num_diffusion_steps=256,
+        num_diffusion_steps=num_diffusion_steps(hf_config),
         has_caches=False,
         device=device(),
-        pad_token_id=pad_token(hf_files, hf_config),
+        pad_token_id=pad_token(hf_files, hf_config, ends),
         speaks=dist.get_rank() == 0,
         block_length=config.diffusion.block_length,
         causal_context=causal_context,

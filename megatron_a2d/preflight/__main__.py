@@ -19,6 +19,7 @@ import time
 
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.console import entry_point
+from megatron_a2d.conversion.trained import inherited
 from megatron_a2d.errors import UserError
 from megatron_a2d.exit_codes import USER_ERROR
 from megatron_a2d.planner.cluster import add_cluster, read_cluster
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
             "--settings-only", action="store_true", help="check the settings alone, for WORLD_SIZE processes, and end"
         )
         add_cluster(parser)
-        config, options = parse_run(parser, argv)
+        config, options = parse_run(parser, argv, inherited)
         cluster = read_cluster(options.cluster) if options.cluster else None
         check_early(config, world_size())
     except UserError:

@@ -11,6 +11,7 @@ from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig, flag, settings
 from megatron_a2d.console import console
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
+from megatron_a2d.conversion.trained import inherited
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import hold_directory
 from megatron_a2d.printable import print_line
@@ -54,7 +55,7 @@ def run_study(name: str, argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--page", type=Path, metavar="DIR", help="directory for table, plots and page; default: --out")
     parser.add_argument("--plan", action="store_true", help="print what would be run, and what of it is done; end")
-    base, options = parse_run(parser, argv)
+    base, options = parse_run(parser, argv, inherited)
     _check(base, options.seeds, options.jobs)
     assert base.training.load is not None
     architecture = read_architecture(resolve(base.training.load) / HF_FILES)

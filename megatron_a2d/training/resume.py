@@ -29,6 +29,7 @@ from megatron_a2d.conversion.checkpoint import (
     resolve,
 )
 from megatron_a2d.conversion.manifest import MANIFEST, check_manifest
+from megatron_a2d.conversion.trained import contradictions, read_trained
 from megatron_a2d.errors import UserError
 
 _FREE = {"train_data_path", "valid_data_path", "data_mixture", "num_workers"}
@@ -82,6 +83,8 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
             raise UserError(f"{problem}; restore the file, or use another iteration" for problem in problems)
         # --conversion random takes not even those.
         is_drawn = config.diffusion.conversion == "random"
+        if not is_drawn:
+            _check_training(config, directory, report)
         weights_only = training.finetune or is_drawn or iteration_of(directory) == 0
     else:
         raise UserError(NO_START)
@@ -91,6 +94,15 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
         for name, was, now in _changes(config, directory, NOTED):
             report(f"{flag(name)} {now}: was {was} until iteration {iteration_of(directory)}, and holds from now on")
     return Start(directory, weights_only)
+
+
+def _check_training(config: RunConfig, directory: Path, report: Callable[[str], None]) -> None:
+    """A new run may teach the weights another objective or schedule, and is told so; that rows stand for other tokens
+    than they were trained for is an error unless --finetune says that it is meant."""
+    for line in contradictions(config, read_trained(directory), directory):
+        if line.startswith(flag("label_shift")) and not config.training.finetune:
+            raise UserError(f"{line}; leave the flag out, or teach it the other one with --finetune")
+        report(f"{line}, and this run goes on from it otherwise")
 
 
 def differences(config: RunConfig, directory: Path) -> list[str]:

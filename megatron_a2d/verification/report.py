@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_a2d.console import human, progress
-from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, read_run_settings
+from megatron_a2d.conversion.checkpoint import HF_FILES
 from megatron_a2d.conversion.compare import Comparison
 from megatron_a2d.conversion.hf_config import AUTO_MAPS
 from megatron_a2d.conversion.sources import Weights
+from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 from megatron_a2d.hf import TRAVELLING
@@ -201,9 +202,7 @@ def is_hugging_face(weights: Weights) -> bool:
 
 def label_shift(weights: Weights) -> bool:
     """Whether row i - 1 predicts token i, as the run or the export says; so it is in every autoregressive model."""
-    if (weights.directory / RUN_CONFIG).exists():
-        return bool(read_run_settings(weights.directory).get("label_shift", True))
-    return bool(read_json(_configuration(weights) / "config.json", "the configuration").get("label_shift", True))
+    return read_trained(weights.directory).label_shift
 
 
 def _configuration(weights: Weights) -> Path:

@@ -201,7 +201,11 @@ def test_mask_token_choices(models: Path, tmp_path: Path) -> None:
     tokenizer["added_tokens"].append({"id": 250, "content": "<|mask|>"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert choose_mask_token(tmp_path, 256, 250, None) == 250
-    assert choose_mask_token(tmp_path, 256, None, None) == 251
+    assert choose_mask_token(tmp_path, 256, None, None) == 250  # the tokenizer's own, not the first free row
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": {"content": "<|im_start|>"}}))
+    assert choose_mask_token(tmp_path, 256, None, None) == tiny.TURN_START  # the declared one before a mere name
+    assert choose_mask_token(tmp_path, 256, None, 255) == 255  # what the model was trained with before both
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "[MASK]"}))  # without an id
     assert choose_mask_token(tmp_path, 251, None, None) == 250
 
 

@@ -1,0 +1,143 @@
+"""The mask token of an export: its tokenizer and its config.json name the same one, under both lines of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from megatron_a2d.conversion.convert import convert
+from megatron_a2d.conversion.export import export
+from megatron_a2d.conversion.mask_tokenizer import register_mask_token
+from megatron_a2d.errors import UserError
+from megatron_a2d.inference.export import check_mask_token
+from tests import tiny
+from tests.unit.test_hf_export_model import TRANSFORMERS4
+
+TEXT = "the rat <|im_end|> and\n(more)"
+
+
+def split_specials(directory: Path) -> None:
+    """As in Qwen3's tokenizer.json: special tokens follow the model's vocabulary and are not in it."""
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    specials = [item["content"] for item in content["added_tokens"]]
+    words = [word for word in content["model"]["vocab"] if word not in specials]
+    content["model"]["vocab"] = {word: number for number, word in enumerate(words)}
+    for number, item in enumerate(content["added_tokens"]):
+        item["id"] = len(words) + number
+    path.write_text(json.dumps(content))
+
+
+def declare(directory: Path, token: Any, added: str = "") -> None:
+    """mask_token of tokenizer_config.json, and a token more in tokenizer.json."""
+    if added:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        tokenizer.add_special_tokens(["<|unused|>", added])
+        tokenizer.save(str(directory / "tokenizer.json"))
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ({"mask_token": token} if token else {})))
+
+
+# What is done to the tokenizer before conversion, --mask-token-id, and the id and name that are right.
+CASES: dict[str, tuple[Any, int | None, int, str]] = {
+    "none": (lambda d: None, None, 250, "<|mask|>"),
+    "as in Qwen3": (split_specials, None, 250, "<|mask|>"),
+    "beyond the next id": (lambda d: None, 255, 255, "<|mask|>"),
+    "as in Qwen3, beyond the next id": (split_specials, 253, 253, "<|mask|>"),
+    "declared": (lambda d: declare(d, "[MSK]", "[MSK]"), None, 251, "[MSK]"),
+    "declared as an object": (lambda d: declare(d, {"content": "[MSK]"}, "[MSK]"), None, 251, "[MSK]"),
+    "by name": (lambda d: declare(d, None, "<|mask|>"), None, 251, "<|mask|>"),
+    "another than the tokenizer's": (lambda d: declare(d, None, "<|mask|>"), 254, 254, "<|mask:254|>"),
+    "declared without an id": (lambda d: declare(d, "[MASK]"), None, 250, "<|mask|>"),
+}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("masks")
+    done = {}
+    for number, (name, (change, requested, _, _)) in enumerate(CASES.items()):
+        hf = tiny.write_hf(root / f"hf_{number}", "moe", num_hidden_layers=1)
+        change(hf)
+        convert(hf, root / f"ckpt_{number}", requested, verify=False)
+        form: Any = "rnd1" if number % 2 else "a2d"
+        export(root / f"ckpt_{number}", root / f"out_{number}", form, verify=False)
+        done[name] = root / f"out_{number}"
+    return done
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tokenizer_names_the_id_of_the_configuration(case: str, exports: dict[str, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    _, _, mask, name = CASES[case]
+    out = exports[case]
+    source = out.with_name(out.name.replace("out", "hf"))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    assert (tokenizer.mask_token_id, tokenizer.mask_token, config["mask_token_id"]) == (mask, name, mask)
+    # All else is as it was, and the token is one token of a text and none of what is shown.
+    before = Tokenizer.from_file(str(source / "tokenizer.json"))
+    after = Tokenizer.from_file(str(out / "tokenizer.json"))
+    assert after.get_vocab() == before.get_vocab() | {name: mask}
+    assert after.encode(TEXT).ids == before.encode(TEXT).ids
+    assert after.encode(f"a{name}b").ids[1:-1] == [mask]
+    assert after.decode([mask, 5]) == before.decode([5])
+    check_mask_token(out, mask, tiny.VOCAB_SIZE)
+
+
+def test_so_does_the_older_transformers(exports: dict[str, Path]) -> None:
+    script = (
+        "import sys, transformers\nassert transformers.__version__.startswith('4.57')\n"
+        "for path in sys.argv[1:]:\n    t = transformers.AutoTokenizer.from_pretrained(path)\n"
+        "    print(t.mask_token_id, t.mask_token)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(TRANSFORMERS4)}
+    shown = subprocess.run(
+        [sys.executable, "-c", script, *map(str, exports.values())],
+        env=environment, capture_output=True, text=True, check=True,
+    ).stdout.split("\n")  # fmt: skip
+    assert shown[:-1] == [f"{mask} {name}" for _, _, mask, name in CASES.values()]
+
+
+def test_an_export_is_converted_with_the_same_mask(exports: dict[str, Path], tmp_path: Path) -> None:
+    out = exports["another than the tokenizer's"]
+    assert convert(out, tmp_path / "again", verify=False).mask_token_id == 254
+    assert convert(out, tmp_path / "same", 254, verify=False).mask_token_id == 254
+    config = json.loads((out / "config.json").read_text())
+    del config["objective"]  # of a trained model
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"--mask-token-id 252: .* was trained with 254"):
+        convert(out, tmp_path / "other", 252)
+
+
+def test_the_files_beside_the_tokenizer_follow(tmp_path: Path) -> None:
+    tiny.write_tokenizer(tmp_path)
+    files: dict[str, Any] = {
+        "tokenizer_config.json": {"added_tokens_decoder": {"0": {"content": "<|endoftext|>"}}},
+        "special_tokens_map.json": {"pad_token": "<|endoftext|>"}, "added_tokens.json": {"<|endoftext|>": 0},
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    register_mask_token(tmp_path, 250)
+    settings, special, added = (json.loads((tmp_path / name).read_text()) for name in files)
+    assert settings["mask_token"] == special["mask_token"] == "<|mask|>"
+    assert settings["added_tokens_decoder"].keys() == {"0", "250"} and added == {"<|endoftext|>": 0, "<|mask|>": 250}
+    written = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    register_mask_token(tmp_path, 250)  # again: nothing changes
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == written
+
+
+def test_a_tokenizer_that_cannot_say_the_id(tmp_path: Path) -> None:
+    from tokenizers import models
+
+    Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)], unk_id=0)).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"a mask token of id 7 cannot be added .* --mask-token-id 2"):
+        register_mask_token(tmp_path, 7)
