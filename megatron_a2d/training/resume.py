@@ -83,9 +83,9 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
             raise UserError(f"{problem}; restore the file, or use another iteration" for problem in problems)
         # --conversion random takes not even those.
         is_drawn = config.diffusion.conversion == "random"
-        if not is_drawn:
-            _check_training(config, directory, report)
         weights_only = training.finetune or is_drawn or iteration_of(directory) == 0
+        if weights_only and not is_drawn:
+            _check_training(config, directory, report)
     else:
         raise UserError(NO_START)
     if not weights_only:
