@@ -282,14 +282,22 @@ def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[st
     tokens = config.training.micro_batch_size * config.data.seq_length // pieces
     query_rows = (architecture.num_attention_heads + 2 * architecture.num_key_value_heads) * architecture.head_dim // tp
     mlp = architecture.moe_intermediate_size // etp if architecture.is_moe else architecture.intermediate_size // tp
-    for what, size in (
-        ("tokens of a micro-batch on a process", tokens),
-        ("hidden size", architecture.hidden_size),
-        ("rows of a process's query, key and value matrix", query_rows),
-        ("rows of a process's MLP matrix", mlp),
+    # What sequence parallelism gathers must be whole blocks of 128 x 128 (Transformer Engine 2.12,
+    # Float8BlockQuantizer.is_quantizable, asserted by its column-parallel layers).
+    gathers_blocks = performance.fp8 == "blockwise" and parallel.sequence_parallel
+    gathered = 128 if gathers_blocks else block
+    for what, size, multiple in (
+        ("tokens of a micro-batch on a process", tokens, gathered),
+        ("hidden size", architecture.hidden_size, gathered),
+        ("rows of a process's query, key and value matrix", query_rows, block),
+        ("rows of a process's MLP matrix", mlp, block),
     ):
-        if size % block:
-            yield f"--fp8 {performance.fp8}: the {what}, {size}, is no multiple of {block}; choose other sizes or none"
+        if size % multiple:
+            remedy = "leave out --sequence-parallel, or " if gathers_blocks and size % block == 0 else ""
+            yield (
+                f"--fp8 {performance.fp8}: the {what}, {size}, is no multiple of {multiple}; "
+                f"{remedy}choose other sizes or none"
+            )
 
 
 def _shown(config: RunConfig, name: str) -> str:

@@ -125,10 +125,16 @@ def remove_old(training: TrainingConfig, newest: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _make_room(root: Path, partial: Path) -> None:
-    """An empty `partial`, and nothing left of saves that were cut short."""
+def remove_unfinished(root: Path) -> None:
+    """Remove from --save what killed runs left: checkpoints that were half written, half removed, or about to be
+    replaced. None of them bears a checkpoint's name, and each takes as much disk as one."""
     for left in root.glob(".iter_*.partial"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _make_room(root: Path, partial: Path) -> None:
+    """An empty `partial`, and nothing left of saves that were cut short."""
+    remove_unfinished(root)
     partial.mkdir(parents=True)
 
 

@@ -11,7 +11,7 @@ from megatron_a2d.config import RunConfig
 from megatron_a2d.conversion.checkpoint import HF_FILES
 from megatron_a2d.errors import SaveError
 from megatron_a2d.runtime.heartbeat import note_progress
-from megatron_a2d.training.checkpoint import Save, remove_old
+from megatron_a2d.training.checkpoint import Save, remove_old, remove_unfinished
 from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.setup import TrainState
 
@@ -26,6 +26,9 @@ class SaveSchedule:
         self._config, self._hf_files, self._log = config, hf_files, log
         self._running: Save | None = None
         self._seconds = 0.0
+        # Also where this run will save nothing: one that is complete may have been killed while it removed an old one.
+        if config.training.save and dist.get_rank() == 0:
+            remove_unfinished(Path(config.training.save))
 
     def save(self, state: TrainState, last: bool) -> None:
         """Write the checkpoint of this iteration; with --async-save only begin it, unless it is the `last`."""

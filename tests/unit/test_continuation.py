@@ -27,12 +27,14 @@ def logits_fn(tokens_BL: torch.Tensor) -> torch.Tensor:
 
 
 def model_of(label_shift: bool, objective: str = "mdlm", seen: list | None = None) -> SimpleNamespace:
-    """What `score` reads of an `Opened`; token 0 is padding and counts nothing."""
+    """What `score` reads of an `Opened`."""
 
     def run(request, reduce):
         if seen is not None:
             seen.append(tuple(request.tokens.shape))
-        return from_logits(logits_fn)(request, reduce)
+        # Padding counts nothing because it is not visible; where it is, it is a token like the others.
+        tokens = torch.where(request.visible, request.tokens.where(request.tokens != 0, 4), 0)
+        return from_logits(logits_fn)(request._replace(tokens=tokens), reduce)
 
     return SimpleNamespace(
         run=run, objective=objective, label_shift=label_shift, mask_token_id=MASK, device=torch.device("cpu"),

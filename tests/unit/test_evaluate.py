@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +87,19 @@ def test_answers_are_of_the_settings_that_gave_them(models, tmp_path, monkeypatc
     monkeypatch.setattr(scoring, "_run", lambda *a: calls.append(1) or original(*a))
     assert run(models, tmp_path, *arguments, "--mc-num", "8")["tasks"] == first["tasks"] and not calls
     assert run(models, tmp_path, *arguments, "--mc-num", "9")["tasks"] != first["tasks"] and calls
+
+
+def test_a_context_that_is_too_long_loses_its_beginning():
+    from megatron_a2d.evaluation.harness import HarnessModel
+
+    model = SimpleNamespace(opened=SimpleNamespace(max_positions=10), counts=Counter())
+    assert HarnessModel._fit(model, list(range(20)), [0] * 3) == ([13, 14, 15, 16, 17, 18, 19], [0] * 3)
+    assert HarnessModel._fit(model, list(range(8)), [0] * 3) == ([1, 2, 3, 4, 5, 6, 7], [0] * 3)
+    assert model.counts == {"contexts cut at the left": 2}
+    assert HarnessModel._fit(model, list(range(7)), [0] * 3) == ([0, 1, 2, 3, 4, 5, 6], [0] * 3)
+    assert HarnessModel._fit(model, [5, 6], [0] * 9) == ([6], [0] * 9) and model.counts.total() == 3
+    with pytest.raises(UserError, match="a request asks for 10 tokens, and the model has 10 positions"):
+        HarnessModel._fit(model, [5], [0] * 10)
 
 
 def test_the_harness_model_against_plain_logits(models):

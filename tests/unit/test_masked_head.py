@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_a2d.model.masked_head import _MaskedHead, rows_per_chunk
+from megatron_a2d.model.masked_head import _MaskedHead, _over_ranks, _statistics, rows_per_chunk
 
 HIDDEN, VOCABULARY, ROWS = 32, 509, 77
 
@@ -45,6 +46,33 @@ def test_losses_and_gradients_are_exact(chunk: int) -> None:
     for found, expected in zip((losses, hidden.grad, weight.grad), plain(*make()), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
     assert torch.equal(correct, (hidden @ weight.T).argmax(1) == labels)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_the_vocabulary_over_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each rank finds in its part, put together: loss and likeliest token of the whole; of equals the first."""
+    hidden, weight, _, _ = make(vocabulary=30 * ranks)
+    logits = hidden.detach() @ weight.detach().T
+    logits[:, 17] = logits[:, -3] = logits.max(1).values + 1  # equal, on different ranks
+    labels = torch.arange(ROWS) * 7 % (30 * ranks)
+    labels[:20] = torch.tensor([17, 30 * ranks - 3]).repeat(10)
+    parts = [_statistics(part.clone(), labels - 30 * rank) for rank, part in enumerate(logits.split(30, dim=1))]
+
+    def all_gather(found: list[torch.Tensor], own: torch.Tensor, group: Any) -> None:
+        for place, part in zip(found, parts, strict=True):
+            place.copy_(part)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    group = SimpleNamespace(size=lambda: ranks)
+    for own in parts:
+        largest, total, label, index = _over_ranks(own, 30, group)
+        assert index.long().tolist() == logits.argmax(1).tolist() == [17] * ROWS
+        losses = largest + total.log() - label
+        torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"), rtol=1e-5, atol=2e-5)
+    others = logits.clone()
+    others[:, 17] = -1e9
+    parts = [_statistics(part.clone(), labels) for part in others.split(30, dim=1)]
+    assert _over_ranks(parts[0], 30, group)[3].long().tolist() == [30 * ranks - 3] * ROWS
 
 
 def test_a_wrong_label_shows() -> None:

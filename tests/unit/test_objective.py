@@ -84,13 +84,29 @@ def test_sample_sums_group_rows() -> None:
     assert sums.num_rows.tolist() == [1, 0, 2] and sums.num_correct.tolist() == [1, 0, 1]
 
 
+def test_errors_of_ratios_are_the_delta_methods() -> None:
+    """Written out for three samples with 1, 2 and 3 rows; a ratio that is the same in all has no error."""
+    ratio = ratio_estimate(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 2.0, 3.0]))
+    # 9 / 6 = 1.5; residuals -0.5, -1, 1.5; sqrt(3.5 * 3 / 2) / 6.
+    assert ratio == pytest.approx((1.5, np.sqrt(3.5 * 3 / 2) / 6), abs=1e-12)
+    assert ratio_estimate(torch.tensor([2.0, 8.0, 4.0]), torch.tensor([1.0, 4.0, 2.0])) == (2.0, 0.0)
+    means = torch.tensor([1.0, 5.0, 3.0, 2.0])
+    assert ratio_estimate(means, torch.ones(4)) == pytest.approx(mean_estimate(means), abs=1e-12)
+    assert mean_estimate(means) == pytest.approx((2.75, np.sqrt(8.75 / 3 / 4)), abs=1e-12)
+    assert np.isnan(ratio_estimate(torch.ones(1), torch.ones(1)).standard_error)
+    assert np.isnan(ratio_estimate(torch.zeros(2), torch.zeros(2)).mean)
+
+
 def test_standard_errors_cover() -> None:
     """Of 400 experiments about 68% lie within one standard error of the truth."""
     generator = torch.Generator().manual_seed(0)
-    means, ratios = [], []
+    means, ratios, levelled = [], [], []
     for _ in range(400):
         x = torch.randn(50, generator=generator, dtype=torch.float64) + 2
         n = torch.rand(50, generator=generator, dtype=torch.float64) + 0.5
         means.append(abs((e := mean_estimate(x)).mean - 2) < e.standard_error)
         ratios.append(abs((e := ratio_estimate(x * n, n)).mean - 2) < e.standard_error)
+        # A sum that does not grow with its rows: the denominator's spread is all of the error.
+        levelled.append(abs((e := ratio_estimate(torch.ones(50), n)).mean - 1) < e.standard_error)
     assert 0.6 < np.mean(means) < 0.76 and 0.6 < np.mean(ratios) < 0.76
+    assert 0.6 < np.mean(levelled) < 0.76
