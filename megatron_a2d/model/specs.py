@@ -23,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig, flag
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.experts import GroupedExperts, can_group
@@ -30,6 +31,7 @@ from megatron_a2d.model.grafting import GraftedSelfAttention
 from megatron_a2d.model.layers import CoreAttention, RMSNorm
 from megatron_a2d.performance import needs_transformer_engine, refuses_transformer_engine
 from megatron_a2d.runtime.device import has_cuda
+from megatron_a2d.runtime.upstream import missing_router_product
 
 Implementation = Literal["transformer_engine", "portable"]
 
@@ -50,6 +52,13 @@ def choose_implementation(config: RunConfig) -> Implementation:
         reason = f"does not go with {refused}" if refused else f"this {missing}"
         raise UserError(f"{flag(name)}: needs Transformer Engine, but {reason}; remove it" for name in needed)
     return "portable"
+
+
+def notes(config: RunConfig, architecture: Architecture) -> list[str]:
+    """What is computed otherwise than one would think of the layers that were chosen; lines for the log."""
+    uses_engine = choose_implementation(config) == "transformer_engine"
+    missing = missing_router_product() if uses_engine and architecture.is_moe else None
+    return [missing] if missing else []
 
 
 def build_block_spec(

@@ -104,6 +104,21 @@ def _copy_storage(target: Tensor, source: Tensor) -> None:
         target.untyped_storage().copy_(source.untyped_storage())
 
 
+def missing_router_product() -> str | None:
+    """A line where the routers multiply by torch although Transformer Engine is in use, None where they do not.
+
+    megatron-core 0.16.1 imports a name (get_workspace) that Transformer Engine 2.12 no longer has, and says nothing.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if moe_utils.te_general_gemm is not None:
+        return None
+    return (
+        f"routers: torch's matrix product in the place of Transformer Engine's, which megatron-core {release()} "
+        "does not find in this version of it; the same numbers, a little slower"
+    )
+
+
 def allow_schedule_plans() -> None:
     """megatron.core's interleaved micro-batches want a GPTModel, by name; any language model with its parts will do."""
     from megatron.core.models.common.language_module.language_module import LanguageModule

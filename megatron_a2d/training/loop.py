@@ -18,6 +18,7 @@ from megatron_a2d.data.mixture import MixedDataset, read_mixture
 from megatron_a2d.data.scan import BackgroundScan
 from megatron_a2d.errors import UserError
 from megatron_a2d.exit_codes import NOT_FINITE
+from megatron_a2d.model.specs import notes
 from megatron_a2d.runtime import environment
 from megatron_a2d.runtime.heartbeat import CHECKPOINTS, mark
 from megatron_a2d.training import parallel
@@ -66,6 +67,8 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         log.event("start", iteration=state.iteration, settings=config.to_dict(), environment=variables)
         if variables:
             log.say(f"environment: {environment.as_text(variables)}")
+        for note in notes(config, architecture):
+            log.say(note)
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration >= training.train_iters:
             log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to go on")

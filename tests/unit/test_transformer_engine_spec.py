@@ -13,6 +13,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_a2d.architecture import architecture_from_config
 from megatron_a2d.checks import find_problems
@@ -49,6 +50,8 @@ def test_same_checkpoint(kind: str, grouped: bool, monkeypatch: pytest.MonkeyPat
                 pretended.setattr(torch.cuda, "is_available", lambda: True)
                 pretended.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
             model = setup.build_model(architecture, config)
+        masks = {layer.self_attention.attn_mask_type for layer in model.decoder.layers}
+        assert masks == {AttnMaskType.no_mask}
         names = {type(module).__name__ for module in model.modules()}
         assert ("TELayerNormColumnParallelLinear" in names) == (implementation == "transformer_engine")
         metadata = {"dp_cp_group": torch.distributed.group.WORLD}
