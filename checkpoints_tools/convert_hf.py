@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints_tools.options import add_streaming_options, check_streaming_options
-from checkpoints_tools.verify import print_report
+from checkpoints_tools.verify import compared_lines, print_lines, print_losses
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human
 from megatron_a2d.printable import print_line
@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.conversion.convert import convert
     from megatron_a2d.conversion.hub import find_model
     from megatron_a2d.conversion.rows import DTYPES
-    from megatron_a2d.conversion.sources import open_checkpoint, open_hf
+    from megatron_a2d.conversion.sources import open_checkpoint
 
     model = find_model(options.hf)
+    lines: list[str] = []
     done = convert(
         model.directory,
         options.out,
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         workers=options.workers,
         allow_nonfinite=options.allow_nonfinite,
         verify=not options.no_verify,
+        check=lambda *sides: lines.extend(compared_lines(*sides)),
     )
     types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in done.dtypes))
     print_line(
@@ -55,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{human(done.num_bytes, 'B')} of {types}, mask token {done.mask_token_id}"
     )
     if done.comparison:
-        with open_hf(model.directory) as source, open_checkpoint(done.directory) as written:
-            print_report(done.comparison, source, written)
+        print_lines(lines)
+        with open_checkpoint(done.directory) as written:
+            print_losses(written)
 
 
 if __name__ == "__main__":

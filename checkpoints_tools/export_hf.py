@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints_tools.options import add_streaming_options, check_streaming_options, parse_size
-from checkpoints_tools.verify import print_report
+from checkpoints_tools.verify import compared_lines, print_lines, print_losses
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human
 from megatron_a2d.files import read_json
@@ -42,9 +42,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from megatron_a2d.conversion.export import export
     from megatron_a2d.conversion.rows import DTYPES
-    from megatron_a2d.conversion.sources import open_checkpoint, open_hf
+    from megatron_a2d.conversion.sources import open_hf
     from megatron_a2d.hf import TRAVELLING
 
+    lines: list[str] = []
     done = export(
         options.checkpoint,
         options.out,
@@ -57,14 +58,16 @@ def main(argv: list[str] | None = None) -> None:
         allow_nonfinite=options.allow_nonfinite,
         evaluation=evaluation,
         allow_objective_mismatch=options.allow_objective_mismatch,
+        check=lambda *sides: lines.extend(compared_lines(*sides)),
     )
     print_line(
         f"{done.directory}: iteration {done.iteration}, {human(done.num_parameters)} parameters, "
         f"{human(done.num_bytes, 'B')}{', verified' if done.comparison else ''}"
     )
     if done.comparison:
-        with open_checkpoint(options.checkpoint) as source, open_hf(done.directory) as written:
-            print_report(done.comparison, source, written)
+        print_lines(lines)
+        with open_hf(done.directory) as written:
+            print_losses(written)
 
 
 if __name__ == "__main__":

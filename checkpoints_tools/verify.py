@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(problems)
         with progress("comparing", opened[0].num_bytes(), "B") as advance:
             comparison = compare_weights(opened[0], opened[1], advance, DEFAULT_WORKERS)
-        print_report(comparison, opened[0], opened[1], logits=options.logits)
+        print_lines(compared_lines(comparison, opened[0], opened[1], options.logits))
+        print_losses(opened[1])
 
 
 def diffusion_differences(first: Weights, second: Weights) -> list[str]:
@@ -69,16 +70,27 @@ def diffusion_differences(first: Weights, second: Weights) -> list[str]:
     ]
 
 
-def print_report(comparison: Comparison, first: Weights, second: Weights, logits: bool = False) -> None:
-    """`first` and `second` as `verify` compares them: source or checkpoint, checkpoint or export."""
+def compared_lines(comparison: Comparison, first: Weights, second: Weights, logits: bool = False) -> list[str]:
+    """What is the same, `first` and `second` as `verify` compares them: source or checkpoint, checkpoint or export.
+
+    Raises UserError where the logits differ.
+    """
     from megatron_a2d.verification import report
 
-    print_line(report.tensors_line(comparison, first, second))
-    # transformers runs a Hugging Face directory: the export if there is one. The other side is streamed.
-    ran, streamed = (second, first) if report.is_hugging_face(second) else (first, second)
-    print_line(report.logits_line(ran.directory, streamed, logits, rounded=comparison.largest_rounding > 0))
-    text, losses = report.loss_by_time(second, report.label_shift(second))
-    for line in report.loss_lines(text, losses, second.architecture.vocab_size):
+    rounded = comparison.largest_rounding > 0
+    return [report.tensors_line(comparison, first, second), report.logits_line(first, second, logits, rounded)]
+
+
+def print_losses(model: Weights) -> None:
+    """The loss on masked tokens by t."""
+    from megatron_a2d.verification import report
+
+    text, losses = report.loss_by_time(model, report.label_shift(model))
+    print_lines(report.loss_lines(text, losses, model.architecture.vocab_size))
+
+
+def print_lines(lines: list[str]) -> None:
+    for line in lines:
         print_line(line)
 
 

@@ -24,6 +24,10 @@ class Comparison(NamedTuple):
     largest_rounding: float
 
 
+# Called with what was compared and its two sides before the second gets its name; raises UserError to refuse it.
+Check = Callable[[Comparison, Weights, Weights], None]
+
+
 def compare_weights(
     reference: Weights, candidate: Weights, advance: Callable[[float], None], workers: int = 1
 ) -> Comparison:

@@ -12,7 +12,7 @@ from megatron_a2d import __version__
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.console import human, progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, RELEASE, TRACKER, copy_hf_files, read_license
-from megatron_a2d.conversion.compare import Comparison, compare_weights
+from megatron_a2d.conversion.compare import Check, Comparison, compare_weights
 from megatron_a2d.conversion.manifest import write_manifest
 from megatron_a2d.conversion.mask_token import choose_mask_token
 from megatron_a2d.conversion.rows import FiniteCheck, num_bytes
@@ -43,12 +43,13 @@ def convert(
     workers: int = DEFAULT_WORKERS,
     allow_nonfinite: bool = False,
     verify: bool = True,
+    check: Check | None = None,
 ) -> Converted:
     """Write the model in `hf` as the release checkpoint `out`.
 
     `dtype` None keeps the types of the files. `origin`, a hub id, is remembered for model cards. With `verify` what was
-    written is read back and compared before it gets its name. Raises UserError, and leaves nothing behind, when a
-    tensor or the mask token is not as it must be; an interrupted run is continued by the next one.
+    written is read back, compared and given to `check` before it gets its name. Raises UserError, and leaves nothing
+    behind, when a tensor or the mask token is not as it must be; an interrupted run is continued by the next one.
     """
     check_new_directory(out, "--out")
     with open_hf(hf, check_values=not allow_nonfinite) as weights:
@@ -82,8 +83,11 @@ def convert(
             (work.directory / TRACKER).write_text(RELEASE + "\n", encoding="utf-8")
             comparison = None
             if verify:
-                with open_checkpoint(release) as written, progress("verifying", weights.num_bytes(), "B") as advance:
-                    comparison = compare_weights(weights, written, advance, workers)
+                with open_checkpoint(release) as written:
+                    with progress("verifying", weights.num_bytes(), "B") as advance:
+                        comparison = compare_weights(weights, written, advance, workers)
+                    if check:
+                        check(comparison, weights, written)
         dtypes = {tensors.dtype(key) for key in tensors.shapes}
         return Converted(out, weights.architecture, size, dtypes, config["mask_token_id"], comparison)
 

@@ -14,7 +14,7 @@ from megatron_a2d import __version__
 from megatron_a2d.config import recorded_settings
 from megatron_a2d.console import progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, copy_hf_files, iteration_of
-from megatron_a2d.conversion.compare import Comparison, compare_weights
+from megatron_a2d.conversion.compare import Check, Comparison, compare_weights
 from megatron_a2d.conversion.convert import check_space
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import Exported, Format, config_json, generation_json, refusals
@@ -53,13 +53,14 @@ def export(
     allow_nonfinite: bool = False,
     evaluation: dict[str, Any] | None = None,
     allow_objective_mismatch: bool = False,
+    check: Check | None = None,
 ) -> Written:
     """Write the latest iteration of `checkpoint` (or the one it names) as the Hugging Face directory `out`.
 
     `travelling` are the python files that the format's auto_map names. `evaluation` is shown in the model card.
-    `allow_objective_mismatch` permits a form that the model was not trained for. With
-    `verify` what was written is read back and compared, before it gets its final name. Raises UserError and leaves
-    nothing behind; an interrupted run is continued by the next one.
+    `allow_objective_mismatch` permits a form that the model was not trained for. With `verify` what was written is read
+    back, compared and given to `check` before it gets its final name. Raises UserError and leaves nothing behind; an
+    interrupted run is continued by the next one.
     """
     check_new_directory(out, "--out")
     with open_checkpoint(checkpoint) as weights:
@@ -92,8 +93,11 @@ def export(
             _write_sums(work.directory, digests)
             comparison = None
             if verify:
-                with open_hf(work.directory) as written, progress("verifying", weights.num_bytes(), "B") as advance:
-                    comparison = compare_weights(weights, written, advance, workers)
+                with open_hf(work.directory) as written:
+                    with progress("verifying", weights.num_bytes(), "B") as advance:
+                        comparison = compare_weights(weights, written, advance, workers)
+                    if check:
+                        check(comparison, weights, written)
         return Written(out, origin.iteration, weights.architecture.num_parameters(), size, comparison)
 
 

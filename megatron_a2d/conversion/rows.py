@@ -11,6 +11,7 @@ import fcntl
 import math
 import mmap
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -135,24 +136,44 @@ def num_bytes(source: RowSource) -> int:
     return sum(math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items())
 
 
+# As many tensors of one kind, over layers and experts, get one line.
+_SAME_KIND = 8
+
+
 def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: str) -> list[str]:
-    """Every difference between the tensors a model must have and those that are `found`, a line each."""
+    """Every difference between the tensors a model must have and those that are `found`: a line each, or one for all
+    whose names differ by numbers alone."""
+    missing = [name for name in expected if name not in found]
     problems = [
-        f"{where}: tensor {name} is missing; fetch or write the model again, completely"
-        for name in expected
-        if name not in found
+        f"{where}: {_tensors(names)} missing; fetch or write the model again, completely" for names in _by_kind(missing)
     ]
-    for name, shape in found.items():
-        if name not in expected:
-            problems.append(
-                f"{where}: tensor {name} {list(shape)} is unknown; only unmodified Qwen3 and Qwen3-MoE are supported"
-            )
-        elif tuple(shape) != tuple(expected[name]):
-            problems.append(
-                f"{where}: tensor {name} has shape {list(shape)}, but config.json asks for "
-                f"{list(expected[name])}; take the config.json that belongs to the weights"
-            )
+    unknown = [name for name in found if name not in expected]
+    problems += [
+        f"{where}: {_tensors(names, list(found[names[0]]))} unknown; only unmodified Qwen3 and Qwen3-MoE are supported"
+        for names in _by_kind(unknown)
+    ]
+    wrong = [name for name in found if name in expected and tuple(found[name]) != tuple(expected[name])]
+    for names in _by_kind(wrong):
+        others = f", as have {len(names) - 1} others of its kind" if len(names) > 1 else ""
+        problems.append(
+            f"{where}: tensor {names[0]} has shape {list(found[names[0]])}, but config.json asks for "
+            f"{list(expected[names[0]])}{others}; take the config.json that belongs to the weights"
+        )
     return problems
+
+
+def _by_kind(names: Sequence[str]) -> list[list[str]]:
+    """`names` one by one, but those together of which there are many that differ in their numbers alone."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    groups = kinds.values()
+    return [part for group in groups for part in ([group] if len(group) > _SAME_KIND else [[name] for name in group])]
+
+
+def _tensors(names: Sequence[str], shape: list[int] | None = None) -> str:
+    first = names[0] if shape is None else f"{names[0]} {shape}"
+    return f"tensor {first} is" if len(names) == 1 else f"tensor {first} and {len(names) - 1} others of its kind are"
 
 
 class StreamedFile:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_a2d.architecture import quantised
 from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, StreamedFile, bytes_of, slabs
 from megatron_a2d.conversion.unfinished import Unfinished
 from megatron_a2d.conversion.workers import run_jobs
@@ -53,15 +54,19 @@ class SafetensorsDirectory:
         self.problems: list[str] = []
         self._files = OpenFiles()
         damage: list[str] = []
+        foreign: dict[str, str] = {}  # tensors of other types
         weight_map = _weight_map(directory)
         for file in dict.fromkeys(weight_map.values()) or [SINGLE_FILE]:
             path = directory / file
-            for name, entry in _read_header(path, damage).items():
+            for name, entry in _read_header(path, damage, foreign).items():
                 if name in self.entries:
                     self.problems.append(f"{path}: tensor {name} is also in {self.entries[name].path.name}; keep one")
                 elif weight_map and weight_map.get(name) != file:
                     self.problems.append(f"{path}: tensor {name} is not listed in {INDEX_FILE}; fetch both again")
                 self.entries[name] = entry
+        if foreign:
+            kinds, first = ", ".join(sorted(set(foreign.values()))), next(iter(foreign))
+            raise UserError(f"{directory}: {quantised(f'{kinds}: {first} and {len(foreign) - 1} others')}")
         if damage:
             raise UserError(damage)
         for name, file in weight_map.items():
@@ -129,8 +134,8 @@ def _weight_map(directory: Path) -> dict[str, str]:
     return {str(name): str(file) for name, file in weight_map.items()}
 
 
-def _read_header(path: Path, problems: list[str]) -> dict[str, Entry]:
-    """The tensors of one file; what is wrong with it goes to `problems`."""
+def _read_header(path: Path, problems: list[str], foreign: dict[str, str]) -> dict[str, Entry]:
+    """The tensors of one file; what is wrong with it goes to `problems`, tensors of other types to `foreign`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -152,7 +157,7 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, Entry]:
         problems.append(f"{path}: its header is damaged (__metadata__ is no object); fetch it again")
     entries: dict[str, Entry] = {}
     end = 0
-    found = _entries(path, 8 + length, header, problems)
+    found = _entries(path, 8 + length, header, problems, foreign)
     for name, (begin, stop, entry) in sorted(found.items(), key=lambda item: item[1][0]):
         if begin != end:
             problems.append(f"{path}: tensor {name} begins at byte {begin} of the values, not {end}; fetch it again")
@@ -165,7 +170,9 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, Entry]:
     return entries
 
 
-def _entries(path: Path, base: int, header: dict[str, Any], problems: list[str]) -> dict[str, tuple[int, int, Entry]]:
+def _entries(
+    path: Path, base: int, header: dict[str, Any], problems: list[str], foreign: dict[str, str]
+) -> dict[str, tuple[int, int, Entry]]:
     """name -> (begin, end, entry) of the well-formed items of a header; `base` is where its values begin."""
     result = {}
     for name, item in header.items():
@@ -176,10 +183,7 @@ def _entries(path: Path, base: int, header: dict[str, Any], problems: list[str])
             problems.append(f"{path}: tensor {name}: its header entry is damaged; fetch the file again")
             continue
         if kind not in TORCH_DTYPES:
-            problems.append(
-                f"{path}: tensor {name} has type {kind}; quantised weights cannot be converted, "
-                f"give a model in {', '.join(TORCH_DTYPES)}"
-            )
+            foreign[name] = kind
         elif min((*shape, begin), default=0) < 0 or end - begin != math.prod(shape) * TORCH_DTYPES[kind].itemsize:
             problems.append(
                 f"{path}: tensor {name}: {end - begin} bytes do not hold {kind} {list(shape)}; fetch it again"

@@ -6,7 +6,8 @@ anything is read or written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from megatron_a2d.console import progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
 from megatron_a2d.conversion.rows import FiniteCheck, Remapped, RowSource, Span, account, num_bytes, slabs
 from megatron_a2d.conversion.safetensors_files import SafetensorsDirectory, open_safetensors
-from megatron_a2d.conversion.table import WeightMap
+from megatron_a2d.conversion.table import FUSED_PARTS, WeightMap
 from megatron_a2d.conversion.torch_dist_reader import open_torch_dist
 from megatron_a2d.errors import UserError
 
@@ -54,6 +55,8 @@ def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
         if architecture.tie_word_embeddings and HEAD in files.shapes:
             expected[HEAD] = expected[EMBEDDING]
         if problems := files.problems + account(expected, files.shapes, str(directory)):
+            if renamed := _foreign_names(architecture, files.shapes, directory):
+                raise UserError(renamed)
             raise UserError(problems + (_non_finite(files, directory) if check_values else []))
         if HEAD in expected and HEAD not in stored.hf_shapes:
             _check_tied(files, directory)
@@ -105,6 +108,28 @@ def as_type(weights: Weights, dtype: torch.dtype | None) -> RowSource:
         return weights.tensors
     shapes = weights.tensors.shapes
     return Remapped(weights.tensors, shapes, dict.fromkeys(shapes, dtype), lambda span: [span])
+
+
+def _foreign_names(architecture: Architecture, found: Mapping[str, tuple], directory: Path) -> str | None:
+    """One line for a directory that names most tensors otherwise than Qwen3 does, as wrappers and larger models do."""
+    table = WeightMap(architecture).hf_shapes
+    parts = {part for name in table for part in name.split(".")} | FUSED_PARTS
+
+    def plain(name: str) -> str:
+        known = ".".join(part for part in name.split(".") if part in parts)
+        return "model." + re.sub(r"^(model\.)*", "", known) if not known.startswith("lm_head.") else known
+
+    plain_names = {plain(name): name for name in found if name not in table}
+    expected = WeightMap(architecture, plain_names).hf_shapes
+    missing = [name for name in expected if name not in found]
+    renamed = [name for name in missing if name in plain_names]
+    if len(renamed) < 2 or 2 * len(renamed) < len(missing):
+        return None
+    return (
+        f"{directory}: names its tensors otherwise than Qwen3 ({plain_names[renamed[0]]} instead of {renamed[0]}, and "
+        f"{len(renamed) - 1} others); rename them, or load the model with the code that saved it and save its language "
+        "model alone with transformers' save_pretrained"
+    )
 
 
 def _non_finite(files: SafetensorsDirectory, directory: Path) -> list[str]:

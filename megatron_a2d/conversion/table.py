@@ -100,6 +100,8 @@ TABLE = (
     Row("output_layer.weight", [Part("VH", "lm_head.weight")], models="untied"),
 )
 
+FUSED_PARTS = {part for row in TABLE if row.fused for part in row.fused.name.split(".")}
+
 # Modules that keep an `_extra_state` entry (empty unless FP8 is used) for every layer, and every expert.
 EXTRA_STATE = {
     DECODER + "self_attention.linear_qkv": "all",

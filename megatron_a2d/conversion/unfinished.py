@@ -90,9 +90,9 @@ def unfinished_directory(path: Path, flag: str, identity: dict[str, Any]) -> Ite
                 place.rmdir()
             os.rename(partial, place)
             fsync_path(place.parent)
-        except UserError:
+        except UserError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
+            raise UserError([problem.replace(str(partial), str(path)) for problem in error.problems]) from error
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 console.print(f"{flag} {path}: the disk is full; make room")

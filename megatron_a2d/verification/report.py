@@ -24,6 +24,7 @@ from megatron_a2d.verification.streamed import StreamedModel
 # Sums of a few thousand fp32 products in another order differ by about 1e-6 of the largest logit.
 RELATIVE_TOLERANCE = 1e-5
 NUM_POSITIONS = 64
+FEW_POSITIONS = 8  # of a large model
 AUTOREGRESSIVE = ("qwen3", "qwen3_moe")
 # transformers holds the whole model; by default that is done only where it keeps within the converters' own bound.
 UNASKED_BYTES = 500_000_000
@@ -40,29 +41,39 @@ def tensors_line(comparison: Comparison, first: Weights, second: Weights) -> str
     return f"{comparison.num_tensors} tensors, {human(comparison.num_bytes, 'B')}: bitwise equal{rounded}"
 
 
-def logits_line(hf: Path, other: Weights, asked: bool, rounded: bool = False) -> str:
-    """The Hugging Face directory `hf`, run by transformers, against `other`, streamed, in fp32 on random tokens.
+def logits_line(first: Weights, second: Weights, asked: bool = False, rounded: bool = False) -> str:
+    """Logits of two forms of a model in fp32 on random tokens, one of them a Hugging Face directory.
 
-    UserError if a logit differs, unless the weights of one are `rounded`; and when the model does not fit into memory
-    though it was `asked` for.
+    That one is run by transformers where the model is small or this is `asked` for, the other streamed; of a large
+    model both are streamed, at a few positions. UserError if a logit differs, unless the weights of one are `rounded`;
+    and when the model does not fit into memory though it was `asked` for.
     """
     import psutil
 
+    ran, other = (second, first) if is_hugging_face(second) else (first, second)
+    hf = ran.directory
     needed, free = 4 * other.architecture.num_parameters(), psutil.virtual_memory().available
-    if not asked and needed > UNASKED_BYTES:
-        return f"logits: not compared, transformers would take {human(needed, 'B')} in fp32; verify --logits does it"
     if asked and needed > 0.8 * free:
         raise UserError(
             f"--logits: the model in fp32 takes {human(needed, 'B')}, and {human(free, 'B')} of memory "
             "are free; leave --logits out"
         )
+    by_transformers = asked or needed <= UNASKED_BYTES
     causal = model_type(hf) in AUTOREGRESSIVE and model_type(_configuration(other)) in AUTOREGRESSIVE
     tokens_BL = random_tokens(other.architecture.vocab_size)
-    expected_BLV = transformers_logits(hf, tokens_BL, bidirectional=not causal)
-    actual_BLV = StreamedModel(other, causal).logits(tokens_BL)
+    if by_transformers:
+        expected_BLV = transformers_logits(hf, tokens_BL, bidirectional=not causal)
+    else:
+        tokens_BL = tokens_BL[:1, :FEW_POSITIONS]
+        with progress(f"logits of {hf.name}", ran.num_bytes(), "B") as advance:
+            expected_BLV = StreamedModel(ran, causal, advance).logits(tokens_BL)
+    with progress(f"logits of {other.directory.name}", other.num_bytes(), "B") as advance:
+        actual_BLV = StreamedModel(other, causal, advance).logits(tokens_BL)
     tolerance = math.inf if rounded else RELATIVE_TOLERANCE
     mask = "causal" if causal else "bidirectional"
     line = f"{mask} {compare_logits(expected_BLV, actual_BLV, hf, other.directory, tolerance)}"
+    if not by_transformers:
+        return f"{line}; both streamed, transformers would take {human(needed, 'B')}: verify --logits runs it"
     if model_type(hf) in AUTOREGRESSIVE or carries_our_code(hf):
         return line
     return (

@@ -206,7 +206,35 @@ def test_a_large_model_is_not_loaded_unasked(run: Path, monkeypatch, capsys) -> 
     monkeypatch.setattr(report, "UNASKED_BYTES", 1000)
     monkeypatch.setattr(report, "transformers_logits", lambda *a, **k: pytest.fail("it was loaded"))
     verify.main(["--hf", str(run.parent / "hf_30"), "--checkpoint", str(run)])
-    assert "logits: not compared, transformers would take" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "logits of 1 x 8 positions" in out and "both streamed, transformers would take" in out
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("tool", ["convert", "export"])
+def test_other_logits_leave_no_output(tool: str, size: str, run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Compared first, named afterwards: what behaves otherwise than its source never gets its name, at any size."""
+    if size == "large":
+        monkeypatch.setattr(report, "UNASKED_BYTES", 1000)
+    name = {"convert": "--hf", "export": "--checkpoint"}[tool]
+    main = {"convert": convert_hf.main, "export": export_hf.main}[tool]
+    command = [name, str(run.parent / "hf_30" if tool == "convert" else run), "--out", str(tmp_path / "new" / "out")]
+    rotate = StreamedModel._rotate
+    streamed = []
+
+    def rotate_otherwise(model: StreamedModel, x: torch.Tensor) -> torch.Tensor:
+        """A fault of one side: the first one that is streamed."""
+        streamed.append(model)
+        return x if model is streamed[0] else rotate(model, x)
+
+    monkeypatch.setattr(StreamedModel, "_rotate", rotate_otherwise)
+    with pytest.raises(UserError, match=r"logits (of|differ)") as refusal:
+        main(command)
+    assert len(refusal.value.problems) == 1 and ".partial" not in refusal.value.problems[0]
+    assert not list((tmp_path / "new").iterdir())
+    monkeypatch.setattr(StreamedModel, "_rotate", rotate)
+    main(command)
+    assert "logits of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["none", "file", "another file", "another repository"])

@@ -95,7 +95,7 @@ DENSE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "quantised": (
         lambda d: edit_tensors(d, lambda t: t.update({NAME: t[NAME].to(torch.float8_e4m3fn)})),
-        "F8_E4M3; quantised",
+        rf"weights are quantised \(F8_E4M3: {NAME} and 0 others\).*take the unquantised",
     ),
     "one layer too few": (lambda d: edit_config(d, num_hidden_layers=3), r"layers\.3\.[a-z_.]+ .*is unknown"),
     "truncated values": (
@@ -417,3 +417,72 @@ def test_the_command_ends_with_code_2_and_one_line(models: Path, tmp_path: Path)
     )
     assert done.stderr.count("error:") == 1 and done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def renamed(rename: Callable[[str], str]) -> Callable[[Path], object]:
+    def edit(directory: Path) -> None:
+        edit_tensors(directory, lambda t: [t.update({rename(name): t.pop(name)}) for name in list(t)])
+
+    return edit
+
+
+def with_scales(directory: Path) -> None:
+    """What keeps scales of a key-value cache beside plain weights."""
+    scales = {f"model.layers.{i}.self_attn.{kv}_scale": torch.ones(1) for i in range(12) for kv in "kv"}
+    edit_tensors(directory, lambda t: t.update(scales))
+
+
+def quantise(directory: Path) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("proj.weight")]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.ones(1)
+
+    edit_tensors(directory, edit)
+
+
+WHOLE: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "FP8": (quantise, 1, r"\(F8_E4M3: model.* and 27 others\)"),
+    "FP8, as config.json says": (
+        lambda d: (quantise(d), edit_config(d, quantization_config={"quant_method": "fp8"})),
+        1, r"config\.json: its weights are quantised \(fp8\)",
+    ),
+    "packed in 4 bits": (
+        lambda d: edit_tensors(d, lambda t: t.update({n: t[n].to(torch.uint8) for n in t if n.endswith("proj.weight")})),
+        1, r"\(U8: model.* and 27 others\)",
+    ),
+    "another method": (lambda d: edit_config(d, quantization_config={"bits": 4}), 1, "quantised"),
+    "compressed": (lambda d: edit_config(d, compression_config={"format": "pack-quantized"}), 1, "pack-quantized"),
+    "of a larger model": (renamed(lambda n: f"language_model.{n}"), 1, "instead of model.embed_tokens.weight, and 46"),
+    "inside another": (renamed(lambda n: n.replace("model.", "model.language_model.")), 1, "instead of model.embed_tokens"),
+    "wrapped": (renamed(lambda n: f"module.base_model.model.{n}"), 1, "module.base_model.model.model.embed_tokens"),
+    "wrapped inside": (renamed(lambda n: n.replace("self_attn", "_orig_mod.self_attn")), 1, "_orig_mod.self_attn"),
+    "without its head": (renamed(lambda n: n.removeprefix("model.")), 1, "embed_tokens.weight instead of"),
+    "scales beside": (with_scales, 2, r"\.k_scale \[1\] and 11 others of its kind are unknown"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_what_is_wrong_with_all_tensors_is_told_once(case: str, models: Path, tmp_path: Path) -> None:
+    damage, num_lines, message = WHOLE[case]
+    shutil.copytree(models / "dense", tmp_path / "hf")
+    damage(tmp_path / "hf")
+    with pytest.raises(UserError, match=message) as refusal:
+        convert(tmp_path / "hf", tmp_path / "out")
+    assert len(refusal.value.problems) == num_lines, refusal.value.problems[:3]
+    assert not (tmp_path / "out").exists()
+
+
+def test_fused_experts_under_other_names_are_told_once(models: Path, tmp_path: Path) -> None:
+    """As transformers 5 holds them in memory, and a larger model names them."""
+    shutil.copytree(models / "moe", tmp_path / "hf")
+    for file in tmp_path.glob("hf/model*"):
+        file.unlink()
+    model = tiny.hf_model("moe")
+    save_file(
+        {f"language_model.{n}": t.contiguous() for n, t in model.state_dict().items()},
+        tmp_path / "hf" / "model.safetensors",
+    )
+    with pytest.raises(UserError, match=r"language_model\.model\.") as refusal:
+        convert(tmp_path / "hf", tmp_path / "out")
+    assert len(refusal.value.problems) == 1

@@ -267,7 +267,7 @@ def test_logits_of_exports_are_those_of_the_source(kind: str, form: Format, tmp_
         other = tiny.write_hf(tmp_path / "other", kind, seed=1)
         with open_hf(other) as first, open_hf(tmp_path / "out") as second:
             with pytest.raises(UserError, match="logits differ"):
-                report.logits_line(first.directory, second, asked=True)
+                report.logits_line(first, second, asked=True)
 
 
 def test_a_trained_checkpoint_is_exported_with_its_history(tmp_path: Path) -> None:
