@@ -14,10 +14,12 @@ from megatron_a2d.architecture import read_architecture
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import num_diffusion_steps
 from megatron_a2d.conversion.mask_token import mask_token_names, read_tokens
+from megatron_a2d.conversion.sources import open_hf
 from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.diffusion.forward import Reduce, Request, Window
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
+from megatron_a2d.hf.loading import load
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM, KeyValueCache
 from megatron_a2d.hf.modeling_rnd import RND1LM
 from megatron_a2d.inference.opened import Opened, load_tokenizer, pad_token
@@ -41,6 +43,8 @@ def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
     if is_diffusion:
         check_mask_token(directory, mask, architecture.vocab_size)
     ends, trained = read_end_tokens(directory, architecture.vocab_size), read_trained(directory)
+    with open_hf(directory):
+        pass  # every tensor of the model is there, in its shape and in this directory, and no other
     model = _load(directory, DIFFUSION_TYPES.get(str(config["model_type"]), transformers.AutoModelForCausalLM))
     return Opened(
         run=TransformersModel(model),
@@ -101,8 +105,8 @@ def _load(directory: Path, model_class: Any) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        loaded: Any = model_class.from_pretrained(
-            directory, dtype="auto" if has_cuda() else torch.float32, output_loading_info=True
+        loaded: Any = load(
+            model_class, directory, dtype="auto" if has_cuda() else torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]

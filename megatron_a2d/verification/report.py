@@ -18,6 +18,7 @@ from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 from megatron_a2d.hf import TRAVELLING
+from megatron_a2d.hf.loading import load
 from megatron_a2d.tokenizer import read_tokenizer
 from megatron_a2d.verification.streamed import StreamedModel
 
@@ -131,9 +132,7 @@ def transformers_logits(directory: Path, tokens_BL: torch.Tensor, bidirectional:
         from megatron_a2d.hf.modeling_rnd import RND1LM
 
         kind = RND1LM if model_type(directory) == "rnd1" else A2DForMaskedLM
-    model = kind.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=ours
-    ).eval()
+    model = load(kind, directory, dtype=torch.float32, trust_remote_code=ours).eval()
     batch, length = tokens_BL.shape
     see_everything = torch.ones(batch, 1, length, length, dtype=torch.bool)
     with torch.no_grad():

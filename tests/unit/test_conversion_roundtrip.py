@@ -226,6 +226,10 @@ def test_exports_are_what_their_format_says(kind: str, form: str, tmp_path: Path
         }[form]
     )
     assert config["model_type"] == ("qwen3_moe" if moe else "qwen3") if form == "qwen3" else form
+    # The hub's spellings: transformers 4.57 takes the others for nothing, and its own defaults without a word.
+    assert config["rope_theta"] == 1e6 and config["torch_dtype"] == "float32"
+    assert ("num_experts" in config) == moe and config.get("num_experts", 8) == 8
+    assert not {"rope_parameters", "num_local_experts", "dtype"} & set(config)
     assert ("mask_token_id" in config) == ("auto_map" in config) == (form != "qwen3")
     assert {path.name for path in TRAVELLING.get(form, [])} == {path.name for path in out.glob("*.py")}
     for target in config.get("auto_map", {}).values():
