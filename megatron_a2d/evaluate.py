@@ -26,7 +26,9 @@ from megatron_a2d.cli import Parser, add_settings, given_settings
 from megatron_a2d.config import build, flag
 from megatron_a2d.console import entry_point, progress
 from megatron_a2d.errors import UserError, nearest
-from megatron_a2d.files import new_file, read_json, read_yaml, write_json
+from megatron_a2d.evaluation.code_execution import allow_programs
+from megatron_a2d.evaluation.report import read_results
+from megatron_a2d.files import make_parent, new_file, read_yaml, write_json
 from megatron_a2d.inference.flags import LAYOUT, SAMPLING, add_sampling_flags, close_model, open_model, sampling_options
 from megatron_a2d.printable import print_line, print_text
 from megatron_a2d.runtime.quiet import hide_noise
@@ -52,7 +54,7 @@ OPTIONS = {
     "num_samples": Option(int, 512, "held-out data: samples of each source"),
     "micro_batch_size": Option(int, 8, "held-out data: samples that are forwarded at once"),
     "tasks": Option(str, [], "tasks or groups of the harness, by name"),
-    "include_path": Option(str, None, "directory with further task files"),
+    "include_path": Option(str, None, "directory with further task files, which are programs: they are run"),
     "num_fewshot": Option(int, None, "examples before each question (default: the task's own)"),
     "limit": Option(int, None, "questions of each task; for a first look only"),
     "likelihood": Option(
@@ -65,7 +67,14 @@ OPTIONS = {
     "max_new_tokens": Option(int, 256, "tokens of an answer, where the task does not say"),
     "seed": Option(int, 0, "of Monte Carlo masks and of drawn texts"),
     "allow_code_execution": Option(bool, False, "run programs that the model writes, in subprocesses under limits"),
+    "allow_code_network": Option(bool, False, "run them also where this system cannot keep the network from them"),
 }  # fmt: skip
+# Settings that let code run: a file cannot give that consent, the command line alone can.
+_CONSENT = {
+    "include_path": "the tasks of a directory are programs",
+    "allow_code_execution": "it runs programs that the model writes",
+    "allow_code_network": "it gives programs that the model writes a network",
+}
 _RESULTS = ("answers.jsonl", "results.json", "results.md")
 _NOISE = ("noise_schedule", "time_sampling", "min_time")
 
@@ -73,10 +82,9 @@ _NOISE = ("noise_schedule", "time_sampling", "min_time")
 def main(argv: list[str] | None = None) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
     options, layout, noise = _parse(argv)
-    beside = [read_json(Path(directory) / "results.json", "the earlier results") for directory in options.beside]
-    for directory, earlier in zip(options.beside, beside, strict=True):
-        if not {"model", "objective"} <= earlier.keys():
-            raise UserError(f"--beside {directory}: its results.json is not of this command; name an earlier --out")
+    beside = [read_results(Path(directory)) for directory in options.beside]
+    make_parent(Path(options.out) / "results.json")  # better refused now than after hours
+    allow_programs(options.allow_code_execution, options.allow_code_network)
     hide_noise("lm_eval.api.task", "lm_eval.evaluator")  # how tasks are written, and shots that were asked for
     begin = time.perf_counter()
     try:
@@ -168,6 +176,14 @@ def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
         if name not in known:
             problems.append(f"--config {path}: unknown setting {key}{nearest(name, known)}")
             continue
+        if name in _CONSENT and value:
+            # A relative directory is meant from the file that names it.
+            given = f" {Path(path).parent / value}" if name == "include_path" and isinstance(value, str) else ""
+            problems.append(
+                f"--config {path}: {name}: {_CONSENT[name]}; if you trust that, give {flag(name)}{given} on the "
+                "command line"
+            )
+            continue
         option = OPTIONS.get(name)
         if option and option.default == [] and not isinstance(value, list):
             value = [value]
@@ -183,9 +199,6 @@ def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
             if type(value) is not kind and not (kind is float and type(value) is int):
                 problems.append(f"--config {path}: {name} is {value!r}; it must be {kind.__name__}")
         values[name] = value
-    # A relative directory of task files is meant from the file that names it.
-    if isinstance(values.get("include_path"), str):
-        values["include_path"] = str(Path(path).parent / values["include_path"])
     return values
 
 
@@ -257,22 +270,21 @@ def _run_harness(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from megatron_a2d.evaluation.code_execution import SWITCH
-    from megatron_a2d.evaluation.harness import HarnessModel
+    from megatron_a2d.evaluation.harness import HarnessModel, tasks_without_a_length
     from megatron_a2d.evaluation.report import plain
 
     datasets.disable_progress_bars()
-    os.environ[SWITCH] = "1" if options.allow_code_execution else "0"
     manager = _task_manager(options, TaskManager)
     model = HarnessModel(
         opened, scoring, sampling, options.max_new_tokens, options.batch_size, journal,
         lambda what, total, unit: _progress(opened, what, total, unit), options.seed,
     )  # fmt: skip
     try:
-        found = lm_eval.simple_evaluate(
-            model=model, tasks=list(options.tasks), num_fewshot=options.num_fewshot, limit=options.limit,
-            task_manager=manager, log_samples=False, confirm_run_unsafe_code=options.allow_code_execution,
-        )  # fmt: skip
+        with tasks_without_a_length():
+            found = lm_eval.simple_evaluate(
+                model=model, tasks=list(options.tasks), num_fewshot=options.num_fewshot, limit=options.limit,
+                task_manager=manager, log_samples=False, confirm_run_unsafe_code=options.allow_code_execution,
+            )  # fmt: skip
     except UserError:
         raise
     except Exception as error:
@@ -333,8 +345,8 @@ def _fingerprint(model: Path) -> list[Any]:
 def _write(out: Path, content: dict[str, Any], beside: list[dict[str, Any]]) -> None:
     from megatron_a2d.evaluation.report import markdown
 
+    write_json(out / "results.json", content)  # before anything is laid beside it
     page = markdown([content, *beside])
-    write_json(out / "results.json", content)
     with new_file(out / "results.md") as partial:
         partial.write_text(page, encoding="utf-8")
     print_text(page.rstrip())

@@ -1,9 +1,9 @@
 """Run a model's program with its tests in a subprocess under limits. Off unless --allow-code-execution was given.
 
 The limits keep accidents small: time, memory, file size, no output, no further processes (which the kernel grants to
-root all the same: they are killed at the end), an empty directory and environment. The network, and the number of
-files, have none. They are no sandbox against a program that wants to do harm: use a container or a machine of its own
-for models that you do not trust.
+root all the same), an empty directory and environment; nothing that was started outlives the program, and there is no
+network (program_keeper.py). The number of files has no limit. They are no sandbox against a program that wants to
+do harm: use a container or a machine of its own for models that you do not trust.
 """
 
 from __future__ import annotations
@@ -17,22 +17,31 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_a2d.errors import UserError
+from megatron_a2d.evaluation import program_keeper
+
 SECONDS = 10
 MEMORY_BYTES = 1 << 30
 FILE_BYTES = 1 << 20
-SWITCH = "A2D_ALLOW_CODE_EXECUTION"  # set by evaluate --allow-code-execution for its own process alone
+# Set by evaluate, for its own process alone: --allow-code-execution and --allow-code-network.
+SWITCH, NETWORK_SWITCH = "A2D_ALLOW_CODE_EXECUTION", "A2D_ALLOW_CODE_NETWORK"
 
 _NAME = "A2D_PROGRAM"  # marks a program's processes
+# Of unshare(2), one after the other until the system allows one: processes and network; the same in a user namespace.
+_NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
+_NAMESPACES = (_NEW_PID | _NEW_NET, _NEW_USER | _NEW_PID | _NEW_NET)
 
-# The child limits itself before it reads the program.
-_CHILD = """
-import resource, sys
-seconds, memory, file = map(int, sys.argv[1:])
-for kind, value in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, file),
-                    (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NPROC, 0)):
-    resource.setrlimit(kind, (value, value))
-exec(compile(sys.stdin.read(), "program", "exec"), {"__name__": "__main__"})
-"""
+
+def allow_programs(execution: bool, network: bool) -> None:
+    """Set what programs may, for this process. UserError when they would have a network that is not allowed them."""
+    os.environ[SWITCH], os.environ[NETWORK_SWITCH] = str(int(execution)), str(int(network))
+    if network and not execution:
+        raise UserError("--allow-code-network: has no effect without --allow-code-execution; add that or remove this")
+    if execution and _is_networked(subprocess.run(_command(1), input=b"").returncode):
+        raise UserError(
+            "--allow-code-execution: this system grants no network namespace, so that programs would have the network; "
+            "run it in a container that has none and give --allow-code-network"
+        )
 
 
 def passes(program: str, tests: str, seconds: int = SECONDS) -> bool:
@@ -45,17 +54,15 @@ def passes(program: str, tests: str, seconds: int = SECONDS) -> bool:
         mark = os.urandom(16).hex()
         reader, writer = os.pipe()
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _CHILD, str(seconds), str(MEMORY_BYTES), str(FILE_BYTES)],
-            cwd=directory, env={"PATH": "/usr/bin:/bin", _NAME: mark[:8]}, stdin=subprocess.PIPE,
+            _command(seconds), cwd=directory, env={"PATH": "/usr/bin:/bin", _NAME: mark[:8]}, stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, pass_fds=(writer,),
         )  # fmt: skip
         os.close(writer)
         try:
             source = f"{program}\n{tests}\nimport os as _os; _os.write({writer}, {mark.encode()!r})\n"
-            with suppress(subprocess.TimeoutExpired):
-                process.communicate(source.encode(errors="replace"), timeout=seconds + 1)
+            with suppress(subprocess.TimeoutExpired):  # the keeper ends it before, unless it was itself ended
+                process.communicate(source.encode(errors="replace"), timeout=seconds + 30)
         finally:
-            # Whatever it started goes with it.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -65,11 +72,23 @@ def passes(program: str, tests: str, seconds: int = SECONDS) -> bool:
             with suppress(BlockingIOError):
                 output = os.read(reader, 2 * len(mark))
             os.close(reader)
+        if _is_networked(process.returncode):
+            raise RuntimeError("this system grants no network namespace; evaluate --allow-code-network does without")
         return process.returncode == 0 and output == mark.encode()
 
 
+def _command(seconds: int) -> list[str]:
+    needs_no_network = int(os.environ.get(NETWORK_SWITCH) != "1")
+    limits = (seconds, MEMORY_BYTES, FILE_BYTES, needs_no_network, *_NAMESPACES)
+    return [sys.executable, "-I", "-S", str(program_keeper.__file__), *map(str, limits)]
+
+
+def _is_networked(exit_code: int) -> bool:
+    return exit_code == program_keeper.UNISOLATED
+
+
 def _kill_escaped(variable: bytes) -> None:
-    """Kill the processes that have left the program's session; they still have its environment."""
+    """Kill what is left where the program ended its keeper; it still has its environment."""
     for _ in range(100):  # one of them may start another meanwhile, but not for ever
         found = False
         for path in Path("/proc").glob("[0-9]*/environ"):

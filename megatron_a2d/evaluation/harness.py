@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.config import task as task_config
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_positions, make_canvas, row_seed
@@ -89,15 +91,16 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Completions of at most `max_gen_toks` (else --max-new-tokens) tokens, cut at the task's stop texts."""
+        """Completions of at most as many tokens as the task says (else --max-new-tokens), cut at its stop texts."""
         self.was_asked = True
         jobs = []
         for request in requests:
             context, arguments = request.args
-            length = int(arguments.get("max_gen_toks", self.max_new_tokens))
+            # One name for all that a task may call its length, and stop texts as a list.
+            asked = normalize_gen_kwargs(arguments, default_max_gen_toks=self.max_new_tokens)
+            length, until = asked["max_gen_toks"], [stop for stop in asked["until"] if stop]
             tokens, _ = self._fit(self.tok_encode(context) or [self.eot_token_id], [0] * length)
-            until = arguments.get("until") or []
-            jobs.append((tokens, length, [until] if isinstance(until, str) else list(until)))
+            jobs.append((tokens, length, until))
         keys = [self.journal.key("generate", *job) for job in jobs]
         unknown = [number for number, key in enumerate(keys) if self.journal.get(key) is None]
         unknown.sort(key=lambda number: (-len(jobs[number][0]) - jobs[number][1], keys[number]))
@@ -169,6 +172,25 @@ class HarnessModel(TemplateLM):
             # With one or two draws nothing can be said of the error.
             "unknown_share": 1 - len(errors) / len(self.standard_errors),
         }
+
+
+@contextmanager
+def tasks_without_a_length() -> Iterator[None]:
+    """Inside, a task that does not say how long its answers are stays so when it is loaded.
+
+    The harness (0.4.13) writes 256 tokens into every request of a task without `generation_kwargs`, where they cannot
+    be told from a task's own.
+    """
+    defaults = task_config.default_gen_kwargs
+
+    def without_length(*arguments: Any, **named: Any) -> dict[str, Any]:
+        return {name: value for name, value in defaults(*arguments, **named).items() if name != "max_gen_toks"}
+
+    task_config.default_gen_kwargs = without_length
+    try:
+        yield
+    finally:
+        task_config.default_gen_kwargs = defaults
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

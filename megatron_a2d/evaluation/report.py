@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_a2d.errors import UserError
 from megatron_a2d.evaluation.published import BENCHMARKS, MODELS, SCORES, SOURCE
+from megatron_a2d.files import read_json
 
 # Metrics whose values between 0 and 1 are no shares of anything: shown as numbers, not as percent.
+# What is read of a results.json.
+_TABLES = ("held_out", "tasks", "num_fewshot", "log_likelihoods", "counts")
+_ERRORS = ("mean_standard_error", "largest_standard_error", "exact_share")
+_HELD_OUT = ("nelbo", "nelbo_standard_error", "accuracy", "accuracy_standard_error", "num_samples")
 _NO_SHARES = ("perplexity", "bits", "likelihood")
 
 
@@ -21,6 +28,38 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, int | str | bool) or value is None else str(value)
+
+
+def read_results(directory: Path) -> dict[str, Any]:
+    """The results.json of an earlier evaluation; UserError when `markdown` could not lay it beside another."""
+    results = read_json(directory / "results.json", "the earlier results")
+    tables = {name: results.get(name, {}) for name in _TABLES}
+    wrong = [name for name in ("model", "objective") if not isinstance(results.get(name), str)]
+    wrong += [name for name, table in tables.items() if not _is_table(name, table)]
+    if wrong:
+        raise UserError(
+            f"--beside {directory}: results.json is not of this command (it holds no usable {', '.join(wrong)}); name "
+            "an earlier --out"
+        )
+    return results
+
+
+def _is_table(name: str, table: Any) -> bool:
+    if not isinstance(table, dict):
+        return False
+    if name == "held_out":
+        return all(_has_numbers(row, _HELD_OUT, or_none=True) for row in table.values())
+    if name == "tasks":
+        return all(isinstance(metrics, dict) for metrics in table.values())
+    return (
+        name != "log_likelihoods" or not table or _has_numbers(table, (*_ERRORS, *({"unknown_share"} & table.keys())))
+    )
+
+
+def _has_numbers(row: Any, names: Sequence[str], or_none: bool = False) -> bool:
+    return isinstance(row, dict) and all(
+        name in row and ((or_none and row[name] is None) or type(row[name]) in (int, float)) for name in names
+    )
 
 
 def task_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, float, float | None]]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -17,8 +22,8 @@ import torch
 from checkpoints_tools import convert_hf, export_hf
 from megatron_a2d import evaluate
 from megatron_a2d.errors import UserError
-from megatron_a2d.evaluation import code_execution, scoring
-from megatron_a2d.evaluation.report import markdown
+from megatron_a2d.evaluation import code_execution, program_keeper, scoring
+from megatron_a2d.evaluation.report import markdown, read_results
 from tests.tiny import write_hf, write_tokens
 
 LOCAL = Path(__file__).resolve().parents[2] / "launch" / "eval"
@@ -42,7 +47,7 @@ def run(models: dict[str, Path], out: Path, *arguments: str, model: str = "expor
 
 
 def test_local_tasks_of_all_kinds(models, tmp_path, capsys):
-    local = ("--config", str(LOCAL / "local.yaml"))
+    local = ("--config", str(LOCAL / "local.yaml"), "--include-path", str(LOCAL / "local"))
     content = run(models, tmp_path / "out", *local)
     capsys.readouterr()
     tasks = content["tasks"]
@@ -271,6 +276,111 @@ def test_earlier_results_of_another_kind(models, tmp_path):
         run(models, tmp_path / "out", "--tasks", "a", "--beside", str(tmp_path))
 
 
+EARLIER = {
+    "model": "m", "objective": "mdlm", "tasks": {"a": {"acc,none": 0.5}}, "num_fewshot": {"a": 0}, "counts": {"cut": 1},
+    "held_out": {"web": {"nelbo": 1.0, "nelbo_standard_error": None, "accuracy": 0.5, "accuracy_standard_error": 0.1,
+                         "num_samples": 2}},
+    "log_likelihoods": {"mean_standard_error": 0.1, "largest_standard_error": 0.2, "exact_share": 1.0},
+}  # fmt: skip
+MALFORMED = [
+    {"model": 1}, {"objective": None}, {"tasks": []}, {"tasks": {"a": 1}}, {"num_fewshot": 5}, {"counts": [1]},
+    {"held_out": "x"}, {"held_out": {"web": None}}, {"held_out": {"web": {"nelbo": 1.0}}},
+    {"held_out": {"web": EARLIER["held_out"]["web"] | {"accuracy": "half"}}},  # type: ignore[index]
+    {"log_likelihoods": {"exact_share": 1.0}}, {"log_likelihoods": 3},
+    {"log_likelihoods": EARLIER["log_likelihoods"] | {"mean_standard_error": None}},  # type: ignore[operator]
+    {"log_likelihoods": EARLIER["log_likelihoods"] | {"unknown_share": "all"}},  # type: ignore[operator]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MALFORMED, ids=str)
+def test_malformed_earlier_results_are_found_first(change, tmp_path, monkeypatch):
+    """Before any model is opened; what passes can be laid beside a result."""
+    monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
+    (tmp_path / "results.json").write_text(json.dumps(EARLIER | change))
+    with pytest.raises(UserError, match=f"no usable {next(iter(change))}"):
+        evaluate.main(["--model", "m", "--out", str(tmp_path / "out"), "--tasks", "a", "--beside", str(tmp_path)])
+    (tmp_path / "results.json").write_text(json.dumps(EARLIER))
+    assert "| a | 0 | acc | 50.0% | 50.0% |" in markdown([EARLIER | {"held_out": {}}, read_results(tmp_path)])
+
+
+def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch):
+    from megatron_a2d.evaluation import report
+
+    monkeypatch.setattr(report, "markdown", lambda runs: pytest.fail("a fault of ours"))
+    with pytest.raises(pytest.fail.Exception):
+        evaluate._write(tmp_path, {"model": "m"}, [])
+    assert json.loads((tmp_path / "results.json").read_text()) == {"model": "m"}
+
+
+def test_a_place_that_takes_no_results_is_found_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        evaluate.main(["--model", "m", "--out", str(tmp_path / "file" / "out"), "--valid-data-path", "x"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("include_path: tasks", "--include-path {}/tasks on the command line"),
+        ("include-path: /abs/tasks", "--include-path /abs/tasks on the command line"),
+        ("include_path: [tasks]", "--include-path on the command line"),
+        ("allow_code_execution: true", "--allow-code-execution on the command line"),
+        ("allow-code-execution: 'yes'", "--allow-code-execution on the command line"),
+        ("allow_code_network: true", "--allow-code-network on the command line"),
+    ],
+)
+def test_consent_comes_from_the_command_line_alone(line, message, tmp_path, monkeypatch):
+    """A file of settings runs nothing: neither programs nor the tasks of a directory, and no flag beside it lets it."""
+    monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
+    (tmp_path / "eval.yaml").write_text(f"tasks: [t]\n{line}\n")
+    common = ["--model", "m", "--out", str(tmp_path / "out"), "--config", str(tmp_path / "eval.yaml")]
+    for flags in ([], ["--allow-code-execution"]):
+        with pytest.raises(UserError, match=re.escape(message.format(tmp_path))):
+            evaluate.main([*common, *flags])
+    (tmp_path / "eval.yaml").write_text("tasks: [t]\nallow_code_execution: false\n")
+    assert not evaluate._read_config(str(tmp_path / "eval.yaml"), problems := []).get("include_path") and not problems
+
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: launch/eval/local/exact.jsonl}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+{more}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_the_length_of_an_answer_is_the_tasks_own_or_the_flag(models, tmp_path, monkeypatch):
+    """The harness writes 256 into requests of tasks that say nothing, where a task's own 256 would look the same."""
+    from megatron_a2d.evaluation.harness import HarnessModel
+
+    tasks = {
+        "silent": ("", 3, ["\n\n"]),
+        "says_256": ('generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 256, do_sample: false, temperature: 0.0}', 256,
+                     ["\n\n"]),
+        "text": ('generation_kwargs: {until: "stop"}', 3, ["stop"]),
+        "other_name": ('generation_kwargs: {until: [], max_new_tokens: 5}', 5, []),
+    }  # fmt: skip
+    for name, (more, _, _) in tasks.items():
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, more=more))
+    seen = {}
+
+    def complete(self, jobs, keys):
+        seen[jobs[0][1:][0], tuple(jobs[0][2])] = True
+        return ["" for _ in jobs]
+
+    monkeypatch.setattr(HarnessModel, "_complete", complete)
+    run(
+        models, tmp_path / "out", "--include-path", str(tmp_path), "--tasks", *tasks, "--limit", "1",
+        "--max-new-tokens", "3", "--batch-size", "1",
+    )  # fmt: skip
+    assert seen.keys() == {(length, tuple(until)) for _, length, until in tasks.values()}
+
+
 def test_requests_that_do_not_fit(models):
     from megatron_a2d.inference.export import open_export
 
@@ -331,6 +441,7 @@ def test_a_models_fingerprint_is_not_changed_by_its_own_evaluation(tmp_path):
 @pytest.fixture
 def allowed(monkeypatch):
     monkeypatch.setenv(code_execution.SWITCH, "1")
+    monkeypatch.setenv(code_execution.NETWORK_SWITCH, "1")  # the tests run where no namespaces are granted, too
 
 
 def test_programs_are_judged(allowed):
@@ -359,13 +470,81 @@ def test_programs_have_limits(program, allowed):
     assert not Path("big").exists()
 
 
-def test_programs_leave_no_process(allowed):
-    """Nor one in a session of its own; where the kernel lets no process be started, it fails."""
-    program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(61.7)\n"
-    code_execution.passes(program, "import time; time.sleep(0.5)")
-    for path in Path("/proc").glob("[0-9]*/environ"):
+# Any flag that unshare does not know is refused, as on a system that grants no namespaces.
+NO_NAMESPACES = (1,)
+# The words of a process that has left session, parent and environment behind; no other process has them.
+ORPHAN = "import time; time.sleep(61.7)"
+LEAVE = f"""import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execve({sys.executable!r}, ["python", "-I", "-S", "-c", {ORPHAN!r}], {{}})
+    os._exit(0)
+time.sleep(0.3)
+"""
+
+
+def orphans() -> list[Path]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # gone, or of another user
-            assert code_execution._NAME.encode() not in path.read_bytes()
+            if ORPHAN.encode() in path.read_bytes().split(b"\0"):
+                found.append(path)
+    return found
+
+
+@pytest.mark.parametrize("namespaces", [code_execution._NAMESPACES, NO_NAMESPACES], ids=["namespaces", "none"])
+@pytest.mark.parametrize("end", ["pass", "while True: pass"])
+def test_programs_leave_no_process(namespaces, end, allowed, monkeypatch):
+    """Nor one in a session of its own without its environment; where the kernel lets none be started, it fails."""
+    monkeypatch.setattr(code_execution, "_NAMESPACES", namespaces)
+    started = code_execution.passes(LEAVE, end, seconds=2)
+    assert started or end != "pass" or os.getuid() != 0
+    assert not orphans()
+
+
+def test_an_orphan_would_be_seen():
+    """The control of the test above."""
+    process = subprocess.Popen([sys.executable, "-c", LEAVE], start_new_session=True)
+    process.wait()
+    found = orphans()
+    for path in found:
+        os.kill(int(path.parent.name), signal.SIGKILL)
+    assert found
+
+
+def can_cut_network() -> bool:
+    return subprocess.run(code_execution._command(1), input=b"").returncode != program_keeper.UNISOLATED
+
+
+def test_programs_have_no_network(allowed, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        connect = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
+        monkeypatch.setattr(code_execution, "_NAMESPACES", NO_NAMESPACES)
+        assert code_execution.passes(connect, "pass")  # the control: it would have one
+        monkeypatch.undo()
+        monkeypatch.setenv(code_execution.SWITCH, "1")
+        monkeypatch.delenv(code_execution.NETWORK_SWITCH, raising=False)
+        if not can_cut_network():
+            pytest.skip("this system grants no network namespace")
+        assert code_execution.passes("", "pass") and not code_execution.passes(connect, "pass")
+
+
+def test_a_network_is_refused_unless_it_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(code_execution, "_NAMESPACES", NO_NAMESPACES)
+    monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
+    monkeypatch.setenv(code_execution.SWITCH, "0")  # what evaluate sets is undone after the test
+    monkeypatch.setenv(code_execution.NETWORK_SWITCH, "1")  # an environment is no consent either
+    common = ["--model", "m", "--out", str(tmp_path), "--tasks", "a"]
+    with pytest.raises(UserError, match=r"grants no network namespace.*--allow-code-network"):
+        evaluate.main([*common, "--allow-code-execution"])
+    with pytest.raises(RuntimeError, match="grants no network namespace"):
+        code_execution.passes("", "")
+    with pytest.raises(pytest.fail.Exception):
+        evaluate.main([*common, "--allow-code-execution", "--allow-code-network"])
+    with pytest.raises(UserError, match="--allow-code-network: has no effect"):
+        evaluate.main([*common, "--allow-code-network"])
 
 
 def test_programs_see_no_environment(allowed, monkeypatch):
@@ -385,10 +564,18 @@ def test_code_tasks_run_when_allowed(models, tmp_path, monkeypatch):
     right = "def double(x):\n    return 2 * x\n[DONE]"
     monkeypatch.setattr(HarnessModel, "generate_until", lambda self, requests: [right for _ in requests])
     content = run(
-        models, tmp_path, "--tasks", "local_code", "--include-path", str(LOCAL / "local"), "--allow-code-execution"
+        models,
+        tmp_path,
+        "--tasks",
+        "local_code",
+        "--include-path",
+        str(LOCAL / "local"),
+        "--allow-code-execution",
+        "--allow-code-network",
     )
     assert content["tasks"]["local_code"]["pass_at_1,none"] == 0.5
-    os.environ.pop(code_execution.SWITCH, None)
+    for name in (code_execution.SWITCH, code_execution.NETWORK_SWITCH):
+        os.environ.pop(name, None)
 
 
 def test_programs_in_answers():
