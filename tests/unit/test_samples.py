@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ from megatron_a2d.diffusion.blocks import corrupt_blocks
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
 from megatron_a2d.diffusion.noise import Noise, random_cut
 from megatron_a2d.diffusion.weights import context
+from megatron_a2d.training import loop
 from megatron_a2d.training.samples import attention_segments, make_sample, positions_within
+from megatron_a2d.training.validation import VALIDATION_SEED
 
 LENGTH, MASK, END, SEED = 40, 255, 7, 11
 MODEL = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, mask_token_id=MASK)
@@ -164,3 +168,44 @@ def test_cart_looks_at_its_own_document_alone() -> None:
         assert np.append(0, sample.weights[:-1]) == pytest.approx(masked * alone / scale, rel=1e-5)
         seen += not np.array_equal(sample.weights, open_one.weights)
     assert seen > 10
+
+
+def test_training_and_validation_ask_for_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation: the first samples, under noise of its own, as many batches as there are of those that are wanted."""
+    asked: list[tuple[Any, ...]] = []
+    made: list[dict[str, Any]] = []
+
+    def record(dataset: Any, make: Any, **rest: Any) -> Any:
+        made.append({"dataset": dataset, "make": make, **rest})
+        return contextlib.nullcontext(SimpleNamespace(num_microbatches=3, of=made[-1]))
+
+    monkeypatch.setattr(loop, "make_sample", lambda *arguments: asked.append(arguments) or "maker")
+    monkeypatch.setattr(loop, "MicroBatches", record)
+    monkeypatch.setattr(loop, "validate", lambda chunks, batches, *rest: (chunks, batches.of, *rest))
+    monkeypatch.setattr(loop.parallel_state, "get_data_parallel_rank", lambda: 1)
+    monkeypatch.setattr(loop.parallel_state, "get_data_parallel_world_size", lambda: 2)
+    config = build({
+        "micro_batch_size": 2, "global_batch_size": 12, "eval_iters": 5, "num_workers": 3, "seed": 77, "seq_length": 9,
+    })  # fmt: skip
+    ours = {
+        "make": "maker",
+        "micro_batch_size": 2,
+        "global_batch_size": 12,
+        "dp_rank": 1,
+        "dp_size": 2,
+        "num_workers": 3,
+    }
+    data, held_out = SimpleNamespace(), SimpleNamespace(num_samples=43)
+    loop.micro_batches(config, MODEL, data, config.data.seed, 36)  # type: ignore[arg-type]
+    assert asked.pop() == (config, MODEL, data, 77, True)
+    assert made.pop() == {"dataset": data, "start_sample": 36, **ours}
+
+    fetched: list[int] = []
+    state: Any = SimpleNamespace(chunks=["chunk"], gather_parameters=lambda: fetched.append(1))
+    for batches, wanted in ((5, 3), (2, 2)):  # 43 samples fill three batches of 12
+        found: Any = loop.run_validation(
+            state, build(config.to_dict() | {"eval_iters": batches}), MODEL, held_out  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert asked.pop()[2:] == (held_out, VALIDATION_SEED, False) and VALIDATION_SEED == 0
+        assert made[-1] == {"dataset": held_out, "start_sample": 0, **ours}
+        assert found == (["chunk"], made.pop(), wanted * 12, 3, (2, 9)) and fetched.pop()
