@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from megatron_a2d.diffusion.likelihood import exact_nelbo, monte_carlo_nelbo
 from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.diffusion.objective import mean_estimate, ratio_estimate, sample_sums
+from megatron_a2d.diffusion.objective import SampleSums, mean_estimate, ratio_estimate, sample_sums
+from megatron_a2d.diffusion.validation import SampleColumns, summarise
 
 VOCABULARY, LENGTH = 5, 6
 TOKENS = np.array([1, 2, 0, 3, 4, 1])
@@ -110,3 +112,102 @@ def test_standard_errors_cover() -> None:
         levelled.append(abs((e := ratio_estimate(torch.ones(50), n)).mean - 1) < e.standard_error)
     assert 0.6 < np.mean(means) < 0.76 and 0.6 < np.mean(ratios) < 0.76
     assert 0.6 < np.mean(levelled) < 0.76
+
+
+def sums_of(*columns: list[float]) -> SampleSums:
+    return SampleSums(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+
+
+def test_validation_sums_by_sample_and_bucket() -> None:
+    """Five samples in two batches, out of order; the second's rows lie on two ranks, one of which counts it."""
+    columns, other = SampleColumns(5), SampleColumns(5)
+    columns.put(
+        torch.tensor([4, 0, 1]),
+        torch.tensor([0.95, 0.05, 0.5]),
+        torch.tensor([10, 20, 40]),
+        sums_of([9, 4, 20], [8, 2, 15], [9, 1, 20], [3, 1, 10]),
+    )
+    columns.put(
+        torch.tensor([2, 3]),
+        torch.tensor([0.55, 1.0]),
+        torch.tensor([10, 10]),
+        sums_of([6, 3], [3, 3], [5, 10], [2, 1]),
+    )
+    other.put(torch.tensor([1]), torch.tensor([0.5]), torch.tensor([0]), sums_of([2], [1], [4], [0]))
+    columns.table += other.table
+    result = summarise(columns)
+    losses, maskable, rows, right = [4, 22, 6, 3, 9], [20, 40, 10, 10, 10], [1, 24, 5, 10, 9], [1, 10, 2, 1, 3]
+    assert result.num_samples == 5 and result.nelbo.mean == pytest.approx(sum(losses) / sum(maskable))
+    assert result.cross_entropy.mean == pytest.approx((2 + 16 + 3 + 3 + 8) / sum(rows))
+    assert result.accuracy.mean == pytest.approx(sum(right) / sum(rows))
+    ratio = sum(losses) / sum(maskable)
+    squares = sum((loss - ratio * count) ** 2 for loss, count in zip(losses, maskable, strict=True))
+    assert result.nelbo.standard_error == pytest.approx(math.sqrt(squares * 5 / 4) / sum(maskable))
+    by_time = {(0.0, 0.1): (1, 4 / 20), (0.5, 0.6): (2, 28 / 50), (0.9, 1.0): (2, 12 / 20)}
+    # Shares of masked tokens: 0.05, 0.6, 0.5, 1.0 and 0.9.
+    by_share = {(0.0, 0.1): (1, 1.0), (0.5, 0.6): (1, 2 / 5), (0.6, 0.7): (1, 10 / 24), (0.9, 1.0): (2, 4 / 19)}
+    for name, buckets, expected in (
+        ("nelbo_by_time", result.nelbo_by_time, by_time),
+        ("accuracy_by_mask_ratio", result.accuracy_by_mask_ratio, by_share),
+    ):
+        found = {(bucket.low, bucket.high): (bucket.num_samples, bucket.value.mean) for bucket in buckets}
+        assert found.keys() == expected.keys() and list(found) == sorted(found)
+        for key, (count, mean) in expected.items():
+            assert found[key] == (count, pytest.approx(mean))
+        rows_of_table = result.tables()[name]
+        assert [(row["low"], row["high"], row["num_samples"], row["mean"]) for row in rows_of_table] == [
+            (*key, *found[key]) for key in found
+        ]
+        assert [row["standard_error"] for row in rows_of_table] == pytest.approx(
+            [bucket.value.standard_error for bucket in buckets], nan_ok=True
+        )
+    assert result.to_dict() == {
+        "num_samples": 5, "nelbo": result.nelbo.mean, "nelbo_standard_error": result.nelbo.standard_error,
+        "cross_entropy": result.cross_entropy.mean, "cross_entropy_standard_error": result.cross_entropy.standard_error,
+        "accuracy": result.accuracy.mean, "accuracy_standard_error": result.accuracy.standard_error,
+    }  # fmt: skip
+
+
+def test_samples_without_maskable_tokens_are_in_the_first_bucket() -> None:
+    columns = SampleColumns(2)
+    columns.put(
+        torch.tensor([0, 1]), torch.tensor([0.75, 0.75]), torch.tensor([0, 4]), sums_of([0, 2], [0, 1], [0, 2], [0, 1])
+    )
+    result = summarise(columns)
+    assert [(bucket.low, bucket.num_samples) for bucket in result.nelbo_by_time] == [(0.0, 1), (0.7, 1)]
+    assert math.isnan(result.nelbo_by_time[0].value.mean) and result.nelbo.mean == 0.5
+
+
+@pytest.mark.parametrize("counts", [None, [True, False, True, True, False]])
+def test_rows_are_summed_by_sample(counts: list[bool] | None) -> None:
+    losses, weights = [1.0, 2.0, 4.0, 8.0, 16.0], [3.0, 0.0, 0.5, 1.0, 0.0]
+    correct, samples = [True, True, False, True, False], [2, 0, 2, 0, 0]
+    found = sample_sums(
+        torch.tensor(losses),
+        torch.tensor(weights),
+        torch.tensor(correct),
+        torch.tensor(samples),
+        4,
+        None if counts is None else torch.tensor(counts),
+    )
+    expected = [[0.0] * 4 for _ in range(4)]
+    for row, sample in enumerate(samples):
+        if counts is None or counts[row]:
+            for column, value in zip(expected, (weights[row] * losses[row], losses[row], 1, correct[row]), strict=True):
+                column[sample] += value
+    assert [column.tolist() for column in found] == expected and {column.dtype for column in found} == {torch.float64}
+
+
+def test_estimates_by_their_formulas() -> None:
+    mean, error = mean_estimate(torch.tensor([1.0, 3.0, 8.0]))
+    assert mean == 4 and error == pytest.approx(math.sqrt((9 + 1 + 16) / 2 / 3))
+    mean, error = mean_estimate(torch.tensor([3.0]))
+    assert mean == 3 and math.isnan(error)
+    ratio, error = ratio_estimate(torch.tensor([2.0, 4.0, 3.0]), torch.tensor([4.0, 10.0, 4.0]))
+    assert ratio == 0.5 and error == pytest.approx(math.sqrt((0 + 1 + 1) * 3 / 2) / 18)
+    ratio, error = ratio_estimate(torch.tensor([2.0, 4.0]), torch.tensor([4.0, 10.0]))
+    assert error == pytest.approx(math.sqrt(((2 - 24 / 14) ** 2 + (4 - 60 / 14) ** 2) * 2) / 14)
+    ratio, error = ratio_estimate(torch.tensor([1.0]), torch.tensor([4.0]))
+    assert ratio == 0.25 and math.isnan(error)
+    assert all(math.isnan(value) for value in ratio_estimate(torch.zeros(3), torch.zeros(3)))
+    assert str(mean_estimate(torch.tensor([1.0, 3.0]))) == "2.000 ± 1.000"
