@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from megatron_a2d.diffusion.corruption import corrupt, next_token
-from megatron_a2d.diffusion.noise import Noise
+from megatron_a2d.diffusion.corruption import corrupt, has_predecessor, maskable_tokens, next_token, shift
+from megatron_a2d.diffusion.noise import Noise, random_cut
 from megatron_a2d.diffusion.schedule import SCHEDULES
+from megatron_a2d.diffusion.weights import token_weights
 from megatron_a2d.errors import UserError
 
 NOISE = Noise(seed=7, mask_token_id=99)
@@ -99,3 +103,94 @@ def test_next_token() -> None:
 def test_text_that_holds_the_mask_token_is_refused() -> None:
     with pytest.raises(UserError, match="holds the mask token"):
         corrupt(np.array([1, 99, 2]), 0, NOISE)
+
+
+def loop_over_predecessors(tokens: list[int], documents: list[int] | None) -> list[bool]:
+    return [i > 0 and (documents is None or documents[i] == documents[i - 1]) for i in range(len(tokens))]
+
+
+@pytest.mark.parametrize("documents", [None, [0, 0, 0, 1, 1, 2]])
+@pytest.mark.parametrize("visible", [None, 7])
+@pytest.mark.parametrize("label_shift", [True, False])
+def test_what_is_maskable_and_counted(label_shift: bool, visible: int | None, documents: list[int] | None) -> None:
+    """Under the shift a token needs one before it in its document; an end of document is never masked or counted."""
+    tokens = [7, 5, 7, 6, 7, 8]
+    documents_L = None if documents is None else np.array(documents)
+    has_one = loop_over_predecessors(tokens, documents)
+    assert has_predecessor(np.array(tokens), documents_L).tolist() == has_one
+    expected = [(one or not label_shift) and token != visible for token, one in zip(tokens, has_one, strict=True)]
+    assert maskable_tokens(np.array(tokens), label_shift, documents_L, visible).tolist() == expected
+    sample = corrupt(
+        np.array(tokens), 0, Noise(7, 99, min_time=0.999999, label_shift=label_shift), documents_L, visible
+    )
+    assert (sample.tokens == 99).tolist() == expected and sample.num_maskable == sum(expected)
+    assert sample.documents is documents_L and sample.positions is None and sample.span_of_row is None
+    counted = [one and token != visible for token, one in zip(tokens, has_one, strict=True)]
+    autoregressive = next_token(np.array(tokens), documents_L, visible)
+    assert autoregressive.weights.tolist() == [*map(float, counted[1:]), 0.0] and autoregressive.time == 1.0
+    assert autoregressive.labels.tolist() == [5, 7, 6, 7, 8, 7] and autoregressive.num_maskable == sum(counted)
+    assert (
+        autoregressive.tokens.tolist() == tokens
+        and autoregressive.documents is documents_L
+        and autoregressive.spans is None
+    )
+
+
+def test_shifted_rows() -> None:
+    """Row i is judged by token i + 1; the last row wraps around and has no weight."""
+    labels, weights = shift(np.array([3, 4, 5]), np.array([9.0, 1.0, 2.0], dtype=np.float32))
+    assert labels.tolist() == [4, 5, 3] and weights.tolist() == [1.0, 2.0, 0.0] and weights.dtype == np.float32
+
+
+def test_times_by_their_formula() -> None:
+    """min_time + (1 - min_time) frac(u + i / phi), in 64-bit fixed point; and independent ones from the stream of times."""
+    noise = Noise(seed=11, mask_token_id=99, min_time=0.25)
+    first = (noise.time(0) - 0.25) / 0.75
+    for index in (1, 2, 10, 12345):
+        expected = 0.25 + 0.75 * ((first + index * (math.sqrt(5) - 1) / 2) % 1)
+        assert noise.time(index) == pytest.approx(expected, abs=1e-9)
+    independent = Noise(seed=11, mask_token_id=99, min_time=0.25, time_sampling="uniform")
+    for index in range(5):
+        generator = np.random.Generator(np.random.Philox(key=11 + (1 << 64), counter=index << 64))
+        assert independent.time(index) == 0.25 + 0.75 * generator.random()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_by_their_formulas(name: str) -> None:
+    schedule = SCHEDULES[name]
+    for t in (0.01, 0.3, 0.5, 0.99, 1.0):
+        mask, weight = (
+            (t, 1 / t) if name == "linear" else (math.sin(math.pi / 2 * t), math.pi / 2 / math.tan(math.pi / 2 * t))
+        )
+        assert schedule.mask_probability(t) == pytest.approx(mask) and schedule.weight(t) == pytest.approx(
+            weight, abs=1e-12
+        )
+        assert schedule.time(schedule.mask_probability(t)) == pytest.approx(t)
+    assert schedule.time(0.0) == pytest.approx(0.0, abs=1e-12) and schedule.time(1.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("name", "mean"), [("linear", 0.55), ("cosine", 2 / math.pi * math.cos(math.pi / 20) / 0.9)])
+def test_uniform_weights_are_one_over_the_mean_share(name: str, mean: float) -> None:
+    """E[m] over times in [0.1, 1]: of m = t, and of m = sin(pi t / 2)."""
+    noise = Noise(1, 99, schedule=name, min_time=0.1, loss_weights="uniform")
+    masked = np.array([True, False, True])
+    assert token_weights(noise, 123.0, masked) == pytest.approx([1 / mean, 0, 1 / mean])
+    assert token_weights(replace(noise, loss_weights="mdlm"), 123.0, masked).tolist() == [123, 0, 123]
+
+
+def test_random_cuts() -> None:
+    """1 .. length - 1, each as often as another, in the share of samples that was asked for."""
+    cuts = [random_cut(3, index, 6, 0.5) for index in range(4000)]
+    counts = np.array([cuts.count(place) for place in range(1, 6)])
+    assert set(cuts) == {None, 1, 2, 3, 4, 5} and np.abs(counts - 400).max() < 5 * math.sqrt(400)
+    assert all(random_cut(3, index, 6, 1.0) is not None for index in range(50))
+    assert not any(random_cut(3, index, 6, 0.0) for index in range(50))
+    assert {random_cut(3, index, 2, 1.0) for index in range(50)} == {1}
+    assert {random_cut(3, index, 1, 1.0) for index in range(50)} == {None}
+
+
+def test_settings_of_noise_that_are_none() -> None:
+    for wrong in ({"schedule": "x"}, {"time_sampling": "x"}, {"min_time": 0.0}, {"min_time": 1.0}, {"seed": -1}):
+        with pytest.raises(AssertionError):
+            replace(NOISE, **wrong)
+    replace(NOISE, seed=0)
