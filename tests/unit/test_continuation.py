@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_a2d.diffusion.continuation import likelihood_draws, log_likelihood, pseudo_likelihood_draws
+from megatron_a2d.diffusion import forward
+from megatron_a2d.diffusion.continuation import Draws, likelihood_draws, log_likelihood, pseudo_likelihood_draws
 from megatron_a2d.diffusion.forward import from_logits
+from megatron_a2d.diffusion.noise import Stream, uniforms
+from megatron_a2d.errors import UserError
 from megatron_a2d.evaluation.journal import Journal
-from megatron_a2d.evaluation.scoring import ScoringOptions, score
+from megatron_a2d.evaluation.scoring import ScoringOptions, check_lengths, label_losses, score
 
 VOCAB, MASK = 6, 5
 
@@ -206,3 +210,79 @@ def test_an_interrupted_run_goes_on(tmp_path) -> None:
     score(model_of(True, seen=seen), REQUESTS[:1], ScoringOptions(mc_num=20), other)
     assert seen, "answers under other settings do not count"
     other.close()
+
+
+def test_requests_that_cannot_be_scored() -> None:
+    def problem(context: list[int], continuation: list[int], **changes: Any) -> str | None:
+        opened = SimpleNamespace(**{"max_positions": 5, "label_shift": True, "objective": "mdlm", **changes})
+        try:
+            check_lengths(opened, [([1], [2]), (context, continuation)])
+        except UserError as error:
+            return str(error)
+        return None
+
+    assert problem([1, 2], [3, 4, 1]) is None
+    assert "has 6 tokens, and the model has 5 positions" in str(problem([1, 2, 3], [3, 4, 1]))
+    assert "empty continuation" in str(problem([1], []))
+    assert "empty context" in str(problem([], [1])) and "empty context" in str(
+        problem([], [1], label_shift=False, objective="ar")
+    )
+    assert problem([], [1], label_shift=False) is None
+
+
+def test_losses_of_labels_over_parts_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(70, VOCAB, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, VOCAB, (70, 3), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setitem(forward._PART_BYTES, "cpu", 4 * VOCAB * 2)
+    losses, correct = label_losses(logits, lambda rows: rows.clone(), labels)
+    for column in range(3):
+        expected = torch.nn.functional.cross_entropy(logits, labels[:, column], reduction="none")
+        torch.testing.assert_close(losses[:, column], expected)
+        assert torch.equal(correct[:, column], logits.argmax(-1) == labels[:, column])
+
+
+def test_requests_are_run_long_ones_first_in_groups() -> None:
+    """A group is full with sixteen batches; what it takes are its sequences' tokens, the all-masked one of a request counted."""
+    seen: list = []
+    done: list[float] = []
+    requests = [([1], [2, 3, 1, 4, 2]), ([1, 2, 3], [3, 4, 1, 2, 2]), ([3], [1, 2, 2, 2, 2]), ([2], [2])]
+    options = ScoringOptions(mc_num=4, batch_tokens=4)  # 64 tokens a group, and 5 x 8 + 5 x 6 of the longest two
+    found = score(model_of(True, seen=seen), requests, options, advance=done.append)
+    assert done == [0, 2, 2] and [length for _, length in seen] == sorted((length for _, length in seen), reverse=True)
+    assert [scored.log_likelihood for scored in found] == pytest.approx(
+        [score(model_of(True), [request], options)[0].log_likelihood for request in requests], abs=1e-6
+    )  # fmt: skip
+
+
+def test_draws_by_their_formula() -> None:
+    """5 tokens, 9 passes: 3 replicates of 3, counts stratified by one number, arcs of one order, weights n / (k J)."""
+    draws = likelihood_draws(5, 9, seed=4)
+    assert draws.num_replicates == 3 and draws.replicates.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for replicate in range(3):
+        numbers = uniforms(4, Stream.CONTINUATION, replicate, 6)
+        order, start = np.argsort(numbers[1:]), 0
+        for draw in range(3):
+            size = 1 + math.floor(5 * (draw + numbers[0]) / 3)
+            mask = np.isin(np.arange(5), [order[(start + step) % 5] for step in range(size)])
+            assert draws.masks[3 * replicate + draw].tolist() == mask.tolist()
+            assert draws.weights[3 * replicate + draw] == pytest.approx(5 / size / 3)
+            start += size
+    exact = likelihood_draws(3, 7)
+    assert len(exact.masks) == 7 and exact.num_replicates == 1 and not exact.replicates.any()
+    assert exact.weights.tolist() == pytest.approx([1 / (k * math.comb(3, k)) for k in exact.masks.sum(1)])
+    assert len(likelihood_draws(3, 6).masks) == 6, "not enough passes for all subsets"
+    assert [len(likelihood_draws(3, number).masks) for number in (1, 2, 3, 4, 5)] == [1, 2, 2, 4, 4]
+    for arguments in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="need at least one token and one draw"):
+            likelihood_draws(*arguments)
+
+
+def test_estimates_from_replicates() -> None:
+    """Each replicate adds up its own draws; the mean over them, and the error of that mean."""
+    draws = Draws(np.ones((4, 2), bool), np.array([0.5, 1.0, 2.0, 1.0]), np.array([0, 0, 1, 1]), 2)
+    mean, error = log_likelihood(draws, np.array([2.0, 3.0, 1.0, 4.0]))
+    assert mean == -5.0 and error == pytest.approx(math.sqrt(2 / 2))  # replicates of 4 and 6
+    one = Draws(np.array([[True, False, True]]), np.array([1.5]), np.zeros(1, np.int64), 1)
+    assert log_likelihood(one, np.array([2.0])).mean == -3.0 and math.isnan(
+        log_likelihood(one, np.array([2.0])).standard_error
+    )

@@ -133,3 +133,93 @@ def test_counterparts_are_found_by_either_name() -> None:
     assert [span.name for span in down] == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(28)]
     with pytest.raises(KeyError):
         weights.counterpart("lm_head.weight")  # tied
+
+
+def test_extra_states_of_every_layer_and_expert() -> None:
+    """Dense: qkv, proj, fc1, fc2 of each layer; MoE: qkv, proj of each layer, fc1, fc2 of each expert; one of the head."""
+    dense, moe = (
+        list(WeightMap(architecture_of(tiny.hub_config(kind))).extra_state_keys()) for kind in ("dense_tied", "moe")
+    )
+    head, layers, experts = "output_layer._extra_state/shard_0_1", range(4), range(8)
+    attention = {
+        f"decoder.layers.self_attention.{name}._extra_state/shard_{layer}_4"
+        for name in ("linear_qkv", "linear_proj")
+        for layer in layers
+    }
+    assert len(dense) == 17 and len(moe) == 9 + 64
+    assert set(dense) == {head} | attention | {
+        f"decoder.layers.mlp.{name}._extra_state/shard_{layer}_4"
+        for name in ("linear_fc1", "linear_fc2")
+        for layer in layers
+    }
+    assert set(moe) == {head} | attention | {
+        f"decoder.layers.mlp.experts.experts.{name}._extra_state/shard_{layer}.{expert}_4.8" for name in ("linear_fc1", "linear_fc2") for layer in layers for expert in experts
+    }  # fmt: skip
+
+
+def test_shapes_in_megatron() -> None:
+    """Hidden 64, 4 query heads of 24, 2 groups: by hand. Experts are a tensor of their own axes."""
+    layer = "decoder.layers."
+    common = {
+        "embedding.word_embeddings.weight": (256, 64), "decoder.final_layernorm.weight": (64,),
+        layer + "self_attention.linear_qkv.layer_norm_weight": (4, 64), layer + "self_attention.linear_qkv.weight": (4, 96 + 2 * 48, 64),
+        layer + "self_attention.q_layernorm.weight": (4, 24), layer + "self_attention.k_layernorm.weight": (4, 24),
+        layer + "self_attention.linear_proj.weight": (4, 64, 96),
+    }  # fmt: skip
+    dense = common | {
+        layer + "mlp.linear_fc1.layer_norm_weight": (4, 64),
+        layer + "mlp.linear_fc1.weight": (4, 320, 64),
+        layer + "mlp.linear_fc2.weight": (4, 64, 160),
+    }
+    moe = common | {
+        "output_layer.weight": (256, 64), layer + "pre_mlp_layernorm.weight": (4, 64), layer + "mlp.router.weight": (4, 8, 64),
+        layer + "mlp.experts.experts.linear_fc1.weight": (4, 8, 80, 64), layer + "mlp.experts.experts.linear_fc2.weight": (4, 8, 64, 40),
+    }  # fmt: skip
+    for kind, expected in (("dense_tied", dense), ("dense", dense | {"output_layer.weight": (256, 64)}), ("moe", moe)):
+        a = architecture_of(tiny.hub_config(kind))
+        assert WeightMap(a).megatron_shapes == expected
+        if kind == "moe":
+            assert WeightMap(a, fused_names(a)).megatron_shapes == expected
+
+
+def test_matrices_come_layer_by_layer() -> None:
+    """All of a layer, then its experts one by one: what is read together lies together."""
+    blocks = list(WeightMap(architecture_of(tiny.hub_config("moe"))).blocks())
+    assert [block.key for block in (blocks[0], *blocks[-2:])] == [
+        "embedding.word_embeddings.weight",
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    ]
+    inside = [block.lead for block in blocks[1:-2]]
+    expected = [
+        lead
+        for layer in range(4)
+        for lead in [(layer,)] * 7 + [(layer, expert) for expert in range(8) for _ in range(2)]
+    ]
+    assert inside == expected
+    assert [block.turns for block in blocks if block.key.endswith("linear_qkv.weight")] == [2] * 4
+    assert {block.turns for block in blocks if not block.key.endswith("linear_qkv.weight")} == {1}
+
+
+def test_every_tensor_knows_its_counterpart() -> None:
+    weights = WeightMap(architecture_of(tiny.hub_config("moe")))
+    assert weights.megatron_keys.keys() == weights.hf_shapes.keys()
+    for name, shape in weights.hf_shapes.items():
+        spans = weights.counterpart(name)
+        assert {span.name for span in spans} == {weights.megatron_keys[name]} and sum(
+            span.stop - span.start for span in spans
+        ) == shape[0]
+    assert weights.counterpart("model.layers.2.self_attn.v_proj.weight") == [
+        Span("decoder.layers.self_attention.linear_qkv.weight", (2,), start, start + 24) for start in (48 + 24, 96 + 48 + 24)
+    ]  # fmt: skip
+    fused = WeightMap(weights.architecture, fused_names(weights.architecture))
+    down = fused.counterpart("model.layers.1.mlp.experts.down_proj")
+    assert down == [
+        Span("decoder.layers.mlp.experts.experts.linear_fc2.weight", (1, expert), 0, 64) for expert in range(8)
+    ]
+    both = fused.counterpart("decoder.layers.mlp.experts.experts.linear_fc1.weight")
+    assert both == [
+        Span(f"model.layers.{layer}.mlp.experts.gate_up_proj", (expert,), 0, 80)
+        for layer in range(4)
+        for expert in range(8)
+    ]
