@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_a2d.data.batches import Batch, MicroBatches
+from megatron_a2d.data.batches import Batch, MicroBatches, make_batch, write_batch
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.indexed import IndexedDatasetBuilder
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
@@ -222,3 +222,59 @@ def test_batch_sizes_that_do_not_divide(dataset):
         MicroBatches(dataset, make_sample, micro_batch_size=3, global_batch_size=8)
     with pytest.raises(ValueError):
         MicroBatches(dataset, make_sample, micro_batch_size=2, global_batch_size=8, dp_rank=2, dp_size=2)
+
+
+def test_what_only_some_samples_have(dataset, tmp_path):
+    """An ordinary row stands in for what a sample does not have; what none has is None."""
+    full = {
+        "documents": np.array([3, 3, 4]), "positions": np.array([0, 1, 0]), "annealing": np.array([7, 9]), "levels": np.array([1, 3, 5]),
+        "spans": np.array([[0.5, 3.0, 1.0], [0.25, 2.0, 2.0]]), "span_of_row": np.array([0, 1, 1]),
+        "masked_weights": np.array([0.5, 0, 2], dtype=np.float32),
+    }  # fmt: skip
+    ordinary = {
+        "documents": [0, 0, 0], "positions": [0, 1, 2], "annealing": [0, 1 << 53], "levels": [0, 0, 0],
+        "spans": [[0.0] * 3] * 2, "span_of_row": [0, 0, 0], "masked_weights": [0.0, 0.0, 0.0],
+    }  # fmt: skip
+
+    def sample(tokens: np.ndarray, index: int) -> Corrupted:
+        plain = Corrupted(tokens[:3], tokens[:3], np.ones(3, np.float32), 0.5, 2)
+        return plain._replace(**full) if index == 1 else plain
+
+    batch = make_batch(dataset, sample, 0, 3)
+    for name, value in full.items():
+        column = getattr(batch, name)
+        assert (
+            column.tolist() == [ordinary[name], value.tolist(), ordinary[name]] and column.numpy().dtype == value.dtype
+        )
+    plain = make_batch(dataset, sample, 2, 2)
+    assert all(getattr(plain, name) is None for name in full) and plain.sample_index.tolist() == [2, 3]
+    write_batch(tmp_path / "batch.npz", plain)
+    with np.load(tmp_path / "batch.npz") as stored:
+        assert {name: stored[name].tolist() for name in stored} == {
+            name: value.tolist() for name, value in plain._asdict().items() if value is not None
+        }
+
+
+@pytest.mark.parametrize("wrong", [{"dp_rank": -1}, {"dp_rank": 2, "dp_size": 2}, {"micro_batch_size": 0}, {"global_batch_size": 0}, {"start_sample": -1}])  # fmt: skip
+def test_layouts_that_are_none(wrong, dataset):
+    with pytest.raises(ValueError, match="micro_batch_size="):
+        MicroBatches(dataset, make_sample, **{"micro_batch_size": 1, "global_batch_size": 4, "num_workers": 0, **wrong})
+
+
+def test_samples_out_of_turn_leave_the_stream_alone(dataset):
+    with MicroBatches(dataset, make_sample, micro_batch_size=2, global_batch_size=8, num_workers=0) as batches:
+        next(batches)
+        assert batches.samples(30, 3).sample_index.tolist() == [30, 31, 32]
+        assert next(batches).sample_index.tolist() == [2, 3]
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+@pytest.mark.parametrize(("num_workers", "ahead"), [(1, 4), (2, 4), (3, 6)])
+def test_how_many_are_made_ahead(num_workers, ahead, dataset):
+    with MicroBatches(
+        dataset, make_sample, micro_batch_size=1, global_batch_size=4, num_workers=num_workers
+    ) as batches:
+        assert len(batches._pending) == ahead
+        next(batches)
+        assert len(batches._pending) == ahead

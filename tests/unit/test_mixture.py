@@ -14,7 +14,7 @@ from megatron_a2d.config import build
 from megatron_a2d.data.batches import MicroBatches
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.indexed import IndexedDatasetBuilder
-from megatron_a2d.data.mixture import MixedDataset, SourceChoice, read_mixture
+from megatron_a2d.data.mixture import MixedDataset, Source, SourceChoice, read_mixture
 from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.noise import Noise, random_cut
 from megatron_a2d.errors import UserError
@@ -245,6 +245,10 @@ def test_visible_tokens_are_not_in_the_denominator():
         ("sources: {a: {train_path: x, weight: yes}}", "weight True"),
         ("sources: {a: {train_path: x}}", "weight None"),
         ("sources: {a: {weight: 1}}", "train_path None"),
+        ("sources: {a: {train_path: x, valid_path: 3, weight: 1}}", "valid_path 3: must be the prefix"),
+        ('sources: {a: {train_path: x, valid_path: "y\\0", weight: 1}}', "valid_path y"),
+        ("sources: {a: {train_path: x, weight: 1, hub: web}}", "hub web: must be settings of data_prep.download"),
+        ("sources: {a: {train_path: x, weight: 1, max_epochs: yes}}", "max_epochs True"),
         ("sources: {a: {train_path: x, weight: 1, max_epochs: 0}}", "max_epochs 0"),
         ("sources: {a: {train_path: x, wieght: 1}}", "unknown key wieght (did you mean weight?)"),
         ("sources: {a: [", "not valid YAML"),
@@ -268,6 +272,30 @@ def test_numbers_without_a_point(tmp_path):
     )
     sources = read_mixture(tmp_path / "m.yaml")
     assert [source.weight for source in sources] == [Fraction(1, 4), Fraction(3, 4)] and sources[0].max_epochs == 2
+
+
+def test_all_that_a_source_may_say(tmp_path):
+    (tmp_path / "m.yaml").write_text(
+        "sources: {a: {train_path: x, valid_path: v, weight: 0.1, max_epochs: 1.5, hub: {repo: r}}, b: {train_path: y, weight: 0.3}}"
+    )
+    assert read_mixture(tmp_path / "m.yaml") == [
+        Source("a", "x", "v", Fraction(1, 4), 1.5, {"repo": "r"}), Source("b", "y", None, Fraction(3, 4), None, {}),
+    ]  # fmt: skip
+
+
+def test_epochs_of_a_mixture(mixture):
+    """50, 100 and 150 samples of 14 tokens; the first 1,024 are dealt by the weights 5, 3, 2."""
+    data = MixedDataset(read_mixture(mixture), 14)
+    assert data.choice.counts(1024) == [512, 307, 205]
+    assert data.epochs(1024) == {"a": 512 / 50, "b": 307 / 100, "c": 205 / 150}
+    assert data.choice.counts(0) == [0, 0, 0] and [data.place(i) for i in (3, 2000)] == [
+        data.choice(i) for i in (3, 2000)
+    ]
+    places = [data.place(i) for i in range(1500)]
+    assert data.choice.counts(1500) == [sum(place.source == source for place in places) for source in range(3)]
+    for i in (0, 1, 2, 1030):
+        source, number = data.place(i)
+        assert data.documents(i).tolist() == data.datasets[source].documents(number).tolist()
 
 
 def test_every_missing_source_is_named(mixture):

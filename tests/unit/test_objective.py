@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.likelihood import exact_nelbo, monte_carlo_nelbo
 from megatron_a2d.diffusion.noise import Noise
 from megatron_a2d.diffusion.objective import SampleSums, mean_estimate, ratio_estimate, sample_sums
@@ -211,3 +213,55 @@ def test_estimates_by_their_formulas() -> None:
     assert ratio == 0.25 and math.isnan(error)
     assert all(math.isnan(value) for value in ratio_estimate(torch.zeros(3), torch.zeros(3)))
     assert str(mean_estimate(torch.tensor([1.0, 3.0]))) == "2.000 ± 1.000"
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
+def test_batches_change_no_bound(logits_fn: Callable[[Tensor], Tensor], batch_size: int) -> None:
+    """Every draw and every mask counts once, also where the last batch is not full."""
+    noise = Noise(3, VOCABULARY)
+    seen: list[int] = []
+
+    def counting(tokens_BL: Tensor) -> Tensor:
+        seen.append(len(tokens_BL))
+        return logits_fn(tokens_BL)
+
+    found = monte_carlo_nelbo(counting, TOKENS, noise, 20, batch_size)
+    assert sum(seen) == 20 and max(seen) <= batch_size and len(seen) == math.ceil(20 / batch_size)
+    values = []
+    for index in range(20):
+        draw = corrupt(TOKENS, index, noise)
+        losses = torch.nn.functional.cross_entropy(
+            logits_fn(torch.from_numpy(draw.tokens)[None])[0].double(), torch.from_numpy(draw.labels), reduction="none"
+        )
+        values.append(float((losses * torch.from_numpy(draw.weights)).sum()) / 5)
+    assert found.mean == pytest.approx(np.mean(values)) and found.standard_error == pytest.approx(
+        np.std(values, ddof=1) / math.sqrt(20)
+    )
+    seen.clear()
+    assert exact_nelbo(counting, TOKENS, noise, batch_size) == pytest.approx(exact_nelbo(logits_fn, TOKENS, noise))
+    assert sum(seen) == 31 and max(seen) <= batch_size, "all masks of five tokens but the empty one"
+
+
+@pytest.mark.parametrize("label_shift", [True, False])
+@pytest.mark.parametrize(("schedule", "min_time"), [("linear", 1e-6), ("linear", 0.3), ("cosine", 0.2)])
+def test_the_exact_bound_term_by_term(
+    logits_fn: Callable[[Tensor], Tensor], schedule: str, min_time: float, label_shift: bool
+) -> None:
+    """The integral over times by the midpoint rule, the cross-entropies of each mask token by token."""
+    noise = Noise(0, VOCABULARY, schedule, min_time=min_time, label_shift=label_shift)
+    first = int(label_shift)
+    n = LENGTH - first
+    times = min_time + (1 - min_time) * (np.arange(200_000) + 0.5) / 200_000
+    m = times if schedule == "linear" else np.sin(np.pi / 2 * times)
+    weight = 1 / times if schedule == "linear" else np.pi / 2 / np.tan(np.pi / 2 * times)
+    counts = [float((weight * m**k * (1 - m) ** (n - k)).mean()) for k in range(n + 1)]
+    total = 0.0
+    for mask in itertools.product([False, True], repeat=n):
+        inputs = [
+            VOCABULARY if place >= first and mask[place - first] else int(TOKENS[place]) for place in range(LENGTH)
+        ]
+        logprobs = logits_fn(torch.tensor([inputs]))[0].double().log_softmax(-1)
+        for place in range(first, LENGTH):
+            if mask[place - first]:
+                total -= counts[sum(mask)] * float(logprobs[place - first, int(TOKENS[place])])
+    assert exact_nelbo(logits_fn, TOKENS, noise) == pytest.approx(total / n, rel=1e-4)
