@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ def make(directory: Path) -> Path:
     (directory / "hf").mkdir(parents=True)
     for name in (".metadata", "common.pt", "metadata.json", "__0_0.distcp", "hf/config.json"):
         (directory / name).write_bytes(name.encode() * 1000)
+    (directory / "hf" / "config.json").write_text(json.dumps({"model_type": "qwen3"}) + "\n" * 1000)
     write_json(directory / "run.json", build({}).to_dict())
     write_manifest(directory)
     return directory
