@@ -137,9 +137,9 @@ def _read_state(source: HubSource, out: Path) -> dict[str, Any]:
     if state.get("source") != wanted:
         raise UserError(f"--out {out}: holds another dataset, {state.get('source')}; name another directory")
     shards = state.get("shards")
-    files = [shard.get("file") for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else None
+    files = [shard.get("file") for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
     if (
-        files is None
+        not isinstance(shards, list)
         or files != [_shard(number) for number in range(len(shards))]
         or not isinstance(state.get("documents"), int)
         or not isinstance(state.get("complete"), bool)

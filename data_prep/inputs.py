@@ -100,7 +100,7 @@ def _below(root: Path, passed_over: list[str], problems: list[str]) -> Iterator[
     """The files below a directory that have a reader. Directories that are links come last: what they lead back to has
     then been read, and so a loop ends."""
     seen: set[Identity] = set()
-    waiting, links = [root], []
+    waiting, links = [root], list[Path]()
     while waiting or links:
         directory = waiting.pop() if waiting else links.pop(0)
         real = directory.resolve()

@@ -39,6 +39,7 @@ from data_prep.token_writer import TokenWriter, check_free, open_writers
 from megatron_a2d.cli import Parser
 from megatron_a2d.console import console, entry_point, human, progress
 from megatron_a2d.data.checksums import file_checksum
+from megatron_a2d.data.vocabulary import vocabulary_of
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import write_json
 
@@ -108,6 +109,8 @@ def _tokenize(
             shutil.rmtree(job.directory, ignore_errors=True)  # nothing to go on from
         raise
     description = {"tokenizer": str(arguments.tokenizer), "eod_token_id": reference.eod_token_id}
+    if vocabulary := vocabulary_of(tokenizer_file(arguments.tokenizer)):
+        description |= vocabulary.description()
     with open_writers(prefixes, reference.vocab_size, description) as writers:
         total = sum(path.stat().st_size for path in job.directory.glob("*.tokens")) // writers[0].dtype.itemsize
         with progress("write", total, "tokens") as advance_tokens:

@@ -71,6 +71,7 @@ def _range_problems(config: RunConfig) -> list[str]:
     ):
         need(name, values[name] >= 0, "must not be negative")
     need("seed", values["seed"] < 1 << 64, "must be below 2^64")
+    need("num_workers", values["num_workers"] <= 1024, "must be at most 1024; one thread keeps ahead of most steps")
     for name in ("lr", "adam_eps", "distributed_timeout_minutes"):
         need(name, values[name] > 0, "must be positive")
     for name, value in values.items():

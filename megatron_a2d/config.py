@@ -78,6 +78,9 @@ class DataConfig:
     """part of the training samples that are cut in two at a random place, so that short texts are seen (LLaDA: 0.01)"""
     eod_maskable: bool = True
     """mask and predict end-of-document tokens as all others; without: they stay visible and carry no loss"""
+    verify_tokenizer: bool = True
+    """refuse tokens that were made with another vocabulary, or end documents otherwise, than the checkpoint's tokenizer
+    or another source of the mixture"""
     num_workers: int = 1
     """threads that prepare samples ahead of the step; 0 prepares them inside it"""
     seed: int = 1234

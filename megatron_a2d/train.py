@@ -100,7 +100,7 @@ def _run(config: RunConfig, options: Options) -> None:
     first = check_run(config, processes, cluster) if rank() == 0 else None
     if first:
         start = str(first.start.directory)
-        print_text(describe(config, first.architecture, start, processes, cluster))
+        print_text(describe(config, first.architecture, start, processes, cluster, first.epochs))
     if options.dry_run:
         return
     parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
@@ -125,7 +125,12 @@ def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) 
 
 
 def describe(
-    config: RunConfig, architecture: Architecture, start: str, processes: int, cluster: Cluster | None = None
+    config: RunConfig,
+    architecture: Architecture,
+    start: str,
+    processes: int,
+    cluster: Cluster | None = None,
+    epochs: dict[str, float] | None = None,
 ) -> str:
     """The sizes of a run, and the environment that it sets here, as it and --dry-run print them."""
     parallel, training, data = config.parallel, config.training, config.data
@@ -154,13 +159,14 @@ def describe(
             f"{microbatches} micro-batches of {training.micro_batch_size}",
         ),
         ("run", f"{training.train_iters} iterations = {human(training.train_iters * tokens)} tokens"),
+        ("data", ", ".join(f"{count:.3g} epochs of {name}" for name, count in (epochs or {}).items())),
         (
             "memory",
             f"{need.total / 2**30:.3g} GiB a process on GPUs{f', of {cluster.memory_gib}' if cluster else ''}: {parts}",
         ),
         ("environ", environment.as_text(environment.environment(config, environment.find_gpu()))),
     ]
-    return "\n".join(one_line(f"{name:<8}{text}") for name, text in lines)
+    return "\n".join(one_line(f"{name:<8}{text}") for name, text in lines if text)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def _epoch_order(num_samples: int, seed: int, epoch: int) -> Permutation:
 class PackedDataset:
     """Samples of `seq_length` tokens; with shuffle=False they come in the stream's order.
 
-    `vocab_size` (rows of the model's embedding) turns a token outside it into a UserError; `scan`: at once.
+    `vocab_size` (rows of the model's embedding) turns a token outside it into a UserError; `scan`: at once. The
+    other two are TokenFile's.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class PackedDataset:
         shuffle: bool = True,
         vocab_size: int | None = None,
         scan: bool = True,
+        mask_token_id: int | None = None,
+        eod_token_id: int | None = None,
     ):
-        self.file = TokenFile(prefix, vocab_size, scan)
+        self.file = TokenFile(prefix, vocab_size, scan, mask_token_id, eod_token_id)
         self.seq_length = seq_length
         self.seed = seed
         self.shuffle = shuffle
@@ -72,7 +75,11 @@ class PackedDataset:
 
     def documents(self, sample_index: int) -> np.ndarray:
         """The number of the document that each token of a sample belongs to, [seq_length] int64."""
-        return self.file.document_numbers(self._place(sample_index) * self.seq_length, self.seq_length)
+        return self.file.segments(self._place(sample_index) * self.seq_length, self.seq_length)
+
+    def epochs(self, num_samples: int) -> dict[str, float]:
+        """How often the first `num_samples` samples go through the file, by its name."""
+        return {Path(self.file.prefix).name: num_samples / self.num_samples}
 
     def _place(self, sample_index: int) -> int:
         if sample_index < 0:

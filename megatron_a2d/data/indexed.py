@@ -49,10 +49,22 @@ class TokenFile:
     Tokens are read, not memory-mapped: a mapped file that another process cuts short kills its reader.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int | None = None, scan: bool = True):
-        """`scan` looks for damage and such tokens at once, in the file's first GiB; reads find them in any case."""
+    def __init__(
+        self,
+        prefix: str | Path,
+        vocab_size: int | None = None,
+        scan: bool = True,
+        mask_token_id: int | None = None,
+        eod_token_id: int | None = None,
+    ):
+        """`scan` looks for damage and such tokens at once, in the file's first GiB; reads find them in any case.
+
+        mask_token_id: a token that is no text either. eod_token_id: what closes documents in a file that does not say,
+        one of another tool.
+        """
         self.prefix = str(prefix)
-        self.vocab_size = vocab_size
+        self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
+        self._eod_token_id = eod_token_id
         self._state = {path: _file_state(path) for path in (f"{self.prefix}.bin", f"{self.prefix}.idx")}
         index = _open_index(self.prefix)
         self.dtype = index.dtype
@@ -80,7 +92,23 @@ class TokenFile:
     @property
     def eod_token_id(self) -> int | None:
         """The token that closes each document, where the tokens' description names it."""
-        return self.metadata.get("eod_token_id")
+        return self.metadata.get("eod_token_id") if self.is_described else self._eod_token_id
+
+    @property
+    def is_described(self) -> bool:
+        """Whether its description says how documents end; each is then a document of the index."""
+        return "eod_token_id" in self.metadata
+
+    @property
+    def may_hold_mask(self) -> bool:
+        """Whether a look at the tokens alone can tell that the mask token is not among them."""
+        largest = self.metadata.get("max_token_id")
+        return self.mask_token_id is not None and not (isinstance(largest, int) and largest < self.mask_token_id)
+
+    @property
+    def needs_scan(self) -> bool:
+        """Whether a look through all tokens finds what neither description nor checksums tell."""
+        return self.may_hold_mask or not self.has_checksums
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that stand for the tokens and their order."""
@@ -116,6 +144,21 @@ class TokenFile:
         borders = [0, *(self._offsets[first + 1 : last + 1] // self.dtype.itemsize - start).tolist(), count]
         documents = [bisect.bisect_right(self._marks, sequence) - 1 for sequence in range(first, last + 1)]
         return np.repeat(np.array(documents, dtype=np.int64), np.diff(borders))
+
+    def segments(self, start: int, count: int) -> np.ndarray:
+        """[count] int64, another number in each document. In a file of another tool, whose index may have one mark for
+        many documents, an end-of-document token ends one too, as in Megatron."""
+        numbers = self.document_numbers(start, count)
+        if self.is_described or self._eod_token_id is None:
+            return numbers
+        ends = self._copy(start, count) == self._eod_token_id
+        return numbers + np.cumsum(ends) - ends
+
+    def ends_documents(self) -> bool:
+        """Whether there is an end-of-document token, as far as a scan goes at once."""
+        stop = min(self.num_tokens, _SCANNED_BYTES // self.dtype.itemsize)
+        pieces = (self._copy(start, min(_CHUNK, stop - start)) for start in range(0, stop, _CHUNK))
+        return self.eod_token_id is not None and any((piece == self.eod_token_id).any() for piece in pieces)
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of a document, [n] int64."""
@@ -190,10 +233,16 @@ class TokenFile:
     def _check_ids(self, tokens: np.ndarray, position: int) -> None:
         unsigned = tokens.view(f"u{tokens.itemsize}")  # a negative id becomes a huge one: one comparison for both
         assert self.vocab_size is not None
-        if unsigned.max(initial=0) < self.vocab_size:
-            return
-        first = int(np.argmax(unsigned >= self.vocab_size))
-        raise UserError(_outside(self.prefix, self.document_of(position + first), int(tokens[first]), self.vocab_size))
+        if unsigned.max(initial=0) >= self.vocab_size:
+            first = int(np.argmax(unsigned >= self.vocab_size))
+            document = self.document_of(position + first)
+            raise UserError(_outside(self.prefix, document, int(tokens[first]), self.vocab_size))
+        if self.may_hold_mask and (masks := tokens == self.mask_token_id).any():
+            raise UserError(
+                f"{self.prefix}: document {self.document_of(position + int(masks.argmax()))} holds the mask token "
+                f"{self.mask_token_id}, which no text may; remove it from the text and tokenise again, or convert with "
+                "another --mask-token-id"
+            )
 
 
 def _outside(prefix: str, document: Any, token: int, vocab_size: int) -> str:
@@ -236,14 +285,39 @@ def _open_index(prefix: str) -> _Index:
     contiguous = np.all(few_lengths >= 0) and few_offsets[0] == 0 and np.array_equal(few_offsets[1:], ends[:-1])
     few_marks = index.marks[:_SCANNED_SEQUENCES]
     in_order = index.marks[0] == 0 and index.marks[-1] == num_sequences and np.all(np.diff(few_marks) >= 0)
-    if not (contiguous and in_order):
-        raise UserError(f"{index_path}: its sequences do not follow one another, the file is damaged; {REWRITE}")
     expected, size = int(index.offsets[-1]) + int(index.lengths[-1]) * itemsize, tokens_path.stat().st_size
+    if not in_order:
+        raise UserError(f"{index_path}: its documents do not follow one another, the file is damaged; {REWRITE}")
+    if not contiguous:
+        raise UserError(f"{index_path}: its sequences do not follow one another: {_what_else(index, size)}")
     if size != expected:
         raise UserError(
             f"{tokens_path}: has {size} bytes where its index promises {expected}; copy both files again, or {REWRITE}"
+            + ("; or it is a partial index, which is not read" if size > expected else "")
         )
     return index
+
+
+def _what_else(index: _Index, size: int) -> str:
+    """What an index is whose sequences are not one after another: Megatron reads any that point into the tokens."""
+    begins, counts = index.offsets.astype(np.int64), index.lengths.astype(np.int64)
+    ends = begins + counts * index.dtype.itemsize
+    outside = (counts < 0) | (begins < 0) | (begins > size) | (ends > size)
+    if outside.any() or (begins % index.dtype.itemsize).any():
+        return f"the file is damaged; {REWRITE}"
+    order = np.lexsort((ends, begins))
+    reached = np.maximum.accumulate(np.append(0, ends[order]))
+    gaps, overlaps = begins[order] > reached[:-1], begins[order] < reached[:-1]
+    kinds = {
+        "reordered (another order than the tokens have)": (np.diff(begins) < 0).any(),
+        "partial (tokens are left out)": gaps.any() or reached[-1] < size,
+        "repeating (some tokens come more than once)": (overlaps & (counts[order] > 0)).any(),
+    }
+    found = " and ".join(kind for kind, is_so in kinds.items() if is_so)
+    return (
+        f"it is {found or 'irregular'}, or damaged; such an index is not read: write the sequences in its order to "
+        "a file of their own with megatron.core's IndexedDatasetBuilder"
+    )
 
 
 def _check_pair(prefix: str, index_path: Path, tokens_path: Path) -> None:

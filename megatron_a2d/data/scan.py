@@ -1,4 +1,4 @@
-"""Looks through token files for damage and foreign ids while a run gets ready and goes on.
+"""Looks through token files for damage, foreign ids and mask tokens while a run gets ready and goes on.
 
 What a description and checksums say is judged when a file is opened, and every read is checked: this finds early what
 a run would meet late, above all in files of other tools that have no description.

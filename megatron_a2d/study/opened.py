@@ -34,7 +34,7 @@ def open_run(values: dict[str, Any]) -> OpenedRun:
     architecture = read_architecture(directory / HF_FILES)
     if problems := find_problems(config, architecture, parallel.world_size()):
         raise UserError(problems)
-    train_data, valid_data = loop.open_datasets(config, architecture)
+    train_data, valid_data = loop.open_datasets(config, architecture, directory / HF_FILES)
     if not valid_data:
         raise UserError("--valid-data-path: is missing; a study judges its runs by held-out text")
     parallel.initialize(config.parallel)

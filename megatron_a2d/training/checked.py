@@ -30,6 +30,7 @@ class Checked(NamedTuple):
     start: resume.Start
     architecture: Architecture
     config: RunConfig  # with the fingerprint of the data
+    epochs: dict[str, float]  # of the run over its data, by source
 
 
 def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None) -> Checked:
@@ -45,13 +46,14 @@ def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None)
         pass  # every tensor of the model is there, in its shape, and no other
     if config.diffusion.objective != "ar":
         choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
-    train_data, _ = loop.open_datasets(config, architecture)
+    train_data, _ = loop.open_datasets(config, architecture, start.directory / HF_FILES)
     data = dataclasses.replace(config.data, train_data_fingerprint=train_data.fingerprint())
     config = dataclasses.replace(config, data=data)
     if not start.weights_only and (problems := resume.differences(config, start.directory)):
         raise UserError(problems)
     make_sample(config, architecture, train_data, data.seed)
-    return Checked(start, architecture, config)
+    epochs = train_data.epochs(config.training.train_iters * config.training.global_batch_size)
+    return Checked(start, architecture, config, epochs)
 
 
 def input_files(config: RunConfig, start: Path) -> list[Path]:

@@ -12,10 +12,12 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.checks import NO_DATA
 from megatron_a2d.config import RunConfig, TrainingConfig
 from megatron_a2d.conversion.checkpoint import HF_FILES
+from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.data.batches import MicroBatches, write_batch
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.mixture import MixedDataset, read_mixture
 from megatron_a2d.data.scan import BackgroundScan
+from megatron_a2d.data.vocabulary import find_foreign_tokens, vocabulary_of
 from megatron_a2d.errors import UserError
 from megatron_a2d.exit_codes import NOT_FINITE
 from megatron_a2d.model.specs import notes
@@ -28,7 +30,7 @@ from megatron_a2d.training.log import RunLog
 from megatron_a2d.training.meter import Meter
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.profiling import Profile
-from megatron_a2d.training.samples import make_sample
+from megatron_a2d.training.samples import find_data_problems, make_sample
 from megatron_a2d.training.save_schedule import SaveSchedule
 from megatron_a2d.training.setup import TrainState, build_train_state
 from megatron_a2d.training.start import begin
@@ -40,7 +42,7 @@ from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, 
 def train(config: RunConfig, architecture: Architecture, start: Path, weights_only: bool) -> tuple[TrainState, int]:
     """Train from the checkpoint directory `start`; returns the state and the exit code (stopping.py). Collective."""
     # Scanned by the first rank before the run (train.py); every token is checked again when it is read.
-    train_data, valid_data = open_datasets(config, architecture, scan=False)
+    train_data, valid_data = open_datasets(config, architecture, start / HF_FILES, scan=False)
     state = build_train_state(architecture, config)
     training = config.training
     monitor = Monitor(config, architecture, state) if training.monitor else None
@@ -54,7 +56,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     saves = SaveSchedule(config, start / HF_FILES, log)
     # What has checksums is checked at every read; the rest is looked through once, while the run goes on.
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
-    scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and not file.has_checksums])
+    scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and file.needs_scan])
     meter, spikes = Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     profile = Profile(config, state, log)
@@ -147,11 +149,18 @@ def _keep_batch(training: TrainingConfig, batches: MicroBatches, state: TrainSta
 
 
 def open_datasets(
-    config: RunConfig, architecture: Architecture, scan: bool = True
+    config: RunConfig, architecture: Architecture, hf_files: Path | None = None, scan: bool = True
 ) -> tuple[PackedDataset | MixedDataset, dict[str, PackedDataset]]:
-    """Training data, and validation data by the name of its source, checked against the model's vocabulary."""
+    """Training data, and validation data by the name of its source, checked against the model's vocabulary and, where
+    the directory of its tokenizer is given, against that."""
     data, training = config.data, config.training
-    checks: dict[str, Any] = {"vocab_size": architecture.vocab_size, "scan": scan}
+    is_masked = config.diffusion.objective != "ar"
+    checks: dict[str, Any] = {
+        "vocab_size": architecture.vocab_size,
+        "scan": scan,
+        "mask_token_id": architecture.mask_token_id if is_masked else None,
+        "eod_token_id": read_end_tokens(hf_files, architecture.vocab_size).document if hf_files else None,
+    }
     train_data: PackedDataset | MixedDataset
     if data.data_mixture:
         sources = read_mixture(data.data_mixture)
@@ -173,6 +182,12 @@ def open_datasets(
                 f"--valid-data-path {dataset.file.prefix}: its {dataset.num_samples} samples of --seq-length "
                 f"{data.seq_length} do not fill one --global-batch-size {training.global_batch_size}; hold out more"
             )
+    files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
+    problems = list(find_data_problems(config, train_data.files)) if scan else []
+    if scan and data.verify_tokenizer:
+        problems += find_foreign_tokens(files, vocabulary_of(hf_files) if hf_files else None)
+    if problems:
+        raise UserError(problems)
     if data.train_data_fingerprint not in ("", found := train_data.fingerprint()):
         raise UserError(
             f"--train-data-fingerprint {data.train_data_fingerprint}: the training tokens and their weights are "

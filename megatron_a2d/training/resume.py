@@ -32,7 +32,7 @@ from megatron_a2d.conversion.manifest import MANIFEST, check_manifest
 from megatron_a2d.conversion.trained import contradictions, read_trained
 from megatron_a2d.errors import UserError
 
-_FREE = {"train_data_path", "valid_data_path", "data_mixture", "num_workers"}
+_FREE = {"train_data_path", "valid_data_path", "data_mixture", "verify_tokenizer", "num_workers"}
 BOUND = (
     "global_batch_size", "bf16",
     *(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.data.batches import MakeSample
+from megatron_a2d.data.indexed import TokenFile
 from megatron_a2d.diffusion.blocks import corrupt_blocks
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token, without_loss
 from megatron_a2d.diffusion.noise import Noise, random_cut
@@ -79,6 +81,33 @@ def make_sample(
         return sample
 
     return make
+
+
+def find_data_problems(config: RunConfig, files: Sequence[TokenFile]) -> Iterator[str]:
+    """Settings that need documents, or their ends, in data that has none."""
+    data = config.data
+    flags = {
+        "--document-attention isolated": data.document_attention == "isolated",
+        "--reset-position-ids": data.reset_position_ids,
+        "--no-eod-maskable": not data.eod_maskable,
+    }
+    if not (wanted := [name for name, is_set in flags.items() if is_set]):
+        return
+    one_document = [file for file in files if file.num_documents == 1 and not file.ends_documents()]
+    no_end = [file for file in files if not file.ends_documents()] if not data.eod_maskable else []
+    for file in dict.fromkeys([*one_document, *no_end]):
+        if file.is_described and file.eod_token_id is not None and len(files) > 1:
+            continue  # a source that is one document, beside others
+        known = (
+            "no end-of-document token is known for it"
+            if file.eod_token_id is None
+            else (f"it holds no end-of-document token {file.eod_token_id}")
+        )
+        reason = f"its index names one document and {known}" if file in one_document else known
+        yield (
+            f"{' and '.join(wanted)}: without effect on {file.prefix}: {reason}; tokenise with --append-eod, or "
+            "leave the setting out"
+        )
 
 
 def attention_segments(documents_L: np.ndarray | None, cut: int | None, length: int) -> np.ndarray | None:

@@ -18,6 +18,7 @@ from checkpoints_tools import convert_hf
 from data_prep import inspect_dataset
 from data_prep.token_writer import open_writers
 from megatron_a2d import train
+from megatron_a2d.conversion.checkpoint import RUN_CONFIG
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile
 from megatron_a2d.data.mixture import MixedDataset, read_mixture
@@ -287,10 +288,7 @@ def test_a_resumed_run_wants_its_tokens(good, tmp_path):
 
     first, other = PackedDataset(good, 64).fingerprint(), "f" * 16
     settings = {"train_data_path": "somewhere", "train_data_fingerprint": first}
-    (tmp_path / "run_config.json").write_text(json.dumps(build(settings).to_dict()))
-    import megatron_a2d.training.resume as resume
-
-    (tmp_path / resume.RUN_CONFIG).write_text(json.dumps(build(settings).to_dict()))
+    (tmp_path / RUN_CONFIG).write_text(json.dumps(build(settings).to_dict()))
     assert differences(build({**settings, "train_data_path": "moved"}), tmp_path) == []
     assert differences(build({"train_data_path": "moved"}), tmp_path) == []
     (line,) = differences(build({**settings, "train_data_fingerprint": other}), tmp_path)

@@ -162,9 +162,43 @@ def test_sequences_that_do_not_follow_one_another(prefix):
         (marks + 8 * 5, 4),
     ):
         patch(prefix + ".idx", place, struct.pack("<q", value))
-        assert "do not follow one another" in problem(prefix)
+        line = problem(prefix)
+        assert "do not follow one another" in line
+        if place >= marks:
+            assert "damaged" in line and "it is" not in line
         Path(prefix + ".idx").write_bytes(original)
     TokenFile(prefix)
+
+
+@pytest.mark.parametrize(
+    ("order", "kinds"),
+    [
+        ([1, 0, 2, 3, 4], "reordered (another order than the tokens have)"),
+        ([0, 2, 3, 4], "partial (tokens are left out)"),
+        ([2, 3, 4], "partial (tokens are left out)"),
+        ([0, 0, 1, 2, 3, 4], "repeating (some tokens come more than once)"),
+        ([4, 2, 0], "reordered (another order than the tokens have) and partial (tokens are left out)"),
+    ],
+)
+def test_an_index_of_another_kind_is_called_what_it_is(order, kinds, tmp_path):
+    """Megatron reads any sequences that point into the tokens."""
+    documents = [[5, 6, 7], [1], [2, 3], [9, 8, 7, 6], [4, 4, 4, 4, 4]]
+    prefix = write(tmp_path / "t", documents)
+    starts = np.cumsum([0, *map(len, documents)])
+    data = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(order), len(order) + 1)
+    data += np.array([len(documents[n]) for n in order], dtype="<i4").tobytes()
+    data += np.array([2 * starts[n] for n in order], dtype="<i8").tobytes()
+    Path(prefix + ".idx").write_bytes(data + np.arange(len(order) + 1, dtype="<i8").tobytes())
+    theirs = IndexedDataset(prefix)
+    assert [theirs[n].tolist() for n in range(len(order))] == [documents[n] for n in order]
+    line = problem(prefix)
+    assert f"do not follow one another: it is {kinds}, or damaged; such an index is not read" in line
+
+
+def test_an_index_that_leaves_out_the_end(tmp_path, prefix):
+    whole = Path(prefix + ".bin").read_bytes()
+    Path(prefix + ".bin").write_bytes(whole + whole)
+    assert "has 48 bytes where its index promises 24" in (line := problem(prefix)) and "partial index" in line
 
 
 def test_dataset_without_tokens(tmp_path):
