@@ -8,7 +8,7 @@ bound    what decides samples and noise (seed, seq_length, document_attention, r
 noted    the optimizer's settings, fp8 and the layers that are kept in bf16, routing that is forced to be even, and
          train_iters hold from now on, as the learning rate of a run that is mended must; a change is told. Where a role
          was frozen (--lr-mult ROLE=0) and is not any longer, its moments begin at zero: the checkpoint has none.
-free     the layout, micro_batch_size, intervals, paths, workers.
+free     the layout, micro_batch_size, intervals, paths, workers, what is verified.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ FREE = {
     "what is read, written or shown, not trained": (
         "valid_data_path", "eval_interval", "eval_iters", "log_interval", "monitor", "tensorboard_dir", "profile",
         "profile_step_start", "profile_step_end", "save", "save_interval", "async_save", "keep_last", "keep_every",
-        "on_save_error", "verify_checkpoint",
+        "on_save_error", "verify_checkpoint", "verify_tokenizer",
     ),
     "where the run starts and ends": (
         "model", "load", "load_iteration", "finetune", "exit_interval", "exit_duration_in_mins",
