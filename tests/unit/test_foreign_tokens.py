@@ -197,7 +197,9 @@ def test_the_scan_looks_for_masks_where_the_largest_id_does_not_tell(checkpoint,
 
 
 def packed(tmp_path: Path, eod: int | None) -> PackedDataset:
-    return PackedDataset(foreign(tmp_path / f"one{eod}", np.concatenate(DOCUMENTS)), 32, shuffle=False, eod_token_id=eod)
+    return PackedDataset(
+        foreign(tmp_path / f"one{eod}", np.concatenate(DOCUMENTS)), 32, shuffle=False, eod_token_id=eod
+    )
 
 
 def test_documents_of_an_index_with_one_mark(tmp_path):
