@@ -77,8 +77,7 @@ def compared_lines(comparison: Comparison, first: Weights, second: Weights, logi
     """
     from megatron_a2d.verification import report
 
-    rounded = comparison.largest_rounding > 0
-    return [report.tensors_line(comparison, first, second), report.logits_line(first, second, logits, rounded)]
+    return [report.tensors_line(comparison, first, second), report.logits_line(first, second, logits)]
 
 
 def print_losses(model: Weights) -> None:

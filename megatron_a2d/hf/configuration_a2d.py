@@ -80,6 +80,8 @@ class A2DConfig(PretrainedConfig):
         if self.num_experts and not (num_experts_per_tok and moe_intermediate_size):
             raise ValueError("a config with num_experts needs num_experts_per_tok and moe_intermediate_size")
         _refuse_unsupported(kwargs)
+        types = {key: kwargs[key] for key in ("torch_dtype", "dtype") if kwargs.get(key) is not None}
+        _agreed({key: str(value).removeprefix("torch.") for key, value in types.items()})
         kwargs.update(
             is_causal=False,
             use_cache=False,

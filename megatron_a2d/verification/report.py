@@ -13,6 +13,7 @@ from megatron_a2d.console import human, progress
 from megatron_a2d.conversion.checkpoint import HF_FILES
 from megatron_a2d.conversion.compare import Comparison
 from megatron_a2d.conversion.hf_config import AUTO_MAPS
+from megatron_a2d.conversion.rows import Remapped
 from megatron_a2d.conversion.sources import Weights
 from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.errors import UserError
@@ -42,15 +43,18 @@ def tensors_line(comparison: Comparison, first: Weights, second: Weights) -> str
     return f"{comparison.num_tensors} tensors, {human(comparison.num_bytes, 'B')}: bitwise equal{rounded}"
 
 
-def logits_line(first: Weights, second: Weights, asked: bool = False, rounded: bool = False) -> str:
+def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
     """Logits of two forms of a model in fp32 on random tokens, one of them a Hugging Face directory.
 
     That one is run by transformers where the model is small or this is `asked` for, the other streamed; of a large
-    model both are streamed, at a few positions. UserError if a logit differs, unless the weights of one are `rounded`;
-    and when the model does not fit into memory though it was `asked` for.
+    model both are streamed, at a few positions. Where the second has other types the first is rounded to them.
+    UserError if a logit differs, and when the model does not fit into memory though it was `asked` for.
     """
     import psutil
 
+    kinds = {name: second.tensors.dtype(name) for name in first.tensors.shapes}
+    rounds = any(first.tensors.dtype(name) != kind for name, kind in kinds.items())
+    first = first._replace(tensors=Remapped(first.tensors, first.tensors.shapes, kinds, lambda span: [span]))
     ran, other = (second, first) if is_hugging_face(second) else (first, second)
     hf = ran.directory
     needed, free = 4 * other.architecture.num_parameters(), psutil.virtual_memory().available
@@ -59,22 +63,24 @@ def logits_line(first: Weights, second: Weights, asked: bool = False, rounded: b
             f"--logits: the model in fp32 takes {human(needed, 'B')}, and {human(free, 'B')} of memory "
             "are free; leave --logits out"
         )
-    by_transformers = asked or needed <= UNASKED_BYTES
+    is_mixed = rounds and len(set(kinds.values())) > 1
+    by_transformers = (asked or needed <= UNASKED_BYTES) and not is_mixed
     causal = model_type(hf) in AUTOREGRESSIVE and model_type(_configuration(other)) in AUTOREGRESSIVE
     tokens_BL = random_tokens(other.architecture.vocab_size)
     if by_transformers:
-        expected_BLV = transformers_logits(hf, tokens_BL, bidirectional=not causal)
+        kind = next(iter(kinds.values())) if rounds else None
+        expected_BLV = transformers_logits(hf, tokens_BL, bidirectional=not causal, rounded_to=kind)
     else:
         tokens_BL = tokens_BL[:1, :FEW_POSITIONS]
         with progress(f"logits of {hf.name}", ran.num_bytes(), "B") as advance:
             expected_BLV = StreamedModel(ran, causal, advance).logits(tokens_BL)
     with progress(f"logits of {other.directory.name}", other.num_bytes(), "B") as advance:
         actual_BLV = StreamedModel(other, causal, advance).logits(tokens_BL)
-    tolerance = math.inf if rounded else RELATIVE_TOLERANCE
     mask = "causal" if causal else "bidirectional"
-    line = f"{mask} {compare_logits(expected_BLV, actual_BLV, hf, other.directory, tolerance)}"
+    line = f"{mask} {compare_logits(expected_BLV, actual_BLV, hf, other.directory)}"
     if not by_transformers:
-        return f"{line}; both streamed, transformers would take {human(needed, 'B')}: verify --logits runs it"
+        size = f"transformers would take {human(needed, 'B')}: verify --logits runs it"
+        return f"{line}; both streamed, {'types are mixed' if is_mixed else size}"
     if model_type(hf) in AUTOREGRESSIVE or carries_our_code(hf):
         return line
     return (
@@ -111,8 +117,10 @@ def random_tokens(vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (2, NUM_POSITIONS), generator=torch.Generator().manual_seed(0))
 
 
-def transformers_logits(directory: Path, tokens_BL: torch.Tensor, bidirectional: bool) -> torch.Tensor:
-    """Logits [B, L, V] in fp32.
+def transformers_logits(
+    directory: Path, tokens_BL: torch.Tensor, bidirectional: bool, rounded_to: torch.dtype | None = None
+) -> torch.Tensor:
+    """Logits [B, L, V] in fp32, of the weights as they are or `rounded_to` another type.
 
     Python files of the directory are run only when they are ours, byte for byte; instead of others, our own classes
     are.
@@ -133,6 +141,9 @@ def transformers_logits(directory: Path, tokens_BL: torch.Tensor, bidirectional:
 
         kind = RND1LM if model_type(directory) == "rnd1" else A2DForMaskedLM
     model = load(kind, directory, dtype=torch.float32, trust_remote_code=ours).eval()
+    if rounded_to is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(rounded_to).float()
     batch, length = tokens_BL.shape
     see_everything = torch.ones(batch, 1, length, length, dtype=torch.bool)
     with torch.no_grad():

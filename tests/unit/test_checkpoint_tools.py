@@ -237,6 +237,25 @@ def test_other_logits_leave_no_output(tool: str, size: str, run: Path, tmp_path:
     assert "logits of" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("unasked", [report.UNASKED_BYTES, 1000])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_rounded_logits_are_compared_as_strictly(dtype: str, unasked: int, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The source is rounded as its copy is, so that a difference of 1e-5 is seen among those of 1e-2."""
+    monkeypatch.setattr(report, "UNASKED_BYTES", unasked)
+    hf = tiny.write_hf(tmp_path / "hf", "moe")
+    command = ["--hf", str(hf), "--dtype", dtype, "--out"]
+    convert_hf.main([*command, str(tmp_path / "ckpt")])
+    export_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out"), "--format", "rnd1"])
+    verify.main(["--hf", str(hf), "--export", str(tmp_path / "out")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "largest difference" in line]
+    assert len(lines) == 3 and all(float(line.split("largest difference ")[1].split(",")[0]) < 1e-5 for line in lines)
+    norm = StreamedModel._norm  # a fault of the streamed side alone
+    monkeypatch.setattr(StreamedModel, "_norm", lambda model, x, name: norm(model, x, name) * 1.001)
+    if unasked > 1000:
+        with pytest.raises(UserError, match="logits differ"):
+            convert_hf.main([*command, str(tmp_path / "again")])
+
+
 @pytest.mark.parametrize("change", ["none", "file", "another file", "another repository"])
 def test_verify_runs_no_foreign_code(change: str, run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """What a directory from elsewhere carries or names is not run; our own files, as the control, are."""

@@ -14,7 +14,6 @@ from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_a2d.architecture import Architecture, architecture_from_config
-from megatron_a2d.conversion.hf_config import Exported, config_json
 from megatron_a2d.conversion.sources import open_hf
 from megatron_a2d.errors import UserError
 from megatron_a2d.hf.configuration_a2d import A2DConfig
@@ -62,14 +61,10 @@ def test_frequencies_and_temperature_are_those_of_transformers(name: str) -> Non
     assert found.yarn and found.yarn.attention_factor == pytest.approx(temperature, rel=1e-12)
     angles = rotary_embedding(found)(7, packed_seq=True)[0][6, 0, 0]
     assert torch.allclose(angles, (6 * frequencies).repeat(2), rtol=1e-6, atol=0)
-    config = A2DConfig(**config_json("a2d", exported(found)))
+    config = A2DConfig(head_dim=found.head_dim, max_position_embeddings=512, rope_scaling=found.yarn.to_rope_scaling())
     assert config.rope_scaling["attention_factor"] == pytest.approx(temperature, rel=1e-12)
     exported_angles = rotary_angles(torch.tensor([[6]]), config)[0, 0, 0]
     assert torch.allclose(exported_angles, 6 * frequencies, rtol=1e-6, atol=0)
-
-
-def exported(found: Architecture) -> Exported:
-    return Exported(dataclasses.replace(found, mask_token_id=250), {}, {}, "float32", True)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +172,7 @@ def test_two_spellings_that_contradict_are_an_error(name: str) -> None:
         architecture_from_config(config, "config.json")
     assert len(refusal.value.problems) == 1
     assert all(key in refusal.value.problems[0] for key in named)
-    if name not in ("types", "by layer type"):  # transformers' base class takes the type, and refuses the other
+    if name != "by layer type":  # fails otherwise
         own = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
         with pytest.raises(ValueError, match=named[0]):
             A2DConfig(**own, mask_token_id=250)
@@ -207,8 +202,10 @@ def test_spellings_that_agree_are_one_setting(name: str) -> None:
     found = architecture_from_config(config, "config.json")
     expected = architecture(SHORT).yarn
     assert (found.yarn, found.rope_theta, found.num_experts) == (expected, 1e6, 8)
-    own = {key: value for key, value in config.items() if key not in ("architectures", "model_type", "dtype")}
-    config_class = A2DConfig(**own | {"torch_dtype": "bfloat16"}, mask_token_id=250)
+    own = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+    for key in {"dtype", "torch_dtype"} & set(own):
+        own[key] = own[key].removeprefix("torch.")  # transformers takes the short name alone
+    config_class = A2DConfig(**own, mask_token_id=250)
     assert architecture_from_config(config_class.to_dict(), "to_dict").yarn == expected
 
 
@@ -242,3 +239,13 @@ def test_the_context_is_the_extended_one() -> None:
     assert architecture(QWEN, max_position_embeddings=40960).context_length == 131072
     assert architecture(None, max_position_embeddings=40960).context_length == 40960
     assert architecture(SHORT, max_position_embeddings=40960).context_length == 40960
+
+
+def test_a_plan_of_a_long_context_needs_yarn(tmp_path: Path) -> None:
+    from megatron_a2d.checks import find_problems
+    from megatron_a2d.config import build
+
+    config = build({"seq_length": 131072, "global_batch_size": 8})
+    short, long = (architecture(scaling, max_position_embeddings=40960, mask_token_id=250) for scaling in (None, QWEN))
+    assert [problem for problem in find_problems(config, short, 8) if "40960 positions" in problem]
+    assert not [problem for problem in find_problems(config, long, 8) if "positions" in problem]
