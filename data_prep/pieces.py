@@ -34,6 +34,7 @@ from data_prep.limits import Limits
 from data_prep.readers import Counts, Piece, read_span
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import make_parent, new_file
+from megatron_a2d.partials import open_lock
 
 # A batch is what is encoded at a time. By bytes, so that long documents do not make it large.
 BATCH_BYTES = 1 << 20
@@ -71,7 +72,7 @@ class Job:
 def hold(directory: Path) -> Iterator[None]:
     """Make `directory` and keep it for this process; UserError if another one on this machine works there."""
     make_parent(directory / "x")
-    with open(directory / ".lock", "w") as lock:
+    with open_lock(directory / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 from megatron_a2d.errors import UserError
 from megatron_a2d.parsing import ParseError, decode, parse_json, parse_yaml
+from megatron_a2d.partials import make_empty, open_lock, partial_path, remove_abandoned
 
 LARGEST_JSON = 2**28  # bytes; the tokenizers and indices of the largest models take a tenth
 LARGEST_YAML = 2**18  # bytes; a recipe takes a hundredth, and the library four seconds for all of it
@@ -38,7 +40,8 @@ def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, else removed."""
     path = Path(path)
     make_parent(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = partial_path(path)
+    make_empty(partial)
     try:
         yield partial
         fsync_path(partial)
@@ -57,8 +60,8 @@ def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
     path = Path(path)
     check_new_directory(path, flag)
     make_parent(path)
-    _remove_abandoned(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    remove_abandoned(path.parent, f".{glob.escape(path.name)}.partial-*")
+    partial = partial_path(path)
     partial.mkdir()
     try:
         yield partial
@@ -94,19 +97,11 @@ def make_parent(path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed left beside `path`."""
-    for partial in path.parent.glob(f".{path.name}.partial-*"):
-        owner = partial.name.rpartition("-")[2]
-        if not owner.isdigit() or int(owner) == os.getpid() or not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(partial, ignore_errors=True)
-
-
 def hold_directory(path: str | Path, flag: str) -> None:
     """Keep `path` for this process until it ends; UserError if another one on this machine holds it."""
     path = Path(path)
     make_parent(path / "x")
-    file = open(path / ".lock", "a+")  # noqa: SIM115  (closed, and with it released, by the end of the process)
+    file = open_lock(path / ".lock")  # closed, and with it released, by the end of the process
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -116,7 +111,8 @@ def hold_directory(path: str | Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: {owner} is writing there; wait for it, or name another directory") from None
     except OSError:
         return  # a file system without locks
-    file.truncate(0)
+    file.seek(0)
+    file.truncate()
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     _HELD.append(file)

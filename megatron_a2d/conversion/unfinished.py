@@ -19,7 +19,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from megatron_a2d.console import console, progress
@@ -27,6 +27,7 @@ from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import check_new_directory, fsync_path, make_parent
 from megatron_a2d.parsing import ParseError, parse_json
+from megatron_a2d.partials import open_lock
 
 JOURNAL = ".journal"
 _BLOCK = 1 << 20
@@ -67,10 +68,10 @@ def unfinished_directory(path: Path, flag: str, identity: dict[str, Any]) -> Ite
     check_new_directory(path, flag)
     make_parent(path)
     place, partial = path.absolute(), _partial(path)  # absolute, because "." cannot be removed under that name
-    if partial.exists() and not partial.is_dir():
-        raise UserError(f"{flag} {path}: {partial} is in the way and is no directory; remove it")
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise UserError(f"{flag} {path}: {partial} is in the way and is no directory of its own; remove it")
     partial.mkdir(exist_ok=True)
-    with (partial / JOURNAL).open("a+", encoding="utf-8") as journal:
+    with open_lock(partial / JOURNAL) as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -113,15 +114,20 @@ def _partial(path: Path) -> Path:
 
 
 def _take_up(partial: Path, journal: Any, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The complete files of an earlier run of the same work; all else in `partial` is removed."""
+    """The complete files of an earlier run of the same work; all else in `partial` is removed.
+
+    A link is no file of ours, whoever put it there: it is removed, and nothing is written through it.
+    """
+    for path in partial.rglob("*"):
+        if path.is_symlink():
+            path.unlink()
     journal.seek(0)
     lines = [_parse(line) for line in journal]
     done: dict[str, dict[str, Any]] = {}
     if lines and lines[0] == {"identity": identity}:
         whole = [
             line for line in lines[1:]
-            if isinstance(line.get("file"), str) and isinstance(line.get("facts"), dict) and
-            (partial / line["file"]).is_file()
+            if _is_inside(partial, line.get("file")) and isinstance(line.get("facts"), dict)
         ]  # fmt: skip
         with progress("checking what is there", sum(_size(partial / line["file"]) for line in whole), "B") as advance:
             jobs = [functools.partial(_is_intact, partial / line["file"], line["facts"]) for line in whole]
@@ -143,6 +149,10 @@ def _take_up(partial: Path, journal: Any, identity: dict[str, Any]) -> dict[str,
         journal.write(json.dumps(entry) + "\n")
     journal.flush()
     return done
+
+
+def _is_inside(partial: Path, name: Any) -> bool:
+    return isinstance(name, str) and ".." not in PurePath(name).parts and (partial / name).is_file()
 
 
 def _is_intact(path: Path, facts: dict[str, Any], advance: Callable[[float], None]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from megatron_a2d.conversion.torch_dist_reader import read_common
 from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import fsync_path, new_file, write_json
 from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.partials import partial_path, remove_abandoned
 from megatron_a2d.runtime.device import device
 from megatron_a2d.runtime.loading import load_state
 from megatron_a2d.runtime.model_state import dequantise, fill_model, state_to_load, state_to_save
@@ -46,6 +48,8 @@ from megatron_a2d.training.setup import TrainState
 
 # Optimizer state that any other layout can load; the experts' optimizer is not told apart by its position.
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+_TOLD: set[str] = set()  # lines of warning, each said once
 
 
 class Save:
@@ -61,7 +65,8 @@ class Save:
         self._root = Path(config.training.save)
         self._final = self._root / directory_name(state.iteration)
         # A name of its own: a writer that outlived a killed run must not meet the files of the next one.
-        self._partial = self._root / f".{self._final.name}.{from_first_rank(secrets.token_hex(4))}.partial"
+        partial = partial_path(self._root / f"{self._final.name}.{secrets.token_hex(4)}")
+        self._partial = self._root / from_first_rank(partial.name)
         self._saving = Saving()
         with self._all_or_nothing():
             if dist.get_rank() == 0:
@@ -119,23 +124,26 @@ def remove_old(training: TrainingConfig, newest: int) -> None:
         if training.keep_every and iteration % training.keep_every == 0:
             continue
         # Renamed first: whatever happens in between, no half of it bears a checkpoint's name.
-        doomed = root / f".{directory_name(iteration)}.partial"
+        doomed = partial_path(root / directory_name(iteration))
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(root / directory_name(iteration), doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_unfinished(root: Path) -> None:
+def remove_unfinished(root: Path, besides: Path | None = None) -> None:
     """Remove from --save what killed runs left: checkpoints that were half written, half removed, or about to be
-    replaced. None of them bears a checkpoint's name, and each takes as much disk as one."""
-    for left in root.glob(".iter_*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+    replaced. None of them bears a checkpoint's name, and each takes as much disk as one. What another host may
+    still be writing is left alone, and told once."""
+    for line in remove_abandoned(root, ".iter_*.partial*", besides):
+        if line not in _TOLD:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+            _TOLD.add(line)
 
 
 def _make_room(root: Path, partial: Path) -> None:
     """An empty `partial`, and nothing left of saves that were cut short."""
-    remove_unfinished(root)
     partial.mkdir(parents=True)
+    remove_unfinished(root, besides=partial)
 
 
 def _complete(
@@ -150,7 +158,7 @@ def _complete(
     for entry in partial.rglob("*"):
         fsync_path(entry)
     fsync_path(partial)
-    replaced = partial.with_name(f".{final.name}.replaced.partial")
+    replaced = partial_path(final.with_name(f"{final.name}.replaced"))
     if final.exists():  # a run that resumed from an earlier one writes it anew
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)

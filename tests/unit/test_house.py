@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_a2d"
 
 LEVELS = {
-    "errors": 0, "exit_codes": 0, "printable": 0, "parsing": 0, "tokenizer": 0, "files": 0, "console": 0, "architecture": 0, "rotary": 0, "config": 0, "checks": 0, "performance": 0, "gpus": 0, "precision": 0, "cli": 0,
+    "errors": 0, "exit_codes": 0, "printable": 0, "parsing": 0, "tokenizer": 0, "files": 0, "partials": 0, "console": 0, "architecture": 0, "rotary": 0, "config": 0, "checks": 0, "performance": 0, "gpus": 0, "precision": 0, "cli": 0,
     "diffusion": 1, "conversion": 1, "hf": 1,
     "runtime": 2, "model": 2, "data": 2,
     "training": 3, "study": 3, "verification": 3, "inference": 3, "evaluation": 3,
@@ -79,6 +79,7 @@ def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 "parsing",
                 "tokenizer",
                 "files",
+                "partials",
                 "console",
                 "architecture",
                 "rotary",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_a2d.config import build
+from megatron_a2d.partials import partial_path
 from megatron_a2d.training import checkpoint, save_schedule
 from megatron_a2d.training.checkpoint import remove_old
 from megatron_a2d.training.save_schedule import SaveSchedule
@@ -61,6 +62,6 @@ def test_what_a_killed_removal_leaves_is_one_of_them(root: Path, monkeypatch: py
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(checkpoint.shutil, "rmtree", killed)
         remove_old(build({"save": str(root), "keep_last": 2}).training, 6)
-    assert ".iter_0000002.partial" in names(root) and "iter_0000002" not in names(root)
+    assert partial_path(root / "iter_0000002").name in names(root) and "iter_0000002" not in names(root)
     checkpoint.remove_unfinished(root)
     assert names(root) == {*KEPT[1:], "iter_0000005", "iter_0000006"}
