@@ -76,7 +76,7 @@ def training_facts(directory: Path) -> dict[str, str]:
         facts["mean of iterations"] = ", ".join(map(str, common["averaged_iterations"]))
     facts["tokens seen"] = "not recorded" if origin.num_tokens is None else human(origin.num_tokens)
     good, wrong = recorded_settings(settings)
-    rows = recipe_rows(good, wrong) + [("lr_mult", str(good["lr_mult"]))] * ("lr_mult" in good)
+    rows = recipe_rows(good, wrong) + [("lr_mult", str(value)) for name, value in good.items() if name == "lr_mult"]
     facts["recipe"] = ", ".join(f"{name} {value}" for name, value in rows) or "none"
     return facts
 

@@ -24,7 +24,7 @@ HF_FILES = "hf"
 RUN_CONFIG = "run.json"
 LONGEST_FRONT_MATTER = 1 << 16  # characters
 
-# What makes an iteration complete; metadata.json is written last.
+# What makes an iteration complete; metadata.json is written last. megatron.core from 0.17 on writes no common.pt.
 REQUIRED_FILES = (".metadata", "common.pt", "metadata.json")
 
 HF_PATTERNS = (
@@ -77,10 +77,23 @@ def resolve(path: str | Path) -> Path:
         inside = sorted(entry.name for entry in path.iterdir() if re.fullmatch(r"release|iter_\d+", entry.name))
         remedy = f"give {path / inside[-1]}" if inside else "give a directory written by convert_hf or by training"
         raise UserError(f"{path}: holds no {TRACKER}; {remedy}")
-    missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
-    if missing:
-        raise UserError(f"{directory}: lacks {', '.join(missing)}; the checkpoint is incomplete, use another iteration")
+    _check_complete(directory)
     return directory
+
+
+def _check_complete(directory: Path) -> None:
+    """UserError unless the directory holds a whole iteration in the format torch_dist."""
+    missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
+    if missing == ["common.pt"] and "common_backend" not in read_json(directory / "metadata.json", "the format"):
+        return  # as megatron.core from 0.17 on has it: what common.pt held is a stored object
+    if not missing:
+        return
+    if any(path.is_dir() for path in directory.glob("mp_rank_*")):
+        raise UserError(
+            f"{directory}: is in another format (mp_rank_*: Megatron-LM's --ckpt-format torch); only torch_dist is "
+            "read, convert it with Megatron-LM: --ckpt-convert-format torch_dist --ckpt-convert-save DIRECTORY"
+        )
+    raise UserError(f"{directory}: lacks {', '.join(missing)}; the checkpoint is incomplete, use another iteration")
 
 
 def read_run_settings(directory: Path) -> dict[str, Any]:

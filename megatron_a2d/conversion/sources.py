@@ -73,6 +73,11 @@ def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
 def open_checkpoint(path: Path) -> Iterator[Weights]:
     """The weights of a checkpoint in any layout; `path` is what `checkpoint.resolve` accepts."""
     directory = resolve(path)
+    if not (directory / HF_FILES).is_dir():
+        raise UserError(
+            f"{directory / HF_FILES}: the model's configuration is missing, as plain Megatron leaves it; make the "
+            "directory and put config.json and the tokenizer of the model there"
+        )
     architecture = read_architecture(directory / HF_FILES)
     weights = WeightMap(architecture)
     with open_torch_dist(directory) as stored:

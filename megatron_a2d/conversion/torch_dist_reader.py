@@ -165,6 +165,9 @@ def read_box(
         cut: list[slice] = [slice(a, a + n) for a, n in zip(offsets[inner:], lengths[inner:], strict=True)]
         return rows[(slice(None),) * inner + tuple(cut)]
     strides = [math.prod(sizes[i + 1 :]) for i in range(axes)]
+    if inner == 0 or math.prod(lengths[:inner]) == 1:  # one run
+        first = sum(a * b for a, b in zip(offsets, strides, strict=True))
+        return files.read_tensor(path, begin + first * dtype.itemsize, lengths, dtype)
     result = torch.empty(lengths, dtype=dtype)
     data, position = bytes_of(result), 0
     for outer in itertools.product(*(range(offsets[i], offsets[i] + lengths[i]) for i in range(inner))):
