@@ -48,7 +48,7 @@ def remove_abandoned(root: Path, pattern: str, besides: Path | None = None) -> l
 
 
 def _writer(partial: Path) -> str | None:
-    """Who may still be writing it; nobody where no host is named, as by versions before 0.2."""
+    """Who may still be writing it; nobody where no host is named, as earlier versions did not."""
     named = re.search(r"\.partial-(.+)-(\d+)$", partial.name)
     if not named:
         return None
