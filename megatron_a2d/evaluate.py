@@ -52,6 +52,7 @@ OPTIONS = {
     "valid_data_path": Option(str, [], "held-out data, PREFIX or NAME=PREFIX ..., each a source"),
     "seq_length": Option(int, 1024, "held-out data: tokens of a sample; that of training gives training's figures"),
     "num_samples": Option(int, 512, "held-out data: samples of each source"),
+    "verify_tokenizer": Option(bool, True, "held-out data: refuse tokens of another tokenizer than the model's"),
     "micro_batch_size": Option(int, 8, "held-out data: samples that are forwarded at once"),
     "tasks": Option(str, [], "tasks or groups of the harness, by name"),
     "include_path": Option(str, None, "directory with further task files, which are programs: they are run"),
@@ -221,6 +222,7 @@ def _progress(opened: Opened, what: str, total: float, unit: str) -> Iterator[Ca
 
 
 def _held_out(options: argparse.Namespace, opened: Opened, noise: dict[str, Any]) -> dict[str, Any]:
+    from megatron_a2d.data.vocabulary import vocabulary_in
     from megatron_a2d.evaluation.held_out import evaluate_sources, open_sources
     from megatron_a2d.evaluation.report import plain
 
@@ -228,7 +230,9 @@ def _held_out(options: argparse.Namespace, opened: Opened, noise: dict[str, Any]
         raise UserError(
             f"--seq-length {options.seq_length}: the model knows {opened.max_positions} positions; shorten the samples"
         )
-    sources = open_sources(options.valid_data_path, options.seq_length, opened.vocab_size)
+    mask = opened.mask_token_id if opened.objective != "ar" else None
+    vocabulary = vocabulary_in(json.loads(opened.tokenizer.to_str())) if options.verify_tokenizer else None
+    sources = open_sources(options.valid_data_path, options.seq_length, opened.vocab_size, mask, vocabulary)
     config = build(
         {
             "objective": opened.objective, "seq_length": options.seq_length, "label_shift": opened.label_shift,

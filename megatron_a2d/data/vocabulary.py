@@ -47,6 +47,11 @@ def vocabulary_of(tokenizer: Path) -> Vocabulary | None:
     content = read_json(path, "the tokenizer")
     if path.name == "vocab.json":
         return _of_pairs(((i, token) for token, i in content.items()), _declared(path.parent))
+    return vocabulary_in(content)
+
+
+def vocabulary_in(content: dict[str, Any]) -> Vocabulary:
+    """Of what a tokenizer.json holds."""
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     added = {item["id"]: item["content"] for item in content.get("added_tokens") or []}

@@ -16,6 +16,7 @@ import torch
 from megatron_a2d.config import RunConfig
 from megatron_a2d.data.batches import make_batch
 from megatron_a2d.data.dataset import PackedDataset
+from megatron_a2d.data.vocabulary import Vocabulary, find_foreign_tokens
 from megatron_a2d.diffusion.forward import Request
 from megatron_a2d.diffusion.objective import sample_sums
 from megatron_a2d.diffusion.validation import SampleColumns, ValidationResult, summarise
@@ -34,8 +35,18 @@ class Source(NamedTuple):
     dataset: PackedDataset
 
 
-def open_sources(named_paths: Sequence[str], seq_length: int, vocab_size: int) -> list[Source]:
-    """From `PREFIX` or `NAME=PREFIX` words; a name is by default the prefix's last part."""
+def open_sources(
+    named_paths: Sequence[str],
+    seq_length: int,
+    vocab_size: int,
+    mask_token_id: int | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> list[Source]:
+    """From `PREFIX` or `NAME=PREFIX` words; a name is by default the prefix's last part.
+
+    UserError for tokens that are not the model's: outside of its rows, its mask token, or, where its `vocabulary` is
+    given, made with another.
+    """
     sources: list[Source] = []
     for word in named_paths:
         name, equals, prefix = word.partition("=")
@@ -45,7 +56,10 @@ def open_sources(named_paths: Sequence[str], seq_length: int, vocab_size: int) -
             raise UserError(f"--valid-data-path {word}: {name!r} is no name for a source; write another NAME={prefix}")
         if any(name == source.name for source in sources):
             raise UserError(f"--valid-data-path {word}: there are two sources called {name!r}; write NAME={prefix}")
-        sources.append(Source(name, PackedDataset(prefix, seq_length, seed=VALIDATION_SEED, vocab_size=vocab_size)))
+        checks = {"vocab_size": vocab_size, "mask_token_id": mask_token_id}
+        sources.append(Source(name, PackedDataset(prefix, seq_length, seed=VALIDATION_SEED, **checks)))
+    if vocabulary and (problems := list(find_foreign_tokens([source.dataset.file for source in sources], vocabulary))):
+        raise UserError(problems)
     return sources
 
 

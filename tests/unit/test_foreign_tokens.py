@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from checkpoints_tools import convert_hf
 from data_prep import tokenize_corpus
@@ -20,7 +21,7 @@ from megatron_a2d.data.batches import MicroBatches
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile
 from megatron_a2d.data.scan import BackgroundScan
-from megatron_a2d.data.vocabulary import vocabulary_of
+from megatron_a2d.data.vocabulary import vocabulary_in, vocabulary_of
 from megatron_a2d.errors import UserError
 from megatron_a2d.training.samples import make_sample
 from tests.tiny import END_OF_TEXT, MASK_TOKEN_ID, NUM_TOKENS, TURN_END, write_hf
@@ -166,6 +167,26 @@ def test_tokenize_corpus_records_the_vocabulary(checkpoint, tmp_path):
     mine = vocabulary_of(checkpoint / "hf")
     metadata = TokenFile(tmp_path / "t").metadata
     assert mine and metadata["vocabulary"] == mine.fingerprint and metadata["added_tokens"]["0"] == "<|endoftext|>"
+
+
+def test_held_out_data_of_another_tokenizer(checkpoint, tmp_path):
+    from megatron_a2d.evaluation.held_out import open_sources
+
+    hf = checkpoint / "hf"
+    mine = vocabulary_in(json.loads(Tokenizer.from_file(str(hf / "tokenizer.json")).to_str()))
+    assert mine == vocabulary_of(hf)
+    good, other = (
+        ours(tmp_path / "good", hf),
+        ours(tmp_path / "other", changed_tokenizer(hf, tmp_path / "swapped", swap)),
+    )
+    words = [str(good), f"named={other}"]
+    with pytest.raises(UserError, match=rf"^{other}, made by .* another vocabulary"):
+        open_sources(words, 32, NUM_TOKENS, vocabulary=mine)
+    assert [source.name for source in open_sources(words, 32, NUM_TOKENS)] == ["good", "named"]
+    with pytest.raises(UserError, match="holds the mask token 70"):
+        open_sources(words, 32, NUM_TOKENS, 70)
+    with pytest.raises(UserError, match="is no name for a source"):
+        open_sources([f"../x={good}"], 32, NUM_TOKENS)
 
 
 # ---- the mask token in the text
