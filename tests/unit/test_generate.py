@@ -297,15 +297,19 @@ def test_bad_models(exports, tmp_path):
     assert "mask_token_id is None" in refusal(copy_of(export, tmp_path / "mask", mask_token_id=None))
     assert "mask_token_id is 300" in refusal(copy_of(export, tmp_path / "range", mask_token_id=VOCAB))
     assert "hidden_act" in refusal(copy_of(export, tmp_path / "act", hidden_act="gelu"))
-    assert "missing keys" in refusal(copy_of(export, tmp_path / "deep", num_hidden_layers=3))
-    assert "unexpected keys" in refusal(copy_of(export, tmp_path / "flat", num_hidden_layers=1))
-    assert "cannot be loaded" in refusal(copy_of(export, tmp_path / "wide", intermediate_size=48))
+    assert "layers.2.input_layernorm.weight is missing" in refusal(
+        copy_of(export, tmp_path / "deep", num_hidden_layers=3)
+    )
+    assert "layers.1.input_layernorm.weight [32] is unknown" in refusal(
+        copy_of(export, tmp_path / "flat", num_hidden_layers=1)
+    )
+    assert "but config.json asks for [48, 32]" in refusal(copy_of(export, tmp_path / "wide", intermediate_size=48))
 
     broken = copy_of(export, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes()[:1000])
-    assert "cannot be loaded" in refusal(broken)
+    assert "truncated or no safetensors file" in refusal(broken)
     (broken / "model.safetensors").unlink()
-    assert "cannot be loaded" in refusal(broken)
+    assert "holds neither model.safetensors" in refusal(broken)
 
     used = copy_of(export, tmp_path / "used", mask_token_id=20)
     assert "mask_token_id is 20, which the tokenizer uses" in refusal(used)
