@@ -190,7 +190,8 @@ def run_case(seed: str, inputs: dict[str, Path], names: Sequence[str] = tuple(CO
             paths[name], change = _odd_input(inputs[name], place / "in", rng)
         words = [word.replace("{" + name + "}", str(path)) for word in words for name, path in [_named(word, paths)]]
         if not change:
-            place_of = rng.randrange(len(words))
+            values = [number for number, word in enumerate(words) if not word.startswith("--")]
+            place_of = rng.choice(values)
             odd = rng.choice(ODD_WORDS)
             words[place_of], change = odd, f"argument {words[place_of]} -> {odd[:40]!r}"
         return _run(command.module, words, change)
@@ -273,6 +274,7 @@ def _environment() -> Iterator[None]:
     before, handler, folder = dict(os.environ), signal.getsignal(signal.SIGTERM), os.getcwd()
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     os.chdir(tempfile.gettempdir())
+    leave, os._exit = os._exit, sys.exit  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -280,6 +282,7 @@ def _environment() -> Iterator[None]:
         os.environ |= before
         signal.signal(signal.SIGTERM, handler)
         os.chdir(folder)
+        os._exit = leave
 
 
 def main() -> None:
