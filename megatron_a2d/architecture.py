@@ -18,6 +18,10 @@ from megatron_a2d.rotary import YarnScaling, agreed, is_positive, read_rotary
 # model_type -> is it a mixture of experts? (None: the keys tell)
 MODEL_TYPES = {"qwen3": False, "qwen3_moe": True, "rnd1": True, "a2d": None}
 
+# A hundred times what any published model has. A few bytes could else ask for names and layers without end.
+MOST = {"num_hidden_layers": 10_000, "num_experts": 65_536}
+MOST_EXPERTS = 1_000_000  # of all layers together
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -85,7 +89,7 @@ def read_architecture(directory: str | Path) -> Architecture:
 def architecture_from_config(config: dict[str, Any], where: str) -> Architecture:
     """Raises UserError with every problem of `config`; `where` names its file."""
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise UserError(
             f"{where}: model_type {model_type!r} is not supported; "
             f"give a Qwen3 or Qwen3-MoE model (one of {', '.join(MODEL_TYPES)})"
@@ -107,6 +111,11 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
         value = get(*names, default=default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             problems.append(f"{where}: {names[0]} is {value!r}, not a positive whole number; correct the file")
+            return 1
+        if value > (most := MOST.get(names[0], 2**31 - 1)):
+            problems.append(
+                f"{where}: {names[0]} is {value}, more than the {most:,} that are supported; correct the file"
+            )
             return 1
         return value
 
@@ -187,6 +196,10 @@ def _unsupported(config: dict[str, Any], architecture: Architecture, where: str)
         problems.append(
             f"{where}: num_attention_heads {architecture.num_attention_heads} is not a multiple of "
             f"num_key_value_heads {architecture.num_key_value_heads}; correct the file"
+        )
+    if (experts := architecture.num_layers * architecture.num_experts) > MOST_EXPERTS:
+        problems.append(
+            f"{where}: names {experts:,} experts, more than the {MOST_EXPERTS:,} supported; correct the file"
         )
     if architecture.num_experts_per_tok > architecture.num_experts:
         problems.append(

@@ -22,6 +22,9 @@ def missing_inputs(config: RunConfig) -> list[str]:
     return lines + ([] if config.data.train_data_path or config.data.data_mixture else [NO_DATA])
 
 
+MOST_PROCESSES = 1 << 20  # of a run; ten times the largest machines
+
+
 def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
     """Everything that is wrong with a run, a line each: flag and value, why, what to do."""
     return find_general_problems(config) + find_layout_problems(config, architecture, world_size)

@@ -20,7 +20,7 @@ from megatron_a2d.config import RunConfig, Setting, build, flag, settings
 from megatron_a2d.errors import UserError, nearest
 from megatron_a2d.files import read_yaml
 
-LARGEST = 2**63 - 1  # whole number of a flag or a setting: more than the tokens, bytes and steps of any run
+LARGEST = 2**64 - 1  # whole number of a flag or a setting: more than the tokens, bytes and steps of any run
 
 
 class Parser(argparse.ArgumentParser):
@@ -177,7 +177,7 @@ def _convert_number(kind: type, given: Any) -> int | float:
 def _unusable(number: int | float) -> str:
     """Why nothing can be set to `number`, or ''."""
     if isinstance(number, int):
-        return "" if abs(number) <= LARGEST else "must be below 2**63"
+        return "" if abs(number) <= LARGEST else "must be below 2**64"
     return "" if math.isfinite(number) else "must be a finite number"
 
 

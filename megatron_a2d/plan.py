@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_a2d.architecture import Architecture, read_architecture
-from megatron_a2d.checks import find_problems
+from megatron_a2d.checks import MOST_PROCESSES, find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import PlainConsole, entry_point, human
@@ -105,8 +105,8 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     missing = [f"--{name}: is missing; see --help" for name in ("cluster", "gpus") if getattr(options, name) is None]
     if missing:
         raise UserError(missing)
-    if options.gpus < 1:
-        raise UserError(f"--gpus {options.gpus}: a run needs at least 1")
+    if not 1 <= options.gpus <= MOST_PROCESSES:
+        raise UserError(f"--gpus {options.gpus}: a run needs at least 1, and at most {MOST_PROCESSES:,} are supported")
     if not options.imbalance >= 1:
         raise UserError(f"--imbalance {options.imbalance}: the busiest rank has no less than the mean; give 1 or more")
     if options.price is not None and not options.price > 0:

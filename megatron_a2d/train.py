@@ -16,7 +16,7 @@ import time
 from typing import NamedTuple
 
 from megatron_a2d.architecture import Architecture
-from megatron_a2d.checks import find_problems
+from megatron_a2d.checks import MOST_PROCESSES, find_problems
 from megatron_a2d.cli import Parser, parse_run
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import entry_point, human
@@ -71,8 +71,8 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
     if given.settings_only and not given.dry_run:
         raise UserError("--settings-only: only goes with --dry-run; a run needs weights and data")
     processes = world_size() if given.world_size is None else given.world_size
-    if processes < 1:
-        raise UserError(f"--world-size {processes}: a run needs at least 1 process")
+    if not 1 <= processes <= MOST_PROCESSES:
+        raise UserError(f"--world-size {processes}: a run needs at least 1 process, and at most {MOST_PROCESSES:,}")
     if not given.dry_run:
         check_launch()
     cluster = read_cluster(given.cluster) if given.cluster else None

@@ -6,6 +6,7 @@ anything is read or written.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
     """
     architecture = read_architecture(directory)
     with open_safetensors(directory) as files:
+        _check_counts(architecture, files.shapes, directory)
         stored = WeightMap(architecture, files.shapes)
         expected = dict(stored.hf_shapes)
         if architecture.tie_word_embeddings and HEAD in files.shapes:
@@ -79,13 +81,24 @@ def open_checkpoint(path: Path) -> Iterator[Weights]:
             "directory and put config.json and the tokenizer of the model there"
         )
     architecture = read_architecture(directory / HF_FILES)
-    weights = WeightMap(architecture)
     with open_torch_dist(directory) as stored:
+        _check_counts(architecture, stored.shapes, directory)
+        weights = WeightMap(architecture)
         if problems := account(weights.megatron_shapes, stored.shapes, str(directory)):
             raise UserError(problems)
         dtypes = {name: stored.dtype(key) for name, key in weights.megatron_keys.items()}
         tensors = Remapped(stored, weights.hf_shapes, dtypes, weights.to_megatron)
         yield Weights(directory, architecture, weights, tensors)
+
+
+def _check_counts(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> None:
+    """UserError when the configuration is of a far larger model than the files: naming its tensors takes memory."""
+    there, named = sum(map(math.prod, shapes.values())), architecture.num_parameters()
+    if named > 2 * there + 10_000:
+        raise UserError(
+            f"{directory}: config.json is of a model of {named:,} parameters, the files hold {there:,} numbers in "
+            f"{len(shapes):,} tensors; take the config.json that belongs to the weights"
+        )
 
 
 def as_megatron(weights: Weights, dtype: torch.dtype | None) -> Remapped:

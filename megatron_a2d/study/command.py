@@ -34,6 +34,8 @@ _NOT_MEASURED = (
     "document_attention", "reset_position_ids", "random_length_prob", "eod_maskable", "loss_weights", "mask_sampling",
 )  # fmt: skip
 
+MOST_RUNS = 1000  # of a kind, and at once
+
 
 def find_study(name: str) -> Study:
     study: Study = importlib.import_module(f"megatron_a2d.study.{STUDIES[name]}").STUDY
@@ -120,8 +122,8 @@ def _check(base: RunConfig, seeds: int, jobs: int) -> None:
     if base.diffusion.objective != "mdlm":
         problems.append(f"--objective {base.diffusion.objective}: a study chooses its runs' objectives; leave it out")
     for name, value in (("--seeds", seeds), ("--jobs", jobs)):
-        if value < 1:
-            problems.append(f"{name} {value}: must be at least 1")
+        if not 1 <= value <= MOST_RUNS:
+            problems.append(f"{name} {value}: must be 1 to {MOST_RUNS:,}")
     if problems:
         raise UserError(problems)
 
