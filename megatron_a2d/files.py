@@ -35,6 +35,16 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def regular(path: str | Path, flags: int) -> int:
+    """Open a file that must be one (an `opener` of open()); OSError for a pipe, which would be waited for without end,
+    a device and a directory."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return descriptor
+
+
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, else removed."""

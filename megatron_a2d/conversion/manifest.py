@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json, write_json
+from megatron_a2d.files import read_json, regular, write_json
 
 MANIFEST = "manifest.json"
 _BLOCK = 16 << 20
@@ -79,7 +79,7 @@ def list_files(directory: Path) -> list[str]:
 
 def _measure(path: Path) -> Entry:
     crc = 0
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=regular) as file:
         while block := file.read(_BLOCK):
             crc = zlib.crc32(block, crc)
         return Entry(os.fstat(file.fileno()).st_size, f"{crc:08x}")

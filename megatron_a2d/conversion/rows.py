@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from megatron_a2d.errors import UserError
+from megatron_a2d.files import regular
 
 # What is read at once: it stays in the processor's cache between its reading, its checks and its writing, and the
 # allocator hands the same memory out again.
@@ -270,7 +271,7 @@ class OpenFiles:
         with self._lock:
             if path not in self._descriptors:
                 try:
-                    self._descriptors[path] = os.open(path, os.O_RDONLY)
+                    self._descriptors[path] = regular(path, os.O_RDONLY)
                 except OSError as error:
                     raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from None
             return self._descriptors[path]

@@ -23,7 +23,7 @@ from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, StreamedFil
 from megatron_a2d.conversion.unfinished import Unfinished
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json
+from megatron_a2d.files import read_json, regular
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -138,7 +138,7 @@ def _read_header(path: Path, problems: list[str], foreign: dict[str, str]) -> di
     """The tensors of one file; what is wrong with it goes to `problems`, tensors of other types to `foreign`."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 problems.append(f"{path}: is truncated or no safetensors file ({size} bytes); fetch it again")

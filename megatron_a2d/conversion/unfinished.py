@@ -25,7 +25,7 @@ from typing import Any
 from megatron_a2d.console import console, progress
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import check_new_directory, fsync_path, make_parent
+from megatron_a2d.files import check_new_directory, fsync_path, make_parent, regular
 from megatron_a2d.parsing import ParseError, parse_json
 from megatron_a2d.partials import open_lock
 
@@ -157,7 +157,7 @@ def _is_inside(partial: Path, name: Any) -> bool:
 
 def _is_intact(path: Path, facts: dict[str, Any], advance: Callable[[float], None]) -> bool:
     crc, sha = 0, hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         while block := file.read(_BLOCK):
             if "sha256" in facts:
                 sha.update(block)

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json, write_json
+from megatron_a2d.files import read_json, regular, write_json
 
 BLOCK = 1 << 14
 REWRITE = "write it again with data_prep.tokenize_corpus"
@@ -82,7 +82,7 @@ def open_checksums(prefix: str, metadata: dict[str, Any], whole: bool) -> Checks
 
 def file_checksum(path: Path) -> str:
     digest = xxhash.xxh3_64()
-    with open(path, "rb") as stream:
+    with open(path, "rb", opener=regular) as stream:
         while data := stream.read(1 << 22):
             digest.update(data)
     return digest.hexdigest()

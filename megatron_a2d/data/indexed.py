@@ -22,6 +22,7 @@ import numpy as np
 
 from megatron_a2d.data.checksums import BLOCK, INDEX_CHECKSUM, REWRITE, checksum, open_checksums, read_at, read_metadata
 from megatron_a2d.errors import UserError
+from megatron_a2d.files import regular
 from megatron_a2d.runtime import without_triton as without_triton  # before megatron.core is imported
 
 with warnings.catch_warnings():
@@ -72,7 +73,7 @@ class TokenFile:
         self.num_tokens = Path(f"{self.prefix}.bin").stat().st_size // self.dtype.itemsize
         self.metadata = read_metadata(self.prefix) or {}
         self._checksums = open_checksums(self.prefix, self.metadata, whole=scan)
-        self._descriptor = os.open(f"{self.prefix}.bin", os.O_RDONLY)
+        self._descriptor = regular(f"{self.prefix}.bin", os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         if vocab_size is not None:
             self._check_largest_id()
@@ -336,7 +337,7 @@ def _check_pair(prefix: str, index_path: Path, tokens_path: Path) -> None:
 def _read_header(index_path: Path) -> tuple[np.dtype, int, int]:
     """Data type, number of sequences, number of document marks."""
     size = index_path.stat().st_size
-    with open(index_path, "rb") as stream:
+    with open(index_path, "rb", opener=regular) as stream:
         header = stream.read(_HEADER.size)
     if not header:
         raise UserError(f"{index_path}: is empty; {REWRITE}")

@@ -300,6 +300,8 @@ def main() -> None:
         inputs = make_inputs(Path(directory))
         for number in range(options.n) if options.only is None else [options.only]:
             outcome = run_case(f"{options.seed} {number}", inputs, options.commands)
+            if number % 50 == 0:
+                print(f"case {number}", file=sys.stderr, flush=True)
             codes[outcome.code] = codes.get(outcome.code, 0) + 1
             if outcome.trace or options.only is not None:
                 bad += bool(outcome.trace)
