@@ -51,7 +51,8 @@ def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
     """
     architecture = read_architecture(directory)
     with open_safetensors(directory) as files:
-        _check_counts(architecture, files.shapes, directory)
+        if too_few := _too_few(architecture, files.shapes, directory):
+            raise UserError(files.problems or too_few)
         stored = WeightMap(architecture, files.shapes)
         expected = dict(stored.hf_shapes)
         if architecture.tie_word_embeddings and HEAD in files.shapes:
@@ -82,7 +83,8 @@ def open_checkpoint(path: Path) -> Iterator[Weights]:
         )
     architecture = read_architecture(directory / HF_FILES)
     with open_torch_dist(directory) as stored:
-        _check_counts(architecture, stored.shapes, directory)
+        if too_few := _too_few(architecture, stored.shapes, directory):
+            raise UserError(too_few)
         weights = WeightMap(architecture)
         if problems := account(weights.megatron_shapes, stored.shapes, str(directory)):
             raise UserError(problems)
@@ -91,14 +93,15 @@ def open_checkpoint(path: Path) -> Iterator[Weights]:
         yield Weights(directory, architecture, weights, tensors)
 
 
-def _check_counts(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> None:
-    """UserError when the configuration is of a far larger model than the files: naming its tensors takes memory."""
+def _too_few(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> list[str]:
+    """A line when the configuration is of a far larger model than the files, whose tensors take memory to name."""
     there, named = sum(map(math.prod, shapes.values())), architecture.num_parameters()
-    if named > 2 * there + 10_000:
-        raise UserError(
-            f"{directory}: config.json is of a model of {named:,} parameters, the files hold {there:,} numbers in "
-            f"{len(shapes):,} tensors; take the config.json that belongs to the weights"
-        )
+    if named <= 2 * there + 10_000:
+        return []
+    return [
+        f"{directory}: config.json is of a model of {named:,} parameters, the files hold {there:,} numbers in "
+        f"{len(shapes):,} tensors; take the config.json that belongs to the weights"
+    ]
 
 
 def as_megatron(weights: Weights, dtype: torch.dtype | None) -> Remapped:

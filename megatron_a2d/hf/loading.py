@@ -19,12 +19,21 @@ _STEERING = re.compile(r"_implementation|kernel|^extra_|_plan$|quantization|comp
 def load(model_class: Any, directory: Path, trust_remote_code: bool = False, **options: Any) -> Any:
     """`model_class.from_pretrained(directory, **options)` with PyTorch's own attention, from safetensors alone.
 
-    `trust_remote_code` only for code that is known to be ours. Raises UserError for the adapter of another model.
+    `trust_remote_code` only for code that is known to be ours. Raises UserError for the adapter of another model, and for files that the
+    library makes nothing of.
     """
-    from transformers import AutoConfig
-
     if (directory / ADAPTER).exists():
         raise UserError(f"{directory}: holds {ADAPTER}, an adapter of another model; merge the two and give the result")
+    try:
+        return _load(model_class, directory, trust_remote_code, options)
+    except Exception as error:  # a setting of another type makes the library raise whatever it stumbles over
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{directory}: cannot be loaded ({reason}); fetch or export it again") from error
+
+
+def _load(model_class: Any, directory: Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
     if own := getattr(model_class, "config_class", None):
         config = own.from_pretrained(directory, local_files_only=True)
     else:

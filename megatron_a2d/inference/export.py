@@ -103,14 +103,9 @@ def _check_type(directory: Path, model_type: Any, objective: str) -> None:
 def _load(directory: Path, model_class: Any) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        loaded: Any = load(
-            model_class, directory, dtype="auto" if has_cuda() else torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # a setting of another type makes the library raise whatever it stumbles over
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--model {directory}: cannot be loaded ({reason}); export it again") from error
-    model, report = loaded
+    model, report = load(
+        model_class, directory, dtype="auto" if has_cuda() else torch.float32, output_loading_info=True
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             names = ", ".join(sorted(map(str, report[kind]))[:3])
