@@ -19,8 +19,8 @@ _STEERING = re.compile(r"_implementation|kernel|^extra_|_plan$|quantization|comp
 def load(model_class: Any, directory: Path, trust_remote_code: bool = False, **options: Any) -> Any:
     """`model_class.from_pretrained(directory, **options)` with PyTorch's own attention, from safetensors alone.
 
-    `trust_remote_code` only for code that is known to be ours. Raises UserError for the adapter of another model, and for files that the
-    library makes nothing of.
+    `trust_remote_code` only for code that is known to be ours. Raises UserError for the adapter of another model, and
+    for files that the library makes nothing of.
     """
     if (directory / ADAPTER).exists():
         raise UserError(f"{directory}: holds {ADAPTER}, an adapter of another model; merge the two and give the result")
