@@ -3,7 +3,7 @@
     python -m tests.mutants --seed 1                 # 150 mutants; started again, it resumes
     make test-mutants SEED=2 ARGS='--size 20'
 
-A mutant is judged by the tests that run the changed function (coverage.py says which), the quick ones first, until one fails.
+A mutant is judged by the tests that run the changed function (coverage.py says which), quick ones first, until one fails.
 Each is tried in a copy of the tree, in a fork of a process that holds torch and megatron already.
 What survives is written down in survivors.yaml with a verdict: equivalent and why, or the test that was added.
 """

@@ -30,8 +30,7 @@ _WARM = ("numpy", "torch", "megatron.core", "transformers", "safetensors.torch",
 # anyio comes with other packages, and takes longer to load as a plugin than most tests.
 _PYTEST = ("-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:anyio")
 _FAULT = 99  # exit status of a child that could not do its work
-_QUICK = 5.0  # seconds: a test file that takes less is tried by itself
-_SLACK = 20.0  # seconds of a processor for imports, beyond what the tests take
+_SLACK = 15.0  # seconds of a processor for imports, beyond what the tests take
 _MODULE = "<module>"
 
 
@@ -69,40 +68,45 @@ class Judge:
         return _digest(*(_digest_of(self._tree / name) for name in self._importers[mutant.file]))
 
     def judge(self, mutant: Mutant) -> tuple[Outcome, str]:
-        """The outcome, and what failed."""
-        tests = self._tests(mutant, self._importers[mutant.file])
-        if not tests:
-            return Outcome.SURVIVED, "no test"
+        """The outcome, and what failed. Files of quick tests come first, and those that were never measured last."""
+        num_tests = 0
         path = self._tree / mutant.file
         original = path.read_text()
-        limit = _SLACK + 3 * sum(test.seconds for test in tests)
-        try:
-            _write(path, mutant.source)
-            status = self._fork(lambda: _first_failure(tests), limit)
-        finally:
-            _write(path, original)
-        if status is None:
-            return Outcome.TIMEOUT, f"{limit:.0f} s"
-        if status == 0:
-            return Outcome.SURVIVED, f"{len(tests)} tests"
-        failed = [
-            line
-            for line in self._output.read_text(errors="replace").splitlines()
-            if line.startswith(("FAILED", "ERROR"))
-        ]
-        return Outcome.KILLED, (failed or [f"status {status}"])[0][:300]
+        for name in sorted(self._importers[mutant.file], key=self._known_seconds):
+            tests = self._tests(mutant, name)
+            if not tests:
+                continue
+            num_tests += len(tests)
+            limit = _SLACK + 4 * sum(test.seconds for test in tests)
+            try:
+                _write(path, mutant.source)
+                status = self._fork(lambda tests=tests: _run(tests), limit)
+            finally:
+                _write(path, original)
+            if status is None:
+                return Outcome.TIMEOUT, f"{name}: {limit:.0f} s"
+            if status:
+                lines = self._output.read_text(errors="replace").splitlines()
+                failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+                return Outcome.KILLED, (failed or [f"{name}: status {status}"])[0][:300]
+        return Outcome.SURVIVED, f"{num_tests} tests"
 
-    def _tests(self, mutant: Mutant, names: list[str]) -> list[Test]:
-        """The tests of these files that run the changed function; for a module-level line, those that run any of its functions."""
+    def _tests(self, mutant: Mutant, name: str) -> list[Test]:
+        """The tests of a file that run the changed function; for a module-level line, those that run any of its functions."""
         function = _functions(self._tree / mutant.file).get(mutant.line, _MODULE)
         wanted = f"{mutant.file}::" if function == _MODULE else f"{mutant.file}::{function}"
         found = [
             test
-            for name in names
             for test, functions in self._coverage(name)
             if wanted in functions or (function == _MODULE and any(item.startswith(wanted) for item in functions))
         ]
         return sorted(found, key=lambda test: test.seconds)
+
+    def _known_seconds(self, name: str) -> float:
+        kept = self._kept / f"{Path(name).stem}.json"
+        if not kept.exists() or (known := json.loads(kept.read_text()))["digest"] != _digest_of(self._tree / name):
+            return float("inf")
+        return sum(entry["seconds"] for entry in known["tests"])
 
     def _coverage(self, name: str) -> list[tuple[Test, set[str]]]:
         """Which functions each test of a file runs, measured when the file has changed; tests that fail are left out."""
@@ -184,19 +188,11 @@ class Judge:
 _LIMITS = (signal.SIGXCPU, signal.SIGKILL)
 
 
-def _first_failure(tests: list[Test]) -> int:
-    """0 when all pass. Quick files one by one, since to import them all takes longer than most tests."""
+def _run(tests: list[Test]) -> int:
+    """0 when all pass."""
     import pytest
 
-    files = sorted(_by_file(tests).values(), key=_seconds)
-    quick = [file for file in files if _seconds(file) < _QUICK]
-    slow = [test for file in files[len(quick) :] for test in file]
-    for group in [*quick, slow]:
-        if group:
-            status = int(pytest.main([*_PYTEST, "-x", *(test.node for test in group)]))
-            if status:
-                return status
-    return 0
+    return int(pytest.main([*_PYTEST, "-x", *(test.node for test in tests)]))
 
 
 def _measure(name: str, targets: list[str], digest: str, out: Path) -> int:
@@ -297,17 +293,6 @@ def _functions(path: Path) -> dict[int, str]:
 
     walk(ast.parse(path.read_text()), "")
     return lines
-
-
-def _by_file(tests: list[Test]) -> dict[str, list[Test]]:
-    files: dict[str, list[Test]] = {}
-    for test in tests:
-        files.setdefault(test.node.split("::")[0], []).append(test)
-    return files
-
-
-def _seconds(tests: list[Test]) -> float:
-    return sum(test.seconds for test in tests)
 
 
 def _write(path: Path, source: str) -> None:

@@ -13,10 +13,14 @@ from tests.mutants.mutate import Mutant
 VERDICTS = Path(__file__).with_name("survivors.yaml")
 
 
+def entries() -> list[dict[str, str]]:
+    """Survivors of samples: file, was, now, and either `equivalent`, with the reason, or the `test` that was added."""
+    return yaml.safe_load(VERDICTS.read_text())
+
+
 def equivalents() -> set[tuple[str, str, str]]:
     """(file, was, now) of the mutants that no test can notice."""
-    entries = yaml.safe_load(VERDICTS.read_text())
-    return {(entry["file"], entry["was"], entry["now"]) for entry in entries if "equivalent" in entry}
+    return {(entry["file"], entry["was"], entry["now"]) for entry in entries() if "equivalent" in entry}
 
 
 class Results:
