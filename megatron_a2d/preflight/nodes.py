@@ -26,6 +26,7 @@ from megatron_a2d.printable import print_line
 
 _CHECKING = timedelta(hours=2)  # the first rank may read checksums of a large checkpoint or corpus
 _ARRIVAL = 120.0  # seconds; torchrun starts all processes at about the same time
+_FAREWELL = 60.0  # seconds for all that have come to read what was found; the store goes with the first node
 _STAGE = 90.0  # seconds for one all-reduce with all it takes to connect
 _MESSAGE, _THOROUGH_MESSAGE = 64 << 20, 1 << 30  # bytes
 
@@ -50,11 +51,15 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
         probe = None
         if not problems:
             probe, problems = _make_probe(config.training.save)
+        readers = len(arrived) or size  # nobody waits for a rank that is missing
         nodes = [] if problems else [arrived[other].node for other in range(size)]
-        store.set("plan", json.dumps({"inputs": inputs, "probe": probe, "nodes": nodes, "problems": problems}))
+        store.set(
+            "plan",
+            json.dumps({"inputs": inputs, "probe": probe, "nodes": nodes, "problems": problems, "readers": readers}),
+        )
     plan = json.loads(store.get("plan"))
     if plan["problems"]:
-        network.wait_for_all(store, "read", size, patience=5.0)
+        network.wait_for_all(store, "read", plan["readers"], _FAREWELL)
         _end(rank, plan["problems"])
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_files(mine, plan["inputs"], config.training.save, plan["probe"])
@@ -71,7 +76,7 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
         _show(judge.table(list(reports.values())))
         store.set("verdict", json.dumps(problems))
     problems = json.loads(store.get("verdict"))
-    network.wait_for_all(store, "read", size, patience=5.0)  # the store goes with the first node's last process
+    network.wait_for_all(store, "read", size, _FAREWELL)
     _end(rank, problems)
 
 

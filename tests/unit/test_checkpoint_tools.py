@@ -322,7 +322,7 @@ def push(directory: Path, hub: Hub, *arguments: str, token: str | None = TOKEN) 
     if token:
         environment["HF_TOKEN"] = token
     command = [sys.executable, "-m", "checkpoints_tools.publish", "--export", str(directory), "--repo", "me/rnd1"]
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_publish_pushes_every_file(exported: Path, hub: Hub) -> None:

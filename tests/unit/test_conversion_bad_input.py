@@ -408,7 +408,7 @@ def test_the_command_ends_with_code_2_and_one_line(models: Path, tmp_path: Path)
     command = [sys.executable, "-m", "checkpoints_tools.convert_hf", "--hf", "hf", "--out", "out"]
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2
     assert (

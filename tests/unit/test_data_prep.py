@@ -150,7 +150,7 @@ def test_training_is_deterministic(corpus, tokenizer, tmp_path):
         [*command, "--out", str(tmp_path / "again")],
         check=True,
         env={**os.environ, "RAYON_NUM_THREADS": "3"},
-        timeout=60,
+        timeout=600,
     )
     names = sorted(path.name for path in tokenizer.iterdir())
     assert names == ["tokenizer.json", "tokenizer_config.json"]
@@ -252,7 +252,7 @@ def test_output_does_not_depend_on_workers_or_batches(corpus, tokenizer, tmp_pat
         "--workers",
         "3",
     ]
-    subprocess.run(command, check=True, cwd=directories[1], env=environment, timeout=120)
+    subprocess.run(command, check=True, cwd=directories[1], env=environment, timeout=600)
     monkeypatch.chdir(directories[0])
     tokenize(*arguments, "--workers", 1)
     monkeypatch.chdir(directories[2])
@@ -430,7 +430,7 @@ def test_tokenizer_without_end_of_document(corpus, tokenizer, tmp_path):
 def test_command_line_exits_with_2(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "data_prep.tokenize_corpus", "--input", "no.jsonl"]
     command += ["--tokenizer", "none", "--output-prefix", str(tmp_path / "c")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 2 and not list(tmp_path.iterdir())
     assert re.fullmatch(r"error: --tokenizer none: .*\n", result.stderr)
 

@@ -466,7 +466,7 @@ def test_programs_are_judged(allowed):
 def test_programs_have_limits(program, allowed):
     begin = time.monotonic()
     assert not code_execution.passes(program, "pass", seconds=1)
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < 50  # its own end would come after 60 s, or never
     assert not Path("big").exists()
 
 

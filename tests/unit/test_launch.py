@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,35 +100,58 @@ def test_who_stands_still(beats: list[Beat], silent: dict[int, float], culprits:
 
 
 def test_marks_become_a_file_that_a_watch_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test's own: how fast the machine is does not matter."""
+    now = [1000.0]
     monkeypatch.setenv(heartbeat.ATTEMPT, str(tmp_path))
     monkeypatch.setattr(heartbeat, "_last", heartbeat._last)
-    watch = Watch(tmp_path)
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    watch, path = Watch(tmp_path), tmp_path / heartbeat.HEARTBEATS / "rank_00003"
+
+    def beats_after(seconds: float) -> None:
+        """Two beats, the second of which has seen all that was marked; this thread stays in this file meanwhile."""
+        now[0] += seconds
+        for _ in range(2):
+            before, now[0] = inode(path), now[0] + 0.06  # a little more than a pause
+            while inode(path) == before:
+                time.sleep(0.01)
+
     with Heartbeat(3):
         heartbeat.mark("reading samples", iteration=5, limit=0.5)
         heartbeat.mark("micro-batch")
-        verdict, end = None, time.monotonic() + 10
-        while verdict is None and time.monotonic() < end:
-            time.sleep(0.1)
-            verdict = watch.look()
+        beats_after(0.1)
+        assert watch.look() is None and watch.pause == heartbeat.pause(0.5)
+        beats_after(0.5)
+        verdict = watch.look()
         assert verdict and "rank 3 (" in verdict and "in iteration 5, micro-batch, at test_launch.py:" in verdict
-        moving = time.monotonic() + 1.5
-        while time.monotonic() < moving:
+        for _ in range(3):
             heartbeat.mark("micro-batch")
-            assert watch.look() is None or time.monotonic() < moving - 1.0  # the file is a moment older
-            time.sleep(0.05)
+            beats_after(0.3)
+            assert watch.look() is None
     assert list(heartbeat.read_beats(tmp_path / heartbeat.HEARTBEATS)) == [], "who has left holds nobody up"
 
 
+def inode(path: Path) -> int:
+    """0 while there is no file; each beat is a new one."""
+    try:
+        return os.stat(path).st_ino * 2**32 + os.stat(path).st_mtime_ns % 2**32
+    except FileNotFoundError:
+        return 0
+
+
 WORKER = """
-import os, signal, sys, time
+import fcntl, os, signal, sys, time
 rank, how = int(os.environ["RANK"]), sys.argv[1]
-if how == "by itself":
-    time.sleep(rank)
+if how == "by itself":  # the first rank, and the second because of it: a lock is let go when its process has ended
+    lock, held = open(os.path.join(sys.argv[2], "lock"), "a"), os.path.join(sys.argv[2], "held")
+    while rank == 1 and not os.path.exists(held):
+        time.sleep(0.01)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    open(held, "a").close()
     sys.exit([74, 5][rank])
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: (time.sleep(1), sys.exit(3)))
 open(os.path.join(sys.argv[2], f"ready_{rank}"), "w").close()
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -144,11 +168,11 @@ def test_the_launcher_keeps_exit_codes(how: str, number: signal.Signals | None, 
         cwd=ROOT, env={**os.environ, heartbeat.ATTEMPT: str(tmp_path)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     if number:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while len(list(tmp_path.glob("ready_*"))) < 2 and time.monotonic() < end:
             time.sleep(0.1)
         launcher.send_signal(number)
-    _, said = launcher.communicate(timeout=60)
+    _, said = launcher.communicate(timeout=300)
     assert (tmp_path / "outcome").read_text().startswith(expected), said
     assert launcher.returncode == int(expected.split()[0]) and "Traceback" not in said
 
@@ -184,7 +208,7 @@ def submit(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=300,
     )
     assert done.stderr == "", done.stderr
     calls = directory / "calls"
@@ -227,7 +251,7 @@ def test_what_else_decides(tmp_path: Path) -> None:
 
 
 def test_the_signal_is_passed_on_once_and_srun_waited_for(tmp_path: Path) -> None:
-    during = f"trap 'echo got USR1 >> $CALLS; sleep 0.5; {outcome(3)} {PROGRESS} exit 143' USR1; kill -USR1 $PPID; for i in {{1..50}}; do sleep 0.1; done"
+    during = f"trap 'echo got USR1 >> $CALLS; sleep 0.5; {outcome(3)} {PROGRESS} exit 143' USR1; kill -USR1 $PPID; for i in {{1..3000}}; do sleep 0.1; done"
     said, calls, code = submit(tmp_path, 0, during)
     assert calls.count("got USR1") == 1 and "scontrol requeue 17" in calls and code == 3, said
 
@@ -301,7 +325,7 @@ def preflight_on_two_nodes(flags: list[str], path_of_second: str) -> tuple[list[
     said = [""] * 2
 
     def read(node: int) -> None:
-        said[node] = nodes[node].communicate(timeout=100)[0]
+        said[node] = nodes[node].communicate(timeout=600)[0]
 
     threads = [threading.Thread(target=read, args=(node,)) for node in range(2)]
     for thread in threads:

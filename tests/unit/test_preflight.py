@@ -125,7 +125,7 @@ def test_every_pair_meets_once_and_nobody_waits_for_two(num_nodes: int) -> None:
 def test_what_hangs_is_left_behind() -> None:
     import time
 
-    assert within(5.0, lambda: 3.0) == 3.0
+    assert within(300.0, lambda: 3.0) == 3.0
     assert within(0.1, lambda: time.sleep(30) or 0.0) == "no answer within 0 s"
 
     def broken() -> float:
