@@ -232,8 +232,9 @@ class PerformanceConfig:
     """hold the layers' weights in FP8 and gather them so; checkpoints hold bf16 all the same"""
     moe_grouped_gemm: bool = True
     """all experts' products of a rank in one kernel, where the device has one"""
-    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = "hybridep"
-    """kernels of the flex dispatcher; they are packages of their own"""
+    moe_flex_dispatcher_backend: Literal["auto", "deepep", "hybridep"] = "auto"
+    """kernels of the flex dispatcher, of the package deep_ep; auto: hybridep, else deepep, and where both are missing
+    the alltoall dispatcher, with a line in the log"""
     moe_permute_fusion: bool = False
     """sort tokens by expert in one kernel"""
     moe_router_fusion: bool = False

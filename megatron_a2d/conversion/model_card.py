@@ -101,9 +101,10 @@ def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
 
 def _usage(kind: Format) -> str:
     if kind == "qwen3":
-        loader, arguments, use = "AutoModelForCausalLM", "", ""
+        loader, arguments, use, plain = "AutoModelForCausalLM", "", "", ""
     else:
         loader, arguments = "AutoModelForMaskedLM", ", trust_remote_code=True"
+        plain = ", trust_remote_code=False"  # the tokenizer has no code; transformers 5 would ask to run the model's
         use = (
             'prompt = tokenizer("def mean(values):", return_tensors="pt")\n'
             "tokens = model.generate(**prompt, max_new_tokens=64, num_steps=64)\n"
@@ -112,7 +113,7 @@ def _usage(kind: Format) -> str:
     return (
         f"```python\nfrom transformers import AutoTokenizer, {loader}\n\n"
         f'model = {loader}.from_pretrained("DIRECTORY"{arguments})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")\n{use}```'
+        f'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY"{plain})\n{use}```'
     )
 
 

@@ -37,10 +37,10 @@ class DiffusionGeneration:
         """Fill the holes of `input_ids` [B, L] and `max_new_tokens` more at the end; int64 [B, L + max_new_tokens].
 
         Mask tokens in `input_ids` are holes. `attention_mask` is 0 at padding; prompts of different length are padded
-        on the left, as for every `generate`. `num_steps` defaults to `config.num_diffusion_steps`. Temperature 0
-        takes the likeliest token; `top_k` 0 and `top_p` 1 filter nothing; `generator` makes draws repeatable.
-        Raises ValueError for arguments out of range, and for a hole with nothing before it, which under the label
-        shift nothing predicts.
+        on the left, as for every `generate`; without it, rows that begin with `config.pad_token_id` are refused.
+        `num_steps` defaults to `config.num_diffusion_steps`. Temperature 0 takes the likeliest token; `top_k` 0 and
+        `top_p` 1 filter nothing; `generator` makes draws repeatable. Raises ValueError for arguments out of range, and
+        for a hole with nothing before it, which under the label shift nothing predicts.
         """
         given = sorted(name for name, value in ignored_by_none.items() if value is not None)
         if given:
@@ -84,11 +84,23 @@ class DiffusionGeneration:
         new_BN = input_ids.new_full((len(input_ids), max_new_tokens), self.config.mask_token_id)
         tokens_BL = torch.cat([input_ids, new_BN], dim=1).long()
         visible_BL = torch.cat([visible_BL, torch.ones_like(new_BN, dtype=torch.bool)], dim=1)
+        if attention_mask is None and self._is_padded_left(input_ids):
+            raise ValueError(
+                f"prompts begin with padding (token {self.config.pad_token_id}) and there is no attention_mask, so the "
+                "model would read it as text; pass the tokenizer's attention_mask, or a mask of ones if it is text"
+            )
         if self.config.label_shift:
             before_BL = torch.cat([torch.zeros_like(visible_BL[:, :1]), visible_BL[:, :-1]], dim=1)
             if ((tokens_BL == self.config.mask_token_id) & visible_BL & ~before_BL).any():
                 raise ValueError("a row begins with a hole, which nothing predicts; put a token before it")
         return tokens_BL, visible_BL
+
+    def _is_padded_left(self, input_ids: torch.Tensor) -> bool:
+        """Rows begin with unlike numbers of padding tokens, or with several: one before every row may begin a text."""
+        if self.config.pad_token_id is None or not input_ids.numel():
+            return False
+        leading_B = (input_ids == self.config.pad_token_id).int().cumprod(dim=1).sum(1)
+        return bool(leading_B.max() > min(1, int(leading_B.min())))
 
     def _log_probabilities(self, hidden_ND: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
         """Log-probabilities [N, V] in fp32 without the mask token, after temperature, top-k, then top-p."""

@@ -7,6 +7,7 @@ field fails here, by name, instead of being lost.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import megatron.core
@@ -18,9 +19,12 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig
 from megatron_a2d.errors import UserError
 from megatron_a2d.model.specs import choose_implementation
+from megatron_a2d.performance import find_performance_problems
 from megatron_a2d.precision import choose_scaling
+from megatron_a2d.printable import print_line
 from megatron_a2d.runtime import upstream
 from megatron_a2d.runtime.device import compute_capability, cuda_version, has_cuda
+from megatron_a2d.runtime.processes import rank
 
 # Steps that run as usual before a layer's kernels are recorded: allocator, autotuning and FP8 scales have settled.
 GRAPH_WARMUP_STEPS = 3
@@ -129,8 +133,10 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
             delay_wgrad_compute=performance.delay_wgrad_compute,
         )
     if config.parallel.moe_token_dispatcher_type == "flex":
-        _need_dispatcher(performance.moe_flex_dispatcher_backend)
-        fields.update(moe_flex_dispatcher_backend=performance.moe_flex_dispatcher_backend)
+        if backend := _flex_backend(performance.moe_flex_dispatcher_backend):
+            fields.update(moe_flex_dispatcher_backend=backend)
+        else:
+            fields.update(_all_to_all(architecture, config))
     if performance.cuda_graph_impl != "none":
         fields.update(
             cuda_graph_impl=performance.cuda_graph_impl,
@@ -150,6 +156,32 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
     elif performance.recompute_granularity == "selective":
         fields.update(recompute_granularity="selective", recompute_modules=list(performance.recompute_modules))
     return fields
+
+
+def _flex_backend(wish: str) -> str | None:
+    """The flex dispatcher's kernels here; None where auto finds none, UserError where those named are missing."""
+    for backend in ("hybridep", "deepep") if wish == "auto" else (wish,):
+        try:
+            _need_dispatcher(backend)
+            return backend
+        except UserError:
+            if wish != "auto":
+                raise
+    return None
+
+
+def _all_to_all(architecture: Architecture, config: RunConfig) -> dict[str, Any]:
+    """The dispatcher that needs no kernels of its own, instead of flex; UserError if it does not go with the run."""
+    parallel = dataclasses.replace(config.parallel, moe_token_dispatcher_type="alltoall")
+    if problems := find_performance_problems(dataclasses.replace(config, parallel=parallel), architecture):
+        raise UserError(problems)
+    if rank() == 0:
+        print_line(
+            "warning: --moe-token-dispatcher-type flex: its kernels, the package deep_ep, are not installed; tokens "
+            "travel by alltoall, which is slower (launch/container/Dockerfile says how to install them)",
+            sys.stderr,
+        )
+    return {"moe_token_dispatcher_type": "alltoall"}
 
 
 def _need_dispatcher(backend: str) -> None:

@@ -47,7 +47,7 @@ def environment(config: RunConfig, gpu: Gpu | None) -> dict[str, str]:
         values["NCCL_NVLS_ENABLE"] = "0"  # NVLink SHARP takes memory that the model needs
     if performance.cuda_graph_impl != "none":
         values["NCCL_GRAPH_REGISTER"] = "0"  # registered buffers and expandable segments fault
-    if parallel.moe_token_dispatcher_type == "flex" and performance.moe_flex_dispatcher_backend == "hybridep":
+    if parallel.moe_token_dispatcher_type == "flex" and performance.moe_flex_dispatcher_backend != "deepep":
         domain = gpu.nvlink_domain
         values["NVLINK_DOMAIN_SIZE"] = str(domain)
         values["USE_MNNVL"] = "1" if domain > 8 else "0"

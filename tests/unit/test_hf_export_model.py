@@ -328,6 +328,27 @@ def test_generate_rows_of_a_batch_do_not_see_one_another(kind, tmp_path):
     assert not torch.equal(without[1], together[1]), "padding must matter without its mask"
 
 
+def test_padding_without_its_mask_is_refused(tmp_path):
+    """Read as text, it would change what is written; one such token before every row may well be text."""
+    _, ours = export_and_load("dense", tmp_path, pad_token_id=5)
+    rows = tokens(3, 9).masked_fill(tokens(3, 9) == 5, 6)
+    for leading in ((2, 0, 1), (0, 1, 0), (3, 3, 3), (9, 9, 9)):
+        padded = rows.clone()
+        for row, count in zip(padded, leading, strict=True):
+            row[:count] = 5
+        for some in (padded, padded[leading.index(max(leading))][None] if max(leading) > 1 else padded):
+            with pytest.raises(ValueError, match=r"begin with padding \(token 5\) and there is no attention_mask"):
+                ours.generate(some, max_new_tokens=2, num_steps=1)
+            ours.generate(some, attention_mask=torch.ones_like(some), max_new_tokens=2, num_steps=1)
+    rows[:, 0] = 5
+    ours.generate(rows, max_new_tokens=2, num_steps=1)
+    ours.generate(rows[:1, :1], max_new_tokens=2, num_steps=1)
+    rows[:, 4:7] = 5
+    ours.generate(rows, max_new_tokens=2, num_steps=1)
+    ours.config.pad_token_id = None
+    ours.generate(torch.full((2, 3), 5), max_new_tokens=2, num_steps=1)
+
+
 def test_generate_draws(tmp_path):
     _, ours = export_and_load("dense", tmp_path)
 

@@ -180,3 +180,29 @@ def test_reading_a_tokenizer_needs_no_torch() -> None:
     code = "import megatron_a2d.tokenizer, sys; print('torch' in sys.modules, 'tokenizers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("kind", ["rnd1", "a2d", "qwen3"])
+def test_a_cards_lines_run_and_ask_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers 5 asks whether to run code for a tokenizer that has none, unless it is told not to."""
+    from checkpoints_tools import convert_hf, export_hf
+    from tests.tiny import write_hf
+
+    write_hf(tmp_path / "hf", "moe")
+    convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "ckpt"), "--no-verify"])
+    export = tmp_path / "export"
+    export_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--out", str(export), "--format", kind, "--no-verify"])
+    lines = (export / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    asked: list[str] = []
+
+    def ask(question: str = "") -> str:
+        asked.append(question)
+        return "n"
+
+    monkeypatch.setattr("builtins.input", ask)
+    names: dict[str, Any] = {}
+    exec(lines.replace("DIRECTORY", str(export)).replace("=64", "=4"), names)
+    assert not asked and names["tokenizer"]("abc").input_ids
+    assert kind == "qwen3" or capsys.readouterr().out, "a text is printed"

@@ -147,6 +147,11 @@ from megatron_a2d import train
 from megatron_a2d.runtime import environment
 environment.apply = lambda config: order.append("environment") or {}
 train.main("--model Qwen/Qwen3-8B --dry-run --settings-only --world-size 1".split())
+assert not order, "settings alone ask no GPU"
+try:
+    train.main("--load nowhere --train-data-path nowhere --dry-run".split())
+except train.UserError:
+    torch.cuda.is_available()
 print(order)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -331,6 +336,37 @@ def test_missing_kernels_of_the_flex_dispatcher(backend: str) -> None:
     given = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend, "bf16": True, **EP}
     with pytest.raises(UserError, match=f"backend {backend}: its package, .*use --moe-token-dispatcher-type alltoall"):
         transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
+
+
+def test_without_its_kernels_the_recipes_dispatcher_is_alltoall(capsys: pytest.CaptureFixture[str]) -> None:
+    """And a line says so, once for all ranks."""
+    recipe = Path(__file__).parents[2] / "launch" / "recipes" / "rnd1_30b_a3b_64xb200.yaml"
+    own = {**yaml.safe_load(recipe.read_text()), "gradient_accumulation_fusion": False, "apply_rope_fusion": False,
+           "moe_permute_fusion": False, "moe_router_fusion": False}  # fmt: skip
+    assert own["moe_token_dispatcher_type"] == "flex"
+    del own["delay_wgrad_compute"], own["overlap_moe_expert_parallel_comm"]
+    made = transformer_config.build_transformer_config(QWEN3_30B_A3B, build(own))
+    assert made.moe_token_dispatcher_type == "alltoall"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: --moe-token-dispatcher-type flex: ") and "deep_ep" in line and "alltoall" in line
+
+
+def test_what_alltoall_cannot_do_is_not_fallen_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"moe_token_dispatcher_type": "flex", "bf16": True, "overlap_moe_expert_parallel_comm": True,
+             "expert_model_parallel_size": QWEN3_30B_A3B.num_experts}  # fmt: skip
+    with pytest.raises(UserError, match="a process has one expert"):
+        transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
+
+
+@pytest.mark.parametrize(("there", "chosen"), [(("deepep",), "deepep"), (("deepep", "hybridep"), "hybridep")])
+def test_the_flex_dispatchers_kernels_are_those_that_are_there(
+    there: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.moe import fused_a2a
+
+    for backend, name in (("deepep", "HAVE_DEEP_EP"), ("hybridep", "HAVE_HYBRIDEP")):
+        monkeypatch.setattr(fused_a2a, name, backend in there, raising=False)
+    assert transformer_config._flex_backend("auto") == chosen
 
 
 def test_lists_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
