@@ -173,6 +173,8 @@ def sources_of(arguments: argparse.Namespace) -> dict[Path, HubSource]:
         if "dataset" not in settings or not set(settings) <= set(fields):
             others = ", ".join(fields[1:])
             problems.append(f"--data-mixture: {name}: hub must hold `dataset`, and of {others} what differs")
+        elif wrong := [key for key, value in settings.items() if not isinstance(value, str)]:
+            problems.append(f"--data-mixture: {name}: hub: {wrong[0]} {settings[wrong[0]]}: must be text; quote it")
     if problems:
         raise UserError(problems)
     return {arguments.out / name: HubSource(**sources[name].hub) for name in wanted}

@@ -56,8 +56,10 @@ def open_sources(
             raise UserError(f"--valid-data-path {word}: {name!r} is no name for a source; write another NAME={prefix}")
         if any(name == source.name for source in sources):
             raise UserError(f"--valid-data-path {word}: there are two sources called {name!r}; write NAME={prefix}")
-        checks = {"vocab_size": vocab_size, "mask_token_id": mask_token_id}
-        sources.append(Source(name, PackedDataset(prefix, seq_length, seed=VALIDATION_SEED, **checks)))
+        dataset = PackedDataset(
+            prefix, seq_length, seed=VALIDATION_SEED, vocab_size=vocab_size, mask_token_id=mask_token_id
+        )
+        sources.append(Source(name, dataset))
     if vocabulary and (problems := list(find_foreign_tokens([source.dataset.file for source in sources], vocabulary))):
         raise UserError(problems)
     return sources
