@@ -157,6 +157,23 @@ def test_autoregressive_models_take_one_pass() -> None:
     assert scored.standard_error == 0 and seen == [(1, 7)]
 
 
+def test_autoregressive_rows_are_shifted_whatever_the_config_says() -> None:
+    """A config.json that names no label shift does not change what a causal model's rows predict."""
+    found = [score(model_of(shift, "ar"), [(CONTEXT, CONTINUATION)], ScoringOptions())[0] for shift in (True, False)]
+    assert found[0] == found[1]
+
+
+def test_greedy_is_all_of_the_continuation() -> None:
+    """Right in every token while all of it is masked; one wrong token is enough."""
+    masked = torch.tensor([[*CONTEXT, MASK, MASK, MASK]])
+    best = logits_fn(masked)[0, 2:5].argmax(-1).tolist()
+    others = [
+        [(token + 1) % VOCAB if place == wrong else token for place, token in enumerate(best)] for wrong in range(3)
+    ]
+    found = score(model_of(True), [(CONTEXT, answer) for answer in (best, *others)], ScoringOptions(mc_num=2))
+    assert [scored.is_greedy for scored in found] == [True, False, False, False]
+
+
 REQUESTS = [([1, 2], [3]), ([4], [1, 2, 3]), ([2, 2, 2, 2], [1, 4]), ([3, 1], [2] * 9)]
 
 
