@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_a2d.config import recorded_settings
+from megatron_a2d.conversion.model_files import check_model_files
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
 
@@ -77,6 +78,7 @@ def resolve(path: str | Path) -> Path:
         inside = sorted(entry.name for entry in path.iterdir() if re.fullmatch(r"release|iter_\d+", entry.name))
         remedy = f"give {path / inside[-1]}" if inside else "give a directory written by convert_hf or by training"
         raise UserError(f"{path}: holds no {TRACKER}; {remedy}")
+    check_model_files(directory)
     _check_complete(directory)
     return directory
 
@@ -107,6 +109,7 @@ def read_run_settings(directory: Path) -> dict[str, Any]:
 
 def copy_hf_files(source: str | Path, destination: str | Path) -> None:
     """Copy configuration and tokenizer files, never weights, into the existing directory `destination`."""
+    check_model_files(Path(source))
     for pattern in HF_PATTERNS:
         for path in sorted(Path(source).glob(pattern)):
             target = Path(destination) / path.name

@@ -18,6 +18,7 @@ import torch
 from megatron_a2d.architecture import Architecture, read_architecture
 from megatron_a2d.console import progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
+from megatron_a2d.conversion.model_files import check_model_files
 from megatron_a2d.conversion.rows import FiniteCheck, Remapped, RowSource, Span, account, num_bytes, slabs
 from megatron_a2d.conversion.safetensors_files import SafetensorsDirectory, open_safetensors
 from megatron_a2d.conversion.table import FUSED_PARTS, WeightMap
@@ -49,6 +50,7 @@ def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
     With `check_values`, a directory that is refused is also searched for values that are not finite, so that all that
     is wrong with it is known at once.
     """
+    check_model_files(directory)
     architecture = read_architecture(directory)
     with open_safetensors(directory) as files:
         if too_few := _too_few(architecture, files.shapes, directory):

@@ -13,6 +13,7 @@ from megatron_a2d.architecture import read_architecture
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import num_diffusion_steps
 from megatron_a2d.conversion.mask_token import mask_token_names, read_tokens
+from megatron_a2d.conversion.model_files import check_model_files
 from megatron_a2d.conversion.sources import open_hf
 from megatron_a2d.conversion.trained import read_trained
 from megatron_a2d.diffusion.forward import Reduce, Request, Window
@@ -33,6 +34,7 @@ def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"--model {directory}: there is no such directory; give one that export_hf wrote")
+    check_model_files(directory)
     config = read_json(directory / "config.json", "the model's configuration")
     _check_type(directory, config.get("model_type"), objective)
     architecture = read_architecture(directory)

@@ -28,6 +28,7 @@ from megatron_a2d.training import checkpoint, loop, parallel, save_schedule, ste
 from megatron_a2d.training.resume import find_start
 from megatron_a2d.training.setup import TrainState
 from tests.parity.jobs import SETTINGS
+from tests.unpickling import nothing_unpickled
 
 
 def run(settings: dict[str, Any], **faults: Any) -> dict[str, Any]:
@@ -59,6 +60,12 @@ def command(module: str, arguments: list[str]) -> None:
     """`python -m MODULE ARGUMENTS` in this process, which outlives it."""
     with mock.patch.object(parallel, "finalize"), mock.patch.object(logging, "disable"):
         importlib.import_module(module).main(arguments)
+
+
+def guarded(module: str, arguments: list[str]) -> None:
+    """`command` where whatever would unpickle raises."""
+    with nothing_unpickled():
+        command(module, arguments)
 
 
 @dataclass

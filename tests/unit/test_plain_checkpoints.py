@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import contextlib
 import io
 import pickle
 import shutil
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch._weights_only_unpickler
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader
 
 from checkpoints_tools import average, convert_hf, export_hf, inspect, verify
 from megatron_a2d.conversion.checkpoint import resolve
@@ -26,6 +25,7 @@ from megatron_a2d.conversion.torch_dist_reader import read_common
 from megatron_a2d.errors import UserError
 from megatron_a2d.runtime.loading import load_state
 from tests.fixtures.write_plain_checkpoint import ITERATION, values_of
+from tests.unpickling import UnpickledError, nothing_unpickled
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 VERSIONS = ("0_16_1", "0_19_2")
@@ -35,30 +35,6 @@ def unpack(version: str, target: Path) -> Path:
     with tarfile.open(FIXTURES / f"megatron_core_{version}.tar.xz") as file:
         file.extractall(target, filter="data")
     return target / "checkpoint"
-
-
-class UnpickledError(AssertionError):
-    pass
-
-
-@contextlib.contextmanager
-def nothing_unpickled() -> Iterator[None]:
-    """Whatever would unpickle raises: torch's loads, restricted or not, its readers and planners, and pickle's own."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise UnpickledError("something was unpickled")
-
-    owners: list[tuple[Any, str]] = [
-        (torch, "load"), (torch.serialization, "load"), (torch.serialization, "_load"),
-        (torch.serialization, "_legacy_load"), (torch._weights_only_unpickler, "load"),
-        (torch._weights_only_unpickler, "Unpickler"), (FileSystemReader, "read_metadata"), (FileSystemReader, "read_data"),
-        (DefaultLoadPlanner, "load_bytes"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"),
-        (pickle, "_load"), (pickle, "_loads"), (pickle, "_Unpickler"),
-    ]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in owners:
-            patch.setattr(owner, name, refuse)
-        yield
 
 
 def test_the_guard_sees_what_it_should() -> None:
