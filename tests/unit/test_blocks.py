@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megatron_a2d.architecture import Architecture
+from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.conversion.hf_config import Exported, refusals
+from megatron_a2d.conversion.trained import Trained
 from megatron_a2d.diffusion.blocks import BlockModel, corrupt_blocks
 from megatron_a2d.diffusion.corruption import corrupt, next_token
 from megatron_a2d.diffusion.forward import Request
@@ -150,7 +152,10 @@ def test_aligned_blocks_are_pieces_of_the_text() -> None:
 
 def test_exports_do_not_pass_for_what_they_are_not() -> None:
     architecture = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
-    blocks, plain = (Exported(architecture, {}, {}, "float32", True, length) for length in (4, 0))
+    blocks, plain = (
+        Exported(architecture, {}, {}, "float32", Trained(objective, block_length=length), EndTokens((), None))
+        for objective, length in (("block", 4), ("mdlm", 0))
+    )
     for kind in ("a2d", "rnd1"):
         assert any("blocks of 4" in line for line in refusals(kind, blocks)) and not refusals(kind, plain)
-    assert not refusals("qwen3", blocks)
+    assert refusals("qwen3", blocks) and not refusals("qwen3", blocks, allow_objective_mismatch=True)

@@ -15,8 +15,10 @@ import pytest
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig, recorded_settings, settings
 from megatron_a2d.conversion.checkpoint import read_license, read_run_settings
+from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.conversion.hf_config import Exported
 from megatron_a2d.conversion.model_card import RECIPE, Origin, model_card
+from megatron_a2d.conversion.trained import Trained
 from megatron_a2d.errors import UserError
 from megatron_a2d.study.report import draw_run, read_log
 from megatron_a2d.tokenizer import read_tokenizer
@@ -46,7 +48,9 @@ def test_no_setting_has_any_type_but_its_own(name: str, tmp_path: Path) -> None:
             read_run_settings(tmp_path)
 
 
-MODEL = Exported(Architecture(2, 8, 2, 2, 4, 16, 64, 32, 1e-6, 1e4, False), {}, {}, "bfloat16", label_shift=True)
+MODEL = Exported(
+    Architecture(2, 8, 2, 2, 4, 16, 64, 32, 1e-6, 1e4, False), {}, {}, "bfloat16", Trained("mdlm"), EndTokens((), None)
+)
 
 
 def card(settings: dict[str, Any], consumed_samples: Any = 24) -> str:
