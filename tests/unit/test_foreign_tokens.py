@@ -109,6 +109,13 @@ def test_vocabularies(checkpoint, tmp_path):
         changed_tokenizer(hf, tmp_path / "m", lambda c: c["added_tokens"].append({"id": 252, "content": "<|x|>"}))
     )
     other = vocabulary_of(changed_tokenizer(hf, tmp_path / "swapped", swap))
+
+    def add_to_both(content: dict[str, Any]) -> None:
+        content["model"]["vocab"]["<|mask|>"] = MASK_TOKEN_ID
+        content["added_tokens"].append({"id": MASK_TOKEN_ID, "content": "<|mask|>"})
+
+    both = vocabulary_of(changed_tokenizer(hf, tmp_path / "both", add_to_both))
+    assert both and both.fingerprint == mine.fingerprint
     assert again == mine and more and other and more.fingerprint == mine.fingerprint != other.fingerprint
     assert vocabulary_of(tmp_path / "none") is None
 

@@ -126,15 +126,12 @@ def test_long_lines_are_problems_and_what_follows_is_read(kind, tmp_path):
     path.write_bytes(compress(kind, [fits]))
     assert read(path, SMALL) == ["fitsxxxx"]
     if kind == ".jsonl":  # a span that begins within a long line
-        path.write_bytes(b"".join(lines))
-        spans = [Span(str(path), kind, start, start + 100, 1) for start in range(0, path.stat().st_size, 100)]
-        items = [item for span in spans for item in READERS[kind](span, "text", SMALL)]
-        assert [item.text if isinstance(item, Document) else item.where[-2:] for item in items] == [
-            "one",
-            ":2",
-            "two",
-            ":4",
-        ]
+        path.write_bytes(b"".join(lines) + b'{"text": "five"}\n')
+        for step in (100, 2500):
+            spans = [Span(str(path), kind, start, start + step, 1) for start in range(0, path.stat().st_size, step)]
+            items = [item for span in spans for item in READERS[kind](span, "text", SMALL)]
+            found = [item.text if isinstance(item, Document) else item.where[-2:] for item in items]
+            assert found == ["one", ":2", "two", ":4", "five"]
 
 
 @pytest.mark.parametrize("kind", [".jsonl.gz", ".jsonl.zst"])
