@@ -9,6 +9,7 @@ from typing import Any
 from megatron_a2d.conversion.mask_token import MASK_TOKEN, read_tokens
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
+from megatron_a2d.tokenizer import read_tokenizer
 
 _KIND = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 
@@ -49,10 +50,8 @@ def _declare(directory: Path, name: str, mask_token_id: int, is_new: bool) -> No
 
 def _add(path: Path, name: str, mask_token_id: int) -> None:
     """A special token of tokenizer.json with that id."""
-    from tokenizers import Tokenizer
-
     content = read_json(path, "the tokenizer")
-    before = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    before = read_tokenizer(path, str(path)).get_vocab(with_added_tokens=True)
     added = content["added_tokens"] = list(content.get("added_tokens") or [])
     vocabulary = content["model"].get("vocab")
     # The library counts on from the tokens that it has. Where that gives another id, the model's own vocabulary can
@@ -63,7 +62,7 @@ def _add(path: Path, name: str, mask_token_id: int) -> None:
     added.append({"id": mask_token_id, "content": name, **_KIND})
     added.sort(key=lambda item: item["id"])
     _write(path, content)
-    if Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True) != before | {name: mask_token_id}:
+    if read_tokenizer(path, str(path)).get_vocab(with_added_tokens=True) != before | {name: mask_token_id}:
         raise UserError(
             f"{path.name}: a mask token of id {mask_token_id} cannot be added to this tokenizer; convert the model "
             f"again with --mask-token-id {max(before.values()) + 1}, or add a token {MASK_TOKEN} to its tokenizer"

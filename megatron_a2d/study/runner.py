@@ -11,7 +11,6 @@ that are there. Whatever was interrupted goes on when the study is started again
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -97,7 +96,7 @@ class Runner:
             # Of a mixture the first source, which measurements are made on too.
             found["validation"] = [record for record in judged if record.get("source") == judged[0].get("source")]
         for number in range(len(_processes(job))):
-            found |= json.loads((directory / f"measured_{number}.json").read_text())
+            found |= read_json(directory / f"measured_{number}.json", "the measurements")
         return found
 
     def is_done(self, job: Job) -> bool:

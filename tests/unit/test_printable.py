@@ -136,3 +136,24 @@ def test_nothing_is_printed_past_the_one_function() -> None:
                 ):
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert files > 100 and not found
+
+
+def test_files_are_parsed_by_the_one_reader() -> None:
+    """What else parses JSON, YAML or a tokenizer, and why it may."""
+    known = {
+        "megatron_a2d/parsing.py", "megatron_a2d/tokenizer.py",
+        "megatron_a2d/conversion/safetensors_files.py",  # a header whose duplicates it names itself
+        "megatron_a2d/conversion/unfinished.py", "megatron_a2d/evaluate.py",  # what this process wrote just now
+        "megatron_a2d/runtime/heartbeat.py", "megatron_a2d/preflight/nodes.py", "data_prep/pieces.py",  # of our own processes
+        "megatron_a2d/planner/calibration.py",  # a file of the package
+        "data_prep/formats.py",  # millions of lines
+    }  # fmt: skip
+    found = set()
+    for package in ("megatron_a2d", "data_prep", "checkpoints_tools"):
+        for path in (ROOT / package).rglob("*.py"):
+            if any(
+                call in path.read_text()
+                for call in ("json.loads(", "json.load(", "yaml.safe_load(", "yaml.load(", "r.from_file(")
+            ):
+                found.add(path.relative_to(ROOT).as_posix())
+    assert found == known
