@@ -55,7 +55,7 @@ COMMANDS = {
         "--load {checkpoint} --train-data-path {tokens} --seq-length 32 --global-batch-size 8 --dry-run", RUN,
     ),
     "plan": Command(
-        "megatron_a2d.plan", "--model {hf} --cluster {cluster} --gpus 8 --config {recipe} --seq-length 32",
+        "megatron_a2d.plan", "--load {checkpoint} --cluster {cluster} --gpus 8 --config {recipe} --seq-length 32",
         ("--price 3.5", "--imbalance 1.5", "--all", "--plot {out}.png", "--lr 0.1", "--global-batch-size 64"),
     ),
     "preflight": Command(
@@ -99,7 +99,7 @@ COMMANDS = {
     ),
     "tokenize_corpus": Command(
         "data_prep.tokenize_corpus", "--input {corpus} --tokenizer {hf} --output-prefix {out} --workers 1 "
-        "--encoder tokenizers", ("--json-keys text", "--valid-fraction 0.5", "--min-tokens 1", "--deduplicate",
+        "--encoder reference", ("--json-keys text", "--valid-fraction 0.5", "--min-tokens 1", "--deduplicate",
                                  "--max-tokens 50", "--on-error skip", "--no-append-eod"),
     ),
     "inspect_dataset": Command(
@@ -258,7 +258,7 @@ class _NoEndError(BaseException):
 @contextmanager
 def _limit(seconds: int) -> Iterator[None]:
     def ring(number: int, frame: Any) -> None:
-        faulthandler.dump_traceback()  # of all threads: the main one may only wait for another
+        faulthandler.dump_traceback(sys.__stderr__ or 2)  # of all threads: the main one may only wait for another
         raise _NoEndError(f"more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, ring)
