@@ -143,9 +143,9 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path, where: str) -> dict[str, Any]:
-    """The YAML mapping in `path`, a file or a pipe; `where` (a flag and its value) begins error messages."""
+    """The YAML mapping in `path`, a file or a shell's pipe; `where` (a flag and its value) begins error messages."""
     try:
-        value = parse_yaml(_read(path, f"{where}:", limit=LARGEST_YAML, only_files=False))
+        value = parse_yaml(_read(path, f"{where}:", limit=LARGEST_YAML, only_files=not _is_shell_pipe(path)))
     except ParseError as error:
         raise UserError(f"{where}: is not valid YAML ({error}); correct the file") from None
     if not isinstance(value, dict):
@@ -159,6 +159,11 @@ def read_text(path: str | Path, what: str, limit: int | None = None) -> str:
         return decode(_read(path, f"{path}: {what}", limit=limit or LARGEST_JSON))
     except ParseError as error:
         raise UserError(f"{path}: {what} is {error}; fetch or write it again") from None
+
+
+def _is_shell_pipe(path: str | Path) -> bool:
+    """Whether a shell made it for `--config <(command)`: somebody writes there."""
+    return str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
 
 
 def _read(path: str | Path, where: str, limit: int = LARGEST_JSON, only_files: bool = True) -> bytes:

@@ -37,6 +37,7 @@ from megatron_a2d.errors import SaveError, UserError
 from megatron_a2d.files import fsync_path, new_file, write_json
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.partials import partial_path, remove_abandoned
+from megatron_a2d.printable import print_line
 from megatron_a2d.runtime.device import device
 from megatron_a2d.runtime.loading import load_state
 from megatron_a2d.runtime.model_state import dequantise, fill_model, state_to_load, state_to_save
@@ -136,7 +137,7 @@ def remove_unfinished(root: Path, besides: Path | None = None) -> None:
     still be writing is left alone, and told once."""
     for line in remove_abandoned(root, ".iter_*.partial*", besides):
         if line not in _TOLD:
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+            print_line(f"warning: {line}", sys.stderr)
             _TOLD.add(line)
 
 

@@ -99,7 +99,7 @@ COMMANDS = {
     ),
     "tokenize_corpus": Command(
         "data_prep.tokenize_corpus", "--input {corpus} --tokenizer {hf} --output-prefix {out} --workers 1 "
-        "--encoder reference", ("--json-keys text", "--valid-fraction 0.5", "--min-tokens 1", "--deduplicate",
+        "--encoder reference --valid-fraction 0", ("--json-keys text", "--min-tokens 1", "--deduplicate",
                                  "--max-tokens 50", "--on-error skip", "--no-append-eod"),
     ),
     "inspect_dataset": Command(

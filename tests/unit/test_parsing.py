@@ -150,5 +150,10 @@ def test_a_recipe_may_come_through_a_pipe_but_not_without_end(tmp_path: Path) ->
     os.close(ends[1])
     assert read_yaml(f"/dev/fd/{ends[0]}", "--config x") == {"lr": 1.0}
     os.close(ends[0])
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        with pytest.raises(UserError, match="no regular file"):
+            read_yaml(path, f"--config {path}")
+    (tmp_path / "large").write_text("# " + "x" * 2**18)
     with pytest.raises(UserError, match="larger than 256 KiB"):
-        read_yaml("/dev/zero", "--config /dev/zero")
+        read_yaml(tmp_path / "large", "--config large")
