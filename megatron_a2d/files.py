@@ -49,6 +49,8 @@ def regular(path: str | Path, flags: int) -> int:
 def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, else removed."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory, and a file is to be written; name a file")
     make_parent(path)
     partial = partial_path(path)
     make_empty(partial)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json, read_yaml
+from megatron_a2d.files import new_file, read_json, read_yaml
 from megatron_a2d.parsing import DEEPEST, ParseError, parse_json, parse_yaml
 
 # Nine levels of ten references each: a thousand million values in 300 bytes.
@@ -157,3 +157,12 @@ def test_a_recipe_may_come_through_a_pipe_but_not_without_end(tmp_path: Path) ->
     (tmp_path / "large").write_text("# " + "x" * 2**18)
     with pytest.raises(UserError, match="larger than 256 KiB"):
         read_yaml(tmp_path / "large", "--config large")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "below"])
+def test_a_directory_is_no_file_to_write(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    with pytest.raises(UserError, match="is a directory"), new_file(name):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["below"]
