@@ -18,6 +18,14 @@ from megatron_a2d.rotary import YarnScaling, agreed, is_positive, read_rotary
 # model_type -> is it a mixture of experts? (None: the keys tell)
 MODEL_TYPES = {"qwen3": False, "qwen3_moe": True, "rnd1": True, "a2d": None}
 
+# What the classes of these models take when config.json lacks a key: transformers 4.57 to 5.24, and RND1's own code.
+# (Of a qwen3_moe they take hidden_size / num_attention_heads as head_dim.)
+ABSENT = {
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {"num_key_value_heads": 4},
+    "rnd1": {"num_key_value_heads": 4, "head_dim": 128},
+}
+
 # A hundred times what any published model has. A few bytes could else ask for names and layers without end.
 MOST = {"num_hidden_layers": 10_000, "num_experts": 65_536}
 MOST_EXPERTS = 1_000_000  # of all layers together
@@ -132,6 +140,9 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
             problems.append(f"{where}: {name} is {value!r}, neither true nor false; correct the file")
         return bool(value)
 
+    def absent(name: str, default: int) -> int:
+        return default if name in config else ABSENT.get(model_type, {}).get(name, default)
+
     num_heads = size("num_attention_heads")
     hidden_size = size("hidden_size")
     is_moe = MODEL_TYPES[model_type]
@@ -151,8 +162,8 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
         num_layers=size("num_hidden_layers"),
         hidden_size=hidden_size,
         num_attention_heads=num_heads,
-        num_key_value_heads=size("num_key_value_heads", default=num_heads),
-        head_dim=size("head_dim", default=max(1, hidden_size // num_heads)),
+        num_key_value_heads=size("num_key_value_heads", default=absent("num_key_value_heads", num_heads)),
+        head_dim=size("head_dim", default=absent("head_dim", max(1, hidden_size // num_heads))),
         intermediate_size=size("intermediate_size"),
         vocab_size=size("vocab_size"),
         max_position_embeddings=max_position_embeddings,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
@@ -473,3 +474,18 @@ def test_extra_state_is_listed_for_every_layer_and_expert() -> None:
     assert "decoder.layers.self_attention.linear_qkv._extra_state/shard_3_4" in keys
     assert "decoder.layers.mlp.experts.experts.linear_fc2._extra_state/shard_2.7_4.8" in keys
     assert "output_layer._extra_state/shard_0_1" in keys
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("heads", [32, 64])
+def test_keys_that_are_absent_are_what_transformers_takes(kind: str, heads: int) -> None:
+    config = tiny.hub_config(kind, num_attention_heads=heads, hidden_size=heads * 8)
+    del config["head_dim"], config["num_key_value_heads"]
+    found = architecture_from_config(config, "config.json")
+    theirs = transformers.AutoConfig.for_model(**config)
+    assert found.num_key_value_heads == theirs.num_key_value_heads
+    assert found.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // heads)
+    if kind == "dense":  # null is another thing than no key
+        null = config | {"num_key_value_heads": None}
+        theirs = transformers.AutoConfig.for_model(**null)
+        assert architecture_from_config(null, "config.json").num_key_value_heads == theirs.num_key_value_heads == heads

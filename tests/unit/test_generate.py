@@ -195,7 +195,7 @@ BAD_JSONL = {
     "too long": ('{"prompt": "a", "max_new_tokens": 400}', "200 positions"),
     "hole first": ('{"infill": "<|hole:2|> a"}', "begins with a hole"),
     "no effect": ('{"prompt": "a", "suffix": "b"}', "suffix has no effect beside prompt"),
-    "surrogate": ('{"prompt": "\\ud800"}', "no text in UTF-8"),
+    "surrogate": ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
     "endless number": ('{"prompt": "a", "max_new_tokens": ' + "9" * 5000 + "}", "line 2: is not JSON"),
     "endless nesting": ("[" * 100_000, "line 2: is not JSON"),
 }
