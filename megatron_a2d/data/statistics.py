@@ -9,6 +9,8 @@ from megatron_a2d.data.indexed import TokenFile
 from megatron_a2d.diffusion.objective import Estimate, mean_estimate
 from megatron_a2d.errors import UserError
 
+_GROUP = 1 << 22  # tokens looked at in one go: bounds memory
+
 
 def unigram_counts(file: TokenFile, vocab_size: int) -> np.ndarray:
     """How often each token occurs, [vocab_size] int64. `file` holds ids below `vocab_size` only."""
@@ -30,7 +32,7 @@ def unigram_entropy(train: TokenFile, valid: TokenFile, vocab_size: int, piece_l
     counts = unigram_counts(train, vocab_size)
     surprise = np.log(counts.sum() + vocab_size) - np.log(counts + 1.0)
     means = np.empty(num_pieces)
-    group = max(1, (1 << 22) // piece_length)  # bounds memory
+    group = max(1, _GROUP // piece_length)
     for start in range(0, num_pieces, group):
         stop = min(start + group, num_pieces)
         tokens = valid.read(start * piece_length, (stop - start) * piece_length)

@@ -13,7 +13,7 @@ import pytest
 import xxhash
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_a2d.data import checksums, indexed
+from megatron_a2d.data import checksums, indexed, statistics
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile
 from megatron_a2d.data.statistics import unigram_counts, unigram_entropy
@@ -222,7 +222,9 @@ def test_token_beyond_the_scanned_part_is_found_when_read(prefix, monkeypatch):
         dataset.tokens(1)
 
 
-def test_unigram_entropy(tmp_path):
+@pytest.mark.parametrize("group", [1 << 22, 4, 1])
+def test_unigram_entropy(group, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "_GROUP", group)
     train = TokenFile(write(tmp_path / "train", [[0, 0, 0, 1]]))
     valid = TokenFile(write(tmp_path / "valid", [[0, 1, 0, 0, 2, 2, 1]]))
     assert unigram_counts(train, 3).tolist() == [3, 1, 0]
@@ -364,3 +366,31 @@ def test_a_description_that_was_changed(name, prefix):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match="was changed or is damaged"):
             checksums.read_metadata(prefix)
+
+
+def test_a_scan_looks_at_every_token_in_pieces(prefix, monkeypatch):
+    monkeypatch.setattr(indexed, "_CHUNK", 4)
+    file = TokenFile(prefix)
+    assert list(file.scan()) == [4, 4, 4] and list(file.scan(3, 9)) == [4, 2] and list(file.scan(9, 99)) == [3]
+    for token, document in ((7, 0), (8, 4), (9, 4), (5, 0)):
+        small = TokenFile(prefix, vocab_size=token, scan=False)
+        first = next(place for place, value in enumerate(stream()) if value >= token)
+        with pytest.raises(UserError, match=rf"document {document} holds token id {stream()[first]}, .* has {token};"):
+            list(small.scan())
+        assert sum(small.scan(0, first)) == first
+
+
+def test_a_damaged_index_beyond_the_scanned_part_is_opened(tmp_path, monkeypatch):
+    """Of an index of many sequences the first ones are looked at; the ends of both arrays always."""
+    prefix = write(tmp_path / "many", [[1], [2, 3], [4], [5, 6], [7]])
+    index = bytearray(Path(f"{prefix}.idx").read_bytes())
+    struct.pack_into("<q", index, HEADER_BYTES + 5 * 4 + 3 * 8, 6)  # where the fourth sequence begins
+    Path(f"{prefix}.idx").write_bytes(index)
+    with pytest.raises(UserError, match="do not follow one another"):
+        TokenFile(prefix)
+    monkeypatch.setattr(indexed, "_SCANNED_SEQUENCES", 3)
+    assert TokenFile(prefix).num_tokens == 7
+    struct.pack_into("<q", index, HEADER_BYTES + 5 * 4 + 5 * 8 + 5 * 8, 4)  # the last mark
+    Path(f"{prefix}.idx").write_bytes(index)
+    with pytest.raises(UserError, match="do not follow one another"):
+        TokenFile(prefix)
