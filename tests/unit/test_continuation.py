@@ -258,14 +258,17 @@ def test_losses_of_labels_over_parts_of_the_head(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(correct[:, column], logits.argmax(-1) == labels[:, column])
 
 
-def test_requests_are_run_long_ones_first_in_groups() -> None:
-    """A group is full with sixteen batches; what it takes are its sequences' tokens, the all-masked one of a request counted."""
+@pytest.mark.parametrize(("batch_tokens", "groups"), [(4, [2, 2]), (5, [3, 1])])
+def test_requests_are_run_long_ones_first_in_groups(batch_tokens: int, groups: list[int]) -> None:
+    """A group is full with sixteen batches: four draws of a request and its all-masked sequence take 40, 30 and 30 tokens."""
     seen: list = []
     done: list[float] = []
     requests = [([1], [2, 3, 1, 4, 2]), ([1, 2, 3], [3, 4, 1, 2, 2]), ([3], [1, 2, 2, 2, 2]), ([2], [2])]
-    options = ScoringOptions(mc_num=4, batch_tokens=4)  # 64 tokens a group, and 5 x 8 + 5 x 6 of the longest two
+    options = ScoringOptions(mc_num=4, batch_tokens=batch_tokens)
     found = score(model_of(True, seen=seen), requests, options, advance=done.append)
-    assert done == [0, 2, 2] and [length for _, length in seen] == sorted((length for _, length in seen), reverse=True)
+    assert done == [0, *groups] and [length for _, length in seen] == sorted(
+        (length for _, length in seen), reverse=True
+    )
     assert [scored.log_likelihood for scored in found] == pytest.approx(
         [score(model_of(True), [request], options)[0].log_likelihood for request in requests], abs=1e-6
     )  # fmt: skip
