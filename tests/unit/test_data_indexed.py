@@ -322,6 +322,10 @@ def test_reads_over_the_borders_of_blocks(tmp_path, monkeypatch):
         file, block = TokenFile(prefix), damaged // 16
         if block:
             assert file.read(0, 8 * block).tolist() == list(range(8 * block))
+            before = 8 * block - 8
+            assert file.read(before, 8).tolist() == list(range(before, before + 8)), (
+                "a read looks at its own blocks alone"
+            )
         with pytest.raises(UserError, match=rf"from byte {16 * block} on \(document {8 * block // 7}\)"):
             file.read(8 * block, min(8, 63 - 8 * block))
         data[damaged] ^= 1
