@@ -17,7 +17,7 @@ from typing import Any
 from megatron_a2d.config import recorded_settings
 from megatron_a2d.conversion.model_files import check_model_files
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json
+from megatron_a2d.files import read_json, read_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -133,10 +133,7 @@ def read_license(source: str | Path) -> str | None:
 
 
 def _latest(tracker: Path) -> str:
-    try:
-        text = tracker.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{tracker}: cannot be read ({error}); name an iteration's directory instead") from None
+    text = read_text(tracker, "the number of the latest iteration", limit=1024).strip()
     if text == RELEASE:
         return RELEASE
     if not re.fullmatch(r"[0-9]{1,18}", text):

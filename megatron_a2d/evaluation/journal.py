@@ -26,7 +26,7 @@ class Journal:
         if path is None:
             return
         try:
-            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
                 try:
                     record = parse_json(line)
                 except ParseError:

@@ -29,7 +29,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def write_page(path: Path, title: str, question: str, results: str) -> None:
     """`results` between the marks; title, question and a heading for conclusions where the page is new."""
     block = f"{_BEGIN}\n{results.strip()}\n{_END}\n"
-    if path.exists():
+    if path.is_file():
         page = path.read_text(encoding="utf-8")
         pattern = re.compile(f"{_BEGIN}.*?{_END}\n", re.DOTALL)
         if not pattern.search(page):

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig, recorded_settings, settings
-from megatron_a2d.conversion.checkpoint import read_license, read_run_settings
+from megatron_a2d.conversion.checkpoint import read_license, read_run_settings, resolve
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.conversion.hf_config import Exported
 from megatron_a2d.conversion.model_card import RECIPE, Origin, model_card
@@ -210,3 +210,9 @@ def test_a_cards_lines_run_and_ask_nothing(
     exec(lines.replace("DIRECTORY", str(export)).replace("=64", "=4"), names)
     assert not asked and names["tokenizer"]("abc").input_ids
     assert kind == "qwen3" or capsys.readouterr().out, "a text is printed"
+
+
+def test_a_tracker_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "latest_checkpointed_iteration.txt")
+    with pytest.raises(UserError, match="no regular file"):
+        resolve(tmp_path)
