@@ -76,7 +76,7 @@ def open_lock(path: Path) -> IO[str]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{path}: is no regular file, and a lock must be one; remove it")
-    return os.fdopen(descriptor, "r+", encoding="utf-8")
+    return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
 def make_empty(partial: Path) -> None:

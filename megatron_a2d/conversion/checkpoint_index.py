@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import torch
 from megatron_a2d.conversion.plain_pickle import Name, Record, read_pickle
 from megatron_a2d.conversion.torch_archive import DAMAGED
 from megatron_a2d.errors import UserError
+from megatron_a2d.files import regular
 
 _DCP = "torch.distributed.checkpoint"
 _DTYPES = (
@@ -74,9 +76,10 @@ def read_index(directory: Path) -> Index:
     """The index of an iteration's directory; UserError when it is not one that a torch_dist checkpoint has."""
     path = directory / ".metadata"
     try:
-        if (size := path.stat().st_size) > _LARGEST_FILE:
-            raise UserError(f"{path}: has {size} bytes, more than any checkpoint's; use another iteration")
-        data = path.read_bytes()
+        with open(path, "rb", opener=regular) as file:
+            if (size := os.fstat(file.fileno()).st_size) > _LARGEST_FILE:
+                raise UserError(f"{path}: has {size} bytes, more than any checkpoint's; use another iteration")
+            data = file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete") from None
     try:
@@ -155,7 +158,9 @@ def _size(value: Any) -> tuple[int, ...]:
 
 def _number(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _LARGEST_NUMBER:
-        raise ValueError(f"it holds {str(value)[:40]} where a size or a position belongs")
+        # Not the value itself: of lists that hold one another it would have no end.
+        found = str(value)[:40] if type(value) is int else f"a {type(value).__name__}"
+        raise ValueError(f"it holds {found} where a size or a position belongs")
     return value
 
 

@@ -82,7 +82,9 @@ class _Machine:
         return value
 
     def line(self) -> str:
-        end = self.data.index(b"\n", self.position) if b"\n" in self.data[self.position :] else len(self.data)
+        end = self.data.find(b"\n", self.position)
+        if end < 0:
+            raise IndexError
         taken = self.take(end - self.position).decode()
         self.position += 1
         return taken

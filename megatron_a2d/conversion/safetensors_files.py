@@ -24,10 +24,12 @@ from megatron_a2d.conversion.unfinished import Unfinished
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json, regular
+from megatron_a2d.parsing import ParseError, parse_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+MOST_AXES = 16  # the product of a hundred thousand takes minutes
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NAMES_OF_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -143,11 +145,11 @@ def _read_header(path: Path, problems: list[str], foreign: dict[str, str]) -> di
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 problems.append(f"{path}: is truncated or no safetensors file ({size} bytes); fetch it again")
                 return {}
-            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+            header = parse_json(file.read(length))
     except OSError as error:
         problems.append(f"{path}: cannot be read ({error.strerror}); check the file")
         return {}
-    except (ValueError, RecursionError) as error:
+    except ParseError as error:
         problems.append(f"{path}: its header is damaged ({error}); fetch it again")
         return {}
     if not isinstance(header, dict):
@@ -177,9 +179,11 @@ def _entries(
     result = {}
     for name, item in header.items():
         try:
-            begin, end = (int(offset) for offset in item["data_offsets"])
-            shape, kind = tuple(int(axis) for axis in item["shape"]), str(item["dtype"])
-        except (TypeError, ValueError, KeyError, OverflowError):
+            begin, end = item["data_offsets"]
+            shape, kind = tuple(item["shape"]), item["dtype"]
+            if any(type(n) is not int for n in (begin, end, *shape)) or type(kind) is not str or len(shape) > MOST_AXES:
+                raise ValueError
+        except (TypeError, ValueError, KeyError):
             problems.append(f"{path}: tensor {name}: its header entry is damaged; fetch the file again")
             continue
         if kind not in TORCH_DTYPES:
@@ -190,14 +194,6 @@ def _entries(
             )
         else:
             result[name] = (begin, end, Entry(path, base + begin, shape, TORCH_DTYPES[kind]))
-    return result
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
     return result
 
 

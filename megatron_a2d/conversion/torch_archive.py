@@ -7,10 +7,11 @@ The archive is an uncompressed zip: `data.pkl` describes the tensor, `data/0` is
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,7 @@ _IN_VALUES: Allowed = {
 }  # fmt: skip
 _LARGEST_TENSOR_PICKLE = 1 << 16  # bytes; torch writes some 200
 _LARGEST_PICKLE = 64 << 20
+_MOST_VALUES = 1_048_576  # of one object
 
 ReadBytes = Callable[[int, int], bytes]  # offset, length
 
@@ -78,18 +80,20 @@ def read_value(read_bytes: ReadBytes, offset: int, length: int) -> Any:
     """What torch.save wrote there, of plain values: an OrderedDict is a dict; a tensor, and any other object of those
     that Megatron-LM saves, stays a `Record`. Raises one of DAMAGED for anything else."""
     archive = _Archive(read_bytes, offset, length)
-    return _plain(read_pickle(archive.content("data.pkl", _LARGEST_PICKLE), _IN_VALUES), depth=0)
+    return _plain(read_pickle(archive.content("data.pkl", _LARGEST_PICKLE), _IN_VALUES), 0, itertools.count())
 
 
-def _plain(value: Any, depth: int) -> Any:
-    if depth > 100:
-        raise ValueError("it is nested more than 100 deep")
+def _plain(value: Any, depth: int, seen: Iterator[int]) -> Any:
+    """A copy without Records of OrderedDict. A list that holds another twice, which holds a third twice and so on, is a
+    few bytes in a pickle, and without end here: `seen` counts the values."""
+    if depth > 100 or next(seen) > _MOST_VALUES:
+        raise ValueError("it is nested more than 100 deep, or holds more than 1,048,576 values")
     if type(value) is Record and value.name == _ORDERED:
         value = value.state or {}
     if type(value) is dict:
-        return {key: _plain(item, depth + 1) for key, item in value.items()}
+        return {key: _plain(item, depth + 1, seen) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_plain(item, depth + 1) for item in value)
+        return type(value)(_plain(item, depth + 1, seen) for item in value)
     return value
 
 

@@ -152,7 +152,12 @@ def _take_up(partial: Path, journal: Any, identity: dict[str, Any]) -> dict[str,
 
 
 def _is_inside(partial: Path, name: Any) -> bool:
-    return isinstance(name, str) and ".." not in PurePath(name).parts and (partial / name).is_file()
+    if not isinstance(name, str) or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        return False
+    try:
+        return (partial / name).is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _is_intact(path: Path, facts: dict[str, Any], advance: Callable[[float], None]) -> bool:
@@ -164,7 +169,7 @@ def _is_intact(path: Path, facts: dict[str, Any], advance: Callable[[float], Non
             else:
                 crc = zlib.crc32(block, crc)
             advance(len(block))
-    return facts["sha256"] == sha.hexdigest() if "sha256" in facts else facts["crc32"] == f"{crc:08x}"
+    return facts["sha256"] == sha.hexdigest() if "sha256" in facts else facts.get("crc32") == f"{crc:08x}"
 
 
 def _size(path: Path) -> int:

@@ -108,6 +108,24 @@ DENSE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit_header(d / "model.safetensors", lambda h: h.update({NAME: h[NAME.replace("1.self", "2.self")]})),
         "begins at byte",
     ),
+    "a number of 4,300 digits": (
+        lambda d: edit_header(
+            d / "model.safetensors", lambda h: h[NAME].update(data_offsets=[-(10**4300 - 1), 10**4300 - 1])
+        ),
+        "header is damaged",
+    ),
+    "a hundred thousand axes": (
+        lambda d: edit_header(d / "model.safetensors", lambda h: h[NAME].update(shape=[2**63] * 100_000)),
+        "header entry is damaged",
+    ),
+    "numbers that are text": (
+        lambda d: edit_header(d / "model.safetensors", lambda h: h[NAME].update(shape=["48", "64"])),
+        "header entry is damaged",
+    ),
+    "a type that is no text": (
+        lambda d: edit_header(d / "model.safetensors", lambda h: h[NAME].update(dtype=["F32"])),
+        "header entry is damaged",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     "foreign architecture": (lambda d: edit_config(d, model_type="llama"), "model_type 'llama' is not supported"),
     "no config": (lambda d: (d / "config.json").unlink(), "configuration is missing"),

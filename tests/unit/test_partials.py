@@ -124,10 +124,22 @@ def test_links_in_an_interrupted_conversion_are_removed(tmp_path: Path) -> None:
     facts = '"facts": {"crc32": "fb5a4121"}'
     (partial / JOURNAL).write_text(
         '{"identity": {}}\n'
-        + "".join(f'{{"file": "{name}", {facts}}}\n' for name in ("file", "../private/__0_0.distcp"))
+        + "".join(
+            f'{{"file": "{name}", {facts}}}\n'
+            for name in ("file", "../private/__0_0.distcp", str(private / "__0_0.distcp"), "x" * 300)
+        )
     )
     with unfinished_directory(tmp_path / "out", "--out", {}) as work:
         assert work.done == {}
         (work.directory / "file").write_text("new")
     assert (private / "__0_0.distcp").read_bytes() == b"half" and (tmp_path / "out" / "file").read_text() == "new"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["file"]
+
+
+def test_an_odd_journal_is_as_good_as_none(tmp_path: Path) -> None:
+    partial = leave(tmp_path, ".out.partial")
+    lines = b'{"identity": {}}\n\xff\xfe\n{"file": "__0_0.distcp", "facts": {}}\n[5]\n'
+    (partial / JOURNAL).write_bytes(lines)
+    with unfinished_directory(tmp_path / "out", "--out", {}) as work:
+        assert work.done == {}
+    assert list((tmp_path / "out").iterdir()) == []

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import builtins
 import io
+import os
 import pickle
 import random
+import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +84,25 @@ def test_a_large_number_of_the_memo_takes_no_memory() -> None:
     assert read_pickle(b"\x80\x02Nr\xff\xff\xff\xff.", {}) is None
 
 
+def test_lists_that_hold_one_another_have_an_end() -> None:
+    """Forty levels, each holding the one below twice, are 400 bytes and 2^40 values."""
+    levels = b"".join(b"](h%ch%ceq%c" % (level, level, level + 1) for level in range(40))
+    blob = io.BytesIO()
+    with zipfile.ZipFile(blob, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02]q\x00" + levels + b".")
+    data = blob.getvalue()
+    with pytest.raises(ValueError, match="more than 1,048,576 values"):
+        read_value(lambda offset, length: data[offset : offset + length], 0, len(data))
+
+
+def test_many_names_take_no_longer_than_they_are_long() -> None:
+    """Each used to copy what is left of the file: minutes for two megabytes."""
+    data = b"\x80\x02" + b"ctorch\nSize\n" * 200_000 + b"."
+    begin = time.process_time()
+    assert read_pickle(data, {"torch": {"Size"}}) == Name("torch", "Size")
+    assert time.process_time() - begin < 20
+
+
 def test_damaged_bytes_are_one_kind_of_error() -> None:
     """2,000 changes of a real pickle and of an archive of torch: read, or refused; nothing else is raised."""
     draw = random.Random(0)
@@ -137,6 +159,14 @@ def set_tensor(**values: Any) -> Callable[[Metadata], None]:
     return lambda metadata: vars(metadata.state_dict_metadata["w"]).update(values)
 
 
+def _nested(levels: int) -> list[Any]:
+    """Of 2^levels values, and a pickle of a few hundred bytes."""
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
 SPOILED: dict[str, tuple[Callable[[Metadata], Any], str]] = {
     "negative offset": (set_place("w", offset=-1), "where a size or a position belongs"),
     "negative length": (set_place("w", length=-8), "where a size or a position belongs"),
@@ -147,6 +177,7 @@ SPOILED: dict[str, tuple[Callable[[Metadata], Any], str]] = {
     "an object elsewhere": (set_place("o", relative_path="/etc/x.distcp"), "lies outside the checkpoint"),
     "a path that is a number": (set_place("w", relative_path=7), "where a name belongs"),
     "a length that is text": (set_place("w", length="8"), "where a size or a position belongs"),
+    "a length that is lists": (set_place("w", length=_nested(40)), "a list where a size or a position"),
     "a length that is true": (set_place("w", length=True), "where a size or a position belongs"),
     "compressed": (set_place("w", transform_descriptors=["zstd"]), "compressed"),
     "negative sizes": (set_chunk(sizes=torch.Size((-2, 3))), "where a size or a position belongs"),
@@ -169,6 +200,14 @@ def test_spoiled_metadata_is_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught, open_torch_dist(directory) as stored:
         stored.read_box("w", Box((0, 0), (4, 3)))
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_metadata_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    directory = write(tmp_path / "iter_0000001")
+    (directory / ".metadata").unlink()
+    os.mkfifo(directory / ".metadata")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_index(directory)
 
 
 def test_whole_metadata_is_read(tmp_path: Path) -> None:
