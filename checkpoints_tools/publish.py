@@ -18,6 +18,7 @@ from megatron_a2d.cli import Parser
 from megatron_a2d.console import entry_point, human, progress
 from megatron_a2d.conversion.model_files import check_plain_files
 from megatron_a2d.errors import UserError
+from megatron_a2d.files import read_text
 from megatron_a2d.printable import print_line, without_passwords
 
 SUMS = "SHA256SUMS"
@@ -59,7 +60,7 @@ def check_export(directory: Path) -> dict[str, int]:
     """File -> size of all that will be pushed; UserError unless SHA256SUMS names all files, rightly."""
     if not (directory / SUMS).is_file():
         raise UserError(f"--export {directory}: has no {SUMS}; give a directory that export_hf wrote")
-    lines = [line.split(maxsplit=1) for line in (directory / SUMS).read_text(encoding="utf-8").splitlines()]
+    lines = [line.split(maxsplit=1) for line in read_text(directory / SUMS, "the list of checksums").splitlines()]
     check_plain_files(directory)  # a link would publish what it points to
     expected = {parts[1]: parts[0] for parts in lines if len(parts) == 2}
     found = {

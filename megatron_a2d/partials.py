@@ -67,16 +67,24 @@ def _host() -> str:
 def open_lock(path: Path) -> IO[str]:
     """The file `path`, made if it is not there, to lock, read and write. UserError for a link or any other thing that
     bears the name: what it leads to must not be emptied."""
+    return _open_own(path, os.O_RDWR, "r+", "a lock")
+
+
+def open_log(path: Path) -> IO[str]:
+    """The file `path`, made if it is not there, to write at its end; UserError as for a lock."""
+    return _open_own(path, os.O_WRONLY | os.O_APPEND, "a", "what is written there")
+
+
+def _open_own(path: Path, flags: int, mode: str, what: str) -> IO[str]:
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         reason = "is a symbolic link" if path.is_symlink() else f"cannot be opened ({error.strerror})"
-        raise UserError(f"{path}: {reason}, and a lock must be a file of its own; remove it") from None
+        raise UserError(f"{path}: {reason}, and {what} must be a file of its own; remove it") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{path}: is no regular file, and a lock must be one; remove it")
-    return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
+        raise UserError(f"{path}: is no regular file, and {what} must be one; remove it")
+    return os.fdopen(descriptor, mode, encoding="utf-8", errors="replace")
 
 
 def make_empty(partial: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_a2d.errors import UserError
 from megatron_a2d.parsing import ParseError, parse_json
+from megatron_a2d.partials import open_log
 
 
 class Journal:
@@ -36,7 +37,7 @@ class Journal:
             if not writes:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = open_log(path)
             self._file.write("\n")  # ends a line that was cut short
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--out {path.parent}: {path.name} cannot be used ({error}); name another place") from None

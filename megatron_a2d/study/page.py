@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_a2d.errors import UserError
-from megatron_a2d.files import finite, new_file
+from megatron_a2d.files import finite, new_file, read_text
 from megatron_a2d.printable import one_line
 
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
@@ -30,7 +30,7 @@ def write_page(path: Path, title: str, question: str, results: str) -> None:
     """`results` between the marks; title, question and a heading for conclusions where the page is new."""
     block = f"{_BEGIN}\n{results.strip()}\n{_END}\n"
     if path.is_file():
-        page = path.read_text(encoding="utf-8")
+        page = read_text(path, "the page")
         pattern = re.compile(f"{_BEGIN}.*?{_END}\n", re.DOTALL)
         if not pattern.search(page):
             raise UserError(f"{path}: has no place for results ({_BEGIN}); name another directory with --page")

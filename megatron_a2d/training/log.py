@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_a2d.config import RunConfig
 from megatron_a2d.console import console, human
 from megatron_a2d.files import finite
+from megatron_a2d.partials import open_log
 from megatron_a2d.training.stopping import SkippedSteps
 from megatron_a2d.training.validation import ValidationResult
 
@@ -80,7 +81,7 @@ class RunLog:
             self._tensorboard.add_custom_scalars(layout(config))
         if root:
             root.mkdir(parents=True, exist_ok=True)
-        self._jsonl = open(root / "log.jsonl", "a", encoding="utf-8") if root else None  # noqa: SIM115
+        self._jsonl = open_log(root / "log.jsonl") if root else None
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}", markup=False), TextColumn("eta"), TimeRemainingColumn(),

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints_tools.publish import check_export
 from data_prep import pieces
 from megatron_a2d.conversion.unfinished import JOURNAL, unfinished_directory
 from megatron_a2d.errors import UserError
+from megatron_a2d.evaluation.journal import Journal
 from megatron_a2d.files import hold_directory, new_file
-from megatron_a2d.partials import YOUNG, _host, partial_path, remove_abandoned
+from megatron_a2d.partials import YOUNG, _host, open_log, partial_path, remove_abandoned
+from megatron_a2d.study.page import write_page
 from megatron_a2d.training.checkpoint import _make_room
 
 DEAD = 2**22 + 1  # beyond the largest process number of Linux
@@ -143,3 +146,30 @@ def test_an_odd_journal_is_as_good_as_none(tmp_path: Path) -> None:
     with unfinished_directory(tmp_path / "out", "--out", {}) as work:
         assert work.done == {}
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["answers", "log"])
+def test_what_is_added_to_is_no_link_and_no_pipe(name: str, tmp_path: Path) -> None:
+    private, path = tmp_path / "private", tmp_path / name
+    private.write_text("half")
+    path.symlink_to(private)
+    write = {"answers": lambda: Journal(path, {}), "log": lambda: open_log(path)}[name]
+    with pytest.raises(UserError, match="is a symbolic link"):
+        write()
+    assert private.read_text() == "half"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"cannot be opened|is no regular file"):
+        write()
+    path.unlink()
+    write().close()
+    assert path.is_file()
+
+
+def test_lists_and_pages_that_are_no_text_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="the list of checksums is not UTF-8"):
+        check_export(tmp_path)
+    (tmp_path / "page.md").write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="the page is not UTF-8"):
+        write_page(tmp_path / "page.md", "", "", "")
