@@ -242,7 +242,7 @@ def test_what_else_decides(tmp_path: Path) -> None:
     said, calls, code = submit(tmp_path, 137, PROGRESS)
     assert "scontrol requeue 17" in calls and code == 137
     # Somebody cancelled the job, or Slurm requeues it itself.
-    for during, state in ((f"{PROGRESS} kill -TERM $PPID; sleep 0.2;", "RUNNING"), (PROGRESS, "COMPLETING")):
+    for during, state in ((f"{PROGRESS} kill -TERM $PPID;", "RUNNING"), (PROGRESS, "COMPLETING")):
         said, calls, code = submit(tmp_path, 3, outcome(3) + during, state=state)
         assert "requeue" not in calls and "Slurm ends this attempt" in said
     # The controller does not answer: nothing says that the job has ended.
