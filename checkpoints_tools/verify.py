@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
     from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 
-    hf = find_model(options.hf).directory if options.hf else None
+    hf = None if options.hf is None else find_model(options.hf).directory
     with ExitStack() as stack:
         opened = [stack.enter_context(open_hf(hf))] if hf else []
         opened += [stack.enter_context(open_checkpoint(options.checkpoint))] if options.checkpoint else []

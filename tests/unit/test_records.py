@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from checkpoints_tools import verify
 from megatron_a2d.architecture import Architecture
 from megatron_a2d.config import RunConfig, recorded_settings, settings
 from megatron_a2d.conversion.checkpoint import read_license, read_run_settings, resolve
@@ -216,3 +217,11 @@ def test_a_tracker_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "latest_checkpointed_iteration.txt")
     with pytest.raises(UserError, match="no regular file"):
         resolve(tmp_path)
+
+
+def test_an_empty_name_of_a_model_is_the_directory_that_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: the model's configuration is missing"):
+        verify.main(["--hf", "", "--checkpoint", str(tmp_path)])
