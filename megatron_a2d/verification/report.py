@@ -165,7 +165,8 @@ def carries_our_code(directory: Path) -> bool:
         bool(files)
         and read_json(directory / "config.json", "the model's configuration").get("auto_map") == AUTO_MAPS[kind]
         and found.keys() == files.keys()
-        and all(found[name].read_bytes() == content for name, content in files.items())
+        and all(path.is_file() and path.stat().st_size == len(files[name]) for name, path in found.items())
+        and all(path.read_bytes() == files[name] for name, path in found.items())
     )
 
 

@@ -256,7 +256,7 @@ def test_rounded_logits_are_compared_as_strictly(dtype: str, unasked: int, tmp_p
             convert_hf.main([*command, str(tmp_path / "again")])
 
 
-@pytest.mark.parametrize("change", ["none", "file", "another file", "another repository"])
+@pytest.mark.parametrize("change", ["none", "file", "pipe", "another file", "another repository"])
 def test_verify_runs_no_foreign_code(change: str, run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """What a directory from elsewhere carries or names is not run; our own files, as the control, are."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -265,6 +265,9 @@ def test_verify_runs_no_foreign_code(change: str, run: Path, tmp_path: Path, mon
     evil = f"open({str(tmp_path / 'owned')!r}, 'w')\n"
     if change == "file":
         (out / "modeling_rnd.py").write_text((out / "modeling_rnd.py").read_text() + evil)
+    elif change == "pipe":
+        (out / "modeling_rnd.py").unlink()
+        os.mkfifo(out / "modeling_rnd.py")
     elif change == "another file":
         (out / "custom_generate").mkdir()
         (out / "custom_generate" / "generate.py").write_text(evil)
