@@ -64,12 +64,14 @@ def find_inputs(patterns: Sequence[Path | str], skip_invalid: bool = False) -> I
         else:
             named, missing = [], "does not exist; check the path"
         mine: dict[Identity, Path] = {}
-        for name in named:
+        nowhere = [name for name in named if not name.exists()]
+        problems += [f"--input {name}: is a link that leads nowhere; mend it, or leave it out" for name in nowhere]
+        for name in (name for name in named if name not in nowhere):
             for path in _below(name, found.passed_over, problems) if name.is_dir() else [name]:
                 first = mine.setdefault(_identity(path.stat()), path)
                 if first != path:
                     found.passed_over.append(f"{path}: is the same file as {first}")
-        if not mine:
+        if not mine and not nowhere:
             problems.append(f"--input {pattern}: {missing}")
         problems += [line for path in mine.values() for line in _problems(path, skip_invalid)]
         problems += [

@@ -13,6 +13,7 @@ from megatron_a2d.architecture import Architecture
 from megatron_a2d.console import human, progress
 from megatron_a2d.conversion.checkpoint import HF_FILES, RELEASE, TRACKER, copy_hf_files, read_license
 from megatron_a2d.conversion.compare import Check, Comparison, compare_weights
+from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.manifest import write_manifest
 from megatron_a2d.conversion.mask_token import choose_mask_token
 from megatron_a2d.conversion.rows import FiniteCheck, num_bytes
@@ -58,6 +59,7 @@ def convert(
         config["mask_token_id"] = choose_mask_token(
             hf, weights.architecture.vocab_size, mask_token_id, weights.architecture.mask_token_id
         )
+        _check_end(hf, weights.architecture.vocab_size, config["mask_token_id"])
         if origin:
             config["_name_or_path"] = origin
         if license_name := read_license(hf):
@@ -97,6 +99,14 @@ def _check_mask_token(hf: Path, requested: int | None, configured: int | None) -
     if read_trained(hf).is_diffusion and requested is not None and configured not in (None, requested):
         raise UserError(
             f"--mask-token-id {requested}: {hf} was trained with {configured} (its config.json); leave the flag out"
+        )
+
+
+def _check_end(hf: Path, vocab_size: int, mask: int) -> None:
+    """UserError when the mask token ends texts too, as where a tokenizer declares its end token for want of a mask."""
+    if mask in read_end_tokens(hf, vocab_size).ids:
+        raise UserError(
+            f"{hf}: its mask token, {mask}, is one that ends texts too; give an unused one with --mask-token-id"
         )
 
 

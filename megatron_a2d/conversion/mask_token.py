@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_a2d.errors import UserError
 from megatron_a2d.files import read_json
+from megatron_a2d.tokenizer import read_tokenizer
 
 MASK_TOKEN = "<|mask|>"
 
@@ -65,13 +66,30 @@ def _pairs(directory: Path) -> list[tuple[Any, Any]]:
             pairs += [(i, item[0]) for i, item in enumerate(vocabulary)]
         else:
             raise UserError(f"{directory / 'tokenizer.json'}: has no vocabulary; fetch it again")
-        pairs += [(_member(item, "id"), _member(item, "content")) for item in content.get("added_tokens") or []]
+        added = [(_member(item, "id"), _member(item, "content")) for item in content.get("added_tokens") or []]
+        if _is_counted(pairs, added):
+            pairs += added
+        else:
+            found = read_tokenizer(directory / "tokenizer.json", f"{directory / 'tokenizer.json'}")
+            pairs = [(i, token) for token, i in found.get_vocab(with_added_tokens=True).items()]
     elif (directory / "vocab.json").exists():
         for name in ("vocab.json", "added_tokens.json"):
             if (directory / name).exists():
                 pairs += [(i, token) for token, i in read_json(directory / name, "the vocabulary").items()]
     declared = _member(read_tokenizer_config(directory), "added_tokens_decoder") or {}
     return pairs + [(i, _member(item, "content")) for i, item in declared.items()]
+
+
+def _is_counted(vocabulary: list[tuple[Any, Any]], added: list[tuple[Any, Any]]) -> bool:
+    """Whether added tokens have the ids that the library gives them: the vocabulary's, else the next one free. It heeds
+    no other id of the file."""
+    ids = {str(token): i for i, token in vocabulary}
+    largest = -1
+    for i, token in added:
+        if i != ids.get(str(token), max(len(ids), largest + 1)):
+            return False
+        largest = max(largest, i)
+    return True
 
 
 def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> int:

@@ -26,8 +26,8 @@ def register_mask_token(directory: Path, mask_token_id: int) -> None:
     is_new = mask_token_id not in tokens
     free = (name for name in (MASK_TOKEN, f"<|mask:{mask_token_id}|>") if name not in tokens.values())
     name = next(free) if is_new else tokens[mask_token_id]
-    if is_new and (directory / "tokenizer.json").exists():
-        _add(directory / "tokenizer.json", name, mask_token_id)
+    if (path := directory / "tokenizer.json").exists():
+        _add(path, name, mask_token_id)
     _declare(directory, name, mask_token_id, is_new)
 
 
@@ -49,10 +49,13 @@ def _declare(directory: Path, name: str, mask_token_id: int, is_new: bool) -> No
 
 
 def _add(path: Path, name: str, mask_token_id: int) -> None:
-    """A special token of tokenizer.json with that id."""
-    content = read_json(path, "the tokenizer")
+    """A special token of tokenizer.json with that id; nothing is done where it is one of its tokens."""
     before = read_tokenizer(path, str(path)).get_vocab(with_added_tokens=True)
-    added = content["added_tokens"] = list(content.get("added_tokens") or [])
+    if before.get(name) == mask_token_id:
+        return
+    content = read_json(path, "the tokenizer")
+    others = (item for item in content.get("added_tokens") or [] if item["content"] != name)
+    added = content["added_tokens"] = [item | {"id": before[item["content"]]} for item in others]
     vocabulary = content["model"].get("vocab")
     # The library counts on from the tokens that it has. Where that gives another id, the model's own vocabulary can
     # say it, and then it must say those of all added tokens, since its size is what is counted on from.

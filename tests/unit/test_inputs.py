@@ -79,6 +79,12 @@ def test_globs_take_directories_and_no_file_twice(tmp_path):
         find_inputs([tmp_path / "c.jsonl", tmp_path / "deep"])
     with pytest.raises(UserError, match=r"none\*: matches no file"):
         find_inputs([tmp_path / "none*"])
+    (tmp_path / "lost.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError) as error:
+        find_inputs([tmp_path / "*.jsonl"])
+    assert error.value.problems == [
+        f"--input {tmp_path / 'lost.jsonl'}: is a link that leads nowhere; mend it, or leave it out"
+    ]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: holds no \.jsonl"):
         find_inputs([tmp_path / "empty"])

@@ -45,6 +45,24 @@ def declare(directory: Path, token: Any, added: str = "") -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | ({"mask_token": token} if token else {})))
 
 
+def declare_with_a_gap(directory: Path) -> None:
+    """In tokenizer.json under an id that the library does not heed: it gives the next one, 250."""
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": 253, "content": "[MSK]"})
+    path.write_text(json.dumps(content))
+    declare(directory, "[MSK]")
+
+
+def declare_beside(directory: Path) -> None:
+    """In tokenizer_config.json alone, with an id that is not the next one."""
+    declare(directory, "[MSK]")
+    path = directory / "tokenizer_config.json"
+    names = {**dict(enumerate(tiny.SPECIAL_TOKENS)), 252: "[MSK]"}
+    decoder = {str(i): {"content": name, "special": True} for i, name in names.items()}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
+
+
 # What is done to the tokenizer before conversion, --mask-token-id, and the id and name that are right.
 CASES: dict[str, tuple[Any, int | None, int, str]] = {
     "none": (lambda d: None, None, 250, "<|mask|>"),
@@ -55,6 +73,9 @@ CASES: dict[str, tuple[Any, int | None, int, str]] = {
     "declared as an object": (lambda d: declare(d, {"content": "[MSK]"}, "[MSK]"), None, 251, "[MSK]"),
     "by name": (lambda d: declare(d, None, "<|mask|>"), None, 251, "<|mask|>"),
     "another than the tokenizer's": (lambda d: declare(d, None, "<|mask|>"), 254, 254, "<|mask:254|>"),
+    "declared with a gap": (declare_with_a_gap, None, 250, "[MSK]"),
+    "another beside a gap": (declare_with_a_gap, 254, 254, "<|mask|>"),
+    "declared beside": (declare_beside, None, 252, "[MSK]"),
     "declared without an id": (lambda d: declare(d, "[MASK]"), None, 250, "<|mask|>"),
 }
 
@@ -106,6 +127,15 @@ def test_so_does_the_older_transformers(exports: dict[str, Path]) -> None:
         env=environment, capture_output=True, text=True, check=True,
     ).stdout.split("\n")  # fmt: skip
     assert shown[:-1] == [f"{mask} {name}" for _, _, mask, name in CASES.values()]
+
+
+@pytest.mark.parametrize("requested", [None, 0])
+def test_an_end_token_is_no_mask(requested: int | None, tmp_path: Path) -> None:
+    hf = tiny.write_hf(tmp_path / "hf", "dense", num_hidden_layers=1)
+    declare(hf, "<|endoftext|>")
+    with pytest.raises(UserError, match=r"its mask token, 0, is one that ends texts too; .* --mask-token-id"):
+        convert(hf, tmp_path / "out", requested)
+    assert convert(hf, tmp_path / "out", 250, verify=False).mask_token_id == 250
 
 
 def test_an_export_is_converted_with_the_same_mask(exports: dict[str, Path], tmp_path: Path) -> None:
