@@ -42,6 +42,7 @@ SPLIT_PATTERN = (
 )
 # Qwen3's added tokens in the order of their ids. Control tokens vanish when text is decoded without
 # special tokens; markup tokens do not, for they are part of what the model says.
+LARGEST_VOCABULARY = 4_194_304  # ten times the largest models'
 CONTROL_TOKENS = (
     END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -133,6 +134,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--vocab-size {arguments.vocab_size}: too small for {smallest} bytes and special tokens and "
             f"{arguments.reserved_tokens} reserved rows; give {smallest + arguments.reserved_tokens} or more"
         )
+    if arguments.vocab_size > LARGEST_VOCABULARY:  # the trainer sets memory aside for all of it, or aborts the process
+        raise UserError(f"--vocab-size {arguments.vocab_size}: must be at most {LARGEST_VOCABULARY:,}")
     with new_directory(arguments.out, "--out") as partial:
         counts = Counts()
         inputs = find_inputs(arguments.input)

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_HOLE_LENGTH = 24
+MOST_SAMPLES = 1_048_576  # of a prompt
 _Job = TypeVar("_Job")
 
 
@@ -133,6 +134,8 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None and value < 1:
             problems.append(f"{flag(name)} {value}: must be at least 1")
+    if options.num_samples > MOST_SAMPLES:
+        problems.append(f"--num-samples {options.num_samples}: must be at most {MOST_SAMPLES:,}")
     if options.save_html is not None:
         problems += _unwritable(Path(options.save_html))
     if options.seed < 0:

@@ -173,6 +173,7 @@ def test_train_tokenizer_bad_input(corpus, tmp_path):
     out = ["--out", tmp_path / "out"]
     train = train_tokenizer.main
     assert "--vocab-size 280: too small" in problem(train, "--input", corpus, "--vocab-size", 280, *out)
+    assert "at most 4,194,304" in problem(train, "--input", corpus, "--vocab-size", 10**9, *out)
     assert "--reserved-tokens 0" in problem(train, "--input", corpus, "--reserved-tokens", 0, *out)
     small = write_jsonl(tmp_path / "small.jsonl", ["ab ab"])
     assert "this text yields only" in problem(train, "--input", small, *out)

@@ -227,6 +227,7 @@ BAD_ARGUMENTS = {
     "top p": (["--prompt", "a", "--top-p", "0"], "--top-p 0"),
     "top k": (["--prompt", "a", "--top-k", "-2"], "--top-k -2"),
     "equal samples": (["--prompt", "a", "--num-samples", "2", "--temperature", "0"], "all would be equal"),
+    "samples without end": (["--prompt", "a", "--num-samples", "1000000000"], "at most 1,048,576"),
     "too long": (["--prompt", "ab", "--max-new-tokens", "199"], "200 positions"),
     "hole of length zero in a text": (["--infill", "a <|hole:0|> b"], "a hole of length 0"),
     "no hole": (["--infill", "a b"], "has no hole"),
