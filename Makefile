@@ -120,7 +120,7 @@ N ?= 1000
 fuzz: setup  ## N odd inputs over all commands, drawn by SEED: a line and an exit code each, no traceback
 	$(TESTS:pytest=tests.fuzz.commands) --n $(N) --seed $(SEED) $(ARGS)
 
-test-mutants: setup  ## small changes to the core, 150 by SEED, that some test should notice; stopped, it resumes; an hour
+test-mutants: setup  ## small changes to the core, 150 by SEED, that some test should notice; stopped, it resumes
 ifneq ($(MADE),)
 	@$(PY) -c 'import coverage, mutmut' 2>/dev/null || $(PY) -m pip --disable-pip-version-check --quiet install \
 	  --constraint constraints/mutants.txt --editable '.[mutants]'
