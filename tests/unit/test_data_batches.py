@@ -278,3 +278,22 @@ def test_how_many_are_made_ahead(num_workers, ahead, dataset):
         assert len(batches._pending) == ahead
         next(batches)
         assert len(batches._pending) == ahead
+
+
+def test_what_waits_is_dropped_at_the_end(dataset):
+    made, may_go_on = [], threading.Event()
+
+    def waiting(tokens: np.ndarray, index: int) -> Corrupted:
+        made.append(index)
+        may_go_on.wait(30)
+        return make_sample(tokens, index)
+
+    batches = MicroBatches(dataset, waiting, micro_batch_size=1, global_batch_size=4, num_workers=1)
+    closing = threading.Thread(target=batches.close)
+    closing.start()
+    while not batches._pool._shutdown:
+        time.sleep(0.001)
+    with batches._pool._shutdown_lock:  # held until what waits is dropped
+        may_go_on.set()
+    closing.join(30)
+    assert made in ([], [0]), "what had begun at most"

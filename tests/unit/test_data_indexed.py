@@ -398,3 +398,17 @@ def test_a_damaged_index_beyond_the_scanned_part_is_opened(tmp_path, monkeypatch
     Path(f"{prefix}.idx").write_bytes(index)
     with pytest.raises(UserError, match="do not follow one another"):
         TokenFile(prefix)
+
+
+def test_fingerprints_without_checksums_never_change(tmp_path):
+    """Old runs hold them: 64 pieces of 1,024 tokens as int64, then of the offsets and marks as they are stored."""
+    documents = [list(range(length)) for length in (2000, 1, 3000)]
+    prefix, tokens = write(tmp_path / "tokens", documents), [token for document in documents for token in document]
+
+    def spread(values: np.ndarray) -> bytes:
+        last = max(0, len(values) - 1024)
+        return b"".join(values[int(last * piece / 63) :][:1024].tobytes() for piece in range(64))
+
+    arrays = (np.array(tokens, "<i8"), np.array([0, 4000, 4002], "<i8"), np.array([0, 1, 2, 3], "<i8"))
+    expected = xxhash.xxh3_64_hexdigest(b"5001 3" + b"".join(map(spread, arrays)))
+    assert TokenFile(prefix).fingerprint() == expected
