@@ -157,6 +157,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
             problems.append(f"{flag(name)} {getattr(options, name)}: must be at least {least}")
     if options.seed >= 1 << 64:
         problems.append(f"--seed {options.seed}: must be below 2^64")
+    if not 0 < noise.get("min_time", 0.5) < 1:
+        problems.append(f"--min-time {noise['min_time']}: must lie between 0 and 1; 0.001 is usual")
     if options.objective == "ar":
         problems += [
             f"{flag(name)} {value}: has no effect with --objective ar; remove it" for name, value in noise.items()

@@ -211,6 +211,7 @@ def test_held_out_text_by_source(models, tmp_path):
 
 
 BAD = {
+    "a time beyond 1": (["--min-time", "5"], "--min-time 5.0: must lie between"),
     "nothing": ([], "nothing to evaluate"),
     "no directory of tasks": (["--tasks", "a", "--include-path", "/nowhere"], "--include-path /nowhere"),
     "code": (["--tasks", "local_code", "--include-path", str(LOCAL / "local")], "--allow-code-execution"),
