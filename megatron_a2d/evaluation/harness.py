@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        pairs = [self._fit(context, continuation) for _, context, continuation in requests]
+        pairs = [(self._fit(context, len(continuation)), continuation) for _, context, continuation in requests]
         found = self._score(pairs, "log-likelihoods")
         return [(scored.log_likelihood, scored.is_greedy) for scored in found]
 
@@ -96,11 +96,10 @@ class HarnessModel(TemplateLM):
         jobs = []
         for request in requests:
             context, arguments = request.args
-            # One name for all that a task may call its length, and stop texts as a list.
-            asked = normalize_gen_kwargs(arguments, default_max_gen_toks=self.max_new_tokens)
-            length, until = asked["max_gen_toks"], [stop for stop in asked["until"] if stop]
-            tokens, _ = self._fit(self.tok_encode(context) or [self.eot_token_id], [0] * length)
-            jobs.append((tokens, length, until))
+            length, until, is_random = _wishes(arguments, self.max_new_tokens)
+            if is_random and not self.sampling.temperature:
+                self.counts["requests for random answers, answered at --temperature 0"] += 1
+            jobs.append((self._fit(self.tok_encode(context) or [self.eot_token_id], length), length, until))
         keys = [self.journal.key("generate", *job) for job in jobs]
         unknown = [number for number, key in enumerate(keys) if self.journal.get(key) is None]
         unknown.sort(key=lambda number: (-len(jobs[number][0]) - jobs[number][1], keys[number]))
@@ -120,17 +119,17 @@ class HarnessModel(TemplateLM):
         self.standard_errors += [scored.standard_error for scored in found]
         return found
 
-    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+    def _fit(self, context: list[int], length: int) -> list[int]:
         """A context that is too long loses its beginning, as in the harness's own models; it is counted."""
-        room = self.opened.max_positions - len(continuation)
+        room = self.opened.max_positions - length
         if room < 1:
             raise UserError(
-                f"a request asks for {len(continuation)} tokens, and the model has "
+                f"a request asks for {length} tokens, and the model has "
                 f"{self.opened.max_positions} positions; lower --max-new-tokens or take another task"
             )
         if len(context) > room:
             self.counts["contexts cut at the left"] += 1
-        return context[-room:], continuation
+        return context[-room:]
 
     def _complete(self, jobs: list[tuple[list[int], int, list[str]]], keys: list[str]) -> list[str]:
         """Of each context, the most new tokens and the stop texts: what is written before the first of those."""
@@ -191,6 +190,21 @@ def tasks_without_a_length() -> Iterator[None]:
         yield
     finally:
         task_config.default_gen_kwargs = defaults
+
+
+def _wishes(arguments: dict[str, Any], max_new_tokens: int) -> tuple[int, list[str], bool]:
+    """Of a request: its most new tokens under any of their names (else `max_new_tokens`), its stop texts, and whether it
+    wants random answers. UserError for what makes no sense, which a task's file may hold."""
+    try:
+        given = {name: value for name, value in arguments.items() if value is not None}
+        asked = normalize_gen_kwargs(given, default_max_gen_toks=max_new_tokens)
+        stops = [stop for each in asked["until"] for stop in (each if isinstance(each, tuple) else [each]) if stop]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"a task's generation_kwargs {arguments} cannot be used ({error}); correct the task") from None
+    if asked["max_gen_toks"] < 1 or not all(isinstance(stop, str) for stop in stops):
+        what = "a length of 1 or more" if asked["max_gen_toks"] < 1 else "texts in until"
+        raise UserError(f"a task's generation_kwargs {arguments} cannot be used, it takes {what}; correct the task")
+    return asked["max_gen_toks"], stops, bool(asked["do_sample"])
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -382,6 +382,18 @@ def test_the_length_of_an_answer_is_the_tasks_own_or_the_flag(models, tmp_path, 
     assert seen.keys() == {(length, tuple(until)) for _, length, until in tasks.values()}
 
 
+def test_what_requests_may_hold():
+    from megatron_a2d.evaluation.harness import _wishes
+
+    assert _wishes({}, 8) == _wishes({"until": None, "max_gen_toks": None, "temperature": None}, 8) == (8, [], False)
+    assert _wishes({"until": ("a", ""), "max_tokens": "5"}, 8) == (5, ["a"], False)
+    assert _wishes({"until": "a", "do_sample": True, "temperature": 0.8}, 8) == (8, ["a"], True)
+    assert _wishes({"do_sample": False, "temperature": 0.8}, 8) == (8, [], False)
+    for arguments in ({"max_gen_toks": 0}, {"max_gen_toks": "many"}, {"max_gen_toks": float("inf")}, {"until": [5]}):
+        with pytest.raises(UserError, match=r"a task's generation_kwargs .* cannot be used"):
+            _wishes(arguments, 8)
+
+
 def test_requests_that_do_not_fit(models):
     from megatron_a2d.inference.export import open_export
 
