@@ -193,8 +193,8 @@ def tasks_without_a_length() -> Iterator[None]:
 
 
 def _wishes(arguments: dict[str, Any], max_new_tokens: int) -> tuple[int, list[str], bool]:
-    """Of a request: its most new tokens under any of their names (else `max_new_tokens`), its stop texts, and whether it
-    wants random answers. UserError for what makes no sense, which a task's file may hold."""
+    """Of a request: its most new tokens under any of their names (else `max_new_tokens`), its stop texts, and whether
+    it wants random answers. UserError for what makes no sense, which a task's file may hold."""
     try:
         given = {name: value for name, value in arguments.items() if value is not None}
         asked = normalize_gen_kwargs(given, default_max_gen_toks=max_new_tokens)

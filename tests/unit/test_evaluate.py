@@ -98,13 +98,13 @@ def test_a_context_that_is_too_long_loses_its_beginning():
     from megatron_a2d.evaluation.harness import HarnessModel
 
     model = SimpleNamespace(opened=SimpleNamespace(max_positions=10), counts=Counter())
-    assert HarnessModel._fit(model, list(range(20)), [0] * 3) == ([13, 14, 15, 16, 17, 18, 19], [0] * 3)
-    assert HarnessModel._fit(model, list(range(8)), [0] * 3) == ([1, 2, 3, 4, 5, 6, 7], [0] * 3)
+    assert HarnessModel._fit(model, list(range(20)), 3) == [13, 14, 15, 16, 17, 18, 19]
+    assert HarnessModel._fit(model, list(range(8)), 3) == [1, 2, 3, 4, 5, 6, 7]
     assert model.counts == {"contexts cut at the left": 2}
-    assert HarnessModel._fit(model, list(range(7)), [0] * 3) == ([0, 1, 2, 3, 4, 5, 6], [0] * 3)
-    assert HarnessModel._fit(model, [5, 6], [0] * 9) == ([6], [0] * 9) and model.counts.total() == 3
+    assert HarnessModel._fit(model, list(range(7)), 3) == [0, 1, 2, 3, 4, 5, 6]
+    assert HarnessModel._fit(model, [5, 6], 9) == [6] and model.counts.total() == 3
     with pytest.raises(UserError, match="a request asks for 10 tokens, and the model has 10 positions"):
-        HarnessModel._fit(model, [5], [0] * 10)
+        HarnessModel._fit(model, [5], 10)
 
 
 def test_the_harness_model_against_plain_logits(models):
