@@ -78,6 +78,7 @@ _CONSENT = {
 }
 _RESULTS = ("answers.jsonl", "results.json", "results.md")
 _NOISE = ("noise_schedule", "time_sampling", "min_time")
+_HELD_OUT = (*_NOISE, "document_attention")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     try:
         opened = open_model(options.model, layout, options.objective)
+        noise = {"document_attention": opened.document_attention, **noise}
         if opened.objective != "ar":
             noise = {"noise_schedule": opened.noise_schedule, **noise}
         settings = {name: getattr(options, name) for name in OPTIONS}
@@ -129,11 +131,11 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
         shown = "" if option.default in (None, []) else f" (default: {option.default})"
         group.add_argument(flag(name), help=option.help + shown, default=argparse.SUPPRESS, **kind)
     add_sampling_flags(parser.add_argument_group("texts"))
-    add_settings(parser, (*_NOISE, *LAYOUT))
+    add_settings(parser, (*_HELD_OUT, *LAYOUT))
     given = parser.parse_args(argv)
     problems: list[str] = []
     layout = given_settings(given, LAYOUT, problems)
-    noise = given_settings(given, _NOISE, problems)
+    noise = given_settings(given, _HELD_OUT, problems)
     recipe = _read_config(given.config, problems) if given.config else {}
     if problems:
         raise UserError(problems)
@@ -161,7 +163,9 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
         problems.append(f"--min-time {noise['min_time']}: must lie between 0 and 1; 0.001 is usual")
     if options.objective == "ar":
         problems += [
-            f"{flag(name)} {value}: has no effect with --objective ar; remove it" for name, value in noise.items()
+            f"{flag(name)} {noise[name]}: has no effect with --objective ar; remove it"
+            for name in _NOISE
+            if name in noise
         ]
     if problems:
         raise UserError(problems)
@@ -234,7 +238,9 @@ def _held_out(options: argparse.Namespace, opened: Opened, noise: dict[str, Any]
         )
     mask = opened.mask_token_id if opened.objective != "ar" else None
     vocabulary = vocabulary_in(json.loads(opened.tokenizer.to_str())) if options.verify_tokenizer else None
-    sources = open_sources(options.valid_data_path, options.seq_length, opened.vocab_size, mask, vocabulary)
+    sources = open_sources(
+        options.valid_data_path, options.seq_length, opened.vocab_size, mask, vocabulary, opened.document_token_id
+    )
     config = build(
         {
             "objective": opened.objective, "seq_length": options.seq_length, "label_shift": opened.label_shift,

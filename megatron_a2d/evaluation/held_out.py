@@ -6,15 +6,17 @@ diffusion/validation.py; the forward pass alone is another one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_a2d.config import RunConfig
-from megatron_a2d.data.batches import make_batch
+from megatron_a2d.data.batches import Batch, make_batch
 from megatron_a2d.data.dataset import PackedDataset
 from megatron_a2d.data.vocabulary import Vocabulary, find_foreign_tokens
 from megatron_a2d.diffusion.forward import Request
@@ -41,8 +43,10 @@ def open_sources(
     vocab_size: int,
     mask_token_id: int | None = None,
     vocabulary: Vocabulary | None = None,
+    eod_token_id: int | None = None,
 ) -> list[Source]:
-    """From `PREFIX` or `NAME=PREFIX` words; a name is by default the prefix's last part.
+    """From `PREFIX` or `NAME=PREFIX` words; a name is by default the prefix's last part. `eod_token_id` closes
+    documents where a file of another tool does not say.
 
     UserError for tokens that are not the model's: outside of its rows, its mask token, or, where its `vocabulary` is
     given, made with another.
@@ -57,12 +61,62 @@ def open_sources(
         if any(name == source.name for source in sources):
             raise UserError(f"--valid-data-path {word}: there are two sources called {name!r}; write NAME={prefix}")
         dataset = PackedDataset(
-            prefix, seq_length, seed=VALIDATION_SEED, vocab_size=vocab_size, mask_token_id=mask_token_id
-        )
+            prefix, seq_length, seed=VALIDATION_SEED, vocab_size=vocab_size, mask_token_id=mask_token_id,
+            eod_token_id=eod_token_id,
+        )  # fmt: skip
         sources.append(Source(name, dataset))
     if vocabulary and (problems := list(find_foreign_tokens([source.dataset.file for source in sources], vocabulary))):
         raise UserError(problems)
     return sources
+
+
+def _judge(opened: Opened, batch: Batch, needed_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss in nats of each needed row, and whether its label is the likeliest token, [N] on the CPU."""
+    losses, correct = torch.zeros(needed_BL.numel()), torch.zeros(needed_BL.numel(), dtype=torch.bool)
+    for places_PX, real_PX in _passes(batch):
+        tokens, needed, labels, levels, positions = (
+            None if rows is None else rows.flatten()[places_PX]
+            for rows in (batch.tokens, needed_BL, batch.labels, batch.levels, batch.positions)
+        )
+        assert tokens is not None and needed is not None and labels is not None
+        needed &= real_PX
+        if not needed.any():
+            continue
+        if positions is not None:  # below the row's length, for models with as many rotary angles
+            first = positions.masked_fill(~real_PX, positions.max()).amin(1, keepdim=True)
+            positions = (positions - first) * real_PX
+        rows = (None if row is None else row.to(opened.device) for row in (tokens, real_PX, needed, levels, positions))
+        tokens, visible, wanted, levels, positions = rows
+        request = Request(tokens, visible, wanted, levels=levels, positions=positions)  # type: ignore[arg-type]
+        labels_N1 = labels[needed].to(opened.device)[:, None]
+        losses_N1, correct_N1 = opened.run(request, partial(label_losses, labels_NC=labels_N1))
+        losses[places_PX[needed]], correct[places_PX[needed]] = losses_N1[:, 0].float().cpu(), correct_N1[:, 0].cpu()
+    return losses[needed_BL.flatten()], correct[needed_BL.flatten()]
+
+
+def _passes(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of each forward pass: [P, X] int64, places in the flattened batch, and [P, X] bool, False at padding.
+
+    Documents that do not see one another have rows of their own: rotary positions are relative, so that it makes no
+    difference where a document begins, and exports need no other mask than padding's.
+    """
+    places_BL = torch.arange(batch.tokens.numel()).view(batch.tokens.shape)
+    if batch.documents is None:
+        yield places_BL, torch.ones_like(places_BL, dtype=torch.bool)
+        return
+    pieces = [
+        places_L[documents_L == number]
+        for places_L, documents_L in zip(places_BL, batch.documents, strict=True)
+        for number in documents_L.unique()
+    ]
+    pieces.sort(key=len)
+    while pieces:
+        count = max(1, batch.tokens.numel() // len(pieces[-1]))  # no more tokens than the batch has
+        part, pieces = pieces[-count:], pieces[:-count]
+        yield (
+            pad_sequence(part, batch_first=True),
+            pad_sequence([torch.ones_like(piece, dtype=torch.bool) for piece in part], batch_first=True),
+        )
 
 
 def evaluate_sources(
@@ -84,15 +138,8 @@ def evaluate_sources(
             size = min(config.training.micro_batch_size, len(columns.table) - start)
             batch = make_batch(source.dataset, make, start, size)
             needed_BL = batch.weights > 0
-            labels_N, weights_N = batch.labels[needed_BL].to(opened.device), batch.weights[needed_BL]
-            visible_BL = torch.ones_like(needed_BL)
-            tokens, visible, needed = (x.to(opened.device) for x in (batch.tokens, visible_BL, needed_BL))
-            levels, positions = (
-                None if rows is None else rows.to(opened.device) for rows in (batch.levels, batch.positions)
-            )
-            request = Request(tokens, visible, needed, levels=levels, positions=positions)
-            losses_N, correct_N = opened.run(request, partial(label_losses, labels_NC=labels_N[:, None]))
-            sums = sample_sums(losses_N[:, 0].cpu(), weights_N, correct_N[:, 0].cpu(), needed_BL.nonzero()[:, 0], size)
+            losses_N, correct_N = _judge(opened, batch, needed_BL)
+            sums = sample_sums(losses_N, batch.weights[needed_BL], correct_N, needed_BL.nonzero()[:, 0], size)
             columns.put(batch.sample_index, batch.times, batch.num_maskable, sums)
             advance(size)
         results[source.name] = summarise(columns)

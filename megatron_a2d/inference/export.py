@@ -59,6 +59,7 @@ def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
         document_token_id=ends.document,
         label_shift=trained.label_shift,
         noise_schedule=trained.noise_schedule,
+        document_attention=trained.document_attention,
         max_positions=architecture.context_length,
         num_diffusion_steps=num_diffusion_steps(config),
         has_caches=is_diffusion,

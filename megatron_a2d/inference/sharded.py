@@ -88,6 +88,7 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
         document_token_id=ends.document,
         label_shift=trained.label_shift,
         noise_schedule=trained.noise_schedule,
+        document_attention=trained.document_attention,
         max_positions=architecture.context_length,
         num_diffusion_steps=num_diffusion_steps(hf_config),
         has_caches=False,

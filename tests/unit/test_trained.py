@@ -18,9 +18,14 @@ from megatron_a2d.conversion.checkpoint import RELEASE, RUN_CONFIG, TRACKER
 from megatron_a2d.conversion.convert import convert
 from megatron_a2d.conversion.export import export
 from megatron_a2d.conversion.trained import Trained, inherited, read_trained
+from megatron_a2d.data.batches import make_batch
 from megatron_a2d.errors import UserError
+from megatron_a2d.evaluation.held_out import _judge, open_sources
+from megatron_a2d.evaluation.scoring import label_losses
 from megatron_a2d.hf.configuration_a2d import A2DConfig
+from megatron_a2d.inference.flags import close_model, open_model
 from megatron_a2d.training.resume import find_start
+from megatron_a2d.training.samples import make_sample
 from megatron_a2d.verification.report import label_shift
 from tests import tiny
 
@@ -222,3 +227,43 @@ def test_verify_reads_it_too(base: Path, tmp_path: Path) -> None:
     convert(tmp_path / "out", tmp_path / "again")
     with open_checkpoint(tmp_path / "again") as weights:
         assert label_shift(weights) is False
+
+
+@pytest.mark.parametrize("settings", [PLAIN, BLOCKS, BLOCKS_AR, AR])
+def test_held_out_documents_are_seen_as_in_training(settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    """Documents in rows of their own give what one row with training's mask gives, for checkpoints and exports."""
+    run = trained(base, tmp_path / "run", {**settings, "document_attention": "isolated"})
+    tiny.write_tokens(tmp_path / "text", 30, 240, seed=3)
+    objective = settings["objective"]
+    models = [(run, "ar" if objective == "ar" else "mdlm")]
+    if settings is PLAIN:
+        export(run, tmp_path / "out", "a2d", verify=False)
+        models.append((tmp_path / "out", "mdlm"))
+    expected = None
+    for path, kind in models:
+        opened = open_model(str(path), {}, kind)
+        try:
+            assert opened.document_attention == "isolated"
+            dataset = open_sources([str(tmp_path / "text")], 128, opened.vocab_size)[0].dataset
+            known = {name: getattr(opened, name) for name in ("objective", "label_shift", "block_length")}
+            config = build({**known, "seq_length": 128, "document_attention": opened.document_attention})
+            batch = make_batch(dataset, make_sample(config, opened.architecture, dataset, 0), 0, 4)
+            needed = batch.weights > 0
+            losses, correct = _judge(opened, batch, needed)
+            assert batch.documents is not None and len(losses) == len(correct) == int(needed.sum()) > 50
+            if expected is None:
+                expected = whole_rows(opened, batch, needed)
+            torch.testing.assert_close(losses, expected, rtol=2e-4, atol=2e-4)
+            assert (_judge(opened, batch._replace(documents=None), needed)[0] - expected).abs().max() > 0.01
+        finally:
+            close_model()
+
+
+def whole_rows(opened: Any, batch: Any, needed: torch.Tensor) -> torch.Tensor:
+    model = getattr(opened.run, "_model", opened.run).model
+    rows = needed.flatten().nonzero()[:, 0]
+    with torch.no_grad():
+        hidden = model(
+            batch.tokens, rows_N=rows, documents=batch.documents, positions=batch.positions, levels=batch.levels
+        )
+        return label_losses(hidden, model.head, batch.labels[needed][:, None])[0][:, 0]
