@@ -183,7 +183,12 @@ def open_datasets(
                 f"{data.seq_length} do not fill one --global-batch-size {training.global_batch_size}; hold out more"
             )
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
-    problems = list(find_data_problems(config, train_data.files)) if scan else []
+    problems = []
+    if scan:
+        problems += find_data_problems(config, train_data.files)
+        # Held-out text of ours may be one document; of another tool's it cannot be told.
+        held_out = [dataset.file for dataset in valid_data.values() if not dataset.file.is_described]
+        problems += find_data_problems(config, held_out)
     if scan and data.verify_tokenizer:
         problems += find_foreign_tokens(files, vocabulary_of(hf_files) if hf_files else None)
     if problems:

@@ -268,6 +268,8 @@ def test_settings_without_effect_on_the_data(words, checkpoint, tmp_path):
     assert f"without effect on {bare}" in line
     marked = foreign(tmp_path / "marked", text[text != END_OF_TEXT], num_marks=7)
     assert bool(dry_run(checkpoint, *words, train_data_path=marked)) == (words == ["--no-eod-maskable"])
+    (line,) = dry_run(checkpoint, *words, train_data_path=tmp_path / "packed", valid_data_path=bare)
+    assert f"without effect on {bare}" in line
     assert dry_run(checkpoint, train_data_path=bare) == []
 
 
