@@ -178,14 +178,14 @@ generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' 
 
 study: setup  ## the study NAME on a small model, offline; its runs, table, plots and page in OUT/NAME
 	$(call needs,NAME OUT)
-	$(PY) -m launch.study_base --out $(OUT)/base
+	$(PY) -m launch.pretrain_tiny_ar --out $(OUT)/base
 	OMP_NUM_THREADS=1 $(PY) -m megatron_a2d.study $(NAME) --out $(OUT)/$(NAME) \
 	  --config launch/recipes/study_laptop.yaml --load $(OUT)/base/ar \
 	  --train-data-path $(OUT)/base/corpus_train --valid-data-path $(OUT)/base/corpus_valid $(ARGS)
 
 bench: setup  ## the benchmarks, as tables
-	$(PY) -m bench.train_step --out bench/results/train_step_cpu.json
-	$(PY) -m bench.masked_head --out bench/results/masked_head_cpu.json
+	$(PY) -m bench.training_speed --out bench/results/train_step_cpu.json
+	$(PY) -m bench.chunked_head --out bench/results/masked_head_cpu.json
 	$(PY) -m bench.tokenize --out bench/results/tokenize_cpu.json
 	$(PY) -m bench.mixing --out bench/results/mixing_cpu.json
 	$(PY) -m bench.loader --out bench/results/loader_cpu.json

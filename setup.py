@@ -18,10 +18,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_a2d*", "data_prep*", "checkpoints_tools*"]),
-    package_data={"megatron_a2d.planner": ["published.yaml"]},
+    package_data={"megatron_a2d.planner": ["published_throughput.yaml"]},
     install_requires=[
         "torch>=2.8",
-        # 0.17 and later need Python 3.12; runtime/upstream.py has what differs.
+        # 0.17 and later need Python 3.12; megatron_compat/versions.py has what differs.
         "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,!=0.19.0,<=0.19.2",
         "numpy",
         "safetensors",

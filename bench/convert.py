@@ -22,13 +22,13 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any, NamedTuple
 
-from bench.report import machine
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point
-from megatron_a2d.conversion.qwen3 import hub_config
-from megatron_a2d.conversion.synthetic import write_synthetic
+from bench.result_tables import machine
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.conversion.qwen3_shapes import hub_config
+from megatron_a2d.conversion.random_weights import write_synthetic
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
-from megatron_a2d.files import write_json
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import write_json
 
 NARROW: dict[str, Any] = dict(
     hidden_size=64, head_dim=16, moe_intermediate_size=32, vocab_size=1024, mask_token_id=1023, bos_token_id=0,

@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.report import can_compile, machine
+from bench.result_tables import can_compile, machine
 from bench.shapes import SHAPES
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import write_json
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import write_json
+from megatron_a2d.utils.errors import UserError
 
 
 class Part(NamedTuple):
@@ -38,9 +38,9 @@ class Part(NamedTuple):
 
 def parts(rehearse: bool) -> list[Part]:
     """In the order in which they run."""
-    step = [sys.executable, "-m", "bench.train_step", "--out", "OUT"]
+    step = [sys.executable, "-m", "bench.training_speed", "--out", "OUT"]
     step += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", "--rounds", "5"]
-    head = [sys.executable, "-m", "bench.masked_head", "--out", "OUT"]
+    head = [sys.executable, "-m", "bench.chunked_head", "--out", "OUT"]
     head += ["--rehearse"] if rehearse else ["--device", "cuda"]
     shapes = list(SHAPES)  # the two with targets come first
     tests = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-m", "gpu", "-vv"]

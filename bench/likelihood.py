@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.report import machine
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point
-from megatron_a2d.diffusion.forward import Reduce, Request
-from megatron_a2d.evaluation.scoring import Scored, ScoringOptions, score
-from megatron_a2d.files import write_json
+from bench.result_tables import machine
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.diffusion.model_interface import Reduce, Request
+from megatron_a2d.evaluation.loglikelihood import Scored, ScoringOptions, score
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
-from megatron_a2d.inference.export import TransformersModel
+from megatron_a2d.inference.hf_model import TransformersModel
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import write_json
 
 VOCABULARY, HIDDEN, LAYERS, MASK = 4096, 64, 4, 4095
 MC_NUM, BATCH_TOKENS = 128, 4096

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.mixing import VOCABULARY, WEIGHTS, ours, write_sources
-from bench.report import machine
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.cli import Parser
-from megatron_a2d.config import build
-from megatron_a2d.console import console, entry_point
-from megatron_a2d.files import write_json
+from bench.result_tables import machine
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import build
+from megatron_a2d.terminal.console import console, entry_point
+from megatron_a2d.utils.atomic_write import write_json
 
 LENGTH, SIZE, STEP_SECONDS = 4096, 4, 0.1
 EVERYTHING = {"document_attention": "isolated", "reset_position_ids": True, "random_length_prob": 0.01}
@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(directory: Path, seconds: float) -> dict[str, Any]:
-    from megatron_a2d.data.batches import MicroBatches
-    from megatron_a2d.data.dataset import PackedDataset
-    from megatron_a2d.training.samples import make_sample
+    from megatron_a2d.data.dataloader import MicroBatches
+    from megatron_a2d.data.diffusion_samples import make_sample
+    from megatron_a2d.data.packed_dataset import PackedDataset
 
     architecture = Architecture(
         2, 64, 4, 2, 24, 160, VOCABULARY + 1, LENGTH, 1e-6, 1e6, False, mask_token_id=VOCABULARY

@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import machine
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import console, entry_point
-from megatron_a2d.files import write_json
+from bench.result_tables import machine
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import console, entry_point
+from megatron_a2d.utils.atomic_write import write_json
 
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
 START_LENGTH, SAMPLE_LENGTH, VOCABULARY = 64, 2048, 50_000
@@ -98,7 +98,7 @@ def measure(directory: Path, options: Any) -> dict[str, Any]:
 
 def write_sources(directory: Path, num_tokens: int) -> None:
     """Random tokens, in files as data_prep.tokenize_corpus writes them."""
-    from data_prep.token_writer import open_writers
+    from data_prep.indexed_dataset_writer import open_writers
 
     generator = np.random.default_rng(0)
     for name, weight in WEIGHTS.items():
@@ -140,7 +140,7 @@ class _Tokenizer:
 def ours(directory: Path, length: int) -> Any:
     from fractions import Fraction
 
-    from megatron_a2d.data.mixture import MixedDataset, Source
+    from megatron_a2d.data.blended_dataset import MixedDataset, Source
 
     sources = [
         Source(name, str(directory / name), None, Fraction(str(weight)), None, {}) for name, weight in WEIGHTS.items()
@@ -176,7 +176,7 @@ def start_ours(directory: Path, num_samples: int, reads: int) -> dict[str, float
 def _warm() -> int:
     """Imports are not timed; returns the largest resident size so far, in KiB."""
 
-    import megatron_a2d.data.mixture  # noqa: F401
+    import megatron_a2d.data.blended_dataset  # noqa: F401
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -200,7 +200,7 @@ def read_theirs(directory: Path, num_samples: int, reads: int) -> dict[str, floa
 
 def read_ours(directory: Path, num_samples: int, reads: int) -> dict[str, float]:
     from megatron_a2d.diffusion.corruption import corrupt, next_token
-    from megatron_a2d.diffusion.noise import Noise
+    from megatron_a2d.diffusion.rng import Noise
 
     dataset, _ = ours(directory, SAMPLE_LENGTH)
     noise = Noise(seed=1, mask_token_id=VOCABULARY)
@@ -215,7 +215,7 @@ def shares() -> float:
     """The largest relative difference between a source's share of a million samples and its weight."""
     from fractions import Fraction
 
-    from megatron_a2d.data.mixture import SourceChoice
+    from megatron_a2d.data.blended_dataset import SourceChoice
 
     choice = SourceChoice([Fraction(str(weight)) for weight in WEIGHTS.values()], seed=1)
     sources = np.fromiter((choice(index).source for index in range(1_000_000)), dtype=np.int8, count=1_000_000)

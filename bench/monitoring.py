@@ -2,8 +2,8 @@
 
     python -m bench.monitoring [--rounds 15] [--out bench/results/monitoring_cpu.json]
 
-The model and batch of bench.train_step (MoE); both kinds of steps in turns, in one process. A run watches one step in
-each --log-interval, so its cost there is divided by that.
+The model and batch of bench.training_speed (MoE); both kinds of steps in turns, in one process. A run watches one step
+in each --log-interval, so its cost there is divided by that.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from bench.report import machine
+from bench.result_tables import machine
 from bench.steps import LEARNING_RATE, architecture_of
-from bench.train_step import COMMON, CPU_BATCHES, CPU_SHAPES, seconds
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point
-from megatron_a2d.files import write_json
+from bench.training_speed import COMMON, CPU_BATCHES, CPU_SHAPES, seconds
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import write_json
 
 
 def main() -> None:
@@ -27,23 +27,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    from megatron_a2d.config import build
-    from megatron_a2d.training import loop, parallel, setup, step
+    from megatron_a2d.config.settings import build
+    from megatron_a2d.distributed import process_groups
+    from megatron_a2d.training import train_loop, train_state, train_step
     from megatron_a2d.training.monitor import Monitor
 
     shape = COMMON | CPU_SHAPES["moe"]
     architecture = architecture_of(shape)
     length, batch = CPU_BATCHES.seq_length, CPU_BATCHES.micro_batch_size
     config = build(dict(seq_length=length, global_batch_size=batch, micro_batch_size=4, lr=LEARNING_RATE))
-    parallel.initialize(config.parallel)
-    state = setup.build_train_state(architecture, config)
-    batches = loop.micro_batches(config, architecture, CPU_BATCHES, 1, 0)  # type: ignore[arg-type]
+    process_groups.initialize(config.parallel)
+    state = train_state.build_train_state(architecture, config)
+    batches = train_loop.micro_batches(config, architecture, CPU_BATCHES, 1, 0)  # type: ignore[arg-type]
     monitor = Monitor(config, architecture, state)
     monitor.remember_start()
 
     def run(observer: Monitor | None) -> None:
         state.scheduler.step(1)
-        step.train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, (4, length), observer)
+        train_step.train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, (4, length), observer)
         if observer:
             observer.read()
 

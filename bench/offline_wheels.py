@@ -21,9 +21,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point
-from megatron_a2d.errors import UserError
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.errors import UserError
 
 MEGATRON = ("0.16.1", "0.19.2")
 # Imported by this project, its tests and benchmarks (transformers, pytest, ...) with what they need, or by Transformer

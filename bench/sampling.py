@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.report import machine
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point
+from bench.result_tables import machine
+from megatron_a2d.config.cli import Parser
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
-from megatron_a2d.files import write_json
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
-from megatron_a2d.inference.export import TransformersModel
+from megatron_a2d.inference.hf_model import TransformersModel
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import write_json
 
 VOCABULARY, HIDDEN, LAYERS, MASK = 151_936, 256, 4, 151_669
 PROMPT, NEW_TOKENS, STEPS = 32, 64, 64
@@ -113,9 +113,9 @@ def untrained(rounds: int) -> dict[str, Any]:
 
 
 def trained(directory: str, data: str, num_texts: int) -> dict[str, Any]:
-    from megatron_a2d.data.dataset import PackedDataset
-    from megatron_a2d.evaluation.scoring import ScoringOptions, score
-    from megatron_a2d.inference.export import open_export
+    from megatron_a2d.data.packed_dataset import PackedDataset
+    from megatron_a2d.evaluation.loglikelihood import ScoringOptions, score
+    from megatron_a2d.inference.hf_model import open_export
 
     opened = open_export(directory)
     model, mask = opened.run.model, opened.mask_token_id  # type: ignore[attr-defined]

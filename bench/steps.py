@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_a2d.architecture import Architecture, architecture_from_config
+from megatron_a2d.config.model_config import Architecture, architecture_from_config
 
 LEARNING_RATE = 1e-4
 
@@ -53,11 +53,11 @@ def architecture_of(model: dict[str, Any]) -> Architecture:
 
 def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) -> Step:
     """The training loop's own step, on random weights."""
-    from megatron_a2d.checks import find_problems
-    from megatron_a2d.config import build
-    from megatron_a2d.errors import UserError
-    from megatron_a2d.runtime import environment
-    from megatron_a2d.training import cuda_graphs, loop, parallel, setup, step
+    from megatron_a2d.config.settings import build
+    from megatron_a2d.config.validate import find_problems
+    from megatron_a2d.distributed import environment, process_groups
+    from megatron_a2d.training import cuda_graphs, train_loop, train_state, train_step
+    from megatron_a2d.utils.errors import UserError
 
     architecture = architecture_of(model)
     sizes = dict(seq_length=batches.seq_length, micro_batch_size=batches.micro_batch_size)
@@ -65,16 +65,16 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
     if problems := find_problems(config, architecture, world_size=1):
         raise UserError(problems)
     environment.apply(config)
-    parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
-    state = setup.build_train_state(architecture, config)
+    process_groups.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
+    state = train_state.build_train_state(architecture, config)
     graphs = cuda_graphs.LayerGraphs(state, config)
-    samples = loop.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
+    samples = train_loop.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
     rows: list[torch.Tensor] = []
 
     def run() -> None:
         state.scheduler.step(1)
         graphs.before_step()
-        result = step.train_step(
+        result = train_step.train_step(
             state.chunks, state.optimizer, samples, samples.num_microbatches,
             (batches.micro_batch_size, batches.seq_length),
         )  # fmt: skip
@@ -94,9 +94,9 @@ def hugging_face_step(
     """
     import transformers
 
-    from megatron_a2d.data.batches import MicroBatches
+    from megatron_a2d.data.dataloader import MicroBatches
     from megatron_a2d.diffusion.corruption import corrupt
-    from megatron_a2d.diffusion.noise import Noise
+    from megatron_a2d.diffusion.rng import Noise
 
     kind = "Qwen3Moe" if model["model_type"] == "qwen3_moe" else "Qwen3"
     config = getattr(transformers, f"{kind}Config")(**{k: v for k, v in model.items() if k != "model_type"})

@@ -41,11 +41,11 @@ from typing import Any
 
 import psutil
 
-from bench.report import machine
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import console, entry_point
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import write_json
+from bench.result_tables import machine
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import console, entry_point
+from megatron_a2d.utils.atomic_write import write_json
+from megatron_a2d.utils.errors import UserError
 
 KINDS, MAX_CHARS = {".py", ".pyi", ".md", ".rst", ".txt"}, 20_000
 VOCABULARY = 16_384
@@ -188,7 +188,7 @@ class Encoder:
 
 def classic(corpus: Path, tokenizer: Path, out: Path, workers: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from megatron_a2d.data.indexed import DType, IndexedDatasetBuilder
+    from megatron_a2d.data.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(VOCABULARY))
     context = multiprocessing.get_context("spawn")

@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints_tools.options import add_workers, check_streaming_options
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point
-from megatron_a2d.errors import UserError
-from megatron_a2d.printable import print_line
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.ema_decay is not None and not 0 < options.ema_decay < 1:
         raise UserError(f"--ema-decay {options.ema_decay}: must be above 0 and below 1")
 
-    from megatron_a2d.conversion.average import average
+    from megatron_a2d.conversion.weight_averaging import average
 
     done = average(
         options.checkpoints, options.out, options.ema_decay, options.workers, allow_nonfinite=options.allow_nonfinite

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from checkpoints_tools.options import add_streaming_options, check_streaming_options
 from checkpoints_tools.verify import compared_lines, print_lines, print_losses
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point, human
-from megatron_a2d.printable import print_line
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point, human
+from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     check_streaming_options(options)
 
-    from megatron_a2d.conversion.convert import convert
-    from megatron_a2d.conversion.hub import find_model
-    from megatron_a2d.conversion.rows import DTYPES
+    from megatron_a2d.checkpoint.tensor_rows import DTYPES
+    from megatron_a2d.conversion.hf_download import find_model
+    from megatron_a2d.conversion.hf_to_torch_dist import convert
     from megatron_a2d.conversion.sources import open_checkpoint
 
     model = find_model(options.hf)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from checkpoints_tools.options import add_streaming_options, check_streaming_options, parse_size
 from checkpoints_tools.verify import compared_lines, print_lines, print_losses
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point, human
-from megatron_a2d.files import read_json
-from megatron_a2d.printable import print_line
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point, human
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     max_shard_bytes = parse_size("--max-shard-size", options.max_shard_size)
     evaluation = read_json(options.evaluation, "the evaluation") if options.evaluation else None
 
-    from megatron_a2d.conversion.export import export
-    from megatron_a2d.conversion.rows import DTYPES
+    from megatron_a2d.checkpoint.tensor_rows import DTYPES
     from megatron_a2d.conversion.sources import open_hf
+    from megatron_a2d.conversion.torch_dist_to_hf import export
     from megatron_a2d.hf import TRAVELLING
 
     lines: list[str] = []

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import PlainConsole, entry_point, human, progress
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import PlainConsole, entry_point, human, progress
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_a2d.architecture import Architecture
-    from megatron_a2d.conversion.summary import RoleSummary
+    from megatron_a2d.config.model_config import Architecture
+    from megatron_a2d.conversion.weight_summary import RoleSummary
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--checkpoint, --hf: give exactly one")
 
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
-    from megatron_a2d.conversion.summary import summarise
+    from megatron_a2d.conversion.weight_summary import summarise
 
     opened = open_checkpoint(options.checkpoint) if options.checkpoint else open_hf(options.hf)
     with opened as weights:
@@ -62,10 +62,10 @@ def shape_facts(a: Architecture) -> dict[str, str]:
 
 def training_facts(directory: Path) -> dict[str, str]:
     """Iteration, tokens and recipe of an iteration's directory."""
-    from megatron_a2d.config import recorded_settings
-    from megatron_a2d.conversion.checkpoint import RUN_CONFIG, iteration_of
+    from megatron_a2d.checkpoint.directory import RUN_CONFIG, iteration_of
+    from megatron_a2d.checkpoint.reader import read_common
+    from megatron_a2d.config.settings import recorded_settings
     from megatron_a2d.conversion.model_card import Origin, recipe_rows
-    from megatron_a2d.conversion.torch_dist_reader import read_common
 
     run = directory / RUN_CONFIG
     settings: dict[str, Any] = read_json(run, "the run's configuration") if run.exists() else {}

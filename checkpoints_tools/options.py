@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 
-from megatron_a2d.cli import Parser
+from megatron_a2d.config.cli import Parser
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
-from megatron_a2d.errors import UserError
+from megatron_a2d.utils.errors import UserError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints_tools.options import parse_size
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point, human
-from megatron_a2d.printable import print_line
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point, human
+from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    from megatron_a2d.conversion.qwen3 import SIZES, hub_config
+    from megatron_a2d.conversion.qwen3_shapes import SIZES, hub_config
 
     parser = Parser(prog="python -m checkpoints_tools.synthesize", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", required=True, metavar="|".join(SIZES), help="the model whose shape to take")
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a directory whose tokenizer travels along")
     options = parser.parse_args(argv)
 
-    from megatron_a2d.conversion.rows import DTYPES
-    from megatron_a2d.conversion.synthetic import write_synthetic
+    from megatron_a2d.checkpoint.tensor_rows import DTYPES
+    from megatron_a2d.conversion.random_weights import write_synthetic
 
     depth = {} if options.num_hidden_layers is None else {"num_hidden_layers": options.num_hidden_layers}
     size = write_synthetic(

@@ -17,13 +17,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point, progress
-from megatron_a2d.errors import UserError
-from megatron_a2d.printable import print_line
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point, progress
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import print_line
 
 if TYPE_CHECKING:
-    from megatron_a2d.conversion.compare import Comparison
+    from megatron_a2d.conversion.compare_weights import Comparison
     from megatron_a2d.conversion.sources import Weights
 
 
@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     if sum(given is not None for given in (options.hf, options.checkpoint, options.export)) != 2:
         raise UserError("--hf, --checkpoint, --export: two of them are compared; give exactly two")
 
-    from megatron_a2d.conversion.compare import compare_weights
-    from megatron_a2d.conversion.hub import find_model
+    from megatron_a2d.conversion.compare_weights import compare_weights
+    from megatron_a2d.conversion.hf_download import find_model
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
     from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def diffusion_differences(first: Weights, second: Weights) -> list[str]:
     """Where two forms disagree on what no tensor and no logits show: the mask token and the label shift."""
-    from megatron_a2d.verification.report import label_shift
+    from megatron_a2d.verification.logits_report import label_shift
 
     masks = first.architecture.mask_token_id, second.architecture.mask_token_id
     if None in masks:  # one of them is autoregressive
@@ -75,17 +75,17 @@ def compared_lines(comparison: Comparison, first: Weights, second: Weights, logi
 
     Raises UserError where the logits differ.
     """
-    from megatron_a2d.verification import report
+    from megatron_a2d.verification import logits_report
 
-    return [report.tensors_line(comparison, first, second), report.logits_line(first, second, logits)]
+    return [logits_report.tensors_line(comparison, first, second), logits_report.logits_line(first, second, logits)]
 
 
 def print_losses(model: Weights) -> None:
     """The loss on masked tokens by t."""
-    from megatron_a2d.verification import report
+    from megatron_a2d.verification import logits_report
 
-    text, losses = report.loss_by_time(model, report.label_shift(model))
-    print_lines(report.loss_lines(text, losses, model.architecture.vocab_size))
+    text, losses = logits_report.loss_by_time(model, logits_report.label_shift(model))
+    print_lines(logits_report.loss_lines(text, losses, model.architecture.vocab_size))
 
 
 def print_lines(lines: list[str]) -> None:

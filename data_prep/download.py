@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import console, entry_point, human
-from megatron_a2d.errors import UserError, nearest
-from megatron_a2d.files import new_file, read_json, write_json
-from megatron_a2d.printable import without_passwords
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import console, entry_point, human
+from megatron_a2d.utils.atomic_write import new_file, read_json, write_json
+from megatron_a2d.utils.errors import UserError, nearest
+from megatron_a2d.utils.printable import without_passwords
 
 STATE = "download.json"
 
@@ -160,7 +160,7 @@ def sources_of(arguments: argparse.Namespace) -> dict[Path, HubSource]:
     if not arguments.data_mixture:
         hub = HubSource(arguments.dataset, arguments.name, arguments.split, arguments.text_key)
         return {arguments.out: hub}
-    from megatron_a2d.data.mixture import read_mixture
+    from megatron_a2d.data.blended_dataset import read_mixture
 
     sources = {source.name: source for source in read_mixture(arguments.data_mixture)}
     wanted = arguments.sources or list(sources)

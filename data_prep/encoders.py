@@ -1,7 +1,7 @@
 """Text to token ids, whichever library the tokenizer belongs to. Each encodes a batch on several threads.
 
 The reference is the tokenizer's own library: tokenizers, or sentencepiece. gigatoken gives the same ids many times
-faster; data_prep/fast_encoder.py holds it against the reference before it is used.
+faster; data_prep/gigatoken_encoder.py holds it against the reference before it is used.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from megatron_a2d.conversion.end_tokens import END_OF_TEXT, end_of_document
 from megatron_a2d.conversion.mask_token import read_tokenizer_config
-from megatron_a2d.errors import UserError
-from megatron_a2d.tokenizer import read_tokenizer
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.tokenizer import read_tokenizer
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -17,8 +17,8 @@ from typing import IO, Any, NamedTuple
 
 import orjson
 
-from data_prep.limits import MEGABYTE, Limits
-from megatron_a2d.errors import UserError, nearest
+from data_prep.memory_limits import MEGABYTE, Limits
+from megatron_a2d.utils.errors import UserError, nearest
 
 BUFFER = 1 << 20
 _ZSTD_INPUT = 1 << 9  # unpacks to 16 MiB at most: a block of 4 bytes may stand for 128 KiB

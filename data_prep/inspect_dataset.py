@@ -21,15 +21,15 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.encoders import Encoder, open_encoder
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import PlainConsole, entry_point, human, progress
-from megatron_a2d.data.checksums import REWRITE
-from megatron_a2d.data.dataset import PackedDataset
-from megatron_a2d.data.indexed import TokenFile, read_metadata
-from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_file
-from megatron_a2d.printable import one_line
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.data.indexed_dataset import TokenFile, read_metadata
+from megatron_a2d.data.integrity import REWRITE
+from megatron_a2d.data.packed_dataset import PackedDataset
+from megatron_a2d.diffusion.rng import Noise
+from megatron_a2d.terminal.console import PlainConsole, entry_point, human, progress
+from megatron_a2d.utils.atomic_write import new_file
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import one_line
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BAR_WIDTH = 40

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.corpus_files import find_inputs, kind_of
 from data_prep.formats import READERS, Document, Problem, Span, num_units
-from data_prep.inputs import find_inputs, kind_of
-from data_prep.limits import DEFAULT_LIMITS, Limits
-from megatron_a2d.errors import UserError
+from data_prep.memory_limits import DEFAULT_LIMITS, Limits
+from megatron_a2d.utils.errors import UserError
 
 PIECE_BYTES = 1 << 25
 MAX_PROBLEMS = 1000  # that are kept of a piece; all are counted

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import console, entry_point, human, progress
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_file
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import console, entry_point, human, progress
+from megatron_a2d.utils.atomic_write import new_file
+from megatron_a2d.utils.errors import UserError
 
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 

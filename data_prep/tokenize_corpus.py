@@ -28,20 +28,20 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from data_prep.corpus_files import find_inputs
 from data_prep.encoders import Encoder, open_encoder, tokenizer_file
-from data_prep.fast_encoder import choose, corpus_sample
-from data_prep.inputs import find_inputs
-from data_prep.limits import add_limits, read_limits
-from data_prep.merge import merge
-from data_prep.pieces import Job, hold, is_done, tokenize_pieces
+from data_prep.gigatoken_encoder import choose, corpus_sample
+from data_prep.indexed_dataset_writer import TokenWriter, check_free, open_writers
+from data_prep.memory_limits import add_limits, read_limits
+from data_prep.merge_shards import merge
 from data_prep.readers import Piece, plan_pieces
-from data_prep.token_writer import TokenWriter, check_free, open_writers
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import console, entry_point, human, progress
-from megatron_a2d.data.checksums import file_checksum
-from megatron_a2d.data.vocabulary import vocabulary_of
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import write_json
+from data_prep.tokenize_shards import Job, hold, is_done, tokenize_pieces
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.data.integrity import file_checksum
+from megatron_a2d.data.tokenizer_fingerprint import vocabulary_of
+from megatron_a2d.terminal.console import console, entry_point, human, progress
+from megatron_a2d.utils.atomic_write import write_json
+from megatron_a2d.utils.errors import UserError
 
 SHOWN_PROBLEMS = 10
 MAX_WORKERS = 1024

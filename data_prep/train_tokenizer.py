@@ -26,14 +26,14 @@ from tokenizers import (
     trainers,
 )
 
+from data_prep.corpus_files import find_inputs
 from data_prep.encoders import END_OF_TEXT
-from data_prep.inputs import find_inputs
-from data_prep.limits import add_limits, read_limits
+from data_prep.memory_limits import add_limits, read_limits
 from data_prep.readers import Counts, read_documents
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import console, entry_point, human, progress
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_directory, write_json
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import console, entry_point, human, progress
+from megatron_a2d.utils.atomic_write import new_directory, write_json
+from megatron_a2d.utils.errors import UserError
 
 # Qwen's pattern: contractions, words with one leading mark or space, single digits, punctuation, spaces.
 SPLIT_PATTERN = (

@@ -20,11 +20,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from launch.untrained import write_untrained_model
-from megatron_a2d.architecture import read_architecture
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import console, entry_point, human
-from megatron_a2d.errors import UserError
+from launch.random_model import write_untrained_model
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.terminal.console import console, entry_point, human
+from megatron_a2d.utils.errors import UserError
 
 VOCAB_SIZE = 4096
 SHAPE: dict[str, Any] = dict(
@@ -140,9 +140,9 @@ def _quote(word: str) -> str:
 
 
 def _closing_table(out: Path, seconds: float) -> Table:
-    from megatron_a2d.data.indexed import TokenFile
-    from megatron_a2d.data.statistics import unigram_entropy
-    from megatron_a2d.study.report import read_log
+    from launch.unigram_baseline import unigram_entropy
+    from megatron_a2d.data.indexed_dataset import TokenFile
+    from megatron_a2d.report.plots import read_log
 
     architecture = read_architecture(out / "exported")
     entropy = unigram_entropy(

@@ -5,7 +5,7 @@
 torchrun makes a 1 of every exit code, kills workers 30 seconds after a SIGTERM, dies of a SIGUSR1, and waits for a
 rank that hangs. Here both signals reach the workers, which save and end; the first node watches all ranks' heartbeats;
 and the first node to end with something else than 0 writes the reason into $A2D_ATTEMPT/outcome, one line: exit code,
-"again" or "stay" (megatron_a2d/exit_codes.py), and words.
+"again" or "stay" (megatron_a2d/utils/exit_codes.py), and words.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import NoReturn
 
 import psutil
 
-from megatron_a2d.exit_codes import DONE, KILLED, STALLED, Ending, ending, most_telling
-from megatron_a2d.printable import one_line, print_line
-from megatron_a2d.runtime.heartbeat import ATTEMPT, Watch
+from megatron_a2d.distributed.hang_watchdog import ATTEMPT, Watch
+from megatron_a2d.utils.exit_codes import DONE, KILLED, STALLED, Ending, ending, most_telling
+from megatron_a2d.utils.printable import one_line, print_line
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 OUTCOME = "outcome"

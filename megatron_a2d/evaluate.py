@@ -22,20 +22,27 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_a2d.cli import Parser, add_settings, given_settings
-from megatron_a2d.config import build, flag
-from megatron_a2d.console import entry_point, progress
-from megatron_a2d.errors import UserError, nearest
+from megatron_a2d.config.cli import Parser, add_settings, given_settings
+from megatron_a2d.config.settings import build, flag
 from megatron_a2d.evaluation.code_execution import allow_programs
-from megatron_a2d.evaluation.report import read_results
-from megatron_a2d.files import make_parent, new_file, read_yaml, write_json
-from megatron_a2d.inference.flags import LAYOUT, SAMPLING, add_sampling_flags, close_model, open_model, sampling_options
-from megatron_a2d.printable import print_line, print_text
-from megatron_a2d.runtime.quiet import hide_noise
+from megatron_a2d.evaluation.score_table import read_results
+from megatron_a2d.inference.arguments import (
+    LAYOUT,
+    SAMPLING,
+    add_sampling_flags,
+    close_model,
+    open_model,
+    sampling_options,
+)
+from megatron_a2d.terminal.console import entry_point, progress
+from megatron_a2d.utils.atomic_write import make_parent, new_file, read_yaml, write_json
+from megatron_a2d.utils.errors import UserError, nearest
+from megatron_a2d.utils.log_filters import hide_noise
+from megatron_a2d.utils.printable import print_line, print_text
 
 if TYPE_CHECKING:
-    from megatron_a2d.evaluation.journal import Journal
-    from megatron_a2d.inference.opened import Opened
+    from megatron_a2d.evaluation.response_cache import Journal
+    from megatron_a2d.inference.loaded_model import Opened
 
 
 class Option(NamedTuple):
@@ -228,9 +235,9 @@ def _progress(opened: Opened, what: str, total: float, unit: str) -> Iterator[Ca
 
 
 def _held_out(options: argparse.Namespace, opened: Opened, noise: dict[str, Any]) -> dict[str, Any]:
-    from megatron_a2d.data.vocabulary import vocabulary_in
-    from megatron_a2d.evaluation.held_out import evaluate_sources, open_sources
-    from megatron_a2d.evaluation.report import plain
+    from megatron_a2d.data.tokenizer_fingerprint import vocabulary_in
+    from megatron_a2d.evaluation.heldout_nelbo import evaluate_sources, open_sources
+    from megatron_a2d.evaluation.score_table import plain
 
     if options.seq_length > opened.max_positions:
         raise UserError(
@@ -255,8 +262,8 @@ def _held_out(options: argparse.Namespace, opened: Opened, noise: dict[str, Any]
 
 
 def _tasks(options: argparse.Namespace, opened: Opened) -> dict[str, Any]:
-    from megatron_a2d.evaluation.journal import Journal
-    from megatron_a2d.evaluation.scoring import ScoringOptions
+    from megatron_a2d.evaluation.loglikelihood import ScoringOptions
+    from megatron_a2d.evaluation.response_cache import Journal
 
     scoring = ScoringOptions(options.likelihood, options.mc_num, options.batch_tokens, options.seed)
     sampling = sampling_options(options, opened, temperature=0.0)
@@ -283,7 +290,7 @@ def _run_harness(
     from lm_eval.tasks import TaskManager
 
     from megatron_a2d.evaluation.harness import HarnessModel, tasks_without_a_length
-    from megatron_a2d.evaluation.report import plain
+    from megatron_a2d.evaluation.score_table import plain
 
     datasets.disable_progress_bars()
     manager = _task_manager(options, TaskManager)
@@ -342,8 +349,8 @@ def _fingerprint(model: Path) -> list[Any]:
 
     Of a run that may still be training, its newest checkpoint alone; --out may lie in the model's directory.
     """
-    from megatron_a2d.conversion.checkpoint import resolve
-    from megatron_a2d.inference.opened import is_checkpoint
+    from megatron_a2d.checkpoint.directory import resolve
+    from megatron_a2d.inference.loaded_model import is_checkpoint
 
     model = resolve(model) if is_checkpoint(model) else model
     files = sorted(
@@ -355,7 +362,7 @@ def _fingerprint(model: Path) -> list[Any]:
 
 
 def _write(out: Path, content: dict[str, Any], beside: list[dict[str, Any]]) -> None:
-    from megatron_a2d.evaluation.report import markdown
+    from megatron_a2d.evaluation.score_table import markdown
 
     write_json(out / "results.json", content)  # before anything is laid beside it
     page = markdown([content, *beside])

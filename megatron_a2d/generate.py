@@ -25,12 +25,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from megatron_a2d.cli import Parser, add_settings, given_settings
-from megatron_a2d.config import flag
-from megatron_a2d.console import PlainConsole, entry_point, human
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_file
-from megatron_a2d.inference.flags import (
+from megatron_a2d.config.cli import Parser, add_settings, given_settings
+from megatron_a2d.config.settings import flag
+from megatron_a2d.inference.arguments import (
     LAYOUT,
     SAMPLING,
     add_sampling_flags,
@@ -38,15 +35,18 @@ from megatron_a2d.inference.flags import (
     open_model,
     sampling_options,
 )
-from megatron_a2d.live_view import LiveView
-from megatron_a2d.printable import print_line, print_text
-from megatron_a2d.runtime.quiet import hide_noise
+from megatron_a2d.terminal.console import PlainConsole, entry_point, human
+from megatron_a2d.terminal.live_view import LiveView
+from megatron_a2d.utils.atomic_write import new_file
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.log_filters import hide_noise
+from megatron_a2d.utils.printable import print_line, print_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_a2d.diffusion.sampling import OnStep, SamplingOptions
-    from megatron_a2d.inference.opened import Opened
+    from megatron_a2d.inference.loaded_model import Opened
     from megatron_a2d.inference.prompts import Prompt
 
 DEFAULT_NEW_TOKENS = 64
@@ -219,7 +219,7 @@ def _generate(
 ) -> Iterator[Result]:
     """Denoise in batches, in the order of the input. Row seeds follow from the prompt's number alone."""
     from megatron_a2d.diffusion.sampling import denoise, kept_positions, make_canvas, row_seed
-    from megatron_a2d.diffusion.sampling.schedules import blocks_of, sizes_of, turns
+    from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, sizes_of, turns
     from megatron_a2d.inference.prompts import to_row
 
     reserve = None
@@ -289,7 +289,7 @@ def _recorder(view: LiveView, shows: bool) -> OnStep:
 
 
 def _replay(view: LiveView, index: int, kept: list[int], opened: Opened) -> list[list[Any]]:
-    from megatron_a2d.replay_page import replay_row
+    from megatron_a2d.inference.html_replay import replay_row
 
     tokens, steps = view.tokens[index], view.steps[index]
     return replay_row([tokens[i] for i in kept], [steps[i] for i in kept], opened.decode)
@@ -320,7 +320,7 @@ def _write(options: argparse.Namespace, opened: Opened, results: Iterator[Result
     if not texts:
         raise UserError(f"--input {options.input}: holds no prompt; give at least one line")
     if options.save_html and opened.speaks:
-        from megatron_a2d.replay_page import replay_page
+        from megatron_a2d.inference.html_replay import replay_page
 
         with new_file(options.save_html) as partial:
             partial.write_text(replay_page(f"{Path(opened.name).name}: {texts} texts", rows), encoding="utf-8")

@@ -16,20 +16,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_a2d.architecture import Architecture, read_architecture
-from megatron_a2d.checks import MOST_PROCESSES, find_problems
-from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import RunConfig
-from megatron_a2d.console import PlainConsole, entry_point, human
-from megatron_a2d.console import console as progress_console
-from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
-from megatron_a2d.conversion.qwen3 import named_architecture
-from megatron_a2d.conversion.trained import inherited
-from megatron_a2d.errors import UserError
-from megatron_a2d.planner import report
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
+from megatron_a2d.checkpoint.training_facts import inherited
+from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
+from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.planner import plan_table
 from megatron_a2d.planner.cluster import Cluster, read_cluster
-from megatron_a2d.planner.job import IMBALANCE
 from megatron_a2d.planner.search import Plan, Search, make_plan, search
+from megatron_a2d.planner.workload import IMBALANCE
+from megatron_a2d.terminal.console import PlainConsole, entry_point, human
+from megatron_a2d.terminal.console import console as progress_console
+from megatron_a2d.utils.errors import UserError
 
 # What a recipe for GPUs says, for a plan without one.
 WITHOUT_RECIPE = {
@@ -55,11 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     config, options = parse_run(parser, argv, inherited)
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     if options.calibration:
-        console.print(report.calibration())
+        console.print(plan_table.calibration())
         return
     cluster = _cluster(options)
     if options.plot:
-        report.check_plot(options.plot)
+        plan_table.check_plot(options.plot)
     if not options.config:
         config = _with_gpu_defaults(config, options)
     architecture = _architecture(config)
@@ -74,27 +74,27 @@ def main(argv: list[str] | None = None) -> None:
             shown["the recipe's"] = own
     _print(console, config, architecture, cluster, options)
     if shown:
-        console.print(report.summary(shown))
-        for table in report.parts(shown):
+        console.print(plan_table.summary(shown))
+        for table in plan_table.parts(shown):
             console.print(table)
     for problem in problems:
         console.print(f"the recipe's own layout: {problem}", style="yellow")
-    console.print(report.why_others_fall(found))
+    console.print(plan_table.why_others_fall(found))
     if options.all:
         wide = PlainConsole(width=max(console.width, 400))
-        wide.print(report.all_layouts(found))
+        wide.print(plan_table.all_layouts(found))
     if options.plot:
-        report.draw(
+        plan_table.draw(
             options.plot, shown, f"{config.training.model or config.training.load} on {options.gpus} {cluster.gpu}"
         )
     if not found.fitting:
-        need = f"the smallest needs {found.too_large[0].memory.total / report.GIB:.1f} GiB"
+        need = f"the smallest needs {found.too_large[0].memory.total / plan_table.GIB:.1f} GiB"
         raise UserError(
             f"--gpus {options.gpus}: no layout fits into the {cluster.memory_gib:.1f} GiB of {cluster.gpu} ({need}); "
             "take more GPUs or another batch"
         )
-    console.print(f"the best one's flags: {report.layout_flags(found.fitting[0], config)}", soft_wrap=True)
-    known, unknown = report.worst_errors()
+    console.print(f"the best one's flags: {plan_table.layout_flags(found.fitting[0], config)}", soft_wrap=True)
+    known, unknown = plan_table.worst_errors()
     console.print(
         f"Times are modelled: at most {known:.0%} off published runs, {unknown:.0%} off one that it was not fitted to; "
         "see --calibration.", style="dim",

@@ -4,8 +4,8 @@
     python -m megatron_a2d.train --config ... --load CKPT --dry-run --world-size 64     # check, on any machine
     python -m megatron_a2d.train --config ... --dry-run --settings-only --world-size 64 --cluster h100    # no weights
 
-The loop is in training/loop.py; what is built before it, in training/setup.py; where it starts, in training/resume.py.
-What its exit codes mean: exit_codes.py.
+The loop is in training/train_loop.py; what is built before it, in training/train_state.py; where it starts, in
+training/resume.py. What its exit codes mean: exit_codes.py.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import sys
 import time
 from typing import NamedTuple
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.checks import MOST_PROCESSES, find_problems
-from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import RunConfig
-from megatron_a2d.console import entry_point, human
-from megatron_a2d.conversion.qwen3 import named_architecture
-from megatron_a2d.conversion.trained import inherited
-from megatron_a2d.errors import SaveError, UserError
-from megatron_a2d.files import hold_directory
+from megatron_a2d.checkpoint.training_facts import inherited
+from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
+from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.distributed import environment
+from megatron_a2d.distributed.launch_environment import check_launch, rank, world_size
 from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
-from megatron_a2d.planner.job import job_of
 from megatron_a2d.planner.memory import check_memory, memory
-from megatron_a2d.printable import one_line, print_text
-from megatron_a2d.runtime import environment
-from megatron_a2d.runtime.processes import check_launch, rank, world_size
-from megatron_a2d.runtime.quiet import hide_noise
-from megatron_a2d.training.early import check_early
+from megatron_a2d.planner.workload import job_of
+from megatron_a2d.terminal.console import entry_point, human
+from megatron_a2d.training.early_checks import check_early
+from megatron_a2d.utils.atomic_write import hold_directory
+from megatron_a2d.utils.errors import SaveError, UserError
+from megatron_a2d.utils.log_filters import hide_noise
+from megatron_a2d.utils.printable import one_line, print_text
 
 
 class Options(NamedTuple):
@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _run(*_parse(argv))
     except (UserError, SaveError):
-        if "megatron_a2d.training.parallel" in sys.modules:
-            sys.modules["megatron_a2d.training.parallel"].finalize()
+        if "megatron_a2d.distributed.process_groups" in sys.modules:
+            sys.modules["megatron_a2d.distributed.process_groups"].finalize()
         if rank() > 0:
             # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -89,10 +89,11 @@ def _run(config: RunConfig, options: Options) -> None:
         return
     environment.apply(config)  # before anything touches CUDA
     hide_noise()
-    from megatron_a2d.runtime.heartbeat import Heartbeat
-    from megatron_a2d.runtime.peers import Peers
-    from megatron_a2d.training import loop, parallel
-    from megatron_a2d.training.checked import check_run
+    from megatron_a2d.distributed import process_groups as parallel
+    from megatron_a2d.distributed.hang_watchdog import Heartbeat
+    from megatron_a2d.distributed.rank_failure import Peers
+    from megatron_a2d.training import train_loop
+    from megatron_a2d.training.prelaunch_checks import check_run
 
     # The first rank alone looks into files; while it does, the others wait for it to join the process group.
     if rank() == 0 and config.training.save and not options.dry_run:
@@ -107,7 +108,7 @@ def _run(config: RunConfig, options: Options) -> None:
     with Heartbeat(rank()), Peers(60 * config.parallel.distributed_timeout_minutes):
         checked = parallel.from_first_rank(first)
         assert checked is not None
-        _, exit_code = loop.train(checked.config, checked.architecture, *checked.start)
+        _, exit_code = train_loop.train(checked.config, checked.architecture, *checked.start)
     parallel.finalize()
     if exit_code:
         sys.exit(exit_code)

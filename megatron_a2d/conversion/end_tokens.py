@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_a2d.conversion.mask_token import read_tokenizer_config, read_tokens
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 

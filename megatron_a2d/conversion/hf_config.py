@@ -1,4 +1,4 @@
-"""The config.json and generation_config.json of an export: what `architecture.py` reads, written.
+"""The config.json and generation_config.json of an export: what `model_config.py` reads, written.
 
 Keys are spelled as on the hub (`rope_theta`, `num_experts`, `torch_dtype`): transformers 4 silently ignores
 the new spellings of transformers 5, while 5 reads both.
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from megatron_a2d.architecture import Architecture
+from megatron_a2d.checkpoint.training_facts import Trained
+from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.conversion.end_tokens import EndTokens
-from megatron_a2d.conversion.trained import Trained
 
 Format = Literal["rnd1", "a2d", "qwen3"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -156,7 +156,7 @@ def num_diffusion_steps(config: Mapping[str, Any]) -> int:
 
 
 def _training(kind: Format, model: Exported) -> dict[str, Any]:
-    """What a conversion of the export must know of the training (trained.py); of a causal model's, nothing."""
+    """What a conversion of the export must know of the training (training_facts.py); of a causal model's, nothing."""
     trained = model.trained
     if kind == "qwen3" and not trained.is_diffusion:
         return {}

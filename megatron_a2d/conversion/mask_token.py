@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json
-from megatron_a2d.tokenizer import read_tokenizer
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.tokenizer import read_tokenizer
 
 MASK_TOKEN = "<|mask|>"
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from megatron_a2d.architecture import quantised
-from megatron_a2d.conversion.rows import OpenFiles, RowSource, Span, StreamedFile, bytes_of, slabs
-from megatron_a2d.conversion.unfinished import Unfinished
+from megatron_a2d.checkpoint.tensor_rows import OpenFiles, RowSource, Span, StreamedFile, bytes_of, slabs
+from megatron_a2d.config.model_config import quantised
+from megatron_a2d.conversion.resumable_output import Unfinished
 from megatron_a2d.conversion.workers import run_jobs
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json, regular
-from megatron_a2d.parsing import ParseError, parse_json
+from megatron_a2d.utils.atomic_write import read_json, regular
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.parsing import ParseError, parse_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_a2d.architecture import Architecture, read_architecture
-from megatron_a2d.console import progress
-from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
-from megatron_a2d.conversion.model_files import check_model_files
-from megatron_a2d.conversion.rows import FiniteCheck, Remapped, RowSource, Span, account, num_bytes, slabs
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
+from megatron_a2d.checkpoint.reader import open_torch_dist
+from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, Remapped, RowSource, Span, account, num_bytes, slabs
+from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.conversion.hf_model_files import check_model_files
+from megatron_a2d.conversion.qwen3_weight_map import FUSED_PARTS, WeightMap
 from megatron_a2d.conversion.safetensors_files import SafetensorsDirectory, open_safetensors
-from megatron_a2d.conversion.table import FUSED_PARTS, WeightMap
-from megatron_a2d.conversion.torch_dist_reader import open_torch_dist
-from megatron_a2d.errors import UserError
+from megatron_a2d.terminal.console import progress
+from megatron_a2d.utils.errors import UserError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

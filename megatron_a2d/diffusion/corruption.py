@@ -9,14 +9,14 @@ the first token of each.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from megatron_a2d.diffusion.exact_count import hide_exactly
-from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.diffusion.weights import token_weights
-from megatron_a2d.errors import UserError
+from megatron_a2d.diffusion.loss_weighting import token_weights
+from megatron_a2d.diffusion.rng import Noise
+from megatron_a2d.utils.errors import UserError
 
 
 class Corrupted(NamedTuple):
@@ -29,8 +29,8 @@ class Corrupted(NamedTuple):
     num_maskable: int  # this sample's part of the loss's denominator, in tokens
     documents: np.ndarray | None = None  # [L] int64, the document of each token, where they are isolated
     positions: np.ndarray | None = None  # [L] int64, where they are not 0 .. L - 1
-    annealing: np.ndarray | None = None  # [2] int64 (visibility.py), where not all tokens see one another yet
-    levels: np.ndarray | None = None  # [L] int64 (blocks.py), where blocks follow one another
+    annealing: np.ndarray | None = None  # [2] int64 (attention_masks.py), where not all tokens see one another yet
+    levels: np.ndarray | None = None  # [L] int64 (block_diffusion.py), where blocks follow one another
     # What monitoring asks for. A span is what was masked at one time: the sample, or each of its blocks.
     spans: np.ndarray | None = None  # [n, 3] float64: time, maskable tokens, masked ones; None where none are masked
     span_of_row: np.ndarray | None = None  # [L] int64, that of the token which judges the row; None: all the first
@@ -48,8 +48,8 @@ def corrupt(
 
     At time t each maskable token is hidden with probability m(t) and weighs m'(t) / m(t). Summed over a
     batch and divided by the batch's number of maskable tokens, that is an unbiased estimate of
-    the NELBO in nats a token; other weights (weights.py) estimate no bound. `visible_token_id` (end of document) is
-    never masked and not counted.
+    the NELBO in nats a token; other weights (loss_weighting.py) estimate no bound. `visible_token_id` (end of
+    document) is never masked and not counted.
     """
     check_text(tokens_L, sample_index, noise)
     time = noise.time(sample_index)
@@ -127,3 +127,28 @@ def shift(tokens_L: np.ndarray, weights_L: np.ndarray) -> tuple[np.ndarray, np.n
     labels_L[:-1], labels_L[-1] = tokens_L[1:], tokens_L[0]
     shifted_L[:-1] = weights_L[1:]
     return labels_L, shifted_L
+
+
+_ROUNDING = 1e-9  # of a share of times
+
+
+def hide_exactly(noise: Noise, time: float, sample_index: int, maskable_L: np.ndarray) -> tuple[np.ndarray, float]:
+    """(masked [L] bool, the weight of a masked token) at a time; nothing is masked where nothing can be."""
+    total = int(maskable_L.sum())
+    masked_L = np.zeros(len(maskable_L), dtype=bool)
+    if total == 0:
+        return masked_L, 0.0
+    count = min(total, max(1, math.ceil(noise.functions.mask_probability(time) * total)))
+    likelihood = _likelihood(noise, count, total)
+    if likelihood < _ROUNDING and count < total:  # the time lies on the border of a span that no time reaches
+        count += 1
+        likelihood = _likelihood(noise, count, total)
+    order = np.where(maskable_L, noise.uniforms(sample_index, len(maskable_L)), 2.0)
+    masked_L[np.argpartition(order, count - 1)[:count]] = True
+    return masked_L, 1 / (count * likelihood)
+
+
+def _likelihood(noise: Noise, count: int, total: int) -> float:
+    """The share of times that hide `count` of `total` tokens."""
+    first, last = (max(noise.min_time, noise.functions.time(part / total)) for part in (count - 1, count))
+    return (last - first) / (1 - noise.min_time)

@@ -2,7 +2,7 @@
 
 The limits keep accidents small: time, memory, file size, no output, no further processes (which the kernel grants to
 root all the same), an empty directory and environment; nothing that was started outlives the program, and there is no
-network (program_keeper.py). The number of files has no limit. They are no sandbox against a program that wants to
+network (sandbox.py). The number of files has no limit. They are no sandbox against a program that wants to
 do harm: use a container or a machine of its own for models that you do not trust.
 """
 
@@ -17,8 +17,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_a2d.errors import UserError
-from megatron_a2d.evaluation import program_keeper
+from megatron_a2d.evaluation import sandbox
+from megatron_a2d.utils.errors import UserError
 
 SECONDS = 10
 MEMORY_BYTES = 1 << 30
@@ -80,11 +80,11 @@ def passes(program: str, tests: str, seconds: int = SECONDS) -> bool:
 def _command(seconds: int) -> list[str]:
     needs_no_network = int(os.environ.get(NETWORK_SWITCH) != "1")
     limits = (seconds, MEMORY_BYTES, FILE_BYTES, needs_no_network, *_NAMESPACES)
-    return [sys.executable, "-I", "-S", str(program_keeper.__file__), *map(str, limits)]
+    return [sys.executable, "-I", "-S", str(sandbox.__file__), *map(str, limits)]
 
 
 def _is_networked(exit_code: int) -> bool:
-    return exit_code == program_keeper.UNISOLATED
+    return exit_code == sandbox.UNISOLATED
 
 
 def _kill_escaped(variable: bytes) -> None:

@@ -1,8 +1,8 @@
 """Tasks of the lm-evaluation-harness on a diffusion (or autoregressive) model.
 
-The harness makes the requests and judges the answers; here they are answered: log-likelihoods by scoring.py, texts by
-the samplers. Requests are sorted by length and batched, each answer goes to the journal as soon as it is known.
-"""
+The harness makes the requests and judges the answers; here they are answered: log-likelihoods by loglikelihood.py,
+texts by the samplers. Requests are sorted by length and batched, each answer goes to the journal as soon as it is
+known."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_positions, make_canvas, row_seed
-from megatron_a2d.errors import UserError
-from megatron_a2d.evaluation.journal import Journal
-from megatron_a2d.evaluation.scoring import Scored, ScoringOptions, check_lengths, score
-from megatron_a2d.inference.opened import Opened
+from megatron_a2d.evaluation.loglikelihood import Scored, ScoringOptions, check_lengths, score
+from megatron_a2d.evaluation.response_cache import Journal
+from megatron_a2d.inference.loaded_model import Opened
+from megatron_a2d.utils.errors import UserError
 
 Progress = Callable[[str, float, str], AbstractContextManager[Callable[[float], None]]]
 

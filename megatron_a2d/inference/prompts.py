@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from megatron_a2d.errors import UserError, nearest
-from megatron_a2d.inference.opened import Opened
-from megatron_a2d.parsing import ParseError, parse_json
+from megatron_a2d.inference.loaded_model import Opened
+from megatron_a2d.utils.errors import UserError, nearest
+from megatron_a2d.utils.parsing import ParseError, parse_json
 
 # <|hole:16|> in a text stands for 16 tokens to find.
 _HOLE = re.compile(r"<\|hole:(-?\d{1,9})\|>")

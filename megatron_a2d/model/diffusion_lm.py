@@ -2,8 +2,8 @@
 
 About half of a diffusion batch's positions are not masked and have no loss. At a vocabulary of 152k the
 logits are the model's largest tensor, so the masked rows are gathered before the head, which takes a few of them at a
-time (masked_head.py). Which rows they are is known before the forward pass, on the host: no GPU has to be asked.
-Shapes: s sequence, b batch, h hidden, N rows with loss, V vocabulary.
+time (chunked_cross_entropy.py). Which rows they are is known before the forward pass, on the host: no GPU has to be
+asked. Shapes: s sequence, b batch, h hidden, N rows with loss, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.diffusion.visibility import annealed, by_level
-from megatron_a2d.model.masked_head import OutputLayer
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.diffusion.attention_masks import annealed, by_level
+from megatron_a2d.distributed.step_timers import both_ways
+from megatron_a2d.megatron_compat.device import has_cuda, send
+from megatron_a2d.model.chunked_cross_entropy import OutputLayer
 from megatron_a2d.model.schedule_plan import InParts
-from megatron_a2d.runtime.device import has_cuda, send
-from megatron_a2d.runtime.phases import both_ways
 
 
 def own_piece(tensor: Tensor, dim: int) -> Tensor:
@@ -157,7 +157,7 @@ class DiffusionLM(InParts, LanguageModule):
         Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence], on the host,
         isolates the documents from one another, as a mask or, with `packs_documents`, as packed sequences.
         `positions` [b, whole sequence] are those of the rotary embedding, 0, 1, ... without. `annealing` [b, 2]: causal
-        but for random entries. `levels` [b, whole sequence]: block by block (both: diffusion/visibility.py).
+        but for random entries. `levels` [b, whole sequence]: block by block (both: diffusion/attention_masks.py).
         """
         self._show(tokens_bs)
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None

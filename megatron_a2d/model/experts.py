@@ -23,7 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_a2d.runtime.device import device
+from megatron_a2d.megatron_compat.device import device
 
 # torch 2.10 gave it a public name.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -85,7 +85,7 @@ class GroupedExperts(MegatronModule):
             (self.weight2, 2, config.output_layer_init_method),
         ):
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
-            # As megatron's own; runtime/upstream.py says why that is not enough, and mends it for both.
+            # As megatron's own; megatron_compat/versions.py says why that is not enough, and mends it for both.
             weight.allreduce = pg_collection.ep.size() == 1  # type: ignore[attr-defined]
             if config.perform_initialization:
                 with torch.no_grad():

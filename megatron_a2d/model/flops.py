@@ -6,7 +6,7 @@ reach it. Backward is twice forward. A multiply-add is two operations.
 
 from __future__ import annotations
 
-from megatron_a2d.architecture import Architecture
+from megatron_a2d.config.model_config import Architecture
 
 
 def train_flops_per_token(

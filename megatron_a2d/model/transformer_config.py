@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import RunConfig
-from megatron_a2d.errors import UserError
-from megatron_a2d.model.specs import choose_implementation
-from megatron_a2d.performance import find_performance_problems
-from megatron_a2d.precision import choose_scaling
-from megatron_a2d.printable import print_line
-from megatron_a2d.runtime import upstream
-from megatron_a2d.runtime.device import compute_capability, cuda_version, has_cuda
-from megatron_a2d.runtime.processes import rank
+from megatron_a2d.config.fp8_recipe import choose_scaling
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.validate_performance import find_performance_problems
+from megatron_a2d.distributed.launch_environment import rank
+from megatron_a2d.megatron_compat import versions
+from megatron_a2d.megatron_compat.device import compute_capability, cuda_version, has_cuda
+from megatron_a2d.model.layer_specs import choose_implementation
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import print_line
 
 # Steps that run as usual before a layer's kernels are recorded: allocator, autotuning and FP8 scales have settled.
 GRAPH_WARMUP_STEPS = 3
@@ -66,7 +66,7 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=not has_cuda(),
-        # The loss is divided once, by the global number of maskable tokens (see diffusion/objective.py).
+        # The loss is divided once, by the global number of maskable tokens (see diffusion/loss.py).
         calculate_per_token_loss=True,
         # What comes from apex alone stays off: a norm of its own, a fused softmax.
         persist_layer_norm=False,
@@ -141,7 +141,7 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
         fields.update(
             cuda_graph_impl=performance.cuda_graph_impl,
             cuda_graph_warmup_steps=GRAPH_WARMUP_STEPS,
-            **upstream.graphed_parts(performance.cuda_graph_scope),
+            **versions.graphed_parts(performance.cuda_graph_scope),
         )
     if performance.cuda_graph_impl != "none" and performance.fp8 == "none":
         # Else a graph is recorded as that of a step's first micro-batch, and every later one, with fused accumulation,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron_a2d.planner.job import Job
+from megatron_a2d.planner.workload import Job
 
 INDEX = 8  # bytes
 FLOAT = 4

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from megatron_a2d.architecture import Architecture, architecture_from_config
-from megatron_a2d.conversion.qwen3 import hub_config
+from megatron_a2d.config.model_config import Architecture, architecture_from_config
+from megatron_a2d.conversion.qwen3_shapes import hub_config
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner.cluster import Cluster, read_cluster
-from megatron_a2d.planner.job import Job
 from megatron_a2d.planner.memory import memory
-from megatron_a2d.planner.timing import Efficiencies, step_time
+from megatron_a2d.planner.step_time import Efficiencies, step_time
+from megatron_a2d.planner.workload import Job
 
-ROWS = Path(__file__).with_name("published.yaml")
+ROWS = Path(__file__).with_name("published_throughput.yaml")
 
 EFFICIENCIES = Efficiencies(
     matmul_bf16=0.804,
@@ -69,7 +69,7 @@ class Row(NamedTuple):
 
 @functools.cache
 def published_rows() -> tuple[Row, ...]:
-    """All rows of published.yaml."""
+    """All rows of published_throughput.yaml."""
     content = yaml.safe_load(ROWS.read_text(encoding="utf-8"))
     return tuple(_row(row) for row in content["rows"])
 

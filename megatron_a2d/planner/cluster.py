@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_a2d.cli import Parser
-from megatron_a2d.errors import UserError, nearest
-from megatron_a2d.files import read_yaml
-from megatron_a2d.gpus import rates_of
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.config.gpus import rates_of
+from megatron_a2d.utils.atomic_write import read_yaml
+from megatron_a2d.utils.errors import UserError, nearest
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "launch" / "clusters"
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import RunConfig
-from megatron_a2d.errors import UserError
-from megatron_a2d.model.chunks import rows_per_chunk
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.model.chunked_cross_entropy import rows_per_chunk
 from megatron_a2d.planner.activations import LayerActivations, layer_activations
 from megatron_a2d.planner.cluster import Cluster
-from megatron_a2d.planner.job import Job, job_of
 from megatron_a2d.planner.parameters import stage_values
+from megatron_a2d.planner.workload import Job, job_of
+from megatron_a2d.utils.errors import UserError
 
 # What a process takes before it trains: CUDA's context, workspaces of cuBLAS and Transformer Engine. An assumption.
 CONTEXT_BYTES = 2.0 * 2**30

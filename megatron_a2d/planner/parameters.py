@@ -11,8 +11,8 @@ import functools
 import math
 from typing import NamedTuple
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.planner.job import Job
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.planner.workload import Job
 
 
 class Parameter(NamedTuple):

@@ -1,6 +1,6 @@
 """Every legal layout of a run on a cluster, with its memory and time, and why those that were not chosen fall.
 
-What is legal is decided by checks.py alone, as for training: a size that it refuses by itself is refused with all
+What is legal is decided by validate.py alone, as for training: a size that it refuses by itself is refused with all
 others, which keeps the number of combinations small.
 """
 
@@ -13,15 +13,15 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.checks import find_general_problems, find_layout_problems
-from megatron_a2d.config import RunConfig, settings
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig, settings
+from megatron_a2d.config.validate import find_general_problems, find_layout_problems
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner.calibration import EFFICIENCIES
 from megatron_a2d.planner.cluster import Cluster
-from megatron_a2d.planner.job import Job, job_of
 from megatron_a2d.planner.memory import Memory, memory
-from megatron_a2d.planner.timing import MASKED_FRACTION, StepTime, step_time
+from megatron_a2d.planner.step_time import MASKED_FRACTION, StepTime, step_time
+from megatron_a2d.planner.workload import Job, job_of
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 LARGEST_CONTEXT_PARALLEL = 8
@@ -82,7 +82,7 @@ class Search(NamedTuple):
     fitting: list[Plan]  # the fastest first
     too_large: list[Plan]  # the smallest first
     num_illegal: int
-    refusals: Counter[str]  # what checks.py said of them, one example of each kind -> how many
+    refusals: Counter[str]  # what validate.py said of them, one example of each kind -> how many
 
 
 def search(config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any) -> Search:
@@ -133,7 +133,7 @@ def _layouts(
     accepted = {_without_numbers(problem) for problem in find_layout_problems(plain, architecture, 1)}
 
     def legal_alone(sizes: list[int], name: str, **more: Any) -> list[int]:
-        """Those sizes to which checks.py has nothing new to say, on as many processes as they need."""
+        """Those sizes to which validate.py has nothing new to say, on as many processes as they need."""
         return [
             size
             for size in sizes

@@ -17,15 +17,15 @@ import signal
 import sys
 import time
 
-from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.console import entry_point
-from megatron_a2d.conversion.trained import inherited
-from megatron_a2d.errors import UserError
-from megatron_a2d.exit_codes import USER_ERROR
+from megatron_a2d.checkpoint.training_facts import inherited
+from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.distributed.launch_environment import rank, world_size
 from megatron_a2d.planner.cluster import add_cluster, read_cluster
-from megatron_a2d.runtime.processes import rank, world_size
-from megatron_a2d.runtime.quiet import hide_noise
-from megatron_a2d.training.early import check_early
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.training.early_checks import check_early
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.exit_codes import USER_ERROR
+from megatron_a2d.utils.log_filters import hide_noise
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.settings_only:
         return
     hide_noise()
-    from megatron_a2d.preflight.nodes import check_nodes
+    from megatron_a2d.preflight.node_checks import check_nodes
 
     training = dataclasses.replace(config.training, verify_checkpoint=options.thorough)
     check_nodes(dataclasses.replace(config, training=training), options.thorough, cluster)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point
-from megatron_a2d.errors import UserError, nearest
-from megatron_a2d.printable import print_line, print_text
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.report.plots import draw_run
+from megatron_a2d.report.tensorboard_layout import watch
 from megatron_a2d.study.command import STUDIES, run_study, usage
-from megatron_a2d.study.report import draw_run
-from megatron_a2d.study.watch import watch
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.errors import UserError, nearest
+from megatron_a2d.utils.printable import print_line, print_text
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,19 +6,19 @@ import importlib
 import shlex
 from pathlib import Path
 
-from megatron_a2d.architecture import read_architecture
-from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import RunConfig, flag, settings
-from megatron_a2d.console import console
-from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
-from megatron_a2d.conversion.trained import inherited
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import hold_directory
-from megatron_a2d.printable import print_line
-from megatron_a2d.study.inputs import hold_inputs
-from megatron_a2d.study.page import import_pyplot, write_lines, write_page
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
+from megatron_a2d.checkpoint.training_facts import inherited
+from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.settings import RunConfig, flag, settings
+from megatron_a2d.study.fingerprints import hold_inputs
+from megatron_a2d.study.results_page import import_pyplot, write_lines, write_page
 from megatron_a2d.study.runner import Runner
-from megatron_a2d.study.study import Study, seeds_of
+from megatron_a2d.study.study_base import Study, seeds_of
+from megatron_a2d.terminal.console import console
+from megatron_a2d.utils.atomic_write import hold_directory
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import print_line
 
 STUDIES = {
     "probe": "probe",

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_a2d.cli import Parser
-from megatron_a2d.console import entry_point
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import read_json, write_json
-from megatron_a2d.runtime.quiet import hide_noise
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import read_json, write_json
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.log_filters import hide_noise
 
 if TYPE_CHECKING:
-    from megatron_a2d.study.opened import OpenedRun
+    from megatron_a2d.study.load_run import OpenedRun
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,31 +29,31 @@ def main(argv: list[str] | None = None) -> None:
     spec = read_json(parser.parse_args(argv).spec, "the measurements to make")
     hide_noise()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron_a2d.study.opened import open_run
-    from megatron_a2d.training import parallel
+    from megatron_a2d.distributed import process_groups
+    from megatron_a2d.study.load_run import open_run
 
-    parallel.check_launch()
+    process_groups.check_launch()
     try:
         opened = open_run(spec["settings"])
         results = {item["name"]: _KINDS[item["kind"]](opened, **item["options"]) for item in spec["measures"]}
-        if parallel.rank() == 0:
+        if process_groups.rank() == 0:
             write_json(spec["out"], results)
     finally:
-        parallel.finalize()
+        process_groups.finalize()
 
 
 def likelihood(opened: OpenedRun) -> dict[str, Any]:
     """NELBO (objective ar: negative log-likelihood), with its table by time."""
-    from megatron_a2d.training.loop import run_validation
+    from megatron_a2d.training.train_loop import run_validation
 
     result = run_validation(opened.state, opened.config, opened.architecture, opened.valid_data)
     return {**result.to_dict(), **result.tables()}
 
 
 def cloze(opened: OpenedRun) -> dict[str, Any]:
-    """Facts of the training text, asked in held-out text under the causal mask (facts.py)."""
-    from megatron_a2d.study.facts import Facts
-    from megatron_a2d.study.held_out import asked_rows, judge
+    """Facts of the training text, asked in held-out text under the causal mask (cloze_eval.py)."""
+    from megatron_a2d.study.cloze_eval import Facts
+    from megatron_a2d.study.infilling_eval import asked_rows, judge
 
     if opened.config.diffusion.objective != "ar":
         raise UserError("cloze: is asked of the autoregressive model; give objective ar")
@@ -64,17 +64,17 @@ def cloze(opened: OpenedRun) -> dict[str, Any]:
 
 def infill(opened: OpenedRun, hole_length: int = 16) -> dict[str, Any]:
     """A hole of `hole_length` tokens in each held-out sample, all of it predicted at once from both sides."""
-    from megatron_a2d.study.held_out import holes, judge
+    from megatron_a2d.study.infilling_eval import holes, judge
 
     return {"hole_length": hole_length, **judge(opened, holes(opened, hole_length)).to_dict()}
 
 
 def drift(opened: OpenedRun, reference: str) -> dict[str, float]:
     """|W - W0| / |W0| by role; `reference` holds W0."""
-    from megatron_a2d.conversion.checkpoint import resolve
-    from megatron_a2d.training.checkpoint import load_checkpoint
-    from megatron_a2d.training.drift import Drift
-    from megatron_a2d.training.pieces import owned_pieces
+    from megatron_a2d.checkpoint.directory import resolve
+    from megatron_a2d.training.checkpointing import load_checkpoint
+    from megatron_a2d.training.monitor import Drift
+    from megatron_a2d.training.param_shards import owned_pieces
 
     pieces = owned_pieces(opened.state)
     now = [piece.weight().clone() for piece in pieces]
@@ -86,8 +86,8 @@ def drift(opened: OpenedRun, reference: str) -> dict[str, float]:
 
 
 def gradients(opened: OpenedRun, **options: Any) -> dict[str, Any]:
-    """Moments of the gradient over independent batches (gradients.py)."""
-    from megatron_a2d.study.gradients import gradient_moments
+    """Moments of the gradient over independent batches (gradient_noise.py)."""
+    from megatron_a2d.study.gradient_noise import gradient_moments
 
     return gradient_moments(opened, **options)
 

@@ -23,13 +23,13 @@ from typing import Any
 
 import yaml
 
-from megatron_a2d.config import RunConfig, settings
-from megatron_a2d.console import console
-from megatron_a2d.conversion.checkpoint import latest_iteration
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_file, read_json, write_json
-from megatron_a2d.study.plan import BASE, Job, Measure, resolved
-from megatron_a2d.study.report import read_log
+from megatron_a2d.checkpoint.directory import latest_iteration
+from megatron_a2d.config.settings import RunConfig, settings
+from megatron_a2d.report.plots import read_log
+from megatron_a2d.study.jobs import BASE, Job, Measure, resolved
+from megatron_a2d.terminal.console import console
+from megatron_a2d.utils.atomic_write import new_file, read_json, write_json
+from megatron_a2d.utils.errors import UserError
 
 # Settings that say where things lie and how they are shown: a job may be moved, watched and spread over processes.
 _FREE = (

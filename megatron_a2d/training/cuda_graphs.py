@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_a2d.config import RunConfig
+from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.model.transformer_config import GRAPH_WARMUP_STEPS
-from megatron_a2d.training.setup import TrainState
+from megatron_a2d.training.train_state import TrainState
 
 
 class LayerGraphs:

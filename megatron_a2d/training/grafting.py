@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_a2d.model.grafting import GraftedSelfAttention
-from megatron_a2d.training.setup import TrainState
+from megatron_a2d.model.grafted_attention import GraftedSelfAttention
+from megatron_a2d.training.train_state import TrainState
 
 
 class Grafting:
@@ -59,7 +59,8 @@ class Grafting:
                 module.stop_grafting()
 
     def add_error(self, totals: Tensor) -> None:
-        """Add the last step's errors, summed over tokens and averaged over layers, to its weighted loss (step.py)."""
+        """Add the last step's errors, summed over tokens and averaged over layers, to its weighted loss
+        (train_step.py)."""
         # Without sequence parallelism all tensor-parallel ranks have the same rows.
         if parallel_state.get_tensor_model_parallel_rank() == 0 or self._has_own_rows:
             for module in self._old:

@@ -26,28 +26,27 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_a2d.architecture import Architecture, read_architecture
-from megatron_a2d.config import ROLES, RunConfig
-from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
-from megatron_a2d.conversion.manifest import check_manifest
-from megatron_a2d.conversion.torch_dist_reader import check_pickles
-from megatron_a2d.data.batches import Batch
-from megatron_a2d.errors import UserError
-from megatron_a2d.runtime.device import device
-from megatron_a2d.training.drift import Drift
-from megatron_a2d.training.gathering import zero_gradients
-from megatron_a2d.training.parallel import from_first_rank
-from megatron_a2d.training.pieces import over_ranks, owned_pieces, squares_by_role
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
+from megatron_a2d.checkpoint.manifest import check_manifest
+from megatron_a2d.checkpoint.reader import check_pickles
+from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.config.settings import ROLES, RunConfig
+from megatron_a2d.data.dataloader import Batch
+from megatron_a2d.distributed.process_groups import from_first_rank
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.training.initialization import begin
+from megatron_a2d.training.param_gather import zero_gradients
+from megatron_a2d.training.param_shards import Piece, over_ranks, owned_pieces, squares_by_role
 from megatron_a2d.training.routers import RouterCounts
-from megatron_a2d.training.setup import TrainState
-from megatron_a2d.training.start import begin
-from megatron_a2d.training.step import forward_backward
+from megatron_a2d.training.train_state import TrainState
+from megatron_a2d.training.train_step import forward_backward
+from megatron_a2d.utils.errors import UserError
 
 _MEMORY = 0.9  # of the moving averages, from one log interval to the next
 
 
 class Monitor:
-    """One for a run; an `Observer` (step.py) of the steps that are logged. All methods are collective."""
+    """One for a run; an `Observer` (train_step.py) of the steps that are logged. All methods are collective."""
 
     def __init__(self, config: RunConfig, architecture: Architecture, state: TrainState):
         self._architecture, self._state, self._pieces = architecture, state, owned_pieces(state)
@@ -166,3 +165,28 @@ def _small_batch(config: RunConfig) -> tuple[int, int] | None:
         return least, max(1, training.micro_batch_size // 4)
     # Recorded kernels take micro-batches of the size that they were recorded with.
     return (least, training.micro_batch_size) if share > least else None
+
+
+class Drift:
+    """|W - W0| / |W0| by role. W0 is what the pieces hold when this is made; it is kept in the host's memory."""
+
+    def __init__(self, pieces: list[Piece]):
+        self._pieces = pieces
+        self._start = [piece.weight().to("cpu", copy=True) for piece in pieces]
+
+    def measure(self, values: Callable[[int, Piece], Tensor] = lambda _, piece: piece.weight()) -> dict[str, float]:
+        """Of `values`, by default what the weights are now. Collective; roles that the model has."""
+
+        def moved(number: int, piece: Piece) -> Tensor:
+            return values(number, piece).float() - self._start[number].to(device()).float()
+
+        sums = over_ranks(
+            torch.stack(
+                [
+                    squares_by_role(self._pieces, moved),
+                    squares_by_role(self._pieces, lambda number, piece: self._start[number].to(device())),
+                ]
+            )
+        )
+        away, size = sums.sqrt().tolist()
+        return {role: away[index] / size[index] for index, role in enumerate(ROLES) if size[index] > 0}

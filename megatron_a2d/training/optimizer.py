@@ -19,9 +19,9 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import nn
 
-from megatron_a2d.config import RunConfig
-from megatron_a2d.precision import Scaling, choose_scaling
-from megatron_a2d.runtime.device import compute_capability, cuda_version
+from megatron_a2d.config.fp8_recipe import Scaling, choose_scaling
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.megatron_compat.device import compute_capability, cuda_version
 
 # First match wins: a norm inside attention is a norm.
 _ROLE_OF_NAME_PART = (

@@ -18,9 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_a2d.checks import NO_START
-from megatron_a2d.config import DataConfig, DiffusionConfig, OptimizationConfig, RunConfig, flag, settings
-from megatron_a2d.conversion.checkpoint import (
+from megatron_a2d.checkpoint.directory import (
     directory_name,
     iteration_of,
     latest_iteration,
@@ -28,9 +26,18 @@ from megatron_a2d.conversion.checkpoint import (
     read_run_settings,
     resolve,
 )
-from megatron_a2d.conversion.manifest import MANIFEST, check_manifest
-from megatron_a2d.conversion.trained import contradictions, read_trained
-from megatron_a2d.errors import UserError
+from megatron_a2d.checkpoint.manifest import MANIFEST, check_manifest
+from megatron_a2d.checkpoint.training_facts import contradictions, read_trained
+from megatron_a2d.config.settings import (
+    DataConfig,
+    DiffusionConfig,
+    OptimizationConfig,
+    RunConfig,
+    flag,
+    settings,
+)
+from megatron_a2d.config.validate import NO_START
+from megatron_a2d.utils.errors import UserError
 
 _FREE = {"train_data_path", "valid_data_path", "data_mixture", "verify_tokenizer", "num_workers"}
 BOUND = (

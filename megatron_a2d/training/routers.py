@@ -14,10 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.megatron_compat.recompute import is_recomputed
 from megatron_a2d.model.diffusion_lm import DiffusionLM
-from megatron_a2d.runtime.device import device
-from megatron_a2d.runtime.recompute import is_recomputed
-from megatron_a2d.training.pieces import over_ranks
+from megatron_a2d.training.param_shards import over_ranks
 
 _VISIBLE, _MASKED = 0, 1
 KINDS = {"masked": _MASKED, "visible": _VISIBLE}

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_a2d.data.batches import Batch
-from megatron_a2d.diffusion.validation import SampleColumns, ValidationResult, summarise
-from megatron_a2d.runtime.device import device
-from megatron_a2d.training.parallel import owns_loss
-from megatron_a2d.training.step import forward_backward
+from megatron_a2d.data.dataloader import Batch
+from megatron_a2d.diffusion.metrics import SampleColumns, ValidationResult, summarise
+from megatron_a2d.distributed.process_groups import owns_loss
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.training.train_step import forward_backward
 
 __all__ = ["VALIDATION_SEED", "ValidationResult", "validate"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d.conversion.checkpoint import list_iterations
-from megatron_a2d.conversion.manifest import check_manifest
+from megatron_a2d.checkpoint.directory import list_iterations
+from megatron_a2d.checkpoint.manifest import check_manifest
 from tests.exactness import Exactness, Fault
 from tests.parity.pool import Pool
 

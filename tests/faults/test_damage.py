@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d.config import build
-from megatron_a2d.conversion.checkpoint import list_iterations
-from megatron_a2d.conversion.manifest import check_manifest
-from megatron_a2d.errors import UserError
+from megatron_a2d.checkpoint.directory import list_iterations
+from megatron_a2d.checkpoint.manifest import check_manifest
+from megatron_a2d.config.settings import build
 from megatron_a2d.training.resume import BOUND, differences, find_start
+from megatron_a2d.utils.errors import UserError
 from tests.cases import Case, copy_of
 from tests.exactness import Exactness, Fault
-from tests.parity.jobs import SETTINGS
+from tests.parity.parity_jobs import SETTINGS
 from tests.parity.pool import Pool
 
 

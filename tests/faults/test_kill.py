@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from checkpoints_tools import convert_hf
-from megatron_a2d.conversion.checkpoint import latest_iteration
-from megatron_a2d.exit_codes import PEER_LOST
+from megatron_a2d.checkpoint.directory import latest_iteration
+from megatron_a2d.utils.exit_codes import PEER_LOST
 from tests.exactness import Exactness, Fault
 from tests.faults.zygote import NUM_RANKS, OF_FIRST_RANK, PATIENCE, POINTS, SLOW_WRITER
 from tests.parity.layouts import DISTRIBUTED, EP, PP, TP_SP

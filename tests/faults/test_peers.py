@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_a2d.exit_codes import PEER_LOST
+from megatron_a2d.utils.exit_codes import PEER_LOST
 from tests.exactness import Exactness, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +22,8 @@ PATIENCE = 12.0  # seconds; a rank that a busy machine holds up for so long woul
 PROGRAM = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
-from megatron_a2d.errors import UserError
-from megatron_a2d.runtime.peers import Peers
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.distributed.rank_failure import Peers
 
 fault, patience = sys.argv[1], float(sys.argv[2])
 dist.init_process_group("gloo")

@@ -22,13 +22,13 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from checkpoints_tools import convert_hf, export_hf
 from megatron_a2d import generate, train
-from megatron_a2d.config import build
-from megatron_a2d.conversion.manifest import write_manifest
-from megatron_a2d.conversion.torch_dist_reader import check_pickles
-from megatron_a2d.errors import UserError
-from megatron_a2d.training.checked import check_run
+from megatron_a2d.checkpoint.manifest import write_manifest
+from megatron_a2d.checkpoint.reader import check_pickles
+from megatron_a2d.config.settings import build
+from megatron_a2d.training.prelaunch_checks import check_run
+from megatron_a2d.utils.errors import UserError
 from tests.cases import Case, copy_of
-from tests.parity.jobs import SETTINGS
+from tests.parity.parity_jobs import SETTINGS
 from tests.parity.pool import Pool
 
 

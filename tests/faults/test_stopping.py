@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_a2d.exit_codes import NOT_FINITE, SIGNALLED
-from megatron_a2d.training.stopping import SpikeDetector
+from megatron_a2d.training.stop_conditions import SpikeDetector
+from megatron_a2d.utils.exit_codes import NOT_FINITE, SIGNALLED
 from tests.cases import Case
 from tests.exactness import Exactness, Fault
 from tests.parity.pool import Pool

@@ -26,14 +26,14 @@ NUM_RANKS = 2
 PATIENCE = 60.0
 # Where a rank kills itself, as (module, object or None, function): when that is called for the nth time.
 POINTS: dict[str, tuple[str, str | None, str]] = {
-    "while it loads the checkpoint": ("megatron_a2d.training.start", None, "load_checkpoint"),
-    "in the middle of a step": ("megatron_a2d.training.step", None, "_loss"),
-    "between backward and update": ("megatron_a2d.training.step", None, "update_parameters"),
-    "while chunks are written": ("megatron_a2d.runtime.saving", "Saving", "finish_writing"),
-    "while they are written in the background": ("megatron_a2d.training.loop", None, "train_step"),
-    "before the manifest is written": ("megatron_a2d.training.checkpoint", None, "write_manifest"),
-    "between rename and tracker": ("megatron_a2d.training.checkpoint", None, "new_file"),
-    "while an old checkpoint is removed": ("megatron_a2d.training.save_schedule", None, "remove_old"),
+    "while it loads the checkpoint": ("megatron_a2d.training.initialization", None, "load_checkpoint"),
+    "in the middle of a step": ("megatron_a2d.training.train_step", None, "_loss"),
+    "between backward and update": ("megatron_a2d.training.train_step", None, "update_parameters"),
+    "while chunks are written": ("megatron_a2d.checkpoint.save", "Saving", "finish_writing"),
+    "while they are written in the background": ("megatron_a2d.training.train_loop", None, "train_step"),
+    "before the manifest is written": ("megatron_a2d.training.checkpointing", None, "write_manifest"),
+    "between rename and tracker": ("megatron_a2d.training.checkpointing", None, "new_file"),
+    "while an old checkpoint is removed": ("megatron_a2d.training.checkpointing", None, "remove_old"),
 }
 # There the victim's chunks take ten seconds more to write: their process must end with it, or its peers wait for that.
 SLOW_WRITER = "while they are written in the background"
@@ -108,10 +108,10 @@ def fork_rank(rank: int, port: int, settings: dict[str, Any], errors: Path, kill
 def kill_at(point: str, pass_by: int) -> None:
     """Let this process kill itself when it comes to `point`, after it has come there `pass_by` times."""
     if point == SLOW_WRITER:
-        from megatron_a2d.runtime import writer
+        from megatron_a2d.checkpoint import async_writer
 
-        write = writer._write
-        writer._write = lambda *arguments: (time.sleep(10), write(*arguments))
+        write = async_writer._write
+        async_writer._write = lambda *arguments: (time.sleep(10), write(*arguments))
     module_name, owner_name, function_name = POINTS[point]
     owner: Any = sys.modules[module_name]
     owner = getattr(owner, owner_name) if owner_name else owner
@@ -132,15 +132,18 @@ def run_rank(rank: int, port: int, settings: dict[str, Any]) -> int:
     """The training entry point's work on one rank; writes a fingerprint of the final weights."""
     import torch.distributed as dist
 
-    from megatron_a2d.runtime import peers
+    from megatron_a2d.distributed import rank_failure
     from tests.parity import run_job
 
-    peers.BEAT, peers.SUSPICION = 0.25, 0.75  # two ranks: nobody else can be slow (test_peers.py has the real ones)
+    rank_failure.BEAT, rank_failure.SUSPICION = (
+        0.25,
+        0.75,
+    )  # two ranks: nobody else can be slow (test_peers.py has the real ones)
     sys.stdout = sys.stderr
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     timeout = timedelta(seconds=PATIENCE / 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=timeout)
-    with peers.Peers(PATIENCE):
+    with rank_failure.Peers(PATIENCE):
         result = run_job.run(settings)
     Path(settings["save"], f"final_{rank}.json").write_text(json.dumps(result))
     return int(result["exit_code"])

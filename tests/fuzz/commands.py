@@ -26,8 +26,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_a2d.console import entry_point
-from megatron_a2d.exit_codes import ENDINGS
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.exit_codes import ENDINGS
 from tests.fuzz.odd import ODD_WORDS, copy_of, damage
 
 LONGEST = 60  # seconds of a case on a busy machine; without odd input the slowest takes three
@@ -120,14 +120,14 @@ COMMANDS = {
 def make_inputs(root: Path) -> dict[str, Path]:
     """Good inputs of every kind, by the name that `Command.arguments` gives them."""
     from checkpoints_tools import convert_hf, export_hf
-    from megatron_a2d.conversion.manifest import write_manifest
+    from megatron_a2d.checkpoint.manifest import write_manifest
     from tests.tiny import write_hf, write_tokens
 
     hf = write_hf(root / "hf", "moe")
     quiet = StringIO()
     with redirect_stdout(quiet), redirect_stderr(quiet):
         convert_hf.main(["--hf", str(hf), "--out", str(root / "checkpoint"), "--no-verify", "--workers", "1"])
-        from megatron_a2d.config import RunConfig
+        from megatron_a2d.config.settings import RunConfig
 
         trained = copy_of(root / "checkpoint" / "release", root / "trained" / "iter_0000002")
         (trained.parent / "latest_checkpointed_iteration.txt").write_text("2")
@@ -213,7 +213,7 @@ def _odd_input(source: Path, target: Path, rng: random.Random) -> tuple[Path, st
         # A manifest that fits, so that the change is read and not only found.
         manifest = chosen.parent / "manifest.json"
         if manifest.is_file() and chosen != manifest and rng.random() < 0.7:
-            from megatron_a2d.conversion.manifest import write_manifest
+            from megatron_a2d.checkpoint.manifest import write_manifest
 
             write_manifest(chosen.parent)
         return copy, done

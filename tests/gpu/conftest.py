@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_a2d.files import write_json
-from tests.gpu.train import REHEARSAL, Model, write_models
+from megatron_a2d.utils.atomic_write import write_json
+from tests.gpu.gpu_train import REHEARSAL, Model, write_models
 
 REPORT: list[Path] = []  # the file of --gpu-report, if there is one
 OUTCOMES: dict[str, str] = {}
@@ -40,16 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
     """Converted checkpoints and data, in sizes that every kernel takes."""
     warnings.filterwarnings("ignore")
-    from megatron_a2d.config import build
-    from megatron_a2d.runtime import environment
-    from megatron_a2d.training import parallel
+    from megatron_a2d.config.settings import build
+    from megatron_a2d.distributed import environment, process_groups
 
     config = build({})
     environment.apply(config)
     written = write_models(tmp_path_factory.mktemp("gpu"))  # before megatron.core is made to fit a machine without CUDA
-    parallel.initialize(config.parallel)
+    process_groups.initialize(config.parallel)
     yield written
-    parallel.finalize()
+    process_groups.finalize()
 
 
 @pytest.fixture

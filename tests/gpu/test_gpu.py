@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.report import can_compile
-from tests.gpu.train import ENGINE, REHEARSAL, Model, Run, train
+from bench.result_tables import can_compile
+from tests.gpu.gpu_train import ENGINE, REHEARSAL, Model, Run, train
 
 ENGINE_SETTINGS: dict[str, Any] = {"transformer_impl": ENGINE}
 FUSED: dict[str, Any] = {**ENGINE_SETTINGS, "apply_rope_fusion": True, "gradient_accumulation_fusion": True}
@@ -62,7 +62,7 @@ def test_a_checkpoint_serves_both(kind: str, models: dict[str, Model], tmp_path:
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors under Hugging Face's names."""
-    from megatron_a2d.conversion.rows import Span
+    from megatron_a2d.checkpoint.tensor_rows import Span
     from megatron_a2d.conversion.sources import open_checkpoint
 
     with open_checkpoint(path) as weights:
@@ -102,11 +102,11 @@ def test_grouped_product_with_empty_experts() -> None:
 
 def test_masked_head(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and gradients against plain fp32 arithmetic on the same bf16 numbers, and the peak of memory."""
-    from megatron_a2d.model import masked_head
-    from megatron_a2d.runtime.device import device
+    from megatron_a2d.megatron_compat.device import device
+    from megatron_a2d.model import chunked_cross_entropy
 
     hidden_size, vocabulary, rows = (64, 4096, 512) if REHEARSAL else (512, 65_536, 8192)
-    monkeypatch.setattr(masked_head, "rows_per_chunk", lambda *_: rows // 8)
+    monkeypatch.setattr(chunked_cross_entropy, "rows_per_chunk", lambda *_: rows // 8)
 
     class Group:
         rank, size = staticmethod(lambda: 0), staticmethod(lambda: 1)
@@ -120,7 +120,7 @@ def test_masked_head(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    losses, correct = masked_head._MaskedHead.apply(hidden, weight, labels, Group, rows // 8)
+    losses, correct = chunked_cross_entropy._MaskedHead.apply(hidden, weight, labels, Group, rows // 8)
     (losses * scale).sum().backward()
     if torch.cuda.is_available():
         record("peak over logits", (torch.cuda.max_memory_allocated() - before) / (rows * vocabulary * 4))
@@ -213,7 +213,7 @@ def test_layouts_over_nccl(
         pytest.skip("a rehearsal takes one process; tests/parity has the layouts on a CPU")
     task = {**models[kind]._asdict(), "steps": 2, "changes": {**ENGINE_SETTINGS, **changes}}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run([*command, "-m", "tests.gpu.train", json.dumps(task)], capture_output=True, text=True)
+    done = subprocess.run([*command, "-m", "tests.gpu.gpu_train", json.dumps(task)], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     run = Run(**json.loads(lines[0].removeprefix("RESULT ")))

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.mutants.judge import Judge, Outcome
+from tests.mutants.mutant_runner import Judge, Outcome
 from tests.mutants.mutate import sample
 from tests.mutants.verdicts import Results, equivalents
 
@@ -25,12 +25,12 @@ WORK = ROOT / "build" / "mutants"
 TARGETS = (
     "megatron_a2d/diffusion",
     "megatron_a2d/data",
-    "megatron_a2d/conversion/table.py",
-    "megatron_a2d/conversion/rows.py",
+    "megatron_a2d/conversion/qwen3_weight_map.py",
+    "megatron_a2d/checkpoint/tensor_rows.py",
     "megatron_a2d/training/optimizer.py",
     "megatron_a2d/training/resume.py",
-    "megatron_a2d/training/step.py",
-    "megatron_a2d/evaluation/scoring.py",
+    "megatron_a2d/training/train_step.py",
+    "megatron_a2d/evaluation/loglikelihood.py",
     "megatron_a2d/planner/memory.py",
 )
 

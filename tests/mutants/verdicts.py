@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.mutants.judge import Outcome
+from tests.mutants.mutant_runner import Outcome
 from tests.mutants.mutate import Mutant
 
 VERDICTS = Path(__file__).with_name("survivors.yaml")

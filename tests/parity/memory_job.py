@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_a2d.training.setup import TrainState
-from tests.parity.jobs import _start, _step
+from megatron_a2d.training.train_state import TrainState
+from tests.parity.parity_jobs import _start, _step
 
 
 def measure_memory(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,30 +18,31 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_a2d import runtime
-from megatron_a2d.architecture import read_architecture
-from megatron_a2d.config import build
-from megatron_a2d.conversion.checkpoint import iteration_of, latest_iteration
-from megatron_a2d.errors import SaveError
-from megatron_a2d.runtime import writer
-from megatron_a2d.training import checkpoint, loop, parallel, save_schedule, step
+from megatron_a2d import megatron_compat
+from megatron_a2d.checkpoint import async_writer
+from megatron_a2d.checkpoint.directory import iteration_of, latest_iteration
+from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.settings import build
+from megatron_a2d.distributed import process_groups
+from megatron_a2d.training import checkpointing, train_loop, train_step
 from megatron_a2d.training.resume import find_start
-from megatron_a2d.training.setup import TrainState
-from tests.parity.jobs import SETTINGS
+from megatron_a2d.training.train_state import TrainState
+from megatron_a2d.utils.errors import SaveError
+from tests.parity.parity_jobs import SETTINGS
 from tests.unpickling import nothing_unpickled
 
 
 def run(settings: dict[str, Any], **faults: Any) -> dict[str, Any]:
     """Train by `settings` with the `faults` that `Faults` describes; losses, where it began and how it ended."""
-    runtime.install()
+    megatron_compat.install()
     config = build(SETTINGS | settings)
-    parallel.initialize(config.parallel)
-    start, weights_only = parallel.from_first_rank(find_start(config) if dist.get_rank() == 0 else None)
+    process_groups.initialize(config.parallel)
+    start, weights_only = process_groups.from_first_rank(find_start(config) if dist.get_rank() == 0 else None)
     result: dict[str, Any] = {"start": 0 if weights_only else iteration_of(start)}
     disturbed = Faults(save=config.training.save, **faults)
     try:
         with disturbed.installed():
-            state, exit_code = loop.train(config, read_architecture(start / "hf"), start, weights_only)
+            state, exit_code = train_loop.train(config, read_architecture(start / "hf"), start, weights_only)
     except SaveError as error:
         return {**result, "losses": disturbed.losses, "error": str(error)}
     except _StoppedError:
@@ -58,7 +59,7 @@ def run(settings: dict[str, Any], **faults: Any) -> dict[str, Any]:
 
 def command(module: str, arguments: list[str]) -> None:
     """`python -m MODULE ARGUMENTS` in this process, which outlives it."""
-    with mock.patch.object(parallel, "finalize"), mock.patch.object(logging, "disable"):
+    with mock.patch.object(process_groups, "finalize"), mock.patch.object(logging, "disable"):
         importlib.import_module(module).main(arguments)
 
 
@@ -96,9 +97,9 @@ class Faults:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         replacements = [
-            (loop, "train_step", self._train_step), (loop, "SaveSchedule", self._remember_schedule),
-            (save_schedule, "Save", self._count_save), (writer, "_write", self._write),
-            (checkpoint, "_make_room", self._make_room),
+            (train_loop, "train_step", self._train_step), (train_loop, "SaveSchedule", self._remember_schedule),
+            (checkpointing, "Save", self._count_save), (async_writer, "_write", self._write),
+            (checkpointing, "_make_room", self._make_room),
         ]  # fmt: skip
         with contextlib.ExitStack() as stack:
             for owner, name, replacement in replacements:
@@ -148,13 +149,13 @@ class Faults:
 @contextlib.contextmanager
 def _poisoned(active: bool) -> Iterator[None]:
     """Every loss of this process is not a number."""
-    original = step._loss
+    original = train_step._loss
 
     def poisoned(*arguments: Any) -> Any:
         *before, rows = arguments
         return original(*before, rows._replace(losses=rows.losses * float("nan")))
 
-    with mock.patch.object(step, "_loss", poisoned if active else original):
+    with mock.patch.object(train_step, "_loss", poisoned if active else original):
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_a2d.study.report import read_log
+from megatron_a2d.report.plots import read_log
 from tests.cases import Case
 from tests.parity.layouts import DISTRIBUTED, EP, PP, TP_SP
 from tests.parity.pool import Pool

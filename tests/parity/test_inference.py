@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from checkpoints_tools import export_hf
-from megatron_a2d.config import build
+from megatron_a2d.config.settings import build
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
-from megatron_a2d.evaluation.held_out import evaluate_sources, open_sources
-from megatron_a2d.inference.export import open_export
+from megatron_a2d.evaluation.heldout_nelbo import evaluate_sources, open_sources
+from megatron_a2d.inference.hf_model import open_export
 from tests.cases import Case
 from tests.parity.pool import Pool
 from tests.tiny import MASK_TOKEN_ID

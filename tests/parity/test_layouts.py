@@ -84,7 +84,7 @@ def test_the_comparison_sees_small_errors(cases: dict[str, Case], references: di
 
 
 def test_unmarked_experts_train_wrongly(cases: dict[str, Case], references: dict[str, Any], pool: Pool) -> None:
-    """Negative control: what megatron-core 0.16.1 does by itself at TP2+SP, EP1 (runtime/upstream.py)."""
+    """Negative control: what megatron-core 0.16.1 does by itself at TP2+SP, EP1 (megatron_compat/versions.py)."""
     differences = compare(pool, cases["moe"], references["moe"], 2, TP_SP, fix_experts=False)
     assert differences["gradients"] > 10 * TOLERANCE
 

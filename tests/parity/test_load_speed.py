@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d.conversion.convert import convert
-from megatron_a2d.conversion.qwen3 import hub_config
-from megatron_a2d.conversion.synthetic import write_synthetic
+from megatron_a2d.conversion.hf_to_torch_dist import convert
+from megatron_a2d.conversion.qwen3_shapes import hub_config
+from megatron_a2d.conversion.random_weights import write_synthetic
 from tests.parity.pool import Pool
 
 # Large enough that .metadata and the archives' frames are little beside the values.

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_a2d.config import build
-from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.diffusion.visibility import by_level
+from megatron_a2d.config.settings import build
+from megatron_a2d.diffusion.attention_masks import by_level
+from megatron_a2d.diffusion.rng import Noise
 from tests.cases import VARIANTS, Case
-from tests.parity.jobs import SETTINGS
 from tests.parity.layouts import CP, DISTRIBUTED, EP, PP, TP_SP
+from tests.parity.parity_jobs import SETTINGS
 from tests.parity.pool import Pool
 from tests.parity.test_monitor import flat
 from tests.tiny import MASK_TOKEN_ID, hf_model

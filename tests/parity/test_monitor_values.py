@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Case
-from tests.parity.jobs import SETTINGS
+from tests.parity.parity_jobs import SETTINGS
 from tests.parity.pool import Pool
 from tests.parity.test_monitor import flat
 from tests.tiny import MASK_TOKEN_ID, hf_model, hub_config

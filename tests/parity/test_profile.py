@@ -6,7 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
-from megatron_a2d.runtime.phases import PHASES
+from megatron_a2d.distributed.step_timers import PHASES
 from tests.cases import Case
 from tests.parity.layouts import EP, PP
 from tests.parity.pool import Pool

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d.architecture import read_architecture
-from megatron_a2d.config import build
-from megatron_a2d.conversion.checkpoint import HF_FILES, resolve
-from megatron_a2d.study import command, critical_batch, layer_lr, masks, time_sampling
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
+from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.settings import build
+from megatron_a2d.study import command
+from megatron_a2d.study.ablations import critical_batch_size, lr_by_role, mask_sampling, timestep_sampling
 from megatron_a2d.study.command import STUDIES, find_study, run_study
 from megatron_a2d.study.runner import Runner
 from tests.cases import Case
@@ -19,9 +20,9 @@ from tests.parity.pool import Pool
 
 # Of each plan as much as shows all of its parts.
 SMALL = (
-    (layer_lr, "RATIOS", (1.0, 0.0)), (layer_lr, "ATTENTION_LR", (1.0,)), (critical_batch, "FACTORS", (0.5, 1.0)),
-    (critical_batch, "NUM_GROUPS", 2), (critical_batch, "BATCHES_PER_GROUP", 2), (time_sampling, "NUM_GROUPS", 2),
-    (time_sampling, "BATCHES_PER_GROUP", 2), (masks, "NUM_GROUPS", 2), (masks, "BATCHES_PER_GROUP", 2),
+    (lr_by_role, "RATIOS", (1.0, 0.0)), (lr_by_role, "ATTENTION_LR", (1.0,)), (critical_batch_size, "FACTORS", (0.5, 1.0)),
+    (critical_batch_size, "NUM_GROUPS", 2), (critical_batch_size, "BATCHES_PER_GROUP", 2), (timestep_sampling, "NUM_GROUPS", 2),
+    (timestep_sampling, "BATCHES_PER_GROUP", 2), (mask_sampling, "NUM_GROUPS", 2), (mask_sampling, "BATCHES_PER_GROUP", 2),
 )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster, obstacle
-from tests.slurm.jobs import Job, Material
+from tests.slurm.slurm_cluster import Cluster, obstacle
+from tests.slurm.slurm_jobs import Job, Material
 from tests.tiny import write_hf, write_tokens
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import Job, Material, differences, final
+from tests.slurm.slurm_cluster import Cluster
+from tests.slurm.slurm_jobs import Job, Material, differences, final
 
 pytestmark = pytest.mark.full
 

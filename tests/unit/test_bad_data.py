@@ -16,14 +16,14 @@ import yaml
 
 from checkpoints_tools import convert_hf
 from data_prep import inspect_dataset
-from data_prep.token_writer import open_writers
+from data_prep.indexed_dataset_writer import open_writers
 from megatron_a2d import train
-from megatron_a2d.conversion.checkpoint import RUN_CONFIG
-from megatron_a2d.data.dataset import PackedDataset
-from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile
-from megatron_a2d.data.mixture import MixedDataset, read_mixture
-from megatron_a2d.data.scan import BackgroundScan
-from megatron_a2d.errors import UserError
+from megatron_a2d.checkpoint.directory import RUN_CONFIG
+from megatron_a2d.data.blended_dataset import MixedDataset, read_mixture
+from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
+from megatron_a2d.data.integrity import BackgroundScan
+from megatron_a2d.data.packed_dataset import PackedDataset
+from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_hf
 
 VOCAB, EOD = 250, 7
@@ -283,7 +283,7 @@ def test_runs_refuse_bad_data(good, checkpoint, tmp_path):
 
 
 def test_a_resumed_run_wants_its_tokens(good, tmp_path):
-    from megatron_a2d.config import build
+    from megatron_a2d.config.settings import build
     from megatron_a2d.training.resume import differences
 
     first, other = PackedDataset(good, 64).fingerprint(), "f" * 16

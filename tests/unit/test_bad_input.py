@@ -14,8 +14,8 @@ import pytest
 
 from checkpoints_tools import convert_hf
 from megatron_a2d import train
-from megatron_a2d.conversion.manifest import write_manifest
-from megatron_a2d.errors import UserError
+from megatron_a2d.checkpoint.manifest import write_manifest
+from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_hf, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_a2d.architecture import Architecture
+from megatron_a2d.checkpoint.training_facts import Trained
+from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.conversion.hf_config import Exported, refusals
-from megatron_a2d.conversion.trained import Trained
-from megatron_a2d.diffusion.blocks import BlockModel, corrupt_blocks
+from megatron_a2d.diffusion.attention_masks import by_level
+from megatron_a2d.diffusion.block_diffusion import BlockModel, corrupt_blocks
 from megatron_a2d.diffusion.corruption import corrupt, next_token
-from megatron_a2d.diffusion.forward import Request
-from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.diffusion.sampling.schedules import blocks_of, sizes_of
-from megatron_a2d.diffusion.visibility import by_level
+from megatron_a2d.diffusion.model_interface import Request
+from megatron_a2d.diffusion.rng import Noise
+from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, sizes_of
 
 MASK, LENGTH, BLOCK = 99, 22, 5
 TOKENS = np.arange(LENGTH)

@@ -10,12 +10,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_a2d import plan, train
-from megatron_a2d.architecture import MOST, architecture_from_config, read_architecture
-from megatron_a2d.checks import MOST_PROCESSES, find_problems
-from megatron_a2d.config import build
+from megatron_a2d.config.model_config import MOST, architecture_from_config, read_architecture
+from megatron_a2d.config.settings import build
+from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
 from megatron_a2d.conversion.sources import open_hf
-from megatron_a2d.errors import UserError
 from megatron_a2d.study.__main__ import main as study
+from megatron_a2d.utils.errors import UserError
 from tests.tiny import hub_config, write_hf
 
 LARGE = 10**9

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_a2d.diffusion.forward import Request, Window
+from megatron_a2d.diffusion.model_interface import Request, Window
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
-from megatron_a2d.inference.export import TransformersModel
+from megatron_a2d.inference.hf_model import TransformersModel
 
 VOCAB, MASK = 61, 60
 ROWS = [

@@ -17,18 +17,18 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import average as average_command
 from checkpoints_tools import convert_hf, export_hf, inspect, publish, verify
-from megatron_a2d.config import build
-from megatron_a2d.conversion.average import average, factors_of
-from megatron_a2d.conversion.convert import convert
-from megatron_a2d.conversion.export import export
-from megatron_a2d.conversion.manifest import check_manifest
+from megatron_a2d.checkpoint.manifest import check_manifest
+from megatron_a2d.checkpoint.reader import read_common
+from megatron_a2d.config.settings import build
+from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.conversion.sources import open_checkpoint, open_hf
-from megatron_a2d.conversion.torch_dist_reader import read_common
-from megatron_a2d.errors import UserError
+from megatron_a2d.conversion.torch_dist_to_hf import export
+from megatron_a2d.conversion.weight_averaging import average, factors_of
 from megatron_a2d.hf import TRAVELLING
-from megatron_a2d.printable import without_passwords
-from megatron_a2d.verification import report
-from megatron_a2d.verification.streamed import StreamedModel
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import without_passwords
+from megatron_a2d.verification import logits_report
+from megatron_a2d.verification.reference_forward import StreamedModel
 from tests import tiny
 from tests.unit.hub_stand_in import TOKEN, Hub
 from tests.unit.test_conversion_roundtrip import tensors_of
@@ -169,8 +169,8 @@ def test_the_card_says_what_went_in(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_streamed_pass_is_the_model(kind: str, causal: bool, tmp_path: Path) -> None:
     hf = tiny.write_hf(tmp_path / "hf", kind)
-    tokens_BL = report.random_tokens(tiny.VOCAB_SIZE)
-    expected_BLV = report.transformers_logits(hf, tokens_BL, bidirectional=not causal)
+    tokens_BL = logits_report.random_tokens(tiny.VOCAB_SIZE)
+    expected_BLV = logits_report.transformers_logits(hf, tokens_BL, bidirectional=not causal)
     with open_hf(hf) as weights:
         model = StreamedModel(weights, causal)
         assert (model.logits(tokens_BL) - expected_BLV).abs().max() < 1e-5
@@ -184,27 +184,27 @@ def test_the_loss_by_time_is_of_masked_tokens(tmp_path: Path, capsys) -> None:
     hf = tiny.write_hf(tmp_path / "hf", "dense")
     convert(hf, tmp_path / "ckpt")
     with open_checkpoint(tmp_path / "ckpt") as weights:
-        text, losses = report.loss_by_time(weights)
+        text, losses = logits_report.loss_by_time(weights)
         assert text == "text of Python's manual"
-        assert [item.time for item in losses] == list(report.TIMES)
+        assert [item.time for item in losses] == list(logits_report.TIMES)
         counts = [item.num_masked for item in losses]
         assert counts == sorted(counts) and counts[0] > 0 and counts[-1] > 100
         # A model that knows the answer: another seed of the weights must change the loss.
         assert all(4 < item.loss < 8 for item in losses)
-        other = report.loss_by_time(weights, label_shift=False)[1]
+        other = logits_report.loss_by_time(weights, label_shift=False)[1]
         assert other != losses
     (tmp_path / "ckpt" / "release" / "hf" / "tokenizer.json").unlink()
     with open_checkpoint(tmp_path / "ckpt") as weights:
-        assert report.loss_by_time(weights)[0] == "random tokens"
+        assert logits_report.loss_by_time(weights)[0] == "random tokens"
     with open_hf(hf) as weights:  # an autoregressive model has no mask token
-        assert report.loss_lines(*report.loss_by_time(weights), 256) == [
+        assert logits_report.loss_lines(*logits_report.loss_by_time(weights), 256) == [
             "masked cross-entropy: not measured, the model has no mask token"
         ]
 
 
 def test_a_large_model_is_not_loaded_unasked(run: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(report, "UNASKED_BYTES", 1000)
-    monkeypatch.setattr(report, "transformers_logits", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr(logits_report, "UNASKED_BYTES", 1000)
+    monkeypatch.setattr(logits_report, "transformers_logits", lambda *a, **k: pytest.fail("it was loaded"))
     verify.main(["--hf", str(run.parent / "hf_30"), "--checkpoint", str(run)])
     out = capsys.readouterr().out
     assert "logits of 1 x 8 positions" in out and "both streamed, transformers would take" in out
@@ -215,7 +215,7 @@ def test_a_large_model_is_not_loaded_unasked(run: Path, monkeypatch, capsys) -> 
 def test_other_logits_leave_no_output(tool: str, size: str, run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Compared first, named afterwards: what behaves otherwise than its source never gets its name, at any size."""
     if size == "large":
-        monkeypatch.setattr(report, "UNASKED_BYTES", 1000)
+        monkeypatch.setattr(logits_report, "UNASKED_BYTES", 1000)
     name = {"convert": "--hf", "export": "--checkpoint"}[tool]
     main = {"convert": convert_hf.main, "export": export_hf.main}[tool]
     command = [name, str(run.parent / "hf_30" if tool == "convert" else run), "--out", str(tmp_path / "new" / "out")]
@@ -237,11 +237,11 @@ def test_other_logits_leave_no_output(tool: str, size: str, run: Path, tmp_path:
     assert "logits of" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("unasked", [report.UNASKED_BYTES, 1000])
+@pytest.mark.parametrize("unasked", [logits_report.UNASKED_BYTES, 1000])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_rounded_logits_are_compared_as_strictly(dtype: str, unasked: int, tmp_path: Path, monkeypatch, capsys) -> None:
     """The source is rounded as its copy is, so that a difference of 1e-5 is seen among those of 1e-2."""
-    monkeypatch.setattr(report, "UNASKED_BYTES", unasked)
+    monkeypatch.setattr(logits_report, "UNASKED_BYTES", unasked)
     hf = tiny.write_hf(tmp_path / "hf", "moe")
     command = ["--hf", str(hf), "--dtype", dtype, "--out"]
     convert_hf.main([*command, str(tmp_path / "ckpt")])
@@ -275,7 +275,7 @@ def test_verify_runs_no_foreign_code(change: str, run: Path, tmp_path: Path, mon
         config = json.loads((out / "config.json").read_text())
         config["auto_map"] = {name: f"evil/repo--{place}" for name, place in config["auto_map"].items()}
         (out / "config.json").write_text(json.dumps(config))
-    assert report.carries_our_code(out) == (change == "none")
+    assert logits_report.carries_our_code(out) == (change == "none")
     verify.main(["--checkpoint", str(run), "--export", str(out)])
     assert ("were not run" in capsys.readouterr().out) == (change != "none")
     assert not (tmp_path / "owned").exists()

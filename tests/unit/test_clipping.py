@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_a2d import runtime
-from megatron_a2d.architecture import architecture_from_config
-from megatron_a2d.config import build
-from megatron_a2d.training import parallel
+from megatron_a2d import megatron_compat
+from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.settings import build
+from megatron_a2d.distributed import process_groups
 from megatron_a2d.training.optimizer import update_parameters
-from megatron_a2d.training.pieces import owned_pieces, squares_by_role
-from megatron_a2d.training.setup import build_train_state
+from megatron_a2d.training.param_shards import owned_pieces, squares_by_role
+from megatron_a2d.training.train_state import build_train_state
 from tests.tiny import hub_config
 
-runtime.install()
+megatron_compat.install()
 
 
 @pytest.mark.parametrize("precise", [False, True])
@@ -43,7 +43,7 @@ def test_gradients_are_clipped(precise: bool, clip_grad: float) -> None:
 def test_norm_clipping_and_monitoring_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """megatron.core's distributed optimizer, made precision-aware as far as gradients go: on a CPU there is no Adam for it."""
     config = build({"bf16": True, "use_distributed_optimizer": True, "train_iters": 10, "clip_grad": 1.0})
-    parallel.initialize(config.parallel)
+    process_groups.initialize(config.parallel)
     try:
         state = build_train_state(architecture_from_config(hub_config("moe"), "moe"), config)
         for part in state.optimizer.chained_optimizers:
@@ -59,4 +59,4 @@ def test_norm_clipping_and_monitoring_read_the_same(monkeypatch: pytest.MonkeyPa
         seen = squares_by_role(owned_pieces(state), lambda _, piece: piece.gradient())
         assert float(seen.sum().sqrt()) == pytest.approx(1.0, rel=1e-5)
     finally:
-        parallel.finalize()
+        process_groups.finalize()

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.checks import find_problems
-from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import RunConfig, build, settings
-from megatron_a2d.conversion.qwen3 import named_architecture
-from megatron_a2d.errors import UserError
+from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig, build, settings
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.utils.errors import UserError
 
 MOE = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
 DENSE = replace(MOE, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)

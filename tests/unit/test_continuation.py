@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_a2d.diffusion import forward
-from megatron_a2d.diffusion.continuation import Draws, likelihood_draws, log_likelihood, pseudo_likelihood_draws
-from megatron_a2d.diffusion.forward import from_logits
-from megatron_a2d.diffusion.noise import Stream, uniforms
-from megatron_a2d.errors import UserError
-from megatron_a2d.evaluation.journal import Journal
-from megatron_a2d.evaluation.scoring import ScoringOptions, check_lengths, label_losses, score
+from megatron_a2d.diffusion import model_interface
+from megatron_a2d.diffusion.conditional_likelihood import (
+    Draws,
+    likelihood_draws,
+    log_likelihood,
+    pseudo_likelihood_draws,
+)
+from megatron_a2d.diffusion.model_interface import from_logits
+from megatron_a2d.diffusion.rng import Stream, uniforms
+from megatron_a2d.evaluation.loglikelihood import ScoringOptions, check_lengths, label_losses, score
+from megatron_a2d.evaluation.response_cache import Journal
+from megatron_a2d.utils.errors import UserError
 
 VOCAB, MASK = 6, 5
 
@@ -250,7 +255,7 @@ def test_requests_that_cannot_be_scored() -> None:
 def test_losses_of_labels_over_parts_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(70, VOCAB, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, VOCAB, (70, 3), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setitem(forward._PART_BYTES, "cpu", 4 * VOCAB * 2)
+    monkeypatch.setitem(model_interface._PART_BYTES, "cpu", 4 * VOCAB * 2)
     losses, correct = label_losses(logits, lambda rows: rows.clone(), labels)
     for column in range(3):
         expected = torch.nn.functional.cross_entropy(logits, labels[:, column], reduction="none")

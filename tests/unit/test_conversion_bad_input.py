@@ -19,11 +19,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import convert_hf, export_hf, options, verify
-from megatron_a2d.conversion.checkpoint import TRACKER, iteration_of, resolve
-from megatron_a2d.conversion.convert import convert
-from megatron_a2d.conversion.export import export
+from megatron_a2d.checkpoint.directory import TRACKER, iteration_of, resolve
+from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.conversion.mask_token import choose_mask_token
-from megatron_a2d.errors import UserError
+from megatron_a2d.conversion.torch_dist_to_hf import export
+from megatron_a2d.utils.errors import UserError
 from tests import tiny
 
 NAME = "model.layers.1.self_attn.k_proj.weight"
@@ -324,7 +324,7 @@ def test_a_hostile_chunk_is_refused(models: Path, tmp_path: Path) -> None:
 
 def test_a_failed_verification_leaves_no_export(models: Path, tmp_path: Path, monkeypatch) -> None:
     """The export is read back before it gets its name."""
-    from megatron_a2d.conversion import export as module
+    from megatron_a2d.conversion import torch_dist_to_hf as module
 
     write = module.write_safetensors
 

@@ -27,19 +27,19 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from checkpoints_tools import export_hf, verify
-from megatron_a2d.architecture import architecture_from_config, read_architecture
-from megatron_a2d.conversion import rows
-from megatron_a2d.conversion.checkpoint import HF_FILES, RUN_CONFIG, TRACKER, iteration_of, resolve
-from megatron_a2d.conversion.convert import convert
-from megatron_a2d.conversion.export import export
+from megatron_a2d.checkpoint import tensor_rows
+from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, TRACKER, iteration_of, resolve
+from megatron_a2d.checkpoint.reader import open_torch_dist, read_common
+from megatron_a2d.checkpoint.tensor_rows import OpenFiles, Span
+from megatron_a2d.config.model_config import architecture_from_config, read_architecture
 from megatron_a2d.conversion.hf_config import Format
-from megatron_a2d.conversion.rows import OpenFiles, Span
+from megatron_a2d.conversion.hf_to_torch_dist import convert
+from megatron_a2d.conversion.qwen3_weight_map import WeightMap
 from megatron_a2d.conversion.sources import open_checkpoint, open_hf
-from megatron_a2d.conversion.table import WeightMap
-from megatron_a2d.conversion.torch_dist_reader import open_torch_dist, read_common
-from megatron_a2d.errors import UserError
+from megatron_a2d.conversion.torch_dist_to_hf import export
 from megatron_a2d.hf import TRAVELLING
-from megatron_a2d.verification import report
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.verification import logits_report
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Transformer Engine and Apex")
@@ -98,7 +98,7 @@ def test_round_trip_is_bitwise(kind: str, stored: str, dtype: torch.dtype, tmp_p
 def test_slabs_cut_anywhere_change_nothing_and_bound_memory(kind: str, tmp_path: Path, monkeypatch) -> None:
     """With a slab of 3 to 12 rows every matrix is cut, across KV groups and between gate and up."""
     slab = 3000
-    monkeypatch.setattr(rows, "SLAB_BYTES", slab)
+    monkeypatch.setattr(tensor_rows, "SLAB_BYTES", slab)
     largest = 0
     read_tensor = OpenFiles.read_tensor
 
@@ -272,7 +272,7 @@ def test_logits_of_exports_are_those_of_the_source(kind: str, form: Format, tmp_
         other = tiny.write_hf(tmp_path / "other", kind, seed=1)
         with open_hf(other) as first, open_hf(tmp_path / "out") as second:
             with pytest.raises(UserError, match="logits differ"):
-                report.logits_line(first, second, asked=True)
+                logits_report.logits_line(first, second, asked=True)
 
 
 def test_a_trained_checkpoint_is_exported_with_its_history(tmp_path: Path) -> None:

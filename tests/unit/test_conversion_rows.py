@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_a2d.conversion import rows
-from megatron_a2d.conversion.rows import (
+from megatron_a2d.checkpoint import tensor_rows
+from megatron_a2d.checkpoint.tensor_rows import (
     FiniteCheck,
     OpenFiles,
     Remapped,
@@ -25,7 +25,7 @@ from megatron_a2d.conversion.rows import (
     num_bytes,
     slabs,
 )
-from megatron_a2d.errors import UserError
+from megatron_a2d.utils.errors import UserError
 
 
 class Tensors:
@@ -127,7 +127,7 @@ def test_a_file_does_not_depend_on_the_pieces_it_was_written_in(
     size: int, cuts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With blocks of a page; the system takes fewer bytes than it is given."""
-    monkeypatch.setattr(rows, "_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(tensor_rows, "_BLOCK_BYTES", 4096)
     write = os.write
     monkeypatch.setattr(
         os, "write", lambda descriptor, data: write(descriptor, data[: max(len(data) // 2 // 512 * 512, 512)])

@@ -21,16 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import convert_hf, export_hf, synthesize
-from megatron_a2d.conversion import rows, torch_dist
-from megatron_a2d.conversion.convert import convert
-from megatron_a2d.conversion.export import export
-from megatron_a2d.conversion.manifest import check_manifest
-from megatron_a2d.conversion.qwen3 import SIZES, hub_config
+from megatron_a2d.checkpoint import tensor_rows as rows
+from megatron_a2d.checkpoint.manifest import check_manifest
+from megatron_a2d.conversion import torch_dist_writer
+from megatron_a2d.conversion.hf_to_torch_dist import convert
+from megatron_a2d.conversion.qwen3_shapes import SIZES, hub_config
+from megatron_a2d.conversion.random_weights import write_synthetic
+from megatron_a2d.conversion.resumable_output import JOURNAL, unfinished_directory
 from megatron_a2d.conversion.safetensors_files import plan_shards
-from megatron_a2d.conversion.synthetic import write_synthetic
-from megatron_a2d.conversion.unfinished import JOURNAL, unfinished_directory
+from megatron_a2d.conversion.torch_dist_to_hf import export
 from megatron_a2d.conversion.workers import run_jobs
-from megatron_a2d.errors import UserError
+from megatron_a2d.utils.errors import UserError
 from tests import tiny
 from tests.unit.test_conversion_roundtrip import assert_bitwise_equal, fuse_experts, tensors_of
 
@@ -179,7 +180,7 @@ def test_layers_may_store_experts_differently(tmp_path: Path) -> None:
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(torch_dist, "FILE_BYTES", 200_000)
+    monkeypatch.setattr(torch_dist_writer, "FILE_BYTES", 200_000)
     hf = tiny.write_hf(tmp_path / "hf", "moe")
     for workers in (1, 3):
         convert(hf, tmp_path / f"ckpt{workers}", workers=workers)
@@ -192,7 +193,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, monkeypatch) -> N
 
 def interrupted(command: Callable[[], Any], monkeypatch, after: int) -> None:
     """Run `command`; Ctrl-C comes when it has moved `after` slabs."""
-    from megatron_a2d.conversion.rows import OpenFiles
+    from megatron_a2d.checkpoint.tensor_rows import OpenFiles
 
     original, count = OpenFiles.read_tensor, 0
 
@@ -211,7 +212,7 @@ def interrupted(command: Callable[[], Any], monkeypatch, after: int) -> None:
 
 @pytest.mark.parametrize("direction", ["convert", "export"])
 def test_an_interrupted_run_is_continued(direction: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(torch_dist, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(torch_dist_writer, "FILE_BYTES", 100_000)
     hf = tiny.write_hf(tmp_path / "hf", "moe")
     convert(hf, tmp_path / "ckpt")
     export(tmp_path / "ckpt", tmp_path / "expected", "qwen3", max_shard_bytes=100_000)
@@ -240,7 +241,7 @@ def test_an_interrupted_run_is_continued(direction: str, tmp_path: Path, monkeyp
 
 
 def test_another_source_or_option_starts_anew(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(torch_dist, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(torch_dist_writer, "FILE_BYTES", 100_000)
     hf = tiny.write_hf(tmp_path / "hf", "dense")
     interrupted(lambda: convert(hf, tmp_path / "out", workers=1), monkeypatch, after=25)
     assert (tmp_path / ".out.partial").exists()
@@ -256,7 +257,7 @@ def test_sigkill_and_the_same_command_again(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom megatron_a2d.conversion import rows, torch_dist\n"
         "rows.SLAB_BYTES, torch_dist.FILE_BYTES = 100_000, 4 << 20\n"
-        "from megatron_a2d.conversion.convert import convert\nconvert(Path('hf'), Path(sys.argv[1]), workers=2)\n"
+        "from megatron_a2d.conversion.hf_to_torch_dist import convert\nconvert(Path('hf'), Path(sys.argv[1]), workers=2)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
@@ -340,7 +341,7 @@ def test_all_that_is_wrong_is_listed_together(tmp_path: Path) -> None:
 
 def test_nothing_is_kept_of_a_source_that_is_refused(tmp_path: Path, monkeypatch) -> None:
     """A run that saw a NaN and was then killed must not hand its files to the next one as checked."""
-    monkeypatch.setattr(torch_dist, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(torch_dist_writer, "FILE_BYTES", 100_000)
     hf = tiny.write_hf(tmp_path / "hf", "dense")
     tensors = tensors_of(hf)
     tensors["model.embed_tokens.weight"][0, 0] = float("nan")
@@ -354,7 +355,7 @@ def test_nothing_is_kept_of_a_source_that_is_refused(tmp_path: Path, monkeypatch
 
 def test_what_was_let_pass_is_not_kept_for_a_strict_run(tmp_path: Path, monkeypatch) -> None:
     """--allow-nonfinite, Ctrl-C when all files are written, then the same without the flag."""
-    from megatron_a2d.conversion import convert as module
+    from megatron_a2d.conversion import hf_to_torch_dist as module
 
     hf = tiny.write_hf(tmp_path / "hf", "dense")
     tensors = tensors_of(hf)
@@ -373,7 +374,7 @@ def test_what_was_let_pass_is_not_kept_for_a_strict_run(tmp_path: Path, monkeypa
 
 
 def test_an_interruption_of_the_last_flush_costs_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
-    from megatron_a2d.conversion import unfinished as module
+    from megatron_a2d.conversion import resumable_output as module
 
     hf = tiny.write_hf(tmp_path / "hf", "dense")
 
@@ -440,7 +441,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     peaks = []
     code = (
         "from pathlib import Path\n"
-        "from megatron_a2d.conversion.convert import convert\nfrom megatron_a2d.conversion.export import export\n"
+        "from megatron_a2d.conversion.hf_to_torch_dist import convert\nfrom megatron_a2d.conversion.torch_dist_to_hf import export\n"
         "convert(Path('hf'), Path('ckpt'), workers=2)\nexport(Path('ckpt'), Path('out'), 'qwen3', workers=2)\n"
         # Not getrusage: its peak begins with that of the process that started this one.
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from megatron_a2d.architecture import Architecture, architecture_from_config
-from megatron_a2d.conversion.qwen3 import SIZES, hub_config
-from megatron_a2d.conversion.rows import Span
-from megatron_a2d.conversion.table import WeightMap
+from megatron_a2d.checkpoint.tensor_rows import Span
+from megatron_a2d.config.model_config import Architecture, architecture_from_config
+from megatron_a2d.conversion.qwen3_shapes import SIZES, hub_config
+from megatron_a2d.conversion.qwen3_weight_map import WeightMap
 from tests import tiny
 
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_a2d.data.batches import Batch, MicroBatches, make_batch, write_batch
-from megatron_a2d.data.dataset import PackedDataset
-from megatron_a2d.data.indexed import IndexedDatasetBuilder
+from megatron_a2d.data.dataloader import Batch, MicroBatches, make_batch, write_batch
+from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder
+from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
-from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.errors import UserError
+from megatron_a2d.diffusion.rng import Noise
+from megatron_a2d.utils.errors import UserError
 
 NOISE = Noise(seed=11, mask_token_id=299)
 GLOBAL_BATCH_SIZE = 8
@@ -180,7 +180,7 @@ def test_threads_end(dataset):
 def test_an_open_iterator_does_not_hold_the_process():
     script = """
         import numpy as np
-        from megatron_a2d.data.batches import MicroBatches
+        from megatron_a2d.data.dataloader import MicroBatches
         from megatron_a2d.diffusion.corruption import next_token
 
         class Dataset:

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import inspect_dataset, merge, pieces, stdlib_corpus, tokenize_corpus, train_tokenizer
+from data_prep import inspect_dataset, merge_shards, stdlib_corpus, tokenize_corpus, train_tokenizer
+from data_prep import tokenize_shards as pieces
 from data_prep.encoders import open_encoder
 from data_prep.formats import Document
 from data_prep.readers import Counts, read_documents
-from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile, read_metadata
-from megatron_a2d.errors import UserError
+from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile, read_metadata
+from megatron_a2d.utils.errors import UserError
 
 VOCAB_SIZE = 600
 
@@ -49,7 +50,9 @@ def tokenizer(corpus, tmp_path_factory) -> Path:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    return bool(merge.is_held_out(np.frombuffer(pieces.digest(text.encode()), dtype="<u8").reshape(1, 2), fraction)[0])
+    return bool(
+        merge_shards.is_held_out(np.frombuffer(pieces.digest(text.encode()), dtype="<u8").reshape(1, 2), fraction)[0]
+    )
 
 
 def tokenize(*arguments: object) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from data_prep import download
 from data_prep.readers import Counts, read_documents
-from megatron_a2d.data.mixture import read_mixture
-from megatron_a2d.errors import UserError
+from megatron_a2d.data.blended_dataset import read_mixture
+from megatron_a2d.utils.errors import UserError
 
 pytest.importorskip("datasets")
 pytest.importorskip("zstandard")

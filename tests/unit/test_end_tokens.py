@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from data_prep.encoders import open_encoder
-from megatron_a2d.conversion.convert import convert
 from megatron_a2d.conversion.end_tokens import read_end_tokens
-from megatron_a2d.conversion.export import export
-from megatron_a2d.errors import UserError
+from megatron_a2d.conversion.hf_to_torch_dist import convert
+from megatron_a2d.conversion.torch_dist_to_hf import export
+from megatron_a2d.utils.errors import UserError
 from tests import tiny
 
 CHAT = {"eos_token_id": [tiny.TURN_END, tiny.END_OF_TEXT]}
@@ -93,17 +93,17 @@ def test_an_export_lists_what_only_the_data_says(chat: dict[str, Path], tmp_path
 
 def opened_models(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Each form, opened as generate and evaluate do; weights and process groups are left out."""
-    from megatron_a2d.inference import export as exports
-    from megatron_a2d.inference import sharded
+    from megatron_a2d.inference import hf_model as exports
+    from megatron_a2d.inference import parallel_model
 
     monkeypatch.setattr(exports, "_load", lambda *a: SimpleNamespace(device="cpu"))
     for name in ("load_weights", "ShardedModel"):
-        monkeypatch.setattr(sharded, name, lambda *a: None)
-    monkeypatch.setattr(sharded.parallel, "initialize", lambda *a: None)
-    monkeypatch.setattr(sharded.dist, "get_rank", lambda: 0)
+        monkeypatch.setattr(parallel_model, name, lambda *a: None)
+    monkeypatch.setattr(parallel_model.parallel, "initialize", lambda *a: None)
+    monkeypatch.setattr(parallel_model.dist, "get_rank", lambda: 0)
     opened: dict[str, Any] = {form: exports.open_export(chat[form]) for form in ("a2d", "rnd1")}
     opened |= {form: exports.open_export(chat[form], "ar") for form in ("hf", "qwen3")}
-    return opened | {"checkpoint": sharded.open_sharded(chat["checkpoint"], {})}
+    return opened | {"checkpoint": parallel_model.open_sharded(chat["checkpoint"], {})}
 
 
 def test_sampling_and_the_harness_hear_of_all(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ import torch
 
 from checkpoints_tools import convert_hf, export_hf
 from megatron_a2d import evaluate
-from megatron_a2d.errors import UserError
-from megatron_a2d.evaluation import code_execution, program_keeper, scoring
-from megatron_a2d.evaluation.report import markdown, read_results
+from megatron_a2d.evaluation import code_execution, loglikelihood, sandbox
+from megatron_a2d.evaluation.score_table import markdown, read_results
+from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_hf, write_tokens
 
 LOCAL = Path(__file__).resolve().parents[2] / "launch" / "eval"
@@ -88,8 +88,8 @@ def test_answers_are_of_the_settings_that_gave_them(models, tmp_path, monkeypatc
     arguments = ("--include-path", str(LOCAL / "local"), "--tasks", "local_rolling", "--limit", "1")
     first = run(models, tmp_path, *arguments, "--mc-num", "8")
     calls = []
-    original = scoring._run
-    monkeypatch.setattr(scoring, "_run", lambda *a: calls.append(1) or original(*a))
+    original = loglikelihood._run
+    monkeypatch.setattr(loglikelihood, "_run", lambda *a: calls.append(1) or original(*a))
     assert run(models, tmp_path, *arguments, "--mc-num", "8")["tasks"] == first["tasks"] and not calls
     assert run(models, tmp_path, *arguments, "--mc-num", "9")["tasks"] != first["tasks"] and calls
 
@@ -112,12 +112,12 @@ def test_the_harness_model_against_plain_logits(models):
     from lm_eval.api.instance import Instance
 
     from megatron_a2d.evaluation.harness import HarnessModel
-    from megatron_a2d.evaluation.journal import Journal
-    from megatron_a2d.inference.export import open_export
+    from megatron_a2d.evaluation.response_cache import Journal
+    from megatron_a2d.inference.hf_model import open_export
 
     opened = open_export(models["export"])
     harness = HarnessModel(
-        opened, scoring.ScoringOptions(mc_num=4), None, 8, 2, Journal(None, None),
+        opened, loglikelihood.ScoringOptions(mc_num=4), None, 8, 2, Journal(None, None),
         lambda what, total, unit: evaluate._progress(opened, what, total, unit),
     )  # fmt: skip
     context, word = "for i in ", "r"
@@ -144,8 +144,8 @@ def test_stop_texts_end_the_writing_and_change_no_answer(models, monkeypatch):
 
     from megatron_a2d.diffusion.sampling import SamplingOptions, denoise
     from megatron_a2d.evaluation import harness as module
-    from megatron_a2d.evaluation.journal import Journal
-    from megatron_a2d.inference.export import open_export
+    from megatron_a2d.evaluation.response_cache import Journal
+    from megatron_a2d.inference.hf_model import open_export
 
     opened = open_export(models["export"])
     forwards: list[int] = []
@@ -158,7 +158,7 @@ def test_stop_texts_end_the_writing_and_change_no_answer(models, monkeypatch):
 
         monkeypatch.setattr(module, "denoise", counted)
         model = module.HarnessModel(
-            opened, scoring.ScoringOptions(mc_num=4), SamplingOptions(num_steps=48, block_length=8), 48, 2,
+            opened, loglikelihood.ScoringOptions(mc_num=4), SamplingOptions(num_steps=48, block_length=8), 48, 2,
             Journal(None, None), lambda what, total, unit: evaluate._progress(opened, what, total, unit),
         )  # fmt: skip
         requests = [Instance("g", {}, (f"for {c} in ", {"until": stops}), 0) for c in "abc"]
@@ -305,9 +305,9 @@ def test_malformed_earlier_results_are_found_first(change, tmp_path, monkeypatch
 
 
 def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch):
-    from megatron_a2d.evaluation import report
+    from megatron_a2d.evaluation import score_table
 
-    monkeypatch.setattr(report, "markdown", lambda runs: pytest.fail("a fault of ours"))
+    monkeypatch.setattr(score_table, "markdown", lambda runs: pytest.fail("a fault of ours"))
     with pytest.raises(pytest.fail.Exception):
         evaluate._write(tmp_path, {"model": "m"}, [])
     assert json.loads((tmp_path / "results.json").read_text()) == {"model": "m"}
@@ -395,7 +395,7 @@ def test_what_requests_may_hold():
 
 
 def test_requests_that_do_not_fit(models):
-    from megatron_a2d.inference.export import open_export
+    from megatron_a2d.inference.hf_model import open_export
 
     opened = open_export(models["export"])
     for request, message in (
@@ -404,7 +404,7 @@ def test_requests_that_do_not_fit(models):
         (([], [1]), "empty context"),
     ):
         with pytest.raises(UserError, match=message):
-            scoring.check_lengths(opened, [request])
+            loglikelihood.check_lengths(opened, [request])
 
 
 def test_every_file_of_launch_eval_is_read():
@@ -527,7 +527,7 @@ def test_an_orphan_would_be_seen():
 
 
 def can_cut_network() -> bool:
-    return subprocess.run(code_execution._command(1), input=b"").returncode != program_keeper.UNISOLATED
+    return subprocess.run(code_execution._command(1), input=b"").returncode != sandbox.UNISOLATED
 
 
 def test_programs_have_no_network(allowed, monkeypatch):

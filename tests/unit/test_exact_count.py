@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_a2d.diffusion.corruption import corrupt
-from megatron_a2d.diffusion.exact_count import hide_exactly
-from megatron_a2d.diffusion.noise import Noise
+from megatron_a2d.diffusion.corruption import corrupt, hide_exactly
+from megatron_a2d.diffusion.rng import Noise
 
 MASK = 99
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_a2d.architecture import architecture_from_config
+from megatron_a2d.config.model_config import architecture_from_config
 from megatron_a2d.model.flops import train_flops_per_token
 from tests.tiny import hf_model, hub_config
 

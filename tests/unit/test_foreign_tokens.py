@@ -13,17 +13,17 @@ from tokenizers import Tokenizer
 
 from checkpoints_tools import convert_hf
 from data_prep import tokenize_corpus
-from data_prep.token_writer import open_writers
+from data_prep.indexed_dataset_writer import open_writers
 from megatron_a2d import train
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import build
-from megatron_a2d.data.batches import MicroBatches
-from megatron_a2d.data.dataset import PackedDataset
-from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile
-from megatron_a2d.data.scan import BackgroundScan
-from megatron_a2d.data.vocabulary import vocabulary_in, vocabulary_of
-from megatron_a2d.errors import UserError
-from megatron_a2d.training.samples import make_sample
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import build
+from megatron_a2d.data.dataloader import MicroBatches
+from megatron_a2d.data.diffusion_samples import make_sample
+from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
+from megatron_a2d.data.integrity import BackgroundScan
+from megatron_a2d.data.packed_dataset import PackedDataset
+from megatron_a2d.data.tokenizer_fingerprint import vocabulary_in, vocabulary_of
+from megatron_a2d.utils.errors import UserError
 from tests.tiny import END_OF_TEXT, MASK_TOKEN_ID, NUM_TOKENS, TURN_END, write_hf
 
 DOCUMENTS = [[*range(3, 20), END_OF_TEXT], [*range(30, 61), END_OF_TEXT], [*range(70, 85), END_OF_TEXT]] * 8
@@ -177,7 +177,7 @@ def test_tokenize_corpus_records_the_vocabulary(checkpoint, tmp_path):
 
 
 def test_held_out_data_of_another_tokenizer(checkpoint, tmp_path):
-    from megatron_a2d.evaluation.held_out import open_sources
+    from megatron_a2d.evaluation.heldout_nelbo import open_sources
 
     hf = checkpoint / "hf"
     mine = vocabulary_in(json.loads(Tokenizer.from_file(str(hf / "tokenizer.json")).to_str()))

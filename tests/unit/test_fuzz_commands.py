@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_a2d.errors import UserError
+from megatron_a2d.utils.errors import UserError
 from tests.fuzz import commands
 from tests.fuzz.commands import COMMANDS, make_inputs, run_case
 
@@ -60,7 +60,9 @@ def test_a_command_without_end_and_a_forged_line_are_seen(
     def forged(words: list[str]) -> None:
         error = UserError("x")
         error.problems = ["x"]
-        monkeypatch.setattr("megatron_a2d.console.print_line", lambda text, file: file.write(f"{text}\nerror: b\n"))
+        monkeypatch.setattr(
+            "megatron_a2d.terminal.console.print_line", lambda text, file: file.write(f"{text}\nerror: b\n")
+        )
         raise error
 
     monkeypatch.setattr("checkpoints_tools.inspect.main", forged)

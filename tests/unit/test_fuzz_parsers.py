@@ -12,20 +12,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_a2d.architecture import architecture_from_config
-from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import recorded_settings
-from megatron_a2d.conversion.checkpoint import read_license
+from megatron_a2d.checkpoint.directory import read_license
+from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.settings import recorded_settings
 from megatron_a2d.conversion.mask_token import read_tokens
 from megatron_a2d.conversion.safetensors_files import open_safetensors
-from megatron_a2d.data.indexed import TokenFile
-from megatron_a2d.data.mixture import read_mixture
-from megatron_a2d.errors import UserError
+from megatron_a2d.data.blended_dataset import read_mixture
+from megatron_a2d.data.indexed_dataset import TokenFile
 from megatron_a2d.inference.prompts import read_jsonl
-from megatron_a2d.parsing import DEEPEST, LARGEST_INTEGER, ParseError, parse_json, parse_yaml
 from megatron_a2d.planner.cluster import read_cluster
-from megatron_a2d.printable import lines_of, one_line
-from megatron_a2d.study.report import read_log
+from megatron_a2d.report.plots import read_log
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.parsing import DEEPEST, LARGEST_INTEGER, ParseError, parse_json, parse_yaml
+from megatron_a2d.utils.printable import lines_of, one_line
 from tests.tiny import hub_config
 
 fixed = settings(

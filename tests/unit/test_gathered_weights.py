@@ -13,9 +13,10 @@ from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 
 from bench.steps import Batches
-from megatron_a2d.architecture import architecture_from_config
-from megatron_a2d.config import build
-from megatron_a2d.training import gathering, loop, monitor, optimizer, parallel, setup, step, validation
+from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.settings import build
+from megatron_a2d.distributed import process_groups
+from megatron_a2d.training import monitor, optimizer, param_gather, train_loop, train_state, train_step, validation
 from tests.tiny import MASK_TOKEN_ID, hub_config
 
 SHAPE = (4, 64)
@@ -46,10 +47,12 @@ def _sharing() -> Iterator[pytest.MonkeyPatch]:
                 "copy_tensor_to_quantized_param",
                 lambda p, data: p.data.copy_(data.view(p.shape)),
             )
-        for module in (setup, optimizer):
+        for module in (train_state, optimizer):
             patch.setattr(module, "reuses_gradient_buffer", lambda *_: True)
         patch.setattr(
-            setup, "DistributedDataParallelConfig", lambda **fields: ORDINARY(**{**fields, "fp8_param_gather": True})
+            train_state,
+            "DistributedDataParallelConfig",
+            lambda **fields: ORDINARY(**{**fields, "fp8_param_gather": True}),
         )
         yield patch
 
@@ -60,7 +63,7 @@ def shared() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-ORDINARY = setup.DistributedDataParallelConfig
+ORDINARY = train_state.DistributedDataParallelConfig
 
 
 def _run() -> Seen:
@@ -72,18 +75,18 @@ def _run() -> Seen:
         )
     )  # fmt: skip
     batches = Batches(*SHAPE, MASK_TOKEN_ID)
-    parallel.initialize(config.parallel)
+    process_groups.initialize(config.parallel)
     try:
         torch.manual_seed(1)
-        state = setup.build_train_state(architecture, config)
+        state = train_state.build_train_state(architecture, config)
         state.optimizer.reload_model_params()
         watch = monitor.Monitor(config, architecture, state)
         losses, norms, bounds = [], [], []
         weights: dict[str, Tensor] = {}
-        samples = loop.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
+        samples = train_loop.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
         for number in range(3):
             state.scheduler.step(1)
-            result = step.train_step(
+            result = train_step.train_step(
                 state.chunks, state.optimizer, samples, samples.num_microbatches, SHAPE, watch if number == 1 else None
             )
             losses.append(float(result.totals[0]))
@@ -92,14 +95,14 @@ def _run() -> Seen:
                 continue
             state.gather_parameters()  # as a save does, and a validation
             weights = {name: parameter.detach().clone() for name, parameter in state.models[0].named_parameters()}
-            held_out = loop.micro_batches(config, architecture, batches, 0, 0, for_training=False)  # type: ignore[arg-type]
+            held_out = train_loop.micro_batches(config, architecture, batches, 0, 0, for_training=False)  # type: ignore[arg-type]
             state.gather_parameters()
             bounds.append(
                 validation.validate(state.chunks, held_out, 2 * SHAPE[0], held_out.num_microbatches, SHAPE).nelbo
             )
         return Seen(losses, norms, watch.read(), bounds, weights)
     finally:
-        parallel.finalize()
+        process_groups.finalize()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def test_training_is_the_same(expected: Seen, shared: pytest.MonkeyPatch) -> Non
 
 
 def test_control_nobody_puts_the_main_weights_there(expected: Seen, shared: pytest.MonkeyPatch) -> None:
-    shared.setattr(gathering, "_put_main_weights", lambda *_: None)
+    shared.setattr(param_gather, "_put_main_weights", lambda *_: None)
     seen = _run()
     assert not any(bool(weight.any()) for name, weight in seen.weights.items() if "experts" in name)
     assert seen.losses[0] != expected.losses[0]
@@ -131,7 +134,7 @@ def test_control_fetched_and_left_in_the_buffer(expected: Seen, shared: pytest.M
         for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
 
-    shared.setattr(setup, "gather_weights", ordinary)
+    shared.setattr(train_state, "gather_weights", ordinary)
     assert not _same(expected, _run())
 
 

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_a2d import generate
 from megatron_a2d.diffusion.sampling import kept_positions
-from megatron_a2d.errors import UserError
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.configuration_rnd import RND1Config
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
 from megatron_a2d.hf.modeling_rnd import RND1LM
-from megatron_a2d.live_view import MASK_BLOCK, LiveView
+from megatron_a2d.terminal.live_view import MASK_BLOCK, LiveView
+from megatron_a2d.utils.errors import UserError
 
 VOCAB = 300
 ESCAPE = "\x1b["

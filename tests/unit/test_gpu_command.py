@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import gpu, masked_head, train_step
+from bench import chunked_head, gpu, training_speed
 from bench.shapes import SHAPES, rehearsal
-from megatron_a2d.errors import UserError
+from megatron_a2d.distributed import process_groups
 from megatron_a2d.model.flops import train_flops_per_token
-from megatron_a2d.training import parallel
+from megatron_a2d.utils.errors import UserError
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
 WRITES = "import json, sys; json.dump({'rows': [ROWS]}, open(sys.argv[1], 'w')); print('said', flush=True); "
@@ -62,13 +62,13 @@ def test_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_heads_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is of another form than the other benchmarks'."""
     source = tmp_path / "head.json"
-    monkeypatch.setattr(masked_head, "cpu_peak_bytes", lambda kind, sizes: len(kind))
+    monkeypatch.setattr(chunked_head, "cpu_peak_bytes", lambda kind, sizes: len(kind))
     monkeypatch.setattr(sys, "argv", ["masked_head", "--rehearse", "--rounds", "1", "--out", str(source)])
-    masked_head.main()
-    parallel.finalize()
+    chunked_head.main()
+    process_groups.finalize()
     copies = f"import shutil, sys; shutil.copy({str(source)!r}, sys.argv[1])"
     done = gpu.run(gpu.Part("masked_head", [sys.executable, "-c", copies, "OUT"], 300), 300, rehearse=True)
-    assert done["status"] == "ok" and set(done["result"]["peak_bytes"]) == set(masked_head.KINDS)
+    assert done["status"] == "ok" and set(done["result"]["peak_bytes"]) == set(chunked_head.KINDS)
 
 
 def test_outcomes_are_written_after_every_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,13 +109,13 @@ def test_ratios_are_to_the_fastest_baseline() -> None:
         row("bf16", 300.0), row("fp8", 390.0), row("hugging_face, grouped_mm", 100.0), row("hugging_face, eager", 50.0),
         row("fp8, blockwise", 330.0), {"shape": "moe", "variant": "bf16, portable", "error": "no kernel"},
     ]  # fmt: skip
-    assert train_step.ratios(rows) == {
+    assert training_speed.ratios(rows) == {
         "moe": {
             "bf16 over hugging_face": 3.0, "fp8 over hugging_face": 3.9, "fp8 over bf16": pytest.approx(1.3),
             "fp8, blockwise over hugging_face": 3.3, "fp8, blockwise over bf16": pytest.approx(1.1),
         }
     }  # fmt: skip
-    assert train_step.ratios(rows[:1]) == {"moe": {}}
+    assert training_speed.ratios(rows[:1]) == {"moe": {}}
 
 
 def test_layers_alone() -> None:
@@ -123,10 +123,10 @@ def test_layers_alone() -> None:
     sizes = {"micro_batch_size": 2, "num_microbatches": 4, "seq_length": 1000}
     whole = {**sizes, "seconds": [2.0, 3.0, 4.0], "flops_per_token": 8.5e9}
     half = {**sizes, "seconds": [2.2, 2.0, 1.9], "flops_per_token": 4.5e9}
-    found = train_step.of_layers(whole, half, peak=64e12)
+    found = training_speed.of_layers(whole, half, peak=64e12)
     assert found["layer_tflops"] == pytest.approx(32.0) and found["layer_mfu"] == pytest.approx(0.5)
     for unlike in ({**half, "micro_batch_size": 1, "num_microbatches": 8}, {"error": "out of memory"}):
-        assert train_step.of_layers(whole, unlike, peak=64e12) == {"half": unlike}
+        assert training_speed.of_layers(whole, unlike, peak=64e12) == {"half": unlike}
 
 
 def test_memory_is_found_by_smaller_micro_batches_of_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +138,9 @@ def test_memory_is_found_by_smaller_micro_batches_of_the_same_step(monkeypatch: 
             raise torch.OutOfMemoryError("all of it")
         return {"fits": True}
 
-    monkeypatch.setattr(train_step, "measure", measure)
+    monkeypatch.setattr(training_speed, "measure", measure)
     shape = SHAPES["qwen3_30b_a3b"]
-    assert train_step.largest_that_fits(shape, "bf16", {}, 1, 1.0) == {"fits": True}
+    assert training_speed.largest_that_fits(shape, "bf16", {}, 1, 1.0) == {"fits": True}
     assert tried == [(4, 8), (2, 16), (1, 32)]
 
 
@@ -183,9 +183,9 @@ def test_rehearsals_are_small(name: str) -> None:
         ),
         (gpu, ["--out", "OUT", "--budget", "-5"], "--budget -5: must be above 0"),
         (gpu, ["--out", "OUT/nowhere/x.json"], "--out .*: is no file in a directory that exists"),
-        (train_step, ["--rehearse", "--variants", "bogus"], "--variants bogus: is none of .*bf16, portable"),
-        (train_step, ["--variants", "bf16"], "--variants: the CPU's comparison has none"),
-        (train_step, ["--rehearse", "--rounds", "0"], "--rounds 0: at least 1"),
+        (training_speed, ["--rehearse", "--variants", "bogus"], "--variants bogus: is none of .*bf16, portable"),
+        (training_speed, ["--variants", "bf16"], "--variants: the CPU's comparison has none"),
+        (training_speed, ["--rehearse", "--rounds", "0"], "--rounds 0: at least 1"),
     ],
 )
 def test_nonsense_is_refused(

@@ -19,7 +19,7 @@ import transformers
 from safetensors import safe_open
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_a2d.diffusion.forward import from_logits
+from megatron_a2d.diffusion.model_interface import from_logits
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.hf import TRAVELLING
 from megatron_a2d.hf.configuration_a2d import A2DConfig

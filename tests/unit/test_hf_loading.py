@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from checkpoints_tools import convert_hf
-from megatron_a2d.conversion.export import export
-from megatron_a2d.errors import UserError
+from megatron_a2d.conversion.torch_dist_to_hf import export
 from megatron_a2d.hf import TRAVELLING
-from megatron_a2d.inference.export import open_export
-from megatron_a2d.verification import report
+from megatron_a2d.inference.hf_model import open_export
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.verification import logits_report
 from tests import tiny
 
 STEERING: dict[str, Any] = {
@@ -65,9 +65,9 @@ def test_kernels_that_config_json_names_are_not_fetched(
     if form == "qwen3":
         with pytest.raises(ImportError, match="kernels"):
             AutoModelForCausalLM.from_pretrained(directory)
-    tokens = report.random_tokens(tiny.VOCAB_SIZE)
-    expected = report.transformers_logits(directories[form], tokens, bidirectional=False)
-    assert torch.equal(report.transformers_logits(directory, tokens, bidirectional=False), expected)
+    tokens = logits_report.random_tokens(tiny.VOCAB_SIZE)
+    expected = logits_report.transformers_logits(directories[form], tokens, bidirectional=False)
+    assert torch.equal(logits_report.transformers_logits(directory, tokens, bidirectional=False), expected)
     assert opened(directory).run.model.config._attn_implementation == "sdpa"
 
 
@@ -130,7 +130,7 @@ def test_exports_are_the_same_model_under_transformers_4(directories: dict[str, 
     """YaRN, number of experts, rotary base: the keys that transformers 4 and 5 spell otherwise."""
     again = tmp_path / "qwen3"
     export(directories["qwen3"].with_name("checkpoint"), again, "qwen3")
-    tokens = report.random_tokens(tiny.VOCAB_SIZE)
+    tokens = logits_report.random_tokens(tiny.VOCAB_SIZE)
     names = [str(path) for path in (again, directories["a2d"], directories["rnd1"])]
     torch.save(tokens, tmp_path / "tokens.pt")
     environment = {**os.environ, "PYTHONPATH": os.environ["A2D_TRANSFORMERS4"], "HF_HOME": str(tmp_path / "home")}
@@ -145,5 +145,5 @@ def test_exports_are_the_same_model_under_transformers_4(directories: dict[str, 
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, logits in torch.load(tmp_path / "tokens.pt").items():
-        expected = report.transformers_logits(Path(name), tokens, bidirectional=False)
+        expected = logits_report.transformers_logits(Path(name), tokens, bidirectional=False)
         assert (logits - expected).abs().max() <= 1e-5, name

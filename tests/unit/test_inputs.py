@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from data_prep import tokenize_corpus
+from data_prep.corpus_files import find_inputs, kind_of
 from data_prep.formats import READERS, Document, Span
-from data_prep.inputs import find_inputs, kind_of
-from data_prep.limits import DEFAULT_LIMITS, Limits
+from data_prep.memory_limits import DEFAULT_LIMITS, Limits
 from data_prep.readers import Counts, plan_pieces, read_span
-from megatron_a2d.errors import UserError
+from megatron_a2d.utils.errors import UserError
 
 SMALL = Limits(document_bytes=1000, window_bytes=1 << 23)
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d import exit_codes
-from megatron_a2d.exit_codes import ENDINGS, ending, most_telling
-from megatron_a2d.runtime import heartbeat
-from megatron_a2d.runtime.heartbeat import Beat, Heartbeat, Watch, judge
-from tests.slurm.cluster import INSTALL, obstacle
+from megatron_a2d.distributed import hang_watchdog
+from megatron_a2d.distributed.hang_watchdog import Beat, Heartbeat, Watch, judge
+from megatron_a2d.utils import exit_codes
+from megatron_a2d.utils.exit_codes import ENDINGS, ending, most_telling
+from tests.slurm.slurm_cluster import INSTALL, obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,10 +102,10 @@ def test_who_stands_still(beats: list[Beat], silent: dict[int, float], culprits:
 def test_marks_become_a_file_that_a_watch_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of the test's own: how fast the machine is does not matter."""
     now = [1000.0]
-    monkeypatch.setenv(heartbeat.ATTEMPT, str(tmp_path))
-    monkeypatch.setattr(heartbeat, "_last", heartbeat._last)
-    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    watch, path = Watch(tmp_path), tmp_path / heartbeat.HEARTBEATS / "rank_00003"
+    monkeypatch.setenv(hang_watchdog.ATTEMPT, str(tmp_path))
+    monkeypatch.setattr(hang_watchdog, "_last", hang_watchdog._last)
+    monkeypatch.setattr(hang_watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    watch, path = Watch(tmp_path), tmp_path / hang_watchdog.HEARTBEATS / "rank_00003"
 
     def beats_after(seconds: float) -> None:
         """Two beats, the second of which has seen all that was marked; this thread stays in this file meanwhile."""
@@ -116,18 +116,18 @@ def test_marks_become_a_file_that_a_watch_reads(tmp_path: Path, monkeypatch: pyt
                 time.sleep(0.01)
 
     with Heartbeat(3):
-        heartbeat.mark("reading samples", iteration=5, limit=0.5)
-        heartbeat.mark("micro-batch")
+        hang_watchdog.mark("reading samples", iteration=5, limit=0.5)
+        hang_watchdog.mark("micro-batch")
         beats_after(0.1)
-        assert watch.look() is None and watch.pause == heartbeat.pause(0.5)
+        assert watch.look() is None and watch.pause == hang_watchdog.pause(0.5)
         beats_after(0.5)
         verdict = watch.look()
         assert verdict and "rank 3 (" in verdict and "in iteration 5, micro-batch, at test_launch.py:" in verdict
         for _ in range(3):
-            heartbeat.mark("micro-batch")
+            hang_watchdog.mark("micro-batch")
             beats_after(0.3)
             assert watch.look() is None
-    assert list(heartbeat.read_beats(tmp_path / heartbeat.HEARTBEATS)) == [], "who has left holds nobody up"
+    assert list(hang_watchdog.read_beats(tmp_path / hang_watchdog.HEARTBEATS)) == [], "who has left holds nobody up"
 
 
 def inode(path: Path) -> int:
@@ -165,7 +165,7 @@ def test_the_launcher_keeps_exit_codes(how: str, number: signal.Signals | None, 
     command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", "2"]
     launcher = subprocess.Popen(
         [*command, str(tmp_path / "worker.py"), how, str(tmp_path)],
-        cwd=ROOT, env={**os.environ, heartbeat.ATTEMPT: str(tmp_path)}, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**os.environ, hang_watchdog.ATTEMPT: str(tmp_path)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     if number:
         end = time.monotonic() + 300
@@ -308,7 +308,7 @@ def preflight_on_two_nodes(flags: list[str], path_of_second: str) -> tuple[list[
     nodes = []
     for node in range(2):
         environment = {**os.environ, "NNODES": "2", "NODE_RANK": str(node), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-        environment.pop(heartbeat.ATTEMPT, None)
+        environment.pop(hang_watchdog.ATTEMPT, None)
         if node:
             environment["PYTHONPATH"] = os.pathsep.join(
                 filter(None, [path_of_second, os.environ.get("PYTHONPATH", "")])

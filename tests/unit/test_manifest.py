@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d.config import build
-from megatron_a2d.conversion.checkpoint import TRACKER
-from megatron_a2d.conversion.convert import convert
-from megatron_a2d.conversion.manifest import MANIFEST, Entry, check_manifest, list_files, write_manifest
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import write_json
-from megatron_a2d.training.checkpoint import remove_old
+from megatron_a2d.checkpoint.directory import TRACKER
+from megatron_a2d.checkpoint.manifest import MANIFEST, Entry, check_manifest, list_files, write_manifest
+from megatron_a2d.config.settings import build
+from megatron_a2d.conversion.hf_to_torch_dist import convert
+from megatron_a2d.training.checkpointing import remove_old
 from megatron_a2d.training.resume import Start, differences, find_start
+from megatron_a2d.utils.atomic_write import write_json
+from megatron_a2d.utils.errors import UserError
 from tests import tiny
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_a2d.conversion.convert import convert
-from megatron_a2d.conversion.export import export
-from megatron_a2d.conversion.mask_tokenizer import register_mask_token
-from megatron_a2d.errors import UserError
-from megatron_a2d.inference.export import check_mask_token
+from megatron_a2d.conversion.hf_to_torch_dist import convert
+from megatron_a2d.conversion.mask_token_registration import register_mask_token
+from megatron_a2d.conversion.torch_dist_to_hf import export
+from megatron_a2d.inference.hf_model import check_mask_token
+from megatron_a2d.utils.errors import UserError
 from tests import tiny
 from tests.unit.test_hf_export_model import TRANSFORMERS4
 

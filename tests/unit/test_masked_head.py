@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_a2d.model.masked_head import _MaskedHead, _over_ranks, _statistics, rows_per_chunk
+from megatron_a2d.model.chunked_cross_entropy import _MaskedHead, _over_ranks, _statistics, rows_per_chunk
 
 HIDDEN, VOCABULARY, ROWS = 32, 509, 77
 

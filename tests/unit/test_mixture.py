@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import build
-from megatron_a2d.data.batches import MicroBatches
-from megatron_a2d.data.dataset import PackedDataset
-from megatron_a2d.data.indexed import IndexedDatasetBuilder
-from megatron_a2d.data.mixture import MixedDataset, Source, SourceChoice, read_mixture
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import build
+from megatron_a2d.data.blended_dataset import MixedDataset, Source, SourceChoice, read_mixture
+from megatron_a2d.data.dataloader import MicroBatches
+from megatron_a2d.data.diffusion_samples import attention_segments, make_sample, positions_within
+from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder
+from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.diffusion.corruption import corrupt
-from megatron_a2d.diffusion.noise import Noise, random_cut
-from megatron_a2d.errors import UserError
-from megatron_a2d.training.samples import attention_segments, make_sample, positions_within
+from megatron_a2d.diffusion.rng import Noise, random_cut
+from megatron_a2d.utils.errors import UserError
 
 WEIGHTS = [Fraction(w) for w in ("0.35", "0.3", "0.14", "0.1", "0.1", "0.01")]
 EOD = 0

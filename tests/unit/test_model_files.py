@@ -12,8 +12,8 @@ import pytest
 
 from checkpoints_tools import convert_hf, export_hf, publish
 from megatron_a2d import generate
-from megatron_a2d.conversion.checkpoint import copy_hf_files, resolve
-from megatron_a2d.errors import UserError
+from megatron_a2d.checkpoint.directory import copy_hf_files, resolve
+from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_hf
 
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("mutmut")
 from tests.mutants import verdicts
-from tests.mutants.judge import Judge, Outcome
+from tests.mutants.mutant_runner import Judge, Outcome
 from tests.mutants.mutate import Mutant, sample
 from tests.mutants.verdicts import Results
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from megatron_a2d.diffusion.corruption import corrupt, has_predecessor, maskable_tokens, next_token, shift
-from megatron_a2d.diffusion.noise import Noise, random_cut
-from megatron_a2d.diffusion.schedule import SCHEDULES
-from megatron_a2d.diffusion.weights import token_weights
-from megatron_a2d.errors import UserError
+from megatron_a2d.diffusion.loss_weighting import token_weights
+from megatron_a2d.diffusion.noise_schedule import SCHEDULES
+from megatron_a2d.diffusion.rng import Noise, random_cut
+from megatron_a2d.utils.errors import UserError
 
 NOISE = Noise(seed=7, mask_token_id=99)
 

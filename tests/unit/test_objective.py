@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_a2d.diffusion.corruption import corrupt
-from megatron_a2d.diffusion.likelihood import exact_nelbo, monte_carlo_nelbo
-from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.diffusion.objective import SampleSums, mean_estimate, ratio_estimate, sample_sums
-from megatron_a2d.diffusion.validation import SampleColumns, summarise
+from megatron_a2d.diffusion.loss import SampleSums, mean_estimate, ratio_estimate, sample_sums
+from megatron_a2d.diffusion.metrics import SampleColumns, summarise
+from megatron_a2d.diffusion.rng import Noise
+from tests.unit.exact_nelbo import exact_nelbo, monte_carlo_nelbo
 
 VOCABULARY, LENGTH = 5, 6
 TOKENS = np.array([1, 2, 0, 3, 4, 1])
@@ -49,7 +49,7 @@ def test_wrong_weights_are_found(logits_fn: Callable[[Tensor], Tensor]) -> None:
     exact = exact_nelbo(logits_fn, TOKENS, noise)
     unweighted = Noise(3, VOCABULARY)
     object.__setattr__(unweighted, "schedule", "linear")
-    from megatron_a2d.diffusion import schedule as schedules
+    from megatron_a2d.diffusion import noise_schedule as schedules
 
     original = schedules.SCHEDULES["linear"]
     schedules.SCHEDULES["linear"] = original._replace(weight=lambda t: 1.0)

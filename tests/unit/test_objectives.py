@@ -9,14 +9,14 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_a2d.checks import find_problems
-from megatron_a2d.config import build
+from megatron_a2d.config.settings import build
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.diffusion.attention_masks import annealed, annealing_of
 from megatron_a2d.diffusion.corruption import corrupt
-from megatron_a2d.diffusion.noise import Noise
-from megatron_a2d.diffusion.visibility import annealed, annealing_of
-from megatron_a2d.diffusion.weights import context
-from megatron_a2d.model.grafting import relative_errors
-from megatron_a2d.training.initialise import _fill, normals
+from megatron_a2d.diffusion.loss_weighting import context
+from megatron_a2d.diffusion.rng import Noise
+from megatron_a2d.model.grafted_attention import relative_errors
+from megatron_a2d.training.initialization import _fill, normals
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
 LENGTH = 48

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 from bench import offline_wheels
 from bench.offline_wheels import SMALL, prune
-from megatron_a2d.errors import UserError
+from megatron_a2d.utils.errors import UserError
 
 
 def entry(kind: int, architecture: int, code: bytes) -> bytes:

@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 
 import megatron_a2d
-from megatron_a2d.config import RunConfig, build, flag, settings
-from megatron_a2d.data.mixture import SourceChoice
+from megatron_a2d.config.settings import RunConfig, build, flag, settings
+from megatron_a2d.data.blended_dataset import SourceChoice
 from megatron_a2d.data.permutation import Permutation
-from megatron_a2d.diffusion import noise as noises
-from megatron_a2d.diffusion.blocks import corrupt_blocks
-from megatron_a2d.diffusion.continuation import likelihood_draws
+from megatron_a2d.diffusion import rng as noises
+from megatron_a2d.diffusion.attention_masks import annealing_of
+from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
+from megatron_a2d.diffusion.conditional_likelihood import likelihood_draws
 from megatron_a2d.diffusion.corruption import corrupt
-from megatron_a2d.diffusion.noise import Noise, Stream, attention_key, random_cut, uniforms
-from megatron_a2d.diffusion.sampling.randomness import position_uniforms, row_seed
-from megatron_a2d.diffusion.visibility import annealing_of
-from megatron_a2d.files import write_json
-from megatron_a2d.study.gradients import BatchTimes
-from megatron_a2d.study.held_out import holes
-from megatron_a2d.training.initialise import normals
+from megatron_a2d.diffusion.rng import Noise, Stream, attention_key, random_cut, uniforms
+from megatron_a2d.diffusion.sampling.token_scores import position_uniforms, row_seed
+from megatron_a2d.study.gradient_noise import BatchTimes
+from megatron_a2d.study.infilling_eval import holes
+from megatron_a2d.training.initialization import normals
 from megatron_a2d.training.resume import BOUND, NOTED, differences, find_start
+from megatron_a2d.utils.atomic_write import write_json
 
 PACKAGE = Path(megatron_a2d.__file__).parent
 
@@ -142,14 +142,14 @@ def test_no_two_uses_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_else_counts_streams() -> None:
-    """Philox is asked in noise.py alone, and by the weights that are drawn, under keys that are hashes."""
+    """Philox is asked in rng.py alone, and by the weights that are drawn, under keys that are hashes."""
     places = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr == "Philox"
     }
-    assert places == {"diffusion/noise.py", "training/initialise.py"}
+    assert places == {"diffusion/rng.py", "training/initialization.py"}
 
 
 def test_a_seed_reaches_into_no_other_stream() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_a2d.config import build
+from megatron_a2d.config.settings import build
 from megatron_a2d.training.optimizer import (
     _group_overrides,
     _tag_learning_rates,

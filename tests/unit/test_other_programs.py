@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from checkpoints_tools import export_hf
-from megatron_a2d.conversion.convert import convert
+from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.hf.modeling_rnd import RND1LM
 from tests import tiny
 from tests.unit.test_conversion_roundtrip import tensors_of

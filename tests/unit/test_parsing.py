@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d.errors import UserError
-from megatron_a2d.files import new_file, read_json, read_yaml
-from megatron_a2d.parsing import DEEPEST, ParseError, parse_json, parse_yaml
+from megatron_a2d.utils.atomic_write import new_file, read_json, read_yaml
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.parsing import DEEPEST, ParseError, parse_json, parse_yaml
 
 # Nine levels of ten references each: a thousand million values in 300 bytes.
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from checkpoints_tools.publish import check_export
-from data_prep import pieces
-from megatron_a2d.conversion.unfinished import JOURNAL, unfinished_directory
-from megatron_a2d.errors import UserError
-from megatron_a2d.evaluation.journal import Journal
-from megatron_a2d.files import hold_directory, new_file
-from megatron_a2d.partials import YOUNG, _host, open_log, partial_path, remove_abandoned
-from megatron_a2d.study.page import write_page
-from megatron_a2d.training.checkpoint import _make_room
+from data_prep import tokenize_shards
+from megatron_a2d.conversion.resumable_output import JOURNAL, unfinished_directory
+from megatron_a2d.evaluation.response_cache import Journal
+from megatron_a2d.study.results_page import write_page
+from megatron_a2d.training.checkpointing import _make_room
+from megatron_a2d.utils.atomic_write import hold_directory, new_file
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.partial_files import YOUNG, _host, open_log, partial_path, remove_abandoned
 
 DEAD = 2**22 + 1  # beyond the largest process number of Linux
 
@@ -93,7 +93,7 @@ def test_a_lock_is_a_file_of_its_own(lock: str, kind: str, tmp_path: Path) -> No
         if lock == "run":
             hold_directory(tmp_path / "out", "--save")
         elif lock == "pieces":
-            with pieces.hold(tmp_path / "out"):
+            with tokenize_shards.hold(tmp_path / "out"):
                 pass
         else:
             with unfinished_directory(tmp_path / "out", "--out", {}):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_a2d.data.batches import MicroBatches
+from megatron_a2d.data.dataloader import MicroBatches
 from megatron_a2d.diffusion.corruption import corrupt
-from megatron_a2d.diffusion.likelihood import exact_nelbo
-from megatron_a2d.diffusion.noise import Noise
+from megatron_a2d.diffusion.rng import Noise
+from tests.unit.exact_nelbo import exact_nelbo
 
 LENGTH, MASK = 64, 999
 NOISE = Noise(seed=3, mask_token_id=MASK)

@@ -11,19 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_a2d.checks import find_problems
-from megatron_a2d.config import build
-from megatron_a2d.runtime import phases
-from megatron_a2d.runtime.phases import PHASES, Recorder, both_ways, phase
-from megatron_a2d.training.profiling import as_table
+from megatron_a2d.config.settings import build
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.distributed import step_timers
+from megatron_a2d.distributed.step_timers import PHASES, Recorder, both_ways, phase
+from megatron_a2d.training.profiler import as_table
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second passes from one look at the clock to the next."""
     seconds = itertools.count()
-    monkeypatch.setattr(phases, "_now", lambda *_: float(next(seconds)))
-    monkeypatch.setattr(phases, "_milliseconds", lambda begin, end: 1000 * (end - begin))
+    monkeypatch.setattr(step_timers, "_now", lambda *_: float(next(seconds)))
+    monkeypatch.setattr(step_timers, "_milliseconds", lambda begin, end: 1000 * (end - begin))
 
 
 def spent(recorder: Recorder) -> dict[str, float]:
@@ -49,7 +49,7 @@ def test_steps_add_up_and_time_between_them_does_not_count(clock: None) -> None:
         with recorder.measuring():
             with phase("data"):
                 pass
-        phases._now()  # what happens between steps
+        step_timers._now()  # what happens between steps
     assert spent(recorder) == {"data": 2, "rest": 4}
 
 
@@ -59,7 +59,7 @@ def test_a_phase_that_raises_ends(clock: None) -> None:
         recorder.enter("backward")
         with phase("head"):
             1 / 0  # noqa: B018
-    assert phases._recorder is None and not recorder._scopes
+    assert step_timers._recorder is None and not recorder._scopes
     with recorder.measuring():
         pass
 
@@ -82,7 +82,7 @@ def test_the_names_are_those_of_this_megatron() -> None:
 
     module = inspect.getmodule(finalize_model_grads)
     source = "".join(inspect.getsource(part) for part in (module, p2p_communication, schedules))
-    missing = [name for name in phases._TIMERS if f"'{name}'" not in source and f'"{name}"' not in source]
+    missing = [name for name in step_timers._TIMERS if f"'{name}'" not in source and f'"{name}"' not in source]
     assert not missing
     assert "'forward-recv'" in source and "'backward-send'" in source
 
@@ -92,12 +92,12 @@ class _Slow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        phases._now()
+        step_timers._now()
         return 2 * tensor
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        phases._now()
+        step_timers._now()
         return 2 * gradient
 
 
@@ -117,16 +117,16 @@ def test_a_part_of_the_model_in_both_directions(clock: None, is_marked: bool) ->
 
 
 def test_nothing_is_done_while_nothing_is_measured() -> None:
-    assert phase("data") is phase("head") is phases._OFF
+    assert phase("data") is phase("head") is step_timers._OFF
     exchange = dist.all_to_all_single
     hidden = torch.ones(3, requires_grad=True) * 1
     losses = both_ways("head", torch.exp, hidden)
     assert hidden._backward_hooks is None and losses._backward_hooks is None
     with Recorder([]).measuring():
-        assert phase("data") is not phases._OFF and dist.all_to_all_single is not exchange
+        assert phase("data") is not step_timers._OFF and dist.all_to_all_single is not exchange
         marked = both_ways("head", torch.exp, hidden)
     assert hidden._backward_hooks and marked._backward_hooks  # the control
-    assert dist.all_to_all_single is exchange and phase("data") is phases._OFF
+    assert dist.all_to_all_single is exchange and phase("data") is step_timers._OFF
 
 
 def test_a_scope_of_the_same_name_is_in_the_trace() -> None:

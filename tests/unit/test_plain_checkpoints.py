@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from checkpoints_tools import average, convert_hf, export_hf, inspect, verify
-from megatron_a2d.conversion.checkpoint import resolve
+from megatron_a2d.checkpoint.directory import resolve
+from megatron_a2d.checkpoint.load import load_state
+from megatron_a2d.checkpoint.reader import read_common
 from megatron_a2d.conversion.sources import open_checkpoint
-from megatron_a2d.conversion.torch_dist_reader import read_common
-from megatron_a2d.errors import UserError
-from megatron_a2d.runtime.loading import load_state
+from megatron_a2d.utils.errors import UserError
 from tests.fixtures.write_plain_checkpoint import ITERATION, values_of
 from tests.unpickling import UnpickledError, nothing_unpickled
 
@@ -76,9 +76,9 @@ def test_every_tool_reads_it_and_unpickles_nothing(
 
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
-    from megatron_a2d import runtime
+    from megatron_a2d import megatron_compat
 
-    runtime.install()
+    megatron_compat.install()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

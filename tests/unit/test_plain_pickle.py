@@ -26,11 +26,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_a2d.conversion.checkpoint_index import Box, are_disjoint, read_index
-from megatron_a2d.conversion.plain_pickle import Name, PickleError, Record, read_pickle
-from megatron_a2d.conversion.torch_archive import DAMAGED, read_value
-from megatron_a2d.conversion.torch_dist_reader import open_torch_dist
-from megatron_a2d.errors import UserError
+from megatron_a2d.checkpoint.metadata_index import Box, are_disjoint, read_index
+from megatron_a2d.checkpoint.plain_pickle import Name, PickleError, Record, read_pickle
+from megatron_a2d.checkpoint.reader import open_torch_dist
+from megatron_a2d.checkpoint.torch_save_zip import DAMAGED, read_value
+from megatron_a2d.utils.errors import UserError
 
 VALUES = {
     "n": None, "t": [True, False], "i": [0, 255, 65535, -1, 2**31, -(2**70)], "f": 1.5e-300, "s": "ä\ud800" * 300,

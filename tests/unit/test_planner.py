@@ -12,13 +12,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_a2d import plan
-from megatron_a2d.checks import find_problems
-from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import build
-from megatron_a2d.conversion.qwen3 import named_architecture
-from megatron_a2d.errors import UserError
-from megatron_a2d.gpus import rates_of
-from megatron_a2d.model import masked_head
+from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.gpus import rates_of
+from megatron_a2d.config.settings import build
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.model import chunked_cross_entropy
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner import search as searching
 from megatron_a2d.planner.calibration import (
@@ -31,11 +30,12 @@ from megatron_a2d.planner.calibration import (
     published_rows,
 )  # fmt: skip
 from megatron_a2d.planner.cluster import read_cluster
-from megatron_a2d.planner.job import Job, job_of
 from megatron_a2d.planner.memory import memory
-from megatron_a2d.planner.report import layout_flags
+from megatron_a2d.planner.plan_table import layout_flags
 from megatron_a2d.planner.search import make_plan, search
-from megatron_a2d.planner.timing import step_time
+from megatron_a2d.planner.step_time import step_time
+from megatron_a2d.planner.workload import Job, job_of
+from megatron_a2d.utils.errors import UserError
 from tests.unit.test_masked_head import OneRank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def test_state_of_the_30b(gpus: int, grad_reduce_in_fp32: bool, expected: float)
 
 
 def test_search_finds_every_legal_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against all combinations of sizes, with recomputation where it is needed, each asked of checks.py."""
+    """Against all combinations of sizes, with recomputation where it is needed, each asked of validate.py."""
     monkeypatch.setattr(searching, "MICRO_BATCH_SIZES", (1, 2))
     config, gpus, model = build(GPU_RUN | {"global_batch_size": 8}), 4, replace(MOE, num_layers=8)
     found = search(config, model, H100, gpus)
@@ -185,9 +185,11 @@ def test_the_heads_products_are_those_that_it_computes(monkeypatch: pytest.Monke
     """Four, as torch counts them: the logits forward and again backward, and two gradients. Control: not three."""
     rows, vocabulary, hidden = 96, 512, 64
     tensors = [torch.randn(size, hidden, dtype=torch.bfloat16).requires_grad_() for size in (rows, vocabulary)]
-    monkeypatch.setattr(masked_head, "_adds_in_fp32", lambda *_: False)  # torch does not count a product in place
+    monkeypatch.setattr(
+        chunked_cross_entropy, "_adds_in_fp32", lambda *_: False
+    )  # torch does not count a product in place
     with FlopCounterMode(display=False) as counter:
-        losses, _ = masked_head._MaskedHead.apply(*tensors, torch.zeros(rows, dtype=torch.long), OneRank, 64)
+        losses, _ = chunked_cross_entropy._MaskedHead.apply(*tensors, torch.zeros(rows, dtype=torch.long), OneRank, 64)
         losses.sum().backward()
     assert counter.get_total_flops() == 4 * 2 * rows * vocabulary * hidden
     job = Job(

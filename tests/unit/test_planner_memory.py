@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megatron_a2d.architecture import read_architecture
-from megatron_a2d.config import build
-from megatron_a2d.conversion.checkpoint import resolve
-from megatron_a2d.conversion.qwen3 import named_architecture
-from megatron_a2d.model import masked_head
-from megatron_a2d.model.chunks import rows_per_chunk
+from megatron_a2d.checkpoint.directory import resolve
+from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.settings import build
+from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.model import chunked_cross_entropy
+from megatron_a2d.model.chunked_cross_entropy import rows_per_chunk
 from megatron_a2d.planner import memory as planned
 from megatron_a2d.planner.activations import layer_activations
-from megatron_a2d.planner.job import Job, job_of
 from megatron_a2d.planner.memory import logit_bytes, memory, microbatches_in_flight, state_bytes
 from megatron_a2d.planner.parameters import stage_buffers, stage_parameters
+from megatron_a2d.planner.workload import Job, job_of
 from tests.cases import Case
-from tests.parity.jobs import SETTINGS
 from tests.parity.layouts import CP, DISTRIBUTED, EP, OVERLAP, PP, TP_SP, VPP
+from tests.parity.parity_jobs import SETTINGS
 from tests.parity.pool import Pool
 from tests.unit.test_masked_head import Memory, OneRank
 from tests.unit.test_planner import B200, JOB
@@ -108,7 +108,7 @@ def test_activations(name: str, measured: Any) -> None:
 def test_head(rows: int, grad_reduce_in_fp32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak of head and loss in bf16, in one chunk, two, eight. What is one kernel on a GPU has no tensors inside."""
     vocabulary, hidden, chunk = 4096, 64, 128
-    run, add = masked_head._run, masked_head._add_product
+    run, add = chunked_cross_entropy._run, chunked_cross_entropy._add_product
 
     def as_one_kernel(function: Any, *tensors: torch.Tensor) -> torch.Tensor:
         with _disable_current_modes():
@@ -119,8 +119,8 @@ def test_head(rows: int, grad_reduce_in_fp32: bool, monkeypatch: pytest.MonkeyPa
         with _disable_current_modes():
             add(*tensors)
 
-    monkeypatch.setattr(masked_head, "_run", as_one_kernel)
-    monkeypatch.setattr(masked_head, "_add_product", in_place)
+    monkeypatch.setattr(chunked_cross_entropy, "_run", as_one_kernel)
+    monkeypatch.setattr(chunked_cross_entropy, "_add_product", in_place)
     monkeypatch.setattr(planned, "rows_per_chunk", lambda *_: chunk)
     hidden_rows, weight = (
         torch.randn(size, hidden, dtype=torch.bfloat16).requires_grad_() for size in (rows, vocabulary)
@@ -130,7 +130,7 @@ def test_head(rows: int, grad_reduce_in_fp32: bool, monkeypatch: pytest.MonkeyPa
     seen = Memory()
     seen._known.add(weight.untyped_storage().data_ptr())  # its transposed view is no new tensor
     with seen:
-        losses, _ = masked_head._MaskedHead.apply(hidden_rows.clone(), weight, labels, OneRank, chunk)
+        losses, _ = chunked_cross_entropy._MaskedHead.apply(hidden_rows.clone(), weight, labels, OneRank, chunk)
         losses.sum().backward()
     shape = replace(named_architecture("Qwen3-8B"), vocab_size=vocabulary, hidden_size=hidden)
     job = Job(shape, 1, seq_length=rows, bf16=True, grad_reduce_in_fp32=grad_reduce_in_fp32)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d.preflight.facts import Facts, check_files
-from megatron_a2d.preflight.judge import find_problems, missing
-from megatron_a2d.preflight.network import IN_ALL, IN_NODE, pair_name, pairs_of, rounds, within
-from megatron_a2d.preflight.nodes import _make_probe
+from megatron_a2d.preflight.allreduce_test import IN_ALL, IN_NODE, pair_name, pairs_of, rounds, within
+from megatron_a2d.preflight.diagnose import find_problems, missing
+from megatron_a2d.preflight.node_checks import _make_probe
+from megatron_a2d.preflight.node_info import Facts, check_files
 
 GB = 1e9
 

@@ -14,9 +14,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from megatron_a2d.console import PlainConsole, entry_point, progress
-from megatron_a2d.errors import SaveError, UserError
-from megatron_a2d.printable import LONGEST, lines_of, one_line, print_text
+from megatron_a2d.terminal.console import PlainConsole, entry_point, progress
+from megatron_a2d.utils.errors import SaveError, UserError
+from megatron_a2d.utils.printable import LONGEST, lines_of, one_line, print_text
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIL = "a\x1b[2Jb\nerror: forged\r\u2028\u202e[red]x[/x]:smile:\x07\x9b\udcff"
@@ -141,10 +141,10 @@ def test_nothing_is_printed_past_the_one_function() -> None:
 def test_files_are_parsed_by_the_one_reader() -> None:
     """What else parses JSON, YAML or a tokenizer, and why it may."""
     known = {
-        "megatron_a2d/parsing.py", "megatron_a2d/tokenizer.py",
+        "megatron_a2d/utils/parsing.py", "megatron_a2d/utils/tokenizer.py",
         "megatron_a2d/conversion/safetensors_files.py",  # a header whose duplicates it names itself
-        "megatron_a2d/conversion/unfinished.py", "megatron_a2d/evaluate.py",  # what this process wrote just now
-        "megatron_a2d/runtime/heartbeat.py", "megatron_a2d/preflight/nodes.py", "data_prep/pieces.py",  # of our own processes
+        "megatron_a2d/conversion/resumable_output.py", "megatron_a2d/evaluate.py",  # what this process wrote just now
+        "megatron_a2d/distributed/hang_watchdog.py", "megatron_a2d/preflight/node_checks.py", "data_prep/tokenize_shards.py",  # of our own processes
         "megatron_a2d/planner/calibration.py",  # a file of the package
         "data_prep/formats.py",  # millions of lines
     }  # fmt: skip

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from megatron_a2d import train
-from megatron_a2d.errors import UserError
 from megatron_a2d.planner.cluster import cluster_names, read_cluster
+from megatron_a2d.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {

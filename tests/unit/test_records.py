@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from checkpoints_tools import verify
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import RunConfig, recorded_settings, settings
-from megatron_a2d.conversion.checkpoint import read_license, read_run_settings, resolve
+from megatron_a2d.checkpoint.directory import read_license, read_run_settings, resolve
+from megatron_a2d.checkpoint.training_facts import Trained
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig, recorded_settings, settings
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.conversion.hf_config import Exported
 from megatron_a2d.conversion.model_card import RECIPE, Origin, model_card
-from megatron_a2d.conversion.trained import Trained
-from megatron_a2d.errors import UserError
-from megatron_a2d.study.report import draw_run, read_log
-from megatron_a2d.tokenizer import read_tokenizer
+from megatron_a2d.report.plots import draw_run, read_log
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.tokenizer import read_tokenizer
 from tests.tiny import write_tokenizer
 
 NO_SETTING: list[Any] = ["x\n# forged", [1], {"a": "b"}, True, -1.5, 2**70]
@@ -176,13 +176,13 @@ def test_an_honest_tokenizer_is_read_and_an_interruption_passes(
 ) -> None:
     path = tokenizer_with(tmp_path / "hf")
     assert read_tokenizer(path, "x").get_vocab_size() > 0
-    monkeypatch.setattr("megatron_a2d.tokenizer._try", lambda tokenizer: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("megatron_a2d.utils.tokenizer._try", lambda tokenizer: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         read_tokenizer(path, "x")
 
 
 def test_reading_a_tokenizer_needs_no_torch() -> None:
-    code = "import megatron_a2d.tokenizer, sys; print('torch' in sys.modules, 'tokenizers' in sys.modules)"
+    code = "import megatron_a2d.utils.tokenizer, sys; print('torch' in sys.modules, 'tokenizers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_a2d.config import build
-from megatron_a2d.training import parallel
+from megatron_a2d.config.settings import build
+from megatron_a2d.distributed import process_groups
 from megatron_a2d.training.routers import RouterCounts
 
 MASK = 9
@@ -21,7 +21,7 @@ class Model(nn.Module):
 
 
 def test_dropped_and_overflow() -> None:
-    parallel.initialize(build({}).parallel)
+    process_groups.initialize(build({}).parallel)
     try:
         counts = RouterCounts([Model()], MASK)  # type: ignore[list-item]
         # Four tokens, the first and the third masked; of eight choices one is served by nobody.
@@ -34,7 +34,7 @@ def test_dropped_and_overflow() -> None:
             counts._see_choices(router, (None,), (logits_NE, chosen_NE))  # type: ignore[arg-type]
         values = counts.read()
     finally:
-        parallel.finalize()
+        process_groups.finalize()
     assert values["dropped"] == pytest.approx(1 / 8)
     # Expert 0 serves four where an even share is two.
     assert values["overflow"] == pytest.approx(2 / 8)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_a2d import runtime
-from megatron_a2d.errors import UserError
-from megatron_a2d.runtime import upstream
-from megatron_a2d.runtime.adam import Adam
+from megatron_a2d import megatron_compat
+from megatron_a2d.megatron_compat import versions
+from megatron_a2d.megatron_compat.fused_adam import Adam
+from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
-    runtime.install()
+    megatron_compat.install()
 
 
 def fails_without_install(statement: str) -> bool:
@@ -137,7 +137,7 @@ def test_expert_parameters_are_marked() -> None:
     model = torch.nn.ModuleDict(
         {"mlp": torch.nn.ModuleDict({"experts": torch.nn.Linear(2, 2), "router": torch.nn.Linear(2, 2)})}
     )
-    upstream.mark_expert_parameters(model)
+    versions.mark_expert_parameters(model)
     marked = {name for name, parameter in model.named_parameters() if not getattr(parameter, "allreduce", True)}
     assert marked == {"mlp.experts.weight", "mlp.experts.bias"}
 
@@ -149,12 +149,12 @@ def test_router_finds_its_missing_name() -> None:
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    upstream.check_version()
-    monkeypatch.setattr("megatron.core.__version__", f"{upstream.SUPPORTED[1]}+c2139b3")  # installed within a checkout
-    upstream.check_version()
+    versions.check_version()
+    monkeypatch.setattr("megatron.core.__version__", f"{versions.SUPPORTED[1]}+c2139b3")  # installed within a checkout
+    versions.check_version()
     monkeypatch.setattr("megatron.core.__version__", "0.15.0")
     with pytest.raises(UserError, match=r"megatron-core 0\.15\.0"):
-        upstream.check_version()
+        versions.check_version()
 
 
 @pytest.mark.parametrize(
@@ -162,14 +162,14 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_order_of_versions(found: str, is_older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.core.__version__", found)
-    assert upstream.is_before(0, 17) == is_older
+    assert versions.is_before(0, 17) == is_older
 
 
 def test_graphed_parts_have_the_name_of_this_version() -> None:
     """megatron.core's own name, not one that it still takes from before."""
     from megatron.core.transformer import TransformerConfig
 
-    given = upstream.graphed_parts(("attn",))
+    given = versions.graphed_parts(("attn",))
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert fields >= given.keys()
     assert ("cuda_graph_modules" in fields) == ("cuda_graph_modules" in given)
@@ -181,10 +181,10 @@ def test_no_triton_is_needed() -> None:
     code = "import sys; sys.modules['triton'] = None; import {}"
     plain, ours = (
         subprocess.run([sys.executable, "-c", code.format(name)], cwd=ROOT, capture_output=True, text=True)
-        for name in ("megatron.core", "megatron_a2d.training.step")
+        for name in ("megatron.core", "megatron_a2d.training.train_step")
     )
     assert ours.returncode == 0, ours.stderr
-    if not upstream.is_before(0, 17):  # the control
+    if not versions.is_before(0, 17):  # the control
         assert plain.returncode == 1 and "triton" in plain.stderr
 
 
@@ -216,9 +216,9 @@ def test_noise_is_filtered_by_library_and_the_rest_is_heard() -> None:
     """What megatron.core and torch say of missing GPU libraries is left out; our own and others' warnings are not."""
     program = """
 import logging, sys, types, warnings
-from megatron_a2d.runtime.quiet import hide_noise
+from megatron_a2d.utils.log_filters import hide_noise
 hide_noise("talkative.part")
-import megatron_a2d.training.loop
+import megatron_a2d.training.train_loop
 for name in ("megatron.core.x", "torch.distributed.x", "transformer_engine", "numpy", "megatron_a2d.data", "mega"):
     exec(f"import warnings; warnings.warn('w {name}', UserWarning)", {"__name__": name})
     logging.getLogger(name).warning("l %s", name)

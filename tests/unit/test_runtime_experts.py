@@ -14,13 +14,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import build
+from megatron_a2d.checkpoint.model_state_dict import state_to_load, state_to_save
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import build
+from megatron_a2d.distributed import process_groups
 from megatron_a2d.model import experts
 from megatron_a2d.model.experts import GroupedExperts
 from megatron_a2d.model.transformer_config import build_transformer_config
-from megatron_a2d.runtime.model_state import state_to_load, state_to_save
-from megatron_a2d.training import parallel
 
 EXPERTS, HIDDEN, ROWS = 4, 32, 48
 LAYER = [(0, 1, 3)]  # the second of three layers, as megatron prepends it
@@ -37,7 +37,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GroupedExperts, Sequ
     """The two modules, with the same weights."""
     monkeypatch.setattr(experts, "grouped_product", one_by_one)
     settings = build({})
-    parallel.initialize(settings.parallel)
+    process_groups.initialize(settings.parallel)
     architecture = Architecture(3, HIDDEN, 4, 2, 8, 64, 64, 64, 1e-6, 1e6, False, EXPERTS, 2, ROWS)
     config = build_transformer_config(architecture, settings)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -53,7 +53,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GroupedExperts, Sequ
                 linear.weight.copy_(torch.randn_like(linear.weight))
                 weight[number] = linear.weight
     yield grouped, sequential
-    parallel.finalize()
+    process_groups.finalize()
 
 
 @pytest.mark.parametrize("counts", [[3, 5, 1, 7], [0, 16, 0, 0], [0, 0, 0, 0]])

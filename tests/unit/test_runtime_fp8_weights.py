@@ -10,11 +10,11 @@ import torch
 from megatron.core import fp8_utils
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_a2d.architecture import architecture_from_config
-from megatron_a2d.config import build
-from megatron_a2d.runtime.model_state import dequantise
-from megatron_a2d.training import parallel
-from megatron_a2d.training.setup import TrainState, build_train_state
+from megatron_a2d.checkpoint.model_state_dict import dequantise
+from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.settings import build
+from megatron_a2d.distributed import process_groups
+from megatron_a2d.training.train_state import TrainState, build_train_state
 from tests.tiny import hub_config
 
 
@@ -22,9 +22,9 @@ from tests.tiny import hub_config
 def state() -> Iterator[TrainState]:
     """MoE in bf16 with the distributed optimizer: two optimizers, one of them the experts'."""
     config = build({"bf16": True, "use_distributed_optimizer": True, "train_iters": 10})
-    parallel.initialize(config.parallel)
+    process_groups.initialize(config.parallel)
     yield build_train_state(architecture_from_config(hub_config("moe"), "moe"), config)
-    parallel.finalize()
+    process_groups.finalize()
 
 
 def test_main_weights_are_what_was_read(state: TrainState) -> None:

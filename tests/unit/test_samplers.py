@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from megatron_a2d.diffusion.forward import Request, from_logits
+from megatron_a2d.diffusion.model_interface import Request, from_logits
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_positions, make_canvas
-from megatron_a2d.diffusion.sampling.endings import hopeless
-from megatron_a2d.diffusion.sampling.schedules import blocks_of, counts_left, sizes_of, turns
-from megatron_a2d.diffusion.sampling.scores import Scores, _draw, _filter, scorer
-from megatron_a2d.diffusion.sampling.selection import entropy_bounded
+from megatron_a2d.diffusion.sampling.early_stop import hopeless
+from megatron_a2d.diffusion.sampling.sampler import entropy_bounded
+from megatron_a2d.diffusion.sampling.token_scores import Scores, _draw, _filter, scorer
+from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, counts_left, sizes_of, turns
 from tests.unit.test_sampling import MASK, VOCAB, fill, hashed_logits, row_by_row, without_mask
 
 # (prefix, holes, suffix, steps, gamma) -> what the published package makes of `without_mask` (greedy, temperature 1,

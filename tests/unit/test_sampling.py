@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_a2d.diffusion.forward import Request, from_logits
+from megatron_a2d.diffusion.model_interface import Request, from_logits
 from megatron_a2d.diffusion.sampling import Canvas, SamplingOptions, denoise, make_canvas, row_seed
 
 VOCAB = 31

@@ -8,14 +8,13 @@ import math
 import pytest
 import torch
 
-from megatron_a2d.diffusion import forward
-from megatron_a2d.diffusion.forward import Request, from_logits, logits_in_parts
+from megatron_a2d.diffusion import model_interface
+from megatron_a2d.diffusion.model_interface import Request, from_logits, logits_in_parts
 from megatron_a2d.diffusion.sampling import Canvas, SamplingOptions, denoise, kept_positions, make_canvas
-from megatron_a2d.diffusion.sampling.endings import hopeless
-from megatron_a2d.diffusion.sampling.randomness import position_uniforms, row_seed
-from megatron_a2d.diffusion.sampling.schedules import Turn, blocks_of, counts_left, turns
-from megatron_a2d.diffusion.sampling.scores import scorer
-from megatron_a2d.diffusion.sampling.selection import entropy_bounded, lowest
+from megatron_a2d.diffusion.sampling.early_stop import hopeless
+from megatron_a2d.diffusion.sampling.sampler import entropy_bounded, lowest
+from megatron_a2d.diffusion.sampling.token_scores import position_uniforms, row_seed, scorer
+from megatron_a2d.diffusion.sampling.unmask_schedule import Turn, blocks_of, counts_left, turns
 
 VOCAB, MASK = 12, 11
 
@@ -191,14 +190,14 @@ def test_scores_do_not_depend_on_the_parts_of_the_head(guidance, monkeypatch):
     )
     hidden = torch.cat([logits[0], logits[1]]) if guidance else logits[0]
     whole = scores_of(logits[0] + guidance * (logits[0] - logits[1]), uniforms, temperature=1.0)
-    monkeypatch.setitem(forward._PART_BYTES, "cpu", 4 * VOCAB * 7 + 3)
+    monkeypatch.setitem(model_interface._PART_BYTES, "cpu", 4 * VOCAB * 7 + 3)
     assert scores_of(hidden, uniforms, temperature=1.0, guidance=guidance) == whole
 
 
 def test_parts_of_the_head(monkeypatch):
     """64 rows, from which the vocabulary is known; then as many as fit, in fp32, at least one."""
     for limit, rows in ((4 * VOCAB * 7 + 3, 7), (10, 1), (4 * VOCAB * 1000, 86)):
-        monkeypatch.setitem(forward._PART_BYTES, "cpu", limit)
+        monkeypatch.setitem(model_interface._PART_BYTES, "cpu", limit)
         hidden = torch.arange(150.0)[:, None].expand(-1, VOCAB).bfloat16()
         parts = list(logits_in_parts(hidden, lambda part: part))
         sizes = [len(logits) for _, logits in parts]

@@ -17,19 +17,20 @@ import torch
 from megatron.core import parallel_state
 
 import megatron_a2d
-from megatron_a2d import runtime
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import OptimizationConfig, ParallelConfig, build, settings
+from megatron_a2d import megatron_compat
+from megatron_a2d.config.fp8_recipe import Scaling
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import OptimizationConfig, ParallelConfig, build, settings
 from megatron_a2d.diffusion.sampling import SamplingOptions
-from megatron_a2d.inference.flags import SAMPLING
+from megatron_a2d.distributed import process_groups
+from megatron_a2d.inference.arguments import SAMPLING
+from megatron_a2d.megatron_compat.device import has_cuda
 from megatron_a2d.model import transformer_config
-from megatron_a2d.planner.job import Job, job_of
-from megatron_a2d.precision import Scaling
-from megatron_a2d.runtime.device import has_cuda
-from megatron_a2d.training import optimizer, parallel, setup
+from megatron_a2d.planner.workload import Job, job_of
+from megatron_a2d.training import optimizer, train_state
 from tests.unit.test_speed_settings import _recording
 
-runtime.install()
+megatron_compat.install()
 
 MOE = Architecture(6, 96, 12, 3, 20, 170, 264, 512, 1e-5, 5e5, False, 8, 2, 44, mask_token_id=250)
 DENSE = dataclasses.replace(MOE, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
@@ -125,11 +126,11 @@ def test_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(process_groups.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(parallel_state, "destroy_model_parallel", lambda: None)
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **sizes: seen.update(sizes))
-    monkeypatch.setattr(parallel, "model_parallel_cuda_manual_seed", lambda *_, **__: None)
-    parallel.initialize(ParallelConfig(**LAYOUT, distributed_timeout_minutes=13.0))
+    monkeypatch.setattr(process_groups, "model_parallel_cuda_manual_seed", lambda *_, **__: None)
+    process_groups.initialize(ParallelConfig(**LAYOUT, distributed_timeout_minutes=13.0))
     expected = {name: size for name, size in LAYOUT.items() if name.endswith("parallel_size")}
     assert seen == expected | dict(
         virtual_pipeline_model_parallel_size=4, create_gloo_process_groups=not has_cuda(),
@@ -152,12 +153,12 @@ def test_data_parallelism(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.update(fields)
         raise SeenError
 
-    monkeypatch.setattr(setup, "build_model", lambda *_: None)
-    monkeypatch.setattr(setup, "DistributedDataParallelConfig", record)
+    monkeypatch.setattr(train_state, "build_model", lambda *_: None)
+    monkeypatch.setattr(train_state, "DistributedDataParallelConfig", record)
     found = []
     for value in (False, True):
         with pytest.raises(SeenError):
-            setup.build_train_state(MOE, build({name: value}))
+            train_state.build_train_state(MOE, build({name: value}))
         found.append(dict(seen))
     assert {key for key in seen if found[0][key] != found[1][key]} == {name} and found[1][name] is True
     assert seen["average_in_collective"] is False
@@ -197,4 +198,4 @@ def test_every_setting_is_read() -> None:
 
 
 PACKAGE = Path(megatron_a2d.__file__).parent
-JUDGES = ("config.py", "checks.py", "performance.py", "planner", "plan.py")
+JUDGES = ("settings.py", "validate.py", "validate_performance.py", "planner", "plan.py")

@@ -10,14 +10,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe import moe_utils
 
-from megatron_a2d import runtime
-from megatron_a2d.config import build
-from megatron_a2d.model import specs
-from megatron_a2d.model.grafting import GraftedSelfAttention
-from megatron_a2d.model.layers import CoreAttention
+from megatron_a2d import megatron_compat
+from megatron_a2d.config.settings import build
+from megatron_a2d.model import layer_specs
+from megatron_a2d.model.grafted_attention import GraftedSelfAttention
+from megatron_a2d.model.local_layers import CoreAttention
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
-runtime.install()
+megatron_compat.install()
 
 
 def transformer(num_experts: int | None = None, **fields: Any) -> TransformerConfig:
@@ -36,13 +36,13 @@ def test_the_mask_is_part_of_the_spec(
 
     def engine_spec(**arguments: Any) -> Any:
         asked.append(arguments)
-        return specs._portable_layer(transformer(arguments["num_experts"]), AttnMaskType.causal)
+        return layer_specs._portable_layer(transformer(arguments["num_experts"]), AttnMaskType.causal)
 
-    monkeypatch.setattr(specs, "get_gpt_layer_with_transformer_engine_spec", engine_spec)
-    monkeypatch.setattr(specs, "get_num_layers_to_build", lambda config, vp_stage: 2)
+    monkeypatch.setattr(layer_specs, "get_gpt_layer_with_transformer_engine_spec", engine_spec)
+    monkeypatch.setattr(layer_specs, "get_num_layers_to_build", lambda config, vp_stage: 2)
     for num_experts, grouped in ((None, False), (8, False), (8, True)):
         config = transformer(num_experts, moe_grouped_gemm=grouped)
-        block = specs.build_block_spec(config, implementation, causal)
+        block = layer_specs.build_block_spec(config, implementation, causal)
         assert len(block.layer_specs) == 2
         for layer in block.layer_specs:
             assert layer.submodules.self_attention.params == {"attn_mask_type": mask}
@@ -50,7 +50,7 @@ def test_the_mask_is_part_of_the_spec(
         if implementation == "transformer_engine":
             assert asked.pop() == {"num_experts": num_experts, "moe_grouped_gemm": grouped, "qk_layernorm": True}
         elif not causal:
-            grafted = specs.build_block_spec(config, implementation, causal, grafts=True).layer_specs[0]
+            grafted = layer_specs.build_block_spec(config, implementation, causal, grafts=True).layer_specs[0]
             assert grafted.submodules.self_attention.module is GraftedSelfAttention
     assert not asked
 
@@ -66,10 +66,10 @@ def test_a_router_without_its_product_is_told(monkeypatch: pytest.MonkeyPatch) -
     """Where Transformer Engine's layers are in use and have routers; not where the product is there."""
     config = build({})
     monkeypatch.setattr(moe_utils, "te_general_gemm", None)
-    assert specs.notes(config, QWEN3_30B_A3B) == [], "portable layers ask for no such product"
-    monkeypatch.setattr(specs, "choose_implementation", lambda config: "transformer_engine")
-    (line,) = specs.notes(config, QWEN3_30B_A3B)
+    assert layer_specs.notes(config, QWEN3_30B_A3B) == [], "portable layers ask for no such product"
+    monkeypatch.setattr(layer_specs, "choose_implementation", lambda config: "transformer_engine")
+    (line,) = layer_specs.notes(config, QWEN3_30B_A3B)
     assert line.startswith("routers: torch's matrix product") and "\n" not in line
-    assert specs.notes(config, QWEN3_8B) == [] == specs.notes(config, replace(QWEN3_30B_A3B, num_experts=0))
+    assert layer_specs.notes(config, QWEN3_8B) == [] == layer_specs.notes(config, replace(QWEN3_30B_A3B, num_experts=0))
     monkeypatch.setattr(moe_utils, "te_general_gemm", lambda: None)
-    assert specs.notes(config, QWEN3_30B_A3B) == []
+    assert layer_specs.notes(config, QWEN3_30B_A3B) == []

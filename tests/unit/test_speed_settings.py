@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_a2d import runtime
-from megatron_a2d.checks import find_problems
-from megatron_a2d.config import build, settings
-from megatron_a2d.errors import UserError
+from megatron_a2d import megatron_compat
+from megatron_a2d.config.fp8_recipe import Scaling, choose_scaling
+from megatron_a2d.config.settings import build, settings
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.distributed.environment import Gpu, as_text, environment, own_cores, parse_cpu_list
+from megatron_a2d.megatron_compat import versions
 from megatron_a2d.model import transformer_config
-from megatron_a2d.precision import Scaling, choose_scaling
-from megatron_a2d.runtime import upstream
-from megatron_a2d.runtime.environment import Gpu, as_text, environment, own_cores, parse_cpu_list
 from megatron_a2d.training import monitor
-from megatron_a2d.training.garbage import Garbage
+from megatron_a2d.training.manual_gc import Garbage
+from megatron_a2d.utils.errors import UserError
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ import torch
 order = []
 torch.cuda.is_available = lambda: bool(order.append("CUDA"))
 from megatron_a2d import train
-from megatron_a2d.runtime import environment
+from megatron_a2d.megatron_compat import environment
 environment.apply = lambda config: order.append("environment") or {}
 train.main("--model Qwen/Qwen3-8B --dry-run --settings-only --world-size 1".split())
 assert not order, "settings alone ask no GPU"
@@ -244,7 +244,7 @@ def test_blockwise_needs_a_late_cuda() -> None:
 
 def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Blackwell GPU with Transformer Engine: each name is one that the installed megatron-core knows."""
-    runtime.install()
+    megatron_compat.install()
     monkeypatch.setattr(transformer_config, "compute_capability", lambda: (10, 0))
     monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
     monkeypatch.setattr(transformer_config, "_need_dispatcher", lambda backend: None)
@@ -260,7 +260,7 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
     expected = dict(
         fp8="e4m3", fp8_recipe="mxfp8", fp8_param=False, first_last_layers_bf16=True, recompute_modules=["moe_act"],
-        moe_flex_dispatcher_backend="hybridep", moe_grouped_gemm=True, **upstream.graphed_parts(("attn", "moe_router")),
+        moe_flex_dispatcher_backend="hybridep", moe_grouped_gemm=True, **versions.graphed_parts(("attn", "moe_router")),
     )  # fmt: skip
     for name in ("moe_permute_fusion", "moe_router_fusion", "moe_router_force_load_balancing", "apply_rope_fusion",
                  "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "gradient_accumulation_fusion"):  # fmt: skip
@@ -271,7 +271,7 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("fp8", "transposes_are_kept"), [("none", False), ("tensorwise", True)])
 def test_graphs_add_gradients_up(fp8: str, transposes_are_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that knows which micro-batch is a step's first is recorded as if each were."""
-    runtime.install()
+    megatron_compat.install()
     monkeypatch.setattr(transformer_config, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
     config = build(dict(bf16=True, fp8=fp8, cuda_graph_impl="transformer_engine", gradient_accumulation_fusion=True))
@@ -299,7 +299,7 @@ def test_a_field_that_megatron_lost_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_fusions_without_transformer_engine_are_refused() -> None:
-    from megatron_a2d.model.specs import choose_implementation
+    from megatron_a2d.model.layer_specs import choose_implementation
 
     with pytest.raises(UserError) as refusal:
         choose_implementation(build({"apply_rope_fusion": True, "bf16": True, "fp8": "auto"}))
@@ -370,7 +370,7 @@ def test_the_flex_dispatchers_kernels_are_those_that_are_there(
 
 
 def test_lists_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from megatron_a2d.cli import Parser, parse_run
+    from megatron_a2d.config.cli import Parser, parse_run
 
     config, _ = parse_run(Parser(), ["--recompute-modules", "moe_act", "layernorm", "--cuda-graph-scope"])
     assert (

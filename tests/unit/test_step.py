@@ -9,13 +9,13 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_a2d import runtime
-from megatron_a2d.data.batches import Batch
+from megatron_a2d import megatron_compat
+from megatron_a2d.data.dataloader import Batch
 from megatron_a2d.model.diffusion_lm import RowLosses
-from megatron_a2d.training import step
-from megatron_a2d.training.step import SampleLosses, Totals, find_rows, loss_totals
+from megatron_a2d.training import train_step
+from megatron_a2d.training.train_step import SampleLosses, Totals, find_rows, loss_totals
 
-runtime.install()
+megatron_compat.install()
 
 SAMPLES, LENGTH, SPANS = 3, 6, 2
 
@@ -89,7 +89,7 @@ def losses_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, SampleLosses, t
     rows = find_rows(batch)
     losses = torch.arange(1.0, 1 + len(rows.places))
     correct = torch.arange(len(rows.places)) % 3 == 0
-    total, num_tokens, found = step._loss(batch, rows, RowLosses(losses, correct))
+    total, num_tokens, found = train_step._loss(batch, rows, RowLosses(losses, correct))
     return total, num_tokens, found, losses, correct
 
 
@@ -175,7 +175,7 @@ def test_totals_are_the_sums_over_micro_batches(spans: bool, monkeypatch: pytest
 
 def test_samples_whose_loss_is_not_finite() -> None:
     items = [losses_of(batch_of(seed, False, False))[2] for seed in (5, 6)]
-    assert step._not_finite(items) == []
+    assert train_step._not_finite(items) == []
     items[0].sums.weighted_loss[2] = math.nan
     items[1].sums.weighted_loss[0] = math.inf
-    assert step._not_finite(items) == [42, 40]
+    assert train_step._not_finite(items) == [42, 40]

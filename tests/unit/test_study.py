@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_a2d.config import RunConfig, build
-from megatron_a2d.conversion.checkpoint import REQUIRED_FILES
-from megatron_a2d.errors import UserError
-from megatron_a2d.study import critical_batch, layer_lr
+from megatron_a2d.checkpoint.directory import REQUIRED_FILES
+from megatron_a2d.config.settings import RunConfig, build
+from megatron_a2d.report.tensorboard_layout import logs_of, plugins
 from megatron_a2d.study.__main__ import main
+from megatron_a2d.study.ablations import critical_batch_size, lr_by_role
+from megatron_a2d.study.cloze_eval import CONTEXT, Facts
 from megatron_a2d.study.command import STUDIES, find_study
-from megatron_a2d.study.facts import CONTEXT, Facts
-from megatron_a2d.study.gradients import BatchTimes
-from megatron_a2d.study.inputs import hold_inputs
-from megatron_a2d.study.page import write_page
-from megatron_a2d.study.plan import BASE, Job, Measure, resolved, scaled_batch
+from megatron_a2d.study.confidence import Moments, mean_interval, paired_difference, ratio_interval, verdict
+from megatron_a2d.study.fingerprints import hold_inputs
+from megatron_a2d.study.gradient_noise import BatchTimes
+from megatron_a2d.study.jobs import BASE, Job, Measure, resolved, scaled_batch
+from megatron_a2d.study.results_page import write_page
 from megatron_a2d.study.runner import Runner
-from megatron_a2d.study.statistics import Moments, mean_interval, paired_difference, ratio_interval, verdict
-from megatron_a2d.study.watch import logs_of, plugins
+from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_tokens
 from tests.unit.test_training import QWEN3_30B_A3B
 
@@ -151,7 +151,7 @@ def test_tensorboard_opens_at_the_charts(tmp_path: Path) -> None:
     from tensorboard.program import TensorBoard
     from torch.utils.tensorboard import SummaryWriter
 
-    from megatron_a2d.training.log import LAYOUT
+    from megatron_a2d.training.logger import LAYOUT
 
     with pytest.raises(UserError, match="holds no curves"):
         main(["watch", str(tmp_path)])
@@ -205,7 +205,7 @@ def test_branches_differ_in_their_batch_alone() -> None:
         assert changed["lr"] == pytest.approx(1e-3 * factor**0.5)
         assert changed["global_batch_size"] % changed["micro_batch_size"] == 0
     # Counts that the factors of the study do not divide: the same tokens for all, no further off than half a factor.
-    branches = [scaled_batch(config, factor, 16) for factor in critical_batch.FACTORS]
+    branches = [scaled_batch(config, factor, 16) for factor in critical_batch_size.FACTORS]
     for name, was in (("train_iters", 200), ("lr_warmup_iters", 20), ("eval_iters", 8)):
         [samples] = {branch["global_batch_size"] * branch[name] for branch in branches}
         assert samples > 0 and abs(samples - 16 * was) <= 16 * 8
@@ -218,8 +218,8 @@ def test_branches_differ_in_their_batch_alone() -> None:
 @pytest.mark.parametrize("name", list(STUDIES))
 def test_plans_are_valid_runs_of_any_size(name: str) -> None:
     """The same plan for a laptop's recipe and a cluster's: every job passes the checks of an ordinary run."""
-    from megatron_a2d.checks import find_problems
-    from megatron_a2d.cli import Parser, parse_run
+    from megatron_a2d.config.cli import Parser, parse_run
+    from megatron_a2d.config.validate import find_problems
 
     # All branches of a comparison on the same layers: torch's, where one of them has no others.
     for recipes, processes in ((["study_laptop"], 1), (["qwen3_30b_a3b", "portable"], 8)):
@@ -247,39 +247,40 @@ def test_plans_are_valid_runs_of_any_size(name: str) -> None:
 def test_the_critical_batch_of_a_known_curve() -> None:
     """Flat up to 32, then 2% worse a doubling: 1% is lost half a doubling later."""
     losses = known_curve(num_seeds=2)
-    assert critical_batch.critical_batch(losses).value == pytest.approx(32 * 2**0.5, rel=1e-6)
-    flat = critical_batch.critical_batch({batch: {1: 3.0, 2: 3.0} for batch in (8, 16)})
+    assert critical_batch_size.critical_batch(losses).value == pytest.approx(32 * 2**0.5, rel=1e-6)
+    flat = critical_batch_size.critical_batch({batch: {1: 3.0, 2: 3.0} for batch in (8, 16)})
     assert math.isinf(flat.value) and flat.show(16).startswith("> 16")
     draw = random.Random(0)
-    found = critical_batch.critical_batch(with_noise(losses, draw, 0.01))
+    found = critical_batch_size.critical_batch(with_noise(losses, draw, 0.01))
     assert found.low < found.value < found.high
     # What a seed does to all of its batches is no uncertainty about where the curve leaves the band.
     alike = {batch: {seed: loss + seed for seed, loss in found.items()} for batch, found in losses.items()}
-    found = critical_batch.critical_batch(alike)
+    found = critical_batch_size.critical_batch(alike)
     assert found.high - found.low < 1e-6
-    alone = critical_batch.critical_batch(known_curve(num_seeds=1))
-    assert math.isnan(alone.low) and "one seed" in critical_batch._claim({"mdlm": alone, "ar": alone})
+    alone = critical_batch_size.critical_batch(known_curve(num_seeds=1))
+    assert math.isnan(alone.low) and "one seed" in critical_batch_size._claim({"mdlm": alone, "ar": alone})
 
 
 def test_the_critical_batch_lies_in_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 9 of 10 studies, although three batches are equally good, and the lowest of their losses is too low by chance."""
-    monkeypatch.setattr(critical_batch, "_NUM_DRAWS", 300)
+    monkeypatch.setattr(critical_batch_size, "_NUM_DRAWS", 300)
     draw, curve, truth = random.Random(3), known_curve(num_seeds=2), 32 * 2**0.5
     found = [
-        critical_batch.critical_batch(with_noise(curve, draw, 0.006), seed=draw.randrange(1000)) for _ in range(150)
+        critical_batch_size.critical_batch(with_noise(curve, draw, 0.006), seed=draw.randrange(1000))
+        for _ in range(150)
     ]
     assert sum(item.low <= truth <= item.high for item in found) > 0.87 * 150
     assert abs(np.median([math.log2(item.value / truth) for item in found])) < 0.1
 
 
-def known_curve(num_seeds: int) -> critical_batch.Losses:
+def known_curve(num_seeds: int) -> critical_batch_size.Losses:
     return {
         batch: dict.fromkeys(range(num_seeds), 3.0 * (1 + 0.02 * max(0.0, math.log2(batch / 32))))
         for batch in (8, 16, 32, 64, 128)
     }
 
 
-def with_noise(losses: critical_batch.Losses, draw: random.Random, size: float) -> critical_batch.Losses:
+def with_noise(losses: critical_batch_size.Losses, draw: random.Random, size: float) -> critical_batch_size.Losses:
     return {
         batch: {seed: value + draw.gauss(0, size) for seed, value in found.items()} for batch, found in losses.items()
     }
@@ -336,7 +337,7 @@ def test_times_of_a_batch(scheme: str) -> None:
 def test_facts_are_what_always_follows(tmp_path: Path) -> None:
     import torch
 
-    from megatron_a2d.data.indexed import IndexedDatasetBuilder, TokenFile
+    from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
 
     write_tokens(tmp_path / "noise", 2, 200, seed=0)
     fact, exception, loop = [1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 16], [21] * 12
@@ -383,7 +384,7 @@ def test_bad_input(arguments: list[str], message: str) -> None:
     ("changes", "missing"), [({}, set()), ({"tie_word_embeddings": True}, {"head"}), ({"num_experts": 0}, {"router"})]
 )
 def test_roles_that_the_model_does_not_have_stay_out(changes: dict[str, Any], missing: set[str]) -> None:
-    jobs = layer_lr.plan(base(), [1], replace(QWEN3_30B_A3B, **changes))
+    jobs = lr_by_role.plan(base(), [1], replace(QWEN3_30B_A3B, **changes))
     roles = {"mlp", "router", "norm", "embedding", "head"} - missing
     assert all(set(job.settings["lr_mult"]) == roles for job in jobs if job.trains)
 

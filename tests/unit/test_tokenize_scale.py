@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from data_prep import fast_encoder, merge, pieces, readers, tokenize_corpus, train_tokenizer
+from data_prep import gigatoken_encoder, merge_shards, readers, tokenize_corpus, tokenize_shards, train_tokenizer
+from data_prep.corpus_files import find_inputs
 from data_prep.encoders import Encoded, open_encoder
 from data_prep.formats import Problem, Span
-from data_prep.inputs import find_inputs
-from data_prep.limits import DEFAULT_LIMITS, Limits
+from data_prep.memory_limits import DEFAULT_LIMITS, Limits
 from data_prep.readers import Counts, Piece, plan_pieces, read_span
-from megatron_a2d.data.indexed import TokenFile
-from megatron_a2d.errors import UserError
+from megatron_a2d.data.indexed_dataset import TokenFile
+from megatron_a2d.utils.errors import UserError
 
 TEXTS = [f"def f{n}(x):\n    return {n} + x  # ünï {'ab ' * (n % 40)}\n" for n in range(300)]
 
@@ -129,7 +129,7 @@ def test_workers_and_interruption_change_no_byte(tokenizer, tmp_path, monkeypatc
     expected = contents(run(tokenizer, tmp_path / "one", "--input", corpus))
     assert contents(run(tokenizer, tmp_path / "two", "--input", corpus, "--workers", 2)) == expected
 
-    original, done = pieces.tokenize_piece, []
+    original, done = tokenize_shards.tokenize_piece, []
 
     def interrupted(job, number, *rest):
         if len(done) == 3:
@@ -137,13 +137,15 @@ def test_workers_and_interruption_change_no_byte(tokenizer, tmp_path, monkeypatc
         original(job, number, *rest)
         done.append(number)
 
-    monkeypatch.setattr(pieces, "tokenize_piece", interrupted)
+    monkeypatch.setattr(tokenize_shards, "tokenize_piece", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tokenizer, tmp_path / "three", "--input", corpus)
     assert not list(tmp_path.glob("three*.bin")) and (tmp_path / "three.parts" / "00002.npz").exists()
     (tmp_path / "three.parts" / "00001.npz").write_bytes(b"torn")
     again = []
-    monkeypatch.setattr(pieces, "tokenize_piece", lambda job, n, *rest: (again.append(n), original(job, n, *rest)))
+    monkeypatch.setattr(
+        tokenize_shards, "tokenize_piece", lambda job, n, *rest: (again.append(n), original(job, n, *rest))
+    )
     assert contents(run(tokenizer, tmp_path / "three", "--input", corpus)) == expected
     assert again[:3] == [1, 3, 4] and not (tmp_path / "three.parts").exists()
 
@@ -155,7 +157,7 @@ def test_other_settings_do_not_take_up_old_pieces(tokenizer, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         run(tokenizer, tmp_path / "c", "--input", corpus)
     assert (tmp_path / "c.parts" / "00000.npz").exists()
-    monkeypatch.setattr(tokenize_corpus, "merge", merge.merge)
+    monkeypatch.setattr(tokenize_corpus, "merge", merge_shards.merge)
     assert contents(run(tokenizer, tmp_path / "c", "--input", corpus, "--no-append-eod")) == expected
 
 
@@ -243,7 +245,7 @@ def test_one_writer_at_a_time_and_nothing_left_behind(tokenizer, tmp_path, monke
     other = tmp_path / ".cc.bin.partial-1"
     for path in (*abandoned, other):
         path.write_text("left by SIGKILL")
-    with pieces.hold(tmp_path / "c.parts"):
+    with tokenize_shards.hold(tmp_path / "c.parts"):
         assert "another process writes" in problem(tokenizer, tmp_path / "c", "--input", corpus)
     run(tokenizer, tmp_path / "c", "--input", corpus)
     assert not any(path.exists() for path in abandoned) and other.exists() and not (tmp_path / "c.parts").exists()
@@ -260,8 +262,11 @@ def test_another_encoder_does_not_take_up_old_pieces(tokenizer, tmp_path):
     pytest.importorskip("gigatoken")
     (piece,) = plan_pieces([write_kind(tmp_path, ".jsonl", TEXTS)])
     keys = {
-        pieces._key(
-            pieces.Job(tmp_path, tokenizer, name, 310, True, eod, "text", 1, None, False, DEFAULT_LIMITS, "sum"), piece
+        tokenize_shards._key(
+            tokenize_shards.Job(
+                tmp_path, tokenizer, name, 310, True, eod, "text", 1, None, False, DEFAULT_LIMITS, "sum"
+            ),
+            piece,
         )
         for name in ("gigatoken", "reference")
         for eod in (0, 1)
@@ -323,8 +328,8 @@ def test_several_keys_become_several_files(tokenizer, tmp_path):
 
 
 def test_copies_are_dropped_across_files(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "GROUP", 16)  # several groups
-    monkeypatch.setattr(merge, "_CHUNK", 100)
+    monkeypatch.setattr(merge_shards, "GROUP", 16)  # several groups
+    monkeypatch.setattr(merge_shards, "_CHUNK", 100)
     first, second = write_jsonl(tmp_path / "a.jsonl", TEXTS[:200]), write_jsonl(tmp_path / "b.jsonl", TEXTS[::-1])
     monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
     kept = [*TEXTS[:200], *TEXTS[:199:-1]]
@@ -368,13 +373,13 @@ def test_inputs_are_files_directories_and_globs(tmp_path):
 
 def test_gigatoken_gives_the_reference_ids(tokenizer):
     pytest.importorskip("gigatoken")
-    texts = [*map(str.encode, fast_encoder.PROBES), *map(str.encode, TEXTS)]
+    texts = [*map(str.encode, gigatoken_encoder.PROBES), *map(str.encode, TEXTS)]
     plain = open_encoder(tokenizer, False, workers=1)
     for append_eod in (True, False):
         slow = open_encoder(tokenizer, append_eod, workers=1)
-        chosen = fast_encoder.choose(tokenizer, slow, "auto", texts)
-        assert chosen.name == "gigatoken" and f"{len(texts) + len(fast_encoder.PROBES)} texts" in chosen.reason
-        fast = fast_encoder.GigatokenEncoder(
+        chosen = gigatoken_encoder.choose(tokenizer, slow, "auto", texts)
+        assert chosen.name == "gigatoken" and f"{len(texts) + len(gigatoken_encoder.PROBES)} texts" in chosen.reason
+        fast = gigatoken_encoder.GigatokenEncoder(
             tokenizer / "tokenizer.json", slow.vocab_size, slow.eod_token_id, 1, lambda: plain
         )
         for some in (texts, texts[:1], [b""]):
@@ -383,17 +388,17 @@ def test_gigatoken_gives_the_reference_ids(tokenizer):
             assert one.ids.dtype == other.ids.dtype == np.uint16
         marks = [b"plain", "\u07f3\u07fd".encode(), "\u00fc".encode(), "u\u0308".encode()]
         assert fast.encode_batch(marks).ids.tolist() == slow.encode_batch(marks).ids.tolist()
-        assert [fast_encoder.is_normal(text) for text in marks] == [True, False, True, False]
+        assert [gigatoken_encoder.is_normal(text) for text in marks] == [True, False, True, False]
         # Letters of Unicode 16 that one library composes and the other does not, and a code point of no version.
         newer = [text.encode() for text in ("\U00016d67\U00016d67", "a\U00011382\U000113c9", "\u0378")]
         assert fast.encode_batch(newer).ids.tolist() == slow.encode_batch(newer).ids.tolist()
-        assert not any(fast_encoder.is_normal(text) for text in newer)
+        assert not any(gigatoken_encoder.is_normal(text) for text in newer)
         assert fast.decode(fast.encode(["ünï"])[0][:-1] if append_eod else fast.encode(["ünï"])[0]) == "ünï"
 
 
 def test_gigatoken_is_not_used_where_one_id_differs(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("gigatoken")
-    original = fast_encoder.GigatokenEncoder.encode_batch
+    original = gigatoken_encoder.GigatokenEncoder.encode_batch
 
     def wrong(self, texts: list[bytes]) -> Encoded:
         ids, lengths = original(self, texts)
@@ -403,7 +408,7 @@ def test_gigatoken_is_not_used_where_one_id_differs(tokenizer, tmp_path, monkeyp
 
     corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     expected = contents(run(tokenizer, tmp_path / "c", "--input", corpus))
-    monkeypatch.setattr(fast_encoder.GigatokenEncoder, "encode_batch", wrong)
+    monkeypatch.setattr(gigatoken_encoder.GigatokenEncoder, "encode_batch", wrong)
     run(tokenizer, tmp_path / "d", "--input", corpus)
     assert contents(tmp_path / "d") == expected
     assert "tokenizers, for gigatoken gives other ids" in (tmp_path / "d.report.json").read_text()
@@ -422,8 +427,8 @@ def test_without_gigatoken_the_reference_encodes(tokenizer, tmp_path, monkeypatc
 def test_the_sample_comes_from_all_over(tmp_path):
     paths = [write_jsonl(tmp_path / f"{n:02d}.jsonl", [f"file {n} {text}" for text in TEXTS[:20]]) for n in range(50)]
     every = [Piece(plan_pieces([path])[0].spans) for path in paths]
-    sample = b" ".join(fast_encoder.corpus_sample(every, "text")).decode()
-    assert sum(f"file {n} " in sample for n in range(50)) == fast_encoder.SAMPLE_PIECES
+    sample = b" ".join(gigatoken_encoder.corpus_sample(every, "text")).decode()
+    assert sum(f"file {n} " in sample for n in range(50)) == gigatoken_encoder.SAMPLE_PIECES
 
 
 def test_problems_are_found_by_readers_not_raised(tmp_path):

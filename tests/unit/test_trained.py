@@ -11,22 +11,22 @@ import pytest
 import torch
 
 from checkpoints_tools import export_hf
-from megatron_a2d.cli import Parser, parse_run
-from megatron_a2d.config import build
-from megatron_a2d.conversion.average import average
-from megatron_a2d.conversion.checkpoint import RELEASE, RUN_CONFIG, TRACKER
-from megatron_a2d.conversion.convert import convert
-from megatron_a2d.conversion.export import export
-from megatron_a2d.conversion.trained import Trained, inherited, read_trained
-from megatron_a2d.data.batches import make_batch
-from megatron_a2d.errors import UserError
-from megatron_a2d.evaluation.held_out import _judge, open_sources
-from megatron_a2d.evaluation.scoring import label_losses
+from megatron_a2d.checkpoint.directory import RELEASE, RUN_CONFIG, TRACKER
+from megatron_a2d.checkpoint.training_facts import Trained, inherited, read_trained
+from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.settings import build
+from megatron_a2d.conversion.hf_to_torch_dist import convert
+from megatron_a2d.conversion.torch_dist_to_hf import export
+from megatron_a2d.conversion.weight_averaging import average
+from megatron_a2d.data.dataloader import make_batch
+from megatron_a2d.data.diffusion_samples import make_sample
+from megatron_a2d.evaluation.heldout_nelbo import _judge, open_sources
+from megatron_a2d.evaluation.loglikelihood import label_losses
 from megatron_a2d.hf.configuration_a2d import A2DConfig
-from megatron_a2d.inference.flags import close_model, open_model
+from megatron_a2d.inference.arguments import close_model, open_model
 from megatron_a2d.training.resume import find_start
-from megatron_a2d.training.samples import make_sample
-from megatron_a2d.verification.report import label_shift
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.verification.logits_report import label_shift
 from tests import tiny
 
 PLAIN = {"objective": "mdlm"}

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_a2d.architecture import Architecture
-from megatron_a2d.config import build
-from megatron_a2d.console import entry_point
-from megatron_a2d.errors import SaveError, UserError
+from megatron_a2d.config.fp8_recipe import Scaling
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import build
+from megatron_a2d.distributed import process_groups
 from megatron_a2d.model.flops import train_flops_per_token
-from megatron_a2d.precision import Scaling
-from megatron_a2d.study.report import draw_run, read_log
+from megatron_a2d.report.plots import draw_run, read_log
+from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.train import main
-from megatron_a2d.training import optimizer, parallel
+from megatron_a2d.training import optimizer
 from megatron_a2d.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -29,6 +29,7 @@ from megatron_a2d.training.optimizer import (
     reuses_gradient_buffer,
     role_of,
 )
+from megatron_a2d.utils.errors import SaveError, UserError
 
 QWEN3_30B_A3B = Architecture(48, 2048, 32, 4, 128, 6144, 151936, 40960, 1e-6, 1e6, False, 128, 8, 768)
 QWEN3_8B = Architecture(36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e-6, 1e6, False)
@@ -111,10 +112,10 @@ def test_slurm_alone_numbers_no_processes(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(UserError, match="SLURM_NTASKS 4: srun started this process 4 times without a RANK"):
         main(["--train-data-path", "x", "--load", "y"])
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    parallel.check_launch()
+    process_groups.check_launch()
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
     monkeypatch.setenv("RANK", "1")
-    parallel.check_launch()
+    process_groups.check_launch()
 
 
 def test_report_without_a_run(tmp_path: Path) -> None:

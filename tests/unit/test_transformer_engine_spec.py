@@ -15,12 +15,13 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_a2d.architecture import architecture_from_config
-from megatron_a2d.checks import find_problems
-from megatron_a2d.config import build
+from megatron_a2d.checkpoint.model_state_dict import state_to_load, state_to_save
+from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.settings import build
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.distributed import process_groups
 from megatron_a2d.model import transformer_config
-from megatron_a2d.runtime.model_state import state_to_load, state_to_save
-from megatron_a2d.training import parallel, setup
+from megatron_a2d.training import train_state
 from tests.tiny import KINDS, hub_config
 
 try:
@@ -32,24 +33,24 @@ except (ImportError, OSError):
 @pytest.fixture(autouse=True)
 def leave_the_process_group() -> Iterator[None]:
     yield
-    parallel.finalize()
+    process_groups.finalize()
 
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_checkpoint(kind: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config = build({"bf16": True, "moe_grouped_gemm": grouped})
-    parallel.initialize(config.parallel)
+    process_groups.initialize(config.parallel)
     architecture = architecture_from_config(hub_config(kind), kind)
     seen = []
     for implementation in ("portable", "transformer_engine"):
-        for module in (setup, transformer_config):
+        for module in (train_state, transformer_config):
             monkeypatch.setattr(module, "choose_implementation", lambda _, chosen=implementation: chosen)
         with monkeypatch.context() as pretended:
             if implementation == "transformer_engine":  # its modules ask for a GPU when they are made
                 pretended.setattr(torch.cuda, "is_available", lambda: True)
                 pretended.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-            model = setup.build_model(architecture, config)
+            model = train_state.build_model(architecture, config)
         masks = {layer.self_attention.attn_mask_type for layer in model.decoder.layers}
         assert masks == {AttnMaskType.no_mask}
         names = {type(module).__name__ for module in model.modules()}
@@ -94,12 +95,12 @@ def test_every_flag_builds(kind: str, more: dict[str, Any], monkeypatch: pytest.
     config = build({**FUSED, "seq_length": 64, **more})
     architecture = architecture_from_config(hub_config(kind, mask_token_id=250, **SIZES[kind]), kind)
     assert not find_problems(config, architecture, 1)
-    parallel.initialize(config.parallel)
-    for module in (setup, transformer_config):
+    process_groups.initialize(config.parallel)
+    for module in (train_state, transformer_config):
         monkeypatch.setattr(module, "choose_implementation", lambda _: "transformer_engine")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    state = setup.build_train_state(architecture, config)
+    state = train_state.build_train_state(architecture, config)
     model = state.models[0].config
     assert (model.fp8, model.fp8_recipe, model.apply_rope_fusion) == ("hybrid", "tensorwise", True)
     assert type(state.models[0].output_layer).__name__ == "OutputLayer"

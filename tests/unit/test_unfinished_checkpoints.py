@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d.config import build
-from megatron_a2d.partials import partial_path
-from megatron_a2d.training import checkpoint, save_schedule
-from megatron_a2d.training.checkpoint import remove_old
-from megatron_a2d.training.save_schedule import SaveSchedule
+from megatron_a2d.config.settings import build
+from megatron_a2d.training import checkpointing
+from megatron_a2d.training.checkpointing import SaveSchedule, remove_old
+from megatron_a2d.utils.partial_files import partial_path
 
 # As a killed save, a killed replacement and a killed removal leave them.
 LEFT = (".iter_0000003.1a2b3c4d.partial", ".iter_0000003.replaced.partial", ".iter_0000001.partial")
@@ -33,7 +32,7 @@ def names(root: Path) -> set[str]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_start_removes_them(rank: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rank alone, once; also that of a run which is complete and saves nothing more."""
-    monkeypatch.setattr(save_schedule.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(checkpointing.dist, "get_rank", lambda: rank)
     log: Any = None
     SaveSchedule(build({"save": str(root)}), root, log)
     assert names(root) == set(KEPT) | (set(LEFT) if rank else set())
@@ -44,7 +43,7 @@ def test_a_start_removes_them(rank: int, root: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_save_removes_them(root: Path) -> None:
     own = root / ".iter_0000004.00ff00ff.partial"
-    checkpoint._make_room(root, own)
+    checkpointing._make_room(root, own)
     assert names(root) == {*KEPT, own.name} and not list(own.iterdir())
 
 
@@ -60,8 +59,8 @@ def test_what_a_killed_removal_leaves_is_one_of_them(root: Path, monkeypatch: py
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(checkpoint.shutil, "rmtree", killed)
+        patched.setattr(checkpointing.shutil, "rmtree", killed)
         remove_old(build({"save": str(root), "keep_last": 2}).training, 6)
     assert partial_path(root / "iter_0000002").name in names(root) and "iter_0000002" not in names(root)
-    checkpoint.remove_unfinished(root)
+    checkpointing.remove_unfinished(root)
     assert names(root) == {*KEPT[1:], "iter_0000005", "iter_0000006"}

@@ -13,13 +13,13 @@ import torch
 from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_a2d.architecture import Architecture, architecture_from_config
+from megatron_a2d.config.model_config import Architecture, architecture_from_config
 from megatron_a2d.conversion.sources import open_hf
-from megatron_a2d.errors import UserError
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM, rotary_angles
 from megatron_a2d.hf.modeling_rnd import RND1LM
-from megatron_a2d.verification.streamed import StreamedModel
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.verification.reference_forward import StreamedModel
 from tests import tiny
 
 QWEN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -52,10 +52,10 @@ def of_transformers(scaling: dict[str, Any]) -> tuple[torch.Tensor, float]:
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_and_temperature_are_those_of_transformers(name: str) -> None:
-    from megatron_a2d import runtime
+    from megatron_a2d import megatron_compat
     from megatron_a2d.model.diffusion_lm import rotary_embedding
 
-    runtime.install()
+    megatron_compat.install()
     found = architecture(SCALINGS[name])
     frequencies, temperature = of_transformers(SCALINGS[name])
     assert found.yarn and found.yarn.attention_factor == pytest.approx(temperature, rel=1e-12)
@@ -242,8 +242,8 @@ def test_the_context_is_the_extended_one() -> None:
 
 
 def test_a_plan_of_a_long_context_needs_yarn(tmp_path: Path) -> None:
-    from megatron_a2d.checks import find_problems
-    from megatron_a2d.config import build
+    from megatron_a2d.config.settings import build
+    from megatron_a2d.config.validate import find_problems
 
     config = build({"seq_length": 131072, "global_batch_size": 8})
     short, long = (architecture(scaling, max_position_embeddings=40960, mask_token_id=250) for scaling in (None, QWEN))

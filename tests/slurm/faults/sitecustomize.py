@@ -16,10 +16,10 @@ import time
 
 
 def with_fault(train_step, fault):
-    from megatron_a2d.runtime import heartbeat
+    from megatron_a2d.distributed import hang_watchdog
 
     def step(*arguments):
-        if heartbeat._last.iteration == fault["iteration"]:
+        if hang_watchdog._last.iteration == fault["iteration"]:
             if fault["do"] == "raise":
                 raise RuntimeError("a fault of the test")
             while fault["do"] == "hang" or not os.path.exists(os.environ["A2D_TEST_RELEASE"]):
@@ -33,7 +33,7 @@ class Finder(importlib.abc.MetaPathFinder):
     """Changes the training loop when it is imported."""
 
     def find_spec(self, name, path, target=None):
-        if name != "megatron_a2d.training.loop":
+        if name != "megatron_a2d.training.train_loop":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -1,0 +1,136 @@
+"""Head and loss on the masked rows alone, in chunks, against the two simpler ways of doing it.
+
+    python -m bench.chunked_head [--rounds 5] [--out bench/results/masked_head_cpu.json]
+    python -m bench.chunked_head --device cuda --out FILE.json
+
+Forward and backward of the vocabulary projection and the cross-entropy, at Qwen3's vocabulary. Half of the rows are
+masked, the mean of a linear schedule.
+
+chunks       the masked rows, their logits a few rows at a time (model/chunked_cross_entropy.py)
+masked rows  the masked rows, all logits at once, megatron.core's vocab_parallel_cross_entropy
+all rows     every row, all logits at once
+
+Times are taken in turns; peak memory is, on a CPU, that of a process of its own for each, above what it held before.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.result_tables import machine
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import write_json
+from megatron_a2d.utils.errors import UserError
+
+KINDS = ("chunks", "masked rows", "all rows")
+# vocabulary, hidden size, rows
+CPU_SIZES, GPU_SIZES, SMALL_SIZES = (151_936, 256, 2_048), (151_936, 4096, 16_384), (2_048, 32, 256)
+
+
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each after one warm-up")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes")
+    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device; leave it out")
+    sizes = SMALL_SIZES if options.rehearse else GPU_SIZES if options.device == "cuda" else CPU_SIZES
+    measure_peak = gpu_peak_bytes if options.device == "cuda" else cpu_peak_bytes
+    memory = {kind: measure_peak(kind, sizes) for kind in KINDS}
+    runs = [head_and_loss(kind, sizes) for kind in KINDS]
+    times = [[seconds(run) for run in runs] for _ in range(options.rounds + 1)][1:]
+    columns = list(zip(*times, strict=True))
+    for kind, column in zip(KINDS, columns, strict=True):
+        print(f"{kind:12} {statistics.median(column):.4f} s   peak {memory[kind] / 1e6:.0f} MB")
+    result: dict[str, Any] = {"machine": machine(), "vocabulary": sizes[0], "hidden": sizes[1], "num_rows": sizes[2]}
+    for kind, column in zip(KINDS[1:], columns[1:], strict=True):
+        time_ratio = statistics.median(ours / other for ours, other in zip(columns[0], column, strict=True))
+        memory_ratio = memory["chunks"] / max(1, memory[kind])
+        result[f"chunks over {kind}"] = {"time_ratio": time_ratio, "memory_ratio": memory_ratio}
+        print(f"chunks over {kind}: time {time_ratio:.2f}, memory {memory_ratio:.2f}")
+    if options.out:
+        write_json(options.out, result | {"num_masked": sizes[2] // 2, "seconds": times, "peak_bytes": memory})
+
+
+def head_and_loss(kind: str, sizes: tuple[int, int, int]) -> Callable[[], Any]:
+    """One forward and backward; on a GPU in bf16, gradients summed in fp32 as in training."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_a2d.config.settings import build
+    from megatron_a2d.distributed import process_groups
+    from megatron_a2d.megatron_compat.device import device, has_cuda
+    from megatron_a2d.model.chunked_cross_entropy import _MaskedHead, rows_per_chunk
+
+    process_groups.initialize(build({}).parallel)
+    group = parallel_state.get_tensor_model_parallel_group()
+    vocabulary, hidden_size, rows = sizes
+    dtype = torch.bfloat16 if has_cuda() else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocabulary, hidden_size, generator=generator).mul_(0.02).to(device(), dtype).requires_grad_()
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+    hidden = torch.randn(rows, hidden_size, generator=generator).to(device(), dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator).to(device())
+    masked = torch.arange(0, rows, 2, device=device())
+    chunk = rows_per_chunk(vocabulary, device().type)
+
+    def run() -> None:
+        if kind == "chunks":
+            losses, _ = _MaskedHead.apply(hidden[masked], weight, labels[masked], group, chunk)
+            losses.sum().backward()
+        else:
+            chosen = masked if kind == "masked rows" else torch.arange(rows, device=device())
+            logits = torch.nn.functional.linear(hidden[chosen], weight).float()
+            losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels[chosen])
+            (losses * (chosen % 2 == 0)).sum().backward()
+            weight.main_grad.add_(weight.grad)  # type: ignore[attr-defined, arg-type]
+        weight.grad = None
+
+    return run
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def cpu_peak_bytes(kind: str, sizes: tuple[int, int, int]) -> int:
+    with multiprocessing.get_context("spawn").Pool(1) as workers:
+        return workers.apply(_resident_growth, (kind, sizes))
+
+
+def _resident_growth(kind: str, sizes: tuple[int, int, int]) -> int:
+    """Growth of the process's largest resident size during one run."""
+    run = head_and_loss(kind, sizes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def gpu_peak_bytes(kind: str, sizes: tuple[int, int, int]) -> int:
+    """Of the second run: the first one compiles."""
+    run = head_and_loss(kind, sizes)
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,312 @@
+"""Our training step against the plain one: Hugging Face's model, torch's AdamW, the same shape and batch.
+
+    python -m bench.training_speed [--rounds 9] [--out bench/results/train_step_cpu.json] # a CPU, two small shapes
+    python -m bench.training_speed --device cuda --shapes qwen3_8b qwen3_30b_a3b --out FILE.json
+    python -m bench.training_speed --device cpu --rehearse --out FILE.json # the GPU's way, on a CPU
+
+On a CPU both take whole steps in turns, so that a change of the machine's speed meets both; the figure is the median of
+the ratios. On a GPU, where two models do not fit, one variant follows the other, each for --rounds steps: Transformer
+Engine and portable layers, bf16 and FP8, routing as it falls and force-balanced. A variant that fails is recorded with
+its error, and the next one begins; what is known is in --out after each. All variants of a shape have the same batch:
+one that needs more memory takes it in more and smaller micro-batches.
+
+tokens/s   of the step: data, forward, backward, update
+TFLOP/s    by the bidirectional formula (model/flops.py), with the rows that reached the head
+MFU        of the bf16 matrix rate measured on this very card in this run
+layer MFU  the same of the difference between all layers and half of them: neither head nor embedding. Where a shape has
+           fewer layers than its model, this is what compares with the model
+ratios     of tokens/s, to the fastest of Hugging Face's variants and, of FP8, to bf16
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.result_tables import can_compile, machine, matrix_rate
+from bench.shapes import SHAPES, Shape, rehearsal
+from bench.steps import Batches, Step, architecture_of, hugging_face_step, our_step
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import write_json
+from megatron_a2d.utils.errors import UserError
+
+CPU_SHAPES: dict[str, dict[str, Any]] = {
+    "dense": dict(model_type="qwen3", intermediate_size=768),
+    "moe": dict(
+        model_type="qwen3_moe", intermediate_size=768, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192,
+        norm_topk_prob=True,
+    ),
+}  # fmt: skip
+COMMON: dict[str, Any] = dict(
+    vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
+    max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False, mask_token_id=4088,
+)  # fmt: skip
+CPU_BATCHES = Batches(micro_batch_size=8, seq_length=256, mask_token_id=4088)
+
+
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each, after the warm-up")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the true shapes")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="with --device cuda")
+    parser.add_argument("--variants", nargs="+", default=None, help="with --device cuda: these alone, by name")
+    parser.add_argument("--rehearse", action="store_true", help="the GPU's measurement with tiny shapes on a CPU")
+    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device; leave it out, or use --rehearse")
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds}: at least 1 step is to be timed")
+    if options.device == "cpu" and not options.rehearse:
+        if options.variants:
+            raise UserError("--variants: the CPU's comparison has none; add --rehearse, or use --device cuda")
+        in_turns(options.rounds, options.out)
+        return
+    shapes = {name: rehearsal(SHAPES[name]) if options.rehearse else SHAPES[name] for name in options.shapes}
+    known = {name for shape in shapes.values() for on_gpu in (True, False) for name in variants(shape, on_gpu, on_gpu)}
+    if unknown := [name for name in options.variants or [] if name not in known]:
+        raise UserError([f"--variants {name}: is none of {'; '.join(sorted(known))}" for name in unknown])
+    one_by_one(shapes, options.variants, options.rounds, options.out)
+
+
+def in_turns(rounds: int, out: Path | None) -> None:
+    """The CPU's comparison."""
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "settings": COMMON | {"seq_length": CPU_BATCHES.seq_length, "batch": CPU_BATCHES.micro_batch_size},
+    }
+    tokens = CPU_BATCHES.micro_batch_size * CPU_BATCHES.seq_length
+    for name, shape in CPU_SHAPES.items():
+        model = COMMON | shape
+        ours = our_step(model, CPU_BATCHES, {})
+        theirs = hugging_face_step(model, CPU_BATCHES, torch.device("cpu"), bf16=False)
+        times = [(seconds(ours.run), seconds(theirs.run)) for _ in range(rounds + 1)][1:]
+        ratio = statistics.median(b / a for a, b in times)
+        rates = [tokens / statistics.median(column) for column in zip(*times, strict=True)]
+        result[name] = {"tokens_per_second": rates[0], "hugging_face": rates[1], "ratio": ratio, "seconds": times}
+        print(f"{name:6} ours {rates[0]:7.0f} tokens/s   Hugging Face + AdamW {rates[1]:7.0f}   ratio {ratio:.2f}")
+    if out:
+        write_json(out, result)
+
+
+def seconds(run: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+_FUSED = dict(apply_rope_fusion=True, gradient_accumulation_fusion=True)
+_FUSED_EXPERTS = dict(moe_permute_fusion=True, moe_router_fusion=True)
+
+
+_HUGGING_FACE = "hugging_face"
+
+
+def variants(shape: Shape, transformer_engine: bool, gpu: bool) -> dict[str, dict[str, Any]]:
+    """Settings by name, in the order of measurement; those of Hugging Face's model are `hugging_face_step`'s."""
+    experts = _FUSED_EXPERTS if can_compile() else {"moe_router_fusion": True}  # permutation is triton's
+    engine = _FUSED | (experts if shape.is_moe else {})
+    theirs: dict[str, dict[str, Any]] = {_HUGGING_FACE: {}}
+    if shape.is_moe:
+        theirs = {f"{_HUGGING_FACE}, {name}": {"experts": name} for name in ("grouped_mm", "eager")}
+    result: dict[str, dict[str, Any]] = {}
+    if transformer_engine:
+        result["bf16"] = engine
+        result["fp8"] = engine | {"fp8": "auto"}
+    if gpu:
+        result |= theirs
+    if shape.is_moe and transformer_engine:
+        result["bf16, force-balanced"] = engine | {"moe_router_force_load_balancing": True}
+        result["fp8, force-balanced"] = engine | {"fp8": "auto", "moe_router_force_load_balancing": True}
+    result["bf16, portable"] = {"transformer_impl": "portable"}
+    if shape.is_moe:
+        result["bf16, portable, force-balanced"] = {
+            "transformer_impl": "portable", "moe_router_force_load_balancing": True,
+        }  # fmt: skip
+    if not gpu:
+        result |= theirs
+    if transformer_engine:
+        result["bf16, unfused"] = {"transformer_impl": "transformer_engine"}
+        result["fp8, blockwise"] = engine | {"fp8": "blockwise"}
+        result["bf16, graphs"] = engine | {"cuda_graph_impl": "transformer_engine"}
+    return result
+
+
+def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, out: Path | None) -> None:
+    """Every variant of every shape; `out` is written again after each."""
+    from importlib.util import find_spec
+
+    from megatron_a2d.config.settings import build
+    from megatron_a2d.distributed import environment
+
+    environment.apply(build({}))  # read when CUDA starts, which the next line makes it do
+    gpu = torch.cuda.is_available()
+    peak = matrix_rate()
+    result: dict[str, Any] = {"machine": machine(), "matrix_tflops": peak / 1e12, "rows": []}
+    print(f"matrix rate, bf16: {peak / 1e12:.1f} TFLOP/s", flush=True)
+    for name, shape in shapes.items():
+        known = variants(shape, gpu and find_spec("transformer_engine") is not None, gpu)
+        for variant, settings in known.items():
+            if chosen is not None and variant not in chosen:
+                continue
+            row: dict[str, Any] = {"shape": name, "layers": shape.layers, "variant": variant}
+            row |= largest_that_fits(shape, variant, settings, rounds, peak)
+            result["rows"].append(row)
+            result["ratios"] = ratios(result["rows"])
+            if out:
+                write_json(out, result)
+            free_memory()
+            if shape.is_cut and variant in _OF_LAYERS and "error" not in row:
+                half = shape._replace(layers=shape.layers // 2, **_sizes(row))
+                row |= of_layers(row, largest_that_fits(half, variant, settings, rounds, peak), peak)
+                if out:
+                    write_json(out, result)
+                free_memory()
+            print(_line(row), flush=True)
+    for shape_name, values in result.get("ratios", {}).items():
+        for name, value in values.items():
+            print(f"{shape_name:14} {name}: {value:.2f}x", flush=True)
+    if out:
+        write_json(out, result)
+
+
+# Of which the layers alone are measured too: those that targets are set for, and the portable ones beside them.
+_OF_LAYERS = ("bf16", "bf16, force-balanced", "bf16, portable")
+
+
+def _sizes(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("micro_batch_size", "num_microbatches")}
+
+
+def of_layers(whole: dict[str, Any], half: dict[str, Any], peak: float) -> dict[str, Any]:
+    """What a row says of its layers alone, by the row with half of them and the same batch."""
+    if "error" in half or _sizes(half) != _sizes(whole):
+        return {"half": half}
+    tokens = whole["micro_batch_size"] * whole["num_microbatches"] * whole["seq_length"]
+    longer = statistics.median(whole["seconds"]) - statistics.median(half["seconds"])
+    if longer <= 0:  # a rehearsal's steps take as long as the machine likes
+        return {"half": half}
+    operations = tokens * (whole["flops_per_token"] - half["flops_per_token"])
+    return {"half": half, "layer_tflops": operations / longer / 1e12, "layer_mfu": operations / longer / peak}
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By shape and variant, how many times the tokens/s of Hugging Face's fastest; and of FP8, those of bf16.
+
+    Their router cannot be force-balanced: what is, has no ratio to theirs.
+    """
+    speed = {(row["shape"], row["variant"]): row["tokens_per_second"] for row in rows if "error" not in row}
+    found: dict[str, dict[str, float]] = {}
+    for shape, variant in speed:
+        theirs = [value for (s, v), value in speed.items() if s == shape and v.startswith(_HUGGING_FACE)]
+        ours, own = speed[shape, variant], found.setdefault(shape, {})
+        if theirs and not variant.startswith(_HUGGING_FACE) and "balanced" not in variant:
+            own[f"{variant} over {_HUGGING_FACE}"] = ours / max(theirs)
+        plain = variant.replace("fp8", "bf16").removesuffix(", blockwise")
+        if variant.startswith("fp8") and (shape, plain) in speed:
+            own[f"{variant} over {plain}"] = ours / speed[shape, plain]
+    return found
+
+
+def largest_that_fits(shape: Shape, variant: str, settings: dict[str, Any], rounds: int, peak: float) -> dict[str, Any]:
+    """`measure` with the shape's micro-batches, or, where memory does not suffice, with more and smaller ones.
+
+    Whatever else goes wrong is returned as "error": the other variants are worth having without this one.
+    """
+    size, count = shape.micro_batch_size, shape.num_microbatches
+    while True:
+        try:
+            smaller = shape._replace(micro_batch_size=size, num_microbatches=count)
+            return measure(smaller, variant, settings, rounds, peak)
+        except torch.OutOfMemoryError as problem:
+            error = f"out of memory at a micro-batch of {size}: {_one_line(problem)}"
+        except Exception as problem:
+            traceback.print_exc()
+            return {"error": _one_line(problem)}
+        free_memory()  # here the exception, and with it the frames that hold the model, is gone
+        if size == 1:
+            return {"error": error}
+        size, count = size // 2, count * 2
+
+
+def _one_line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:500] or type(problem).__name__
+
+
+def measure(shape: Shape, variant: str, settings: dict[str, Any], rounds: int, peak: float) -> dict[str, Any]:
+    """Build one variant, take its steps, and say how fast they were."""
+    from megatron_a2d.model.flops import train_flops_per_token
+
+    model = shape.config()
+    batches = Batches(shape.micro_batch_size, shape.seq_length, model["mask_token_id"], shape.num_microbatches)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step: Step
+    if variant.startswith(_HUGGING_FACE):
+        step = hugging_face_step(model, batches, device, bf16=True, **settings)
+    else:
+        step = our_step(model, batches, {"bf16": True, **settings})
+    # Autotuning, compilation, and the recording of graphs, which follows the third step.
+    warm_up = [seconds(step.run) for _ in range(6 if "cuda_graph_impl" in settings else 3)]
+    times = [seconds(step.run) for _ in range(rounds)]
+    tokens_per_second = batches.global_batch_size * shape.seq_length / statistics.median(times)
+    flops = train_flops_per_token(architecture_of(model), shape.seq_length, head_fraction=step.head_fraction())
+    return {
+        "settings": settings,
+        "micro_batch_size": shape.micro_batch_size,
+        "num_microbatches": shape.num_microbatches,
+        "seq_length": shape.seq_length,
+        "seconds": times,
+        "warm_up_seconds": warm_up,
+        "tokens_per_second": tokens_per_second,
+        "head_fraction": step.head_fraction(),
+        "flops_per_token": flops,
+        "tflops": tokens_per_second * flops / 1e12,
+        "mfu": tokens_per_second * flops / peak,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+    }
+
+
+def free_memory() -> None:
+    """Of the variant before. megatron's DistributedDataParallel keeps itself alive through autograd's hooks.
+
+    Its process groups go as well: each has a thread, which never quite sleeps.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    from megatron_a2d.distributed import process_groups
+
+    process_groups.finalize()
+    for item in gc.get_objects():
+        if isinstance(item, DistributedDataParallel):
+            item.grad_accs.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['shape']:14} {row['variant']:30}"
+    if "error" in row:
+        return f"{head} failed: {row['error']}"
+    memory = row["peak_memory_gb"]
+    layers = f" (layers {row['layer_mfu']:6.1%})" if "layer_mfu" in row else ""
+    rate = f"{row['tokens_per_second']:9.0f} tokens/s {row['tflops']:7.1f} TFLOP/s  MFU {row['mfu']:6.1%}{layers}"
+    return f"{head} {rate}" + (f"  {memory:.1f} GB" if memory else "")
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,140 @@
+"""The files of a corpus: every file of `--input` is read, refused, or listed with the reason why it is passed over."""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.formats import READERS
+from megatron_a2d.terminal.console import console
+from megatron_a2d.utils.errors import UserError
+
+_JSON_LINES = (".jsonl", ".ndjson")
+_COMPRESSED = {".gz": ".gz", ".zst": ".zst", ".zstd": ".zst"}
+SHOWN = 10
+Identity = tuple[int, int]  # device and inode: one file, whatever it is called
+
+
+class Inputs(NamedTuple):
+    """What was found."""
+
+    paths: list[Path]  # the files to read
+    passed_over: list[str]  # the others below a directory: "path: reason"
+
+    def show_passed_over(self) -> None:
+        """The first of them, as lines of the command's output."""
+        for line in self.passed_over[:SHOWN]:
+            console.print(f"passed over: {line}", markup=False, soft_wrap=True)
+        if (more := len(self.passed_over) - SHOWN) > 0:
+            console.print(f"passed over: {more:,} more files", markup=False, soft_wrap=True)
+
+
+def kind_of(path: Path) -> str | None:
+    """The reader of a file (a key of READERS) by its ending in any case; None where there is none.
+
+    A compressed .json is taken for JSON Lines, as datasets of the hub have it; a plain one may hold anything.
+    """
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    if last in _COMPRESSED:
+        return f".jsonl{_COMPRESSED[last]}" if before in (*_JSON_LINES, ".json") else None
+    if last in _JSON_LINES:
+        return ".jsonl"
+    return last if last in READERS else None
+
+
+def find_inputs(patterns: Sequence[Path | str], skip_invalid: bool = False) -> Inputs:
+    """Files, directories (with all below them, through links too) and globs; a directory's files in their paths' order.
+
+    UserError with every one that is missing or named twice, that no reader knows though it was named, that cannot be
+    opened, or that is empty (unless `skip_invalid`).
+    """
+    problems: list[str] = []
+    found = Inputs([], [])
+    taken: dict[Identity, Path] = {}  # by earlier patterns
+    for pattern in map(Path, patterns):
+        if pattern.exists():
+            named, missing = [pattern], f"holds no {', '.join(READERS)} files; name another directory"
+        elif glob.has_magic(str(pattern)):
+            named = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+            missing = "matches no file; check the pattern"
+        else:
+            named, missing = [], "does not exist; check the path"
+        mine: dict[Identity, Path] = {}
+        nowhere = [name for name in named if not name.exists()]
+        problems += [f"--input {name}: is a link that leads nowhere; mend it, or leave it out" for name in nowhere]
+        for name in (name for name in named if name not in nowhere):
+            for path in _below(name, found.passed_over, problems) if name.is_dir() else [name]:
+                first = mine.setdefault(_identity(path.stat()), path)
+                if first != path:
+                    found.passed_over.append(f"{path}: is the same file as {first}")
+        if not mine and not nowhere:
+            problems.append(f"--input {pattern}: {missing}")
+        problems += [line for path in mine.values() for line in _problems(path, skip_invalid)]
+        problems += [
+            f"--input {path}: is named twice{'' if taken[key] == path else f', as {taken[key]} too'}; name it once"
+            for key, path in mine.items()
+            if key in taken
+        ]
+        taken |= mine
+        found.paths.extend(sorted(mine.values()))
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def _problems(path: Path, skip_invalid: bool) -> Iterator[str]:
+    """What is wrong with a file that is to be read."""
+    if not path.is_file():
+        yield f"--input {path}: is not a file; name a file, a directory or a glob"
+    elif kind_of(path) is None:
+        yield f"--input {path}: unknown kind of file; give {' or '.join(READERS)}"
+    elif path.stat().st_size == 0 and not skip_invalid:
+        yield f"--input {path}: is empty; leave it out, or pass over such with --on-error skip"
+    elif not os.access(path, os.R_OK):
+        yield f"--input {path}: cannot be read (no permission); change that, or leave it out"
+
+
+def _below(root: Path, passed_over: list[str], problems: list[str]) -> Iterator[Path]:
+    """The files below a directory that have a reader. Directories that are links come last: what they lead back to has
+    then been read, and so a loop ends."""
+    seen: set[Identity] = set()
+    waiting, links = [root], list[Path]()
+    while waiting or links:
+        directory = waiting.pop() if waiting else links.pop(0)
+        real = directory.resolve()
+        if _identity(real.stat()) in seen:
+            passed_over.append(f"{directory}: leads to {real}, whose files are read already")
+            continue
+        seen.add(_identity(real.stat()))
+        try:
+            entries = sorted(directory.iterdir())
+        except OSError as error:
+            problems.append(f"--input {directory}: cannot be read ({error.strerror}); change that, or leave it out")
+            continue
+        for path in entries:
+            try:
+                mode = path.stat().st_mode
+            except OSError:
+                passed_over.append(f"{path}: is a link that leads nowhere")
+                continue
+            if stat.S_ISDIR(mode):
+                if not path.is_symlink():
+                    waiting.append(path)
+                elif real.is_relative_to(path.resolve()):
+                    passed_over.append(f"{path}: is a link to a directory that it lies in")
+                else:
+                    links.append(path)
+            elif not stat.S_ISREG(mode):
+                passed_over.append(f"{path}: is no regular file")
+            elif kind_of(path) is None:
+                passed_over.append(f"{path}: there is no reader for {''.join(path.suffixes[-2:]) or 'no ending'}")
+            else:
+                yield path
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino

@@ -1,0 +1,95 @@
+"""Puts the pieces of a corpus together: drops exact copies, holds documents out, writes the token files.
+
+Exact de-duplication keeps the first document of each text. Digests are compared group by group, a group being those
+with the same remainder, so that memory is a byte a document and one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.indexed_dataset_writer import TokenWriter
+from data_prep.tokenize_shards import Job, read_result
+from megatron_a2d.utils.errors import UserError
+
+GROUP = 1 << 24  # digests compared at a time
+_CHUNK = 1 << 24  # tokens held at a time
+
+
+def is_held_out(digests: np.ndarray, valid_fraction: float) -> np.ndarray:
+    """[documents] bool: a stable draw by the document's text, the same on every machine and for every tokenizer."""
+    return digests[:, 0] < np.uint64(min(int(valid_fraction * 2.0**64), 2**64 - 1))
+
+
+def find_copies(job: Job, num_pieces: int) -> np.ndarray:
+    """[all documents] bool, True where the same text came before."""
+    sizes = [len(read_result(job, number).lengths) for number in range(num_pieces)]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    copies = np.zeros(starts[-1], dtype=bool)
+    num_groups = max(1, -(-int(starts[-1]) // GROUP))
+    for group in range(num_groups):
+        parts, places = [], []
+        for number in range(num_pieces):
+            digests = read_result(job, number).digests
+            chosen = np.flatnonzero(digests[:, 1] % np.uint64(num_groups) == group)
+            parts.append(digests[chosen])
+            places.append(starts[number] + chosen)
+        digests, place = np.concatenate(parts), np.concatenate(places)
+        order = np.lexsort((place, digests[:, 1], digests[:, 0]))
+        same = (digests[order][1:] == digests[order][:-1]).all(axis=1)
+        copies[place[order][1:][same]] = True
+    return copies
+
+
+def merge(
+    job: Job,
+    num_pieces: int,
+    writers: Sequence[TokenWriter],
+    valid_fraction: float,
+    deduplicate: bool,
+    advance: Callable[[int], Any],
+) -> dict[str, Any]:
+    """Write every piece in order; the second writer, if any, takes what is held out. Returns the counts of all."""
+    copies = find_copies(job, num_pieces) if deduplicate else None
+    totals: dict[str, Any] = {"duplicates": 0, "problems": []}
+    first = 0
+    for number in range(num_pieces):
+        result = read_result(job, number)
+        for name, value in result.counts.items():
+            totals[name] = totals[name] + value if name in totals else value
+        keep = np.ones(len(result.lengths), dtype=bool)
+        if copies is not None:
+            keep &= ~copies[first : first + len(keep)]
+            totals["duplicates"] += int((~keep).sum())
+        first += len(keep)
+        held_out = is_held_out(result.digests, valid_fraction) if len(writers) > 1 else np.zeros_like(keep)
+        _write(job, number, result.lengths, [keep & ~held_out, keep & held_out], writers)
+        advance(int(result.lengths.sum()))
+    return totals
+
+
+def _write(
+    job: Job, number: int, lengths: np.ndarray, chosen: list[np.ndarray], writers: Sequence[TokenWriter]
+) -> None:
+    """A piece's documents to their writers, some at a time."""
+    ends = np.cumsum(lengths)
+    path, dtype = job.path(number, ".tokens"), writers[0].dtype
+    total = int(ends[-1]) if len(ends) else 0
+    if path.stat().st_size != total * dtype.itemsize:
+        raise UserError(f"{path}: is not as it was written; remove {job.directory} and run again")
+    with open(path, "rb", buffering=0) as stream:
+        begin = 0
+        while begin < len(lengths):
+            before = int(ends[begin - 1]) if begin else 0
+            end = max(begin + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
+            some = slice(begin, end)
+            count = int(ends[end - 1]) - before
+            ids = np.fromfile(stream, dtype=dtype, count=count)
+            for writer, mask in zip(writers, chosen, strict=False):
+                part = mask[some]
+                if part.any():
+                    writer.add(ids if part.all() else ids[np.repeat(part, lengths[some])], lengths[some][part])
+            begin = end

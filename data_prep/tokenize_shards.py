@@ -1,0 +1,252 @@
+"""Tokenises pieces of a corpus, each by itself, into files that a later step puts together.
+
+PREFIX.parts/00042.tokens  the tokens of a piece's documents, one after another
+PREFIX.parts/00042.npz     lengths, digests of the texts, what was counted, and of which text and settings; written last
+
+What a piece gives depends on its text alone: neither the number of workers nor an interruption can change a byte.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from data_prep.encoders import Encoder, open_encoder, tokenizer_file
+from data_prep.formats import Document
+from data_prep.gigatoken_encoder import GigatokenEncoder
+from data_prep.memory_limits import Limits
+from data_prep.readers import Counts, Piece, read_span
+from megatron_a2d.utils.atomic_write import make_parent, new_file
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.partial_files import open_lock
+
+# A batch is what is encoded at a time. By bytes, so that long documents do not make it large.
+BATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know."""
+
+    directory: Path
+    tokenizer: Path
+    encoder: str  # "gigatoken" or "reference"
+    vocab_size: int
+    append_eod: bool
+    eod_token_id: int | None
+    json_key: str
+    min_tokens: int
+    max_tokens: int | None
+    skip_invalid: bool
+    limits: Limits
+    tokenizer_checksum: str
+
+    def open_encoder(self, threads: int) -> Encoder:
+        if self.encoder == "gigatoken":
+            path = tokenizer_file(self.tokenizer)
+            reference = functools.partial(open_encoder, path, False, threads)
+            return GigatokenEncoder(path, self.vocab_size, self.eod_token_id, threads, reference)
+        return open_encoder(self.tokenizer, self.append_eod, threads)
+
+    def path(self, number: int, suffix: str) -> Path:
+        return self.directory / f"{number:05d}{suffix}"
+
+
+@contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Make `directory` and keep it for this process; UserError if another one on this machine works there."""
+    make_parent(directory / "x")
+    with open_lock(directory / ".lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output-prefix: another process writes {directory}; wait for it, or name another prefix"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _key(job: Job, piece: Piece) -> str:
+    """Everything that a piece's tokens follow from."""
+    files = [(*span, *(os.stat(span.path).st_size, os.stat(span.path).st_mtime_ns)) for span in piece.spans]
+    tokens = job.tokenizer_checksum, job.encoder, job.append_eod, job.eod_token_id
+    settings = *tokens, job.json_key, job.min_tokens, job.max_tokens, job.limits
+    return digest(repr((files, settings)).encode()).hex()
+
+
+class PieceResult(NamedTuple):
+    """A finished piece."""
+
+    lengths: np.ndarray  # [documents] int64, tokens, end-of-document token included
+    digests: np.ndarray  # [documents, 2] uint64, XXH3 of the text, 128 bits
+    counts: dict[str, Any]
+    key: str
+
+
+def digest(data: bytes) -> bytes:
+    """128 bits that stand for a document's text: which side it falls on, and whether it was there before."""
+    return xxhash.xxh3_128_digest(data)
+
+
+def batches(documents: Iterator[Document], num_bytes: int = BATCH_BYTES) -> Iterator[list[Document]]:
+    """Consecutive documents of about so many bytes in all."""
+    batch: list[Document] = []
+    filled = 0
+    for document in documents:
+        batch.append(document)
+        filled += len(document.data)
+        if filled >= num_bytes:
+            yield batch
+            batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+def tokenize_piece(job: Job, number: int, piece: Piece, encoder: Encoder, report: Callable[[int, int], Any]) -> None:
+    """Write the files of one piece. `report(bytes read, tokens)` after each batch."""
+    counts = Counts()
+    lengths: list[np.ndarray] = []
+    digests: list[bytes] = []
+    too_short = too_long = 0
+    documents = (
+        document
+        for span in piece.spans
+        for document in read_span(span, job.json_key, counts, job.skip_invalid, job.limits)
+    )
+    smallest = max(job.min_tokens, 1) + job.append_eod
+    largest = None if job.max_tokens is None else job.max_tokens + job.append_eod
+    with new_file(job.path(number, ".tokens")) as partial, open(partial, "wb") as stream:
+        for batch in batches(documents):
+            data = [document.data for document in batch]
+            encoded = encoder.encode_batch(data)
+            keep = encoded.lengths >= smallest
+            too_short += int((~keep).sum())
+            if largest is not None:
+                too_long += int((encoded.lengths > largest).sum())
+                keep &= encoded.lengths <= largest
+            ids = encoded.ids if keep.all() else encoded.ids[np.repeat(keep, encoded.lengths)]
+            stream.write(memoryview(ids))  # type: ignore[arg-type]
+            lengths.append(encoded.lengths[keep])
+            digests += [digest(text) for text, kept in zip(data, keep.tolist(), strict=True) if kept]
+            report(sum(document.num_bytes for document in batch), len(encoded.ids))
+    counted = {**asdict(counts), "too_short": too_short, "too_long": too_long}
+    key = _key(job, piece)
+    with new_file(job.path(number, ".npz")) as partial, open(partial, "wb") as stream:
+        np.savez(
+            stream,
+            lengths=np.concatenate([*lengths, np.zeros(0, dtype=np.int64)]),
+            digests=np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
+            counts=np.frombuffer(json.dumps({"key": key, "counts": counted}).encode(), dtype=np.uint8),
+        )
+
+
+def read_result(job: Job, number: int) -> PieceResult:
+    """What `tokenize_piece` wrote, beside the tokens."""
+    try:
+        with np.load(job.path(number, ".npz")) as arrays:
+            said = json.loads(arrays["counts"].tobytes())
+            return PieceResult(arrays["lengths"], arrays["digests"], said["counts"], said["key"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{job.path(number, '.npz')}: cannot be read ({error}); remove it and run again") from None
+
+
+def is_done(job: Job, number: int, piece: Piece) -> bool:
+    """Whether an earlier command has tokenised this very text in this very way."""
+    if not job.path(number, ".npz").exists():
+        return False
+    try:
+        result = read_result(job, number)
+    except UserError:
+        return False
+    whole = job.path(number, ".tokens").exists() and (job.skip_invalid or not result.counts["invalid"])
+    return whole and result.key == _key(job, piece)
+
+
+def tokenize_pieces(job: Job, todo: dict[int, Piece], workers: int, advance: Callable[[int, int], Any]) -> None:
+    """All pieces of `todo`, by so many processes; one alone works here, with so many threads."""
+    if workers == 1 or len(todo) <= 1:
+        if todo:
+            encoder = job.open_encoder(workers)
+            for number, piece in todo.items():
+                tokenize_piece(job, number, piece, encoder, advance)
+        return
+    context = multiprocessing.get_context("spawn")
+    shared = context.Array("q", 3)  # bytes, tokens, stop
+    # Longest first would be faster at the end; in order, an interrupted job has a whole beginning.
+    waiting = iter(todo.items())
+    seen = [0, 0]
+    with ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (job, shared)) as pool:
+        running: set[Future[None]] = set()
+        try:
+            while True:
+                while len(running) < 2 * workers and (item := next(waiting, None)):
+                    running.add(pool.submit(_work, *item))
+                if not running:
+                    return
+                done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                now = list(shared[:2])
+                advance(now[0] - seen[0], now[1] - seen[1])
+                seen = now
+                for future in done:
+                    future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "--workers: a worker was killed, most likely for want of memory; run the same command again to go on, "
+                "with fewer --workers"
+            ) from None
+        finally:
+            shared[2] = 1  # whoever is still at work ends with its batch
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_worker: Any = None  # of this process: job, encoder, what it shares with the first one
+
+
+def _start_worker(job: Job, shared: Any) -> None:
+    global _worker
+    # Ctrl-C reaches every process; the first one tells the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = job, job.open_encoder(threads=1), shared
+
+
+def _end_with_parent() -> None:
+    """A worker whose first process was killed would wait for work for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+class _StoppedError(Exception):
+    """The first process wants no more."""
+
+
+def _work(number: int, piece: Piece) -> None:
+    job, encoder, shared = _worker
+
+    def report(num_bytes: int, num_tokens: int) -> None:
+        with shared.get_lock():
+            shared[0] += num_bytes
+            shared[1] += num_tokens
+        if shared[2]:
+            raise _StoppedError
+
+    tokenize_piece(job, number, Piece([*piece.spans]), encoder, report)

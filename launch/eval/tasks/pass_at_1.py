@@ -1,0 +1,13 @@
+"""pass@1 of a program: its tests run in a subprocess under limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_a2d.evaluation.code_execution import extract_program, passes
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    tests = doc["test_list"]
+    lines = [doc.get("test_setup_code") or "", *(tests if isinstance(tests, list) else [tests])]
+    return {"pass_at_1": float(passes(extract_program(results[0]), "\n".join(lines)))}

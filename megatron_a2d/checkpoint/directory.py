@@ -1,0 +1,141 @@
+"""The checkpoint directory: which iteration to read, and the Hugging Face files that travel inside it.
+
+CKPT/latest_checkpointed_iteration.txt      "release" (converted weights) or the number of an iteration
+CKPT/release/ or CKPT/iter_0000100/         .metadata  __*.distcp  common.pt  metadata.json
+    hf/                                     config.json (with mask_token_id), generation config, tokenizer
+    run.json                                the settings of the run that wrote it; absent in a release
+    manifest.json                           size and checksum of every other file (manifest.py)
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_a2d.config.settings import recorded_settings
+from megatron_a2d.conversion.hf_model_files import check_model_files
+from megatron_a2d.utils.atomic_write import read_json, read_text
+from megatron_a2d.utils.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+HF_FILES = "hf"
+RUN_CONFIG = "run.json"
+LONGEST_FRONT_MATTER = 1 << 16  # characters
+
+# What makes an iteration complete; metadata.json is written last. megatron.core from 0.17 on writes no common.pt.
+REQUIRED_FILES = (".metadata", "common.pt", "metadata.json")
+
+HF_PATTERNS = (
+    "config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
+    "LICENSE*",
+)  # fmt: skip
+
+
+def directory_name(iteration: int) -> str:
+    """The name of an iteration's directory inside a checkpoint."""
+    return f"iter_{iteration:07d}"
+
+
+def iteration_of(directory: str | Path) -> int:
+    """The iteration whose weights `directory` holds; 0 for a release."""
+    name = Path(directory).name
+    match = re.fullmatch(r"iter_(\d+)", name)
+    if name != RELEASE and not match:
+        raise UserError(f"{directory}: is named neither {RELEASE} nor iter_<number>; give an iteration's directory")
+    return int(match[1]) if match else 0
+
+
+def list_iterations(root: str | Path) -> list[int]:
+    """The iterations that the checkpoint `root` holds, whole or not, ascending; empty when there is none."""
+    root = Path(root)
+    names = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    return sorted(iteration_of(name) for name in names if re.fullmatch(r"iter_\d+", name))
+
+
+def latest_iteration(root: str | Path) -> int | None:
+    """The iteration that the tracker of `root` names; None without a tracker, and when it names a release."""
+    tracker = Path(root) / TRACKER
+    name = _latest(tracker) if tracker.exists() else RELEASE
+    return None if name == RELEASE else iteration_of(name)
+
+
+def resolve(path: str | Path) -> Path:
+    """The iteration's directory that `path` means: the one itself, or the latest of a checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give a checkpoint, or one of its iterations")
+    if (path / TRACKER).exists():
+        directory = path / _latest(path / TRACKER)
+        if not directory.is_dir():
+            raise UserError(f"{path / TRACKER}: names {directory.name}, which is not there; name an iteration yourself")
+    elif path.name == RELEASE or re.fullmatch(r"iter_\d+", path.name):
+        directory = path
+    else:
+        inside = sorted(entry.name for entry in path.iterdir() if re.fullmatch(r"release|iter_\d+", entry.name))
+        remedy = f"give {path / inside[-1]}" if inside else "give a directory written by convert_hf or by training"
+        raise UserError(f"{path}: holds no {TRACKER}; {remedy}")
+    check_model_files(directory)
+    _check_complete(directory)
+    return directory
+
+
+def _check_complete(directory: Path) -> None:
+    """UserError unless the directory holds a whole iteration in the format torch_dist."""
+    missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
+    if missing == ["common.pt"] and "common_backend" not in read_json(directory / "metadata.json", "the format"):
+        return  # as megatron.core from 0.17 on has it: what common.pt held is a stored object
+    if not missing:
+        return
+    if any(path.is_dir() for path in directory.glob("mp_rank_*")):
+        raise UserError(
+            f"{directory}: is in another format (mp_rank_*: Megatron-LM's --ckpt-format torch); only torch_dist is "
+            "read, convert it with Megatron-LM: --ckpt-convert-format torch_dist --ckpt-convert-save DIRECTORY"
+        )
+    raise UserError(f"{directory}: lacks {', '.join(missing)}; the checkpoint is incomplete, use another iteration")
+
+
+def read_run_settings(directory: Path) -> dict[str, Any]:
+    """The settings of the run that wrote an iteration's `directory`; UserError when they are missing or unusable."""
+    path = directory / RUN_CONFIG
+    found, wrong = recorded_settings(read_json(path, "the settings of the run that wrote the checkpoint"))
+    if wrong:
+        raise UserError(f"{path}: holds no usable {', '.join(wrong)}; restore the file, or use another iteration")
+    return found
+
+
+def copy_hf_files(source: str | Path, destination: str | Path) -> None:
+    """Copy configuration and tokenizer files, never weights, into the existing directory `destination`."""
+    check_model_files(Path(source))
+    for pattern in HF_PATTERNS:
+        for path in sorted(Path(source).glob(pattern)):
+            target = Path(destination) / path.name
+            if path.is_dir():  # chat_template/ may hold several
+                shutil.copytree(path, target, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, target)
+
+
+def read_license(source: str | Path) -> str | None:
+    """The licence that the model card (README.md) in `source` names in its front matter, as the hub spells it."""
+    card = Path(source) / "README.md"
+    if not card.is_file():
+        return None
+    with open(card, encoding="utf-8", errors="replace") as file:
+        begin, *lines = file.read(LONGEST_FRONT_MATTER).split("\n")
+    if begin != "---" or "---" not in lines:
+        return None
+    names = [re.fullmatch(r"license: *([\w.-]+) *", line) for line in lines[: lines.index("---")]]
+    return next((name[1] for name in names if name), None)
+
+
+def _latest(tracker: Path) -> str:
+    text = read_text(tracker, "the number of the latest iteration", limit=1024).strip()
+    if text == RELEASE:
+        return RELEASE
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise UserError(f"{tracker}: holds {text[:40]!r}, no iteration; name an iteration's directory instead")
+    return directory_name(int(text))

@@ -1,0 +1,120 @@
+"""Loading a checkpoint so that every byte is read once: by one rank, and only where it is needed.
+
+megatron.core's default load reads whole chunks, however little of them a rank's slice needs; what several ranks hold is
+read by each; and torch, which it reads through, unpickles whatever lies in .metadata. Here its steps are taken one by
+one, the slices are read by the project's own reader (checkpoint/reader.py), which unpickles nothing, and of
+equal slices one rank reads each and gives it to the others (megatron.core's FullyParallelLoadStrategyWrapper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+
+from megatron_a2d.checkpoint.metadata_index import Box
+from megatron_a2d.checkpoint.reader import TorchDistCheckpoint, open_torch_dist
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.utils.errors import UserError
+
+
+def load_state(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """`wanted` with its sharded tensors read from the iteration's directory. Collective.
+
+    UserError, on all ranks, when the checkpoint is damaged, lacks a tensor, or has one in another shape.
+    """
+    force_all_tensors_to_non_fp8(wanted)
+    problems = _Problems()
+    with ExitStack() as stack, _receiving_on(device()):
+        stored = problems.attempt(lambda: stack.enter_context(open_torch_dist(directory)))
+        problems.agree()
+        wanted, local, factories = load_preprocess(wanted)
+        sharded, _ = extract_sharded_base(wanted)
+        _, shards_of_all = determine_global_metadata(sharded)
+        validate_sharding_integrity(shards_of_all)
+        for shard in nested_values(sharded):
+            if shard.data is not None and not shard.data.is_contiguous():
+                shard.data = None  # what is exchanged must be contiguous: a tensor of its own receives it
+        slices = _Slices(stored, directory, problems)
+        loaded = FullyParallelLoadStrategyWrapper(slices).load(sharded, directory)
+        problems.agree()
+    state: dict[str, Any] = apply_factory_merges(merge(loaded, local), factories)
+    return state
+
+
+class _Problems:
+    """What this rank could not read. It is remembered until all ranks have exchanged their slices, for a rank that
+    raised at once would leave the others waiting."""
+
+    def __init__(self) -> None:
+        self._problems: list[str] = []
+
+    def attempt(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns; None after a UserError."""
+        try:
+            return function()
+        except UserError as error:
+            self._problems += error.problems
+            return None
+
+    def agree(self) -> None:
+        """UserError on all ranks when there is a problem on one. Collective."""
+        problems: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(problems, self._problems)
+        if any(problems):
+            raise UserError(dict.fromkeys(line for lines in problems for line in lines))
+
+
+class _Slices:
+    """A rank's slices, as megatron.core's strategies load them: every sharded tensor is replaced by a plain one."""
+
+    def __init__(self, stored: TorchDistCheckpoint, directory: Path, problems: _Problems):
+        self._stored, self._directory, self._problems = stored, directory, problems
+
+    def load(self, wanted: dict[str, Any], *_: Any) -> dict[str, Any]:
+        dict_list_map_inplace(self._receive, wanted)
+        return wanted
+
+    def _receive(self, shard: ShardedTensor) -> torch.Tensor:
+        if not isinstance(shard, ShardedTensor):
+            raise TypeError(f"{shard} is asked of a checkpoint; only tensors are read, objects would be unpickled")
+        shard.init_data(device())
+        assert shard.data is not None
+        target = shard.data.detach()
+        self._problems.attempt(lambda: target.copy_(self._read(shard).reshape(target.shape)))
+        return target
+
+    def _read(self, shard: ShardedTensor) -> torch.Tensor:
+        there, asked = self._stored.all_shapes.get(shard.key), tuple(shard.global_shape)
+        if there != asked:
+            found = "is missing" if there is None else f"has the shape {list(there)}, not {list(asked)}"
+            raise UserError(
+                f"{self._directory}: {shard.key} {found}: the checkpoint does not fit this run; resume with the "
+                "settings in its run.json, or take only its weights with --finetune"
+            )
+        lengths = (*(1 for _ in range(shard.prepend_axis_num)), *shard.local_shape)
+        start = tuple(shard.global_offset)
+        stop = tuple(first + length for first, length in zip(start, lengths, strict=True))
+        return self._stored.read_box(shard.key, Box(start, stop))
+
+
+@contextmanager
+def _receiving_on(place: torch.device) -> Iterator[None]:
+    """megatron.core makes what receives others' slices on "cuda", by a torch.empty bound before runtime.install()."""
+    original = ShardedTensor.init_data
+    ShardedTensor.init_data = lambda self, _, init_fn=torch.empty: original(self, place, init_fn)
+    try:
+        yield
+    finally:
+        ShardedTensor.init_data = original

@@ -1,0 +1,232 @@
+"""Reading a torch_dist checkpoint of any layout without megatron.core, a box of a tensor at a time.
+
+`.metadata` lists, for every tensor, its chunks and where each lies (metadata_index.py). A chunk is an uncompressed
+torch.save archive (torch_save_zip.py). Both are read as data, here and nowhere else in the project: a checkpoint from
+a stranger can be wrong but cannot run code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_a2d.checkpoint.metadata_index import Box, Chunk, Place, StoredTensor, are_disjoint, read_index
+from megatron_a2d.checkpoint.tensor_rows import OpenFiles, Span, bytes_of
+from megatron_a2d.checkpoint.torch_save_zip import DAMAGED, DTYPES_OF_STORAGES, find_values, read_value
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+
+# Besides the weights a trained checkpoint holds optimizer state and random generators.
+NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
+# Where megatron.core from 0.17 on keeps what is in no tensor; before, and here under every version, it is common.pt.
+COMMON_OBJECT = "common_state/shard_0_1"
+# Runs of a box that are shorter (bytes) are read together with what lies between them: calls cost more than bytes.
+_SHORTEST_RUN = 256
+
+
+class TorchDistCheckpoint:
+    """The tensors of an iteration's directory, under megatron's names. A `RowSource` of the weights."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._files = OpenFiles()
+        self._payloads: dict[Place, int] = {}
+        backend = read_json(directory / "metadata.json", "the checkpoint's format").get("sharded_backend")
+        if backend != "torch_dist":
+            raise UserError(f"{directory}: is in the format {backend!r}; only torch_dist can be read")
+        tensors, self._objects = read_index(directory)
+        self._tensors = {name: _Grid(tensor) for name, tensor in tensors.items()}
+        self.all_shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
+        """With those of the optimizer's state."""
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: shape for name, shape in self.all_shapes.items() if not name.startswith(NOT_WEIGHTS)
+        }
+        self._check_objects()
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype = self._tensors[name].dtype
+        if dtype not in DTYPES_OF_STORAGES.values():
+            raise UserError(f"{self._directory}: {name} is of the type {dtype}, which weights do not have")
+        return dtype
+
+    def read(self, span: Span) -> torch.Tensor:
+        """Rows of a tensor, without its leading axes."""
+        rest = self.shapes[span.name][len(span.lead) + 1 :]
+        box = Box((*span.lead, span.start, *(0 for _ in rest)), (*(index + 1 for index in span.lead), span.stop, *rest))
+        return self.read_box(span.name, box).reshape(span.stop - span.start, *rest)
+
+    def read_box(self, name: str, box: Box) -> torch.Tensor:
+        """Part of a tensor, put together from all chunks that overlap; every element must be stored exactly once."""
+        dtype, pieces = self.dtype(name), []
+        for chunk in self._tensors[name].near(box):
+            whole = Box(chunk.offsets, tuple(map(sum, zip(chunk.offsets, chunk.sizes, strict=True))))
+            if overlap := box.intersect(whole):
+                pieces.append((chunk, overlap))
+        self._check_cover(name, box, [overlap for _, overlap in pieces])
+        if len(pieces) == 1:
+            return self._read_piece(name, *pieces[0], dtype)
+        result = torch.empty(tuple(b - a for a, b in zip(box.start, box.stop, strict=True)), dtype=dtype)
+        for chunk, overlap in pieces:
+            target = [slice(a - b, c - b) for a, b, c in zip(overlap.start, box.start, overlap.stop, strict=True)]
+            result[tuple(target)] = self._read_piece(name, chunk, overlap, dtype)
+        return result
+
+    def read_common(self) -> Any:
+        """What is stored in no tensor, by megatron.core from 0.17 on. Raises one of DAMAGED, or UserError."""
+        if COMMON_OBJECT not in self._objects:
+            raise UserError(f"{self._directory}: has no common.pt, nor {COMMON_OBJECT}; the checkpoint is incomplete")
+        file, offset, length = self._objects[COMMON_OBJECT]
+        (value,) = read_value(partial(self._files.read_bytes, self._directory / file), offset, length)
+        return value
+
+    def close(self) -> None:
+        self._files.close()
+
+    def _check_objects(self) -> None:
+        """None of them is used but the common one. A checkpoint that hides code in another is none to go on with."""
+        for name, (file, offset, length) in self._objects.items():
+            path = self._directory / file
+            try:
+                read_value(partial(self._files.read_bytes, path), offset, length)
+            except DAMAGED as error:
+                raise UserError(
+                    f"{path}: {name} is refused ({error}); it is damaged or no plain data, use another one"
+                ) from None
+
+    def _check_cover(self, name: str, box: Box, overlaps: list[Box]) -> None:
+        stored = sum(overlap.num_elements() for overlap in overlaps)
+        missing = f"{stored} of {box.num_elements()} elements stored" if stored < box.num_elements() else ""
+        if missing or stored > box.num_elements() or not are_disjoint(overlaps):
+            raise UserError(
+                f"{self._directory}: {name} from {list(box.start)} to {list(box.stop)}: "
+                f"{missing or 'some elements are stored twice'}; the checkpoint is damaged, use another iteration"
+            )
+
+    def _read_piece(self, name: str, chunk: Chunk, box: Box, dtype: torch.dtype) -> torch.Tensor:
+        """The part `box` (of the whole tensor) of a chunk."""
+        path, place = self._directory / chunk.place.file, chunk.place
+        try:
+            if place not in self._payloads:
+                self._payloads[place] = find_values(self._files, path, place.offset, place.length, dtype, chunk.sizes)
+        except DAMAGED as error:
+            raise UserError(
+                f"{path}: the chunk of {name} is refused ({error}); it is damaged, use another iteration"
+            ) from None
+        offsets = tuple(a - b for a, b in zip(box.start, chunk.offsets, strict=True))
+        lengths = tuple(b - a for a, b in zip(box.start, box.stop, strict=True))
+        return read_box(self._files, path, self._payloads[place], chunk.sizes, dtype, offsets, lengths)
+
+
+class _Grid:
+    """A tensor's chunks, found by their index in the leading axes along which all are 1 long."""
+
+    def __init__(self, tensor: StoredTensor):
+        self.dtype = tensor.dtype
+        self._num_lead_axes = 0
+        last = len(tensor.shape) - 1
+        while self._num_lead_axes < last and all(chunk.sizes[self._num_lead_axes] == 1 for chunk in tensor.chunks):
+            self._num_lead_axes += 1
+        self._chunks: dict[tuple[int, ...], list[Chunk]] = {}
+        for chunk in tensor.chunks:
+            self._chunks.setdefault(chunk.offsets[: self._num_lead_axes], []).append(chunk)
+
+    def near(self, box: Box) -> list[Chunk]:
+        """The chunks among which those lie that overlap with `box`."""
+        ends = zip(box.start[: self._num_lead_axes], box.stop[: self._num_lead_axes], strict=True)
+        leads = itertools.product(*(range(start, stop) for start, stop in ends))
+        return [chunk for lead in leads for chunk in self._chunks.get(lead, ())]
+
+
+def read_box(
+    files: OpenFiles,
+    path: Path,
+    begin: int,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    offsets: tuple[int, ...],
+    lengths: tuple[int, ...],
+) -> torch.Tensor:
+    """The box of `lengths` at `offsets` of a contiguous tensor of `sizes`, whose values begin at byte `begin`."""
+    axes = len(sizes)
+    inner = axes  # from this axis on a run is contiguous
+    while inner > 0 and all(offsets[i] == 0 and lengths[i] == sizes[i] for i in range(inner, axes)):
+        inner -= 1
+    run = math.prod(lengths[inner:]) * dtype.itemsize
+    if inner > 0 and run < _SHORTEST_RUN:  # whole inner rows, then cut
+        whole = (*offsets[:inner], *(0 for _ in sizes[inner:])), (*lengths[:inner], *sizes[inner:])
+        rows = read_box(files, path, begin, sizes, dtype, *whole)
+        cut: list[slice] = [slice(a, a + n) for a, n in zip(offsets[inner:], lengths[inner:], strict=True)]
+        return rows[(slice(None),) * inner + tuple(cut)]
+    strides = [math.prod(sizes[i + 1 :]) for i in range(axes)]
+    if inner == 0 or math.prod(lengths[:inner]) == 1:  # one run
+        first = sum(a * b for a, b in zip(offsets, strides, strict=True))
+        return files.read_tensor(path, begin + first * dtype.itemsize, lengths, dtype)
+    result = torch.empty(lengths, dtype=dtype)
+    data, position = bytes_of(result), 0
+    for outer in itertools.product(*(range(offsets[i], offsets[i] + lengths[i]) for i in range(inner))):
+        index = (*outer, *offsets[inner:])
+        start = begin + sum(a * b for a, b in zip(index, strides, strict=True)) * dtype.itemsize
+        files.read_into(path, start, data[position : position + run])
+        position += run
+    return result
+
+
+@contextmanager
+def open_torch_dist(directory: Path) -> Iterator[TorchDistCheckpoint]:
+    opened = TorchDistCheckpoint(directory)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def read_common(directory: Path) -> dict[str, Any]:
+    """What a checkpoint stores in no tensor: iteration, consumed_samples and so on."""
+    path = directory / "common.pt"
+    try:
+        if path.exists():
+            with closing(OpenFiles()) as files:
+                common = read_value(partial(files.read_bytes, path), 0, path.stat().st_size)
+        else:
+            path = directory / ".metadata"
+            with open_torch_dist(directory) as stored:
+                common = stored.read_common()
+    except (*DAMAGED, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read ({reason}); use another iteration") from None
+    if type(common) is not dict:
+        raise UserError(f"{path}: holds a {type(common).__name__}, not a dict; use another iteration")
+    if wrong := [name for name, is_right in _COMMON.items() if name in common and not is_right(common[name])]:
+        raise UserError(f"{path}: its {', '.join(wrong)} cannot be what it says; use another iteration")
+    return common
+
+
+def check_pickles(directory: Path) -> None:
+    """UserError unless all that is pickled in the checkpoint is data: .metadata, the stored objects, the common values.
+
+    What is read later is read as data too; this says before a run what would stop it then.
+    """
+    read_common(directory)
+    with open_torch_dist(directory):
+        pass
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+# What is read of it here, and what it must be.
+_COMMON: dict[str, Callable[[Any], bool]] = {
+    "iteration": _is_count,
+    "consumed_samples": lambda value: value is None or _is_count(value),
+    "averaged_iterations": lambda value: type(value) in (list, tuple) and all(map(_is_count, value)),
+    "optimizer_step": _is_count,
+    "scheduler": lambda value: type(value) is dict and _is_count(value.get("num_steps")),
+}

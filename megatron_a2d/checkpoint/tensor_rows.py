@@ -1,0 +1,277 @@
+"""Row ranges of tensors: the one unit in which weights are located, read and moved.
+
+A weight is a matrix (or vector) found at `lead`, an index into its tensor's leading axes (layer, expert).
+Everything that is converted is a run of whole rows of such matrices.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import math
+import mmap
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from megatron_a2d.utils.atomic_write import regular
+from megatron_a2d.utils.errors import UserError
+
+# What is read at once: it stays in the processor's cache between its reading, its checks and its writing, and the
+# allocator hands the same memory out again.
+SLAB_BYTES = 4 << 20
+_BLOCK_BYTES = 4 << 20  # what is written at once
+_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has no such thing
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Span(NamedTuple):
+    """Rows `start` to `stop` (not included) of tensor `name`, at index `lead` of its leading axes."""
+
+    name: str
+    lead: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class RowSource(Protocol):
+    """Tensors that can be read a few rows at a time."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The full shape of every tensor by name."""
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, span: Span) -> torch.Tensor:
+        """The rows of `span`, [stop - start, *rest]."""
+
+
+class Remapped:
+    """`source` under other names: a tensor of `shapes` is put together from the rows that `locate` names,
+    and cast to its type in `dtypes`."""
+
+    def __init__(
+        self,
+        source: RowSource,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, torch.dtype],
+        locate: Callable[[Span], list[Span]],
+    ):
+        self.shapes = shapes
+        self._source, self._dtypes, self._locate = source, dtypes, locate
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def read(self, span: Span) -> torch.Tensor:
+        pieces = [self._source.read(piece) for piece in self._locate(span)]
+        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return cast(rows, self._dtypes[span.name], span.name)
+
+
+def cast(rows: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """`rows` in `dtype`; UserError when a finite value of tensor `name` has no finite counterpart."""
+    if rows.dtype == dtype:
+        return rows
+    result = rows.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(rows.dtype).max and not bool((result.isfinite() | ~rows.isfinite()).all()):
+        raise UserError(f"{name}: has values beyond the range of {dtype}; choose --dtype bf16 or fp32")
+    return result
+
+
+class FiniteCheck:
+    """`source`, remembering in `non_finite` the tensors in which a NaN or an infinity was read."""
+
+    def __init__(self, source: RowSource):
+        self.shapes, self.dtype = source.shapes, source.dtype
+        self._source = source
+        self.non_finite: set[str] = set()
+
+    def read(self, span: Span) -> torch.Tensor:
+        rows = self._source.read(span)
+        if not is_finite(rows):
+            self.non_finite.add(span.name)
+        return rows
+
+    def problems(self, where: Path) -> list[str]:
+        """A line for each tensor, in the order of the model."""
+        return [
+            f"{where}: tensor {name} has values that are not finite (NaN or infinity); fetch or write it again, or "
+            "let them pass with --allow-nonfinite"
+            for name in self.shapes
+            if name in self.non_finite
+        ]
+
+
+def is_finite(rows: torch.Tensor) -> bool:
+    """No NaN and no infinity. The extremes show both, and cost one pass at the speed of memory."""
+    if not rows.numel():
+        return True
+    low, high = rows.aminmax()
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor; writing to it writes the tensor."""
+    raw: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+def slabs(
+    shape: Sequence[int], row_start: int, row_stop: int, itemsize: int, limit: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Cut rows of a matrix of `shape` ([rows, *rest]) into ranges of at most `limit` bytes, by default SLAB_BYTES."""
+    step = max(1, (limit or SLAB_BYTES) // max(1, math.prod(shape[1:]) * itemsize))
+    for start in range(row_start, row_stop, step):
+        yield start, min(start + step, row_stop)
+
+
+def num_bytes(source: RowSource) -> int:
+    return sum(math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items())
+
+
+# As many tensors of one kind, over layers and experts, get one line.
+_SAME_KIND = 8
+
+
+def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: str) -> list[str]:
+    """Every difference between the tensors a model must have and those that are `found`: a line each, or one for all
+    whose names differ by numbers alone."""
+    missing = [name for name in expected if name not in found]
+    problems = [
+        f"{where}: {_tensors(names)} missing; fetch or write the model again, completely" for names in _by_kind(missing)
+    ]
+    unknown = [name for name in found if name not in expected]
+    problems += [
+        f"{where}: {_tensors(names, list(found[names[0]]))} unknown; only unmodified Qwen3 and Qwen3-MoE are supported"
+        for names in _by_kind(unknown)
+    ]
+    wrong = [name for name in found if name in expected and tuple(found[name]) != tuple(expected[name])]
+    for names in _by_kind(wrong):
+        others = f", as have {len(names) - 1} others of its kind" if len(names) > 1 else ""
+        problems.append(
+            f"{where}: tensor {names[0]} has shape {list(found[names[0]])}, but config.json asks for "
+            f"{list(expected[names[0]])}{others}; take the config.json that belongs to the weights"
+        )
+    return problems
+
+
+def _by_kind(names: Sequence[str]) -> list[list[str]]:
+    """`names` one by one, but those together of which there are many that differ in their numbers alone."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    groups = kinds.values()
+    return [part for group in groups for part in ([group] if len(group) > _SAME_KIND else [[name] for name in group])]
+
+
+def _tensors(names: Sequence[str], shape: list[int] | None = None) -> str:
+    first = names[0] if shape is None else f"{names[0]} {shape}"
+    return f"tensor {first} is" if len(names) == 1 else f"tensor {first} and {len(names) - 1} others of its kind are"
+
+
+class StreamedFile:
+    """A file that is written once, from its beginning to its end, past the system's page cache where that is possible.
+
+    Copying through the cache costs as much processor time as hashing, and pushes everything else out of memory.
+    """
+
+    def __init__(self, path: Path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            self._descriptor = os.open(path, flags | _DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that knows only the cache
+                raise
+            self._descriptor = os.open(path, flags, 0o666)
+        self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # it lies at a page's border, as such writes must
+        self._filled = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            part = rest[: _BLOCK_BYTES - self._filled]
+            self._block[self._filled : self._filled + len(part)] = part
+            self._filled, rest = self._filled + len(part), rest[len(part) :]
+            if self._filled == _BLOCK_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        rest = self._block[: self._filled]
+        while rest:
+            try:
+                count = os.write(self._descriptor, rest)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._use_cache():
+                    raise
+            else:
+                rest = rest[count:]
+        self._filled = 0
+
+    def _use_cache(self) -> bool:
+        """Write through the page cache from now on; False if that is so already."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+        return bool(flags & _DIRECT)
+
+    def __enter__(self) -> StreamedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._use_cache()  # the end of the file fills no page
+                self._flush()
+        finally:
+            os.close(self._descriptor)
+
+
+class OpenFiles:
+    """Descriptors of files that are read here and there, by several threads, closed together."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read_bytes(self, path: Path, offset: int, length: int) -> bytes:
+        """Not more than there is, whatever `length` a damaged file names: a buffer is made for all of it."""
+        descriptor = self._descriptor(path)
+        data = os.pread(descriptor, max(0, min(length, os.fstat(descriptor).st_size - offset)), offset)
+        if len(data) != length:
+            raise UserError(f"{path}: ends after byte {offset + len(data)}; the file is truncated, fetch it again")
+        return data
+
+    def read_tensor(self, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor of the values at `offset`. Plain reads: mapped pages count as memory."""
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+        self.read_into(path, offset, bytes_of(tensor))
+        return tensor
+
+    def read_into(self, path: Path, offset: int, rest: memoryview) -> None:
+        """Fill `rest` with what lies at `offset`."""
+        while rest:
+            count = os.preadv(self._descriptor(path), [rest], offset)
+            if count <= 0:
+                raise UserError(f"{path}: ends after byte {offset}; the file is truncated, fetch it again")
+            offset, rest = offset + count, rest[count:]
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                try:
+                    self._descriptors[path] = regular(path, os.O_RDONLY)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+            return self._descriptors[path]

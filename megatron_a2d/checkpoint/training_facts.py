@@ -1,0 +1,126 @@
+"""How a model was trained, which no tensor shows and every later use must know.
+
+A run writes it into run.json, an export into config.json under the settings' own names, and a conversion takes
+config.json along: so it survives every way round. A run that starts from the checkpoint has it as its defaults
+(`inherited`), and hears of what it contradicts (`contradictions`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_a2d.checkpoint.directory import (
+    HF_FILES,
+    RUN_CONFIG,
+    directory_name,
+    iteration_of,
+    latest_iteration,
+    list_iterations,
+    resolve,
+)
+from megatron_a2d.config.settings import RunConfig, flag, recorded_settings, settings
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+
+# The model types that are read as masked diffusion when nothing else is written.
+DIFFUSION_TYPES = ("a2d", "rnd1")
+
+
+class Trained(NamedTuple):
+    """Settings (settings.py) of the run that made the weights."""
+
+    objective: str | None = None  # None: nothing is recorded, the weights are as they came
+    label_shift: bool = True
+    block_length: int = 0
+    ar_loss_weight: float = 0.0
+    noise_schedule: str = "linear"
+    document_attention: str = "open"
+
+    @property
+    def is_diffusion(self) -> bool:
+        return self.objective in ("mdlm", "block")
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether next tokens under causal attention were taught, alone or beside blocks."""
+        return self.objective == "ar" or (self.objective == "block" and self.ar_loss_weight > 0)
+
+
+def read_trained(directory: str | Path) -> Trained:
+    """Of an iteration's directory of a checkpoint, or of a Hugging Face directory. UserError for senseless values."""
+    directory = Path(directory)
+    if (directory / RUN_CONFIG).is_file() and iteration_of(directory) > 0:
+        return _of_run(directory)
+    path = (directory / HF_FILES if (directory / HF_FILES).is_dir() else directory) / "config.json"
+    config = read_json(path, "the model's configuration")
+    return _from(config, path, "mdlm" if config.get("model_type") in DIFFUSION_TYPES else None)
+
+
+def _of_run(directory: Path) -> Trained:
+    path = directory / RUN_CONFIG
+    return _from(read_json(path, "the run's settings"), path, settings()["objective"].default)
+
+
+def _from(values: Mapping[str, Any], path: Path, objective: str | None) -> Trained:
+    given = {name: values[name] for name in Trained._fields if values.get(name) is not None}
+    found, wrong = recorded_settings(given)
+    if wrong:
+        raise UserError(f"{path}: holds no usable {', '.join(wrong)}; write what the model was trained with into it")
+    # An export of a model that was never trained says null.
+    return Trained(**{"objective": values.get("objective", objective), **found})
+
+
+def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of a run with the settings `values` (those that were given): how the checkpoint was trained that it
+    starts or resumes from. Empty where there is none yet, or none that can be read: what starts the run says so.
+    """
+    trained = _of_start(values)
+    if trained is None:
+        return {}
+    facts = trained._asdict()
+    if not trained.is_diffusion or values.get("objective", trained.objective) == "ar":
+        facts = {"document_attention": trained.document_attention}
+    elif values.get("objective", trained.objective) != "block":
+        facts = {name: facts[name] for name in ("label_shift", "noise_schedule", "document_attention")}
+    return {name: value for name, value in facts.items() if value != settings()[name].default}
+
+
+def _of_start(values: Mapping[str, Any]) -> Trained | None:
+    save, load, wanted = (values.get(name) for name in ("save", "load", "load_iteration"))
+    try:
+        own = list_iterations(save) if save else []
+        if own and save:
+            latest = latest_iteration(save)
+            for iteration in reversed(own):
+                directory = Path(save) / directory_name(iteration)
+                if (directory / RUN_CONFIG).is_file() and (latest is None or iteration <= latest):
+                    return _of_run(directory)
+            return None
+        if not load or values.get("conversion") == "random":
+            return None
+        return read_trained(resolve(Path(load) / directory_name(wanted) if wanted else load))
+    except (UserError, OSError):
+        return None
+
+
+def contradictions(config: RunConfig, trained: Trained, where: Path) -> list[str]:
+    """A line for each way in which a run from the weights of `where` reads them otherwise than they were trained."""
+    if not trained.is_diffusion:
+        return []
+    now, names = config.to_dict(), list(Trained._fields)
+    if now["objective"] == "ar":
+        names = ["objective", "document_attention"]
+    elif now["objective"] != trained.objective:
+        names = ["objective", "label_shift", "noise_schedule", "document_attention"]
+    then = trained._asdict()
+    return [
+        f"{flag(name)} {_text(now[name])}: {where} was trained with {_text(then[name])}"
+        for name in names
+        if now[name] != then[name]
+    ]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,212 @@
+"""Command line and recipes: defaults < --config recipe.yaml (several: the later one) < flags.
+
+A recipe is a flat YAML mapping of the same names, with underscores or dashes. Unknown names are errors,
+answered by the nearest known one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from megatron_a2d.config.settings import RunConfig, Setting, build, flag, settings
+from megatron_a2d.utils.atomic_write import read_yaml
+from megatron_a2d.utils.errors import UserError, nearest
+
+LARGEST = 2**64 - 1  # whole number of a flag or a setting: more than the tokens, bytes and steps of any run
+
+
+class Parser(argparse.ArgumentParser):
+    """Problems become UserErrors, so that they look like all others; abbreviated flags are refused."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        # Before argparse looks: a mistyped flag is a better message than the required one that is then missing.
+        flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
+        unknown = [] if self._subparsers else [word for word in flags if word not in known]
+        if not unknown:
+            result, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            raise UserError(f"{word}: unknown argument{nearest(word, known)}; see --help" for word in unknown)
+        if problems := _impossible_values(result):
+            raise UserError(problems)
+        return result
+
+
+def _impossible_values(options: argparse.Namespace) -> list[str]:
+    """Values that no flag of any command can have, and that arithmetic or the operating system would stumble over."""
+    problems = []
+    for name, given in vars(options).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str | Path) and "\0" in str(value):
+                problems.append(f"{flag(name)} {value}: holds a NUL character, which no name or path can; correct it")
+            elif isinstance(value, int | float) and (reason := _unusable(value)):
+                problems.append(f"{flag(name)} {value}: {reason}; correct it")
+    return problems
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
+    """A flag for every setting, or for those of `names`. What is not given stays away, so that a recipe can decide."""
+    groups: dict[str, Any] = {}
+    for item in settings().values() if names is None else (settings()[name] for name in names):
+        group = groups.setdefault(item.group, parser.add_argument_group(item.group))
+        shown = f"{item.help} (default: {_as_text(item.default)})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown}
+        if item.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif item.kind is dict:
+            options.update(nargs="+", metavar="ROLE=FACTOR")
+        elif item.kind is list:
+            options.update(nargs="*", metavar="NAME")
+        else:
+            options["metavar"] = "|".join(item.kind) if isinstance(item.kind, tuple) else item.kind.__name__.upper()
+        group.add_argument(flag(item.name), **options)
+
+
+def parse_run(
+    parser: Parser,
+    argv: list[str] | None,
+    inherit: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
+) -> tuple[RunConfig, argparse.Namespace]:
+    """Read a run's configuration; with --print-config print it and end. Reports all problems together.
+
+    `inherit` gives defaults that depend on the given settings: those of the checkpoint that a run starts from.
+    """
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="RECIPE", help="YAML files of settings; later ones and flags win"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and end")
+    add_settings(parser)
+    options = parser.parse_args(argv)
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for recipe in options.config:
+        values.update(_read_recipe(recipe, problems))
+    values.update(given_settings(options, settings(), problems))
+    if problems:
+        raise UserError(problems)
+    config = build(inherit(values) | values)
+    if options.print_config:
+        yaml.safe_dump(config.to_dict(), sys.stdout, sort_keys=False)
+        sys.exit(0)
+    return config, options
+
+
+def given_settings(options: argparse.Namespace, names: Iterable[str], problems: list[str]) -> dict[str, Any]:
+    """Those settings of `names` that were given as flags; what is wrong with them is added to `problems`."""
+    values: dict[str, Any] = {}
+    for name in names:
+        if hasattr(options, name):
+            _set(values, settings()[name], getattr(options, name), flag(name), problems)
+    return values
+
+
+def _read_recipe(path: str, problems: list[str]) -> dict[str, Any]:
+    content = read_yaml(path, f"--config {path}")
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in settings():
+            problems.append(f"--config {path}: unknown setting {key}{nearest(name, settings())}")
+        else:
+            _set(values, settings()[name], value, f"--config {path}: {name}", problems)
+    return values
+
+
+def _set(values: dict[str, Any], item: Setting, given: Any, where: str, problems: list[str]) -> None:
+    try:
+        values[item.name] = _convert(item, given)
+    except ValueError as error:
+        problems.append(f"{where} {_as_text(given)}: {error}")
+
+
+def _convert(item: Setting, given: Any) -> Any:
+    if given is None:
+        if item.optional:
+            return None
+        raise ValueError("is empty; give it a value, or leave it out")
+    if isinstance(item.kind, tuple):
+        if given not in item.kind:
+            raise ValueError(f"must be one of {', '.join(item.kind)}{nearest(str(given), item.kind)}")
+        return given
+    if item.kind is bool:
+        if not isinstance(given, bool):
+            raise ValueError("must be true or false")
+        return given
+    if item.kind is dict:
+        return _convert_factors(given)
+    if item.kind is list:
+        return _convert_names(item, given)
+    return _convert_text(given) if item.kind is str else _convert_number(item.kind, given)
+
+
+def _convert_text(given: Any) -> str:
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise ValueError("must be text; write it in quotes")
+    if "\0" in str(given):
+        raise ValueError("holds a NUL character, which no name or path can")
+    return str(given)
+
+
+def _convert_number(kind: type, given: Any) -> int | float:
+    try:
+        if isinstance(given, bool):
+            raise ValueError
+        number: int | float = float(given) if kind is float else int(str(given).replace("_", ""))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"must be a {'number' if kind is float else 'whole number'}") from None
+    if reason := _unusable(number):
+        raise ValueError(reason)
+    return number
+
+
+def _unusable(number: int | float) -> str:
+    """Why nothing can be set to `number`, or ''."""
+    if isinstance(number, int):
+        return "" if abs(number) <= LARGEST else "must be below 2**64"
+    return "" if math.isfinite(number) else "must be a finite number"
+
+
+def _convert_factors(given: Any) -> dict[str, float]:
+    if isinstance(given, dict):
+        pairs: Any = given.items()
+    elif isinstance(given, list):
+        pairs = [str(word).partition("=")[::2] for word in given]
+    else:
+        pairs = [(None, None)]
+    factors = {}
+    for role, factor in pairs:
+        try:
+            factors[str(role)] = float(_convert_number(float, factor))
+        except ValueError:
+            raise ValueError("must be written as role=factor, for example attention=1 mlp=0.1") from None
+    return factors
+
+
+def _convert_names(item: Setting, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"must be a list of {', '.join(item.choices)}")
+    for name in given:
+        if not isinstance(name, str) or name not in item.choices:
+            raise ValueError(f"{name!r} is none of {', '.join(item.choices)}{nearest(str(name), item.choices)}")
+    return tuple(given)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,236 @@
+"""The shape of a Qwen3 or Qwen3-MoE model, read from a Hugging Face `config.json`.
+
+This is the only place that knows the names of Hugging Face's configuration keys. Both spellings are
+read: the hub's (`rope_theta`, `num_experts`) and those of transformers 5 (`rope_parameters`,
+`num_local_experts`). Whatever this code does not implement is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_a2d.config.rotary import YarnScaling, agreed, is_positive, read_rotary
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+
+# model_type -> is it a mixture of experts? (None: the keys tell)
+MODEL_TYPES = {"qwen3": False, "qwen3_moe": True, "rnd1": True, "a2d": None}
+
+# What the classes of these models take when config.json lacks a key: transformers 4.57 to 5.24, and RND1's own code.
+# (Of a qwen3_moe they take hidden_size / num_attention_heads as head_dim.)
+ABSENT = {
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {"num_key_value_heads": 4},
+    "rnd1": {"num_key_value_heads": 4, "head_dim": 128},
+}
+
+# A hundred times what any published model has. A few bytes could else ask for names and layers without end.
+MOST = {"num_hidden_layers": 10_000, "num_experts": 65_536}
+MOST_EXPERTS = 1_000_000  # of all layers together
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes are counts of elements; `num_experts` is 0 for a dense model."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    initializer_range: float = 0.02
+    mask_token_id: int | None = None
+    yarn: YarnScaling | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model knows; YaRN's where `max_position_embeddings` was left as it was."""
+        extended = round(self.yarn.factor * self.yarn.original_max_position_embeddings) if self.yarn else 0
+        return max(self.max_position_embeddings, extended)
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    def has_role(self, role: str) -> bool:
+        """Whether the model has parameters of this role (config.ROLES); a tied head is the embedding."""
+        return {"router": self.is_moe, "head": not self.tie_word_embeddings}.get(role, True)
+
+    def num_parameters(self) -> int:
+        """All weights, a tied output head counted once."""
+        return self._weights(self.num_experts)
+
+    def num_active_parameters(self) -> int:
+        """Weights that a token passes through: `num_experts_per_tok` of the experts."""
+        return self._weights(self.num_experts_per_tok)
+
+    def _weights(self, experts: int) -> int:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        attention = self.hidden_size * self.head_dim * (2 * heads + 2 * groups) + 2 * self.head_dim
+        if self.is_moe:
+            mlp = self.hidden_size * (3 * self.moe_intermediate_size * experts + self.num_experts)
+        else:
+            mlp = 3 * self.hidden_size * self.intermediate_size
+        layers = self.num_layers * (attention + mlp + 2 * self.hidden_size)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return layers + embeddings + self.hidden_size
+
+
+def read_architecture(directory: str | Path) -> Architecture:
+    """The architecture of the Hugging Face model in `directory`."""
+    path = Path(directory) / "config.json"
+    return architecture_from_config(read_json(path, "the model's configuration"), str(path))
+
+
+def architecture_from_config(config: dict[str, Any], where: str) -> Architecture:
+    """Raises UserError with every problem of `config`; `where` names its file."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported; "
+            f"give a Qwen3 or Qwen3-MoE model (one of {', '.join(MODEL_TYPES)})"
+        )
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise UserError(f"{where}: {quantised(_method(config))}")
+    problems: list[str] = []
+
+    def get(*names: str, default: Any = None) -> Any:
+        found = {name: config[name] for name in names if config.get(name) is not None}
+        if found:
+            return agreed(found, where, problems)
+        if default is None:
+            problems.append(f"{where}: {names[0]} is missing; take the config.json that belongs to the weights")
+            return 1
+        return default
+
+    def size(*names: str, default: Any = None) -> int:
+        value = get(*names, default=default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problems.append(f"{where}: {names[0]} is {value!r}, not a positive whole number; correct the file")
+            return 1
+        if value > (most := MOST.get(names[0], 2**31 - 1)):
+            problems.append(
+                f"{where}: {names[0]} is {value}, more than the {most:,} that are supported; correct the file"
+            )
+            return 1
+        return value
+
+    def number(name: str, default: float) -> float:
+        value = get(name, default=default)
+        if not is_positive(value):
+            problems.append(f"{where}: {name} is {value!r}, not a positive number; correct the file")
+            return default
+        return float(value)
+
+    def flag(name: str, default: bool) -> bool:
+        value = get(name, default=default) if default else config.get(name) or False
+        if not isinstance(value, bool):
+            problems.append(f"{where}: {name} is {value!r}, neither true nor false; correct the file")
+        return bool(value)
+
+    def absent(name: str, default: int) -> int:
+        return default if name in config else ABSENT.get(model_type, {}).get(name, default)
+
+    num_heads = size("num_attention_heads")
+    hidden_size = size("hidden_size")
+    is_moe = MODEL_TYPES[model_type]
+    if is_moe is None:
+        is_moe = bool(config.get("num_experts") or config.get("num_local_experts"))
+    experts: dict[str, Any] = {}
+    if is_moe:
+        experts = {
+            "num_experts": size("num_experts", "num_local_experts"),
+            "num_experts_per_tok": size("num_experts_per_tok"),
+            "moe_intermediate_size": size("moe_intermediate_size"),
+            "norm_topk_prob": flag("norm_topk_prob", default=model_type == "rnd1"),
+        }
+    max_position_embeddings = size("max_position_embeddings", default=32768)
+    rotary = read_rotary(config, where, max_position_embeddings, problems)
+    architecture = Architecture(
+        num_layers=size("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=size("num_key_value_heads", default=absent("num_key_value_heads", num_heads)),
+        head_dim=size("head_dim", default=absent("head_dim", max(1, hidden_size // num_heads))),
+        intermediate_size=size("intermediate_size"),
+        vocab_size=size("vocab_size"),
+        max_position_embeddings=max_position_embeddings,
+        rms_norm_eps=number("rms_norm_eps", 1e-6),
+        rope_theta=rotary.theta,
+        tie_word_embeddings=flag("tie_word_embeddings", default=False),
+        initializer_range=number("initializer_range", 0.02),
+        mask_token_id=config.get("mask_token_id"),
+        yarn=rotary.yarn,
+        **experts,
+    )
+    problems += _unsupported(config, architecture, where)
+    if problems:
+        raise UserError(problems)
+    return architecture
+
+
+def quantised(how: str) -> str:
+    """What to say of a model whose weights are not plain floating-point numbers."""
+    return (
+        f"its weights are quantised ({how}), and only bfloat16, float16 and float32 can be converted and trained; "
+        "take the unquantised model that it was made from, or save it dequantised"
+    )
+
+
+def _method(config: dict[str, Any]) -> str:
+    settings = config.get("quantization_config") or config.get("compression_config")
+    method = settings.get("quant_method") or settings.get("format") if isinstance(settings, dict) else None
+    return str(method or "quantization_config")[:40]
+
+
+def _unsupported(config: dict[str, Any], architecture: Architecture, where: str) -> list[str]:
+    problems = []
+    mask = architecture.mask_token_id
+    if mask is not None and (not isinstance(mask, int) or not 0 <= mask < architecture.vocab_size):
+        problems.append(
+            f"{where}: mask_token_id is {mask!r}, not a row of the embedding (0 to {architecture.vocab_size - 1}); "
+            "convert the model again with checkpoints_tools.convert_hf"
+        )
+    if architecture.num_attention_heads % architecture.num_key_value_heads:
+        problems.append(
+            f"{where}: num_attention_heads {architecture.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {architecture.num_key_value_heads}; correct the file"
+        )
+    if (experts := architecture.num_layers * architecture.num_experts) > MOST_EXPERTS:
+        problems.append(
+            f"{where}: names {experts:,} experts, more than the {MOST_EXPERTS:,} supported; correct the file"
+        )
+    if architecture.num_experts_per_tok > architecture.num_experts:
+        problems.append(
+            f"{where}: num_experts_per_tok {architecture.num_experts_per_tok} exceeds "
+            f"num_experts {architecture.num_experts}; correct the file"
+        )
+    expected = {
+        "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
+        "mlp_only_layers": [], "decoder_sparse_step": 1,
+    }  # fmt: skip
+    for key, value in expected.items():
+        found = config.get(key)
+        if found is not None and found != value:
+            problems.append(f"{where}: {key} is {found!r}, and only {value!r} is supported; use an unmodified Qwen3")
+    full = ["full_attention"] * architecture.num_layers
+    if (layers := config.get("layer_types")) is not None and layers != full:
+        problems.append(f"{where}: layer_types is {str(layers)[:60]}, and only full_attention in each of the "
+                        f"{architecture.num_layers} layers is supported; use an unmodified Qwen3")  # fmt: skip
+    if config.get("per_layer_config"):
+        problems.append(f"{where}: per_layer_config gives layers settings of their own; use an unmodified Qwen3")
+    types = {key: str(config[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)}
+    agreed(types, where, problems)
+    return problems

@@ -1,0 +1,397 @@
+"""The configuration of a training run: what each setting means (what does not go together: validate.py).
+
+Settings carry Megatron-LM's names where it has them. The docstring under a field is its help text on the
+command line. The model's shape is no setting: it is read from the checkpoint's `hf/config.json`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+ROLES = ("attention", "mlp", "router", "norm", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid out over processes. Data parallelism takes what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    """processes that share each attention and dense MLP matrix"""
+    sequence_parallel: bool = False
+    """split activations along the sequence between tensor-parallel processes; needed for MoE with TP > 1"""
+    pipeline_model_parallel_size: int = 1
+    """stages that the layers are divided into"""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """parts of the layers that each pipeline process holds; above 1: the interleaved schedule"""
+    context_parallel_size: int = 1
+    """processes that share each sample's sequence in every layer"""
+    expert_model_parallel_size: int = 1
+    """processes that the experts of each MoE layer are divided over"""
+    expert_tensor_parallel_size: int = 1
+    """processes that share each expert's matrices"""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """how tokens travel to their experts; flex: by the kernels of --moe-flex-dispatcher-backend"""
+    use_distributed_optimizer: bool = False
+    """shard the optimizer state over data-parallel processes"""
+    overlap_grad_reduce: bool = False
+    """reduce gradients while the backward pass goes on"""
+    overlap_param_gather: bool = False
+    """gather the distributed optimizer's parameters while the forward pass goes on"""
+
+    distributed_timeout_minutes: float = 10.0
+    """minutes without a sign of life after which a process counts as dead, and the others end"""
+
+    @property
+    def virtual_pipeline_size(self) -> int | None:
+        """As megatron.core wants it: None unless the interleaved schedule is used."""
+        stages = self.num_virtual_stages_per_pipeline_rank
+        return stages if stages > 1 else None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    train_data_path: str | None = None
+    """prefix of the training .bin/.idx pair"""
+    data_mixture: str | None = None
+    """YAML file of several sources with weights, instead of the two paths (launch/mixtures has an example)"""
+    train_data_fingerprint: str = ""
+    """what the training tokens and their weights must be; empty: whatever they are. Checkpoints remember it"""
+    valid_data_path: str | None = None
+    """prefix of the validation .bin/.idx pair; no validation without it"""
+    seq_length: int = 4096
+    """tokens in a sample"""
+    document_attention: Literal["open", "isolated"] = "open"
+    """whether the documents packed into a sample see one another"""
+    reset_position_ids: bool = False
+    """count positions from 0 in each document of a sample"""
+    random_length_prob: float = 0.0
+    """part of the training samples that are cut in two at a random place, so that short texts are seen (LLaDA: 0.01)"""
+    eod_maskable: bool = True
+    """mask and predict end-of-document tokens as all others; without: they stay visible and carry no loss"""
+    verify_tokenizer: bool = True
+    """refuse tokens that were made with another vocabulary, or end documents otherwise, than the checkpoint's tokenizer
+    or another source of the mixture"""
+    num_workers: int = 1
+    """threads that prepare samples ahead of the step; 0 prepares them inside it"""
+    seed: int = 1234
+    """decides the order of samples and, with a sample's index, its noise"""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What the model is taught."""
+
+    objective: Literal["mdlm", "block", "ar"] = "mdlm"
+    """mdlm: masked diffusion with bidirectional attention; block: the same in blocks of --block-length, each after the
+    ones before it (BD3LM); ar: next token with causal attention"""
+    block_length: int = 0
+    """block: tokens of a block"""
+    ar_loss_weight: float = 0.0
+    """block: what the next-token loss of the clean text counts beside the diffusion loss; above 0 each block sees those
+    before it as a causal model does"""
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    """how the mask ratio depends on the time t; linear: they are equal"""
+    time_sampling: Literal["low_discrepancy", "uniform"] = "low_discrepancy"
+    """times of consecutive samples: evenly spread, or independent"""
+    min_time: float = 1e-3
+    """smallest time; a masked token weighs up to 1 / min_time"""
+    mask_sampling: Literal["bernoulli", "exact_count"] = "bernoulli"
+    """in training, mask every token by a chance of its own, or exactly the share of tokens that the time asks for"""
+    mask_embedding: Literal["as_is", "mean"] = "as_is"
+    """the mask token's row of the embedding when conversion begins: as --load has it, or the mean of all rows"""
+    label_shift: bool = True
+    """row i predicts token i + 1, as the autoregressive model does; without: row i predicts token i (LLaDA)"""
+    loss_weights: Literal["mdlm", "uniform", "cart"] = "mdlm"
+    """what a masked token weighs in training; mdlm: the likelihood bound's 1/t; uniform: all the same; cart: the more,
+    the more tokens near it are visible (Dream). Validation reports the bound whatever is trained"""
+    cart_p: float = 0.8
+    """cart: how fast a neighbour's part falls with its distance (geometric distribution)"""
+    conversion: Literal["scp", "annealing", "grafting", "random"] = "scp"
+    """how the autoregressive model becomes a bidirectional one; scp: at once; annealing: entry by entry of the
+    attention mask (DiffuLLaMA); grafting: layer by layer, each regressed on its causal form (Chandrasegaran et al.
+    2025); random: not at all, --load gives the shape and the weights are drawn (LLaDA)"""
+    attention_annealing_steps: int = 0
+    """annealing: iterations until all tokens see one another"""
+    grafting_steps: int = 0
+    """grafting: iterations of regression, on clean text, over which the layers are swapped one after the other"""
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """AdamW, its learning rates and their schedule."""
+
+    lr: float = 1e-4
+    """peak learning rate"""
+    min_lr: float = 0.0
+    """learning rate at the end of the decay"""
+    lr_mult: dict[str, float] = field(default_factory=dict)
+    """factors on lr and min_lr by role, ROLE=FACTOR ...; 0 freezes; roles: attention mlp router norm embedding head"""
+    lr_warmup_iters: int = 0
+    """iterations over which the learning rate rises linearly from 0"""
+    lr_decay_style: Literal["cosine", "WSD", "linear", "constant"] = "cosine"
+    """shape of the decay after the warm-up; WSD: stable, then a decay over lr_wsd_decay_iters"""
+    lr_wsd_decay_iters: int = 0
+    """iterations of WSD's final decay"""
+    weight_decay: float = 0.1
+    """decoupled weight decay; vectors (norms) have none"""
+    adam_beta1: float = 0.9
+    """decay of Adam's first moment"""
+    adam_beta2: float = 0.95
+    """decay of Adam's second moment"""
+    adam_eps: float = 1e-8
+    """Adam's epsilon"""
+    clip_grad: float = 1.0
+    """largest gradient norm; 0: no clipping"""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    model: str | None = None
+    """the model that a recipe is for: a name such as Qwen/Qwen3-8B-Base, or a directory with a config.json; a
+    checkpoint of another shape is refused"""
+    load: str | None = None
+    """checkpoint to start or resume from (convert_hf writes the first one)"""
+    save: str | None = None
+    """directory for checkpoints; if it already holds one, the run resumes from it"""
+    load_iteration: int | None = None
+    """iteration to start from, instead of the newest whole one; of --save if that holds checkpoints, else of --load"""
+    finetune: bool = False
+    """take only the weights from --load: no optimizer state, iteration 0"""
+    verify_checkpoint: bool = True
+    """compare checksums of the checkpoint's files with its manifest before it is loaded; without: sizes alone"""
+    train_iters: int = 1000
+    """iterations in total"""
+    micro_batch_size: int = 1
+    """samples that a process forwards at once"""
+    global_batch_size: int = 8
+    """samples of an iteration over all processes"""
+    bf16: bool = False
+    """train in bfloat16 with fp32 main weights and gradients; otherwise fp32"""
+    transformer_impl: Literal["auto", "transformer_engine", "portable"] = "auto"
+    """layers by Transformer Engine, or by torch alone; auto: by Transformer Engine on a GPU if installed"""
+    save_interval: int = 500
+    """iterations between checkpoints; one is always written at the end"""
+    async_save: bool = False
+    """write checkpoints in the background while training goes on; the last one is waited for"""
+    exit_interval: int = 0
+    """save and end after an iteration that this divides; 0: never"""
+    exit_duration_in_mins: float = 0.0
+    """save and end after the step that runs when so many minutes are over; 0: never"""
+    max_skipped_steps: int = 5
+    """steps in a row whose gradient is not finite, after which the run saves and ends"""
+    keep_last: int = 0
+    """checkpoints that are kept; older ones are removed when a new one is complete; 0 keeps all"""
+    keep_every: int = 0
+    """with keep_last: checkpoints of iterations that this divides are never removed; 0: no such exception"""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """when a checkpoint cannot be written (a full disk): end with exit code 74, or train on and try at the next one"""
+    eval_interval: int = 500
+    """iterations between validations; one is always made at the start and at the end"""
+    eval_iters: int = 8
+    """global batches in a validation"""
+    log_interval: int = 10
+    """iterations between log lines"""
+    monitor: bool = True
+    """also log gradients, updates and drift by role, routers and gradient noise; the host keeps a copy of the first
+    weights"""
+    tensorboard_dir: str | None = None
+    """TensorBoard directory; default: tensorboard/ in --save"""
+    profile: bool = False
+    """write a trace of a few iterations, and their time by phase, to profile/ in --save (docs/profiling.md)"""
+    profile_step_start: int = 10
+    """first iteration that is profiled"""
+    profile_step_end: int = 12
+    """last iteration that is profiled"""
+
+
+@dataclass(frozen=True)
+class PerformanceConfig:
+    """The same training, faster or in less memory; most of it needs Transformer Engine on a GPU."""
+
+    fp8: Literal["none", "auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """scaling of the layers' matrix products in FP8; auto: mxfp8 on Blackwell, tensorwise on Hopper"""
+    first_last_layers_bf16: bool = False
+    """keep the first and last layers in bf16 where the others compute in FP8"""
+    num_layers_at_start_in_bf16: int = 1
+    """with first_last_layers_bf16: how many layers at the start"""
+    num_layers_at_end_in_bf16: int = 1
+    """with first_last_layers_bf16: how many layers at the end"""
+    fp8_param_gather: bool = False
+    """hold the layers' weights in FP8 and gather them so; checkpoints hold bf16 all the same"""
+    moe_grouped_gemm: bool = True
+    """all experts' products of a rank in one kernel, where the device has one"""
+    moe_flex_dispatcher_backend: Literal["auto", "deepep", "hybridep"] = "auto"
+    """kernels of the flex dispatcher, of the package deep_ep; auto: hybridep, else deepep, and where both are missing
+    the alltoall dispatcher, with a line in the log"""
+    moe_permute_fusion: bool = False
+    """sort tokens by expert in one kernel"""
+    moe_router_fusion: bool = False
+    """choose experts in one kernel"""
+    moe_router_force_load_balancing: bool = False
+    """ignore the router and spread tokens evenly: for benchmarks alone"""
+    overlap_moe_expert_parallel_comm: bool = False
+    """send one micro-batch's tokens to their experts while another one computes"""
+    delay_wgrad_compute: bool = False
+    """with overlap_moe_expert_parallel_comm: compute weight gradients while tokens travel"""
+    apply_rope_fusion: bool = False
+    """rotate queries and keys in one kernel"""
+    gradient_accumulation_fusion: bool = False
+    """add weight gradients to the fp32 buffer inside their matrix products"""
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
+    """record the kernels of a layer once and replay them; by megatron.core's or Transformer Engine's code"""
+    cuda_graph_scope: tuple[str, ...] = field(
+        default=("attn",), metadata={"choices": ("attn", "mlp", "moe_router", "moe_preprocess")}
+    )
+    """parts of a layer that are replayed: attn mlp moe_router moe_preprocess"""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """what the backward pass computes again instead of keeping: the modules of recompute_modules, or whole layers"""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """with full recomputation: all layers, or the first recompute_num_layers of each stage"""
+    recompute_num_layers: int = 1
+    """with full recomputation: layers of a unit (uniform), or of a stage (block)"""
+    recompute_modules: tuple[str, ...] = field(
+        default=(), metadata={"choices": ("core_attn", "moe_act", "layernorm", "mlp", "moe")}
+    )
+    """with selective recomputation: core_attn moe_act layernorm mlp moe"""
+    grad_reduce_in_fp32: bool = True
+    """sum gradients over micro-batches and processes in fp32; without: in the parameters' type"""
+    use_precision_aware_optimizer: bool = False
+    """let Transformer Engine's Adam keep its moments in the types below"""
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
+    """with use_precision_aware_optimizer: type of the first moment"""
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
+    """with use_precision_aware_optimizer: type of the second moment"""
+    manual_gc: bool = False
+    """collect Python's garbage on all ranks at the same time, every manual_gc_interval iterations"""
+    manual_gc_interval: int = 100
+    """with manual_gc: iterations between collections"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings, in groups."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name, without the groups: names are unique."""
+        return {name: _copied(value) for group in vars(self).values() for name, value in vars(group).items()}
+
+    @property
+    def input_length(self) -> int:
+        """The model's rows for a sample: block diffusion reads each sample twice, noised and clean."""
+        return self.data.seq_length * (2 if self.diffusion.objective == "block" else 1)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        parallel = self.parallel
+        return world_size // (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        )
+
+
+def _copied(value: Any) -> Any:
+    """As YAML has it: what may be changed is the caller's own. (dataclasses.asdict does the same far slower.)"""
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a group, as the command line and recipes see it."""
+
+    name: str
+    group: str
+    kind: Any  # int, float, str, bool, dict, list (of strings of `choices`), or a tuple of allowed strings
+    default: Any
+    help: str
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+
+
+@functools.cache
+def settings() -> dict[str, Setting]:
+    """Every setting by name."""
+    result: dict[str, Setting] = {}
+    for group, cls in get_type_hints(RunConfig).items():
+        docs, hints, defaults = _field_docs(cls), get_type_hints(cls), cls()
+        for item in dataclasses.fields(cls):
+            kind, optional = _kind(hints[item.name])
+            default = getattr(defaults, item.name)
+            choices = item.metadata.get("choices", ())
+            result[item.name] = Setting(item.name, group, kind, default, docs[item.name], optional, choices)
+    return result
+
+
+def recorded_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings that a run's record (run.json) holds, and the names of those whose values none can have.
+
+    A name that is not known is left out: it is of an older or a newer version.
+    """
+    known = {name: value for name, value in values.items() if name in settings()}
+    wrong = [name for name, value in known.items() if not _can_be(settings()[name], value)]
+    return {name: value for name, value in known.items() if name not in wrong}, wrong
+
+
+def _can_be(item: Setting, value: Any) -> bool:
+    if value is None:
+        return item.optional
+    if isinstance(item.kind, tuple):
+        return isinstance(value, str) and value in item.kind
+    if item.kind is list:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if item.kind is dict:
+        return isinstance(value, dict) and all(_is_number(factor) for factor in value.values())
+    if item.kind in (bool, str):
+        return isinstance(value, item.kind)
+    return _is_number(value) and (item.kind is float or isinstance(value, int))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) is Literal:
+        return get_args(hint), False
+    if get_origin(hint) in (dict, tuple):
+        return (dict if get_origin(hint) is dict else list), False
+    members = [member for member in get_args(hint) if member is not type(None)]
+    return (members[0], True) if members else (hint, False)
+
+
+def _field_docs(cls: Any) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    docs: dict[str, str] = {}
+    for item, after in itertools.pairwise(body):
+        if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            docs[ast.unparse(item.target)] = str(after.value.value)
+    return docs
+
+
+def build(values: dict[str, Any]) -> RunConfig:
+    """A RunConfig from settings by name; the rest have their defaults."""
+    groups = {}
+    for group, cls in get_type_hints(RunConfig).items():
+        own = {name: value for name, value in values.items() if settings()[name].group == group}
+        groups[group] = cls(**{name: tuple(v) if settings()[name].kind is list else v for name, v in own.items()})
+    return RunConfig(**groups)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

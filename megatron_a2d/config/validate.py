@@ -1,0 +1,284 @@
+"""What can be wrong with a run's settings, found before anything is built.
+
+Every check returns lines: the flag and its value, why it is wrong, what to do. All are reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import ROLES, ParallelConfig, RunConfig, flag, settings
+from megatron_a2d.config.validate_performance import find_performance_problems
+
+NO_START = "--load: is missing; give the checkpoint to start from, as python -m checkpoints_tools.convert_hf writes it"
+NO_DATA = "--train-data-path: is missing; give the prefix that data_prep.tokenize_corpus wrote"
+
+
+def missing_inputs(config: RunConfig) -> list[str]:
+    """What a run cannot be without and was not named."""
+    lines = [] if config.training.load or config.training.save else [NO_START]
+    return lines + ([] if config.data.train_data_path or config.data.data_mixture else [NO_DATA])
+
+
+MOST_PROCESSES = 1 << 20  # of a run; ten times the largest machines
+
+
+def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
+    """Everything that is wrong with a run, a line each: flag and value, why, what to do."""
+    return find_general_problems(config) + find_layout_problems(config, architecture, world_size)
+
+
+def find_general_problems(config: RunConfig) -> list[str]:
+    """What is wrong whatever the layout and the model. (The planner asks once for many layouts.)"""
+    return _range_problems(config) + _objective_problems(config)
+
+
+def find_layout_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
+    """What is wrong with the layout, with the model under it, and among the settings of speed."""
+    problems = _layout_problems(config, world_size)
+    if architecture is not None:
+        problems += _architecture_problems(config, architecture)
+    return problems + find_performance_problems(config, architecture)
+
+
+def _range_problems(config: RunConfig) -> list[str]:
+    problems = []
+    values = config.to_dict()
+
+    def need(name: str, good: bool, why: str) -> None:
+        if not good:
+            problems.append(f"{flag(name)} {values[name]}: {why}")
+
+    for name in (
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
+        "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "train_iters",
+        "micro_batch_size", "global_batch_size", "save_interval", "max_skipped_steps", "eval_interval",
+        "eval_iters", "log_interval",
+    ):  # fmt: skip
+        need(name, values[name] >= 1, "must be at least 1")
+    need("seq_length", values["seq_length"] >= 2, "a sample needs at least 2 tokens; choose a longer one")
+    for name in (
+        "num_workers",
+        "seed",
+        "lr_warmup_iters",
+        "lr_wsd_decay_iters",
+        "weight_decay",
+        "clip_grad",
+        "min_lr",
+        "keep_last",
+        "keep_every",
+        "exit_interval",
+        "exit_duration_in_mins",
+    ):
+        need(name, values[name] >= 0, "must not be negative")
+    need("seed", values["seed"] < 1 << 64, "must be below 2^64")
+    need("num_workers", values["num_workers"] <= 1024, "must be at most 1024; one thread keeps ahead of most steps")
+    for name in ("lr", "adam_eps", "distributed_timeout_minutes"):
+        need(name, values[name] > 0, "must be positive")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{flag(name)} {value}: must be a finite number")
+    for name in ("adam_beta1", "adam_beta2"):
+        need(name, 0 <= values[name] < 1, "must lie in [0, 1)")
+    need("random_length_prob", 0 <= values["random_length_prob"] <= 1, "must lie in [0, 1]; 0.01 is LLaDA's")
+    if values["data_mixture"]:
+        for name in ("train_data_path", "valid_data_path"):
+            need(name, not values[name], "does not go with --data-mixture, which names its own; remove one of them")
+    need("min_time", 0 < values["min_time"] < 1, "must lie between 0 and 1; 0.001 is usual")
+    need("load_iteration", values["load_iteration"] is None or values["load_iteration"] >= 1, "must be at least 1")
+    need(
+        "keep_every", not values["keep_every"] or values["keep_last"] > 0,
+        "has no effect without --keep-last, which keeps all; set that too",
+    )  # fmt: skip
+    for name in ("profile_step_start", "profile_step_end"):
+        is_default = values[name] == settings()[name].default
+        need(name, values["profile"] or is_default, "has no effect without --profile; add it or remove this")
+    if values["profile"]:
+        first, last = values["profile_step_start"], values["profile_step_end"]
+        need("profile_step_start", 1 <= first <= last, f"must lie between 1 and --profile-step-end {last}")
+        need("profile_step_end", last <= values["train_iters"], f"exceeds --train-iters {values['train_iters']}")
+    for name in ("keep_last", "keep_every", "async_save", "profile"):
+        need(name, not values[name] or bool(values["save"]), "has no effect without --save; add it or remove this")
+    need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
+    need(
+        "lr_warmup_iters", values["lr_warmup_iters"] < max(2, values["train_iters"]),
+        f"the warm-up would never end in --train-iters {values['train_iters']}; shorten it",
+    )  # fmt: skip
+    if values["lr_decay_style"] == "WSD":
+        need(
+            "lr_wsd_decay_iters",
+            1 <= values["lr_wsd_decay_iters"] <= values["train_iters"] - values["lr_warmup_iters"],
+            f"WSD's final decay must be at least 1 and fit into --train-iters {values['train_iters']}",
+        )
+    else:
+        need(
+            "lr_wsd_decay_iters", values["lr_wsd_decay_iters"] == 0,
+            f"has no effect with --lr-decay-style {values['lr_decay_style']}; remove it",
+        )  # fmt: skip
+    if all(values["lr_mult"].get(role) == 0 for role in ROLES):
+        problems.append("--lr-mult: freezes every role, and nothing would train; leave one above 0")
+    for role, factor in values["lr_mult"].items():
+        if role not in ROLES:
+            problems.append(f"--lr-mult {role}={factor}: there is no role {role!r}; roles are {', '.join(ROLES)}")
+        elif not 0 <= factor < math.inf:
+            problems.append(
+                f"--lr-mult {role}={factor}: a factor must be a finite number, not negative; 0 freezes the role"
+            )
+    return problems
+
+
+def _objective_problems(config: RunConfig) -> list[str]:
+    """What the objective and the conversion have no use for, and what they need."""
+    diffusion = config.diffusion
+    if diffusion.objective == "ar":
+        return [
+            f"{flag(name)} {value}: has no effect with --objective ar; remove it"
+            for name, value in dataclasses.asdict(diffusion).items()
+            if name != "objective" and value != settings()[name].default and (name, value) != ("conversion", "random")
+        ]
+    is_block, conversion, factors = diffusion.objective == "block", diffusion.conversion, config.optimization.lr_mult
+    problems = []
+
+    def need(name: str, good: bool, why: str) -> None:
+        if not good:
+            problems.append(f"{flag(name)} {config.to_dict()[name]}: {why}")
+
+    def belongs(name: str, there: bool, to: str) -> None:
+        value = getattr(diffusion, name)
+        need(name, there or value == settings()[name].default, f"has no effect without {to}; remove it")
+
+    belongs("cart_p", diffusion.loss_weights == "cart", "--loss-weights cart")
+    need("cart_p", 0 < diffusion.cart_p <= 1, "must lie above 0 and be at most 1; 0.8 is Dream's")
+    need(
+        "mask_sampling", not is_block or diffusion.mask_sampling == "bernoulli",
+        "does not go with --objective block, whose blocks have times of their own; use bernoulli",
+    )  # fmt: skip
+    for name in ("block_length", "ar_loss_weight"):
+        belongs(name, is_block, "--objective block")
+    need("block_length", not is_block or diffusion.block_length >= 1, "--objective block needs at least 1 token")
+    need("ar_loss_weight", 0 <= diffusion.ar_loss_weight < math.inf, "must be a finite number, not negative")
+    need(
+        "loss_weights", not is_block or diffusion.loss_weights != "cart",
+        "does not go with --objective block, whose blocks have another context; use mdlm or uniform",
+    )  # fmt: skip
+    for name, owner in (("attention_annealing_steps", "annealing"), ("grafting_steps", "grafting")):
+        belongs(name, conversion == owner, f"--conversion {owner}")
+        need(name, conversion != owner or getattr(diffusion, name) >= 1, f"--conversion {owner} needs at least 1")
+    need(
+        "conversion", not is_block or conversion in ("scp", "random"),
+        "does not go with --objective block, whose mask is its own; use scp",
+    )  # fmt: skip
+    if conversion == "grafting" and factors.get("attention") == 0:
+        problems.append("--lr-mult attention=0: --conversion grafting teaches attention; leave it above 0")
+    if conversion == "random" and config.training.finetune:
+        problems.append("--finetune: has no effect with --conversion random, which takes no weights; remove it")
+    return problems
+
+
+def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
+    problems = []
+    parallel, training = config.parallel, config.training
+    tp, pp, cp, ep, etp = (max(1, size) for size in _sizes(parallel))
+    if world_size % (tp * pp * cp):
+        return [
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp}: "
+            f"does not divide the {world_size} processes; change the sizes or the number of processes"
+        ]
+    # Outside the experts, TP x CP x DP processes share a stage; the experts are divided over all of them.
+    stage = world_size // pp
+    if stage % (ep * etp):
+        problems.append(
+            f"--expert-model-parallel-size {ep} x --expert-tensor-parallel-size {etp}: does not divide the {stage} "
+            "processes of a pipeline stage; change the sizes or the number of processes"
+        )
+    dp = world_size // (tp * pp * cp)
+    share = max(1, training.micro_batch_size) * dp
+    if training.global_batch_size % share:
+        problems.append(
+            f"--global-batch-size {training.global_batch_size}: is not a multiple of --micro-batch-size "
+            f"{training.micro_batch_size} x {dp} data-parallel processes; use a multiple of {share}"
+        )
+    elif parallel.num_virtual_stages_per_pipeline_rank > 1 and training.global_batch_size // share % pp:
+        problems.append(
+            f"--global-batch-size {training.global_batch_size}: the interleaved schedule needs a multiple of {pp} "
+            f"micro-batches, not {training.global_batch_size // share}; use a multiple of {share * pp}"
+        )
+    if parallel.num_virtual_stages_per_pipeline_rank > 1 and pp == 1:
+        problems.append(
+            f"--num-virtual-stages-per-pipeline-rank {parallel.num_virtual_stages_per_pipeline_rank}: has no effect "
+            "without --pipeline-model-parallel-size above 1; remove it"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        problems.append("--sequence-parallel: has no effect without --tensor-model-parallel-size above 1; remove it")
+    pieces = cp * (tp if parallel.sequence_parallel else 1)
+    if config.input_length % pieces:
+        problems.append(
+            f"--seq-length {config.data.seq_length}: is divided over {pieces} processes (--context-parallel-size and "
+            f"--sequence-parallel); use a multiple of {pieces}"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        problems.append("--overlap-param-gather: needs --use-distributed-optimizer and --overlap-grad-reduce; add them")
+    return problems
+
+
+def _sizes(parallel: ParallelConfig) -> tuple[int, int, int, int, int]:
+    """TP, PP, CP, EP, ETP."""
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
+
+
+def _architecture_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+    parallel = config.parallel
+    tp, pp, _, ep, etp = (max(1, size) for size in _sizes(parallel))
+    stages = pp * max(1, parallel.num_virtual_stages_per_pipeline_rank)
+    stage_flag = "pipeline_model_parallel_size" if stages == pp else "num_virtual_stages_per_pipeline_rank"
+    problems = []
+    for what, amount, name, size in (
+        ("attention heads", architecture.num_attention_heads, "tensor_model_parallel_size", tp),
+        ("key-value heads", architecture.num_key_value_heads, "tensor_model_parallel_size", tp),
+        ("vocabulary rows", architecture.vocab_size, "tensor_model_parallel_size", tp),
+        ("layers", architecture.num_layers, stage_flag, stages),
+        ("experts", architecture.num_experts, "expert_model_parallel_size", ep),
+        ("rows of an expert", architecture.moe_intermediate_size, "expert_tensor_parallel_size", etp),
+    ):
+        if amount % size:
+            problems.append(f"{flag(name)} {size}: does not divide the model's {amount} {what}; choose a divisor")
+    if not architecture.is_moe and architecture.intermediate_size % tp:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: does not divide the model's MLP width "
+            f"{architecture.intermediate_size}; choose a divisor"
+        )
+    for name, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
+        if size > 1 and not architecture.is_moe:
+            problems.append(f"{flag(name)} {size}: the model is dense and has no experts; remove it")
+    if architecture.is_moe and tp > 1 and not parallel.sequence_parallel:
+        problems.append(
+            f"--tensor-model-parallel-size {tp}: MoE layers need --sequence-parallel with it; add that flag"
+        )
+    if config.data.seq_length > architecture.context_length:
+        problems.append(
+            f"--seq-length {config.data.seq_length}: the model knows "
+            f"{architecture.context_length} positions; shorten the samples, or give the model YaRN (docs/weights.md)"
+        )
+    if config.diffusion.objective != "ar" and architecture.mask_token_id is None:
+        problems.append(
+            f"--objective {config.diffusion.objective}: the checkpoint's hf/config.json names no mask_token_id; "
+            "convert the model again with python -m checkpoints_tools.convert_hf"
+        )
+    frozen = {role for role, factor in config.optimization.lr_mult.items() if factor == 0}
+    if frozen != set(ROLES) and frozen >= {role for role in ROLES if architecture.has_role(role)}:
+        problems.append("--lr-mult: freezes every role that the model has, and nothing would train; leave one above 0")
+    if not architecture.is_moe and "router" in config.optimization.lr_mult:
+        problems.append("--lr-mult router=...: the model is dense and has no router; remove it")
+    if architecture.tie_word_embeddings and "head" in config.optimization.lr_mult:
+        problems.append(
+            "--lr-mult head=...: the model's head is its embedding (tied); give the factor to embedding instead"
+        )
+    return problems

@@ -1,0 +1,309 @@
+"""What does not go together among the settings of speed and precision, found before anything is built.
+
+megatron.core asserts most of these pairs itself, one at a time, in the middle of building, in words of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig, flag, settings
+
+# What exists in Transformer Engine alone, or in megatron.core on top of it.
+_NEEDS_TRANSFORMER_ENGINE = (
+    "fp8", "moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion",
+    "use_precision_aware_optimizer", "cuda_graph_impl", "delay_wgrad_compute",
+)  # fmt: skip
+_FOR_EXPERTS = (
+    "moe_permute_fusion", "moe_router_fusion", "moe_router_force_load_balancing", "overlap_moe_expert_parallel_comm",
+)  # fmt: skip
+
+
+def find_performance_problems(config: RunConfig, architecture: Architecture | None) -> list[str]:
+    """A line for each problem: flag and value, why, what to do."""
+    problems = [
+        *_without_effect(config), *_fp8_problems(config), *_memory_problems(config), *_overlap_problems(config),
+        *_graph_problems(config), *_engine_problems(config),
+    ]  # fmt: skip
+    if architecture is not None:
+        problems += [*_expert_problems(config, architecture), *_size_problems(config, architecture)]
+    return problems
+
+
+def isolates_documents(config: RunConfig) -> bool:
+    """Whether there are samples in which not all tokens see one another."""
+    return config.data.document_attention == "isolated" or config.data.random_length_prob > 0
+
+
+def refuses_transformer_engine(config: RunConfig) -> str | None:
+    """The settings, if any, that Transformer Engine's layers cannot serve.
+
+    It reads no dense mask: documents are packed sequences there, one sample at a time. It cuts causal sequences into
+    other pieces than ours, and counts positions in each document by itself.
+    """
+    isolated, parallel = isolates_documents(config), config.parallel
+    refused = (
+        (
+            "isolated documents (--document-attention, --random-length-prob) and --micro-batch-size above 1",
+            isolated and config.training.micro_batch_size > 1,
+        ),
+        (
+            "isolated documents (--document-attention, --random-length-prob) and --context-parallel-size above 1",
+            isolated and parallel.context_parallel_size > 1,
+        ),
+        (
+            "--reset-position-ids with documents that see one another",
+            config.data.reset_position_ids and config.data.document_attention == "open",
+        ),
+        ("--conversion annealing", config.diffusion.conversion == "annealing"),
+        ("--conversion grafting", config.diffusion.conversion == "grafting"),
+        ("--objective block", config.diffusion.objective == "block"),
+        (
+            "--objective ar with --context-parallel-size above 1",
+            config.diffusion.objective == "ar" and parallel.context_parallel_size > 1,
+        ),
+    )
+    return next((what for what, chosen in refused if chosen), None)
+
+
+def needs_transformer_engine(config: RunConfig) -> list[str]:
+    """The flags that were set and that only Transformer Engine serves."""
+    return [name for name in _NEEDS_TRANSFORMER_ENGINE if _is_set(config, name)]
+
+
+def _is_set(config: RunConfig, name: str) -> bool:
+    default = settings()[name].default
+    value = getattr(config.performance, name)
+    return (tuple(value) if isinstance(default, tuple) else value) != default
+
+
+def _without_effect(config: RunConfig) -> Iterator[str]:
+    """Settings that say how, where that what they say it of is off."""
+    performance = config.performance
+    full, selective = (performance.recompute_granularity == kind for kind in ("full", "selective"))
+    precise = performance.use_precision_aware_optimizer
+    for name, effective, needed in (
+        ("first_last_layers_bf16", performance.fp8 != "none", "--fp8"),
+        ("num_layers_at_start_in_bf16", performance.first_last_layers_bf16, "--first-last-layers-bf16"),
+        ("num_layers_at_end_in_bf16", performance.first_last_layers_bf16, "--first-last-layers-bf16"),
+        (
+            "moe_flex_dispatcher_backend", config.parallel.moe_token_dispatcher_type == "flex",
+            "--moe-token-dispatcher-type flex",
+        ),
+        ("delay_wgrad_compute", performance.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm"),
+        ("cuda_graph_scope", performance.cuda_graph_impl != "none", "--cuda-graph-impl"),
+        ("recompute_method", full, "--recompute-granularity full"),
+        ("recompute_num_layers", full, "--recompute-granularity full"),
+        ("recompute_modules", selective, "--recompute-granularity selective"),
+        ("exp_avg_dtype", precise, "--use-precision-aware-optimizer"),
+        ("exp_avg_sq_dtype", precise, "--use-precision-aware-optimizer"),
+        ("manual_gc_interval", performance.manual_gc, "--manual-gc"),
+        ("grad_reduce_in_fp32", config.training.bf16, "--bf16"),
+    ):  # fmt: skip
+        if not effective and _is_set(config, name):
+            yield f"{_shown(config, name)}: has no effect without {needed}; set that too, or remove this"
+
+
+def _fp8_problems(config: RunConfig) -> Iterator[str]:
+    performance, parallel = config.performance, config.parallel
+    if performance.fp8 == "none":
+        if performance.fp8_param_gather:
+            yield "--fp8-param-gather: needs --fp8; set that too"
+        return
+    if not config.training.bf16:
+        yield f"--fp8 {performance.fp8}: needs --bf16, in which all else is computed; add it"
+    if performance.fp8 == "delayed" and performance.first_last_layers_bf16:
+        yield (
+            "--first-last-layers-bf16: delayed scaling collects its history over all layers alike (megatron.core "
+            "refuses the pair); use --fp8 tensorwise, blockwise or mxfp8"
+        )
+    if performance.fp8_param_gather and not parallel.use_distributed_optimizer:
+        yield "--fp8-param-gather: needs --use-distributed-optimizer, which holds the fp32 weights; add it"
+    overlaps = parallel.overlap_grad_reduce and parallel.overlap_param_gather
+    if performance.fp8_param_gather and performance.fp8 in ("auto", "mxfp8") and not overlaps:
+        yield (
+            f"--fp8-param-gather: with --fp8 {performance.fp8} the gathered weights lie in the gradients' buffer, and "
+            "without --overlap-grad-reduce and --overlap-param-gather that gives NaN; add both"
+        )
+    if performance.fp8_param_gather and performance.use_precision_aware_optimizer:
+        yield "--fp8-param-gather: not with --use-precision-aware-optimizer, whose main weights it reads; drop one"
+    for setting, sets_weights in (
+        ("--mask-embedding mean", config.diffusion.mask_embedding == "mean"),
+        ("--conversion random", config.diffusion.conversion == "random"),
+    ):
+        if performance.fp8_param_gather and sets_weights:
+            yield f"--fp8-param-gather: not with {setting}, after which all main weights would be FP8's; drop one"
+
+
+def _memory_problems(config: RunConfig) -> Iterator[str]:
+    performance, parallel = config.performance, config.parallel
+    modules = performance.recompute_modules
+    if performance.recompute_granularity == "selective" and not modules:
+        yield f"--recompute-modules: is empty; name some of {', '.join(settings()['recompute_modules'].choices)}"
+    if "moe_act" in modules and not performance.moe_grouped_gemm:
+        yield "--recompute-modules moe_act: needs --moe-grouped-gemm; add that, or recompute moe"
+    scaled_late = {"moe_act", "layernorm"} & set(modules)
+    if scaled_late and performance.fp8 == "delayed":
+        yield f"--recompute-modules {min(scaled_late)}: not with --fp8 delayed; use another scaling"
+    if performance.recompute_num_layers < 1:
+        yield f"--recompute-num-layers {performance.recompute_num_layers}: must be at least 1"
+    if performance.manual_gc_interval < 1:
+        yield f"--manual-gc-interval {performance.manual_gc_interval}: must be at least 1"
+    if performance.use_precision_aware_optimizer and not parallel.use_distributed_optimizer:
+        yield "--use-precision-aware-optimizer: needs --use-distributed-optimizer; add it"
+    if performance.use_precision_aware_optimizer and not config.training.bf16:
+        yield "--use-precision-aware-optimizer: needs --bf16; add it"
+    if not performance.grad_reduce_in_fp32 and performance.gradient_accumulation_fusion:
+        yield "--gradient-accumulation-fusion: adds to fp32 gradients; not with --no-grad-reduce-in-fp32, drop one"
+
+
+def _overlap_problems(config: RunConfig) -> Iterator[str]:
+    performance, parallel = config.performance, config.parallel
+    if parallel.moe_token_dispatcher_type == "flex":
+        if parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size == 1:
+            yield "--moe-token-dispatcher-type flex: needs --expert-model-parallel-size above 1; use alltoall"
+        if not config.training.bf16:
+            yield "--moe-token-dispatcher-type flex: its kernels send bf16 tokens; add --bf16, or use alltoall"
+    if not performance.overlap_moe_expert_parallel_comm:
+        return
+    name = "--overlap-moe-expert-parallel-comm"
+    if parallel.expert_model_parallel_size == 1:
+        yield f"{name}: without --expert-model-parallel-size above 1 no tokens travel; remove it"
+    if parallel.moe_token_dispatcher_type == "allgather":
+        yield f"{name}: not with --moe-token-dispatcher-type allgather; use alltoall or flex"
+    if not config.training.bf16:
+        yield f"{name}: megatron.core has it for bf16 alone; add --bf16"
+    if parallel.pipeline_model_parallel_size > 1 and parallel.num_virtual_stages_per_pipeline_rank == 1:
+        yield f"{name}: needs the interleaved schedule: --num-virtual-stages-per-pipeline-rank above 1"
+    if performance.recompute_granularity == "full":
+        yield f"{name}: not with --recompute-granularity full; use selective"
+    if "moe" in performance.recompute_modules:
+        yield f"{name}: not with --recompute-modules moe, whose parts are interleaved; use moe_act"
+    for role in ("attention", "mlp"):
+        if performance.delay_wgrad_compute and config.optimization.lr_mult.get(role) == 0:
+            yield f"--delay-wgrad-compute: waits for gradients of {role}, which --lr-mult {role}=0 freezes; drop one"
+    if {"mlp"} & set(performance.cuda_graph_scope) and performance.cuda_graph_impl != "none":
+        yield f"{name}: not with --cuda-graph-scope mlp; remove one"
+    if performance.cuda_graph_impl == "local":
+        yield f"{name}: not with --cuda-graph-impl local; use transformer_engine"
+
+
+def _graph_problems(config: RunConfig) -> Iterator[str]:
+    performance = config.performance
+    impl, scope = performance.cuda_graph_impl, performance.cuda_graph_scope
+    if impl == "none":
+        return
+    if not scope:
+        yield f"--cuda-graph-scope: is empty; name some of {', '.join(settings()['cuda_graph_scope'].choices)}"
+    if "moe_preprocess" in scope and "moe_router" not in scope:
+        yield "--cuda-graph-scope moe_preprocess: what lies before it is not replayed; add moe_router"
+    if performance.recompute_granularity == "full":
+        yield f"--cuda-graph-impl {impl}: not with --recompute-granularity full; use selective, or none"
+    if performance.first_last_layers_bf16 and performance.gradient_accumulation_fusion:
+        yield (
+            f"--first-last-layers-bf16: with --cuda-graph-impl {impl} and --gradient-accumulation-fusion those layers "
+            "would keep the gradients of the last micro-batch alone; drop one of the three"
+        )
+    if "moe" in performance.recompute_modules and "moe_router" in scope:
+        yield "--cuda-graph-scope moe_router: not with --recompute-modules moe; remove one"
+    if isolates_documents(config):
+        yield (
+            f"--cuda-graph-impl {impl}: documents that are isolated from one another change the kernels' sizes from "
+            "batch to batch; use --document-attention open without --random-length-prob, or none"
+        )
+
+
+def _engine_problems(config: RunConfig) -> Iterator[str]:
+    if config.training.transformer_impl == "portable":
+        for name in needs_transformer_engine(config):
+            yield f"{_shown(config, name)}: only Transformer Engine has it; use --transformer-impl auto, or remove it"
+    elif refused := refuses_transformer_engine(config):
+        if config.training.transformer_impl == "transformer_engine":
+            yield f"--transformer-impl transformer_engine: does not go with {refused}; use portable"
+        for name in needs_transformer_engine(config):
+            yield f"{_shown(config, name)}: needs Transformer Engine, which does not go with {refused}; remove one"
+
+
+def _expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    performance = config.performance
+    graphs = performance.cuda_graph_scope if performance.cuda_graph_impl != "none" else ()
+    if architecture.is_moe:
+        yield from _single_expert_problems(config, architecture)
+        for name, chosen in (("recompute_modules", performance.recompute_modules), ("cuda_graph_scope", graphs)):
+            if "mlp" in chosen:
+                yield f"{flag(name)} mlp: the model has experts instead; remove it"
+        return
+    for name in _FOR_EXPERTS:
+        if _is_set(config, name):
+            yield f"{_shown(config, name)}: the model is dense and has no experts; remove it"
+    if config.parallel.moe_token_dispatcher_type == "flex":
+        yield "--moe-token-dispatcher-type flex: the model is dense and has no experts; remove it"
+    for name, chosen in (("recompute_modules", performance.recompute_modules), ("cuda_graph_scope", graphs)):
+        for module in chosen:
+            if module.startswith("moe"):
+                yield f"{flag(name)} {module}: the model is dense and has no experts; remove it"
+
+
+def _single_expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    performance, parallel = config.performance, config.parallel
+    size, whole = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size == 1
+    interleaves = performance.overlap_moe_expert_parallel_comm and parallel.moe_token_dispatcher_type == "alltoall"
+    if interleaves and size == architecture.num_experts and whole and performance.fp8 == "none":
+        yield (
+            f"--overlap-moe-expert-parallel-comm: with --expert-model-parallel-size {size} a process has one expert, "
+            "whose input megatron.core 0.16 frees too early; use a smaller one, or flex"
+        )
+
+
+def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    performance, parallel = config.performance, config.parallel
+    stage = max(1, architecture.num_layers // max(1, parallel.pipeline_model_parallel_size))
+    if performance.recompute_granularity == "full" and performance.recompute_num_layers > stage:
+        yield f"--recompute-num-layers {performance.recompute_num_layers}: a stage has {stage} layers; choose fewer"
+    if performance.fp8 == "none":
+        return
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        count = getattr(performance, name)
+        if performance.first_last_layers_bf16 and not 0 <= count <= stage:
+            yield f"{flag(name)} {count}: must lie between 0 and the {stage} layers of a stage"
+    if performance.fp8_param_gather and performance.fp8 in ("auto", "mxfp8"):
+        # Each weight begins at a multiple of 64 there; megatron.core 0.16 looks for it where the last one ended.
+        for what, size in (("hidden size", architecture.hidden_size), ("head size", architecture.head_dim)):
+            if size % 64:
+                yield (
+                    f"--fp8-param-gather: the {what}, {size}, is no multiple of 64, and with --fp8 {performance.fp8} "
+                    "weights would be read at wrong places of the gradients' buffer; drop it, or choose another --fp8"
+                )
+    # Transformer Engine's FP8 products want multiples of 16 on every side; MXFP8 scales blocks of 32.
+    block = 32 if performance.fp8 in ("auto", "mxfp8") else 16
+    tp, etp = (max(1, n) for n in (parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size))
+    pieces = max(1, parallel.context_parallel_size) * (tp if parallel.sequence_parallel else 1)
+    tokens = config.training.micro_batch_size * config.data.seq_length // pieces
+    query_rows = (architecture.num_attention_heads + 2 * architecture.num_key_value_heads) * architecture.head_dim // tp
+    mlp = architecture.moe_intermediate_size // etp if architecture.is_moe else architecture.intermediate_size // tp
+    # What sequence parallelism gathers must be whole blocks of 128 x 128 (Transformer Engine 2.12,
+    # Float8BlockQuantizer.is_quantizable, asserted by its column-parallel layers).
+    gathers_blocks = performance.fp8 == "blockwise" and parallel.sequence_parallel
+    gathered = 128 if gathers_blocks else block
+    for what, size, multiple in (
+        ("tokens of a micro-batch on a process", tokens, gathered),
+        ("hidden size", architecture.hidden_size, gathered),
+        ("rows of a process's query, key and value matrix", query_rows, block),
+        ("rows of a process's MLP matrix", mlp, block),
+    ):
+        if size % multiple:
+            remedy = "leave out --sequence-parallel, or " if gathers_blocks and size % block == 0 else ""
+            yield (
+                f"--fp8 {performance.fp8}: the {what}, {size}, is no multiple of {multiple}; "
+                f"{remedy}choose other sizes or none"
+            )
+
+
+def _shown(config: RunConfig, name: str) -> str:
+    value = getattr(config.performance, name)
+    if value is True:
+        return flag(name)
+    if value is False:
+        return "--no-" + flag(name)[2:]
+    return f"{flag(name)} {' '.join(value) if isinstance(value, tuple | list) else value}".rstrip()

@@ -1,0 +1,120 @@
+"""Hugging Face directory -> torch_dist checkpoint, without building the model. Memory: a few slabs a worker."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_a2d import __version__
+from megatron_a2d.checkpoint.directory import HF_FILES, RELEASE, TRACKER, copy_hf_files, read_license
+from megatron_a2d.checkpoint.manifest import write_manifest
+from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, num_bytes
+from megatron_a2d.checkpoint.training_facts import read_trained
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.conversion.compare_weights import Check, Comparison, compare_weights
+from megatron_a2d.conversion.end_tokens import read_end_tokens
+from megatron_a2d.conversion.mask_token import choose_mask_token
+from megatron_a2d.conversion.resumable_output import describe_files, size_of_unfinished, unfinished_directory
+from megatron_a2d.conversion.sources import as_megatron, open_checkpoint, open_hf
+from megatron_a2d.conversion.torch_dist_writer import write_torch_dist
+from megatron_a2d.conversion.workers import DEFAULT_WORKERS
+from megatron_a2d.terminal.console import human, progress
+from megatron_a2d.utils.atomic_write import check_new_directory, read_json, write_json
+from megatron_a2d.utils.errors import UserError
+
+
+class Converted(NamedTuple):
+    directory: Path
+    architecture: Architecture
+    num_bytes: int
+    dtypes: set[torch.dtype]
+    mask_token_id: int
+    comparison: Comparison | None  # of the source and what was written; None without `verify`
+
+
+def convert(
+    hf: Path,
+    out: Path,
+    mask_token_id: int | None = None,
+    dtype: torch.dtype | None = None,
+    origin: str | None = None,
+    workers: int = DEFAULT_WORKERS,
+    allow_nonfinite: bool = False,
+    verify: bool = True,
+    check: Check | None = None,
+) -> Converted:
+    """Write the model in `hf` as the release checkpoint `out`.
+
+    `dtype` None keeps the types of the files. `origin`, a hub id, is remembered for model cards. With `verify` what was
+    written is read back, compared and given to `check` before it gets its name. Raises UserError, and leaves nothing
+    behind, when a tensor or the mask token is not as it must be; an interrupted run is continued by the next one.
+    """
+    check_new_directory(out, "--out")
+    with open_hf(hf, check_values=not allow_nonfinite) as weights:
+        config = read_json(hf / "config.json", "the model's configuration")
+        _check_mask_token(hf, mask_token_id, weights.architecture.mask_token_id)
+        config["mask_token_id"] = choose_mask_token(
+            hf, weights.architecture.vocab_size, mask_token_id, weights.architecture.mask_token_id
+        )
+        _check_end(hf, weights.architecture.vocab_size, config["mask_token_id"])
+        if origin:
+            config["_name_or_path"] = origin
+        if license_name := read_license(hf):
+            config["_license"] = license_name
+        checked = FiniteCheck(weights.tensors)
+        tensors = as_megatron(weights._replace(tensors=checked), dtype)
+        size = num_bytes(tensors)
+        check_space(out, size)
+        options = [str(dtype), allow_nonfinite]
+        identity = {"version": __version__, "config": config, "options": options, "source": describe_files(hf)}
+        with unfinished_directory(out, "--out", identity) as work:
+            work.may_keep = lambda: allow_nonfinite or not checked.non_finite
+            release = work.directory / RELEASE
+            (release / HF_FILES).mkdir(parents=True, exist_ok=True)
+            with progress("converting", size, "B", work.num_bytes_done()) as advance:
+                common = {"iteration": 0, "consumed_samples": 0}
+                entries = write_torch_dist(work, RELEASE, tensors, weights.map, common, advance, workers)
+            if not allow_nonfinite and (problems := checked.problems(hf)):
+                raise UserError(problems)
+            copy_hf_files(hf, release / HF_FILES)
+            write_json(release / HF_FILES / "config.json", config)
+            write_manifest(release, entries)
+            (work.directory / TRACKER).write_text(RELEASE + "\n", encoding="utf-8")
+            comparison = None
+            if verify:
+                with open_checkpoint(release) as written:
+                    with progress("verifying", weights.num_bytes(), "B") as advance:
+                        comparison = compare_weights(weights, written, advance, workers)
+                    if check:
+                        check(comparison, weights, written)
+        dtypes = {tensors.dtype(key) for key in tensors.shapes}
+        return Converted(out, weights.architecture, size, dtypes, config["mask_token_id"], comparison)
+
+
+def _check_mask_token(hf: Path, requested: int | None, configured: int | None) -> None:
+    """UserError when a diffusion model is to have another mask token than it was trained with. Checks the rest too."""
+    if read_trained(hf).is_diffusion and requested is not None and configured not in (None, requested):
+        raise UserError(
+            f"--mask-token-id {requested}: {hf} was trained with {configured} (its config.json); leave the flag out"
+        )
+
+
+def _check_end(hf: Path, vocab_size: int, mask: int) -> None:
+    """UserError when the mask token ends texts too, as where a tokenizer declares its end token for want of a mask."""
+    if mask in read_end_tokens(hf, vocab_size).ids:
+        raise UserError(
+            f"{hf}: its mask token, {mask}, is one that ends texts too; give an unused one with --mask-token-id"
+        )
+
+
+def check_space(out: Path, size: int) -> None:
+    """UserError when the disk of the directory `out` cannot take `size` bytes, less what an interrupted run wrote."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size - size_of_unfinished(out):
+        raise UserError(
+            f"--out {out}: needs {human(size, 'B')} and its disk has {human(free, 'B')} left; choose another disk"
+        )

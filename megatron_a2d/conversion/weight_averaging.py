@@ -1,0 +1,143 @@
+"""The mean of several checkpoints of one run, streamed: plain, or an exponential moving average over their order."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_a2d import __version__
+from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, TRACKER, copy_hf_files, directory_name, iteration_of
+from megatron_a2d.checkpoint.manifest import write_manifest
+from megatron_a2d.checkpoint.reader import read_common
+from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, RowSource, Span, num_bytes
+from megatron_a2d.checkpoint.training_facts import read_trained
+from megatron_a2d.conversion.compare_weights import architecture_differences
+from megatron_a2d.conversion.hf_to_torch_dist import check_space
+from megatron_a2d.conversion.resumable_output import describe_files, unfinished_directory
+from megatron_a2d.conversion.sources import Weights, as_megatron, open_checkpoint
+from megatron_a2d.conversion.torch_dist_writer import write_torch_dist
+from megatron_a2d.conversion.workers import DEFAULT_WORKERS
+from megatron_a2d.terminal.console import progress
+from megatron_a2d.utils.atomic_write import check_new_directory
+from megatron_a2d.utils.errors import UserError
+
+
+class Averaged(NamedTuple):
+    directory: Path
+    iterations: list[int]
+    factors: list[float]
+
+
+class MeanRows:
+    """A `RowSource`: the weighted sum of `sources`, in fp32, in the type of the first."""
+
+    def __init__(self, sources: Sequence[RowSource], factors: Sequence[float]):
+        self.shapes: Mapping[str, tuple[int, ...]] = sources[0].shapes
+        self._sources, self._factors = sources, factors
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._sources[0].dtype(name)
+
+    def read(self, span: Span) -> torch.Tensor:
+        total = None
+        for source, factor in zip(self._sources, self._factors, strict=True):
+            rows = source.read(span).float().mul_(factor) if factor != 1 else source.read(span).float()
+            total = rows if total is None else total.add_(rows)
+        assert total is not None
+        return total.to(self.dtype(span.name))
+
+
+def factors_of(count: int, ema_decay: float | None) -> list[float]:
+    """The weight of each of `count` checkpoints, oldest first; they add up to 1.
+
+    With a decay d, those of the recursion ema <- d ema + (1 - d) next that starts from the first.
+    """
+    if ema_decay is None:
+        return [1 / count] * count
+    later = [(1 - ema_decay) * ema_decay ** (count - 1 - i) for i in range(1, count)]
+    return [ema_decay ** (count - 1), *later]
+
+
+def average(
+    checkpoints: Sequence[Path],
+    out: Path,
+    ema_decay: float | None = None,
+    workers: int = DEFAULT_WORKERS,
+    allow_nonfinite: bool = False,
+) -> Averaged:
+    """Write the mean of `checkpoints` as the checkpoint `out`, under the newest one's iteration, with its settings.
+
+    It holds weights only: --finetune trains on from it, export_hf exports it. Raises UserError when the checkpoints
+    are not of one architecture, or hold values that are not finite.
+    """
+    check_new_directory(out, "--out")
+    with ExitStack() as stack:
+        opened = sorted((stack.enter_context(open_checkpoint(path)) for path in checkpoints), key=_iteration)
+        _check_alike(opened)
+        newest, iterations = opened[-1], [_iteration(weights) for weights in opened]
+        factors = factors_of(len(opened), ema_decay)
+        checks = [FiniteCheck(weights.tensors) for weights in opened]
+        # The newest comes first: its types are those of the result.
+        mean = MeanRows(checks[::-1], factors[::-1])
+        tensors = as_megatron(newest._replace(tensors=mean), None)
+        size = num_bytes(tensors)
+        check_space(out, size)
+        sources = [describe_files(weights.directory) for weights in opened]
+        identity = {
+            "version": __version__,
+            "factors": factors,
+            "allow_nonfinite": allow_nonfinite,
+            "sources": sources,
+        }
+        with unfinished_directory(out, "--out", identity) as work:
+            work.may_keep = lambda: allow_nonfinite or not any(check.non_finite for check in checks)
+            place = directory_name(iterations[-1])
+            directory = work.directory / place
+            (directory / HF_FILES).mkdir(parents=True, exist_ok=True)
+            common: dict[str, Any] = {
+                "iteration": iterations[-1],
+                "consumed_samples": read_common(newest.directory).get("consumed_samples"),
+                "averaged_iterations": iterations,
+            }
+            with progress("averaging", size, "B", work.num_bytes_done()) as advance:
+                entries = write_torch_dist(work, place, tensors, newest.map, common, advance, workers)
+            problems = [
+                line
+                for check, weights in zip(checks, opened, strict=True)
+                for line in check.problems(weights.directory)
+            ]
+            if problems and not allow_nonfinite:
+                raise UserError(problems)
+            copy_hf_files(newest.directory / HF_FILES, directory / HF_FILES)
+            if (newest.directory / RUN_CONFIG).exists():
+                shutil.copyfile(newest.directory / RUN_CONFIG, directory / RUN_CONFIG)
+            write_manifest(directory, entries)
+            (work.directory / TRACKER).write_text(f"{iterations[-1]}\n", encoding="utf-8")
+    return Averaged(out, iterations, factors)
+
+
+def _iteration(weights: Weights) -> int:
+    return iteration_of(weights.directory)
+
+
+def _check_alike(opened: Sequence[Weights]) -> None:
+    if len(opened) < 2:
+        raise UserError("--checkpoints: a mean needs at least two; name more iterations")
+    problems = [line for other in opened[1:] for line in architecture_differences(opened[0], other)]
+    masks = {weights.architecture.mask_token_id for weights in opened}
+    if len(masks) > 1:
+        problems.append(
+            f"--checkpoints: their mask tokens differ ({', '.join(map(str, masks))}); name one run's iterations"
+        )
+    if len({read_trained(weights.directory) for weights in opened}) > 1:
+        problems.append("--checkpoints: their objectives or schedules differ; name one run's iterations")
+    directories = [weights.directory.resolve() for weights in opened]
+    twice = sorted({path for path in directories if directories.count(path) > 1})
+    problems += [f"--checkpoints {path}: is named twice; name each once" for path in twice]
+    if problems:
+        raise UserError(problems)

@@ -1,0 +1,181 @@
+"""Micro-batches of one data-parallel rank, made ahead of time by background threads.
+
+Sample indices of iteration k, with M micro-batches and R data-parallel ranks:
+
+    start_sample + k * global_batch_size + (m * R + r) * micro_batch_size + (0 .. micro_batch_size - 1)
+
+The set of samples of an iteration therefore depends on (k, global_batch_size) alone, and a restart needs one
+integer, `start_sample`. A sample is a pure function of its index, and results are handed out in the
+order of the indices: the number of workers cannot change a bit of them.
+A batch takes far less time to make than to train on: one thread keeps ahead, and the step only picks up.
+More of them help where reading a sample waits for a disk or a network.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_a2d.diffusion.attention_masks import everything_open
+from megatron_a2d.utils.atomic_write import new_file
+from megatron_a2d.utils.errors import UserError
+
+
+class Samples(Protocol):
+    """Anything that knows the tokens of a sample: `PackedDataset`."""
+
+    def tokens(self, sample_index: int, /) -> np.ndarray: ...
+
+
+# (tokens [s] int64, sample index) -> what `diffusion.corruption.Corrupted` holds.
+MakeSample = Callable[[np.ndarray, int], Any]
+
+
+class Batch(NamedTuple):
+    """One micro-batch, on the CPU. b = micro_batch_size, s = the model's rows for a sample (RunConfig.input_length)."""
+
+    tokens: Tensor  # [b, s] int64, the model's input
+    labels: Tensor  # [b, s] int64, already shifted
+    weights: Tensor  # [b, s] float32, 0 where a row carries no loss
+    times: Tensor  # [b] float32, diffusion times
+    sample_index: Tensor  # [b] int64
+    num_maskable: Tensor  # [b] int64, each sample's part of the loss's denominator, in tokens
+    documents: Tensor | None = None  # [b, s] int64: only tokens of equal number see one another; None: all do
+    positions: Tensor | None = None  # [b, s] int64; None: 0 .. s - 1
+    annealing: Tensor | None = None  # [b, 2] int64 (diffusion/attention_masks.py); None: no causal mask is left
+    levels: Tensor | None = None  # [b, s] int64 (diffusion/block_diffusion.py); None: there are no blocks
+    # n spans of a sample, each masked at one time, for monitoring (diffusion/corruption.py).
+    spans: Tensor | None = None  # [b, n, 3] float64: time, maskable tokens, masked ones; None: nothing is masked
+    span_of_row: Tensor | None = None  # [b, s] int64; None: all rows belong to the first
+    masked_weights: Tensor | None = None  # [b, s] float32; None: all weights are those of masked tokens
+
+
+def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int) -> Batch:
+    """The samples first .. first + size - 1 as one batch."""
+    indices = range(first, first + size)
+    samples = [make_sample(dataset.tokens(index), index) for index in indices]
+    return Batch(
+        tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
+        labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
+        weights=torch.from_numpy(np.stack([sample.weights for sample in samples])),
+        times=torch.tensor([sample.time for sample in samples], dtype=torch.float32),
+        sample_index=torch.tensor(indices, dtype=torch.int64),
+        num_maskable=torch.tensor([sample.num_maskable for sample in samples], dtype=torch.int64),
+        documents=_stack([sample.documents for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
+        positions=_stack([sample.positions for sample in samples], lambda length: np.arange(length, dtype=np.int64)),
+        annealing=_stack([sample.annealing for sample in samples], lambda _: everything_open()),
+        levels=_stack([sample.levels for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
+        spans=_stack([sample.spans for sample in samples], lambda number: np.zeros((number, 3))),
+        span_of_row=_stack([sample.span_of_row for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
+        masked_weights=_stack(
+            [sample.masked_weights for sample in samples], lambda length: np.zeros(length, dtype=np.float32)
+        ),
+    )
+
+
+def _stack(rows: list[np.ndarray | None], ordinary: Callable[[int], np.ndarray]) -> Tensor | None:
+    """[b, s], with an ordinary row where a sample has none; None where all are ordinary."""
+    length = next((len(row) for row in rows if row is not None), None)
+    if length is None:
+        return None
+    return torch.from_numpy(np.stack([ordinary(length) if row is None else row for row in rows]))
+
+
+def write_batch(path: Path, batch: Batch) -> None:
+    """The batch as an .npz of its fields, for numpy.load."""
+    fields = {name: value.numpy() for name, value in batch._asdict().items() if value is not None}
+    with new_file(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **fields)
+
+
+class MicroBatches(Iterator[Batch]):
+    """An endless iterator: an iteration of training takes `num_microbatches` of it.
+
+    num_workers: threads that prepare batches ahead; 0 prepares each one when it is asked for. An error in a
+    worker is raised by the `next` that would have given its batch, and ends the iterator. `close` (or a
+    `with` block) stops the threads; an iterator that is merely dropped stops them too.
+    """
+
+    def __init__(
+        self,
+        dataset: Samples,
+        make_sample: MakeSample,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start_sample: int = 0,
+        num_workers: int = 1,
+    ):
+        if not 0 <= dp_rank < dp_size or min(micro_batch_size, global_batch_size) < 1 or start_sample < 0:
+            raise ValueError(f"{micro_batch_size=} {global_batch_size=} {dp_rank=} {dp_size=} {start_sample=}")
+        if global_batch_size % (micro_batch_size * dp_size):
+            raise UserError(
+                f"--global-batch-size {global_batch_size}: not a multiple of --micro-batch-size "
+                f"{micro_batch_size} x {dp_size} data-parallel ranks; change one of them"
+            )
+        self.num_microbatches = global_batch_size // (micro_batch_size * dp_size)
+        self._dataset = dataset
+        self._make_sample = make_sample
+        self._size = micro_batch_size
+        # iteration k, micro-batch m is number n = k * num_microbatches + m of this rank, and the formula
+        # above is start_sample + (n * R + r) * micro_batch_size.
+        self._next = start_sample + dp_rank * micro_batch_size
+        self._stride = dp_size * micro_batch_size
+        self._closed = False
+        self._pending: deque[Future[Batch]] = deque()
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches") if num_workers else None
+        # Two in reserve for each worker, and at least a few for steps of several micro-batches.
+        for _ in range(max(4, 2 * num_workers) if self._pool else 0):
+            self._submit()
+
+    def samples(self, first: int, size: int) -> Batch:
+        """The samples first .. first + size - 1, whichever rank they go to."""
+        return make_batch(self._dataset, self._make_sample, first, size)
+
+    def _arguments(self) -> tuple[Samples, MakeSample, int, int]:
+        first = self._next
+        self._next += self._stride
+        return self._dataset, self._make_sample, first, self._size
+
+    def _submit(self) -> None:
+        assert self._pool is not None
+        # No reference to self: dropping the iterator must end its threads.
+        self._pending.append(self._pool.submit(make_batch, *self._arguments()))
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise StopIteration
+        try:
+            if self._pool is None:
+                return make_batch(*self._arguments())
+            batch = self._pending.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self._submit()
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads; what they had prepared is dropped. May be called more than once."""
+        self._closed = True
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __enter__(self) -> MicroBatches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

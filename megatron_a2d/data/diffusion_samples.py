@@ -1,0 +1,137 @@
+"""From a sample's tokens to what the model sees and is judged by: the settings of data and diffusion, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.data.dataloader import MakeSample
+from megatron_a2d.data.indexed_dataset import TokenFile
+from megatron_a2d.diffusion.attention_masks import annealing_of
+from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
+from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token, without_loss
+from megatron_a2d.diffusion.rng import Noise, random_cut
+from megatron_a2d.utils.errors import UserError
+
+
+class Documents(Protocol):
+    """What is asked of a dataset beside the tokens."""
+
+    def documents(self, sample_index: int, /) -> np.ndarray: ...
+
+    def eod_token_id(self) -> int | None: ...
+
+
+def make_sample(
+    config: RunConfig, architecture: Architecture, dataset: Documents, noise_seed: int, for_training: bool = False
+) -> MakeSample:
+    """What the objective makes of a sample's tokens.
+
+    `for_training`: --random-length-prob, --loss-weights, --ar-loss-weight and --conversion are in force. Validation
+    keeps samples whole, weighs them as the bound does, and lets tokens see what they will see in the finished model.
+    """
+    data, diffusion = config.data, config.diffusion
+    isolated = data.document_attention == "isolated"
+    visible = None if data.eod_maskable else _end_of_document(dataset)
+    cut_probability = data.random_length_prob if for_training else 0.0
+    noise = None
+    if diffusion.objective != "ar":
+        assert architecture.mask_token_id is not None
+        noise = Noise(
+            seed=noise_seed,
+            mask_token_id=architecture.mask_token_id,
+            schedule=diffusion.noise_schedule,
+            time_sampling=diffusion.time_sampling,
+            min_time=diffusion.min_time,
+            label_shift=diffusion.label_shift,
+            # Every validation masks as the likelihood bound has it, so that runs can be compared.
+            mask_sampling=diffusion.mask_sampling if for_training else "bernoulli",
+            loss_weights=diffusion.loss_weights if for_training else "mdlm",
+            cart_p=diffusion.cart_p,
+        )
+
+    def make(tokens: np.ndarray, index: int) -> Corrupted:
+        documents = dataset.documents(index) if isolated or data.reset_position_ids else None
+        cut = random_cut(noise_seed, index, len(tokens), cut_probability) if cut_probability else None
+        segments = attention_segments(documents if isolated else None, cut, len(tokens))
+        if noise is None:
+            sample = next_token(tokens, segments, visible)
+        elif for_training and index // config.training.global_batch_size < diffusion.grafting_steps:
+            sample = without_loss(tokens, segments)
+        elif diffusion.objective == "block":
+            sample = corrupt_blocks(
+                tokens, index, noise, diffusion.block_length, segments, visible,
+                causal_context=diffusion.ar_loss_weight > 0,
+                ar_loss_weight=diffusion.ar_loss_weight if for_training else 0.0,
+            )  # fmt: skip
+        else:
+            sample = corrupt(tokens, index, noise, segments, visible)
+        if data.reset_position_ids:
+            positions = positions_within(attention_segments(documents, cut, len(tokens)))
+            repeats = config.input_length // data.seq_length
+            sample = sample._replace(positions=None if positions is None else np.tile(positions, repeats))
+        if for_training and diffusion.conversion == "annealing":
+            iteration = index // config.training.global_batch_size  # bound at a resume, as the samples are
+            steps = diffusion.attention_annealing_steps
+            sample = sample._replace(annealing=annealing_of(noise_seed, index, iteration, steps))
+        return sample
+
+    return make
+
+
+def find_data_problems(config: RunConfig, files: Sequence[TokenFile]) -> Iterator[str]:
+    """Settings that need documents, or their ends, in data that has none."""
+    data = config.data
+    flags = {
+        "--document-attention isolated": data.document_attention == "isolated",
+        "--reset-position-ids": data.reset_position_ids,
+        "--no-eod-maskable": not data.eod_maskable,
+    }
+    if not (wanted := [name for name, is_set in flags.items() if is_set]):
+        return
+    one_document = [file for file in files if file.num_documents == 1 and not file.ends_documents()]
+    no_end = [file for file in files if not file.ends_documents()] if not data.eod_maskable else []
+    for file in dict.fromkeys([*one_document, *no_end]):
+        if file.is_described and file.eod_token_id is not None and len(files) > 1:
+            continue  # a source that is one document, beside others
+        known = (
+            "no end-of-document token is known for it"
+            if file.eod_token_id is None
+            else (f"it holds no end-of-document token {file.eod_token_id}")
+        )
+        reason = f"its index names one document and {known}" if file in one_document else known
+        yield (
+            f"{' and '.join(wanted)}: without effect on {file.prefix}: {reason}; tokenise with --append-eod, or "
+            "leave the setting out"
+        )
+
+
+def attention_segments(documents_L: np.ndarray | None, cut: int | None, length: int) -> np.ndarray | None:
+    """[L] int64, another number after each border between documents and after the cut; None without a border."""
+    if cut is None:
+        return documents_L
+    after = (np.arange(length) >= cut).astype(np.int64)
+    return after if documents_L is None else 2 * documents_L + after
+
+
+def positions_within(segments_L: np.ndarray | None) -> np.ndarray | None:
+    """[L] int64, counted from 0 in each run of equal numbers."""
+    if segments_L is None:
+        return None
+    index = np.arange(len(segments_L))
+    begins = np.append(True, segments_L[1:] != segments_L[:-1])
+    return index - np.maximum.accumulate(np.where(begins, index, 0))
+
+
+def _end_of_document(dataset: Documents) -> int:
+    token = dataset.eod_token_id()
+    if token is None:
+        raise UserError(
+            "--no-eod-maskable: the tokens' description (PREFIX.json) names no end-of-document token; tokenise with "
+            "--append-eod, or leave the flag out"
+        )
+    return token

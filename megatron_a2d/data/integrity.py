@@ -1,0 +1,181 @@
+"""What lies beside a token file: its description (`PREFIX.json`) and its checksums (`PREFIX.sums`).
+
+Megatron's format has no checksums. `data_prep.tokenize_corpus` writes one of 64 bits (XXH3) for every 16 KiB of
+`PREFIX.bin`, and puts those of the index and of the table itself into the description, which carries its own. A read
+then checks the blocks that it touches, at several GB/s: nothing has to be scanned before a run, and a flipped bit
+is found wherever it is. Files without a description are read without.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_a2d.data.indexed_dataset import TokenFile
+from megatron_a2d.utils.atomic_write import read_json, regular, write_json
+from megatron_a2d.utils.errors import UserError
+
+BLOCK = 1 << 14
+REWRITE = "write it again with data_prep.tokenize_corpus"
+INDEX_CHECKSUM, TABLE_CHECKSUM, OWN_CHECKSUM = "index_checksum", "sums_checksum", "checksum"
+_NUMBERS = ("vocab_size", "documents", "tokens", "max_token_id", "max_token_document", "eod_token_id")
+
+
+def checksum(data: bytes) -> str:
+    """XXH3 of 64 bits, 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes; fewer only where the file ends."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more  # one call reads 2 GiB at most
+    return data
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """The table of a token file."""
+
+    blocks: np.ndarray  # [number of blocks] uint64, memory-mapped
+    digest: str  # the table's own
+
+    def first_difference(self, data: bytes, first_block: int) -> int | None:
+        """The number of the first block of `data`, which begins with block `first_block`, that is not as it was."""
+        view = memoryview(data)
+        for number, start in enumerate(range(0, len(data), BLOCK), start=first_block):
+            if (
+                number >= len(self.blocks)
+                or xxhash.xxh3_64_intdigest(view[start : start + BLOCK]) != self.blocks[number]
+            ):
+                return number
+        return None
+
+
+def open_checksums(prefix: str, metadata: dict[str, Any], whole: bool) -> Checksums | None:
+    """The table that the description promises, None where it promises none. `whole`: compare table and index with
+    their own checksums, and lengths with the description."""
+    digest = metadata.get(TABLE_CHECKSUM)
+    if digest is None:
+        return None
+    table, tokens, index = Path(f"{prefix}.sums"), Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    if not table.is_file():
+        raise UserError(f"{prefix}: {table.name} is missing beside {tokens.name}; copy it too, or {REWRITE}")
+    expected = 8 * -(-tokens.stat().st_size // BLOCK)
+    if table.stat().st_size != expected:
+        raise UserError(
+            f"{table}: has {table.stat().st_size} bytes where {tokens.name} needs {expected}; copy both again, "
+            f"or {REWRITE}"
+        )
+    if whole:
+        for path, known in ((table, digest), (index, metadata.get(INDEX_CHECKSUM))):
+            if file_checksum(path) != known:
+                raise UserError(f"{path}: is not what {prefix}.json says, it is damaged; copy it again, or {REWRITE}")
+    return Checksums(np.memmap(table, mode="r", dtype="<u8"), str(digest))
+
+
+def file_checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with open(path, "rb", opener=regular) as stream:
+        while data := stream.read(1 << 22):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+class BlockHasher:
+    """Makes the table of a token file while it is written."""
+
+    def __init__(self) -> None:
+        self._open, self._filled = xxhash.xxh3_64(), 0  # the block that is not full yet
+
+    def update(self, data: memoryview) -> bytes:
+        """The table's next entries, after `data`."""
+        sums = []
+        start = min(BLOCK - self._filled, len(data)) if self._filled else 0
+        if self._filled:
+            self._open.update(data[:start])
+            self._filled += start
+            if self._filled < BLOCK:
+                return b""
+            sums.append(self._open.intdigest())
+        whole = len(data) - (len(data) - start) % BLOCK
+        sums += [xxhash.xxh3_64_intdigest(data[at : at + BLOCK]) for at in range(start, whole, BLOCK)]
+        self._open, self._filled = xxhash.xxh3_64(data[whole:]), len(data) - whole
+        return np.array(sums, dtype="<u8").tobytes()
+
+    def finish(self) -> bytes:
+        """The last entry, of a block that is not full."""
+        return np.array([self._open.intdigest()] if self._filled else [], dtype="<u8").tobytes()
+
+
+def write_metadata(path: Path, values: dict[str, Any]) -> None:
+    """Write a description, with its own checksum."""
+    write_json(path, {**values, OWN_CHECKSUM: _own_checksum(values)})
+
+
+def read_metadata(prefix: str | Path) -> dict[str, Any] | None:
+    """What `data_prep.tokenize_corpus` wrote beside the tokens (`PREFIX.json`), None where there is nothing.
+
+    Keys: tokenizer, vocab_size (ids that the tokenizer can give), eod_token_id (or None), documents, tokens,
+    max_token_id and max_token_document, and the checksums.
+    """
+    path = Path(f"{prefix}.json")
+    if not path.exists():
+        return None
+    values = read_json(path, "the tokens' description")
+    wrong = [name for name in _NUMBERS if not isinstance(values.get(name), int | None)]
+    stamped = OWN_CHECKSUM in values or TABLE_CHECKSUM in values
+    if wrong or (stamped and values.pop(OWN_CHECKSUM, None) != _own_checksum(values)):
+        raise UserError(f"{path}: the tokens' description was changed or is damaged; copy it again, or {REWRITE}")
+    return values
+
+
+def _own_checksum(values: dict[str, Any]) -> str:
+    return checksum(json.dumps(values, sort_keys=True).encode())
+
+
+class BackgroundScan:
+    """One thread over the whole of `files`; `check` raises what it has found. `close` stops it."""
+
+    def __init__(self, files: Sequence[TokenFile]):
+        self._files = list(files)
+        self._problem: BaseException | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scan", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises the UserError of the first problem found so far."""
+        if self._problem is not None:
+            raise self._problem
+
+    @property
+    def finished(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the end, at most so many seconds, and `check`."""
+        self._thread.join(timeout)
+        self.check()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for file in self._files:
+                for _ in file.scan():
+                    if self._stop.is_set():
+                        return
+        except (UserError, OSError) as error:
+            self._problem = error

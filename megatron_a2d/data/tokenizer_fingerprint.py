@@ -1,0 +1,121 @@
+"""Whose tokens a file holds: the vocabulary that made them, against other sources' and the model's.
+
+`data_prep.tokenize_corpus` records a fingerprint of the vocabulary (which id is which token) and the added tokens. The
+added ones are compared one by one: a checkpoint's tokenizer may have more (a mask token), and that changes no text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from megatron_a2d.data.integrity import checksum
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+
+
+class Described(Protocol):
+    """A `TokenFile`. (Its module takes seconds to import, which data_prep does not wait for.)"""
+
+    prefix: str
+    metadata: dict[str, Any]
+
+
+class Vocabulary(NamedTuple):
+    """Which tokens a tokenizer gives."""
+
+    fingerprint: str  # of all (id, token) but the added ones, 16 hexadecimal digits
+    added: dict[int, str]  # special tokens and the like, by their ids
+
+    def description(self) -> dict[str, Any]:
+        """What a token file's description says of it."""
+        return {"vocabulary": self.fingerprint, "added_tokens": {str(i): token for i, token in self.added.items()}}
+
+
+def vocabulary_of(tokenizer: Path) -> Vocabulary | None:
+    """Of a tokenizer.json, a sentencepiece .model, or a directory with one of them or a vocab.json; None without."""
+    candidates = [tokenizer]
+    if tokenizer.is_dir():
+        candidates = [tokenizer / "tokenizer.json", tokenizer / "vocab.json", *sorted(tokenizer.glob("*.model"))]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        return None
+    if path.suffix == ".model":
+        return _of_pairs(enumerate(_pieces(path)), {})
+    content = read_json(path, "the tokenizer")
+    if path.name == "vocab.json":
+        return _of_pairs(((i, token) for token, i in content.items()), _declared(path.parent))
+    return vocabulary_in(content)
+
+
+def vocabulary_in(content: dict[str, Any]) -> Vocabulary:
+    """Of what a tokenizer.json holds."""
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    added = {item["id"]: item["content"] for item in content.get("added_tokens") or []}
+    if isinstance(vocabulary, list):  # unigram: [token, score], the id is the position
+        return _of_pairs(enumerate(item[0] for item in vocabulary), added)
+    return _of_pairs(((i, token) for token, i in (vocabulary or {}).items()), added)
+
+
+def _of_pairs(pairs: Any, added: dict[int, str]) -> Vocabulary:
+    plain = sorted([i, token] for i, token in pairs if i not in added)
+    return Vocabulary(checksum(json.dumps(plain).encode()), dict(sorted(added.items())))
+
+
+def _declared(directory: Path) -> dict[int, str]:
+    path = directory / "tokenizer_config.json"
+    content = read_json(path, "the tokenizer's configuration") if path.is_file() else {}
+    return {int(i): item["content"] for i, item in (content.get("added_tokens_decoder") or {}).items()}
+
+
+def _pieces(path: Path) -> list[str]:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: the tokenizer cannot be read ({error}); fetch it again") from None
+    return [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+
+
+def recorded_vocabulary(file: Described) -> Vocabulary | None:
+    """The vocabulary of a token file's description; where it has only the tokenizer's path, of what lies there."""
+    metadata = file.metadata
+    if isinstance(fingerprint := metadata.get("vocabulary"), str):
+        return Vocabulary(fingerprint, {int(i): token for i, token in (metadata.get("added_tokens") or {}).items()})
+    named = metadata.get("tokenizer")
+    return vocabulary_of(Path(named)) if isinstance(named, str) and named and Path(named).exists() else None
+
+
+def find_foreign_tokens(files: Sequence[Described], model: Vocabulary | None) -> Iterator[str]:
+    """A line for each file whose tokens are not those of the model's vocabulary, or of the first file's that says."""
+    remedy = "tokenise with the checkpoint's tokenizer, or pass with --no-verify-tokenizer"
+    against, whose = model, "the checkpoint's tokenizer"
+    ends: tuple[int | None, str] | None = None
+    for file in files:
+        name = f"{file.prefix}, made by {file.metadata.get('tokenizer')}"
+        mine = recorded_vocabulary(file)
+        if mine and against and mine.fingerprint != against.fingerprint:
+            yield f"{name}: its tokens are those of another vocabulary than {whose} has; {remedy}"
+        elif mine and against:
+            for i in sorted(mine.added.keys() & against.added.keys()):
+                if mine.added[i] != against.added[i]:
+                    yield f"{name}: token {i} is {mine.added[i]!r}, and {against.added[i]!r} in {whose}; {remedy}"
+                    break
+        elif mine:
+            against, whose = mine, f"{file.prefix}"
+        if "eod_token_id" in file.metadata:
+            here = file.metadata["eod_token_id"], file.prefix
+            ends = ends or here
+            if ends[0] != here[0]:
+                yield (
+                    f"{name}: its documents end with {_end(here[0])}, those of {ends[1]} with {_end(ends[0])}; "
+                    "tokenise all sources alike, or pass with --no-verify-tokenizer"
+                )
+
+
+def _end(token: int | None) -> str:
+    return "no token" if token is None else f"token {token}"

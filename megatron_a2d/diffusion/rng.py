@@ -1,0 +1,113 @@
+"""Randomness as a pure function of (seed, sample index, position).
+
+A counter-based generator (Philox, Salmon et al. 2011) is asked for the numbers of one sample by the
+sample's global index. No state is carried from one sample to the next, so every worker, rank, restart
+and layout sees bit-identical noise, and nothing about noise is ever checkpointed. Only the generator's
+raw bits are used: numpy guarantees that their stream never changes.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_a2d.diffusion.noise_schedule import SCHEDULES, Schedule
+
+# The golden ratio's inverse as a 64-bit fixed-point fraction. Multiples of it, modulo 1, spread any run
+# of consecutive indices evenly (the additive recurrence of Weyl; Kronecker sequence).
+_INVERSE_GOLDEN_RATIO = 0x9E3779B97F4A7C15
+_MASK_64 = (1 << 64) - 1
+
+TIME_SAMPLINGS = ("low_discrepancy", "uniform")
+
+
+class Stream(enum.IntEnum):
+    """Every stream of random numbers that is drawn by (seed, index), of the whole project.
+
+    Philox keys are 128 bits: the seed, and which of its independent streams. A number is never changed and never used
+    again: runs that are resumed must see what they saw before. Weights that are drawn (training/initialization.py) have
+    keys of their own, hashes of a tensor's name.
+    """
+
+    MASK = 0  # which tokens of a sample are masked
+    TIME = 1  # a sample's time; of low-discrepancy times, the first
+    CUT = 2  # whether and where a training sample is cut in two
+    ATTENTION = 3  # the open entries of a sample's attention while it is annealed
+    CONTINUATION = 4  # the masks from which a continuation's likelihood is estimated
+    STUDY_HOLE = 101  # where a held-out sample of a study has its hole
+    STUDY_TIME = 102  # the times that a study compares with ours
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Everything that decides which tokens of a sample are masked."""
+
+    seed: int
+    mask_token_id: int
+    schedule: str = "linear"
+    time_sampling: str = "low_discrepancy"
+    min_time: float = 1e-3
+    label_shift: bool = True
+    mask_sampling: str = "bernoulli"
+    loss_weights: str = "mdlm"
+    cart_p: float = 0.8
+
+    def __post_init__(self) -> None:
+        assert self.schedule in SCHEDULES and self.time_sampling in TIME_SAMPLINGS
+        assert 0 < self.min_time < 1 and self.seed >= 0
+
+    @property
+    def functions(self) -> Schedule:
+        return SCHEDULES[self.schedule]
+
+    def time(self, sample_index: int) -> float:
+        """The diffusion time of a sample, in [min_time, 1].
+
+        low_discrepancy: t_i = frac(u(seed) + i / phi). Whatever the batch size, the layout or the point
+        of a restart, the samples of a batch have consecutive indices, and so evenly spread times.
+        """
+        if self.time_sampling == "uniform":
+            fraction = uniforms(self.seed, Stream.TIME, sample_index, 1)[0]
+        else:
+            fraction = ((_first_time(self.seed) + sample_index * _INVERSE_GOLDEN_RATIO) & _MASK_64) / 2.0**64
+        return self.min_time + (1 - self.min_time) * float(fraction)
+
+    def uniforms(self, sample_index: int, length: int) -> np.ndarray:
+        """One number in [0, 1) for each position of a sample, [length] float64."""
+        return uniforms(self.seed, Stream.MASK, sample_index, length)
+
+
+@lru_cache(maxsize=64)
+def _first_time(seed: int) -> int:
+    """Where the times of sample 0 on begin, in units of 2**-64."""
+    return int(_bits(seed, Stream.TIME, 0, 1)[0])
+
+
+def attention_key(seed: int, sample_index: int) -> int:
+    """What decides a sample's random attention entries (diffusion/attention_masks.py), a signed 64-bit number."""
+    return int(_bits(seed, Stream.ATTENTION, sample_index, 1).view(np.int64)[0])
+
+
+def random_cut(seed: int, sample_index: int, length: int, probability: float) -> int | None:
+    """Where a sample is cut in two, 1 .. length - 1, or None for the many that stay whole.
+
+    LLaDA (Nie et al. 2025) gives 1% of its samples a random length, drawn uniformly. Here the rest of such a sample
+    is not thrown away: it becomes a second one, isolated from the first, and every shape stays as it was.
+    """
+    chosen, place = uniforms(seed, Stream.CUT, sample_index, 2)
+    return 1 + int(place * (length - 1)) if chosen < probability and length > 1 else None
+
+
+def _bits(seed: int, stream: Stream, sample_index: int, count: int) -> np.ndarray:
+    assert 0 <= seed < 1 << 64, "the rest of the key is the stream"
+    # The counter's low word counts within the sample; the sample index is a word of its own.
+    generator = np.random.Philox(key=seed + (stream << 64), counter=sample_index << 64)
+    return generator.random_raw(count)
+
+
+def uniforms(seed: int, stream: Stream, sample_index: int, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) with 53 random bits each; a longer draw begins with the shorter one."""
+    return (_bits(seed, stream, sample_index, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53

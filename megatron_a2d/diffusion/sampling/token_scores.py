@@ -1,0 +1,107 @@
+"""From logits to what a sampler needs of a row: the token it would take, how sure it is, and the entropy.
+
+The mask token is never predicted, and filters leave entropies finite. Logits are looked at a few rows at a
+time: at a vocabulary of 152k they are far larger than everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_a2d.diffusion.model_interface import Head, Reduce, logits_in_parts
+from megatron_a2d.diffusion.sampling_options import SamplingOptions
+
+
+class Scores(NamedTuple):
+    """Of each considered position, [N]."""
+
+    tokens: Tensor  # int64
+    log_confidence: Tensor  # fp32, log-probability of that token
+    entropy: Tensor  # fp32, nats
+
+
+def scorer(options: SamplingOptions, mask_token_id: int, uniforms_N: Tensor | None) -> Reduce:
+    """The `reduce` of a forward pass. `uniforms_N` [N] fp64 decides draws; None takes the likeliest token.
+
+    Under guidance the second half of the rows are those without the given text.
+    """
+
+    def reduce(hidden_ND: Tensor, head: Head) -> tuple[Tensor, ...]:
+        num_rows = len(hidden_ND) // (2 if options.guidance else 1)
+        unconditional = logits_in_parts(hidden_ND[num_rows:], head)
+        found = []
+        for part, logits_nV in logits_in_parts(hidden_ND[:num_rows], head):
+            if options.guidance:
+                logits_nV = logits_nV + options.guidance * (logits_nV - next(unconditional)[1])
+            found.append(_score(logits_nV, options, mask_token_id, None if uniforms_N is None else uniforms_N[part]))
+        return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+    return reduce
+
+
+def _score(logits_nV: Tensor, options: SamplingOptions, mask_token_id: int, uniforms_n: Tensor | None) -> Scores:
+    logits_nV[:, mask_token_id] = -torch.inf
+    if options.temperature > 0 and options.temperature != 1:
+        logits_nV = logits_nV / options.temperature
+    logits_nV = _filter(logits_nV, options.top_k, options.top_p)
+    # With z = logits - max: log-probabilities are z - log(sum exp z), and the entropy is log(sum) - sum(p z).
+    best_n, likeliest_n = logits_nV.max(-1)
+    z_nV = logits_nV.sub_(best_n[:, None])
+    weights_nV = z_nV.exp()
+    sum_n = weights_nV.sum(-1)
+    if options.top_k or options.top_p < 1:
+        z_nV = z_nV.masked_fill(weights_nV == 0, 0.0)  # impossible tokens add 0, not 0 * -inf
+    else:
+        z_nV[:, mask_token_id] = 0.0
+    entropy_n = sum_n.log() - torch.linalg.vecdot(weights_nV, z_nV) / sum_n
+    if uniforms_n is None:
+        return Scores(likeliest_n, -sum_n.log(), entropy_n)
+    tokens_n = _draw(weights_nV, uniforms_n)
+    chosen_n = weights_nV.gather(-1, tokens_n[:, None])[:, 0]
+    return Scores(tokens_n, (chosen_n / sum_n).log(), entropy_n)
+
+
+def _filter(logits_nV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """-inf for all but the likeliest tokens: top-k, then top-p of what that left."""
+    if 0 < top_k < logits_nV.shape[-1]:
+        values, indices = logits_nV.topk(top_k, dim=-1)
+        logits_nV = torch.full_like(logits_nV, -torch.inf).scatter(-1, indices, values)
+    if top_p < 1:
+        values, indices = logits_nV.sort(dim=-1, descending=True)
+        probabilities = values.softmax(-1)
+        # A token goes when the likelier ones alone have reached the mass top_p; the first always stays.
+        values = values.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, -torch.inf)
+        logits_nV = torch.full_like(logits_nV, -torch.inf).scatter(-1, indices, values)
+    return logits_nV
+
+
+def _draw(weights_nV: Tensor, uniforms_n: Tensor) -> Tensor:
+    """One token a row by inverting the cumulative distribution, in fp64 for the rare tokens' sake."""
+    cumulative_nV = weights_nV.double().cumsum(-1)
+    total_n = cumulative_nV[:, -1]
+    targets_n = torch.minimum(uniforms_n * total_n, torch.nextafter(total_n, torch.zeros_like(total_n)))
+    return torch.searchsorted(cumulative_nV, targets_n[:, None], right=True)[:, 0]
+
+
+def row_seed(seed: int, row: int) -> int:
+    """A 32-bit seed for one row of a batch, mixed so that neighbouring seeds and rows share nothing."""
+    value = (seed * 0x9E3779B97F4A7C15 + row + 1) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finaliser
+        value = (value ^ (value >> shift)) * factor % 2**64
+    return value >> 32
+
+
+def position_uniforms(seed: int | Sequence[int], batch: int, length: int) -> Tensor:
+    """One uniform number for each position, [B, L] fp64; each position is drawn once, so one is enough.
+
+    They come from a generator of each row on the CPU. One seed a row, or one number from which `row_seed` makes them.
+    """
+    seeds = [row_seed(seed, row) for row in range(batch)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} rows; give one seed a row, or a single number")
+    draws = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(value)) for value in seeds]
+    return torch.stack(draws)

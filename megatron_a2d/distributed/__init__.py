@@ -1,0 +1,1 @@
+"""Processes of a run: launch environment, process groups, rank failures, hang detection, step timers."""

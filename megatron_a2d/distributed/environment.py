@@ -1,0 +1,175 @@
+"""Environment variables and processor cores of a process, computed from the settings and the GPU.
+
+CUDA, NCCL and torch's allocator read most of them once, when they start. `apply` therefore runs before anything touches
+CUDA, and asks the driver (NVML) for the GPU. Nothing is left to the user: what is computed here overrides what was set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_a2d.config.settings import RunConfig
+
+
+class Gpu(NamedTuple):
+    """The first GPU of this machine; the others are taken to be alike."""
+
+    name: str
+    capability: tuple[int, int]  # 8.0 Ampere, 9.0 Hopper, 10.0 Blackwell
+
+    @property
+    def nvlink_domain(self) -> int:
+        """GPUs that NVLink connects: 72 in the racks with Grace processors, 8 in other servers."""
+        return 72 if self.name.removeprefix("NVIDIA ").startswith(("GB200", "GB300")) else 8
+
+
+def environment(config: RunConfig, gpu: Gpu | None) -> dict[str, str]:
+    """The variables of a training process on `gpu`; none without one."""
+    if gpu is None:
+        return {}
+    parallel, performance = config.parallel, config.performance
+    values = {
+        # Buffers of varying size, such as those of routed tokens, leave no unusable holes.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        # Memory of tensors that were sent is free as soon as the sender drops them.
+        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+    }
+    if performance.overlap_moe_expert_parallel_comm:
+        values["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # its two streams must not queue behind one another
+    elif gpu.capability < (10, 0) and max(parallel.tensor_model_parallel_size, parallel.context_parallel_size) > 1:
+        values["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # kernels start in the order of the calls: communication first
+    if gpu.capability >= (10, 0):
+        values["NCCL_NVLS_ENABLE"] = "0"  # NVLink SHARP takes memory that the model needs
+    if performance.cuda_graph_impl != "none":
+        values["NCCL_GRAPH_REGISTER"] = "0"  # registered buffers and expandable segments fault
+    if parallel.moe_token_dispatcher_type == "flex" and performance.moe_flex_dispatcher_backend != "deepep":
+        domain = gpu.nvlink_domain
+        values["NVLINK_DOMAIN_SIZE"] = str(domain)
+        values["USE_MNNVL"] = "1" if domain > 8 else "0"
+        ranks = min(domain, parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
+        values["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] = str(ranks)
+    return values
+
+
+def own_cores(
+    allowed: Collection[int],
+    near: Sequence[Collection[int]],
+    local_rank: int,
+    first_thread: Mapping[int, int] | None = None,
+) -> list[int]:
+    """This process's cores: its share of those that are near its GPU, with the processes whose GPUs have the same ones.
+
+    `near[r]`: the cores on the side of the machine where rank r's GPU is; empty if that is not known, and then nothing
+    is bound. `first_thread`: of each core (hardware thread) the first one that shares its execution units; they stay
+    together.
+    """
+    mine = frozenset(near[local_rank])
+    sharers = [rank for rank, cores in enumerate(near) if frozenset(cores) == mine]
+    order = first_thread or {}
+    cores = sorted(mine & set(allowed), key=lambda core: (order.get(core, core), core))
+    if not cores:
+        return sorted(allowed)
+    share, place = len(cores) // len(sharers), sharers.index(local_rank)
+    return sorted(cores[place * share : (place + 1) * share] if share else cores)
+
+
+def find_near_cores(num_gpus: int) -> list[list[int]]:
+    """For each of this machine's first GPUs, as CUDA_VISIBLE_DEVICES orders them, the cores on its side of the machine.
+
+    By the driver and the kernel (local_cpulist of the GPU's PCI device); empty where either does not say.
+    """
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = visible or [str(number) for number in range(num_gpus)]
+    return [_near_cores(names[number]) if number < len(names) else [] for number in range(num_gpus)]
+
+
+def _near_cores(gpu: str) -> list[int]:
+    """`gpu`: its number or its UUID."""
+    nvml = _nvml()
+    device, pci = ctypes.c_void_p(), _PciInfo()
+    if nvml is None:
+        return []
+    if gpu.isdecimal():
+        code = nvml.nvmlDeviceGetHandleByIndex_v2(int(gpu), ctypes.byref(device))
+    else:
+        code = nvml.nvmlDeviceGetHandleByUUID(gpu.encode(), ctypes.byref(device))
+    if code or nvml.nvmlDeviceGetPciInfo_v3(device, ctypes.byref(pci)):
+        return []
+    name = f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"
+    try:
+        return parse_cpu_list(Path(f"/sys/bus/pci/devices/{name}/local_cpulist").read_text())
+    except (OSError, ValueError):
+        return []
+
+
+def parse_cpu_list(text: str) -> list[int]:
+    """The kernel's notation: 0-55,112-167."""
+    cores: list[int] = []
+    for part in text.strip().split(",") if text.strip() else []:
+        first, _, last = part.partition("-")
+        cores += range(int(first), int(last or first) + 1)
+    return cores
+
+
+def _first_threads(cores: Collection[int]) -> dict[int, int]:
+    known = {}
+    for core in cores:
+        path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+        with contextlib.suppress(OSError, ValueError):
+            known[core] = min(parse_cpu_list(path.read_text()), default=core)
+    return known
+
+
+class _PciInfo(ctypes.Structure):
+    """NVML's nvmlPciInfo_t."""
+
+    _fields_ = (
+        ("bus_id_legacy", ctypes.c_char * 16), ("domain", ctypes.c_uint), ("bus", ctypes.c_uint),
+        ("device", ctypes.c_uint), ("device_id", ctypes.c_uint), ("subsystem_id", ctypes.c_uint),
+        ("bus_id", ctypes.c_char * 32),
+    )  # fmt: skip
+
+
+def _nvml() -> ctypes.CDLL | None:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    return None if nvml.nvmlInit_v2() else nvml
+
+
+def find_gpu() -> Gpu | None:
+    """Asked of the driver, without starting CUDA; None on a machine without an NVIDIA GPU."""
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    device, name = ctypes.c_void_p(), ctypes.create_string_buffer(96)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    calls = (
+        lambda: nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)),
+        lambda: nvml.nvmlDeviceGetName(device, name, len(name)),
+        lambda: nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)),
+    )
+    if any(call() for call in calls):
+        return None
+    return Gpu(name.value.decode(), (major.value, minor.value))
+
+
+def as_text(values: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in sorted(values.items())) or "nothing to set without a GPU"
+
+
+def apply(config: RunConfig) -> dict[str, str]:
+    """Set what `environment` says in this process, and bind it to its cores; returns the variables."""
+    values = environment(config, gpu := find_gpu())
+    os.environ.update(values)
+    if gpu is not None and hasattr(os, "sched_setaffinity"):
+        rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, own_cores(allowed, find_near_cores(size), rank, _first_threads(allowed)))
+    return values

@@ -1,0 +1,159 @@
+"""Where the time of a step goes: phases that are marked in the code and measured while a profile is taken.
+
+    with phase("data"): ...                                     a part of the code
+    both_ways("head", function, hidden, ...)                    a part of the model, and of its backward pass
+
+A phase inside another one is not counted in that one. What megatron.core does is told by itself: its schedules report
+to `config.timers`. Each phase is a scope of the same name in torch's profiler as well, around them one called step.
+
+While nothing is measured, a mark is a function call that returns one shared object without effect, `config.timers` is
+None, and no hook is on any tensor. On a GPU the time between two marks is that of the stream on which the step runs,
+so nothing waits for a mark; what other streams do beside it is seen in the trace alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import record_function
+
+from megatron_a2d.megatron_compat.device import has_cuda
+
+PHASES = ("data", "forward", "head", "backward", "all-to-all", "pipeline", "reduction", "optimizer", "rest")
+
+# What megatron.core calls its parts. Waiting for another stage's tensors ends in -recv or -send.
+_TIMERS = {
+    "forward-compute": "forward",
+    "backward-compute": "backward",
+    "all-grads-sync": "reduction",
+    "non-tensor-parallel-grads-all-reduce": "reduction",
+    "embedding-grads-all-reduce": "reduction",
+}
+
+_OFF: AbstractContextManager[None] = nullcontext()
+_recorder: Recorder | None = None
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """What is done in this context is phase `name` of PHASES."""
+    return _OFF if _recorder is None else _recorder.span(name)
+
+
+def both_ways(name: str, function: Callable[..., Any], tensor: torch.Tensor, *arguments: Any) -> Any:
+    """function(tensor, *arguments) as phase `name`, its backward pass from the (first) result to `tensor` too."""
+    recorder = _recorder
+    if recorder is None:
+        return function(tensor, *arguments)
+    with recorder.span(name):
+        result = function(tensor, *arguments)
+    first = result[0] if isinstance(result, tuple) else result
+    if tensor.requires_grad and first.requires_grad:
+        first.register_hook(lambda gradient: recorder.enter(name))
+        tensor.register_hook(lambda gradient: recorder.leave(name))
+    return result
+
+
+class Recorder:
+    """Measures the phases of the steps that run inside `measuring`."""
+
+    def __init__(self, configs: list[Any]):
+        """`configs`: megatron.core's configurations of this rank's model chunks."""
+        self._configs = configs
+        self._scopes: list[tuple[str, Any]] = []
+        self._changes: list[tuple[Any, str | None]] = []  # from this moment on, time belongs to that phase
+        self._stream: Any = None  # the step's; not the default one, where kernels are recorded
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """One step."""
+        global _recorder
+        assert _recorder is None
+        self._stream = torch.cuda.current_stream() if has_cuda() else None
+        _recorder, exchange = self, dist.all_to_all_single
+
+        def all_to_all(*arguments: Any, **options: Any) -> Any:
+            with self.span("all-to-all"):
+                return exchange(*arguments, **options)
+
+        dist.all_to_all_single = all_to_all
+        for config in self._configs:
+            config.timers = self._timer
+        self.enter("rest")
+        try:
+            yield
+        finally:
+            self.leave("rest")
+            _recorder, dist.all_to_all_single = None, exchange
+            for config in self._configs:
+                config.timers = None
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave(name)
+
+    def enter(self, name: str) -> None:
+        assert name in PHASES, name
+        scope = record_function("step" if name == "rest" else name)  # in the trace it spans the others
+        scope.__enter__()
+        self._scopes.append((name, scope))
+        self._changes.append((_now(self._stream), name))
+
+    def leave(self, name: str) -> None:
+        """End this phase, and what was begun in it and not ended."""
+        while True:
+            inner, scope = self._scopes.pop()
+            scope.__exit__(None, None, None)
+            if inner == name:
+                break
+        self._changes.append((_now(self._stream), self._scopes[-1][0] if self._scopes else None))
+
+    def milliseconds(self) -> dict[str, float]:
+        """All measured steps' time by phase; on a GPU it waits for the last of them to end."""
+        if has_cuda():
+            torch.cuda.synchronize()
+        total = dict.fromkeys(PHASES, 0.0)
+        for (begin, name), (end, _) in zip(self._changes, self._changes[1:], strict=False):
+            if name is not None:
+                total[name] += _milliseconds(begin, end)
+        return total
+
+    def _timer(self, name: str, log_level: int | None = None) -> _Timer:
+        """In the place of megatron.core's Timers."""
+        is_waiting = name.endswith(("-recv", "-send"))
+        return _Timer(self, "pipeline" if is_waiting else _TIMERS.get(name))
+
+
+class _Timer:
+    """In the place of one of megatron.core's timers."""
+
+    def __init__(self, recorder: Recorder, name: str | None):
+        self._recorder, self._name = recorder, name
+
+    def start(self, barrier: bool = False) -> None:
+        if self._name:
+            self._recorder.enter(self._name)
+
+    def stop(self, barrier: bool = False) -> None:
+        if self._name:
+            self._recorder.leave(self._name)
+
+
+def _now(stream: Any) -> Any:
+    if stream is None:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
+
+
+def _milliseconds(begin: Any, end: Any) -> float:
+    return begin.elapsed_time(end) if has_cuda() else 1000 * (end - begin)

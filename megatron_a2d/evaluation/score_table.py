@@ -1,0 +1,198 @@
+"""Results as JSON, and as a Markdown page with the published figures beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_a2d.evaluation.published_scores import BENCHMARKS, MODELS, SCORES, SOURCE
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+
+# Metrics whose values between 0 and 1 are no shares of anything: shown as numbers, not as percent.
+# What is read of a results.json.
+_TABLES = ("held_out", "tasks", "num_fewshot", "log_likelihoods", "counts")
+_ERRORS = ("mean_standard_error", "largest_standard_error", "exact_share")
+_HELD_OUT = ("nelbo", "nelbo_standard_error", "accuracy", "accuracy_standard_error", "num_samples")
+_NO_SHARES = ("perplexity", "bits", "likelihood")
+
+
+def plain(value: Any) -> Any:
+    """Values that JSON has words for: what is not a finite number becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int | str | bool) or value is None else str(value)
+
+
+def read_results(directory: Path) -> dict[str, Any]:
+    """The results.json of an earlier evaluation; UserError when `markdown` could not lay it beside another."""
+    results = read_json(directory / "results.json", "the earlier results")
+    tables = {name: results.get(name, {}) for name in _TABLES}
+    wrong = [name for name in ("model", "objective") if not isinstance(results.get(name), str)]
+    wrong += [name for name, table in tables.items() if not _is_table(name, table)]
+    if wrong:
+        raise UserError(
+            f"--beside {directory}: results.json is not of this command (it holds no usable {', '.join(wrong)}); name "
+            "an earlier --out"
+        )
+    return results
+
+
+def _is_table(name: str, table: Any) -> bool:
+    if not isinstance(table, dict):
+        return False
+    if name == "held_out":
+        return all(_has_numbers(row, _HELD_OUT, or_none=True) for row in table.values())
+    if name == "tasks":
+        return all(isinstance(metrics, dict) for metrics in table.values())
+    return (
+        name != "log_likelihoods" or not table or _has_numbers(table, (*_ERRORS, *({"unknown_share"} & table.keys())))
+    )
+
+
+def _has_numbers(row: Any, names: Sequence[str], or_none: bool = False) -> bool:
+    return isinstance(row, dict) and all(
+        name in row and ((or_none and row[name] is None) or type(row[name]) in (int, float)) for name in names
+    )
+
+
+def task_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, float, float | None]]:
+    """(task, metric, value, standard error) of each number in the harness's results."""
+    rows = []
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            metric, _, filter_name = name.partition(",")
+            if isinstance(value, bool) or not isinstance(value, int | float) or metric.endswith("_stderr"):
+                continue
+            if metric in ("alias", "sample_len", "name"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{filter_name}")
+            shown = metric if filter_name in ("none", "") else f"{metric} ({filter_name})"
+            rows.append((task, shown, float(value), float(error) if isinstance(error, int | float) else None))
+    return rows
+
+
+def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The page of one run, or of several side by side; each is the content of a results.json, the first one is new."""
+    names = _names(runs)
+    lines = [
+        "# Evaluation",
+        "",
+        *(f"- {name}: {run['model']}, {run['objective']}" for name, run in zip(names, runs, strict=True)),
+        "",
+    ]
+    lines += _held_out(runs, names) + _tasks(runs, names)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The last parts of the models' paths, or numbers where these are equal."""
+    names = [str(run["model"]).rstrip("/").rpartition("/")[2] for run in runs]
+    return names if len(set(names)) == len(names) else [f"{name} ({number})" for number, name in enumerate(names, 1)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _header(cells: Sequence[str]) -> list[str]:
+    return [_row(cells), "| " + " | ".join(["---"] * len(cells)) + " |"]
+
+
+def _figure(value: float | None, error: float | None, percent: bool) -> str:
+    if value is None:
+        return "n/a"
+    shown = f"{value:.1%}" if percent else f"{value:.3f}"
+    return shown if error is None else f"{shown} ± {error:.1%}" if percent else f"{shown} ± {error:.3f}"
+
+
+def _held_out(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    sources = list(dict.fromkeys(source for run in runs for source in run.get("held_out", {})))
+    if not sources:
+        return []
+    lines = [
+        "## Held-out text",
+        "",
+        "NELBO (diffusion) or NLL (autoregressive) in nats a token; accuracy of the likeliest token.",
+        "",
+    ]
+    lines += _header(["source", *(f"{name}: {what}" for name in names for what in ("nats", "accuracy", "samples"))])
+    for source in sources:
+        cells = [source]
+        for run in runs:
+            result = run.get("held_out", {}).get(source)
+            if result is None:
+                cells += [""] * 3
+                continue
+            for name, percent in (("nelbo", False), ("accuracy", True)):
+                cells.append(_figure(result[name], result[f"{name}_standard_error"], percent))
+            cells.append(str(result["num_samples"]))
+        lines.append(_row(cells))
+    if runs[0]["objective"] != "ar":
+        for source, result in runs[0].get("held_out", {}).items():
+            lines += ["", f"{names[0]}, {source}, by time t, and by the share of tokens that are masked:", ""]
+            lines += _buckets(result)
+    return [*lines, ""]
+
+
+def _buckets(result: Mapping[str, Any]) -> list[str]:
+    lines = _header(["t, or share", "NELBO", "samples", "accuracy", "samples"])
+    tables = [
+        {bucket["low"]: bucket for bucket in result[name]} for name in ("nelbo_by_time", "accuracy_by_mask_ratio")
+    ]
+    for low in sorted(tables[0] | tables[1]):
+        cells = [f"{low:.1f} to {low + 0.1:.1f}"]
+        for table, percent in zip(tables, (False, True), strict=True):
+            bucket = table.get(low)
+            cells += (
+                [_figure(bucket["mean"], bucket["standard_error"], percent), str(bucket["num_samples"])]
+                if bucket
+                else ["", ""]
+            )
+        lines.append(_row(cells))
+    return lines
+
+
+def _is_share(metric: str, value: float) -> bool:
+    return 0 <= value <= 1 and not any(word in metric for word in _NO_SHARES)
+
+
+def _tasks(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    found = [
+        {(task, metric): (value, error) for task, metric, value, error in task_rows(run.get("tasks", {}))}
+        for run in runs
+    ]
+    keys = list(dict.fromkeys(key for rows in found for key in rows))
+    if not keys:
+        return []
+    shots = {task: number for run in reversed(runs) for task, number in run.get("num_fewshot", {}).items()}
+    lines = ["## Tasks", "", *_header(["task", "shots", "metric", *names, *MODELS])]
+    compared: set[str] = set()
+    for task, metric in keys:
+        benchmark = BENCHMARKS.get(task, "")
+        # A benchmark's published figure stands beside its first metric alone.
+        published = SCORES[benchmark] if benchmark and task not in compared else (None,) * len(MODELS)
+        compared.add(task)
+        cells = [benchmark or task, str(shots.get(task, "")), metric]
+        for rows in found:
+            value, error = rows.get((task, metric), (None, None))
+            cells.append("" if value is None else _figure(value, error, percent=_is_share(metric, value)))
+        lines.append(_row([*cells, *("" if score is None else f"{score:.1f}%" for score in published)]))
+    if any(task in BENCHMARKS for task, _ in keys):
+        lines += ["", f"Published figures: {SOURCE}; measured with other harnesses and prompts."]
+    for name, run in zip(names, runs, strict=True):
+        if errors := run.get("log_likelihoods"):
+            lines += [
+                "",
+                f"{name}: Monte Carlo error of a log-likelihood {errors['mean_standard_error']:.3f} nats on average, "
+                f"{errors['largest_standard_error']:.3f} at most; {errors['exact_share']:.0%} are exact"
+                + (f", {unknown:.0%} of unknown error." if (unknown := errors.get("unknown_share")) else "."),
+            ]
+        lines += [line for what, count in run.get("counts", {}).items() for line in ("", f"{name}: {count} {what}.")]
+    return lines

@@ -1,0 +1,47 @@
+"""transformers' `from_pretrained` for a directory from elsewhere: config.json sizes the model and steers nothing else.
+
+transformers obeys more of that file than the shape: `attn_implementation` and `experts_implementation` can name kernels
+that are fetched from the hub and run; an adapter_config.json beside it loads another model; and weights may be pickles.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_a2d.utils.errors import UserError
+
+ADAPTER = "adapter_config.json"
+_STEERING = re.compile(r"_implementation|kernel|^extra_|_plan$|quantization|compression|^adapter")
+
+
+def load(model_class: Any, directory: Path, trust_remote_code: bool = False, **options: Any) -> Any:
+    """`model_class.from_pretrained(directory, **options)` with PyTorch's own attention, from safetensors alone.
+
+    `trust_remote_code` only for code that is known to be ours. Raises UserError for the adapter of another model, and
+    for files that the library makes nothing of.
+    """
+    if (directory / ADAPTER).exists():
+        raise UserError(f"{directory}: holds {ADAPTER}, an adapter of another model; merge the two and give the result")
+    try:
+        return _load(model_class, directory, trust_remote_code, options)
+    except Exception as error:  # a setting of another type makes the library raise whatever it stumbles over
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{directory}: cannot be loaded ({reason}); fetch or export it again") from error
+
+
+def _load(model_class: Any, directory: Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    if own := getattr(model_class, "config_class", None):
+        config = own.from_pretrained(directory, local_files_only=True)
+    else:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        options["trust_remote_code"] = trust_remote_code
+    for name in [name for name in vars(config) if _STEERING.search(name)]:
+        delattr(config, name)
+    config._attn_implementation, config._experts_implementation = "sdpa", None
+    return model_class.from_pretrained(
+        directory, config=config, attn_implementation="sdpa", use_safetensors=True, local_files_only=True, **options
+    )

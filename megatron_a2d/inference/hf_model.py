@@ -1,0 +1,156 @@
+"""A model in one process, by transformers: exports in the forms a2d and rnd1, and any Qwen3 for --objective ar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_a2d.checkpoint.training_facts import read_trained
+from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.conversion.end_tokens import read_end_tokens
+from megatron_a2d.conversion.hf_config import num_diffusion_steps
+from megatron_a2d.conversion.hf_model_files import check_model_files
+from megatron_a2d.conversion.mask_token import mask_token_names, read_tokens
+from megatron_a2d.conversion.sources import open_hf
+from megatron_a2d.diffusion.model_interface import Reduce, Request, Window
+from megatron_a2d.hf.load_hf_model import load
+from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM, KeyValueCache
+from megatron_a2d.hf.modeling_rnd import RND1LM
+from megatron_a2d.inference.loaded_model import Opened, load_tokenizer, pad_token
+from megatron_a2d.megatron_compat.device import device, has_cuda
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+
+DIFFUSION_TYPES = {"a2d": A2DForMaskedLM, "rnd1": RND1LM}
+AUTOREGRESSIVE_TYPES = ("qwen3", "qwen3_moe")
+
+
+def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
+    """The model and tokenizer of a directory, on the GPU if there is one. UserError for anything else."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"--model {directory}: there is no such directory; give one that export_hf wrote")
+    check_model_files(directory)
+    config = read_json(directory / "config.json", "the model's configuration")
+    _check_type(directory, config.get("model_type"), objective)
+    architecture = read_architecture(directory)
+    is_diffusion = objective == "mdlm"
+    mask = architecture.mask_token_id if is_diffusion else -1
+    tokenizer = load_tokenizer(directory, architecture.vocab_size)
+    if is_diffusion:
+        check_mask_token(directory, mask, architecture.vocab_size)
+    ends, trained = read_end_tokens(directory, architecture.vocab_size), read_trained(directory)
+    with open_hf(directory):
+        pass  # every tensor of the model is there, in its shape and in this directory, and no other
+    model = _load(directory, DIFFUSION_TYPES.get(str(config["model_type"]), transformers.AutoModelForCausalLM))
+    return Opened(
+        run=TransformersModel(model),
+        tokenizer=tokenizer,
+        name=str(directory),
+        objective=objective,
+        architecture=architecture,
+        vocab_size=architecture.vocab_size,
+        mask_token_id=int(mask if mask is not None else -1),
+        end_token_ids=ends.ids,
+        document_token_id=ends.document,
+        label_shift=trained.label_shift,
+        noise_schedule=trained.noise_schedule,
+        document_attention=trained.document_attention,
+        max_positions=architecture.context_length,
+        num_diffusion_steps=num_diffusion_steps(config),
+        has_caches=is_diffusion,
+        device=model.device,
+        pad_token_id=pad_token(directory, config, ends),
+    )
+
+
+def check_mask_token(directory: Path, mask: Any, vocab_size: int) -> None:
+    """UserError unless `mask` is a row of the embedding that no text uses."""
+    path = directory / "config.json"
+    if not isinstance(mask, int) or not 0 <= mask < vocab_size:
+        raise UserError(
+            f"{path}: mask_token_id is {mask!r}, not a token of the model (0 to {vocab_size - 1}); "
+            "write the id that the model was trained with into the file"
+        )
+    token = read_tokens(directory).get(mask)
+    if token is not None and token not in mask_token_names(directory) and "mask" not in token.lower():
+        raise UserError(
+            f"{path}: mask_token_id is {mask}, which the tokenizer uses for {token!r}; write the id that the model "
+            "was trained with into the file, or take the model's own tokenizer"
+        )
+
+
+def _check_type(directory: Path, model_type: Any, objective: str) -> None:
+    if objective == "ar":
+        if model_type not in AUTOREGRESSIVE_TYPES:
+            raise UserError(
+                f"--model {directory}: model_type {model_type!r} is no autoregressive Qwen3 "
+                f"({' or '.join(AUTOREGRESSIVE_TYPES)}); remove --objective ar for a diffusion model"
+            )
+    elif model_type not in DIFFUSION_TYPES:
+        remedy = (
+            "give --objective ar to evaluate it as it is, or convert it, train it and export it first"
+            if model_type in AUTOREGRESSIVE_TYPES
+            else "convert it, train it and export it first"
+        )
+        raise UserError(
+            f"--model {directory}: model_type {model_type!r} is not one of this project's diffusion models "
+            f"({' or '.join(DIFFUSION_TYPES)}); {remedy}"
+        )
+
+
+def _load(directory: Path, model_class: Any) -> Any:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, report = load(
+        model_class, directory, dtype="auto" if has_cuda() else torch.float32, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            names = ", ".join(sorted(map(str, report[kind]))[:3])
+            raise UserError(
+                f"--model {directory}: {len(report[kind])} {kind.replace('_', ' ')} ({names}, ...); "
+                "its weights and config.json do not belong together, export the model again"
+            )
+    return model.eval().to(device())
+
+
+class TransformersModel:
+    """A `Model` (diffusion/model_interface.py) of one of transformers' models with `.model` and `.lm_head`."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._cache: KeyValueCache | None = None
+
+    @torch.no_grad()
+    def __call__(self, request: Request, reduce: Reduce) -> tuple[Tensor, ...]:
+        visible = None if bool(request.visible.all()) else request.visible
+        if request.window is not None:
+            return self._in_window(request, request.window, visible, reduce)
+        mask = None if visible is None else visible.long()
+        hidden_BLD = self.model.model(input_ids=request.tokens, attention_mask=mask)[0]
+        return reduce(hidden_BLD[request.needed], self.model.lm_head)
+
+    def _in_window(
+        self, request: Request, window: Window, visible: Tensor | None, reduce: Reduce
+    ) -> tuple[Tensor, ...]:
+        length, num_slots = request.tokens.shape[1], int(window.slots.max()) + 1
+        cache = self._cache
+        # A sampler's first pass computes all positions of all its rows, so what other texts left does not matter.
+        if cache is None or cache.shape[1] != length or cache.shape[0] < num_slots:
+            cache = self._cache = KeyValueCache(num_slots, length)
+        counts_B = window.active.sum(1)
+        # Each row's active positions from left to right, then others to fill the rectangle.
+        columns_BA = (~window.active).long().argsort(dim=1, stable=True)[:, : int(counts_B.max())]
+        valid_BA = torch.arange(columns_BA.shape[1], device=counts_B.device) < counts_B[:, None]
+        hidden_BAD = self.model.model(
+            input_ids=request.tokens.gather(1, columns_BA),
+            attention_mask=visible,
+            position_ids=columns_BA,
+            cache=cache.select(window.slots, columns_BA, valid_BA),
+        )[0]
+        return reduce(hidden_BAD[request.needed.gather(1, columns_BA) & valid_BA], self.model.lm_head)

@@ -1,0 +1,85 @@
+"""A model that is ready to run, wherever it came from, and the checks that both kinds share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from megatron_a2d.checkpoint.directory import RELEASE, TRACKER
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.conversion.end_tokens import EndTokens
+from megatron_a2d.diffusion.model_interface import Model
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.tokenizer import read_tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What sampling and evaluation need to know of a model."""
+
+    run: Model
+    tokenizer: Tokenizer
+    name: str  # what the user gave
+    objective: str  # mdlm, block or ar
+    architecture: Architecture
+    vocab_size: int
+    mask_token_id: int  # -1 for an autoregressive model
+    end_token_ids: tuple[int, ...]  # a text ends at the first of them (conversion/end_tokens.py)
+    label_shift: bool
+    max_positions: int
+    num_diffusion_steps: int
+    has_caches: bool
+    device: torch.device
+    # It lies between the documents of training data, and stands for "nothing before"; None: nothing names one.
+    document_token_id: int | None = None
+    # As it was trained; what held-out text is judged with unless told otherwise.
+    noise_schedule: str = "linear"
+    document_attention: str = "open"
+    # The public package's reserved slot holds it.
+    pad_token_id: int = 0
+    # Of a model of block diffusion.
+    block_length: int = 0
+    causal_context: bool = False
+    # Several processes run a sharded model; one of them speaks.
+    speaks: bool = True
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """True for a training or converted checkpoint, or one of its iterations; False for anything else."""
+    return (directory / TRACKER).exists() or directory.name == RELEASE or directory.name.startswith("iter_")
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, checked against the model's vocabulary."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}: the tokenizer is missing; copy it from the model that this one comes from")
+    tokenizer = read_tokenizer(path, str(path))
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f"{path}: has token id {largest}, and the model has {vocab_size} tokens; take the model's own tokenizer"
+        )
+    return tokenizer
+
+
+def pad_token(directory: Path, config: Mapping[str, Any], ends: EndTokens) -> int:
+    """As an export has it: config.json's, else generation_config.json's, else the first end-of-text token, else 0."""
+    path = directory / "generation_config.json"
+    generation = read_json(path, "the generation settings") if path.exists() else {}
+    for value in (config.get("pad_token_id"), generation.get("pad_token_id"), *ends.ids):
+        if isinstance(value, int):
+            return value
+    return 0

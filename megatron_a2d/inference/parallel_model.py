@@ -1,0 +1,156 @@
+"""A model over several processes, from a training checkpoint under any layout of tensor, expert and pipeline
+parallelism.
+
+Every rank runs the same sampler over the same rows, and takes what it decides on from one rank: the first one that
+holds the last stage. So stages that see no logits follow, and no rounding can make ranks disagree and
+wait for one another. Data-parallel ranks repeat the same work; experts are divided over them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
+from megatron_a2d.checkpoint.load import load_state
+from megatron_a2d.checkpoint.model_state_dict import fill_model, state_to_load
+from megatron_a2d.checkpoint.training_facts import read_trained
+from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.config.settings import RunConfig, build
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.conversion.end_tokens import read_end_tokens
+from megatron_a2d.conversion.hf_config import num_diffusion_steps
+from megatron_a2d.conversion.sources import open_checkpoint
+from megatron_a2d.diffusion.block_diffusion import BlockModel
+from megatron_a2d.diffusion.model_interface import Model, Reduce, Request
+from megatron_a2d.distributed import process_groups
+from megatron_a2d.inference.hf_model import check_mask_token
+from megatron_a2d.inference.loaded_model import Opened, load_tokenizer, pad_token
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.training.train_state import build_model
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+
+
+def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdlm") -> Opened:
+    """The model of a checkpoint, laid out as `values` (names of LAYOUT) say; collective under torchrun.
+
+    How it was trained (objective, label shift) the checkpoint says; a converted Qwen3 counts as `objective`.
+    """
+    directory = resolve(path)
+    hf_files = directory / HF_FILES
+    architecture = read_architecture(hf_files)
+    trained = read_trained(directory)
+    if objective == "mdlm" and trained.objective == "block":
+        objective = "block"  # masked diffusion too; how it is read follows from how it was trained
+    if trained.objective not in (None, objective):
+        raise UserError(
+            f"--model {path}: was trained with --objective {trained.objective}, not {objective}; give that objective"
+        )
+    processes = dist.get_world_size() if dist.is_initialized() else process_groups.world_size()
+    longest = architecture.context_length // (tp := values.get("tensor_model_parallel_size", 1) or 1) * tp
+    block = {name: getattr(trained, name) for name in ("block_length", "ar_loss_weight") if objective == "block"}
+    config = build({**values, **block, "objective": objective, "global_batch_size": processes, "seq_length": longest})
+    if problems := find_problems(config, architecture, processes):
+        raise UserError(problems)
+    mask = architecture.mask_token_id if objective != "ar" else -1
+    tokenizer = load_tokenizer(hf_files, architecture.vocab_size)
+    if objective != "ar":
+        check_mask_token(hf_files, mask, architecture.vocab_size)
+    ends = read_end_tokens(hf_files, architecture.vocab_size)
+    with open_checkpoint(directory):
+        pass  # every tensor of the model is there, in its shape, and no other
+    process_groups.initialize(config.parallel)
+    model = load_weights(architecture, config, directory)
+    hf_config = read_json(hf_files / "config.json", "the model's configuration")
+    run: Model = ShardedModel(model, config)
+    causal_context = config.diffusion.ar_loss_weight > 0
+    if objective == "block":
+        run = BlockModel(run, int(mask or 0), config.diffusion.block_length, causal_context)
+    return Opened(
+        run=run,
+        tokenizer=tokenizer,
+        name=str(path),
+        objective=objective,
+        architecture=architecture,
+        vocab_size=architecture.vocab_size,
+        mask_token_id=int(mask if mask is not None else -1),
+        end_token_ids=ends.ids,
+        document_token_id=ends.document,
+        label_shift=trained.label_shift,
+        noise_schedule=trained.noise_schedule,
+        document_attention=trained.document_attention,
+        max_positions=architecture.context_length,
+        num_diffusion_steps=num_diffusion_steps(hf_config),
+        has_caches=False,
+        device=device(),
+        pad_token_id=pad_token(hf_files, hf_config, ends),
+        speaks=dist.get_rank() == 0,
+        block_length=config.diffusion.block_length,
+        causal_context=causal_context,
+    )
+
+
+def load_weights(architecture: Architecture, config: RunConfig, directory: Path) -> DiffusionLM:
+    """This rank's part of the model; no optimizer, no gradients. Collective."""
+    model = build_model(architecture, config)
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    loaded = load_state({"model": state_to_load(model, metadata)}, directory)
+    fill_model(model, loaded["model"])
+    return model.eval()
+
+
+class ShardedModel:
+    """A `Model` (diffusion/model_interface.py); every rank calls it with the same request and gets the same answer."""
+
+    def __init__(self, model: DiffusionLM, config: RunConfig):
+        self.model = model
+        layout = config.parallel
+        self._pieces = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+        holds_answer = [False] * dist.get_world_size()
+        dist.all_gather_object(holds_answer, process_groups.owns_loss())
+        self._source = holds_answer.index(True)
+
+    @torch.no_grad()
+    def __call__(self, request: Request, reduce: Reduce) -> tuple[Tensor, ...]:
+        assert request.window is None, "a sharded model has no caches"
+        batch, length = request.tokens.shape
+        more = -length % self._pieces  # sequence parallelism cuts the sequence into equal pieces
+        request = Request(*(None if rows is None else F.pad(rows, (0, more)) for rows in request))  # type: ignore[arg-type]
+        results = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, request, reduce),
+            data_iterator=None,
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=length + more,
+            micro_batch_size=batch,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        box = [[column.cpu() for column in results[0]] if results else None]
+        dist.broadcast_object_list(box, src=self._source)
+        assert box[0] is not None
+        return tuple(column.to(request.tokens.device) for column in box[0])
+
+
+def _forward_step(request: Request, reduce: Reduce, batches: Any, model: DiffusionLM) -> tuple[Tensor, Any]:
+    """megatron's `forward_step_func`: hidden states between stages, the needed rows on the last one."""
+    # Real tokens and padding are kept apart like documents.
+    documents = None if bool(request.visible.all()) else (~request.visible).long()
+    hidden = model(
+        request.tokens,
+        rows_N=request.needed.flatten().nonzero()[:, 0],
+        documents=documents,
+        positions=request.positions,
+        levels=request.levels,
+    )
+    return hidden, lambda rows, non_loss_data: reduce(rows, model.head)

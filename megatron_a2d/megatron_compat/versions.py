@@ -1,0 +1,139 @@
+"""What differs between the supported versions of megatron.core, and mends of it that apply on every device.
+
+What 0.19.2 does otherwise than 0.16.1, where this project meets it:
+
+- `import megatron.core` needs triton (without_triton.py).
+- Its version ends in a commit where .venv312 lies in a git checkout, as ours does: that checkout's (`release`).
+- A checkpoint has no common.pt, strategies are not registered by name, and saves are planned by another package unless
+  one asks for megatron.core's own (save.py, `async_save_options`). Ours have one form under both: common.pt is read.
+- Readers of checkpoints are made in another way, and keep metadata by path for good (loading.py).
+- Adam is given `capturable` (fused_adam.py).
+- The parts of a layer that CUDA graphs replay are given under another name (`graphed_parts`).
+- Modules are told their names when they are built (model/experts.py takes its own and leaves it).
+- Process groups that are not passed are taken from the global state, as before, with a DeprecationWarning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import megatron.core
+import torch
+from torch import Tensor, nn
+
+from megatron_a2d.utils.errors import UserError
+
+# The last one for Python 3.11, and the newest, which needs 3.12: the tests passed with these.
+SUPPORTED = ("0.16.1", "0.19.2")
+
+
+def check_version() -> None:
+    """What is built here rests on the internals of these releases; another one must be tested first."""
+    found = release()
+    if found not in SUPPORTED:
+        raise UserError(
+            f"megatron-core {found}: only {' and '.join(SUPPORTED)} are supported; "
+            f"pip install megatron-core=={SUPPORTED[0]} (Python 3.10 to 3.12) or {SUPPORTED[1]} (from 3.12 on)"
+        )
+
+
+def release() -> str:
+    """megatron.core's version, as 0.19.2: without the commit that it adds when it lies within a git checkout."""
+    return str(megatron.core.__version__).partition("+")[0]
+
+
+def is_before(major: int, minor: int) -> bool:
+    """Whether megatron.core is older than this series."""
+    first, second = release().split(".")[:2]
+    return (int(first), int(second)) < (major, minor)
+
+
+def async_save_options() -> dict[str, str]:
+    """For TorchDistSaveShardedStrategy.async_save: by default newer versions plan with a package of their own."""
+    return {} if is_before(0, 17) else {"async_strategy": "mcore"}
+
+
+def graphed_parts(parts: Sequence[str]) -> dict[str, list[str]]:
+    """TransformerConfig's field for the parts of a layer that CUDA graphs replay."""
+    return {"cuda_graph_scope" if is_before(0, 17) else "cuda_graph_modules": list(parts)}
+
+
+def apply_fixes() -> None:
+    _define_te_general_gemm()
+    _recompute_norms_without_te()
+    _recompute_without_compiling()
+
+
+def _define_te_general_gemm() -> None:
+    """Without Transformer Engine the router reads a name that its failed import never bound."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _recompute_norms_without_te() -> None:
+    """--recompute-modules layernorm asks Transformer Engine about FP8 whether it is there or not."""
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE:
+        return
+    initialize = random.CheckpointWithoutOutput.__init__
+
+    def without_fp8(self: Any, *arguments: Any, **options: Any) -> None:
+        initialize(self, *arguments, **options)
+        self.fp8 = False
+
+    random.CheckpointWithoutOutput.__init__ = without_fp8
+
+
+def _recompute_without_compiling() -> None:
+    """From 0.17 on, --recompute-modules layernorm and moe_act compile C++ in the first backward pass, on every process
+    at once, in one cache; where a compiler is missing or a stale lock lies, the run ends or waits. What was computed
+    again is copied to its place instead, as 0.16 did."""
+    from megatron.core.tensor_parallel import random
+
+    if hasattr(random, "_get_share_storage"):
+        random._get_share_storage = lambda: _copy_storage
+
+
+def _copy_storage(target: Tensor, source: Tensor) -> None:
+    with torch.no_grad():
+        target.untyped_storage().resize_(source.untyped_storage().nbytes())
+        target.untyped_storage().copy_(source.untyped_storage())
+
+
+def missing_router_product() -> str | None:
+    """A line where the routers multiply by torch although Transformer Engine is in use, None where they do not.
+
+    megatron-core 0.16.1 imports a name (get_workspace) that Transformer Engine 2.12 no longer has, and says nothing.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if moe_utils.te_general_gemm is not None:
+        return None
+    return (
+        f"routers: torch's matrix product in the place of Transformer Engine's, which megatron-core {release()} "
+        "does not find in this version of it; the same numbers, a little slower"
+    )
+
+
+def allow_schedule_plans() -> None:
+    """megatron.core's interleaved micro-batches want a GPTModel, by name; any language model with its parts will do."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.models.gpt import gpt_model
+
+    gpt_model.GPTModel = LanguageModule
+
+
+def mark_expert_parameters(model: nn.Module) -> None:
+    """Give the experts their own gradient buffers and optimizer at every expert-parallel size.
+
+    megatron.core does so only for sizes above 1. At TP=2, EP=1, ETP=1 that reduces expert gradients over the
+    wrong group, silently; and a checkpoint written at EP>1 does not load at EP=1. To be called before
+    DistributedDataParallel looks at the parameters.
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]

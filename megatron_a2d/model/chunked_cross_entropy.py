@@ -1,0 +1,198 @@
+"""Head and loss of the rows that carry loss, a few rows at a time: the logits are never whole.
+
+Forward keeps two numbers a row, its loss and the logarithm of the softmax's denominator; backward computes a chunk's
+logits again and turns them into their gradient: softmax minus the label's one-hot. That is one more product of the
+head, for [N, V] numbers less in memory. All chunks take the same place in memory. The vocabulary may be divided over
+tensor-parallel ranks; they exchange four numbers a row, once.
+Shapes: N rows with loss, n rows of a chunk, h hidden, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor
+
+
+class OutputLayer(ColumnParallelLinear):
+    """The projection to this rank's part of the vocabulary; with labels, the losses instead.
+
+    One module for both: with --overlap-param-gather megatron fetches the weight when its module is called.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, weight: Tensor | None = None, labels_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [..., V]; or for rows [N, h] with `labels_N` their losses [N], nats in fp32, and [N] bool, whether the
+        label is the most likely token."""
+        if labels_N is None:
+            return super().forward(hidden.contiguous(), weight=weight)
+        weight = self.weight if weight is None else weight
+        rows = rows_per_chunk(len(weight), hidden.device.type)
+        return _MaskedHead.apply(hidden, weight, labels_N, self.tp_group, rows)
+
+
+class _MaskedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_Nh: Tensor, weight_Vh: Tensor, labels_N: Tensor, group: Any, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        first = group.rank() * len(weight_Vh)
+        own_N = labels_N - first  # outside [0, V): another rank's
+        space = _space(hidden_Nh, weight_Vh, rows)
+        parts = [
+            _run(_statistics, _logits(hidden_Nh[chunk], weight_Vh, space), own_N[chunk])
+            for chunk in _chunks(hidden_Nh, rows)
+        ]
+        statistics_4N = torch.cat(parts, dim=1) if parts else hidden_Nh.new_empty(4, 0).float()
+        largest, total, label, index = _over_ranks(statistics_4N, len(weight_Vh), group)
+        log_denominator_N = largest + total.log()
+        ctx.group, ctx.rows = group, rows
+        losses_N = log_denominator_N - label
+        ctx.save_for_backward(hidden_Nh, weight_Vh, own_N, log_denominator_N, losses_N)
+        correct_N = index.long() == labels_N
+        ctx.mark_non_differentiable(correct_N)
+        return losses_N, correct_N
+
+    @staticmethod
+    def backward(ctx: Any, gradient_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_Nh, weight_Vh, labels_N, log_denominator_N, losses_N = ctx.saved_tensors
+        buffer_Vh = _gradient_buffer(weight_Vh) if ctx.needs_input_grad[1] else None
+        hidden_gradient = _hidden_gradient(
+            hidden_Nh, weight_Vh, labels_N, log_denominator_N, losses_N, gradient_N, ctx.rows, buffer_Vh
+        )
+        if ctx.group.size() > 1:
+            torch.distributed.all_reduce(hidden_gradient, group=ctx.group)
+        return hidden_gradient, _hand_over(weight_Vh, buffer_Vh), None, None, None
+
+
+def _hidden_gradient(
+    hidden_Nh: Tensor, weight_Vh: Tensor, labels_N: Tensor, log_denominator_N: Tensor, losses_N: Tensor,
+    gradient_N: Tensor, rows: int, buffer_Vh: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[N, h], of this rank's part of the vocabulary; the weight's gradient is added to `buffer_Vh`, if there is one."""
+    label_gradient_N = torch.expm1(-losses_N) * gradient_N  # the label's probability less one
+    result_Nh = torch.empty_like(hidden_Nh)
+    space = _space(hidden_Nh, weight_Vh, rows)
+    for chunk in _chunks(hidden_Nh, rows):
+        delta_nV = _logits(hidden_Nh[chunk], weight_Vh, space)
+        _run(_become_softmax, delta_nV, log_denominator_N[chunk], gradient_N[chunk])
+        _put(delta_nV, labels_N[chunk], label_gradient_N[chunk])
+        torch.mm(delta_nV, weight_Vh, out=result_Nh[chunk])
+        if buffer_Vh is not None:
+            _add_product(buffer_Vh, delta_nV, hidden_Nh[chunk])
+    return result_Nh
+
+
+def _chunks(hidden_Nh: Tensor, rows: int) -> Iterator[slice]:
+    return (slice(start, start + rows) for start in range(0, len(hidden_Nh), rows))
+
+
+def _space(hidden_Nh: Tensor, weight_Vh: Tensor, rows: int) -> Tensor:
+    """Room for a chunk's logits; on a CPU, new memory for every chunk would cost as much time as its product."""
+    return hidden_Nh.new_empty(min(rows, len(hidden_Nh)), len(weight_Vh))
+
+
+def _logits(hidden_nh: Tensor, weight_Vh: Tensor, space: Tensor) -> Tensor:
+    return torch.mm(hidden_nh, weight_Vh.T, out=space[: len(hidden_nh)])
+
+
+def _statistics(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
+    """[4, n] fp32: the largest logit, the softmax's denominator over it, the label's logit (0 if not here), the largest
+    one's place (exact in fp32 up to a vocabulary of 16 million). The logits are used up."""
+    logits = logits_nV.float()
+    is_here = (labels_n >= 0) & (labels_n < logits.size(1))
+    label = logits.gather(1, labels_n.clamp(0, logits.size(1) - 1)[:, None])[:, 0] * is_here
+    largest, index = logits.max(dim=1)
+    total = logits.sub_(largest[:, None]).exp_().sum(dim=1)
+    return torch.stack([largest, total, label, index.float()])
+
+
+def _become_softmax(logits_nV: Tensor, log_denominator_n: Tensor, gradient_n: Tensor) -> Tensor:
+    """The logits become softmax times the row's gradient."""
+    softmax = logits_nV.float().sub_(log_denominator_n[:, None]).exp_()
+    return logits_nV.copy_(softmax.mul_(gradient_n[:, None]))
+
+
+def _put(delta_nV: Tensor, labels_n: Tensor, values_n: Tensor) -> None:
+    """Set each row's label, where it is on this rank, to the row's value."""
+    place = labels_n.clamp(0, delta_nV.size(1) - 1)[:, None]
+    kept_n1 = delta_nV.gather(1, place)
+    delta_nV.scatter_(1, place, torch.where(place == labels_n[:, None], values_n[:, None].to(kept_n1), kept_n1))
+
+
+_compiled: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
+
+
+def _run(function: Callable[..., Tensor], logits: Tensor, *rest: Tensor) -> Tensor:
+    """On a GPU in one kernel, which reads the logits in their own type and keeps no copy in fp32."""
+    if not logits.is_cuda:
+        return function(logits, *rest)
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function)
+    return _compiled[function](logits, *rest)
+
+
+def _over_ranks(own_4N: Tensor, vocabulary: int, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The statistics over the whole vocabulary, from those of each rank's part; of equal logits the lowest index."""
+    if group.size() == 1:
+        return own_4N[0], own_4N[1], own_4N[2], own_4N[3]
+    every_R4N = [torch.empty_like(own_4N) for _ in range(group.size())]
+    torch.distributed.all_gather(every_R4N, own_4N, group=group)
+    largest_RN, total_RN, label_RN, index_RN = torch.stack(every_R4N, dim=1)
+    largest, winner = largest_RN.max(dim=0, keepdim=True)
+    total = (total_RN * (largest_RN - largest).exp()).sum(dim=0)
+    index = index_RN.gather(0, winner) + winner * vocabulary
+    return largest[0], total, label_RN.sum(dim=0), index[0]
+
+
+def _gradient_buffer(weight_Vh: Tensor) -> Tensor:
+    """Where the chunks' weight gradients are summed, fp32: megatron's own buffer where it has one in fp32."""
+    main_grad = getattr(weight_Vh, "main_grad", None)
+    if main_grad is not None and main_grad.dtype == torch.float32:
+        return main_grad
+    return torch.zeros_like(weight_Vh, dtype=torch.float32)
+
+
+def _add_product(buffer_Vh: Tensor, delta_nV: Tensor, hidden_nh: Tensor) -> None:
+    """buffer += delta^T hidden, summed in fp32."""
+    if delta_nV.dtype == torch.float32:
+        buffer_Vh.addmm_(delta_nV.T, hidden_nh)
+    elif _adds_in_fp32(delta_nV.device, delta_nV.dtype):
+        torch.addmm(buffer_Vh, delta_nV.T, hidden_nh, out_dtype=torch.float32, out=buffer_Vh)
+    else:
+        buffer_Vh.add_(delta_nV.T.matmul(hidden_nh))
+
+
+@functools.cache
+def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of matrices of `dtype` to an fp32 one, without rounding it first: tried."""
+    matrix, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
+def _hand_over(weight_Vh: Tensor, buffer_Vh: Tensor | None) -> Tensor | None:
+    """The weight's gradient for autograd; where it is in megatron's buffer already, something in its place."""
+    if buffer_Vh is None or buffer_Vh is not getattr(weight_Vh, "main_grad", None):
+        return None if buffer_Vh is None else buffer_Vh.to(weight_Vh.dtype)
+    weight_Vh.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    # A tied weight has another gradient, the embedding's, which autograd adds to what is returned here.
+    needs_zeros = getattr(weight_Vh, "zero_out_wgrad", False)
+    return torch.zeros_like(weight_Vh) if needs_zeros else torch.empty_like(weight_Vh)
+
+
+# Logits of a chunk: 1 GB in bf16 on a GPU, 270 MB in fp32 on a CPU.
+_ELEMENTS = {"cuda": 2**29, "cpu": 2**26}
+
+
+def rows_per_chunk(vocabulary: int, device: str) -> int:
+    """How many rows' logits over `vocabulary` are made at once: a multiple of 64, at least that."""
+    return max(64, _ELEMENTS[device] // vocabulary // 64 * 64)

@@ -1,0 +1,131 @@
+"""Layer specs: of which modules megatron.core builds a transformer layer.
+
+Two implementations of the same layer, whose checkpoints are the same file: `transformer_engine` for GPUs,
+`portable` for any device. The attention mask is part of the spec, and the only difference between the
+autoregressive model and the diffusion model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig, flag
+from megatron_a2d.config.validate_performance import needs_transformer_engine, refuses_transformer_engine
+from megatron_a2d.megatron_compat.device import has_cuda
+from megatron_a2d.megatron_compat.versions import missing_router_product
+from megatron_a2d.model.experts import GroupedExperts, can_group
+from megatron_a2d.model.grafted_attention import GraftedSelfAttention
+from megatron_a2d.model.local_layers import CoreAttention, RMSNorm
+from megatron_a2d.utils.errors import UserError
+
+Implementation = Literal["transformer_engine", "portable"]
+
+
+def choose_implementation(config: RunConfig) -> Implementation:
+    """Resolve --transformer-impl for this machine and run."""
+    wish = config.training.transformer_impl
+    refused = refuses_transformer_engine(config)
+    available = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+    if wish == "transformer_engine" and refused:
+        raise UserError(f"--transformer-impl transformer_engine: does not go with {refused}; use portable")
+    if wish != "portable" and not refused and available:
+        return "transformer_engine"
+    missing = "package transformer_engine is not installed" if has_cuda() else "machine has no CUDA device"
+    if wish == "transformer_engine":
+        raise UserError(f"--transformer-impl transformer_engine: this {missing}; use portable")
+    if needed := needs_transformer_engine(config):
+        reason = f"does not go with {refused}" if refused else f"this {missing}"
+        raise UserError(f"{flag(name)}: needs Transformer Engine, but {reason}; remove it" for name in needed)
+    return "portable"
+
+
+def notes(config: RunConfig, architecture: Architecture) -> list[str]:
+    """What is computed otherwise than one would think of the layers that were chosen; lines for the log."""
+    uses_engine = choose_implementation(config) == "transformer_engine"
+    missing = missing_router_product() if uses_engine and architecture.is_moe else None
+    return [missing] if missing else []
+
+
+def build_block_spec(
+    config: TransformerConfig,
+    implementation: Implementation,
+    causal: bool,
+    vp_stage: int | None = None,
+    grafts: bool = False,
+) -> TransformerBlockSubmodules:
+    """The spec of the layers that this (virtual) pipeline stage builds, and of the final norm.
+
+    `grafts`: attention can be regressed on its causal form (portable layers only).
+    """
+    mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    if implementation == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, final_norm = _transformer_engine_layer(config, mask_type), TENorm
+    else:
+        layer, final_norm = _portable_layer(config, mask_type), RMSNorm
+        if grafts:
+            layer.submodules.self_attention.module = GraftedSelfAttention
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=final_norm
+    )
+
+
+def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType) -> ModuleSpec:
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+    )
+    layer.submodules.self_attention.params["attn_mask_type"] = mask_type
+    return layer
+
+
+def _portable_layer(config: TransformerConfig, mask_type: AttnMaskType) -> ModuleSpec:
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    # Transformer Engine fuses a norm into the linear layer that follows. The portable layer's norms are stored
+    # under those names, so that one checkpoint serves both.
+    stored_as = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if config.num_moe_experts is None:
+        mlp = ModuleSpec(module=MLP, submodules=linears)
+        stored_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    else:
+        grouped = config.moe_grouped_gemm and can_group(config)
+        experts = ModuleSpec(module=GroupedExperts if grouped else SequentialMLP, submodules=linears)
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": mask_type},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=stored_as,
+        ),
+    )

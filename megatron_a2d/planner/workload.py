@@ -1,0 +1,151 @@
+"""What the planner must know of a run: the model, its layout, its batch, and what decides memory and speed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_a2d.config.fp8_recipe import choose_scaling
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig, settings
+from megatron_a2d.planner.cluster import Cluster
+
+IMBALANCE = 1.25  # rows of the busiest expert-parallel rank over the mean; an assumption, `plan --imbalance` sets it
+
+
+@dataclass(frozen=True)
+class Job:
+    """Sizes are counts of processes, samples and tokens. The settings' names are those of the command line."""
+
+    architecture: Architecture
+    world_size: int
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    num_virtual_stages_per_pipeline_rank: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    seq_length: int = 4096
+    objective: str = "mdlm"
+    bf16: bool = False
+    transformer_impl: str = "auto"
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_grouped_gemm: bool = True
+    fp8: str = "none"
+    fp8_param_gather: bool = False
+    recompute_granularity: str = "none"
+    recompute_modules: tuple[str, ...] = ()
+    recompute_method: str = "uniform"
+    recompute_num_layers: int = 1
+    cuda_graph_impl: str = "none"
+    overlap_moe_expert_parallel_comm: bool = False
+    grad_reduce_in_fp32: bool = True
+    exp_avg_dtype: str = "fp32"
+    exp_avg_sq_dtype: str = "fp32"
+    # Not settings of a run: what is published of others, and what is assumed.
+    fused_kernels: bool = False  # casts to FP8 and activations inside the experts' matrix products
+    whole_logits: bool = False  # the head makes the logits of all rows at once
+    overlap_p2p_comm: bool = False
+    tp_comm_overlap: bool = False
+    imbalance: float = IMBALANCE
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that hold the same dense weights and read other samples."""
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return self.world_size // model
+
+    @property
+    def dense_replicas(self) -> int:
+        """Ranks over which the optimizer state of dense weights is divided: data- and context-parallel ones."""
+        return self.data_parallel_size * self.context_parallel_size
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks over which the optimizer state of an expert is divided."""
+        experts = self.expert_model_parallel_size * self.expert_tensor_parallel_size
+        return self.world_size // self.pipeline_model_parallel_size // experts
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def layers_per_stage(self) -> int:
+        """Of the fullest stage; our own layouts divide the layers evenly, those of others may not."""
+        return -(-self.architecture.num_layers // self.pipeline_model_parallel_size)
+
+    @property
+    def input_length(self) -> int:
+        """The model's rows for a sample: block diffusion reads each sample twice, as RunConfig.input_length says."""
+        return self.seq_length * (2 if self.objective == "block" else 1)
+
+    @property
+    def tokens(self) -> float:
+        """Rows of a micro-batch on one rank, before tensor parallelism divides them."""
+        return self.micro_batch_size * self.input_length / self.context_parallel_size
+
+    @property
+    def tokens_between_layers(self) -> float:
+        """The same in the regions that sequence parallelism divides."""
+        return self.tokens / (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+
+    @property
+    def routed_rows(self) -> float:
+        """Rows that an expert-parallel rank's experts receive in a micro-batch, all ranks alike."""
+        rows = self.tokens_between_layers * self.architecture.num_experts_per_tok
+        return rows * self.expert_tensor_parallel_size
+
+    @property
+    def number_bytes(self) -> int:
+        """Of a weight or an activation."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def is_causal(self) -> bool:
+        return self.objective == "ar"
+
+    def recomputes(self, module: str) -> bool:
+        """Whether the backward pass computes this part of a layer again: a name of --recompute-modules, or `layer`."""
+        if self.recompute_granularity == "full":
+            return module == "layer"
+        return self.recompute_granularity == "selective" and module in self.recompute_modules
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers of a stage that keep nothing but their input."""
+        if self.recompute_granularity != "full":
+            return 0
+        return (
+            min(self.recompute_num_layers, self.layers_per_stage)
+            if self.recompute_method == "block"
+            else self.layers_per_stage
+        )
+
+
+def job_of(
+    config: RunConfig, architecture: Architecture, world_size: int, cluster: Cluster | None = None, **changes: Any
+) -> Job:
+    """The job that a run's settings describe; `changes` are fields of `Job`. --fp8 auto is the cluster's kind.
+
+    UserError where the cluster's GPUs lack what --fp8 names.
+    """
+    known = {
+        name: getattr(getattr(config, settings()[name].group), name)
+        for name in Job.__dataclass_fields__
+        if name in settings()
+    }
+    job = Job(architecture=architecture, world_size=world_size, **(known | changes))
+    # As model/transformer_config.py has it.
+    job = dataclasses.replace(job, overlap_p2p_comm=job.num_virtual_stages_per_pipeline_rank > 1)
+    if cluster is None:
+        return dataclasses.replace(job, fp8="mxfp8") if job.fp8 == "auto" else job
+    scaling = choose_scaling(job.fp8, cluster.capability)
+    return dataclasses.replace(job, fp8=scaling.recipe if scaling else "none")

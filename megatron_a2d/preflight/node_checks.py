@@ -1,0 +1,142 @@
+"""The checks of all nodes together: facts from each, judged by the first, and all-reduces between them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.table import Table
+
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.planner.cluster import Cluster
+from megatron_a2d.preflight import allreduce_test, diagnose
+from megatron_a2d.preflight.node_info import Facts, check_files, gather_facts, sizes
+from megatron_a2d.terminal.console import PlainConsole, console
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.exit_codes import USER_ERROR
+from megatron_a2d.utils.printable import print_line
+
+_CHECKING = timedelta(hours=2)  # the first rank may read checksums of a large checkpoint or corpus
+_ARRIVAL = 120.0  # seconds; torchrun starts all processes at about the same time
+_FAREWELL = 60.0  # seconds for all that have come to read what was found; the store goes with the first node
+_STAGE = 90.0  # seconds for one all-reduce with all it takes to connect
+_MESSAGE, _THOROUGH_MESSAGE = 64 << 20, 1 << 30  # bytes
+
+
+def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> None:
+    from megatron_a2d.distributed import process_groups
+
+    rank, size = process_groups.rank(), process_groups.world_size()
+    store = process_groups.meet(_CHECKING, "preflight")
+    mine = gather_facts(rank)
+    store.set(f"arrived/{rank}", json.dumps(dataclasses.asdict(mine)))
+    arrived = {}
+    if rank == 0:
+        inputs, checkpoint_bytes, problems = _check_run(config, size, cluster)
+        if not problems:
+            arrived = _wait_for(store, "arrived", size)
+            # Where there are GPUs on one node and none on another, the network is not worth a try.
+            problems = diagnose.missing(size, arrived, mine.num_processes)
+            problems += diagnose.find_problems(list(arrived.values()), 0.0)
+        if problems and arrived:
+            _show(diagnose.table(list(arrived.values())))
+        probe = None
+        if not problems:
+            probe, problems = _make_probe(config.training.save)
+        readers = len(arrived) or size  # nobody waits for a rank that is missing
+        nodes = [] if problems else [arrived[other].node for other in range(size)]
+        store.set(
+            "plan",
+            json.dumps({"inputs": inputs, "probe": probe, "nodes": nodes, "problems": problems, "readers": readers}),
+        )
+    plan = json.loads(store.get("plan"))
+    if plan["problems"]:
+        allreduce_test.wait_for_all(store, "read", plan["readers"], _FAREWELL)
+        _end(rank, plan["problems"])
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        check_files(mine, plan["inputs"], config.training.save, plan["probe"])
+    # Small without GPUs: loopback and Ethernet need no more to show what they are.
+    num_bytes = _THOROUGH_MESSAGE if thorough else _MESSAGE if mine.gpu else _MESSAGE // 16
+    mine.speeds = allreduce_test.measure(store, rank, plan["nodes"], num_bytes, 10 if thorough else 3, _STAGE)
+    store.set(f"report/{rank}", json.dumps(dataclasses.asdict(mine)))
+    if rank == 0:
+        reports = _wait_for(store, "report", size)
+        problems = diagnose.missing(size, reports, mine.num_processes)
+        problems += diagnose.find_problems(list(reports.values()), checkpoint_bytes)
+        if plan["probe"]:
+            Path(plan["probe"]).unlink(missing_ok=True)
+        _show(diagnose.table(list(reports.values())))
+        store.set("verdict", json.dumps(problems))
+    problems = json.loads(store.get("verdict"))
+    allreduce_test.wait_for_all(store, "read", size, _FAREWELL)
+    _end(rank, problems)
+
+
+def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[dict[str, int], float, list[str]]:
+    """Sizes of what the run reads, the size of its checkpoints, and what is wrong with either."""
+    from megatron_a2d.training.prelaunch_checks import check_run, input_files
+
+    try:
+        checked = check_run(config, size, cluster)
+    except UserError as error:
+        return {}, 0.0, error.problems
+    # Weights in the type of training, and Adam's state and main weights in fp32.
+    bytes_per_parameter = 14 if config.training.bf16 else 12
+    return (
+        sizes(input_files(config, checked.start.directory)),
+        bytes_per_parameter * checked.architecture.num_parameters(),
+        [],
+    )
+
+
+def _make_probe(save: str | None) -> tuple[str | None, list[str]]:
+    """A file in --save that the other nodes must see, or what keeps it from being made."""
+    if save is None:
+        return None, []
+    directory = Path(save).absolute()
+    probe = directory / f".preflight-{uuid.uuid4().hex}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        return None, [f"--save {save}: no checkpoint can be written there ({error.strerror}); choose another directory"]
+    return str(probe), []
+
+
+def _wait_for(store: dist.Store, stage: str, size: int) -> dict[int, Facts]:
+    """The reports of all ranks that come in time."""
+    patience = _ARRIVAL if stage == "arrived" else 10 * _STAGE
+    end = time.monotonic() + patience
+    found: dict[int, Facts] = {}
+    while len(found) < size:
+        for rank in set(range(size)) - found.keys():
+            if store.check([f"{stage}/{rank}"]):
+                found[rank] = Facts(**json.loads(store.get(f"{stage}/{rank}")))
+        if time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    return dict(sorted(found.items()))
+
+
+def _show(table: Table) -> None:
+    """A log is as wide as a table needs."""
+    (console if console.is_terminal else PlainConsole(stderr=True, width=150)).print(table)
+
+
+def _end(rank: int, problems: list[str]) -> None:
+    """Without farewells: a communicator that hangs would not let go."""
+    if rank == 0:
+        for problem in problems:
+            print_line(f"error: {problem}", sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(USER_ERROR if problems else 0)

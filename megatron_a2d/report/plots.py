@@ -1,0 +1,171 @@
+"""A run's log.jsonl as one page of plots: whatever of it the run has measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_a2d.study.results_page import figure, plain_label
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.parsing import ParseError, parse_json
+
+Record = dict[str, Any]
+
+
+class Panel(NamedTuple):
+    """Curves of training records by dotted key (`router.load_masked`); a dictionary's key gives one for each entry."""
+
+    title: str
+    keys: tuple[str, ...]
+    validation: str = ""  # drawn with it, with its standard error
+    logarithmic: bool = False
+
+
+PANELS = (
+    Panel("loss, nats a token", ("loss",), "nelbo"),
+    Panel("loss weighted and unweighted", ("loss", "cross_entropy")),
+    Panel("diffusion and next-token loss", ("diffusion_loss", "ar_loss")),
+    Panel("error of grafting", ("grafting_error",)),
+    Panel("loss by time", ("loss_by_time",)),
+    Panel("accuracy on rows with loss", ("accuracy",), "accuracy"),
+    Panel("accuracy by mask ratio", ("accuracy_by_mask_ratio",)),
+    Panel("gradient norm", ("grad_norm",)),
+    Panel("gradient norm by role", ("grad_norm_by_role",), logarithmic=True),
+    Panel("update over weight by role", ("update_ratio_by_role",), logarithmic=True),
+    Panel("drift from the start by role", ("drift_by_role",)),
+    Panel("gradient noise scale, samples", ("noise_scale",), logarithmic=True),
+    Panel("learning rate", ("lr",)),
+    Panel("busiest expert over an even share", ("router.load_masked", "router.load_visible")),
+    Panel("entropy of a token's experts, nats", ("router.entropy_masked", "router.entropy_visible")),
+    Panel("loads of masked against visible tokens", ("router.load_difference",)),
+    Panel("share of choices dropped, and above an even share", ("router.dropped", "router.overflow")),
+    Panel("tokens a second", ("tokens_per_second",)),
+)
+
+
+def read_log(run: Path) -> list[Record]:
+    """The records of a run. A resumed run repeats iterations: the newest record of each stands."""
+    path = run / "log.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run}: has no log.jsonl; give the --save directory of a run")
+    newest: dict[tuple[Any, ...], Record] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        record = _record(line)
+        if record is not None:
+            newest[(record["kind"], record["iteration"], record.get("source"))] = record
+        elif number < len(lines):  # the last line may be that of a run that was killed while it wrote
+            raise UserError(f"{path}: line {number} is no record of a run; remove it")
+    records = list(newest.values())
+    _cut_grafting(records)
+    return records
+
+
+def _record(line: str) -> Record | None:
+    """A line of a log; None for what is none."""
+    try:
+        record = parse_json(line, allow_nonfinite=True)
+    except ParseError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    iteration, source = record.get("iteration"), record.get("source")
+    is_good = isinstance(iteration, int) and abs(iteration) < 2**53 and isinstance(source, str | None)
+    return record if is_good else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _cut_grafting(records: list[Record]) -> None:
+    """Logs once held the error of grafting as `loss`, and no accuracy as 0: such numbers are taken out."""
+    starts = [record for record in records if record["kind"] == "start"]
+    settings = starts[-1].get("settings") if starts else None
+    steps = settings.get("grafting_steps", 0) if isinstance(settings, dict) else 0
+    steps = steps if isinstance(steps, int) else 0
+    train = sorted((record for record in records if record["kind"] == "train"), key=lambda record: record["iteration"])
+    for before, record in zip([None, *train], train, strict=False):
+        if (before["iteration"] if before else 0) < steps and "grafting_error" not in record:
+            record |= dict.fromkeys(("loss", "cross_entropy", "accuracy", "mask_ratio"))
+
+
+def draw_run(run: Path, image: Path) -> Path:
+    """Draw the panels that the run has numbers for, over iterations; returns `image`."""
+    records = read_log(run)
+    train = sorted((r for r in records if r["kind"] == "train"), key=lambda r: r["iteration"])
+    valid = sorted((r for r in records if r["kind"] == "validation"), key=lambda r: r["iteration"])
+    if not train:
+        raise UserError(f"{run}/log.jsonl: holds no training record yet; wait for the first --log-interval")
+    panels = [(panel, found) for panel in PANELS if (found := _curves(panel, train))]
+    columns = min(4, math.ceil(math.sqrt(len(panels))))
+    rows = math.ceil(len(panels) / columns)
+    with figure(image, columns, rows, size=(4.6, 3.3), title=plain_label(run.resolve().name)) as axes:
+        for axis, (panel, found) in zip(axes, panels, strict=False):
+            _draw(axis, panel, found, valid)
+        for axis in axes[len(panels) :]:
+            axis.remove()
+    return image
+
+
+Curves = dict[str, tuple[list[int], list[float]]]
+
+
+def _curves(panel: Panel, train: Sequence[Record]) -> Curves:
+    """Iterations and values of each of a panel's curves."""
+    found: Curves = {}
+    for record in train:
+        for key in panel.keys:
+            value: Any = record
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            named = value if isinstance(value, dict) else {key.rpartition(".")[2]: value}
+            for name, number in named.items():
+                if _is_number(number) and (number > 0 or not panel.logarithmic):
+                    iterations, values = found.setdefault(name, ([], []))
+                    iterations.append(record["iteration"])
+                    values.append(number)
+    return found
+
+
+def _draw(axis: Any, panel: Panel, found: Curves, valid: Sequence[Record]) -> None:
+    shade = _shades(found)
+    for name in sorted(found) if shade else found:
+        iterations, values = found[name]
+        options = {"color": shade(float(name))} if shade else {}
+        label = "training" if panel.validation else plain_label(name.replace("_", " "))
+        axis.plot(iterations, values, label=label, linewidth=1, marker="." if len(values) == 1 else None, **options)
+    sources = list(dict.fromkeys(record.get("source") for record in valid)) if panel.validation else []
+    for number, source in enumerate(sources):
+        error = f"{panel.validation}_standard_error"
+        of_source = [
+            record for record in valid
+            if record.get("source") == source and _is_number(record.get(panel.validation)) and
+            _is_number(record.get(error)) and record[error] >= 0
+        ]  # fmt: skip
+        axis.errorbar(
+            [r["iteration"] for r in of_source],
+            [r[panel.validation] for r in of_source],
+            [r[error] for r in of_source],
+            fmt="o", capsize=3, color=f"C{3 + number}",
+            label=f"held out{f', {plain_label(source)}' if source else ''} (± standard error)",
+        )  # fmt: skip
+    if panel.logarithmic:
+        axis.set_yscale("log")
+    if len(found) > 1 or sources:
+        axis.legend(fontsize=6, ncols=2 if len(found) > 5 else 1)
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel("iteration", fontsize=8)
+
+
+def _shades(found: Curves) -> Callable[[float], Any] | None:
+    """A colour by number where all curves are named by numbers: the lower ends of buckets."""
+    if not all(name.replace(".", "", 1).isdecimal() for name in found):
+        return None
+    from matplotlib import colormaps
+
+    return lambda value: colormaps["viridis"](value)

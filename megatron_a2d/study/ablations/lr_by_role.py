@@ -1,0 +1,157 @@
+"""Which learning rate for which layers: what conversion learns, and what it keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import ROLES, RunConfig
+from megatron_a2d.study.confidence import MANY_COMPARISONS, Interval, mean_interval, paired_difference, verdict
+from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings
+from megatron_a2d.study.results_page import figure, markdown_table
+from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
+
+RATIOS = (1.0, 0.3, 0.1, 0.03, 0.0)
+ATTENTION_LR = (1.0, 3.0)  # times the recipe's
+REST = tuple(role for role in ROLES if role != "attention")
+
+
+def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
+    """Each ratio at two learning rates of attention; the higher one with the first seed only."""
+    causal = ar_settings(base)
+    kept = (Measure("ar", "likelihood", causal), Measure("cloze", "cloze", causal))
+    jobs = [Job("before", {"lr": 0.0, "rest": 0.0, "seed": seeds[0]}, {}, measures=kept, trains=False)]
+    roles = [role for role in REST if architecture.has_role(role)]
+    for seed in seeds:
+        for factor in ATTENTION_LR if seed == seeds[0] else ATTENTION_LR[:1]:
+            for ratio in RATIOS:
+                jobs.append(
+                    Job(
+                        f"lr{factor:g}_rest{ratio:g}_seed{seed}",
+                        {"lr": factor, "rest": ratio, "seed": seed},
+                        {
+                            "seed": seed,
+                            "lr": base.optimization.lr * factor,
+                            "min_lr": base.optimization.min_lr * factor,
+                            "lr_mult": {role: ratio for role in roles},
+                        },
+                        measures=(
+                            *kept,
+                            Measure("infill", "infill"),
+                            Measure("drift", "drift", options={"reference": BASE}),
+                        ),
+                    )
+                )
+    return jobs
+
+
+_COLUMNS: dict[str, Callable[[Record], float]] = {
+    "NELBO": lambda record: final(record)["nelbo"],
+    "infilling accuracy": lambda record: record["infill"]["accuracy"],
+    "AR perplexity": lambda record: math.exp(record["ar"]["nelbo"]),
+    "cloze accuracy": lambda record: record["cloze"]["accuracy"],
+}
+
+
+def report(records: list[Record], images: Path) -> Report:
+    before, *runs = records
+    groups = by_tag(runs, "lr", "rest")
+    roles = [role for role in ROLES if role in runs[0]["drift"]]
+
+    def column(key: tuple[float, float], value: Callable[[Record], float]) -> Interval:
+        return mean_interval([value(record) for record in groups[key].values()])
+
+    table = markdown_table(
+        ["attention lr", "rest : attention", "seeds", *_COLUMNS, *(f"drift, {role}" for role in roles)],
+        [
+            [
+                "before conversion",
+                "",
+                "",
+                "",
+                "",
+                f"{math.exp(before['ar']['nelbo']):.3f}",
+                f"{before['cloze']['accuracy']:.3f}",
+            ]
+            + [""] * len(roles),
+            *(
+                [f"{key[0]:g} x", f"{key[1]:g}", len(groups[key])]
+                + [column(key, value).format(3) for value in _COLUMNS.values()]
+                + [column(key, lambda record, role=role: record["drift"][role]).format(3) for role in roles]  # type: ignore[misc]
+                for key in groups
+            ),
+        ],
+    )
+    _draw(images / "layer-lr.png", before, groups)
+    text = (
+        f"{table}\nNELBO, nats a token, and infilling (16 tokens at once) of held-out text with the bidirectional "
+        "mask. AR perplexity and cloze accuracy of the same weights under the causal mask: "
+        f"{before['cloze']['num_facts']:,} facts of the training text, asked where they occur in held-out text. Drift: "
+        f"|W - W0| / |W0|. ± is half of a 95% confidence interval over seeds (Student's t). {MANY_COMPARISONS}\n\n"
+        f"{_findings(groups)}\n![results](layer-lr.png)\n"
+    )
+    rows = [
+        {name: record[name] for name in ("name", "lr", "rest", "seed")}
+        | {name: value(record) for name, value in _COLUMNS.items()}
+        | {"drift": record["drift"]}
+        for record in runs
+    ]
+    rows.insert(
+        0,
+        {
+            "name": "before",
+            "AR perplexity": math.exp(before["ar"]["nelbo"]),
+            "cloze accuracy": before["cloze"]["accuracy"],
+        },
+    )
+    return Report(text, rows)
+
+
+def _findings(groups: dict[tuple[float, float], dict[int, Record]]) -> str:
+    """Each ratio against 1 : 1 at the recipe's learning rate, seed by seed."""
+    lines = []
+    first = (ATTENTION_LR[0], RATIOS[0])
+    for name, value in _COLUMNS.items():
+        found = {key: {seed: value(record) for seed, record in runs.items()} for key, runs in groups.items()}
+        against = [
+            f"1 : {key[1]:g} {verdict(paired_difference(values, found[first]))}"
+            for key, values in found.items()
+            if key[0] == first[0] and key != first
+        ]
+        lines.append(f"- {name}, against 1 : {first[1]:g} with the same seed: {'; '.join(against)}\n")
+    return "".join(lines)
+
+
+def _draw(path: Path, before: Record, groups: dict[tuple[float, float], dict[int, Record]]) -> None:
+    marks = {"AR perplexity": math.exp(before["ar"]["nelbo"]), "cloze accuracy": before["cloze"]["accuracy"]}
+    with figure(path, 2, 2) as axes:
+        for axis, (name, value) in zip(axes, _COLUMNS.items(), strict=True):
+            for factor in dict.fromkeys(key[0] for key in groups):
+                keys = [key for key in groups if key[0] == factor]
+                found = [mean_interval([value(record) for record in groups[key].values()]) for key in keys]
+                axis.errorbar(
+                    range(len(keys)), [item.mean for item in found],
+                    [item.half_width if item.num_values > 1 else 0.0 for item in found],
+                    fmt="o-", capsize=3, label=f"attention lr {factor:g} x",
+                )  # fmt: skip
+                axis.set_xticks(range(len(keys)), [f"1 : {key[1]:g}" for key in keys])
+            if name in marks:
+                axis.axhline(marks[name], color="gray", linestyle="--", label="before conversion")
+            axis.set_title(name)
+            axis.set_xlabel("attention : rest")
+            axis.legend(fontsize=8)
+
+
+STUDY = Study(
+    name="layer-lr",
+    title="Learning rates by layer",
+    question="""
+From one autoregressive checkpoint, conversion runs that differ in the learning rate of everything but attention, from
+that of attention (1 : 1) to none (1 : 0, attention alone is trained). How low does the diffusion loss get, and what is
+left of the autoregressive model: its loss under the causal mask, its knowledge of facts, its weights?
+""",
+    plan=plan,
+    report=report,
+)

@@ -1,0 +1,155 @@
+"""How much the choice of times adds to the variance of a batch's loss and gradient."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.study.confidence import Moments, ratio_interval
+from megatron_a2d.study.jobs import BASE, Job, Measure
+from megatron_a2d.study.results_page import figure, markdown_table
+from megatron_a2d.study.study_base import Record, Report, Study
+
+SCHEMES = {
+    "iid": "independent",
+    "antithetic": "antithetic pairs",
+    "stratified": "low discrepancy by batch (MDLM)",
+    "by_index": "low discrepancy by index (ours)",
+}
+MODES = {False: "data and noise", True: "noise alone"}
+NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
+
+
+def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
+    """All schemes at half and at twice the recipe's batch, before SCP and after it. One seed: batches vary."""
+    sizes = [max(2, base.training.global_batch_size // 2), 2 * base.training.global_batch_size]
+    measures = tuple(
+        Measure(
+            f"{scheme} {size} {MODES[same]}", "gradients",
+            {"micro_batch_size": min(size, base.training.micro_batch_size), "global_batch_size": size},
+            {"batch_size": size, "num_groups": NUM_GROUPS, "batches_per_group": BATCHES_PER_GROUP, "scheme": scheme,
+             "same_tokens": same},
+        )
+        for size in sizes for same in MODES for scheme in SCHEMES
+    )  # fmt: skip
+    tags = {"seed": seeds[0]}
+    return [
+        Job("before", tags | {"checkpoint": "before SCP"}, {"seed": seeds[0]}, BASE, measures, trains=False),
+        Job("scp", tags | {"checkpoint": "after SCP"}, {"seed": seeds[0]}, BASE, measures),
+    ]
+
+
+class Variances(NamedTuple):
+    """By group of batches, so that schemes can be compared pair by pair."""
+
+    gradient: list[float]
+    loss: list[float]
+
+
+def variances(moments: Record) -> Variances:
+    count = moments["groups"][0]["count"]
+    pieces = [moments["losses"][first : first + count] for first in range(0, len(moments["losses"]), count)]
+    return Variances(
+        [Moments.of(group).variance for group in moments["groups"]],
+        [statistics.variance(piece) for piece in pieces],
+    )
+
+
+def report(records: list[Record], images: Path) -> Report:
+    lines, rows = [], []
+    sizes = sorted({value["batch_size"] for value in records[0].values() if isinstance(value, dict)})
+    for record in records:
+        for size in sizes:
+            for mode in MODES.values():
+                baseline = variances(record[f"iid {size} {mode}"])
+                for scheme, name in SCHEMES.items():
+                    found = variances(record[f"{scheme} {size} {mode}"])
+                    line = [record["checkpoint"], size, mode, name]
+                    row: Record = {"checkpoint": record["checkpoint"], "batch": size, "varied": mode, "scheme": scheme}
+                    for quantity in Variances._fields:
+                        ours, theirs = getattr(found, quantity), getattr(baseline, quantity)
+                        row[quantity] = statistics.fmean(ours)
+                        found_ratio = ratio_interval(ours, theirs)
+                        row[f"{quantity}_ratio"] = list(found_ratio)
+                        line += [f"{row[quantity]:.4g}", "1" if scheme == "iid" else found_ratio.format(2)]
+                    lines.append(line)
+                    rows.append(row)
+    table = markdown_table(
+        [
+            "checkpoint",
+            "batch",
+            "varied",
+            "times",
+            "variance of the gradient",
+            "ratio",
+            "variance of the loss",
+            "ratio",
+        ],
+        lines,
+    )
+    _draw(images / "time-sampling.png", rows)
+    batches = NUM_GROUPS * BATCHES_PER_GROUP
+    text = (
+        f"{table}\nVariance over {batches} batches: of the gradient the sum over all parameters (tr V), of the loss in "
+        "nats a token squared; ratio to independent times, with a 95% interval (jackknife over "
+        f"{NUM_GROUPS} groups). All schemes see the same tokens and the same uniform numbers behind the masks. In rows "
+        "of noise alone every batch holds the same tokens, and times and masks alone are drawn anew.\n\n"
+        f"{_findings(rows)}\n![results](time-sampling.png)\n"
+    )
+    return Report(text, rows)
+
+
+def _findings(rows: list[Record]) -> str:
+    """For each scheme and quantity: in how many of the settings it is told apart from independent times."""
+    lines = []
+    for scheme, name in SCHEMES.items():
+        if scheme == "iid":
+            continue
+        for quantity in Variances._fields:
+            ratios = [row[f"{quantity}_ratio"] for row in rows if row["scheme"] == scheme]
+            lower, higher = sum(high < 1 for _, _, high in ratios), sum(low > 1 for _, low, _ in ratios)
+            values = sorted(value for value, _, _ in ratios)
+            lines.append(
+                f"- {name}, variance of the {quantity}: {values[0]:.2f} to {values[-1]:.2f} times that of independent "
+                f"times; lower in {lower} of {len(ratios)} settings, higher in {higher}, else not told apart\n"
+            )
+    return "".join(lines)
+
+
+def _draw(path: Path, rows: list[Record]) -> None:
+    with figure(path, 2, 1, size=(6.5, 4.5)) as axes:
+        for axis, quantity in zip(axes, Variances._fields, strict=True):
+            settings = list(dict.fromkeys((row["checkpoint"], row["batch"], row["varied"]) for row in rows))
+            for number, scheme in enumerate(SCHEMES):
+                if scheme == "iid":
+                    continue
+                chosen = [row[f"{quantity}_ratio"] for row in rows if row["scheme"] == scheme]
+                places = [place + 0.22 * (number - 2) for place in range(len(settings))]
+                low = [value - lower for value, lower, _ in chosen]
+                high = [upper - value for value, _, upper in chosen]
+                axis.errorbar(
+                    [value for value, _, _ in chosen], places, xerr=[low, high], fmt="o", capsize=3,
+                    label=SCHEMES[scheme],
+                )  # fmt: skip
+            axis.axvline(1.0, color="gray", linestyle="--")
+            axis.set_yticks(range(len(settings)), [f"{a}, {b}, {c}" for a, b, c in settings], fontsize=7)
+            axis.set_title(f"variance of the {quantity}, relative to independent times")
+        axes[0].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)  # of both
+
+
+STUDY = Study(
+    name="time-sampling",
+    title="How times are drawn",
+    question="""
+The loss of a masked sample depends on its time, so how times are spread over a batch adds to the variance of loss and
+gradient. Compared at equal batch, before and after conversion: independent times, antithetic pairs (t and 1 - t), one
+stratified set a batch (MDLM), and this project's times by index, which need no batch to be known.
+""",
+    plan=plan,
+    report=report,
+    num_seeds=1,
+)

@@ -1,0 +1,67 @@
+"""What a study is run on: which checkpoint and which tokens, by their content, so that no run of it gets others.
+
+OUT/inputs.json    fingerprints, written when the study begins
+
+Paths may change between two starts of a study (a directory is moved, a machine is another one), and are not compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
+from megatron_a2d.checkpoint.manifest import MANIFEST
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.utils.atomic_write import read_json, write_json
+from megatron_a2d.utils.errors import UserError
+
+_FILE = "inputs.json"
+
+
+def hold_inputs(out: Path, base: RunConfig) -> None:
+    """UserError when `out` holds a study of another checkpoint or of other tokens; else its inputs are written down."""
+    found, path = _inputs(base), out / _FILE
+    known = read_json(path, "the study's inputs") if path.exists() else {}
+    problems = [
+        f"{flag}: {now[1]} holds something else than what the study in --out {out} was begun with; give that, or "
+        "another --out"
+        for flag, now in found.items()
+        if known.get(flag, now[0]) != now[0]
+    ]
+    problems += [
+        f"{flag}: the study in --out {out} was begun {'without' if flag in found else 'with'} it; give its tokens as "
+        "they were given then, or another --out"
+        for flag in (known.keys() ^ found.keys() if known else ())
+    ]
+    if problems:
+        raise UserError(problems)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {flag: fingerprint for flag, (fingerprint, _) in found.items()})
+
+
+def _inputs(base: RunConfig) -> dict[str, tuple[str, str]]:
+    """(fingerprint, path) by flag."""
+    from megatron_a2d.data.blended_dataset import read_mixture
+    from megatron_a2d.data.indexed_dataset import TokenFile
+    from megatron_a2d.data.integrity import checksum
+
+    def tokens(prefix: str | None) -> str:
+        return TokenFile(prefix, scan=False).fingerprint() if prefix else ""
+
+    load, data = base.training.load, base.data
+    assert load is not None
+    start = resolve(load)
+    # A checkpoint's manifest has the checksum of each of its files; the oldest ones have none.
+    manifest = start / MANIFEST
+    described = manifest if manifest.is_file() else start / HF_FILES / "config.json"
+    found = {"--load": (checksum(described.read_bytes()), load)}
+    if data.data_mixture:
+        sources = [
+            f"{item.name} {item.weight} {tokens(item.train_path)} {tokens(item.valid_path)}"
+            for item in read_mixture(data.data_mixture)
+        ]
+        found["--data-mixture"] = (checksum("\n".join(sources).encode()), data.data_mixture)
+    for flag, prefix in (("--train-data-path", data.train_data_path), ("--valid-data-path", data.valid_data_path)):
+        if prefix:
+            found[flag] = (tokens(prefix), prefix)
+    return found

@@ -1,0 +1,150 @@
+"""Moments of loss and gradient over independent batches: their variance, and the gradient noise scale.
+
+What follows from the sums is in confidence.py. Batches come in groups, so that the spread over groups tells the
+uncertainty. Every scheme sees the same tokens and the same uniform numbers behind its masks; only times differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_a2d.data.dataloader import MakeSample, MicroBatches
+from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
+from megatron_a2d.diffusion.rng import Noise, Stream, uniforms
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.study.load_run import OpenedRun
+from megatron_a2d.terminal.console import progress
+from megatron_a2d.training.param_shards import Piece, over_ranks, owned_pieces, squares_by_role
+from megatron_a2d.training.train_step import forward_backward, loss_totals
+
+
+@dataclass(frozen=True)
+class BatchTimes(Noise):
+    """Noise whose times depend on a sample's place in its batch of `batch_size`: the ways that are compared with ours.
+
+    iid: independent. antithetic: in pairs, t and 1 - t. stratified: frac(u + place / batch_size), one u for each batch
+    (MDLM's low-discrepancy sampler). by_index: as training does it, whatever the batch is.
+    """
+
+    scheme: str = "by_index"
+    batch_size: int = 1
+
+    def time(self, sample_index: int) -> float:
+        if self.scheme == "by_index":
+            return super().time(sample_index)
+        batch, place = divmod(sample_index, self.batch_size)
+        if self.scheme == "iid":
+            fraction = uniforms(self.seed, Stream.STUDY_TIME, sample_index, 1)[0]
+        elif self.scheme == "antithetic":
+            fraction = uniforms(self.seed, Stream.STUDY_TIME, sample_index // 2, 1)[0]
+            fraction = 1 - fraction if place % 2 else fraction
+        else:
+            assert self.scheme == "stratified", self.scheme
+            fraction = (uniforms(self.seed, Stream.STUDY_TIME, batch, 1)[0] + place / self.batch_size) % 1.0
+        return self.min_time + (1 - self.min_time) * float(fraction)
+
+
+class _Sums:
+    """Of a group of batches: the gradients' sum, their squares' sum, their number."""
+
+    def __init__(self, pieces: list[Piece]):
+        self._pieces = pieces
+        self._sum = [torch.zeros(piece.stop - piece.start, device=piece.gradient().device) for piece in pieces]
+        self._squares = torch.zeros((), dtype=torch.float64, device=device())
+        self._count = 0
+
+    def add(self) -> None:
+        for total, piece in zip(self._sum, self._pieces, strict=True):
+            total += piece.gradient()
+        self._squares += squares_by_role(self._pieces, lambda number, piece: piece.gradient()).sum()
+        self._count += 1
+
+    def read(self) -> dict[str, float]:
+        square = squares_by_role(self._pieces, lambda number, piece: self._sum[number]).sum()
+        squares, square_of_sum = over_ranks(torch.stack([self._squares, square])).tolist()
+        return {"count": self._count, "sum_of_squares": squares, "square_of_sum": square_of_sum}
+
+
+def gradient_moments(
+    opened: OpenedRun,
+    batch_size: int,
+    num_groups: int,
+    batches_per_group: int,
+    scheme: str = "by_index",
+    same_tokens: bool = False,
+    mask_sampling: str = "bernoulli",
+) -> dict[str, Any]:
+    """Moments over num_groups x batches_per_group batches; collective. same_tokens: only the noise differs.
+
+    Returns {"groups": [moments], "all": moments, "losses": [one for each batch], "batch_size"}.
+    """
+    pieces = owned_pieces(opened.state)
+    total = _Sums(pieces)
+    groups, losses = [], []
+    with progress(f"gradients, {scheme}", num_groups * batches_per_group, "batches") as advance:
+        for group in range(num_groups):
+            sums = _Sums(pieces)
+            for number in range(batches_per_group):
+                replicate = group * batches_per_group + number
+                make = _make(opened, replicate, batch_size, scheme, mask_sampling)
+                first = 0 if same_tokens else replicate * batch_size
+                losses.append(_one_batch(opened, _relocated(make, first), batch_size, first))
+                sums.add()
+                total.add()
+                advance(1)
+            groups.append(sums.read())
+    return {"batch_size": batch_size, "groups": groups, "all": total.read(), "losses": losses}
+
+
+def _make(opened: OpenedRun, replicate: int, batch_size: int, scheme: str, mask_sampling: str) -> MakeSample:
+    """What the objective makes of a sample, under noise of the replicate's own."""
+    diffusion = opened.config.diffusion
+    if diffusion.objective == "ar":
+        return lambda tokens, index: next_token(tokens)
+    assert opened.architecture.mask_token_id is not None
+    noise = BatchTimes(
+        seed=opened.config.data.seed + replicate,
+        mask_token_id=opened.architecture.mask_token_id,
+        schedule=diffusion.noise_schedule,
+        min_time=diffusion.min_time,
+        label_shift=diffusion.label_shift,
+        scheme=scheme,
+        batch_size=batch_size,
+        mask_sampling=mask_sampling,
+    )
+    return lambda tokens, index: corrupt(tokens, index, noise)
+
+
+def _relocated(make: MakeSample, first: int) -> MakeSample:
+    """Noise is that of the place in the batch: a replicate differs from the others by its seed."""
+
+    def made(tokens: np.ndarray, index: int) -> Corrupted:
+        return make(tokens, index - first)
+
+    return made
+
+
+def _one_batch(opened: OpenedRun, make: Callable[[np.ndarray, int], Corrupted], batch_size: int, first: int) -> float:
+    """Its gradient is in the pieces then; returns its loss."""
+    chunks, shape = opened.state.chunks, (opened.config.training.micro_batch_size, opened.config.input_length)
+    batches = MicroBatches(
+        opened.train_data, make, micro_batch_size=shape[0], global_batch_size=batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
+        start_sample=first, num_workers=0,
+    )  # fmt: skip
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    opened.state.optimizer.zero_grad()
+    totals: Tensor = loss_totals(
+        forward_backward(list(chunks), batches, batches.num_microbatches, shape, forward_only=False)
+    )
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[4])

@@ -1,0 +1,54 @@
+"""Held-out samples that ask for certain tokens: a cloze test, a hole to be filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from megatron.core import parallel_state
+
+from megatron_a2d.data.dataloader import MakeSample, MicroBatches
+from megatron_a2d.diffusion.corruption import Corrupted, next_token
+from megatron_a2d.diffusion.rng import Stream, uniforms
+from megatron_a2d.study.load_run import OpenedRun
+from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
+
+
+def judge(opened: OpenedRun, make: MakeSample) -> ValidationResult:
+    """Cross-entropy and accuracy on the rows that `make` gives weight, over all held-out samples. Collective."""
+    training, data = opened.config.training, opened.valid_data
+    count = data.num_samples // training.global_batch_size * training.global_batch_size
+    opened.state.gather_parameters()
+    with MicroBatches(
+        data, make, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
+    ) as batches:  # fmt: skip
+        shape = (training.micro_batch_size, opened.config.data.seq_length)
+        return validate(opened.state.chunks, batches, count, batches.num_microbatches, shape)
+
+
+def asked_rows(asked: Callable[[np.ndarray], np.ndarray]) -> MakeSample:
+    """Next-token samples whose loss is that of the tokens where `asked` is True."""
+
+    def make(tokens: np.ndarray, index: int) -> Corrupted:
+        sample = next_token(tokens)
+        # Row i predicts token i + 1; the last row predicts none.
+        weights = sample.weights * np.append(asked(tokens)[1:], False)
+        return sample._replace(weights=weights, num_maskable=int(weights.sum()))
+
+    return make
+
+
+def holes(opened: OpenedRun, length: int) -> MakeSample:
+    """Samples with one hole each, of `length` tokens at a place that depends on the sample alone."""
+    mask, shifted = opened.architecture.mask_token_id, opened.config.diffusion.label_shift
+    assert mask is not None
+
+    def make(tokens: np.ndarray, index: int) -> Corrupted:
+        first = 1 + int(uniforms(VALIDATION_SEED, Stream.STUDY_HOLE, index, 1)[0] * (len(tokens) - length))
+        hole = np.zeros(len(tokens), dtype=bool)
+        hole[first : first + length] = True
+        labels, rows = (np.roll(tokens, -1), np.roll(hole, -1)) if shifted else (tokens, hole)
+        return Corrupted(np.where(hole, mask, tokens), labels, rows.astype(np.float32), 1.0, int(hole.sum()))
+
+    return make

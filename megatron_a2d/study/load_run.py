@@ -1,0 +1,44 @@
+"""A checkpoint with everything that its training had, ready to be measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
+from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.config.settings import RunConfig, build
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.data.blended_dataset import MixedDataset
+from megatron_a2d.data.packed_dataset import PackedDataset
+from megatron_a2d.distributed import process_groups
+from megatron_a2d.training import train_loop
+from megatron_a2d.training.checkpointing import load_checkpoint
+from megatron_a2d.training.train_state import TrainState, build_train_state
+from megatron_a2d.utils.errors import UserError
+
+
+@dataclass
+class OpenedRun:
+    config: RunConfig
+    architecture: Architecture
+    state: TrainState
+    train_data: PackedDataset | MixedDataset
+    valid_data: PackedDataset  # of a mixture, the first source's
+
+
+def open_run(values: dict[str, Any]) -> OpenedRun:
+    """The weights of `values["load"]`, laid out as the settings say. Collective."""
+    config = build(values)
+    assert config.training.load is not None
+    directory = resolve(config.training.load)
+    architecture = read_architecture(directory / HF_FILES)
+    if problems := find_problems(config, architecture, process_groups.world_size()):
+        raise UserError(problems)
+    train_data, valid_data = train_loop.open_datasets(config, architecture, directory / HF_FILES)
+    if not valid_data:
+        raise UserError("--valid-data-path: is missing; a study judges its runs by held-out text")
+    process_groups.initialize(config.parallel)
+    state = build_train_state(architecture, config)
+    load_checkpoint(state, directory, weights_only=True)
+    return OpenedRun(config, architecture, state, train_data, next(iter(valid_data.values())))

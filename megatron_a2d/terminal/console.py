@@ -1,0 +1,126 @@
+"""What a person sees in the terminal: progress, and the end of a command that was given bad input."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.segment import Segment
+from rich.text import Text
+
+from megatron_a2d.utils.errors import SaveError, UserError
+from megatron_a2d.utils.exit_codes import INTERRUPTED, USER_ERROR
+from megatron_a2d.utils.printable import lines_of, one_line, print_line
+
+
+class PlainConsole(Console):
+    """A console to which a string is one line of data: `[/x]` and `:smile:` stay as they are, and what could move the
+    cursor is shown as Python would write it."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **kwargs)
+
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        return super().render_str(one_line(text), **kwargs)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=lines_of(segment.text))
+
+
+console = PlainConsole(stderr=True)
+
+# What a path that somebody gave can be the reason of; a file system that fails (EIO, ESTALE) is none of theirs.
+_WRONG_PATH = {
+    errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOENT,
+    errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EPERM, errno.EROFS,
+}  # fmt: skip
+
+
+def entry_point(main: Callable[[], None]) -> None:
+    """Run a command: what the user can mend becomes lines on stderr and an exit code (exit_codes.py), no traceback."""
+    # SIGTERM unwinds as an exception does, so that nothing half-written stays behind (training has its own handler).
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal's encoding lacks ends nothing
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except UserError as error:
+        for problem in error.problems:
+            print_line(f"error: {problem}", sys.stderr)
+        code = USER_ERROR
+    except SaveError as error:
+        print_line(f"error: {error}", sys.stderr)
+        code = SaveError.EXIT_CODE
+    except KeyboardInterrupt:
+        print_line("interrupted", sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except OSError as error:
+        code = _end_of(error)
+    else:
+        return
+    sys.exit(code)
+
+
+def _end_of(error: OSError) -> int:
+    """The exit code for a path that cannot be used, or a full disk, after a line about it; others are raised again."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print_line(f"error: {error.strerror}: make room, and run the same command again", sys.stderr)
+        return SaveError.EXIT_CODE
+    if error.errno in _WRONG_PATH and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        print_line(f"error: {name}: {error.strerror}; check the path and its permissions", sys.stderr)
+        return USER_ERROR
+    raise error
+
+
+def human(number: float, unit: str = "") -> str:
+    """1_234_567 -> '1.23M'; with a unit, '1.23 MB'."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= factor:
+            return f"{number / factor:.3g}{' ' if unit else ''}{prefix}{unit}"
+    return f"{number:.3g}{' ' if unit else ''}{unit}"
+
+
+class _Rate(ProgressColumn):
+    """Amount done, and the speed, in the task's unit."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        speed = task.finished_speed or task.speed or 0.0
+        return Text(f"{human(task.completed, unit)}  {human(speed, unit)}/s", style="cyan")
+
+
+@contextmanager
+def progress(description: str, total: float, unit: str, done: int = 0) -> Iterator[Callable[[float], None]]:
+    """A progress bar on stderr with speed and ETA; yields `advance(amount)`. `done` is what an earlier run did.
+
+    Where stderr is no terminal only the closing line is printed.
+    """
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(one_line(description), total=total, completed=done, unit=unit)
+        yield lambda amount: bar.advance(task, amount)

@@ -1,0 +1,318 @@
+"""Checkpoints of model and optimizer that load under any layout (megatron.core's torch_dist format).
+
+A checkpoint is written beside its final name, manifest last, and renamed when it is complete; then the tracker file
+is made to name it, and older ones are removed as --keep-last says.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_a2d.checkpoint.directory import (
+    HF_FILES,
+    RUN_CONFIG,
+    TRACKER,
+    copy_hf_files,
+    directory_name,
+    list_iterations,
+    read_run_settings,
+)
+from megatron_a2d.checkpoint.load import load_state
+from megatron_a2d.checkpoint.manifest import Entry, write_manifest
+from megatron_a2d.checkpoint.model_state_dict import dequantise, fill_model, state_to_load, state_to_save
+from megatron_a2d.checkpoint.optimizer_state_dict import OptimizerState, adam_step
+from megatron_a2d.checkpoint.reader import read_common
+from megatron_a2d.checkpoint.save import Saving
+from megatron_a2d.config.settings import RunConfig, TrainingConfig
+from megatron_a2d.conversion.torch_dist_writer import FORMAT
+from megatron_a2d.distributed.hang_watchdog import note_progress
+from megatron_a2d.distributed.process_groups import from_first_rank
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.terminal.console import human
+from megatron_a2d.training.logger import RunLog
+from megatron_a2d.training.optimizer import frozen_roles, role_of
+from megatron_a2d.training.train_state import TrainState
+from megatron_a2d.utils.atomic_write import fsync_path, new_file, write_json
+from megatron_a2d.utils.errors import SaveError, UserError
+from megatron_a2d.utils.partial_files import partial_path, remove_abandoned
+from megatron_a2d.utils.printable import print_line
+
+# Optimizer state that any other layout can load; the experts' optimizer is not told apart by its position.
+_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+_TOLD: set[str] = set()  # lines of warning, each said once
+
+
+class Save:
+    """The checkpoint `--save`/iter_NNNNNNN of the state as it is now; written from here to `finish`.
+
+    `hf_files` holds the source model's configuration and tokenizer. All methods are collective; the constructor and
+    `finish` raise SaveError on all ranks when one of them cannot write, and earlier checkpoints are then as they were.
+    """
+
+    def __init__(self, state: TrainState, config: RunConfig, hf_files: Path):
+        assert config.training.save is not None
+        self._config, self._hf_files, self.iteration = config, hf_files, state.iteration
+        self._root = Path(config.training.save)
+        self._final = self._root / directory_name(state.iteration)
+        # A name of its own: a writer that outlived a killed run must not meet the files of the next one.
+        partial = partial_path(self._root / f"{self._final.name}.{secrets.token_hex(4)}")
+        self._partial = self._root / from_first_rank(partial.name)
+        self._saving = Saving()
+        with self._all_or_nothing():
+            if dist.get_rank() == 0:
+                self._saving.attempt(_make_room, self._root, self._partial)
+            self._saving.agree()
+            self._saving.start_writing(_sharded_state(state), self._partial, dict(_FORMAT))
+
+    def is_written(self) -> bool:
+        """Whether `finish` would wait for no rank's disk."""
+        written = torch.tensor(int(self._saving.is_written()), device=device())
+        dist.all_reduce(written, op=dist.ReduceOp.MIN)
+        return bool(written)
+
+    def finish(self) -> Path:
+        """Complete it under its final name; returns its path."""
+        with self._all_or_nothing():
+            known = self._saving.finish_writing()
+            if dist.get_rank() == 0:
+                self._saving.attempt(
+                    _complete, self._partial, self._final, self._config, self._hf_files, known, self.iteration
+                )
+            self._saving.agree()
+        return self._final
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except SaveError as error:
+            root = self._root
+            free = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
+            dist.barrier()  # all have looked, and none is reading what is now removed
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            earlier = [iteration for iteration in list_iterations(root) if iteration != self.iteration]
+            is_full = any(text in str(error) for text in ("No space left", "Disk quota", "file write failed"))
+            raise SaveError(
+                f"--save {root}: the checkpoint of iteration {self.iteration} could not be written ({error}; "
+                f"{human(free, 'B')} were left); the newest one is "
+                + (f"that of iteration {earlier[-1]}" if earlier else "what the run started from")
+                + f". {'Make room' if is_full else 'Mend that'}, then start the same command again"
+            ) from None
+
+
+def remove_old(training: TrainingConfig, newest: int) -> None:
+    """Remove from --save what --keep-last and --keep-every do not keep; `newest` is complete and stays.
+
+    Iterations beyond `newest` are of a part of the run that was given up: they are neither counted nor removed.
+    """
+    if not training.keep_last:
+        return
+    assert training.save is not None
+    root = Path(training.save)
+    for iteration in [other for other in list_iterations(root) if other <= newest][: -training.keep_last]:
+        if training.keep_every and iteration % training.keep_every == 0:
+            continue
+        # Renamed first: whatever happens in between, no half of it bears a checkpoint's name.
+        doomed = partial_path(root / directory_name(iteration))
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(root / directory_name(iteration), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_unfinished(root: Path, besides: Path | None = None) -> None:
+    """Remove from --save what killed runs left: checkpoints that were half written, half removed, or about to be
+    replaced. None of them bears a checkpoint's name, and each takes as much disk as one. What another host may
+    still be writing is left alone, and told once."""
+    for line in remove_abandoned(root, ".iter_*.partial*", besides):
+        if line not in _TOLD:
+            print_line(f"warning: {line}", sys.stderr)
+            _TOLD.add(line)
+
+
+def _make_room(root: Path, partial: Path) -> None:
+    """An empty `partial`, and nothing left of saves that were cut short."""
+    partial.mkdir(parents=True)
+    remove_unfinished(root, besides=partial)
+
+
+def _complete(
+    partial: Path, final: Path, config: RunConfig, hf_files: Path, known: dict[str, Entry], iteration: int
+) -> None:
+    """The rest of the files, flushed, and the rename."""
+    (partial / HF_FILES).mkdir()
+    copy_hf_files(hf_files, partial / HF_FILES)
+    write_json(partial / RUN_CONFIG, config.to_dict())
+    write_json(partial / "metadata.json", FORMAT)
+    write_manifest(partial, known)
+    for entry in partial.rglob("*"):
+        fsync_path(entry)
+    fsync_path(partial)
+    replaced = partial_path(final.with_name(f"{final.name}.replaced"))
+    if final.exists():  # a run that resumed from an earlier one writes it anew
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    fsync_path(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    with new_file(final.parent / TRACKER) as tracker:
+        tracker.write_text(f"{iteration}\n")
+
+
+def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> None:
+    """Fill `state` from the iteration directory `directory`; collective."""
+    if weights_only:
+        loaded = load_state(_wanted_model(state), directory)
+        _load_model(state, loaded)
+        if state.has_fp8_weights:
+            state.take_main_weights(loaded)
+        else:
+            state.optimizer.reload_model_params()
+        return
+    model = _sharded_model(state)
+    common = read_common(directory)
+    if missing := {"optimizer_step", "scheduler", "iteration", "consumed_samples"} - common.keys():
+        raise UserError(
+            f"{directory}: its optimizer's state is of a form that is not known here (it has no "
+            f"{', '.join(sorted(missing))}); take its weights with --finetune"
+        )
+    step: int = common["optimizer_step"]
+    scheduler = {name: common["scheduler"].get(name) for name in state.scheduler.state_dict()}
+    if any(type(value) not in (int, float, str, bool) for value in scheduler.values()):
+        raise UserError(f"{directory}: the schedule in common.pt is damaged; use another iteration")
+    # Without an update so far (all steps were skipped) there is no state yet.
+    begins = _had_no_state(directory, tied=state.models[0].share_embeddings_and_output_weights)
+    optimizer = (
+        OptimizerState(state.optimizer, model, is_loading=True, metadata=_metadata(), begins=begins) if step else None
+    )
+    loaded = load_state({**_wanted_model(state), "optimizer": optimizer.tensors if optimizer else {}}, directory)
+    _load_model(state, loaded)
+    if optimizer:
+        optimizer.load(loaded["optimizer"], step)
+        if state.has_fp8_weights:
+            state.restore_weights()
+    else:
+        state.optimizer.reload_model_params()
+    state.scheduler.load_state_dict(scheduler)
+    state.iteration = common["iteration"]
+    state.consumed_samples = common["consumed_samples"]
+
+
+def _had_no_state(directory: Path, tied: bool) -> Callable[[str], bool]:
+    """Whether the parameter of this name was frozen when the checkpoint was written."""
+    frozen = frozen_roles(read_run_settings(directory))
+    return lambda name: role_of(name, tied) in frozen
+
+
+def _metadata() -> dict[str, Any]:
+    return {**_FORMAT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _models(state: TrainState) -> dict[str, DiffusionLM]:
+    """By the names that megatron's optimizers expect: "model", or "model0", ... with virtual stages."""
+    models = state.models
+    return {"model": models[0]} if len(models) == 1 else {f"model{n}": model for n, model in enumerate(models)}
+
+
+def _sharded_model(state: TrainState) -> dict[str, Any]:
+    """As a checkpoint has it; the optimizer finds its parameters in it."""
+    return {name: state_to_save(model, _metadata()) for name, model in _models(state).items()}
+
+
+def _wanted_model(state: TrainState) -> dict[str, Any]:
+    return {name: state_to_load(model, _metadata()) for name, model in _models(state).items()}
+
+
+def _sharded_state(state: TrainState) -> dict[str, Any]:
+    state.gather_parameters()
+    model, step = _sharded_model(state), adam_step(state.optimizer)
+    optimizer = OptimizerState(state.optimizer, model, is_loading=False, metadata=_metadata()) if step else None
+    dequantise(model)  # after the optimizer has recognised its parameters
+    return {
+        **model,
+        "optimizer": optimizer.tensors if optimizer else {},
+        "optimizer_step": step,
+        "scheduler": state.scheduler.state_dict(),
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+    }
+
+
+def _load_model(state: TrainState, loaded: dict[str, Any]) -> None:
+    for name, model in _models(state).items():
+        fill_model(model, loaded[name])
+
+
+class SaveSchedule:
+    """At most one checkpoint is being written. All methods are collective.
+
+    A failure ends the run unless --on-save-error says otherwise; that of the last checkpoint always does.
+    """
+
+    def __init__(self, config: RunConfig, hf_files: Path, log: RunLog):
+        self._config, self._hf_files, self._log = config, hf_files, log
+        self._running: Save | None = None
+        self._seconds = 0.0
+        # Also where this run will save nothing: one that is complete may have been killed while it removed an old one.
+        if config.training.save and dist.get_rank() == 0:
+            remove_unfinished(Path(config.training.save))
+
+    def save(self, state: TrainState, last: bool) -> None:
+        """Write the checkpoint of this iteration; with --async-save only begin it, unless it is the `last`."""
+        self.finish(last=False)
+        try:
+            begin = time.perf_counter()
+            self._running = Save(state, self._config, self._hf_files)
+            self._seconds = time.perf_counter() - begin
+        except SaveError as error:
+            self._failed(error, state.iteration, last)
+        if last or not self._config.training.async_save:
+            self.finish(last)
+
+    def poll(self) -> None:
+        """Complete the checkpoint in the background if all ranks have written their part."""
+        if self._running and self._running.is_written():
+            self.finish(last=False)
+
+    def finish(self, last: bool) -> None:
+        """Wait for the checkpoint in the background, if there is one."""
+        if not self._running:
+            return
+        save, self._running = self._running, None
+        begin = time.perf_counter()
+        try:
+            path = save.finish()
+        except SaveError as error:
+            self._failed(error, save.iteration, last)
+            return
+        # `start` may be removed as an old checkpoint, so the next one copies the model's files from this one.
+        self._hf_files = path / HF_FILES
+        waited = self._seconds + time.perf_counter() - begin
+        self._log.event("checkpoint", iteration=save.iteration, path=str(path), seconds_waited=round(waited, 3))
+        self._log.say(f"checkpoint {path}")
+        if dist.get_rank() == 0:
+            note_progress(save.iteration)
+            try:
+                remove_old(self._config.training, save.iteration)
+            except OSError as error:
+                self._log.say(f"warning: --keep-last: an old checkpoint could not be removed ({error})")
+
+    def _failed(self, error: SaveError, iteration: int, last: bool) -> None:
+        self._log.event("save_error", iteration=iteration, error=str(error))
+        if last or self._config.training.on_save_error == "stop":
+            raise error
+        self._log.say(f"error: {error}")

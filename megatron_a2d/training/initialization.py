@@ -1,0 +1,145 @@
+"""Random weights for a run from scratch (--conversion random), the same in every layout.
+
+Each element is a function of (seed, the tensor's name in the checkpoint, the element's place in the whole tensor): a
+rank draws what it holds, and need not know what the others hold. As Hugging Face's Qwen3: matrices and embeddings are
+normal with the architecture's `initializer_range`, norms are one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_a2d.checkpoint.directory import iteration_of, resolve
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.training.checkpointing import load_checkpoint
+from megatron_a2d.training.grafting import Grafting
+from megatron_a2d.training.train_state import TrainState
+from megatron_a2d.utils.errors import UserError
+
+_PIECE = 1 << 22  # elements that are drawn at once
+
+
+@torch.no_grad()
+def draw_weights(state: TrainState, seed: int, standard_deviation: float) -> None:
+    """Fill the model's weights; the optimizer follows."""
+    for model in state.models:
+        parameters = list(model.parameters())
+        for parameter in parameters:
+            parameter.fill_(float("nan"))
+        sharded = model.sharded_state_dict(metadata={"dp_cp_group": None})
+        apply_factories(sharded)  # their parts are views of the parameters
+        for shard in nested_values(sharded):
+            if isinstance(shard, ShardedTensor):
+                _fill(shard, seed, standard_deviation)
+        assert not any(bool(parameter.isnan().any()) for parameter in parameters), "a weight was left out"
+    state.optimizer.reload_model_params()
+
+
+def normals(seed: int, name: str, start: int, count: int) -> np.ndarray:
+    """The elements start .. start + count - 1 of a tensor, standard normal, [count] float32."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    # A Philox counter stands for four numbers of 64 bits: four elements, of 32 bits each for radius and angle.
+    first, skipped = divmod(start, 4)
+    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=first)
+    bits = generator.random_raw(skipped + count)[skipped:]
+    radius = np.sqrt(-2 * np.log(((bits >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32))
+    angle = (bits & np.uint64(0xFFFFFFFF)).astype(np.float64) * (2 * math.pi * 2.0**-32)
+    return (radius * np.cos(angle)).astype(np.float32)
+
+
+def _fill(shard: ShardedTensor, seed: int, standard_deviation: float) -> None:
+    data = shard.data
+    assert data is not None
+    if "norm" in shard.key:
+        data.fill_(1)
+        return
+    for row, start in _rows(shard):
+        for first in range(0, row.numel(), _PIECE):
+            count = min(_PIECE, row.numel() - first)
+            values = normals(seed, shard.key, start + first, count) * np.float32(standard_deviation)
+            row[first : first + count] = torch.from_numpy(values).to(row)
+
+
+def _rows(shard: ShardedTensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """The runs of a shard that are contiguous in the whole tensor, [n], with their place in it."""
+    shape = shard.global_shape
+    local = (1,) * shard.prepend_axis_num + tuple(shard.data.shape)
+    # Axes from the last one on that the shard holds whole; the one before them may be a part.
+    whole = len(shape)
+    while whole > 0 and local[whole - 1] == shape[whole - 1]:
+        whole -= 1
+    outer = max(whole - 1, 0)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    view = shard.data.view(local)
+    for place in np.ndindex(*local[:outer]):
+        run = view[place].view(-1)
+        at = [*place, *([0] * (len(shape) - outer))]
+        yield run, sum((a + o) * s for a, o, s in zip(at, shard.global_offset, strides, strict=True))
+
+
+def begin(
+    state: TrainState, config: RunConfig, architecture: Architecture, directory: Path, weights_only: bool
+) -> Grafting:
+    """Fill `state` from the checkpoint directory, or, where a run begins by --conversion random, from nothing.
+
+    Returns the stages of --conversion grafting, which every other run has none of. Collective.
+    """
+    diffusion = config.diffusion
+    if weights_only and diffusion.conversion == "random":
+        draw_weights(state, config.data.seed, architecture.initializer_range)
+        grafting = Grafting()
+    else:
+        grafting = _load(state, config, architecture, directory, weights_only)
+    if weights_only and diffusion.mask_embedding == "mean":
+        assert architecture.mask_token_id is not None
+        set_to_mean(state, architecture.mask_token_id)
+    return grafting
+
+
+def _load(
+    state: TrainState, config: RunConfig, architecture: Architecture, directory: Path, weights_only: bool
+) -> Grafting:
+    diffusion, source = config.diffusion, config.training.load
+    grafting = Grafting(diffusion.grafting_steps, architecture.num_layers)
+    unfinished = grafting.is_active(0 if weights_only else iteration_of(directory))
+    if unfinished and not weights_only:
+        if not source:
+            raise UserError(
+                f"--load: is missing; {directory} lies before the end of --grafting-steps {diffusion.grafting_steps}, "
+                "which needs the checkpoint that the run started from; give it again"
+            )
+        load_checkpoint(state, resolve(source), weights_only=True)
+        grafting.remember(state)
+    load_checkpoint(state, directory, weights_only)
+    if unfinished and weights_only:
+        grafting.remember(state)
+    return grafting
+
+
+@torch.no_grad()
+def set_to_mean(state: TrainState, mask_token_id: int) -> None:
+    """The row becomes the mean of all rows, the head's too where it is tied to the embedding. Collective."""
+    for model in state.models:
+        tables = [model.embedding.word_embeddings.weight] if model.pre_process else []
+        if model.share_embeddings_and_output_weights and model.post_process and not model.pre_process:
+            tables.append(model.output_layer.weight)  # the last stage has a copy of its own
+        for table in tables:
+            rows = len(table)
+            mean = table.double().sum(0)
+            dist.all_reduce(mean, group=parallel_state.get_tensor_model_parallel_group())
+            mean /= rows * parallel_state.get_tensor_model_parallel_world_size()
+            row = mask_token_id - rows * parallel_state.get_tensor_model_parallel_rank()
+            if 0 <= row < rows:
+                table[row] = mean.to(table)
+    state.optimizer.reload_model_params()

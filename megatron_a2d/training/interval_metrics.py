@@ -1,0 +1,121 @@
+"""A log interval's means, over all of its steps and all ranks: losses by time, accuracy by mask ratio, speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.diffusion.metrics import NUM_BUCKETS
+from megatron_a2d.distributed.process_groups import owns_loss
+from megatron_a2d.megatron_compat.device import device, peak_flops
+from megatron_a2d.model.flops import train_flops_per_token
+from megatron_a2d.training.train_state import TrainState
+from megatron_a2d.training.train_step import SampleLosses, StepResult, Totals
+
+_NUM_COLUMNS = 5  # of a bucket: weighted loss, cross-entropy, rows, correct rows, maskable tokens
+
+
+class Meter:
+    """Validation and checkpoints are not timed."""
+
+    def __init__(self, config: RunConfig, architecture: Architecture):
+        self._tokens_per_step = config.training.global_batch_size * config.data.seq_length
+        self._architecture, self._input_length = architecture, config.input_length
+        self._rows_per_token = config.input_length / config.data.seq_length
+        self._causal = config.diffusion.objective == "ar"
+        self._ar_loss_weight = config.diffusion.ar_loss_weight
+        self._peak = peak_flops()
+        self.restart()
+
+    def restart(self) -> None:
+        # Of steps that learn from the objective, and of those that graft; then [by time, by mask ratio] x buckets.
+        self._totals = torch.zeros(2, len(Totals._fields), dtype=torch.float64, device=device())
+        self._buckets = torch.zeros(2 * NUM_BUCKETS, _NUM_COLUMNS, dtype=torch.float64, device=device())
+        self._grad_norm, self._steps, self._updates, self._seconds = 0.0, 0, 0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        self._begin = time.perf_counter()
+
+    def add(self, result: StepResult, grafts: bool = False) -> None:
+        """`grafts`: the step's loss is the error of grafting."""
+        now = time.perf_counter()
+        self._seconds += now - self._begin
+        self._begin = now
+        self._steps += 1
+        if math.isfinite(result.grad_norm):  # a step that was skipped is no part of the means
+            self._totals[int(grafts)] += result.totals
+            self._grad_norm += result.grad_norm
+            self._updates += 1
+            if owns_loss():
+                self._add_buckets(result.losses)
+
+    def _add_buckets(self, losses: list[SampleLosses]) -> None:
+        for spans in (item.spans for item in losses if item.spans):
+            columns = torch.stack([*spans.sums, spans.num_maskable.to(self._buckets)], dim=1)
+            for first, positions in ((0, spans.times), (NUM_BUCKETS, spans.mask_ratios)):
+                self._buckets.index_add_(0, first + _bucket(positions).to(self._buckets.device), columns)
+
+    def read(self, state: TrainState) -> dict[str, Any]:
+        """The interval's numbers, global; collective. Starts the next interval."""
+        dist.all_reduce(self._totals)
+        dist.all_reduce(self._buckets)
+        totals, grafting = (Totals(*row) for row in self._totals.tolist())
+        tokens_per_second = self._steps * self._tokens_per_step / self._seconds
+        values: dict[str, Any] = {
+            "loss": _ratio(totals.weighted_loss, totals.num_maskable),
+            "cross_entropy": _ratio(totals.masked_cross_entropy, totals.masked_rows),
+            "accuracy": _ratio(totals.masked_correct, totals.masked_rows),
+            "mask_ratio": _ratio(totals.num_masked, totals.num_maskable),
+            "grad_norm": self._grad_norm / max(self._updates, 1),
+            "lr": max(group["lr"] for group in state.optimizer.param_groups),
+            "tokens_per_second": tokens_per_second,
+            "consumed_samples": state.consumed_samples,
+        }
+        if grafting.num_maskable:
+            values["grafting_error"] = grafting.weighted_loss / grafting.num_maskable
+        if self._ar_loss_weight:
+            ar_loss = (totals.weighted_loss - totals.masked_loss) / self._ar_loss_weight
+            values["diffusion_loss"] = _ratio(totals.masked_loss, totals.num_maskable)
+            values["ar_loss"] = _ratio(ar_loss, totals.num_maskable)
+        if self._peak:
+            judged = totals.num_rows / max(totals.num_maskable + grafting.num_maskable, 1)
+            flops = self._rows_per_token * train_flops_per_token(
+                self._architecture,
+                self._input_length,
+                self._causal,
+                head_fraction=judged / self._rows_per_token,
+            )
+            values["mfu"] = tokens_per_second * flops / (self._peak * dist.get_world_size())
+        if not self._causal:
+            buckets = self._buckets.tolist()
+            by_time, by_ratio = buckets[:NUM_BUCKETS], buckets[NUM_BUCKETS:]
+            values["loss_by_time"] = _by_bucket(by_time, above=0, below=4)
+            values["accuracy_by_mask_ratio"] = _by_bucket(by_ratio, above=3, below=2)
+        self.restart()
+        return values
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else math.nan
+
+
+def _bucket(positions: Tensor) -> Tensor:
+    """Of numbers in [0, 1], as validation's tables cut them."""
+    return (positions * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
+
+
+def _by_bucket(sums: list[list[float]], above: int, below: int) -> dict[str, float]:
+    """The ratio of two columns by a bucket's lower end; buckets that nothing fell into are left out."""
+    return {
+        f"{number / NUM_BUCKETS:.1f}": columns[above] / columns[below]
+        for number, columns in enumerate(sums)
+        if columns[below] > 0
+    }

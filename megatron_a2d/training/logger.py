@@ -1,0 +1,182 @@
+"""Where a run's numbers go: a line in the terminal, a JSONL file, TensorBoard. Rank 0 alone writes.
+
+SAVE/log.jsonl      one JSON object a line, {"kind": "start" | "train" | "validation" | "checkpoint" | "end", ...}
+SAVE/tensorboard/   the same curves
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.terminal.console import console, human
+from megatron_a2d.training.stop_conditions import SkippedSteps
+from megatron_a2d.training.validation import ValidationResult
+from megatron_a2d.utils.atomic_write import finite
+from megatron_a2d.utils.partial_files import open_log
+
+# TensorBoard's page of custom scalars: a category a question, the most asked one first. Tags are regular expressions.
+LAYOUT = {
+    "1 does it learn": {
+        "loss, and held out": ["Multiline", ["train/loss$", "validation(/[^/]*)?/nelbo$"]],
+        "loss by time": ["Multiline", ["train/loss_by_time/"]],
+        "accuracy by mask ratio": ["Multiline", ["train/accuracy_by_mask_ratio/"]],
+        "loss weighted and unweighted": ["Multiline", ["train/(loss|cross_entropy)$"]],
+    },
+    "2 is it stable": {
+        "gradient norm by role": ["Multiline", ["train/grad_norm(_by_role/.*)?$"]],
+        "update over weight by role": ["Multiline", ["train/update_ratio_by_role/"]],
+        "drift from the start by role": ["Multiline", ["train/drift_by_role/"]],
+        "gradient noise scale, samples": ["Multiline", ["train/noise_scale$"]],
+        "learning rate": ["Multiline", ["train/lr$"]],
+    },
+    "3 what do the routers do": {
+        "busiest expert over an even share": ["Multiline", ["train/router/load_(masked|visible)$"]],
+        "entropy of a token's experts, nats": ["Multiline", ["train/router/entropy_"]],
+        "difference of masked and visible loads": ["Multiline", ["train/router/load_difference$"]],
+        "share of choices dropped, and above an even share": ["Multiline", ["train/router/(dropped|overflow)$"]],
+    },
+    "4 how fast": {
+        "tokens a second": ["Multiline", ["train/tokens_per_second$"]],
+        "MFU": ["Multiline", ["train/mfu$"]],
+    },
+}
+
+
+def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
+    """LAYOUT, with the charts that only some runs have numbers for."""
+    (first, charts), *others = LAYOUT.items()
+    charts = dict(charts)
+    if config.diffusion.ar_loss_weight:
+        charts["diffusion and next-token loss"] = ["Multiline", ["train/(diffusion_loss|ar_loss)$"]]
+    if config.diffusion.grafting_steps:
+        charts["error of grafting"] = ["Multiline", ["train/grafting_error$"]]
+    return {first: charts, **dict(others)}
+
+
+class RunLog:
+    """Does nothing on ranks other than 0 (`enabled=False`)."""
+
+    def __init__(self, config: RunConfig, iteration: int, enabled: bool):
+        self._enabled = enabled
+        self._objective = config.diffusion.objective
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        training = config.training
+        self._total = training.train_iters
+        self._begin = (iteration, time.monotonic())
+        root = Path(training.save) if training.save else None
+        tensorboard = training.tensorboard_dir or (root / "tensorboard" if root else None)
+        # A resumed run writes its iterations again: TensorBoard is told to forget what lies beyond.
+        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=iteration) if tensorboard else None
+        if self._tensorboard:
+            self._tensorboard.add_custom_scalars(layout(config))
+        if root:
+            root.mkdir(parents=True, exist_ok=True)
+        self._jsonl = open_log(root / "log.jsonl") if root else None
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}", markup=False), TextColumn("eta"), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task(
+            "training", total=training.train_iters, completed=iteration, numbers="", start=True
+        )
+        self._progress.start()
+        if tensorboard:
+            self.say(f"watch it: python -m megatron_a2d.study watch {root or tensorboard}")
+
+    def say(self, message: str) -> None:
+        """One line for the person who watches."""
+        if self._enabled:
+            self._progress.console.print(message, soft_wrap=True)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """One line of log.jsonl. A full disk does not end the run: what is not written now is written with the next."""
+        if self._enabled and self._jsonl:
+            record = {"kind": kind, "time": time.time(), **finite(values)}
+            try:
+                self._jsonl.write(json.dumps(record) + "\n")
+                self._jsonl.flush()
+            except OSError as error:
+                self.say(f"warning: {self._jsonl.name}: cannot be written now ({error.strerror})")
+
+    def train(self, iteration: int, values: dict[str, Any]) -> None:
+        """A log interval's means; `values` go to all three places."""
+        if not self._enabled:
+            return
+        self.event("train", iteration=iteration, **values)
+        self._curves("train", iteration, values)
+        mfu = values.get("mfu")
+        learnt = f"loss {values['loss']:.4f}  acc {values['accuracy']:.1%}"
+        if "grafting_error" in values and not math.isfinite(values["loss"]):
+            learnt = f"grafting error {values['grafting_error']:.4f}"
+        numbers = (
+            f"{learnt}  grad {values['grad_norm']:.2f}  "
+            f"lr {values['lr']:.2e}  {human(values['tokens_per_second'], 'tok')}/s  "
+            f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
+        )
+        self._progress.update(self._task, completed=iteration, numbers=numbers)
+        if not console.is_terminal:  # a file wants lines, not a bar
+            elapsed = time.monotonic() - self._begin[1]
+            eta = elapsed / (iteration - self._begin[0]) * (self._total - iteration)
+            self.say(f"iteration {iteration:>{len(str(self._total))}}/{self._total}  {numbers}  eta {eta:.0f} s")
+
+    def validation(self, iteration: int, result: ValidationResult, source: str | None = None) -> None:
+        """One validation; `source` is the part of a mixture that it was made on."""
+        values = result.to_dict()
+        where = {"source": source} if source else {}
+        self.event("validation", iteration=iteration, **values, **result.tables(), **where)
+        if self._enabled:
+            self._curves(f"validation/{source}" if source else "validation", iteration, values)
+        what, tokens = ("NLL", "next") if self._objective == "ar" else ("NELBO", "masked")
+        self.say(
+            f"validation at {iteration}{f' on {source}' if source else ''}: {what} {result.nelbo} nats/token, "
+            f"accuracy on {tokens} tokens {result.accuracy.mean:.1%} ± {result.accuracy.standard_error:.1%} "
+            f"({result.num_samples} samples)"
+        )
+
+    def skipped(
+        self, iteration: int, first_sample: int, end_sample: int, culprits: list[int], skipped: SkippedSteps
+    ) -> None:
+        """A step without an update. `culprits`: the samples whose loss is not finite; their noise follows from them."""
+        samples = [first_sample, end_sample]
+        self.event("skipped", iteration=iteration, samples=samples, not_finite=culprits, total=skipped.total)
+        shown = ", ".join(map(str, culprits[:8])) + (" ..." if len(culprits) > 8 else "")
+        cause = f"the loss of samples {shown}" if culprits else "the losses are finite, their gradient"
+        self.say(
+            f"iteration {iteration}: {cause} is not finite, no rank updated its weights "
+            f"({skipped.in_a_row} in a row, {skipped.total} in all; samples {first_sample} to {end_sample - 1})"
+        )
+
+    def spike(self, iteration: int, loss: float) -> None:
+        """A loss far above the recent ones."""
+        self.event("spike", iteration=iteration, loss=loss)
+        self.say(f"iteration {iteration}: the loss {loss:.4f} is far above the recent ones")
+
+    def close(self) -> None:
+        if self._enabled:
+            self._progress.stop()
+            for sink in (self._tensorboard, self._jsonl):
+                try:
+                    if sink:
+                        sink.close()
+                except OSError as error:
+                    self.say(f"warning: the log is not complete ({error.strerror})")
+
+    def _curves(self, group: str, iteration: int, values: dict[str, Any]) -> None:
+        """Numbers become curves, those of a dictionary side by side; lists are for the JSONL file alone."""
+        if self._tensorboard:
+            for name, value in values.items():
+                if isinstance(value, dict):
+                    self._curves(f"{group}/{name}", iteration, value)
+                elif isinstance(value, float | int) and math.isfinite(value):
+                    self._tensorboard.add_scalar(f"{group}/{name}", value, iteration)

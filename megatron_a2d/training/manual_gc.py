@@ -1,0 +1,28 @@
+"""--manual-gc: Python's garbage is collected on all ranks after the same iterations.
+
+A collection that starts by itself stops one rank at a time, and all others wait for it.
+"""
+
+from __future__ import annotations
+
+import gc
+
+from megatron_a2d.config.settings import PerformanceConfig
+
+
+class Garbage:
+    """Does nothing without --manual-gc."""
+
+    def __init__(self, settings: PerformanceConfig):
+        self._interval = settings.manual_gc_interval if settings.manual_gc else 0
+        if self._interval:
+            gc.disable()
+            gc.collect()
+
+    def after_step(self, iteration: int) -> None:
+        if self._interval and iteration % self._interval == 0:
+            gc.collect()
+
+    def close(self) -> None:
+        if self._interval:
+            gc.enable()

@@ -1,0 +1,107 @@
+"""This rank's part of the model's parameters, so that each element of the whole model is on exactly one rank.
+
+Sums over pieces, summed over all ranks, are then those of one process: whatever is replicated (data parallelism, norms
+and routers under tensor parallelism, tied embeddings) or sharded (the distributed optimizer) counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor, nn
+
+from megatron_a2d.config.settings import ROLES
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.training.optimizer import role_of
+from megatron_a2d.training.train_state import TrainState
+
+
+class Piece(NamedTuple):
+    """A part of a flattened parameter."""
+
+    role: str
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    main: Tensor | None  # this part in fp32, where the optimizer keeps a copy of its own (bf16)
+
+    def weight(self) -> Tensor:
+        """The values that the optimizer updates, flat."""
+        if self.main is not None:
+            return self.main.detach().view(-1)
+        return self.parameter.detach().view(-1)[self.start : self.stop]
+
+    def gradient(self) -> Tensor:
+        """After the backward pass and its reduction over ranks, flat, before clipping; one zero where it is frozen."""
+        if not self.parameter.requires_grad:
+            return torch.zeros(1, device=self.parameter.device)
+        return self.parameter.main_grad.view(-1)[self.start : self.stop]  # type: ignore[attr-defined]
+
+
+def owned_pieces(state: TrainState) -> list[Piece]:
+    """The pieces of this rank; none where others hold all of its parameters too."""
+    ranges: dict[nn.Parameter, tuple[int, int]] = {}
+    mains: dict[nn.Parameter, Tensor] = {}
+    is_sharded = False
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            is_sharded = True
+            for parameter in part.model_param_gbuf_map:
+                span = part._get_model_param_range_map(parameter)["param"]
+                ranges[parameter] = (span.start, span.end)
+                if (main := getattr(parameter, "main_param", None)) is not None:
+                    mains[parameter] = main
+        for models, copies in zip(
+            getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True
+        ):
+            mains.update(zip(models, copies, strict=True))
+    pieces = []
+    for model in state.models:
+        tied = model.share_embeddings_and_output_weights
+        for name, parameter in model.named_parameters():
+            shards = is_sharded and parameter.requires_grad  # what is frozen is in no optimizer
+            if not _counts_here(parameter, shards):
+                continue
+            start, stop = ranges.get(parameter, (0, 0)) if shards else (0, parameter.numel())
+            if stop > start:
+                pieces.append(Piece(role_of(name, tied), parameter, start, stop, mains.get(parameter)))
+    return pieces
+
+
+def _counts_here(parameter: nn.Parameter, is_sharded: bool) -> bool:
+    """Whether this rank is the one, of those with the same values, that counts them."""
+    if not param_is_not_shared(parameter):
+        return False
+    is_expert = not getattr(parameter, "allreduce", True)
+    if is_expert:
+        replica = parallel_state.get_expert_data_parallel_rank()
+        shard = parallel_state.get_expert_tensor_parallel_rank()
+    else:
+        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        shard = parallel_state.get_tensor_model_parallel_rank()
+    is_split = getattr(parameter, "tensor_model_parallel", False)
+    return (is_sharded or replica == 0) and (is_split or shard == 0)
+
+
+def squares_by_role(pieces: Iterable[Piece], values: Callable[[int, Piece], Tensor]) -> Tensor:
+    """[roles] float64, this rank's sums of the squares of `values(number, piece)`; see `over_ranks`."""
+    sums = torch.zeros(len(ROLES), dtype=torch.float64, device=device())
+    by_role: dict[int, list[Tensor]] = {}
+    for number, piece in enumerate(pieces):
+        by_role.setdefault(ROLES.index(piece.role), []).append(values(number, piece))
+    for index, tensors in by_role.items():
+        norms = torch.stack(torch._foreach_norm([tensor.float() for tensor in tensors]))
+        sums[index] = norms.double().square().sum()
+    return sums
+
+
+def over_ranks(sums: Tensor) -> Tensor:
+    """The sums of all ranks; collective."""
+    dist.all_reduce(sums)
+    return sums

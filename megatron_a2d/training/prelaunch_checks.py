@@ -1,0 +1,72 @@
+"""Everything that can be found wrong with a run before its processes meet: train.py and preflight/ begin with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_a2d.checkpoint.directory import HF_FILES
+from megatron_a2d.checkpoint.reader import check_pickles
+from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.conversion.mask_token import choose_mask_token
+from megatron_a2d.conversion.qwen3_shapes import shape_problems
+from megatron_a2d.conversion.sources import open_checkpoint
+from megatron_a2d.data.blended_dataset import read_mixture
+from megatron_a2d.data.diffusion_samples import make_sample
+from megatron_a2d.planner.cluster import Cluster
+from megatron_a2d.planner.memory import check_memory
+from megatron_a2d.training import resume, train_loop
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import print_line
+
+
+class Checked(NamedTuple):
+    """What a run starts from."""
+
+    start: resume.Start
+    architecture: Architecture
+    config: RunConfig  # with the fingerprint of the data
+    epochs: dict[str, float]  # of the run over its data, by source
+
+
+def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None) -> Checked:
+    """Everything that can be found wrong before processes meet; UserError with all of it."""
+    start = resume.find_start(config, report=_warn)
+    architecture = read_architecture(start.directory / HF_FILES)
+    problems = shape_problems(config.training.model, architecture) if config.training.model else []
+    if problems := problems + find_problems(config, architecture, processes):
+        raise UserError(problems)
+    check_memory(config, architecture, processes, cluster)
+    check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
+    with open_checkpoint(start.directory):
+        pass  # every tensor of the model is there, in its shape, and no other
+    if config.diffusion.objective != "ar":
+        choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
+    train_data, _ = train_loop.open_datasets(config, architecture, start.directory / HF_FILES)
+    data = dataclasses.replace(config.data, train_data_fingerprint=train_data.fingerprint())
+    config = dataclasses.replace(config, data=data)
+    if not start.weights_only and (problems := resume.differences(config, start.directory)):
+        raise UserError(problems)
+    make_sample(config, architecture, train_data, data.seed)
+    epochs = train_data.epochs(config.training.train_iters * config.training.global_batch_size)
+    return Checked(start, architecture, config, epochs)
+
+
+def input_files(config: RunConfig, start: Path) -> list[Path]:
+    """The files that every node must see: tokens, and what the checkpoint directory `start` consists of."""
+    data = config.data
+    prefixes = [data.train_data_path, data.valid_data_path]
+    if data.data_mixture:
+        prefixes = [
+            path for source in read_mixture(data.data_mixture) for path in (source.train_path, source.valid_path)
+        ]
+    files = [Path(f"{prefix}{suffix}") for prefix in prefixes if prefix for suffix in (".bin", ".idx")]
+    return files + sorted(path for path in start.iterdir() if path.is_file())
+
+
+def _warn(line: str) -> None:
+    print_line(f"warning: {line}", sys.stderr)

@@ -1,0 +1,93 @@
+"""When a run ends before its last iteration: signals, limits, and steps that cannot be taken.
+
+Every rank decides the same at the same iteration: a signal may reach one rank alone, and clocks differ.
+
+In all these cases a checkpoint is written first. The exit codes are those of exit_codes.py.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_a2d.config.settings import TrainingConfig
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.utils.exit_codes import SIGNALLED
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequests:
+    """Asked once after each step: is it time to save and end? Collective."""
+
+    def __init__(self, config: TrainingConfig):
+        self._config = config
+        self._begin = time.monotonic()
+        self._signal = 0
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def reason(self, iteration: int) -> tuple[str, int] | None:
+        """Why the run should end after this iteration, and the exit code; None to go on."""
+        limit = self._config.exit_duration_in_mins
+        is_late = limit > 0 and time.monotonic() - self._begin >= 60 * limit
+        mine = torch.tensor([self._signal, int(is_late)], device=device())
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+        number, late = mine.tolist()
+        if number:
+            return f"{signal.Signals(number).name} received", SIGNALLED
+        if late:
+            return f"--exit-duration-in-mins {limit:g} is over", 0
+        interval = self._config.exit_interval
+        if interval and iteration % interval == 0:
+            return f"--exit-interval {interval}", 0
+        return None
+
+
+class SkippedSteps:
+    """Counts steps that were skipped because their gradient was not finite."""
+
+    def __init__(self, limit: int):
+        self.limit, self.total, self.in_a_row = limit, 0, 0
+
+    def add(self, grad_norm: float) -> bool:
+        """Note a step; True if it was skipped."""
+        skipped = not math.isfinite(grad_norm)
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        return skipped
+
+    @property
+    def too_many(self) -> bool:
+        return self.in_a_row >= self.limit
+
+
+class SpikeDetector:
+    """Flags a loss far above the recent ones: more than `factor` median absolute deviations over their median."""
+
+    def __init__(self, window: int = 50, factor: float = 8.0, warm_up: int = 10):
+        self._recent: deque[float] = deque(maxlen=window)
+        self._factor, self._warm_up = factor, warm_up
+
+    def is_spike(self, loss: float) -> bool:
+        """Judge a loss against those before it, and remember it."""
+        recent = list(self._recent)
+        if not math.isfinite(loss):
+            return True
+        self._recent.append(loss)
+        if len(recent) < self._warm_up:
+            return False
+        median = statistics.median(recent)
+        # A floor of one percent: losses that hardly move would otherwise flag each other.
+        deviation = max(statistics.median(abs(value - median) for value in recent), 0.01 * abs(median))
+        return loss > median + self._factor * deviation

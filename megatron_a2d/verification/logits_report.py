@@ -1,0 +1,247 @@
+"""The short report of `verify`: tensors compared, logits per position, the loss before training by time t."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_a2d.checkpoint.directory import HF_FILES
+from megatron_a2d.checkpoint.tensor_rows import Remapped
+from megatron_a2d.checkpoint.training_facts import read_trained
+from megatron_a2d.conversion.compare_weights import Comparison
+from megatron_a2d.conversion.hf_config import AUTO_MAPS
+from megatron_a2d.conversion.sources import Weights
+from megatron_a2d.hf import TRAVELLING
+from megatron_a2d.hf.load_hf_model import load
+from megatron_a2d.terminal.console import human, progress
+from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.tokenizer import read_tokenizer
+from megatron_a2d.verification.reference_forward import StreamedModel
+
+# Sums of a few thousand fp32 products in another order differ by about 1e-6 of the largest logit.
+RELATIVE_TOLERANCE = 1e-5
+NUM_POSITIONS = 64
+FEW_POSITIONS = 8  # of a large model
+AUTOREGRESSIVE = ("qwen3", "qwen3_moe")
+# transformers holds the whole model; by default that is done only where it keeps within the converters' own bound.
+UNASKED_BYTES = 500_000_000
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+ROWS_PER_TIME = 2
+
+
+def tensors_line(comparison: Comparison, first: Weights, second: Weights) -> str:
+    rounded = (
+        f"; types differ, largest rounding {comparison.largest_rounding:.3g}"
+        if first.dtypes() != second.dtypes()
+        else ""
+    )
+    return f"{comparison.num_tensors} tensors, {human(comparison.num_bytes, 'B')}: bitwise equal{rounded}"
+
+
+def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
+    """Logits of two forms of a model in fp32 on random tokens, one of them a Hugging Face directory.
+
+    That one is run by transformers where the model is small or this is `asked` for, the other streamed; of a large
+    model both are streamed, at a few positions. Where the second has other types the first is rounded to them.
+    UserError if a logit differs, and when the model does not fit into memory though it was `asked` for.
+    """
+    import psutil
+
+    kinds = {name: second.tensors.dtype(name) for name in first.tensors.shapes}
+    rounds = any(first.tensors.dtype(name) != kind for name, kind in kinds.items())
+    first = first._replace(tensors=Remapped(first.tensors, first.tensors.shapes, kinds, lambda span: [span]))
+    ran, other = (second, first) if is_hugging_face(second) else (first, second)
+    hf = ran.directory
+    needed, free = 4 * other.architecture.num_parameters(), psutil.virtual_memory().available
+    if asked and needed > 0.8 * free:
+        raise UserError(
+            f"--logits: the model in fp32 takes {human(needed, 'B')}, and {human(free, 'B')} of memory "
+            "are free; leave --logits out"
+        )
+    is_mixed = rounds and len(set(kinds.values())) > 1
+    by_transformers = (asked or needed <= UNASKED_BYTES) and not is_mixed
+    causal = model_type(hf) in AUTOREGRESSIVE and model_type(_configuration(other)) in AUTOREGRESSIVE
+    tokens_BL = random_tokens(other.architecture.vocab_size)
+    if by_transformers:
+        kind = next(iter(kinds.values())) if rounds else None
+        expected_BLV = transformers_logits(hf, tokens_BL, bidirectional=not causal, rounded_to=kind)
+    else:
+        tokens_BL = tokens_BL[:1, :FEW_POSITIONS]
+        with progress(f"logits of {hf.name}", ran.num_bytes(), "B") as advance:
+            expected_BLV = StreamedModel(ran, causal, advance).logits(tokens_BL)
+    with progress(f"logits of {other.directory.name}", other.num_bytes(), "B") as advance:
+        actual_BLV = StreamedModel(other, causal, advance).logits(tokens_BL)
+    mask = "causal" if causal else "bidirectional"
+    line = f"{mask} {compare_logits(expected_BLV, actual_BLV, hf, other.directory)}"
+    if not by_transformers:
+        size = f"transformers would take {human(needed, 'B')}: verify --logits runs it"
+        return f"{line}; both streamed, {'types are mixed' if is_mixed else size}"
+    if model_type(hf) in AUTOREGRESSIVE or carries_our_code(hf):
+        return line
+    return (
+        f"{line}; by our own classes: the Python files that the directory carries or names are others, and were not run"
+    )
+
+
+def compare_logits(
+    expected_BLV: torch.Tensor,
+    actual_BLV: torch.Tensor,
+    expected_in: Path,
+    actual_in: Path,
+    tolerance: float = RELATIVE_TOLERANCE,
+) -> str:
+    """The largest difference at each position; UserError if one exceeds `tolerance` times the largest logit."""
+    if not (expected_BLV.isfinite().all() or actual_BLV.isfinite().all()):
+        return "logits: not finite on either side, there is nothing to compare"
+    per_position = (actual_BLV - expected_BLV).abs().amax(-1).amax(0)
+    scale = max(1.0, float(expected_BLV.abs().max()))
+    largest, position = float(per_position.max()), int(per_position.argmax())
+    if not largest <= tolerance * scale:
+        bad = int((~(per_position <= tolerance * scale)).sum())
+        raise UserError(
+            f"{actual_in}: its logits differ from those of {expected_in} by up to {largest:.3g} (largest logit "
+            f"{scale:.3g}), at {bad} of {len(per_position)} positions; the two are not the same model"
+        )
+    return (
+        f"logits of {actual_BLV.shape[0]} x {len(per_position)} positions in fp32: largest difference {largest:.3g}, "
+        f"at position {position}; median over positions {float(per_position.median()):.3g} (largest logit {scale:.3g})"
+    )
+
+
+def random_tokens(vocab_size: int) -> torch.Tensor:
+    return torch.randint(vocab_size, (2, NUM_POSITIONS), generator=torch.Generator().manual_seed(0))
+
+
+def transformers_logits(
+    directory: Path, tokens_BL: torch.Tensor, bidirectional: bool, rounded_to: torch.dtype | None = None
+) -> torch.Tensor:
+    """Logits [B, L, V] in fp32, of the weights as they are or `rounded_to` another type.
+
+    Python files of the directory are run only when they are ours, byte for byte; instead of others, our own classes
+    are.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    autoregressive = model_type(directory) in AUTOREGRESSIVE
+    ours = not autoregressive and carries_our_code(directory)
+    if autoregressive:
+        kind: Any = AutoModelForCausalLM
+    elif ours:
+        kind = AutoModelForMaskedLM
+    else:
+        from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
+        from megatron_a2d.hf.modeling_rnd import RND1LM
+
+        kind = RND1LM if model_type(directory) == "rnd1" else A2DForMaskedLM
+    model = load(kind, directory, dtype=torch.float32, trust_remote_code=ours).eval()
+    if rounded_to is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(rounded_to).float()
+    batch, length = tokens_BL.shape
+    see_everything = torch.ones(batch, 1, length, length, dtype=torch.bool)
+    with torch.no_grad():
+        if autoregressive and bidirectional:
+            return model(tokens_BL, attention_mask=see_everything).logits
+        return model(tokens_BL).logits
+
+
+def carries_our_code(directory: Path) -> bool:
+    """Whether the Python files of an export are those that this version writes, and no other code is named.
+
+    `auto_map` can name code of another repository on the hub, and a file beside ours could be loaded too: one
+    deviation is enough to run none of it.
+    """
+    kind = model_type(directory)
+    files = {file.name: file.read_bytes() for file in TRAVELLING.get(kind, [])}
+    found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*.py")}
+    return (
+        bool(files)
+        and read_json(directory / "config.json", "the model's configuration").get("auto_map") == AUTO_MAPS[kind]
+        and found.keys() == files.keys()
+        and all(path.is_file() and path.stat().st_size == len(files[name]) for name, path in found.items())
+        and all(path.read_bytes() == files[name] for name, path in found.items())
+    )
+
+
+class LossAtTime(NamedTuple):
+    time: float
+    num_masked: int
+    loss: float  # nats a masked token
+
+
+def loss_by_time(weights: Weights, label_shift: bool = True) -> tuple[str, list[LossAtTime]]:
+    """(which text, cross-entropy of the masked tokens at each mask ratio); [] for a model without a mask token.
+
+    The same text at every ratio, the mask of a smaller one inside that of a larger one.
+    """
+    mask = weights.architecture.mask_token_id
+    text, tokens_RL = _sample_text(weights, ROWS_PER_TIME)
+    if mask is None:
+        return text, []
+    draws_RL = torch.rand(tokens_RL.shape, generator=torch.Generator().manual_seed(1))
+    draws_RL[:, 0] = 1.0  # nothing predicts the first token
+    masked_BL = torch.cat([draws_RL < time for time in TIMES])
+    tokens_BL = tokens_RL.repeat(len(TIMES), 1)
+    with progress("loss by time", weights.num_bytes(), "B") as advance:
+        model = StreamedModel(weights, advance=advance)
+        hidden_BLD = model.hidden(tokens_BL.masked_fill(masked_BL, mask))
+        rows, positions = masked_BL.nonzero(as_tuple=True)
+        losses_N = model.cross_entropy(hidden_BLD[rows, positions - int(label_shift)], tokens_BL[rows, positions])
+    result = []
+    for index, time in enumerate(TIMES):
+        here = rows // ROWS_PER_TIME == index
+        result.append(LossAtTime(time, int(here.sum()), float(losses_N[here].mean())))
+    return text, result
+
+
+def loss_lines(text: str, losses: list[LossAtTime], vocab_size: int) -> list[str]:
+    """The table, and what is normal."""
+    if not losses:
+        return ["masked cross-entropy: not measured, the model has no mask token"]
+    columns = "  ".join(f"{item.loss:.2f} at t={item.time} ({item.num_masked})" for item in losses)
+    return [
+        f"masked cross-entropy in nats (tokens), {text}: {columns}",
+        f"ln V is {math.log(vocab_size):.2f}: before conversion training a loss near it is normal at high t only"
+        if "random" not in text
+        else f"ln V is {math.log(vocab_size):.2f}: of random tokens no model knows more",
+    ]
+
+
+def model_type(directory: Path) -> str:
+    return read_json(directory / "config.json", "the model's configuration")["model_type"]
+
+
+def is_hugging_face(weights: Weights) -> bool:
+    return not (weights.directory / HF_FILES).is_dir()
+
+
+def label_shift(weights: Weights) -> bool:
+    """Whether row i - 1 predicts token i, as the run or the export says; so it is in every autoregressive model."""
+    return read_trained(weights.directory).label_shift
+
+
+def _configuration(weights: Weights) -> Path:
+    """Where the config.json of either side lies."""
+    return weights.directory if is_hugging_face(weights) else weights.directory / HF_FILES
+
+
+def _sample_text(weights: Weights, num_rows: int) -> tuple[str, torch.Tensor]:
+    """(its name, tokens [num_rows, NUM_POSITIONS]): the manual that comes with Python, if there is a tokenizer."""
+    vocab_size = weights.architecture.vocab_size
+    path = _configuration(weights) / "tokenizer.json"
+    if path.exists():
+        from pydoc_data.topics import topics
+
+        text = " ".join(re.sub(r"\s+", " ", topics[name]) for name in ("debugger", "formatstrings", "typesmapping"))
+        ids = [i for i in read_tokenizer(path, str(path)).encode(text[:20_000]).ids if i < vocab_size]
+        if len(ids) >= num_rows * NUM_POSITIONS:
+            ids = ids[: num_rows * NUM_POSITIONS]
+            return "text of Python's manual", torch.tensor(ids).view(num_rows, NUM_POSITIONS)
+    return "random tokens", random_tokens(vocab_size).repeat(num_rows, 1)[:num_rows]

@@ -1,0 +1,139 @@
+"""The forward pass of a model that is never in memory: each matrix is read a few rows at a time, used and forgotten.
+
+Written from the formulas of Qwen3 and Qwen3-MoE and not from any of the models in this project, so that agreement
+with them says something. Slow, and bounded: a few slabs and the activations, in fp32 on the CPU.
+
+Shapes: B batch, L sequence, D hidden, N = B * L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from megatron_a2d.checkpoint.tensor_rows import Span, slabs
+from megatron_a2d.conversion.sources import EMBEDDING, HEAD, Weights
+
+Advance = Callable[[float], None]
+
+
+class StreamedModel:
+    """`weights` (of either side, under Hugging Face's names) as a function of tokens."""
+
+    def __init__(self, weights: Weights, causal: bool = False, advance: Advance = lambda amount: None):
+        self._tensors, self._causal, self._advance = weights.tensors, causal, advance
+        self._shape = weights.architecture
+
+    @torch.no_grad()
+    def hidden(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, L, D] after the last norm."""
+        x = self._embed(tokens_BL)
+        for layer in range(self._shape.num_layers):
+            prefix = f"model.layers.{layer}."
+            x = x + self._attention(self._norm(x, prefix + "input_layernorm.weight"), prefix + "self_attn.")
+            y = self._norm(x, prefix + "post_attention_layernorm.weight")
+            x = x + (self._experts if self._shape.is_moe else self._mlp)(y, prefix + "mlp.")
+        return self._norm(x, "model.norm.weight")
+
+    @torch.no_grad()
+    def logits(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Logits [B, L, V]."""
+        return self._linear(self.hidden(tokens_BL), self._head)
+
+    @torch.no_grad()
+    def cross_entropy(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """-log p(target) [N] in nats, of rows of `hidden`, without ever holding all their logits."""
+        total_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)
+        target_N = torch.zeros_like(total_N)
+        for start, rows in self._rows(self._head):
+            logits_NV = hidden_ND @ rows.T
+            total_N = torch.logaddexp(total_N, logits_NV.logsumexp(-1))
+            inside = (targets_N >= start) & (targets_N < start + len(rows))
+            target_N[inside] = logits_NV[inside, targets_N[inside] - start]
+        return total_N - target_N
+
+    @property
+    def _head(self) -> str:
+        return EMBEDDING if self._shape.tie_word_embeddings else HEAD
+
+    def _embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        ids = tokens_BL.unique().tolist()
+        rows = torch.cat([self._tensors.read(Span(EMBEDDING, (), i, i + 1)).float() for i in ids])
+        return rows[torch.searchsorted(torch.tensor(ids), tokens_BL)]
+
+    def _rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, some rows in fp32) until the whole tensor has passed."""
+        shape = self._tensors.shapes[name]
+        for start, stop in slabs(shape, 0, shape[0], self._tensors.dtype(name).itemsize):
+            rows = self._tensors.read(Span(name, (), start, stop))
+            self._advance(rows.nbytes)
+            yield start, rows.float()
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.cat([x @ rows.T for _, rows in self._rows(name)], dim=-1)
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        (_, weight), *_ = self._rows(name)
+        return F.rms_norm(x, (x.shape[-1],), weight, self._shape.rms_norm_eps)
+
+    def _attention(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
+        a = self._shape
+        query, key, value = (
+            self._linear(x, f"{prefix}{name}_proj.weight").unflatten(-1, (-1, a.head_dim)) for name in "qkv"
+        )
+        query, key = self._norm(query, prefix + "q_norm.weight"), self._norm(key, prefix + "k_norm.weight")
+        query, key = self._rotate(query), self._rotate(key)
+        key, value = (t.repeat_interleave(a.num_attention_heads // a.num_key_value_heads, dim=2) for t in (key, value))
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        heat = a.yarn.attention_factor**2 if a.yarn else 1.0
+        mixed = F.scaled_dot_product_attention(heat * query, key, value, is_causal=self._causal)
+        return self._linear(mixed.transpose(1, 2).flatten(2), prefix + "o_proj.weight")
+
+    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding of x [B, L, heads, d]: as complex numbers, element j being real and j + d / 2 imaginary."""
+        half = x.shape[-1] // 2
+        speeds = torch.tensor([self._speed(index / half) for index in range(half)])
+        angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None, None] * speeds
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    def _speed(self, part: float) -> float:
+        """Radians a position of the frequency that lies at `part` (0 to 1) of the spectrum.
+
+        YaRN: a frequency that turns more than `beta_fast` times within the original length is kept, one that turns less
+        than `beta_slow` times is slowed by `factor`; both bounds and the blend are linear in `part`.
+        """
+        theta, yarn = self._shape.rope_theta, self._shape.yarn
+        speed = theta**-part
+        if yarn is None:
+            return speed
+        half = self._shape.head_dim / 2
+        fast, slow = (
+            half * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns), theta)
+            for turns in (yarn.beta_fast, yarn.beta_slow)
+        )
+        if yarn.truncate:
+            fast, slow = math.floor(fast), math.ceil(slow)
+        fast, slow = max(fast, 0), min(slow, 2 * half - 1)
+        slowed = min(max((part * half - fast) / ((slow - fast) or 0.001), 0.0), 1.0)
+        return speed * (1 - slowed) + speed / yarn.factor * slowed
+
+    def _mlp(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
+        gate, up = (self._linear(x, f"{prefix}{name}_proj.weight") for name in ("gate", "up"))
+        return self._linear(F.silu(gate) * up, prefix + "down_proj.weight")
+
+    def _experts(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
+        x_ND = x.flatten(0, -2)
+        probabilities = self._linear(x_ND, prefix + "gate.weight").softmax(-1)
+        weights, chosen = probabilities.topk(self._shape.num_experts_per_tok, dim=-1)
+        if self._shape.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out_ND = torch.zeros_like(x_ND)
+        for expert in chosen.unique().tolist():
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            piece = self._mlp(x_ND[tokens], f"{prefix}experts.{expert}.")
+            out_ND[tokens] += piece * weights[tokens, places, None]
+        return out_ND.view_as(x)

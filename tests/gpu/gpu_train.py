@@ -1,0 +1,115 @@
+"""Short runs on one GPU, for the tests; also `torchrun -m tests.gpu.gpu_train JSON` on several, for their layouts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+REHEARSAL = os.environ.get("A2D_REHEARSE") == "1" and not torch.cuda.is_available()
+ENGINE = "portable" if REHEARSAL else "transformer_engine"
+
+SETTINGS: dict[str, Any] = dict(
+    seq_length=128, global_batch_size=8, micro_batch_size=4, train_iters=1000, lr=1e-3, num_workers=0, bf16=True,
+)  # fmt: skip
+_SIZES: dict[str, Any] = dict(
+    vocab_size=512, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=512
+)
+
+
+class Model(NamedTuple):
+    checkpoint: str
+    settings: dict[str, Any]
+
+
+def write_models(root: Path) -> dict[str, Model]:
+    """dense, dense_tied and moe, converted from Hugging Face's form, and tokens that can be learnt."""
+    from checkpoints_tools import convert_hf
+    from tests.tiny import write_hf, write_tokens
+
+    for name, documents in (("train", 400), ("valid", 40)):
+        write_tokens(root / name, documents, 250, seed=len(name))
+    settings = SETTINGS | {"train_data_path": str(root / "train"), "valid_data_path": str(root / "valid")}
+    models = {}
+    for kind in ("dense", "dense_tied", "moe"):
+        # All experts for every token: where the router chooses, a last bit decides, and nothing bounds what follows.
+        experts = {"moe_intermediate_size": 128, "num_experts_per_tok": 8} if kind == "moe" else {}
+        write_hf(root / kind, kind, **_SIZES, **experts)
+        convert_hf.main(["--hf", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
+        models[kind] = Model(str(root / f"{kind}_checkpoint"), settings)
+    return models
+
+
+def without_engine(settings: dict[str, Any]) -> dict[str, Any]:
+    """In a rehearsal: the settings that a CPU knows."""
+    if not REHEARSAL:
+        return settings
+    gpu_only = ("fp8", "fp8_param_gather", "first_last_layers_bf16", "cuda_graph_impl", "cuda_graph_scope", "apply_rope_fusion",
+                "gradient_accumulation_fusion", "moe_permute_fusion", "moe_router_fusion")  # fmt: skip
+    return {name: value for name, value in settings.items() if name not in gpu_only} | {"transformer_impl": "portable"}
+
+
+class Run(NamedTuple):
+    losses: list[float]
+    grad_norms: list[float]
+
+
+def train(model: Model, steps: int, save: Path | None = None, **changes: Any) -> Run:
+    """Train from the model's checkpoint; with `save`, write a checkpoint with the optimizer's state there."""
+    from bench.training_speed import free_memory
+    from megatron_a2d.checkpoint.directory import iteration_of, resolve
+    from megatron_a2d.config.model_config import read_architecture
+    from megatron_a2d.config.settings import build
+    from megatron_a2d.config.validate import find_problems
+    from megatron_a2d.distributed import environment, process_groups
+    from megatron_a2d.training import cuda_graphs, train_loop, train_state, train_step
+    from megatron_a2d.training.checkpointing import Save, load_checkpoint
+
+    settings = without_engine(model.settings | changes) | ({"save": str(save)} if save else {})
+    config = build(settings)
+    start = resolve(model.checkpoint)
+    architecture = read_architecture(start / "hf")
+    environment.apply(config)
+    assert not (problems := find_problems(config, architecture, process_groups.world_size())), problems
+    free_memory()  # of the run before, and its process groups
+    process_groups.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
+    state = train_state.build_train_state(architecture, config)
+    load_checkpoint(state, start, weights_only=iteration_of(start) == 0)
+    data, _ = train_loop.open_datasets(config, architecture)
+    graphs = cuda_graphs.LayerGraphs(state, config)
+    shape = (config.training.micro_batch_size, config.data.seq_length)
+    losses, norms = [], []
+    with train_loop.micro_batches(config, architecture, data, config.data.seed, state.consumed_samples) as batches:
+        for _ in range(steps):
+            state.scheduler.step(1)
+            graphs.before_step()
+            result = train_step.train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
+            totals = result.totals.clone()
+            dist.all_reduce(totals)
+            losses.append(float(totals[0] / totals[4]))
+            norms.append(result.grad_norm)
+            state.iteration += 1
+            state.consumed_samples += config.training.global_batch_size
+    if save:
+        Save(state, config, start / "hf").finish()
+    return Run(losses, norms)
+
+
+def main() -> None:
+    """One rank of a layout: prints what it saw, as JSON, from rank 0."""
+    task = json.loads(sys.argv[1])
+    from megatron_a2d.distributed import process_groups
+
+    run = train(Model(task["checkpoint"], task["settings"]), task["steps"], **task["changes"])
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(run._asdict()), flush=True)
+    process_groups.finalize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Import layers: imports run downwards, and the lower layers import neither torch nor megatron."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "megatron_a2d"
+
+# From the bottom up. A package may import those of lower layers, and those that stand before it in its own.
+LAYERS = (
+    ("utils",),
+    ("config", "terminal", "diffusion", "hf"),
+    ("megatron_compat", "distributed", "data"),
+    ("checkpoint", "conversion", "model"),
+    ("planner", "verification", "report"),
+    ("training",),
+    ("inference", "evaluation", "preflight", "study"),
+    ("train", "generate", "evaluate", "plan"),
+)
+ORDER = {package: (number, place) for number, layer in enumerate(LAYERS) for place, package in enumerate(layer)}
+# Packages of which neither may import the other, although one lies below: model and data meet in training alone.
+APART = {
+    ("model", "data"),
+    ("diffusion", "terminal"),
+    ("hf", "config"),
+    ("hf", "diffusion"),
+    ("conversion", "diffusion"),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of the project's modules that a file imports, relative ones resolved."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def violations(path: Path) -> list[str]:
+    here = package_of(path)
+    if here == "__init__":
+        return []
+    bad = []
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "megatron_a2d" or len(parts) < 2 or parts[1] == here or parts[1] not in ORDER:
+            continue
+        there = parts[1]
+        is_entry_point = there in LAYERS[-1]  # nothing imports one
+        if ORDER[there] >= ORDER[here] or is_entry_point or (here, there) in APART:
+            bad.append(f"{path.relative_to(ROOT)} imports {name}")
+    return bad
+
+
+def test_imports_run_downwards() -> None:
+    files = [path for path in PACKAGE.rglob("*.py")]
+    assert len(files) > 30
+    assert {package_of(path) for path in files} - {"__init__"} == set(ORDER), "a new package needs its layer in LAYERS"
+    assert not [line for path in files for line in violations(path)]
+
+
+def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upward = PACKAGE / "diffusion" / "rng.py"
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: "from megatron_a2d.training import loop\n")
+    assert violations(upward)
+
+
+@pytest.mark.parametrize(
+    ("modules", "forbidden"),
+    [
+        (("utils", "config", "terminal"), {"torch", "numpy", "megatron", "transformers"}),
+        (("diffusion", "conversion", "hf"), {"megatron"}),
+    ],
+)
+def test_lower_layers_are_light(modules: tuple[str, ...], forbidden: set[str]) -> None:
+    """Seen in a fresh interpreter: what these modules, all files of them, pull in."""
+    names = []
+    for module in modules:
+        path = PACKAGE / module
+        files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+        names += [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not forbidden & {name.split(".")[0] for name in loaded.split()}
+
+
+def test_tokenising_does_not_wait_for_torch() -> None:
+    """Each worker is a process of its own, and torch takes longer to import than a piece to tokenise."""
+    code = "import data_prep.tokenize_corpus, data_prep.tokenize_shards, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "megatron", "transformers"} & set(loaded.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "code", "words"),
+    [
+        ("train", "--lrr 1", 2, "--lrr: unknown argument"),
+        ("train", "--seq-length 64 --lr -1", 2, "--lr -1.0: must be positive"),
+        (
+            "train",
+            "--model Qwen/Qwen3-8B --dry-run --settings-only --world-size 8 --cluster h100",
+            2,
+            "GiB, the run needs",
+        ),
+        ("train", "--help", 0, "--global-batch-size"),
+        ("preflight", "--settings-only --config /nowhere", 2, "--config /nowhere: "),
+        ("generate", "--model x --prompt a --max-new-tokens 0", 2, "--max-new-tokens 0: must be at least 1"),
+        ("evaluate", "--model x --out y", 2, "there is nothing to evaluate"),
+        ("plan", "--cluster h100", 2, "--gpus: is missing"),
+        ("plan", "--help", 0, "--imbalance"),
+    ],
+)
+def test_what_settings_show_does_not_wait_for_torch(module: str, arguments: str, code: int, words: str) -> None:
+    """It takes seconds to import, on a busy machine half a minute."""
+    run = "from megatron_a2d.terminal.console import entry_point; entry_point(main.main)"
+    if module == "preflight":
+        module = "preflight.__main__"
+    program = (
+        f"import sys, megatron_a2d.{module} as main\ntry: {run}\n"
+        "finally: assert not {'torch', 'megatron', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", program, *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
+
+
+def test_extras_are_installed_from_the_clone() -> None:
+    """There is no package of this name on the public index."""
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *PACKAGE.rglob("*.py"), *ROOT.glob("data_prep/*.py")]
+    assert not [path for path in files if re.search(r"install \S*megatron_a2d", path.read_text())]
