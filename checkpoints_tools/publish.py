@@ -14,8 +14,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megatron_a2d.checkpoint.model_files import check_plain_files
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.conversion.hf_model_files import check_plain_files
 from megatron_a2d.terminal.console import entry_point, human, progress
 from megatron_a2d.utils.atomic_write import read_text
 from megatron_a2d.utils.errors import UserError

@@ -1,5 +1,5 @@
 """Writes token files: Megatron's .bin and .idx, byte for byte as megatron.core writes them, with our description and
-checksums (megatron_a2d/data/integrity.py). Streams: memory does not grow with the number of documents.
+checksums (megatron_a2d/data/checksums.py). Streams: memory does not grow with the number of documents.
 
 Without megatron.core, whose import alone takes seconds; a test compares the bytes.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.encoders import token_dtype
-from megatron_a2d.data.integrity import INDEX_CHECKSUM, TABLE_CHECKSUM, BlockHasher, file_checksum, write_metadata
+from megatron_a2d.data.checksums import INDEX_CHECKSUM, TABLE_CHECKSUM, BlockHasher, file_checksum, write_metadata
 from megatron_a2d.utils.atomic_write import new_file
 from megatron_a2d.utils.errors import UserError
 

@@ -22,8 +22,8 @@ from rich.text import Text
 
 from data_prep.encoders import Encoder, open_encoder
 from megatron_a2d.config.cli import Parser
+from megatron_a2d.data.checksums import REWRITE
 from megatron_a2d.data.indexed_dataset import TokenFile, read_metadata
-from megatron_a2d.data.integrity import REWRITE
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.diffusion.rng import Noise
 from megatron_a2d.terminal.console import PlainConsole, entry_point, human, progress

@@ -37,7 +37,7 @@ from data_prep.merge_shards import merge
 from data_prep.readers import Piece, plan_pieces
 from data_prep.tokenize_shards import Job, hold, is_done, tokenize_pieces
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.data.integrity import file_checksum
+from megatron_a2d.data.checksums import file_checksum
 from megatron_a2d.data.tokenizer_fingerprint import vocabulary_of
 from megatron_a2d.terminal.console import console, entry_point, human, progress
 from megatron_a2d.utils.atomic_write import write_json

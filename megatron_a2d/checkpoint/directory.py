@@ -14,8 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_a2d.checkpoint.model_files import check_model_files
 from megatron_a2d.config.settings import recorded_settings
-from megatron_a2d.conversion.hf_model_files import check_model_files
 from megatron_a2d.utils.atomic_write import read_json, read_text
 from megatron_a2d.utils.errors import UserError
 

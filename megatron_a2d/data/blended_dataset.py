@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_a2d.data.integrity import checksum
+from megatron_a2d.data.checksums import checksum
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.permutation import Permutation
 from megatron_a2d.utils.atomic_write import read_yaml

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_a2d.data.integrity import BLOCK, INDEX_CHECKSUM, REWRITE, checksum, open_checksums, read_at, read_metadata
+from megatron_a2d.data.checksums import BLOCK, INDEX_CHECKSUM, REWRITE, checksum, open_checksums, read_at, read_metadata
 from megatron_a2d.utils.atomic_write import regular
 from megatron_a2d.utils.errors import UserError
 

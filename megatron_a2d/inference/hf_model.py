@@ -9,11 +9,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from megatron_a2d.checkpoint.model_files import check_model_files
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import read_architecture
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import num_diffusion_steps
-from megatron_a2d.conversion.hf_model_files import check_model_files
 from megatron_a2d.conversion.mask_token import mask_token_names, read_tokens
 from megatron_a2d.conversion.sources import open_hf
 from megatron_a2d.diffusion.model_interface import Reduce, Request, Window

@@ -17,6 +17,8 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
+from megatron_a2d.model.logits_chunks import rows_per_chunk
+
 
 class OutputLayer(ColumnParallelLinear):
     """The projection to this rank's part of the vocabulary; with labels, the losses instead.
@@ -187,12 +189,3 @@ def _hand_over(weight_Vh: Tensor, buffer_Vh: Tensor | None) -> Tensor | None:
     # A tied weight has another gradient, the embedding's, which autograd adds to what is returned here.
     needs_zeros = getattr(weight_Vh, "zero_out_wgrad", False)
     return torch.zeros_like(weight_Vh) if needs_zeros else torch.empty_like(weight_Vh)
-
-
-# Logits of a chunk: 1 GB in bf16 on a GPU, 270 MB in fp32 on a CPU.
-_ELEMENTS = {"cuda": 2**29, "cpu": 2**26}
-
-
-def rows_per_chunk(vocabulary: int, device: str) -> int:
-    """How many rows' logits over `vocabulary` are made at once: a multiple of 64, at least that."""
-    return max(64, _ELEMENTS[device] // vocabulary // 64 * 64)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import RunConfig
-from megatron_a2d.model.chunked_cross_entropy import rows_per_chunk
+from megatron_a2d.model.logits_chunks import rows_per_chunk
 from megatron_a2d.planner.activations import LayerActivations, layer_activations
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.parameters import stage_values

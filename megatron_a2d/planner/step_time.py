@@ -11,7 +11,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from megatron_a2d.model.chunked_cross_entropy import rows_per_chunk
+from megatron_a2d.model.logits_chunks import rows_per_chunk
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.memory import microbatches_in_flight, state_bytes
 from megatron_a2d.planner.parameters import stage_buffers

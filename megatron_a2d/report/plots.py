@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_a2d.study.results_page import figure, plain_label
+from megatron_a2d.report.figures import figure, plain_label
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import ParseError, parse_json
 

@@ -11,8 +11,9 @@ from megatron_a2d.checkpoint.training_facts import inherited
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.model_config import read_architecture
 from megatron_a2d.config.settings import RunConfig, flag, settings
+from megatron_a2d.report.figures import import_pyplot
 from megatron_a2d.study.fingerprints import hold_inputs
-from megatron_a2d.study.results_page import import_pyplot, write_lines, write_page
+from megatron_a2d.study.results_page import write_lines, write_page
 from megatron_a2d.study.runner import Runner
 from megatron_a2d.study.study_base import Study, seeds_of
 from megatron_a2d.terminal.console import console

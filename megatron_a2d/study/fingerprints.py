@@ -42,8 +42,8 @@ def hold_inputs(out: Path, base: RunConfig) -> None:
 def _inputs(base: RunConfig) -> dict[str, tuple[str, str]]:
     """(fingerprint, path) by flag."""
     from megatron_a2d.data.blended_dataset import read_mixture
+    from megatron_a2d.data.checksums import checksum
     from megatron_a2d.data.indexed_dataset import TokenFile
-    from megatron_a2d.data.integrity import checksum
 
     def tokens(prefix: str | None) -> str:
         return TokenFile(prefix, scan=False).fingerprint() if prefix else ""

@@ -13,10 +13,10 @@ from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import RunConfig, TrainingConfig
 from megatron_a2d.config.validate import NO_DATA
 from megatron_a2d.conversion.end_tokens import read_end_tokens
+from megatron_a2d.data.background_scan import BackgroundScan
 from megatron_a2d.data.blended_dataset import MixedDataset, read_mixture
 from megatron_a2d.data.dataloader import MicroBatches, write_batch
 from megatron_a2d.data.diffusion_samples import find_data_problems, make_sample
-from megatron_a2d.data.integrity import BackgroundScan
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.tokenizer_fingerprint import find_foreign_tokens, vocabulary_of
 from megatron_a2d.distributed import environment, process_groups

@@ -19,9 +19,9 @@ from data_prep import inspect_dataset
 from data_prep.indexed_dataset_writer import open_writers
 from megatron_a2d import train
 from megatron_a2d.checkpoint.directory import RUN_CONFIG
+from megatron_a2d.data.background_scan import BackgroundScan
 from megatron_a2d.data.blended_dataset import MixedDataset, read_mixture
 from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
-from megatron_a2d.data.integrity import BackgroundScan
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_hf

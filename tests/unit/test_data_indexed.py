@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from launch import unigram_baseline
 from launch.unigram_baseline import unigram_counts, unigram_entropy
-from megatron_a2d.data import indexed_dataset, integrity
+from megatron_a2d.data import indexed_dataset
 from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.utils.errors import UserError
@@ -254,13 +254,13 @@ def blocks_of(data: bytes, size: int) -> list[bytes]:
 @pytest.mark.parametrize("cuts", [[], [1], [16], [17], [15, 16], [3, 5, 8, 40], [32, 48], [10, 10, 26, 60]])
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 61, 64])
 def test_the_table_of_checksums_does_not_depend_on_how_a_file_was_written(length, cuts, monkeypatch):
-    monkeypatch.setattr(integrity, "BLOCK", 16)
-    data, hasher = bytes(range(length)), integrity.BlockHasher()
+    monkeypatch.setattr(checksums, "BLOCK", 16)
+    data, hasher = bytes(range(length)), checksums.BlockHasher()
     borders = [0, *(min(cut, length) for cut in cuts), length]
     table = b"".join(hasher.update(memoryview(data)[a:b]) for a, b in itertools.pairwise(borders)) + hasher.finish()
     expected = [xxhash.xxh3_64_intdigest(block) for block in blocks_of(data, 16)]
     assert np.frombuffer(table, "<u8").tolist() == expected
-    known = integrity.Checksums(np.array(expected, dtype=np.uint64), "")
+    known = checksums.Checksums(np.array(expected, dtype=np.uint64), "")
     for first in range(len(expected) + 1):
         assert known.first_difference(data[16 * first :], first) is None
     for wrong in range(length):
@@ -277,37 +277,37 @@ def test_reads_that_come_in_pieces(tmp_path, monkeypatch):
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 3), offset))
     with (tmp_path / "file").open("rb") as file:
-        assert integrity.read_at(file.fileno(), 10, 20) == bytes(range(10, 30))
-        assert integrity.read_at(file.fileno(), 95, 20) == bytes(range(95, 100))
-        assert integrity.read_at(file.fileno(), 100, 20) == b""
+        assert checksums.read_at(file.fileno(), 10, 20) == bytes(range(10, 30))
+        assert checksums.read_at(file.fileno(), 95, 20) == bytes(range(95, 100))
+        assert checksums.read_at(file.fileno(), 100, 20) == b""
 
 
 def test_checksums_of_files_and_bytes_are_xxh3(tmp_path):
     data = np.random.default_rng(0).bytes((1 << 22) + 12345)  # more than is read at once
     (tmp_path / "file").write_bytes(data)
     assert (
-        integrity.file_checksum(tmp_path / "file")
-        == integrity.checksum(data)
+        checksums.file_checksum(tmp_path / "file")
+        == checksums.checksum(data)
         == f"{xxhash.xxh3_64_intdigest(data):016x}"
     )
 
 
 def with_checksums(prefix: str, **description) -> str:
     """A description and a table beside a token file, as tokenize_corpus writes them."""
-    hasher, data = integrity.BlockHasher(), Path(f"{prefix}.bin").read_bytes()
+    hasher, data = checksums.BlockHasher(), Path(f"{prefix}.bin").read_bytes()
     Path(f"{prefix}.sums").write_bytes(hasher.update(memoryview(data)) + hasher.finish())
     values = {
-        integrity.INDEX_CHECKSUM: integrity.file_checksum(Path(f"{prefix}.idx")),
-        integrity.TABLE_CHECKSUM: integrity.file_checksum(Path(f"{prefix}.sums")),
+        checksums.INDEX_CHECKSUM: checksums.file_checksum(Path(f"{prefix}.idx")),
+        checksums.TABLE_CHECKSUM: checksums.file_checksum(Path(f"{prefix}.sums")),
         **description,
     }
-    integrity.write_metadata(Path(f"{prefix}.json"), values)
+    checksums.write_metadata(Path(f"{prefix}.json"), values)
     return prefix
 
 
 def test_reads_over_the_borders_of_blocks(tmp_path, monkeypatch):
     """Blocks of 16 bytes, tokens of 2: any piece of the stream, and the document that a damaged block begins in."""
-    for module in (integrity, indexed_dataset):
+    for module in (checksums, indexed_dataset):
         monkeypatch.setattr(module, "BLOCK", 16)
     documents = [list(range(start, start + 7)) for start in range(0, 63, 7)]
     prefix = with_checksums(write(tmp_path / "tokens", documents))
@@ -356,21 +356,21 @@ def test_a_table_that_is_not_the_files(tmp_path, prefix):
 )
 def test_a_description_that_was_changed(name, prefix):
     path = Path(f"{prefix}.json")
-    assert integrity.read_metadata(prefix) is None
-    integrity.write_metadata(path, {name: 3, "tokenizer": "t"})
-    assert integrity.read_metadata(prefix) == {name: 3, "tokenizer": "t"}
-    integrity.write_metadata(path, {name: None})
-    assert integrity.read_metadata(prefix) == {name: None}
+    assert checksums.read_metadata(prefix) is None
+    checksums.write_metadata(path, {name: 3, "tokenizer": "t"})
+    assert checksums.read_metadata(prefix) == {name: 3, "tokenizer": "t"}
+    checksums.write_metadata(path, {name: None})
+    assert checksums.read_metadata(prefix) == {name: None}
     path.write_text(json.dumps({name: 3, "tokenizer": "t"}))  # of another tool, without a checksum
-    assert integrity.read_metadata(prefix) == {name: 3, "tokenizer": "t"}
+    assert checksums.read_metadata(prefix) == {name: 3, "tokenizer": "t"}
     for content in (
         {name: "3"},
-        {name: 3, integrity.OWN_CHECKSUM: "0" * 16},
-        {name: 3, integrity.TABLE_CHECKSUM: "0" * 16},
+        {name: 3, checksums.OWN_CHECKSUM: "0" * 16},
+        {name: 3, checksums.TABLE_CHECKSUM: "0" * 16},
     ):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match="was changed or is damaged"):
-            integrity.read_metadata(prefix)
+            checksums.read_metadata(prefix)
 
 
 def test_a_scan_looks_at_every_token_in_pieces(prefix, monkeypatch):

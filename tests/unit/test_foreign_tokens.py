@@ -17,10 +17,10 @@ from data_prep.indexed_dataset_writer import open_writers
 from megatron_a2d import train
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import build
+from megatron_a2d.data.background_scan import BackgroundScan
 from megatron_a2d.data.dataloader import MicroBatches
 from megatron_a2d.data.diffusion_samples import make_sample
 from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
-from megatron_a2d.data.integrity import BackgroundScan
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.tokenizer_fingerprint import vocabulary_in, vocabulary_of
 from megatron_a2d.utils.errors import UserError

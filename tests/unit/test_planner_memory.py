@@ -14,7 +14,7 @@ from megatron_a2d.config.model_config import read_architecture
 from megatron_a2d.config.settings import build
 from megatron_a2d.conversion.qwen3_shapes import named_architecture
 from megatron_a2d.model import chunked_cross_entropy
-from megatron_a2d.model.chunked_cross_entropy import rows_per_chunk
+from megatron_a2d.model.logits_chunks import rows_per_chunk
 from megatron_a2d.planner import memory as planned
 from megatron_a2d.planner.activations import layer_activations
 from megatron_a2d.planner.memory import logit_bytes, memory, microbatches_in_flight, state_bytes

@@ -9,9 +9,10 @@ from typing import Any
 
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import RunConfig, settings
+from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import MANY_COMPARISONS, mean_interval, paired_difference, verdict
 from megatron_a2d.study.jobs import Job, Measure
-from megatron_a2d.study.results_page import figure, markdown_table
+from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
 
 NUM_VALIDATIONS = 4

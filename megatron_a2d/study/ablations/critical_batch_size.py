@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import Moments, RatioInterval, mean_interval, ratio_interval
 from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings, scaled_batch
-from megatron_a2d.study.results_page import figure, markdown_table
+from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # times the recipe's global batch

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import ROLES, RunConfig
+from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import MANY_COMPARISONS, Interval, mean_interval, paired_difference, verdict
 from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings
-from megatron_a2d.study.results_page import figure, markdown_table
+from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
 
 RATIOS = (1.0, 0.3, 0.1, 0.03, 0.0)

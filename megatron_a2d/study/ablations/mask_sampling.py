@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import (
     MANY_COMPARISONS,
     Moments,
@@ -17,7 +18,7 @@ from megatron_a2d.study.confidence import (
     verdict,
 )
 from megatron_a2d.study.jobs import Job, Measure
-from megatron_a2d.study.results_page import figure, markdown_table
+from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
 
 BASELINE = "baseline"

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import Moments, ratio_interval
 from megatron_a2d.study.jobs import BASE, Job, Measure
-from megatron_a2d.study.results_page import figure, markdown_table
+from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.study.study_base import Record, Report, Study
 
 SCHEMES = {

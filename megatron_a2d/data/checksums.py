@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megatron_a2d.data.indexed_dataset import TokenFile
 from megatron_a2d.utils.atomic_write import read_json, regular, write_json
 from megatron_a2d.utils.errors import UserError
 
@@ -141,41 +138,3 @@ def read_metadata(prefix: str | Path) -> dict[str, Any] | None:
 
 def _own_checksum(values: dict[str, Any]) -> str:
     return checksum(json.dumps(values, sort_keys=True).encode())
-
-
-class BackgroundScan:
-    """One thread over the whole of `files`; `check` raises what it has found. `close` stops it."""
-
-    def __init__(self, files: Sequence[TokenFile]):
-        self._files = list(files)
-        self._problem: BaseException | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scan", daemon=True)
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raises the UserError of the first problem found so far."""
-        if self._problem is not None:
-            raise self._problem
-
-    @property
-    def finished(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait for the end, at most so many seconds, and `check`."""
-        self._thread.join(timeout)
-        self.check()
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            for file in self._files:
-                for _ in file.scan():
-                    if self._stop.is_set():
-                        return
-        except (UserError, OSError) as error:
-            self._problem = error
