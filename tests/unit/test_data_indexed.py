@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from launch import unigram_baseline
 from launch.unigram_baseline import unigram_counts, unigram_entropy
-from megatron_a2d.data import indexed_dataset
+from megatron_a2d.data import checksums, indexed_dataset
 from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.utils.errors import UserError
