@@ -22,11 +22,11 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
 STUDIES = {
-    "probe": "probe",
-    "layer-lr": "layer_lr",
-    "critical-batch": "critical_batch",
-    "time-sampling": "time_sampling",
-    "masks": "masks",
+    "probe": "conversion_method",
+    "layer-lr": "lr_by_role",
+    "critical-batch": "critical_batch_size",
+    "time-sampling": "timestep_sampling",
+    "masks": "mask_sampling",
 }
 
 
@@ -39,7 +39,7 @@ MOST_RUNS = 1000  # of a kind, and at once
 
 
 def find_study(name: str) -> Study:
-    study: Study = importlib.import_module(f"megatron_a2d.study.{STUDIES[name]}").STUDY
+    study: Study = importlib.import_module(f"megatron_a2d.study.ablations.{STUDIES[name]}").STUDY
     assert study.name == name
     return study
 

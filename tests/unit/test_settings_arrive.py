@@ -198,4 +198,4 @@ def test_every_setting_is_read() -> None:
 
 
 PACKAGE = Path(megatron_a2d.__file__).parent
-JUDGES = ("settings.py", "validate.py", "validate_performance.py", "planner", "plan.py")
+JUDGES = ("config", "planner", "plan.py")
