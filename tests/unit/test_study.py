@@ -372,7 +372,7 @@ def test_a_page_keeps_what_a_person_wrote(tmp_path: Path) -> None:
         (["layer-lr"], "the following arguments are required: --out"),
         (["layer-lr", "--out", "x"], "--load: is missing"),
         (["layer-lr", "--out", "x", "--load", "y", "--valid-data-path", "z", "--save", "w"], "--save w: a study's runs"),
-        (["layer-lr", "--out", "x", "--load", "y", "--valid-data-path", "z", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["layer-lr", "--out", "x", "--load", "y", "--valid-data-path", "z", "--seeds", "0"], "--seeds 0: must be 1 to 1,000"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments: list[str], message: str) -> None:
