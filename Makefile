@@ -106,11 +106,11 @@ else
 test-latest: test
 endif
 
-test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes docs/exactness.md
-	$(TESTS) tests/parity -m "" --exactness docs/exactness.md $(ARGS)
+test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes tests/parity/RESULTS.md
+	$(TESTS) tests/parity -m "" --exactness tests/parity/RESULTS.md $(ARGS)
 
-test-faults: setup  ## kill, damage, fill, poison; prints what was lost and writes it to docs/exactness.md
-	$(TESTS) tests/faults -m "" --exactness docs/exactness.md $(ARGS)
+test-faults: setup  ## kill, damage, fill, poison; prints what was lost and writes it to tests/parity/RESULTS.md
+	$(TESTS) tests/faults -m "" --exactness tests/parity/RESULTS.md $(ARGS)
 
 test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLURM=1 installs it (Debian, root)
 	$(TESTS) tests/slurm -m "" $(ARGS)

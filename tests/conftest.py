@@ -21,7 +21,7 @@ EXACTNESS = Exactness()
 
 @pytest.fixture(scope="session")
 def exactness() -> Exactness:
-    """Where tests put the figures of docs/exactness.md."""
+    """Collects the figures of tests/parity/RESULTS.md."""
     return EXACTNESS
 
 
@@ -67,7 +67,7 @@ def trained(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.TempPat
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exactness", type=Path, default=None, help="write the measured tables into this page")
+    parser.addoption("--exactness", type=Path, default=None, help="write the measured tables into this file")
     parser.addoption("--gpu-report", type=Path, default=None, help="write outcomes and figures of tests/gpu as JSON")
 
 

@@ -1,4 +1,4 @@
-"""docs/exactness.md: what `make test-parity` and `make test-faults` measured, each in sections of its own."""
+"""tests/parity/RESULTS.md: the tables that `make test-parity` and `make test-faults` measure, in marked sections."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from tests.parity.layouts import Layout
 
-TITLE = """# Exactness
+TITLE = """# Measured differences
 
-Every figure here was measured by a test. `make test-parity` writes the first four sections, `make test-faults` the last.
-All runs are on CPUs with gloo, through megatron.core's own schedules and checkpoints; nothing here was run on GPUs.
+Every figure was measured by a test on CPUs over gloo. `make test-parity` writes the first four sections, `make test-faults`
+the last. Method, tolerances and a summary: [docs/exactness.md](../../docs/exactness.md).
 """
 
 
@@ -23,16 +23,16 @@ class Compared(NamedTuple):
 
 
 class Resharded(NamedTuple):
-    """A checkpoint saved under one layout and continued under another."""
+    """A checkpoint saved under one layout and resumed under another."""
 
     case: str
     saved: str
     loaded: str
-    difference: float  # largest relative difference of the next three losses from the unbroken run's
+    difference: float  # largest relative difference of the next three losses from the uninterrupted run's
 
 
 class Fault(NamedTuple):
-    """Something that was done to a run."""
+    """A fault injected into a run."""
 
     name: str
     tries: int
@@ -41,10 +41,10 @@ class Fault(NamedTuple):
 
 
 class Exactness:
-    """Collects figures; `write` replaces the sections of the page that they belong to."""
+    """Collects figures; `write` replaces their sections in the file."""
 
     def __init__(self) -> None:
-        self.is_partial = False  # tests were left out or skipped: the page is not written
+        self.is_partial = False  # tests were deselected or skipped: nothing is written
         self.fp32: list[Compared] = []
         self.bf16: list[Compared] = []
         self.bf16_bounds: dict[str, dict[str, float]] = {}
@@ -101,8 +101,8 @@ def _layouts(measured: list[Compared]) -> str:
     return f"""## Layouts, fp32
 
 {len(measured)} layouts against one process: two optimizer steps on the same global batch of 8 samples. Loss and gradient norm:
-largest relative difference. Gradients (where they are whole: not under the distributed optimizer) and parameters after
-the second step: largest absolute difference of any element. The tolerance is 1e-6; the largest difference of all is {worst:.1e}.
+largest relative difference. Gradients (not sharded by the distributed optimizer) and parameters after the second step:
+largest absolute difference of any element. The tolerance is 1e-6; the largest difference of all is {worst:.1e}.
 
 {table(["model", "layout", "processes", *quantities], rows)}
 """
@@ -117,14 +117,13 @@ def _bf16(measured: list[Compared], bounds: dict[str, dict[str, float]]) -> str:
     ]
     return f"""## Layouts, bf16
 
-The same in bf16, held against what one process does to itself. It runs again with its sums in another order: **split**,
-every contraction of a matrix product in 2, 3, 4 or 8 pieces, each rounded to bf16, as tensor parallelism sums them;
-**batch**, micro-batches of 2, 4 and 8 samples; **order**, the samples of the batch reversed. A layout does these three
-things to the sums, possibly all at once: where distances at most add up, its own is at most the sum of the largest of each
-kind, and that sum is the bound. It is an estimate from a few reorderings, not a proof. Loss and gradient norm: relative (for
-the bound: the norm of the gradients' difference). Gradients and parameters after the second step: the worst tensor's
-root mean square difference, relative to its root mean square. The MoE model sends every token to all of its experts: where a
-router chooses, the last bit decides between two experts, and no bound on sums holds for what follows.
+The same in bf16, compared with the effect of reordered sums in one process: **split**, every contraction of a matrix product
+in 2, 3, 4 or 8 slices, each rounded to bf16, as under tensor parallelism; **batch**, micro-batches of 2, 4 and 8 samples;
+**order**, the samples of the batch reversed. A layout may do all three, so the bound is the sum of the largest difference of
+each kind: an estimate from a few reorderings, not a proof. Loss and gradient norm: relative (bound: the norm of the
+gradients' difference). Gradients and parameters after the second step: the worst tensor's root mean square difference,
+relative to its root mean square. The MoE model routes every token to all experts: with top-k routing, the last bit can
+decide between two experts, and no bound on sums holds afterwards.
 
 {table(["one process", *quantities], own)}
 
@@ -133,11 +132,11 @@ router chooses, the last bit decides between two experts, and no bound on sums h
 
 
 def _resume(resumed: list[tuple[str, int]]) -> str:
-    rows = [[name, str(ranks), "equal in every bit", "equal in every bit"] for name, ranks in resumed]
+    rows = [[name, str(ranks), "bitwise equal", "bitwise equal"] for name, ranks in resumed]
     return f"""## Resume
 
-Four steps, against two steps, an end without warning, and two more by new process groups. Warm-up, decay and learning rates
-by role are in force.
+Four uninterrupted steps against two steps, an abrupt end, and two more in new process groups, with warm-up, decay and
+learning rates by role.
 
 {table(["layout", "processes", "losses", "weights and Adam's moments"], rows)}
 """
@@ -148,14 +147,14 @@ def _reshard(resharded: list[Resharded], saved: dict[str, float]) -> str:
     worst, content = max(item.difference for item in resharded), max(saved.values())
     return f"""## Resharding
 
-Model and optimizer saved under one layout after two steps, loaded under another, and three steps more: the largest
-relative difference of those losses from an unbroken run on one process. Each layout is saved and loaded at least once, and six that
-differ most in every pair. What the {len(saved)} layouts save is also compared tensor by tensor with what one process saves: the same
-names and shapes, largest absolute difference {content:.1e}. Largest difference of the losses: {worst:.1e}.
+Model and optimizer are saved under one layout after two steps, loaded under another, and trained for three more: the
+largest relative difference of those losses from an uninterrupted run on one process. Every layout is saved and loaded at
+least once, and six dissimilar ones in every pair. What the {len(saved)} layouts save is also compared tensor by
+tensor with the checkpoint of one process: equal names and shapes, largest absolute difference {content:.1e}. Largest difference of the losses: {worst:.1e}.
 
-{table(["model", "saved under", "continued under", "next three losses"], rows)}
+{table(["model", "saved under", "resumed under", "next three losses"], rows)}
 """
 
 
-FAULTS = """What was done to runs of the tiny MoE model on two processes, and what it cost.
+FAULTS = """Faults injected into runs of the tiny MoE model on two processes, and what they cost.
 """
