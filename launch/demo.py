@@ -7,6 +7,7 @@ commands that turn a real Qwen3-30B-A3B into a diffusion language model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -14,26 +15,30 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from launch.held_out_holes import HOLE_LENGTH, Filled, compare, most_improved
 from launch.random_model import write_untrained_model
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.config.model_config import read_architecture
 from megatron_a2d.terminal.console import console, entry_point, human
 from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import lines_of
+from megatron_a2d.utils.tokenizer import read_tokenizer
 
 VOCAB_SIZE = 4096
 SHAPE: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
     head_dim=32, intermediate_size=512, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192,
 )  # fmt: skip
-PREFIX = "def read_lines(path):\n    with open("
-SUFFIX = ") as file:\n        return file.readlines()\n"
-PROMPT = "class Stack:\n    def __init__(self):\n        "
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,26 +83,46 @@ def main(argv: list[str] | None = None) -> None:
     _make("convert-hf", HF=out / "qwen3_tiny_moe", OUT=out / "checkpoint")
     _train("launch/recipes/demo_cpu.yaml", out / "checkpoint", out / "run", data)
     _make("export", CHECKPOINT=out / "run", OUT=out / "exported", FORMAT="rnd1")
-    _make("generate", MODEL=out / "exported", PROMPT=PROMPT, ARGS="--max-new-tokens 48")
-    _make("generate", MODEL=out / "exported", PREFIX=PREFIX, SUFFIX=SUFFIX, ARGS="--hole-length 16")
-    _module("megatron_a2d.study", "report", out / "run", "--out", out / "loss.png")
+    _module("megatron_a2d.report", out / "run", "--out", out / "loss.png")
 
-    _title("4  What came out")
-    console.print(_closing_table(out, time.perf_counter() - begin))
+    _title("4  Held-out text with holes, filled before and after conversion")
+    holes = out / "holes"
+    _module("launch.held_out_holes", "--data", out / "corpus_valid", "--tokenizer", tokenizer, "--out", holes)
+    for name, model in (("before", out / "checkpoint"), ("after", out / "exported")):
+        _fill(model, holes / "holes.jsonl", holes / f"{name}.jsonl")
+    filled = compare(
+        holes / "truth.jsonl",
+        holes / "before.jsonl",
+        holes / "after.jsonl",
+        read_tokenizer(tokenizer / "tokenizer.json", "the demo's tokenizer"),
+    )
+    shown = most_improved(filled)
+    _make(
+        "generate",
+        MODEL=out / "exported",
+        PREFIX=shown.prefix,
+        SUFFIX=shown.suffix,
+        ARGS=f"--hole-length {HOLE_LENGTH} --greedy",
+    )
+
+    _title("5  What conversion bought")
+    console.print(_hole_panel(shown, len(filled)))
+    console.print(_closing_table(out, filled, time.perf_counter() - begin))
 
 
 def _title(text: str) -> None:
     console.rule(Text(text, style="bold"), align="left")
 
 
-def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
-    """Show a command as a person would type it, and run it."""
-    shown = " ".join(_quote(word) for word in command)
+def _run(command: list[str], environment: dict[str, str] | None = None, stdout: Path | None = None) -> None:
+    """Show a command as a person would type it, and run it; its output goes to `stdout` if one is given."""
+    shown = " ".join(_quote(word) for word in command) + (f" > {stdout}" if stdout else "")
     console.print(Text("$", style="bold green"), Text(shown), soft_wrap=True)
     # The variables of the outer make are not meant for the inner ones.
     outer = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")
     inherited = {name: value for name, value in os.environ.items() if name not in outer}
-    result = subprocess.run(command, env={**inherited, **(environment or {})})
+    with stdout.open("wb") if stdout else contextlib.nullcontext() as file:
+        result = subprocess.run(command, env={**inherited, **(environment or {})}, stdout=file)
     if result.returncode:
         raise UserError(f"`{shown}` ended with exit code {result.returncode}; its message is above")
 
@@ -126,6 +151,11 @@ def _train(recipe: str, load: Path, save: Path, data: tuple[Any, ...]) -> None:
     _run([str(word) for word in command], {"OMP_NUM_THREADS": "1"})
 
 
+def _fill(model: Path, holes: Path, out: Path) -> None:
+    arguments = ("--model", model, "--input", holes, "--jsonl", "--greedy", "--num-steps", HOLE_LENGTH)
+    _run([_python(), "-m", "megatron_a2d.generate", *map(str, arguments)], stdout=out)
+
+
 def _python() -> str:
     """The interpreter, as short as a person would write it."""
     return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
@@ -139,7 +169,25 @@ def _quote(word: str) -> str:
     return f"{name}=$'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-def _closing_table(out: Path, seconds: float) -> Table:
+def _hole_panel(hole: Filled, num_holes: int) -> Panel:
+    """Truth and both answers in their context; `prefix` and `suffix` are cut to a few lines."""
+    before, after = hole.prefix.rsplit("\n", 4)[-4:], hole.suffix.split("\n", 3)[:3]
+
+    def in_context(text: str, style: str) -> Text:
+        return Text.assemble(("\n".join(before), "dim"), (lines_of(text), style), ("\n".join(after), "dim"))
+
+    rows: list[RenderableType] = []
+    for title, text, style in (
+        ("the text", hole.truth, "bold green"),
+        (f"before conversion: {hole.right_before} of {HOLE_LENGTH} tokens right", hole.before, "bold red"),
+        (f"after conversion: {hole.right_after} of {HOLE_LENGTH} tokens right", hole.after, "bold cyan"),
+    ):
+        rows += [Rule(Text(title), align="left"), in_context(text, style)]
+    rule = f"of {num_holes} holes of {HOLE_LENGTH} tokens, one in each held-out document, the one that improved most"
+    return Panel(Group(*rows), title=Text("a hole in held-out text"), subtitle=Text(rule), title_align="left")
+
+
+def _closing_table(out: Path, filled: list[Filled], seconds: float) -> Table:
     from launch.unigram_baseline import unigram_entropy
     from megatron_a2d.data.indexed_dataset import TokenFile
     from megatron_a2d.report.plots import read_log
@@ -157,8 +205,12 @@ def _closing_table(out: Path, seconds: float) -> Table:
     events = next((out / "run" / "tensorboard").glob("events*"), None)
 
     table = Table(show_header=False, title="megatron_a2d demo", title_justify="left")
-    nats = "nats a token, held-out documents"
+    nats = "nats/token, held-out documents"
     rows = [
+        (
+            f"tokens right in {len(filled)} held-out holes of {HOLE_LENGTH}",
+            f"{_share(hole.right_after for hole in filled)} (before: {_share(hole.right_before for hole in filled)})",
+        ),
         ("unigram entropy of the corpus", f"{entropy} {nats}"),
         ("NELBO before conversion training", f"{_plus_minus(before, 'nelbo')} {nats}"),
         ("NELBO after conversion training", f"{_plus_minus(after, 'nelbo')} {nats}"),
@@ -175,6 +227,11 @@ def _closing_table(out: Path, seconds: float) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _share(right: Iterable[int]) -> str:
+    counts = list(right)
+    return f"{sum(counts) / (HOLE_LENGTH * max(len(counts), 1)):.1%}"
 
 
 def _plus_minus(record: dict[str, Any], name: str) -> str:
