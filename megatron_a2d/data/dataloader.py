@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_a2d.diffusion.attention_masks import everything_open
+from megatron_a2d.diffusion.attention_masks import fully_annealed
 from megatron_a2d.utils.atomic_write import new_file
 from megatron_a2d.utils.errors import UserError
 
@@ -52,9 +52,9 @@ class Batch(NamedTuple):
     positions: Tensor | None = None  # [b, s] int64; None: 0 .. s - 1
     annealing: Tensor | None = None  # [b, 2] int64 (diffusion/attention_masks.py); None: no causal mask is left
     levels: Tensor | None = None  # [b, s] int64 (diffusion/block_diffusion.py); None: there are no blocks
-    # n spans of a sample, each masked at one time, for monitoring (diffusion/corruption.py).
-    spans: Tensor | None = None  # [b, n, 3] float64: time, maskable tokens, masked ones; None: nothing is masked
-    span_of_row: Tensor | None = None  # [b, s] int64; None: all rows belong to the first
+    # For metrics: n noise segments per sample, each masked at one time (diffusion/corruption.py).
+    noise_segments: Tensor | None = None  # [b, n, 3] float64: time, num maskable, num masked; None: nothing is masked
+    segment_of_position: Tensor | None = None  # [b, s] int64; None: all 0
     masked_weights: Tensor | None = None  # [b, s] float32; None: all weights are those of masked tokens
 
 
@@ -71,10 +71,12 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
         num_maskable=torch.tensor([sample.num_maskable for sample in samples], dtype=torch.int64),
         documents=_stack([sample.documents for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
         positions=_stack([sample.positions for sample in samples], lambda length: np.arange(length, dtype=np.int64)),
-        annealing=_stack([sample.annealing for sample in samples], lambda _: everything_open()),
+        annealing=_stack([sample.annealing for sample in samples], lambda _: fully_annealed()),
         levels=_stack([sample.levels for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
-        spans=_stack([sample.spans for sample in samples], lambda number: np.zeros((number, 3))),
-        span_of_row=_stack([sample.span_of_row for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
+        noise_segments=_stack([sample.noise_segments for sample in samples], lambda number: np.zeros((number, 3))),
+        segment_of_position=_stack(
+            [sample.segment_of_position for sample in samples], lambda length: np.zeros(length, dtype=np.int64)
+        ),
         masked_weights=_stack(
             [sample.masked_weights for sample in samples], lambda length: np.zeros(length, dtype=np.float32)
         ),

@@ -11,7 +11,7 @@ from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.data.dataloader import MakeSample
 from megatron_a2d.data.indexed_dataset import TokenFile
-from megatron_a2d.diffusion.attention_masks import annealing_of
+from megatron_a2d.diffusion.attention_masks import annealing_key_and_threshold
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token, without_loss
 from megatron_a2d.diffusion.rng import Noise, random_cut
@@ -77,7 +77,7 @@ def make_sample(
         if for_training and diffusion.conversion == "annealing":
             iteration = index // config.training.global_batch_size  # bound at a resume, as the samples are
             steps = diffusion.attention_annealing_steps
-            sample = sample._replace(annealing=annealing_of(noise_seed, index, iteration, steps))
+            sample = sample._replace(annealing=annealing_key_and_threshold(noise_seed, index, iteration, steps))
         return sample
 
     return make

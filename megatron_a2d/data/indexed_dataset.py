@@ -239,7 +239,7 @@ class TokenFile:
             raise UserError(_outside(self.prefix, document, int(tokens[first]), self.vocab_size))
         if self.may_hold_mask and (masks := tokens == self.mask_token_id).any():
             raise UserError(
-                f"{self.prefix}: document {self.document_of(position + int(masks.argmax()))} holds the mask token "
+                f"{self.prefix}: document {self.document_of(position + int(masks.argmax()))} contains the mask token "
                 f"{self.mask_token_id}, which no text may; remove it from the text and tokenise again, or convert with "
                 "another --mask-token-id"
             )

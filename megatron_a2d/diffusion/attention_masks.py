@@ -18,7 +18,7 @@ _ALWAYS = 1 << 53
 _INCREMENT, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-def annealing_of(seed: int, sample_index: int, iteration: int, num_steps: int) -> np.ndarray | None:
+def annealing_key_and_threshold(seed: int, sample_index: int, iteration: int, num_steps: int) -> np.ndarray | None:
     """A training sample's share of DiffuLLaMA's annealing (Gong et al. 2024): causal OR random entries.
 
     Of the entries above the diagonal the part (iteration + 1) / num_steps is open, all of them from then on: None.
@@ -29,7 +29,7 @@ def annealing_of(seed: int, sample_index: int, iteration: int, num_steps: int) -
     return np.array([attention_key(seed, sample_index), _ALWAYS * (iteration + 1) // num_steps], dtype=np.int64)
 
 
-def everything_open() -> np.ndarray:
+def fully_annealed() -> np.ndarray:
     """The annealing of a sample whose entries are all open, for a batch that has others."""
     return np.array([0, _ALWAYS], dtype=np.int64)
 
@@ -46,7 +46,7 @@ def annealed(annealing_B2: Tensor, queries_Q: Tensor, num_keys: int) -> Tensor:
     return random_BQK | (keys_K <= queries_Q[:, None])
 
 
-def by_level(own_BQ: Tensor, levels_BK: Tensor) -> Tensor:
+def block_causal_mask(own_BQ: Tensor, levels_BK: Tensor) -> Tensor:
     """[B, Q, K] bool: rows of one level see one another, and clean rows (odd) of lower levels (block_diffusion.py)."""
     queries, keys = own_BQ[:, :, None], levels_BK[:, None, :]
     return (keys == queries) | ((keys % 2 == 1) & (keys < queries))

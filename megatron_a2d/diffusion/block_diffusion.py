@@ -84,8 +84,8 @@ def corrupt_blocks(
         documents=None if documents_L is None else np.tile(documents_L, 2),
         positions=np.tile(places_L, 2),
         levels=np.concatenate([2 * starts_L, 2 * (places_L if causal_context else starts_L) + 1]),
-        spans=np.stack([times, *counts], axis=1),
-        span_of_row=np.tile(block_of_L[judged_by_L], 2),
+        noise_segments=np.stack([times, *counts], axis=1),
+        segment_of_position=np.tile(block_of_L[judged_by_L], 2),
         masked_weights=masked_weights_2L,
     )
 

@@ -1,10 +1,20 @@
-"""The objective in one place: what is summed, and by what it is divided.
+"""Per-sample sums of the loss, and estimates with standard errors.
 
-    loss = sum over masked tokens of weight * cross-entropy  /  number of maskable tokens
+The training loss is
 
-Both sums run over the whole global batch: all micro-batches, all data- and context-parallel ranks. The
-denominator is known before the forward pass and does not depend on the layout; dividing anything earlier (a
-mean per rank or per micro-batch) would make the gradient depend on how the batch was cut.
+    sum over masked tokens of weight * cross-entropy  /  number of maskable tokens
+
+with both sums over the whole global batch: all micro-batches, all data- and context-parallel ranks. Neither the weight
+nor the division is in this module:
+
+    weight       set per token when a sample is masked: corruption.py, loss_weighting.py
+    sum          training/train_step.py `_loss`, per micro-batch and undivided
+    division     megatron.core divides the gradients once by the global number of maskable tokens, because
+                 model/transformer_config.py sets calculate_per_token_loss and training/train_state.py turns off
+                 average_in_collective
+
+The denominator is known before the forward pass and does not depend on the layout. Dividing earlier (a mean per rank or
+per micro-batch) would make the gradient depend on how the batch is split.
 """
 
 from __future__ import annotations
@@ -20,9 +30,9 @@ class SampleSums(NamedTuple):
     """Per sample of a micro-batch, float64, for metrics and standard errors. Shape [b] each."""
 
     weighted_loss: Tensor  # sum of weight * cross-entropy, nats
-    cross_entropy: Tensor  # sum of cross-entropy over rows with loss, nats
-    num_rows: Tensor  # rows with loss
-    num_correct: Tensor  # rows whose most likely token is the label
+    cross_entropy: Tensor  # sum of cross-entropy over loss positions, nats
+    num_rows: Tensor  # loss positions: those with a weight above 0
+    num_correct: Tensor  # loss positions whose most likely token is the label
 
 
 def sample_sums(
@@ -33,9 +43,9 @@ def sample_sums(
     num_samples: int,
     counts_N: Tensor | None = None,
 ) -> SampleSums:
-    """Group the rows that carry loss by the sample (0..num_samples-1) that they belong to.
+    """Sum the N loss positions by the sample (0..num_samples-1) that each belongs to.
 
-    `counts_N`, bool: which rows are counted; the weights of the others are 0.
+    `counts_N`, bool: which positions are counted; the weights of the others must be 0.
     """
     losses, weights = losses_N.detach().double(), weights_N.double()
     columns = torch.stack([weights * losses, losses, torch.ones_like(losses), correct_N.double()])
@@ -46,7 +56,7 @@ def sample_sums(
 
 
 class Estimate(NamedTuple):
-    """A mean with its standard error, in nats a token unless said otherwise."""
+    """A mean with its standard error, in nats/token unless stated otherwise."""
 
     mean: float
     standard_error: float

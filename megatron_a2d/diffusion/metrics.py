@@ -12,7 +12,7 @@ from megatron_a2d.diffusion.loss import Estimate, SampleSums, ratio_estimate
 NUM_BUCKETS = 10
 
 
-class SampleColumns:
+class SampleTable:
     """The sums of samples 0 .. n - 1, filled in any order; on several ranks, each its own, then summed."""
 
     def __init__(self, num_samples: int, device: torch.device | str = "cpu"):
@@ -67,7 +67,7 @@ class ValidationResult(NamedTuple):
         }  # fmt: skip
 
 
-def summarise(columns: SampleColumns) -> ValidationResult:
+def summarise(columns: SampleTable) -> ValidationResult:
     """The result of all samples of `columns`."""
     table = columns.table.cpu()
     weighted_loss, cross_entropy, num_rows, num_correct, num_maskable, times = table.T

@@ -58,7 +58,7 @@ def from_logits(logits_fn: Callable[[Tensor], Tensor]) -> Model:
     return run
 
 
-def logits_in_parts(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
+def logits_in_chunks(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
     """The head's fp32 logits, a few rows at a time; they may be changed in place."""
     start, size = 0, 64
     while start < len(hidden_ND):

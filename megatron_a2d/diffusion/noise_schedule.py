@@ -1,11 +1,11 @@
-"""Noise schedules: how likely a token is to be masked at time t, and what a masked token then weighs.
+"""Noise schedules: the masking probability at time t, and the loss weight of a masked token.
 
 A masked diffusion process hides each token independently with probability m(t) = 1 - alpha(t), which
 rises from 0 at t = 0 to 1 at t = 1. The negative evidence lower bound (NELBO) in nats is
 
-    integral over t of  m'(t) / m(t) * E[ sum over masked tokens of -log p(token | what is visible) ]
+    integral over t of  m'(t) / m(t) * E[ sum over masked tokens of -log p(token | visible tokens) ]
 
-(MDLM, Sahoo et al. 2024, equation 10), so a masked token at time t carries the weight m'(t) / m(t).
+(MDLM, Sahoo et al. 2024, equation 10), so a masked token at time t has the loss weight m'(t) / m(t).
 The bound itself does not depend on the schedule; the variance of its estimate does.
 """
 

@@ -1,9 +1,9 @@
 """Randomness as a pure function of (seed, sample index, position).
 
-A counter-based generator (Philox, Salmon et al. 2011) is asked for the numbers of one sample by the
-sample's global index. No state is carried from one sample to the next, so every worker, rank, restart
-and layout sees bit-identical noise, and nothing about noise is ever checkpointed. Only the generator's
-raw bits are used: numpy guarantees that their stream never changes.
+A counter-based generator (Philox, Salmon et al. 2011) is keyed by the seed and indexed by the sample's global index. No
+state is carried from one sample to the next, so every worker, rank, layout and resumed run sees bit-identical noise,
+and there is no RNG state to checkpoint. Only the generator's raw bits are used: numpy guarantees that their stream
+never changes.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ TIME_SAMPLINGS = ("low_discrepancy", "uniform")
 
 
 class Stream(enum.IntEnum):
-    """Every stream of random numbers that is drawn by (seed, index), of the whole project.
+    """The streams of random numbers drawn by (seed, index), for the whole project.
 
-    Philox keys are 128 bits: the seed, and which of its independent streams. A number is never changed and never used
-    again: runs that are resumed must see what they saw before. Weights that are drawn (training/initialization.py) have
-    keys of their own, hashes of a tensor's name.
+    A Philox key is 128 bits: the seed and the stream. Stream ids are never changed and never reused, so that resumed
+    runs see the same numbers. Randomly initialised weights (training/initialization.py) use other keys: hashes of the
+    tensor's name.
     """
 
     MASK = 0  # which tokens of a sample are masked
-    TIME = 1  # a sample's time; of low-discrepancy times, the first
-    CUT = 2  # whether and where a training sample is cut in two
-    ATTENTION = 3  # the open entries of a sample's attention while it is annealed
-    CONTINUATION = 4  # the masks from which a continuation's likelihood is estimated
-    STUDY_HOLE = 101  # where a held-out sample of a study has its hole
-    STUDY_TIME = 102  # the times that a study compares with ours
+    TIME = 1  # a sample's time; under low-discrepancy sampling, the offset of the sequence
+    CUT = 2  # whether and where a training sample is split in two
+    ATTENTION = 3  # the unmasked entries of a sample's attention during attention annealing
+    CONTINUATION = 4  # the masks used to estimate the likelihood of a continuation
+    STUDY_HOLE = 101  # the position of the infilling span in a study's held-out sample
+    STUDY_TIME = 102  # the times of the timestep samplers that a study compares
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Everything that decides which tokens of a sample are masked."""
+    """The settings that determine which tokens of a sample are masked, and their loss weights."""
 
     seed: int
     mask_token_id: int
@@ -66,8 +66,8 @@ class Noise:
     def time(self, sample_index: int) -> float:
         """The diffusion time of a sample, in [min_time, 1].
 
-        low_discrepancy: t_i = frac(u(seed) + i / phi). Whatever the batch size, the layout or the point
-        of a restart, the samples of a batch have consecutive indices, and so evenly spread times.
+        low_discrepancy: t_i = frac(u(seed) + i / phi). The samples of a batch have consecutive indices, so their times
+        are evenly spread, whatever the batch size, the layout or the iteration at which a run resumes.
         """
         if self.time_sampling == "uniform":
             fraction = uniforms(self.seed, Stream.TIME, sample_index, 1)[0]
@@ -82,28 +82,28 @@ class Noise:
 
 @lru_cache(maxsize=64)
 def _first_time(seed: int) -> int:
-    """Where the times of sample 0 on begin, in units of 2**-64."""
+    """The offset of the low-discrepancy sequence, the fraction of sample 0, in units of 2**-64."""
     return int(_bits(seed, Stream.TIME, 0, 1)[0])
 
 
 def attention_key(seed: int, sample_index: int) -> int:
-    """What decides a sample's random attention entries (diffusion/attention_masks.py), a signed 64-bit number."""
+    """The key of a sample's random attention entries (attention_masks.py), a signed 64-bit number."""
     return int(_bits(seed, Stream.ATTENTION, sample_index, 1).view(np.int64)[0])
 
 
 def random_cut(seed: int, sample_index: int, length: int, probability: float) -> int | None:
-    """Where a sample is cut in two, 1 .. length - 1, or None for the many that stay whole.
+    """The position at which a sample is split in two, 1 .. length - 1, or None for samples that are not split.
 
     LLaDA (Nie et al. 2025) gives 1% of its samples a random length, drawn uniformly. Here the rest of such a sample
-    is not thrown away: it becomes a second one, isolated from the first, and every shape stays as it was.
+    is not discarded: it becomes a second segment, isolated from the first, and all shapes stay the same.
     """
-    chosen, place = uniforms(seed, Stream.CUT, sample_index, 2)
-    return 1 + int(place * (length - 1)) if chosen < probability and length > 1 else None
+    chosen, fraction = uniforms(seed, Stream.CUT, sample_index, 2)
+    return 1 + int(fraction * (length - 1)) if chosen < probability and length > 1 else None
 
 
 def _bits(seed: int, stream: Stream, sample_index: int, count: int) -> np.ndarray:
-    assert 0 <= seed < 1 << 64, "the rest of the key is the stream"
-    # The counter's low word counts within the sample; the sample index is a word of its own.
+    assert 0 <= seed < 1 << 64, "the upper 64 bits of the key are the stream"
+    # The counter's lowest 64-bit word counts within the sample; the next one is the sample index.
     generator = np.random.Philox(key=seed + (stream << 64), counter=sample_index << 64)
     return generator.random_raw(count)
 

@@ -20,7 +20,7 @@ from megatron_a2d.data.dataloader import Batch, make_batch
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.tokenizer_fingerprint import Vocabulary, find_foreign_tokens
 from megatron_a2d.diffusion.loss import sample_sums
-from megatron_a2d.diffusion.metrics import SampleColumns, ValidationResult, summarise
+from megatron_a2d.diffusion.metrics import SampleTable, ValidationResult, summarise
 from megatron_a2d.diffusion.model_interface import Request
 from megatron_a2d.evaluation.loglikelihood import label_losses
 from megatron_a2d.inference.loaded_model import Opened
@@ -132,7 +132,7 @@ def evaluate_sources(
     """
     results, tables = {}, []
     for source in sources:
-        columns = SampleColumns(min(num_samples, source.dataset.num_samples))
+        columns = SampleTable(min(num_samples, source.dataset.num_samples))
         make = make_sample(config, opened.architecture, source.dataset, VALIDATION_SEED)
         for start in range(0, len(columns.table), config.training.micro_batch_size):
             size = min(config.training.micro_batch_size, len(columns.table) - start)
@@ -145,7 +145,7 @@ def evaluate_sources(
         results[source.name] = summarise(columns)
         tables.append(columns.table)
     if len(sources) > 1:
-        together = SampleColumns(0)
+        together = SampleTable(0)
         together.table = torch.cat(tables)
         results["all"] = summarise(together)
     return results

@@ -22,7 +22,7 @@ from megatron_a2d.diffusion.conditional_likelihood import (
     log_likelihood,
     pseudo_likelihood_draws,
 )
-from megatron_a2d.diffusion.model_interface import Head, Request, logits_in_parts
+from megatron_a2d.diffusion.model_interface import Head, Request, logits_in_chunks
 from megatron_a2d.diffusion.rng import Stream
 from megatron_a2d.evaluation.response_cache import Journal
 from megatron_a2d.inference.loaded_model import Opened
@@ -231,7 +231,7 @@ def _losses(opened: Opened, batch: list[Shared]) -> Iterator[tuple[Item, float, 
 def label_losses(hidden_ND: Tensor, head: Head, labels_NC: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row's labels [N, C] in nats, and whether they are the likeliest token [N, C]."""
     losses, correct = [], []
-    for part, logits_nV in logits_in_parts(hidden_ND, head):
+    for part, logits_nV in logits_in_chunks(hidden_ND, head):
         labels_nC = labels_NC[part]
         losses.append(logits_nV.logsumexp(-1, keepdim=True) - logits_nV.gather(-1, labels_nC))
         correct.append(logits_nV.argmax(-1, keepdim=True) == labels_nC)

@@ -26,14 +26,14 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor
 
 from megatron_a2d.config.model_config import Architecture
-from megatron_a2d.diffusion.attention_masks import annealed, by_level
+from megatron_a2d.diffusion.attention_masks import annealed, block_causal_mask
 from megatron_a2d.distributed.step_timers import both_ways
 from megatron_a2d.megatron_compat.device import has_cuda, send
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
 from megatron_a2d.model.schedule_plan import InParts
 
 
-def own_piece(tensor: Tensor, dim: int) -> Tensor:
+def cp_slice(tensor: Tensor, dim: int) -> Tensor:
     """This context-parallel rank's contiguous piece of the sequence, which runs along `dim`."""
     size = parallel_state.get_context_parallel_world_size()
     return tensor if size == 1 else tensor.chunk(size, dim)[parallel_state.get_context_parallel_rank()]
@@ -79,7 +79,7 @@ def rotary_embedding(architecture: Architecture) -> RotaryEmbedding:
     )
 
 
-class RowLosses(NamedTuple):
+class TokenLosses(NamedTuple):
     """What the last stage computes for the rows with loss of a micro-batch, in the order of (b, s)."""
 
     losses: Tensor  # [N] fp32, cross-entropy in nats
@@ -150,7 +150,7 @@ class DiffusionLM(InParts, LanguageModule):
         positions: Tensor | None = None,
         annealing: Tensor | None = None,
         levels: Tensor | None = None,
-    ) -> Tensor | RowLosses:
+    ) -> Tensor | TokenLosses:
         """Losses of the rows `rows_N`, indices into (b, s); without labels their hidden states [N, h], for `head`;
         without both, this rank's logits [b, s, V / tp].
 
@@ -181,7 +181,7 @@ class DiffusionLM(InParts, LanguageModule):
             return None, packed_sequences(documents, tokens_bs.size(1))
         return self._forbidden(tokens_bs, None if documents is None else send(documents), annealing, levels), None
 
-    def _head(self, hidden: Tensor, labels_N: Tensor | None, rows_N: Tensor | None) -> Tensor | RowLosses:
+    def _head(self, hidden: Tensor, labels_N: Tensor | None, rows_N: Tensor | None) -> Tensor | TokenLosses:
         """What `forward` returns on the last stage, of the decoder's output."""
         if self.config.sequence_parallel:
             # All tensor-parallel ranks now hold the same rows, so the gradient is split, not summed.
@@ -195,10 +195,10 @@ class DiffusionLM(InParts, LanguageModule):
             return hidden_Nh
         return both_ways("head", self._row_losses, hidden_Nh, labels_N)
 
-    def _row_losses(self, hidden_Nh: Tensor, labels_N: Tensor) -> RowLosses:
+    def _row_losses(self, hidden_Nh: Tensor, labels_N: Tensor) -> TokenLosses:
         losses_N, correct_N = self.output_layer(hidden_Nh, weight=self._tied_weight(), labels_N=labels_N)
         assert correct_N is not None
-        return RowLosses(losses_N, correct_N)
+        return TokenLosses(losses_N, correct_N)
 
     def head(self, hidden_Nh: Tensor) -> Tensor:
         """Logits over the whole vocabulary, [N, V], on every tensor-parallel rank; last stage only."""
@@ -212,8 +212,8 @@ class DiffusionLM(InParts, LanguageModule):
         if isinstance(angles, tuple):
             angles, _ = angles  # YaRN's attention factor is in config.softmax_scale
         if positions is None or self.packs_documents:  # packed sequences are counted from 0 by megatron
-            return own_piece(angles, dim=0)
-        return angles[own_piece(positions, dim=1).T, 0]
+            return cp_slice(angles, dim=0)
+        return angles[cp_slice(positions, dim=1).T, 0]
 
     def _forbidden(
         self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None, levels: Tensor | None
@@ -221,13 +221,13 @@ class DiffusionLM(InParts, LanguageModule):
         """[b, 1, this rank's piece, whole sequence], True where a token may not look; None: nowhere."""
         allowed = []
         if documents is not None:
-            allowed.append(own_piece(documents, dim=1)[:, :, None] == documents[:, None, :])
+            allowed.append(cp_slice(documents, dim=1)[:, :, None] == documents[:, None, :])
         if annealing is not None:
             length = tokens_bs.size(1) * parallel_state.get_context_parallel_world_size()
-            queries = own_piece(torch.arange(length, device=tokens_bs.device), dim=0)
+            queries = cp_slice(torch.arange(length, device=tokens_bs.device), dim=0)
             allowed.append(annealed(annealing, queries, length))
         if levels is not None:
-            allowed.append(by_level(own_piece(levels, dim=1), levels))
+            allowed.append(block_causal_mask(cp_slice(levels, dim=1), levels))
         return ~functools.reduce(torch.logical_and, allowed)[:, None] if allowed else None
 
     def _logits(self, hidden: Tensor) -> Tensor:

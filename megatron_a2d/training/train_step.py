@@ -19,7 +19,7 @@ from megatron_a2d.diffusion.loss import SampleSums, sample_sums
 from megatron_a2d.distributed.hang_watchdog import mark
 from megatron_a2d.distributed.step_timers import phase
 from megatron_a2d.megatron_compat.device import device, send
-from megatron_a2d.model.diffusion_lm import RowLosses, own_piece
+from megatron_a2d.model.diffusion_lm import TokenLosses, cp_slice
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.param_gather import zero_gradients
 
@@ -142,16 +142,18 @@ class Rows(NamedTuple):
 
 def find_rows(batch: Batch) -> Rows:
     """On the host, like the batch."""
-    labels_bs, weights_bs = (own_piece(tensor, dim=1) for tensor in (batch.labels, batch.weights))
+    labels_bs, weights_bs = (cp_slice(tensor, dim=1) for tensor in (batch.labels, batch.weights))
     index_N = (weights_bs.flatten() > 0).nonzero()[:, 0]
     labels_N, weights_N = labels_bs.flatten()[index_N], weights_bs.flatten()[index_N]
     samples_N = index_N // weights_bs.size(1)
     spans_N = masked_weights_N = None
-    if batch.span_of_row is not None:
-        assert batch.spans is not None
-        spans_N = own_piece(batch.span_of_row, dim=1).flatten()[index_N] + samples_N * batch.spans.size(1)
+    if batch.segment_of_position is not None:
+        assert batch.noise_segments is not None
+        spans_N = cp_slice(batch.segment_of_position, dim=1).flatten()[index_N] + samples_N * batch.noise_segments.size(
+            1
+        )
     if batch.masked_weights is not None:
-        masked_weights_N = own_piece(batch.masked_weights, dim=1).flatten()[index_N]
+        masked_weights_N = cp_slice(batch.masked_weights, dim=1).flatten()[index_N]
     return Rows(index_N, labels_N, weights_N, samples_N, spans_N, masked_weights_N)
 
 
@@ -163,15 +165,15 @@ def _forward_step(batches: Iterator[Batch], model: Any, return_schedule_plan: bo
     rows = Rows._make(None if tensor is None else send(tensor) for tensor in find_rows(batch))
     # The documents stay here: where they are packed sequences, their lengths are asked for.
     rest = (None if tensor is None else send(tensor) for tensor in (batch.positions, batch.annealing, batch.levels))
-    tokens = send(own_piece(batch.tokens, dim=1).contiguous())
+    tokens = send(cp_slice(batch.tokens, dim=1).contiguous())
     inputs = (tokens, rows.labels, rows.places, batch.documents, *rest)
     if not return_schedule_plan:
         return model(*inputs), partial(_loss, batch, rows)
     plan = model.build_schedule_plan(*inputs)
-    return plan, lambda losses: _loss(batch, rows, RowLosses(losses, model.correct_of(plan)))
+    return plan, lambda losses: _loss(batch, rows, TokenLosses(losses, model.correct_of(plan)))
 
 
-def _loss(batch: Batch, rows: Rows, output: RowLosses) -> tuple[Tensor, Tensor, SampleLosses]:
+def _loss(batch: Batch, rows: Rows, output: TokenLosses) -> tuple[Tensor, Tensor, SampleLosses]:
     """Sum of the weighted losses, not divided: megatron divides gradients by the global number of tokens."""
     sums = sample_sums(output.losses, rows.weights, output.correct, rows.samples, len(batch.weights))
     # The ranks that share a sample's sequence have its rows in pieces; one of them counts the sample.
@@ -180,11 +182,11 @@ def _loss(batch: Batch, rows: Rows, output: RowLosses) -> tuple[Tensor, Tensor, 
     return (output.losses * rows.weights).sum(), send(num_maskable.sum().int()), losses
 
 
-def _span_losses(batch: Batch, rows: Rows, output: RowLosses, sums: SampleSums) -> SpanLosses | None:
+def _span_losses(batch: Batch, rows: Rows, output: TokenLosses, sums: SampleSums) -> SpanLosses | None:
     """`sums` are those of the samples, which are the spans' too where a sample is one and has one loss."""
-    if batch.spans is None:
+    if batch.noise_segments is None:
         return None
-    times_M, num_maskable_M, num_masked_M = batch.spans.flatten(0, 1).T
+    times_M, num_maskable_M, num_masked_M = batch.noise_segments.flatten(0, 1).T
     ratios_M = num_masked_M / num_maskable_M.clamp(min=1)
     if rows.spans is not None:
         weights_N = rows.weights if rows.masked_weights is None else rows.masked_weights

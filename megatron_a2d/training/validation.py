@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_a2d.data.dataloader import Batch
-from megatron_a2d.diffusion.metrics import SampleColumns, ValidationResult, summarise
+from megatron_a2d.diffusion.metrics import SampleTable, ValidationResult, summarise
 from megatron_a2d.distributed.process_groups import owns_loss
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.training.train_step import forward_backward
@@ -38,7 +38,7 @@ def validate(
 
     `num_microbatches` of `shape` (b, s) are this rank's part of one pass through the schedule.
     """
-    columns = SampleColumns(num_samples, device())
+    columns = SampleTable(num_samples, device())
     per_pass = num_microbatches * shape[0] * parallel_state.get_data_parallel_world_size()
     modules: list[nn.Module] = list(chunks)
     for module in modules:

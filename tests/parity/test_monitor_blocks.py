@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_a2d.config.settings import build
-from megatron_a2d.diffusion.attention_masks import by_level
+from megatron_a2d.diffusion.attention_masks import block_causal_mask
 from megatron_a2d.diffusion.rng import Noise
 from tests.cases import VARIANTS, Case
 from tests.parity.layouts import CP, DISTRIBUTED, EP, PP, TP_SP
@@ -33,7 +33,7 @@ def expected_of_blocks(batches: list, seed: int) -> dict[str, float]:
     times = np.zeros((10, 2))
     ratios = np.zeros((10, 2))
     for batch in batches:
-        mask = by_level(batch.levels, batch.levels)[:, None]
+        mask = block_causal_mask(batch.levels, batch.levels)[:, None]
         with torch.no_grad():
             logits = model(batch.tokens, attention_mask=mask, position_ids=batch.positions, use_cache=False).logits
         for row, index in enumerate(batch.sample_index.tolist()):

@@ -10,7 +10,7 @@ from megatron_a2d.checkpoint.training_facts import Trained
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.conversion.hf_config import Exported, refusals
-from megatron_a2d.diffusion.attention_masks import by_level
+from megatron_a2d.diffusion.attention_masks import block_causal_mask
 from megatron_a2d.diffusion.block_diffusion import BlockModel, corrupt_blocks
 from megatron_a2d.diffusion.corruption import corrupt, next_token
 from megatron_a2d.diffusion.model_interface import Request
@@ -24,7 +24,7 @@ NOISE = Noise(seed=7, mask_token_id=MASK)
 
 def visible(levels: np.ndarray | torch.Tensor) -> torch.Tensor:
     levels_1L = torch.as_tensor(levels)[None]
-    return by_level(levels_1L, levels_1L)[0]
+    return block_causal_mask(levels_1L, levels_1L)[0]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -81,14 +81,14 @@ def test_a_block_is_a_span_of_its_own(shift: bool) -> None:
         assert plain.masked_weights is None and np.array_equal(sample.masked_weights, plain.weights)
         assert (sample.weights - sample.masked_weights > 0).sum() == LENGTH - 1
         masked = sample.tokens[:LENGTH] == MASK
-        for number, (time, num_maskable, num_masked) in enumerate(sample.spans):
+        for number, (time, num_maskable, num_masked) in enumerate(sample.noise_segments):
             block = slice(number * BLOCK, (number + 1) * BLOCK)
             assert time == noise.time(index * 5 + number) and num_masked == masked[block].sum()
             assert num_maskable == len(TOKENS[block]) - (shift and number == 0)
-            rows = np.flatnonzero((sample.masked_weights > 0) & (sample.span_of_row == number))
+            rows = np.flatnonzero((sample.masked_weights > 0) & (sample.segment_of_position == number))
             assert sorted(sample.labels[rows]) == sorted(TOKENS[block][masked[block]])
             assert sample.masked_weights[rows] == pytest.approx(np.full(len(rows), 1 / time), rel=1e-6)
-        assert len(sample.spans) == 5
+        assert len(sample.noise_segments) == 5
 
 
 def test_one_block_is_masked_diffusion() -> None:

@@ -228,12 +228,12 @@ def test_what_only_some_samples_have(dataset, tmp_path):
     """An ordinary row stands in for what a sample does not have; what none has is None."""
     full = {
         "documents": np.array([3, 3, 4]), "positions": np.array([0, 1, 0]), "annealing": np.array([7, 9]), "levels": np.array([1, 3, 5]),
-        "spans": np.array([[0.5, 3.0, 1.0], [0.25, 2.0, 2.0]]), "span_of_row": np.array([0, 1, 1]),
+        "noise_segments": np.array([[0.5, 3.0, 1.0], [0.25, 2.0, 2.0]]), "segment_of_position": np.array([0, 1, 1]),
         "masked_weights": np.array([0.5, 0, 2], dtype=np.float32),
     }  # fmt: skip
     ordinary = {
         "documents": [0, 0, 0], "positions": [0, 1, 2], "annealing": [0, 1 << 53], "levels": [0, 0, 0],
-        "spans": [[0.0] * 3] * 2, "span_of_row": [0, 0, 0], "masked_weights": [0.0, 0.0, 0.0],
+        "noise_segments": [[0.0] * 3] * 2, "segment_of_position": [0, 0, 0], "masked_weights": [0.0, 0.0, 0.0],
     }  # fmt: skip
 
     def sample(tokens: np.ndarray, index: int) -> Corrupted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_a2d.diffusion.corruption import corrupt, hide_exactly
+from megatron_a2d.diffusion.corruption import corrupt, mask_exact_count
 from megatron_a2d.diffusion.rng import Noise
 
 MASK = 99
@@ -19,7 +19,7 @@ def test_every_count_weighs_one(schedule: str) -> None:
     times = noise.min_time + (1 - noise.min_time) * (np.arange(20_000) + 0.5) / 20_000
     sums = np.zeros(13)
     for number, time in enumerate(times):
-        masked, weight = hide_exactly(noise, float(time), number % 50, maskable)
+        masked, weight = mask_exact_count(noise, float(time), number % 50, maskable)
         assert not masked[:2].any()
         sums[masked.sum()] += weight * masked.sum() / len(times)
     assert sums[0] == sums[11] == 0
@@ -65,7 +65,7 @@ def test_a_time_on_a_border_has_an_ordinary_weight() -> None:
     for total in (1000, 4000, 8000):
         first = total // 1000 + 1
         for time in (1e-3, np.nextafter(1e-3, 1), np.nextafter(1e-3, 0), 1.05e-3):
-            masked, weight = hide_exactly(noise, float(time), 0, np.ones(total, dtype=bool))
+            masked, weight = mask_exact_count(noise, float(time), 0, np.ones(total, dtype=bool))
             assert masked.sum() == first and weight == pytest.approx(0.999 * total / first), (total, time)
-    masked, weight = hide_exactly(noise, 1.0, 0, np.ones(4000, dtype=bool))
+    masked, weight = mask_exact_count(noise, 1.0, 0, np.ones(4000, dtype=bool))
     assert masked.all() and weight == pytest.approx(0.999)

@@ -190,7 +190,7 @@ def test_held_out_data_of_another_tokenizer(checkpoint, tmp_path):
     with pytest.raises(UserError, match=rf"^{other}, made by .* another vocabulary"):
         open_sources(words, 32, NUM_TOKENS, vocabulary=mine)
     assert [source.name for source in open_sources(words, 32, NUM_TOKENS)] == ["good", "named"]
-    with pytest.raises(UserError, match="holds the mask token 70"):
+    with pytest.raises(UserError, match="contains the mask token 70"):
         open_sources(words, 32, NUM_TOKENS, 70)
     with pytest.raises(UserError, match="is no name for a source"):
         open_sources([f"../x={good}"], 32, NUM_TOKENS)
@@ -204,7 +204,7 @@ def test_a_mask_token_in_the_text_is_found_before_training(checkpoint, tmp_path)
     text[700] = MASK_TOKEN_ID
     for prefix in (foreign(tmp_path / "foreign", text, 9), ours(tmp_path / "ours", checkpoint / "hf", 0, [text, text])):
         (line,) = dry_run(checkpoint, train_data_path=prefix)
-        assert f"{prefix}: document" in line and f"holds the mask token {MASK_TOKEN_ID}, which no text may" in line
+        assert f"{prefix}: document" in line and f"contains the mask token {MASK_TOKEN_ID}, which no text may" in line
         assert dry_run(checkpoint, train_data_path=prefix, objective="ar") == []
 
 
@@ -214,9 +214,9 @@ def test_the_scan_looks_for_masks_where_the_largest_id_does_not_tell(checkpoint,
     assert not TokenFile(prefix, 256).needs_scan
     file = TokenFile(prefix, 256, scan=False, mask_token_id=7)
     assert file.needs_scan
-    with pytest.raises(UserError, match="document 0 holds the mask token 7"):
+    with pytest.raises(UserError, match="document 0 contains the mask token 7"):
         BackgroundScan([file]).wait(30)
-    with pytest.raises(UserError, match="document 0 holds the mask token 7"):
+    with pytest.raises(UserError, match="document 0 contains the mask token 7"):
         file.read(0, 3)
     assert file.read(3, 2).tolist() == [9, 9]
 

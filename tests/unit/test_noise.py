@@ -101,7 +101,7 @@ def test_next_token() -> None:
 
 
 def test_text_that_holds_the_mask_token_is_refused() -> None:
-    with pytest.raises(UserError, match="holds the mask token"):
+    with pytest.raises(UserError, match="contains the mask token"):
         corrupt(np.array([1, 99, 2]), 0, NOISE)
 
 
@@ -124,7 +124,7 @@ def test_what_is_maskable_and_counted(label_shift: bool, visible: int | None, do
         np.array(tokens), 0, Noise(7, 99, min_time=0.999999, label_shift=label_shift), documents_L, visible
     )
     assert (sample.tokens == 99).tolist() == expected and sample.num_maskable == sum(expected)
-    assert sample.documents is documents_L and sample.positions is None and sample.span_of_row is None
+    assert sample.documents is documents_L and sample.positions is None and sample.segment_of_position is None
     counted = [one and token != visible for token, one in zip(tokens, has_one, strict=True)]
     autoregressive = next_token(np.array(tokens), documents_L, visible)
     assert autoregressive.weights.tolist() == [*map(float, counted[1:]), 0.0] and autoregressive.time == 1.0
@@ -132,7 +132,7 @@ def test_what_is_maskable_and_counted(label_shift: bool, visible: int | None, do
     assert (
         autoregressive.tokens.tolist() == tokens
         and autoregressive.documents is documents_L
-        and autoregressive.spans is None
+        and autoregressive.noise_segments is None
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.loss import SampleSums, mean_estimate, ratio_estimate, sample_sums
-from megatron_a2d.diffusion.metrics import SampleColumns, summarise
+from megatron_a2d.diffusion.metrics import SampleTable, summarise
 from megatron_a2d.diffusion.rng import Noise
 from tests.unit.exact_nelbo import exact_nelbo, monte_carlo_nelbo
 
@@ -122,7 +122,7 @@ def sums_of(*columns: list[float]) -> SampleSums:
 
 def test_validation_sums_by_sample_and_bucket() -> None:
     """Five samples in two batches, out of order; the second's rows lie on two ranks, one of which counts it."""
-    columns, other = SampleColumns(5), SampleColumns(5)
+    columns, other = SampleTable(5), SampleTable(5)
     columns.put(
         torch.tensor([4, 0, 1]),
         torch.tensor([0.95, 0.05, 0.5]),
@@ -171,7 +171,7 @@ def test_validation_sums_by_sample_and_bucket() -> None:
 
 
 def test_samples_without_maskable_tokens_are_in_the_first_bucket() -> None:
-    columns = SampleColumns(2)
+    columns = SampleTable(2)
     columns.put(
         torch.tensor([0, 1]), torch.tensor([0.75, 0.75]), torch.tensor([0, 4]), sums_of([0, 2], [0, 1], [0, 2], [0, 1])
     )

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_a2d.config.settings import build
 from megatron_a2d.config.validate import find_problems
-from megatron_a2d.diffusion.attention_masks import annealed, annealing_of
+from megatron_a2d.diffusion.attention_masks import annealed, annealing_key_and_threshold
 from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.loss_weighting import context
 from megatron_a2d.diffusion.rng import Noise
@@ -62,7 +62,7 @@ def test_weights_differ_where_they_should() -> None:
 
 
 def mask_of(index: int, iteration: int, queries: torch.Tensor, steps: int = 10, seed: int = 1) -> torch.Tensor:
-    annealing = annealing_of(seed, index, iteration, steps)
+    annealing = annealing_key_and_threshold(seed, index, iteration, steps)
     assert annealing is not None
     return annealed(torch.from_numpy(annealing)[None], queries, LENGTH)[0]
 
@@ -73,7 +73,7 @@ def test_random_entries_are_a_function_of_seed_sample_query_key() -> None:
     whole = mask_of(7, 3, everyone)
     for part in everyone.split(16):
         assert torch.equal(mask_of(7, 3, part), whole[part])
-    batch = torch.from_numpy(np.stack([annealing_of(1, index, 3, 10) for index in (6, 7)]))
+    batch = torch.from_numpy(np.stack([annealing_key_and_threshold(1, index, 3, 10) for index in (6, 7)]))
     assert torch.equal(annealed(batch, everyone, LENGTH)[1], whole)
     assert torch.equal(annealed(batch, everyone, 20)[1], whole[:, :20])
     assert not torch.equal(mask_of(8, 3, everyone), whole) and not torch.equal(mask_of(7, 3, everyone, seed=2), whole)
@@ -105,7 +105,7 @@ def test_entries_open_as_the_ratio_rises() -> None:
     for row in (0, 20):  # no query, and no distance, is preferred
         opened = torch.stack([mask_of(index, 4, everyone)[row, row + 1 :] for index in range(2000)]).float().mean(0)
         assert float((opened - 0.5).abs().max()) < 0.06
-    assert annealing_of(1, 7, 9, 10) is None and annealing_of(1, 7, 100, 10) is None
+    assert annealing_key_and_threshold(1, 7, 9, 10) is None and annealing_key_and_threshold(1, 7, 100, 10) is None
 
 
 def problems(**settings: object) -> str:
@@ -189,7 +189,7 @@ def test_masked_tokens_without_a_weight_are_still_masked() -> None:
     some = False
     for index in range(200):
         sample = corrupt(np.zeros(128, dtype=np.int64), index, noise)
-        ((time, num_maskable, num_masked),) = sample.spans
+        ((time, num_maskable, num_masked),) = sample.noise_segments
         assert (time, num_maskable, num_masked) == (sample.time, 127, (sample.tokens == 99).sum())
         some |= num_masked > (sample.weights > 0).sum() > 0
     assert some

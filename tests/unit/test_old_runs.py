@@ -17,7 +17,7 @@ from megatron_a2d.config.settings import RunConfig, build, flag, settings
 from megatron_a2d.data.blended_dataset import SourceChoice
 from megatron_a2d.data.permutation import Permutation
 from megatron_a2d.diffusion import rng as noises
-from megatron_a2d.diffusion.attention_masks import annealing_of
+from megatron_a2d.diffusion.attention_masks import annealing_key_and_threshold
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
 from megatron_a2d.diffusion.conditional_likelihood import likelihood_draws
 from megatron_a2d.diffusion.corruption import corrupt
@@ -60,7 +60,7 @@ def test_random_cuts() -> None:
 def test_attention_keys() -> None:
     keys = [attention_key(seed, index) for seed, index in ((1234, 0), (1234, 1), (7, 10**12))]
     assert keys == [-2850068064519920615, -2798035208783464651, 2867923649604362579]
-    annealing = annealing_of(1234, 5, 2, 10)
+    annealing = annealing_key_and_threshold(1234, 5, 2, 10)
     assert annealing is not None and annealing.tolist() == [-443895856657101926, 2702159776422297]
 
 

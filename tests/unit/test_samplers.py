@@ -9,7 +9,7 @@ import torch
 
 from megatron_a2d.diffusion.model_interface import Request, from_logits
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_positions, make_canvas
-from megatron_a2d.diffusion.sampling.early_stop import hopeless
+from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.sampler import entropy_bounded
 from megatron_a2d.diffusion.sampling.token_scores import Scores, _draw, _filter, scorer
 from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, counts_left, sizes_of, turns
@@ -239,9 +239,9 @@ def test_an_end_behind_a_mask_is_not_the_end():
     tokens = torch.tensor([[1, 3, END, MASK, MASK, 2, MASK, END, MASK]])
     masked = tokens == MASK
     editable = torch.tensor([[False, True, True, True, True, False, True, True, True]])
-    assert hopeless(tokens, masked, editable, [END])[0].nonzero()[:, 0].tolist() == [3, 4]
-    assert not hopeless(tokens, masked, editable, [2]).any(), "a given token does not end a hole"
-    assert not hopeless(tokens, masked, editable, []).any()
+    assert after_eos(tokens, masked, editable, [END])[0].nonzero()[:, 0].tolist() == [3, 4]
+    assert not after_eos(tokens, masked, editable, [2]).any(), "a given token does not end a hole"
+    assert not after_eos(tokens, masked, editable, []).any()
 
 
 def test_finished_rows_leave_the_batch():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_a2d.diffusion import model_interface
-from megatron_a2d.diffusion.model_interface import Request, from_logits, logits_in_parts
+from megatron_a2d.diffusion.model_interface import Request, from_logits, logits_in_chunks
 from megatron_a2d.diffusion.sampling import Canvas, SamplingOptions, denoise, kept_positions, make_canvas
-from megatron_a2d.diffusion.sampling.early_stop import hopeless
+from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.sampler import entropy_bounded, lowest
 from megatron_a2d.diffusion.sampling.token_scores import position_uniforms, row_seed, scorer
 from megatron_a2d.diffusion.sampling.unmask_schedule import Turn, blocks_of, counts_left, turns
@@ -199,13 +199,13 @@ def test_parts_of_the_head(monkeypatch):
     for limit, rows in ((4 * VOCAB * 7 + 3, 7), (10, 1), (4 * VOCAB * 1000, 86)):
         monkeypatch.setitem(model_interface._PART_BYTES, "cpu", limit)
         hidden = torch.arange(150.0)[:, None].expand(-1, VOCAB).bfloat16()
-        parts = list(logits_in_parts(hidden, lambda part: part))
+        parts = list(logits_in_chunks(hidden, lambda part: part))
         sizes = [len(logits) for _, logits in parts]
         assert sizes[0] == 64 and set(sizes[1:-1]) <= {rows} and 0 < sizes[-1] <= rows and sum(sizes) == 150
         assert all(logits.dtype == torch.float32 for _, logits in parts)
         assert torch.equal(torch.cat([logits for _, logits in parts]), hidden.float())
         assert [place for part, _ in parts for place in range(150)[part]] == list(range(150))
-    assert list(logits_in_parts(torch.zeros(0, VOCAB), lambda part: part)) == []
+    assert list(logits_in_chunks(torch.zeros(0, VOCAB), lambda part: part)) == []
 
 
 def plain_hopeless(tokens: list[int], masked: list[bool], editable: list[bool], ends: set[int]) -> list[bool]:
@@ -227,7 +227,7 @@ def test_what_no_text_can_show():
         masked = editable & (torch.rand(1, 9, generator=generator) < 0.4)
         tokens = torch.randint(0, 4, (1, 9), generator=generator)
         expected = plain_hopeless(tokens[0].tolist(), masked[0].tolist(), editable[0].tolist(), {1, 2})
-        assert hopeless(tokens, masked, editable, [1, 2])[0].tolist() == expected
+        assert after_eos(tokens, masked, editable, [1, 2])[0].tolist() == expected
         some += any(expected)
     assert some > 50
 

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from megatron_a2d import megatron_compat
 from megatron_a2d.data.dataloader import Batch
-from megatron_a2d.model.diffusion_lm import RowLosses
+from megatron_a2d.model.diffusion_lm import TokenLosses
 from megatron_a2d.training import train_step
 from megatron_a2d.training.train_step import SampleLosses, Totals, find_rows, loss_totals
 
@@ -41,8 +41,8 @@ def batch_of(seed: int, spans: bool, masked_weights: bool) -> Batch:
         times=torch.rand(SAMPLES, generator=generator),
         sample_index=torch.arange(40, 40 + SAMPLES),
         num_maskable=integers(3, LENGTH + 1, SAMPLES),
-        spans=integers(1, 6, SAMPLES, SPANS, 3).double() if spans else None,
-        span_of_row=integers(0, SPANS, SAMPLES, LENGTH) if spans and masked_weights else None,
+        noise_segments=integers(1, 6, SAMPLES, SPANS, 3).double() if spans else None,
+        segment_of_position=integers(0, SPANS, SAMPLES, LENGTH) if spans and masked_weights else None,
         masked_weights=weights * integers(0, 2, SAMPLES, LENGTH) if masked_weights else None,
     )
 
@@ -66,9 +66,9 @@ def test_rows_that_carry_loss(masked_weights: bool) -> None:
     if not masked_weights:
         assert rows.spans is None and rows.masked_weights is None
         return
-    assert batch.span_of_row is not None and batch.masked_weights is not None
+    assert batch.segment_of_position is not None and batch.masked_weights is not None
     assert rows.spans is not None and rows.masked_weights is not None
-    assert rows.spans.tolist() == [where[0] * SPANS + int(batch.span_of_row[where]) for where in expected]
+    assert rows.spans.tolist() == [where[0] * SPANS + int(batch.segment_of_position[where]) for where in expected]
     assert rows.masked_weights.tolist() == [float(batch.masked_weights[where]) for where in expected]
 
 
@@ -79,17 +79,17 @@ def test_rows_of_a_piece_of_the_sequence(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda: 1)
     rows = find_rows(batch)
     expected = [(sample, place) for sample, place in rows_with_loss(batch) if place >= 3]
-    assert batch.span_of_row is not None and rows.spans is not None
+    assert batch.segment_of_position is not None and rows.spans is not None
     assert rows.places.tolist() == [sample * 3 + place - 3 for sample, place in expected]
     assert rows.samples.tolist() == [sample for sample, _ in expected]
-    assert rows.spans.tolist() == [where[0] * SPANS + int(batch.span_of_row[where]) for where in expected]
+    assert rows.spans.tolist() == [where[0] * SPANS + int(batch.segment_of_position[where]) for where in expected]
 
 
 def losses_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, SampleLosses, torch.Tensor, torch.Tensor]:
     rows = find_rows(batch)
     losses = torch.arange(1.0, 1 + len(rows.places))
     correct = torch.arange(len(rows.places)) % 3 == 0
-    total, num_tokens, found = train_step._loss(batch, rows, RowLosses(losses, correct))
+    total, num_tokens, found = train_step._loss(batch, rows, TokenLosses(losses, correct))
     return total, num_tokens, found, losses, correct
 
 
@@ -122,19 +122,19 @@ def test_sums_of_a_micro_batch(
         [s for s, _ in where], SAMPLES, weights, losses, correct
     )
     assert found.sample_index is batch.sample_index and found.times is batch.times
-    if batch.spans is None:
+    if batch.noise_segments is None:
         assert found.spans is None
         return
     assert found.spans is not None
-    lines = [line for sample in batch.spans.tolist() for line in sample]
+    lines = [line for sample in batch.noise_segments.tolist() for line in sample]
     assert found.spans.times.tolist() == [time for time, _, _ in lines]
     assert found.spans.mask_ratios.tolist() == [masked / maskable for _, maskable, masked in lines]
     assert found.spans.num_maskable.tolist() == [maskable * (context_rank == 0) for _, maskable, _ in lines]
     assert found.spans.num_masked.tolist() == [masked * (context_rank == 0) for _, _, masked in lines]
-    if batch.span_of_row is None or batch.masked_weights is None:
+    if batch.segment_of_position is None or batch.masked_weights is None:
         assert found.spans.sums is found.sums, "a sample is one span"
         return
-    keys = [sample * SPANS + int(batch.span_of_row[sample, place]) for sample, place in where]
+    keys = [sample * SPANS + int(batch.segment_of_position[sample, place]) for sample, place in where]
     weights = [float(batch.masked_weights[place]) for place in where]
     assert 0 < weights.count(0) < len(weights)
     expected = sums_by(keys, SAMPLES * SPANS, weights, losses, correct)
@@ -143,8 +143,8 @@ def test_sums_of_a_micro_batch(
 
 def test_a_span_without_maskable_tokens_has_the_ratio_0() -> None:
     batch = batch_of(2, spans=True, masked_weights=False)
-    assert batch.spans is not None
-    batch.spans[1, 0] = torch.tensor([0.5, 0.0, 0.0])
+    assert batch.noise_segments is not None
+    batch.noise_segments[1, 0] = torch.tensor([0.5, 0.0, 0.0])
     _, _, found, _, _ = losses_of(batch)
     assert (
         found.spans is not None

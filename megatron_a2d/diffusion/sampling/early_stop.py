@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def hopeless(tokens_BL: Tensor, masked_BL: Tensor, editable_BL: Tensor, end_token_ids: Collection[int]) -> Tensor:
+def after_eos(tokens_BL: Tensor, masked_BL: Tensor, editable_BL: Tensor, end_token_ids: Collection[int]) -> Tensor:
     """Masked positions that no text can show, [B, L] bool.
 
     A hole's text ends at its first end-of-text token. Where all of a hole up to that token is decided, what is masked

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_a2d.diffusion.model_interface import Model, Request, Window
-from megatron_a2d.diffusion.sampling.early_stop import hopeless
+from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.token_scores import Scores, position_uniforms, scorer
 from megatron_a2d.diffusion.sampling.unmask_schedule import Turn, blocks_of, sizes_of, turns
 from megatron_a2d.diffusion.sampling_options import SamplingOptions
@@ -169,7 +169,7 @@ class _State:
         """Fill what no text can show in rows that have nothing else left; returns those positions, [B, L]."""
         if not self.end_token_ids:
             return torch.zeros_like(self.masked_BL)
-        lost_BL = hopeless(self.tokens_BL, self.masked_BL, self.canvas.editable, self.end_token_ids)
+        lost_BL = after_eos(self.tokens_BL, self.masked_BL, self.canvas.editable, self.end_token_ids)
         if self.is_final is not None:
             for row in self._final_rows(self.is_final):
                 lost_BL[row] = self.masked_BL[row]

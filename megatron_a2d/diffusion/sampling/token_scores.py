@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_a2d.diffusion.model_interface import Head, Reduce, logits_in_parts
+from megatron_a2d.diffusion.model_interface import Head, Reduce, logits_in_chunks
 from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
 
@@ -32,9 +32,9 @@ def scorer(options: SamplingOptions, mask_token_id: int, uniforms_N: Tensor | No
 
     def reduce(hidden_ND: Tensor, head: Head) -> tuple[Tensor, ...]:
         num_rows = len(hidden_ND) // (2 if options.guidance else 1)
-        unconditional = logits_in_parts(hidden_ND[num_rows:], head)
+        unconditional = logits_in_chunks(hidden_ND[num_rows:], head)
         found = []
-        for part, logits_nV in logits_in_parts(hidden_ND[:num_rows], head):
+        for part, logits_nV in logits_in_chunks(hidden_ND[:num_rows], head):
             if options.guidance:
                 logits_nV = logits_nV + options.guidance * (logits_nV - next(unconditional)[1])
             found.append(_score(logits_nV, options, mask_token_id, None if uniforms_N is None else uniforms_N[part]))
