@@ -91,7 +91,14 @@ class TorchDistCheckpoint:
 
     def _check_objects(self) -> None:
         """None of them is used but the common one. A checkpoint that hides code in another is none to go on with."""
-        for name, (file, offset, length) in self._objects.items():
+        places = {place: name for name, place in self._objects.items()}
+        stored = sum(path.stat().st_size for path in self._directory.glob("*.distcp"))
+        if (listed := sum(place.length for place in places)) > stored:  # each would be read
+            raise UserError(
+                f"{self._directory / '.metadata'}: lists objects of {listed} bytes in files of {stored}; it is "
+                "damaged, use another iteration"
+            )
+        for (file, offset, length), name in places.items():
             path = self._directory / file
             try:
                 read_value(partial(self._files.read_bytes, path), offset, length)

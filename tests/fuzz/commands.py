@@ -275,11 +275,15 @@ def _environment() -> Iterator[None]:
     """What commands change for their process: put back afterwards. No network."""
     before, handler, folder = dict(os.environ), signal.getsignal(signal.SIGTERM), os.getcwd()
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    os.chdir(tempfile.gettempdir())
     leave, os._exit = os._exit, sys.exit  # type: ignore[assignment]
+    here = Path(tempfile.mkdtemp(prefix="a2d_fuzz_"))  # where an odd word as --out leads
+    deep = here / "two" / "levels"
+    deep.mkdir(parents=True)
+    os.chdir(deep)
     try:
         yield
     finally:
+        shutil.rmtree(here, ignore_errors=True)
         os.environ.clear()
         os.environ |= before
         signal.signal(signal.SIGTERM, handler)

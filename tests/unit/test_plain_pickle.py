@@ -159,6 +159,19 @@ def set_tensor(**values: Any) -> Callable[[Metadata], None]:
     return lambda metadata: vars(metadata.state_dict_metadata["w"]).update(values)
 
 
+def _list_again(times: int) -> Callable[[Metadata], None]:
+    """The same bytes as many other objects, each a byte longer."""
+
+    def change(metadata: Metadata) -> None:
+        place = next(info for index, info in metadata.storage_data.items() if index.fqn == "o")
+        for number in range(times):
+            longer = _StorageInfo(place.relative_path, place.offset, place.length + number)
+            metadata.storage_data[MetadataIndex(f"o{number}")] = longer
+            metadata.state_dict_metadata[f"o{number}"] = BytesStorageMetadata()
+
+    return change
+
+
 def _nested(levels: int) -> list[Any]:
     """Of 2^levels values, and a pickle of a few hundred bytes."""
     value: list[Any] = []
@@ -171,7 +184,8 @@ SPOILED: dict[str, tuple[Callable[[Metadata], Any], str]] = {
     "negative offset": (set_place("w", offset=-1), "where a size or a position belongs"),
     "negative length": (set_place("w", length=-8), "where a size or a position belongs"),
     "a length of 2^40": (set_place("w", length=2**40), "truncated|refused"),
-    "an object of 2^40 bytes": (set_place("o", length=2**40), "truncated|refused"),
+    "an object of 2^40 bytes": (set_place("o", length=2**40), "lists objects of 1099511627776 bytes"),
+    "a thousand objects in one place": (_list_again(1000), "lists objects of"),
     "an object of 2^80 bytes": (set_place("o", length=2**80), "where a size or a position belongs"),
     "an object with a negative length": (set_place("o", length=-1), "where a size or a position belongs"),
     "an object elsewhere": (set_place("o", relative_path="/etc/x.distcp"), "lies outside the checkpoint"),
