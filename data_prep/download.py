@@ -22,7 +22,7 @@ from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import console, entry_point, human
 from megatron_a2d.utils.atomic_write import new_file, read_json, write_json
 from megatron_a2d.utils.errors import UserError, nearest
-from megatron_a2d.utils.printable import without_passwords
+from megatron_a2d.utils.printable import one_line, without_passwords
 
 STATE = "download.json"
 
@@ -83,10 +83,13 @@ def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int 
     if state["complete"]:
         console.print(f"{out}: complete, {state['documents']:,} documents")
         return state
-    columns = (TextColumn("{task.description}"), TextColumn("{task.fields[amount]}", style="cyan"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False), TextColumn("{task.fields[amount]}", style="cyan"),
+        TimeElapsedColumn(),
+    )  # fmt: skip
     rows = stream(source, state["documents"])
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(out.name, total=None, amount="")
+        task = bar.add_task(one_line(out.name), total=None, amount="")
         while not state["complete"]:
             number, documents, size, ended = len(state["shards"]), 0, 0, False
             with new_file(out / _shard(number)) as partial, open(partial, "wb") as raw:
@@ -126,6 +129,13 @@ def _text(row: dict[str, Any], source: HubSource, number: int) -> str:
             f"--dataset {source.dataset}: row {number}: {source.text_key!r} holds {type(text).__name__}, not text; "
             "correct the dataset, or name the text's column with --text-key"
         )
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--dataset {source.dataset}: row {number}: {source.text_key!r} holds half of a surrogate pair, no text; "
+            "correct the dataset"
+        ) from None
     return text or ""
 
 
@@ -136,15 +146,18 @@ def _read_state(source: HubSource, out: Path) -> dict[str, Any]:
     state = read_json(out / STATE, "the state of the download")
     if state.get("source") != wanted:
         raise UserError(f"--out {out}: holds another dataset, {state.get('source')}; name another directory")
+    damaged = UserError(f"{out / STATE}: is damaged; remove the directory and download it again")
     shards = state.get("shards")
-    files = [shard.get("file") for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        raise damaged
+    files, counts = [shard.get("file") for shard in shards], [shard.get("documents") for shard in shards]
     if (
-        not isinstance(shards, list)
-        or files != [_shard(number) for number in range(len(shards))]
-        or not isinstance(state.get("documents"), int)
+        files != [_shard(number) for number in range(len(shards))]
+        or any(type(count) is not int or count < 0 for count in counts)
+        or state.get("documents") != sum(counts)
         or not isinstance(state.get("complete"), bool)
     ):
-        raise UserError(f"{out / STATE}: is damaged; remove the directory and download it again")
+        raise damaged
     missing = [file for file in files if not (out / file).exists()]
     if missing:
         raise UserError(f"--out {out}: {missing[0]} is missing; remove the directory and fetch it again")
@@ -193,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shard-megabytes", type=float, default=256, help="text in a shard, before compression")
     parser.add_argument("--max-documents", type=int, help="end after so many; default: all")
     arguments = parser.parse_args(argv)
-    if arguments.shard_megabytes <= 0:
-        raise UserError(f"--shard-megabytes {arguments.shard_megabytes}: must be positive")
+    if arguments.shard_megabytes * 1e6 < 1:  # shards of nothing would have no end
+        raise UserError(f"--shard-megabytes {arguments.shard_megabytes}: must be positive, and a byte or more")
     if arguments.max_documents is not None and arguments.max_documents < 1:
         raise UserError(f"--max-documents {arguments.max_documents}: give 1 or more")
     for out, source in sources_of(arguments).items():

@@ -32,9 +32,10 @@ from data_prep.formats import Document
 from data_prep.gigatoken_encoder import GigatokenEncoder
 from data_prep.memory_limits import Limits
 from data_prep.readers import Counts, Piece, read_span
-from megatron_a2d.utils.atomic_write import make_parent, new_file
+from megatron_a2d.utils.atomic_write import make_parent, new_file, regular
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.partial_files import open_lock
+from megatron_a2d.utils.parsing import parse_json
 
 # A batch is what is encoded at a time. By bytes, so that long documents do not make it large.
 BATCH_BYTES = 1 << 20
@@ -161,10 +162,10 @@ def tokenize_piece(job: Job, number: int, piece: Piece, encoder: Encoder, report
 def read_result(job: Job, number: int) -> PieceResult:
     """What `tokenize_piece` wrote, beside the tokens."""
     try:
-        with np.load(job.path(number, ".npz")) as arrays:
-            said = json.loads(arrays["counts"].tobytes())
+        with open(job.path(number, ".npz"), "rb", opener=regular) as stream, np.load(stream) as arrays:
+            said = parse_json(arrays["counts"].tobytes())
             return PieceResult(arrays["lengths"], arrays["digests"], said["counts"], said["key"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{job.path(number, '.npz')}: cannot be read ({error}); remove it and run again") from None
 
 
@@ -176,8 +177,9 @@ def is_done(job: Job, number: int, piece: Piece) -> bool:
         result = read_result(job, number)
     except UserError:
         return False
-    whole = job.path(number, ".tokens").exists() and (job.skip_invalid or not result.counts["invalid"])
-    return whole and result.key == _key(job, piece)
+    if result.key != _key(job, piece) or not job.path(number, ".tokens").exists():
+        return False
+    return job.skip_invalid or not result.counts["invalid"]
 
 
 def tokenize_pieces(job: Job, todo: dict[int, Piece], workers: int, advance: Callable[[int, int], Any]) -> None:

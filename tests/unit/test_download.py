@@ -122,7 +122,16 @@ def test_names_of_sources_are_no_paths(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"shards": 5}, {"shards": [{"file": "../../x"}]}, {"shards": [5]}, {"documents": "3"}, {"complete": None}],
+    [
+        {"shards": 5},
+        {"shards": [{"file": "../../x"}]},
+        {"shards": [5]},
+        {"documents": "3"},
+        {"complete": None},
+        {"documents": -1},
+        {"documents": 10**18},
+        {"shards": [{"file": "00000.jsonl.zst", "documents": [1]}]},
+    ],
 )
 def test_a_state_that_was_changed(change, dataset, tmp_path):
     out = tmp_path / "raw"
@@ -131,6 +140,18 @@ def test_a_state_that_was_changed(change, dataset, tmp_path):
     (out / "download.json").write_text(json.dumps(state | change))
     with pytest.raises(UserError, match=r"download\.json: is damaged"):
         fetch("--dataset", dataset, "--out", out)
+
+
+def test_shards_of_nothing_are_refused(dataset, tmp_path):
+    """They would have no end."""
+    with pytest.raises(UserError, match="--shard-megabytes 1e-09"):
+        fetch("--dataset", dataset, "--out", tmp_path / "raw", "--shard-megabytes", 1e-9)
+
+
+def test_half_a_character_is_no_text():
+    source = download.HubSource("name", None, "train", "text")
+    with pytest.raises(UserError, match="row 7: 'text' holds half of a surrogate pair"):
+        download._text({"text": "a\ud800"}, source, 7)
 
 
 def test_the_mixture_of_rnd1_names_six_sources(tmp_path):

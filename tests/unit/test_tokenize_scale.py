@@ -6,11 +6,13 @@ import contextlib
 import errno
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +150,22 @@ def test_workers_and_interruption_change_no_byte(tokenizer, tmp_path, monkeypatc
     )
     assert contents(run(tokenizer, tmp_path / "three", "--input", corpus)) == expected
     assert again[:3] == [1, 3, 4] and not (tmp_path / "three.parts").exists()
+
+
+@pytest.mark.parametrize("kind", ["empty", "pipe", "array", "other values"])
+def test_an_odd_piece_is_none(kind, tmp_path):
+    path = tmp_path / "piece.npz"
+    if kind == "pipe":
+        os.mkfifo(path)
+    with contextlib.nullcontext() if kind == "pipe" else open(path, "wb") as stream:
+        if kind == "array":
+            np.save(stream, np.zeros(3))
+        elif kind == "other values":
+            np.savez(stream, lengths=np.zeros(1), digests=np.zeros(1), counts=np.frombuffer(b"[5]", dtype=np.uint8))
+    job = SimpleNamespace(path=lambda number, suffix: path)
+    with pytest.raises(UserError, match=r"piece\.npz: cannot be read"):
+        pieces.read_result(job, 0)
+    assert not pieces.is_done(job, 0, None)
 
 
 def test_other_settings_do_not_take_up_old_pieces(tokenizer, tmp_path, monkeypatch):
