@@ -7,6 +7,7 @@ added ones are compared one by one: a checkpoint's tokenizer may have more (a ma
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +22,10 @@ class Described(Protocol):
 
     prefix: str
     metadata: dict[str, Any]
+
+
+# What it can raise to take values of other types for a vocabulary.
+_NO_VOCABULARY = (AttributeError, LookupError, TypeError, ValueError)
 
 
 class Vocabulary(NamedTuple):
@@ -45,9 +50,12 @@ def vocabulary_of(tokenizer: Path) -> Vocabulary | None:
     if path.suffix == ".model":
         return _of_pairs(enumerate(_pieces(path)), {})
     content = read_json(path, "the tokenizer")
-    if path.name == "vocab.json":
-        return _of_pairs(((i, token) for token, i in content.items()), _declared(path.parent))
-    return vocabulary_in(content)
+    try:
+        if path.name == "vocab.json":
+            return _of_pairs(((i, token) for token, i in content.items()), _declared(path.parent))
+        return vocabulary_in(content)
+    except _NO_VOCABULARY:
+        raise UserError(f"{path}: the tokenizer holds no vocabulary that can be read; copy it again") from None
 
 
 def vocabulary_in(content: dict[str, Any]) -> Vocabulary:
@@ -85,9 +93,13 @@ def recorded_vocabulary(file: Described) -> Vocabulary | None:
     """The vocabulary of a token file's description; where it has only the tokenizer's path, of what lies there."""
     metadata = file.metadata
     if isinstance(fingerprint := metadata.get("vocabulary"), str):
-        return Vocabulary(fingerprint, {int(i): token for i, token in (metadata.get("added_tokens") or {}).items()})
+        try:
+            added = {int(i): str(token) for i, token in (metadata.get("added_tokens") or {}).items()}
+        except _NO_VOCABULARY:
+            raise UserError(f"{file.prefix}.json: its added_tokens are damaged; copy it again") from None
+        return Vocabulary(fingerprint, added)
     named = metadata.get("tokenizer")
-    return vocabulary_of(Path(named)) if isinstance(named, str) and named and Path(named).exists() else None
+    return vocabulary_of(Path(named)) if isinstance(named, str) and named and os.path.exists(named) else None
 
 
 def find_foreign_tokens(files: Sequence[Described], model: Vocabulary | None) -> Iterator[str]:

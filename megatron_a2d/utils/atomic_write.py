@@ -49,8 +49,8 @@ def regular(path: str | Path, flags: int) -> int:
 def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, else removed."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory, and a file is to be written; name a file")
+    if kind := _is_no_place(path):
+        raise UserError(f"{path}: is a {kind}, and a file is to be written; name a file")
     make_parent(path)
     partial = partial_path(path)
     make_empty(partial)
@@ -61,6 +61,17 @@ def new_file(path: str | Path) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_no_place(path: Path) -> str:
+    """What `path` is that must not be replaced by a file, or ''. Whoever is root may replace /dev/null too."""
+    try:
+        if path.is_symlink() and os.readlink(path).startswith("/proc/"):  # /dev/stdout
+            return "stream of this process"
+        mode = path.stat().st_mode
+    except OSError:  # nothing is there yet, or the writing says what is wrong
+        return ""
+    return "" if stat.S_ISREG(mode) else "directory" if stat.S_ISDIR(mode) else "device or a pipe"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from megatron_a2d.data.dataloader import MicroBatches
 from megatron_a2d.data.diffusion_samples import make_sample
 from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
 from megatron_a2d.data.packed_dataset import PackedDataset
-from megatron_a2d.data.tokenizer_fingerprint import vocabulary_in, vocabulary_of
+from megatron_a2d.data.tokenizer_fingerprint import recorded_vocabulary, vocabulary_in, vocabulary_of
 from megatron_a2d.utils.errors import UserError
 from tests.tiny import END_OF_TEXT, MASK_TOKEN_ID, NUM_TOKENS, TURN_END, write_hf
 
@@ -290,3 +291,33 @@ def test_workers_have_a_bound(checkpoint, tmp_path):
     good = ours(tmp_path / "good", checkpoint / "hf")
     (line,) = dry_run(checkpoint, train_data_path=good, num_workers=10**9)
     assert "--num-workers 1000000000: must be at most 1024" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [5]}),
+        ("tokenizer.json", {"added_tokens": {"id": 1}}),
+        ("tokenizer.json", {"added_tokens": [{"id": [1], "content": "a"}]}),
+        ("tokenizer.json", {"model": {"vocab": 7}}),
+        ("tokenizer.json", {"model": {"vocab": [[]]}}),
+        ("tokenizer.json", {"model": {"vocab": {"a": 1, "b": "2"}}}),
+        ("vocab.json", {"a": 1, "b": None}),
+    ],
+)
+def test_a_tokenizer_without_a_vocabulary_is_one_line(name: str, content: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{name}: the tokenizer holds no vocabulary"):
+        vocabulary_of(tmp_path)
+
+
+@pytest.mark.parametrize("added", [[1], {"x": "a"}, 7, {"1e400": "a"}], ids=str)
+def test_odd_added_tokens_of_a_description(added: Any) -> None:
+    described = SimpleNamespace(prefix="x", metadata={"vocabulary": "0", "added_tokens": added})
+    with pytest.raises(UserError, match=r"x\.json: its added_tokens are damaged"):
+        recorded_vocabulary(described)
+
+
+@pytest.mark.parametrize("named", ["x" * 5000, "a\0b", "/dev/null", ""], ids=["long", "NUL", "device", "empty"])
+def test_an_odd_path_of_a_tokenizer_names_none(named: str) -> None:
+    assert recorded_vocabulary(SimpleNamespace(prefix="x", metadata={"tokenizer": named})) is None

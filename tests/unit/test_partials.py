@@ -173,3 +173,16 @@ def test_lists_and_pages_that_are_no_text_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="the page is not UTF-8"):
         write_page(tmp_path / "page.md", "", "", "")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "stream", "directory"])
+def test_only_a_file_is_replaced_by_a_file(kind: str, tmp_path: Path) -> None:
+    """Root may replace /dev/null, and the whole machine would miss it."""
+    path = tmp_path / kind
+    {"pipe": lambda: os.mkfifo(path), "stream": lambda: path.symlink_to("/proc/self/fd/1"), "directory": path.mkdir}[
+        kind
+    ]()
+    before = path.lstat().st_mode
+    with pytest.raises(UserError, match="a file is to be written; name a file"), new_file(path):
+        pass
+    assert path.lstat().st_mode == before and list(tmp_path.iterdir()) == [path]
