@@ -34,8 +34,8 @@ from data_prep.memory_limits import Limits
 from data_prep.readers import Counts, Piece, read_span
 from megatron_a2d.utils.atomic_write import make_parent, new_file, regular
 from megatron_a2d.utils.errors import UserError
-from megatron_a2d.utils.partial_files import open_lock
 from megatron_a2d.utils.parsing import parse_json
+from megatron_a2d.utils.partial_files import open_lock
 
 # A batch is what is encoded at a time. By bytes, so that long documents do not make it large.
 BATCH_BYTES = 1 << 20

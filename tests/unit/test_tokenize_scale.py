@@ -164,8 +164,8 @@ def test_an_odd_piece_is_none(kind, tmp_path):
             np.savez(stream, lengths=np.zeros(1), digests=np.zeros(1), counts=np.frombuffer(b"[5]", dtype=np.uint8))
     job = SimpleNamespace(path=lambda number, suffix: path)
     with pytest.raises(UserError, match=r"piece\.npz: cannot be read"):
-        pieces.read_result(job, 0)
-    assert not pieces.is_done(job, 0, None)
+        tokenize_shards.read_result(job, 0)
+    assert not tokenize_shards.is_done(job, 0, None)
 
 
 def test_other_settings_do_not_take_up_old_pieces(tokenizer, tmp_path, monkeypatch):
