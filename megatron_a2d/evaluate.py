@@ -30,6 +30,7 @@ from megatron_a2d.inference.arguments import (
     LAYOUT,
     SAMPLING,
     add_sampling_flags,
+    check_model,
     close_model,
     open_model,
     sampling_options,
@@ -91,6 +92,7 @@ _HELD_OUT = (*_NOISE, "document_attention")
 def main(argv: list[str] | None = None) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
     options, layout, noise = _parse(argv)
+    check_model(options.model, layout)
     beside = [read_results(Path(directory)) for directory in options.beside]
     make_parent(Path(options.out) / "results.json")  # better refused now than after hours
     allow_programs(options.allow_code_execution, options.allow_code_network)
@@ -349,8 +351,7 @@ def _fingerprint(model: Path) -> list[Any]:
 
     Of a run that may still be training, its newest checkpoint alone; --out may lie in the model's directory.
     """
-    from megatron_a2d.checkpoint.directory import resolve
-    from megatron_a2d.inference.loaded_model import is_checkpoint
+    from megatron_a2d.checkpoint.directory import is_checkpoint, resolve
 
     model = resolve(model) if is_checkpoint(model) else model
     files = sorted(

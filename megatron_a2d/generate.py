@@ -31,6 +31,7 @@ from megatron_a2d.inference.arguments import (
     LAYOUT,
     SAMPLING,
     add_sampling_flags,
+    check_model,
     close_model,
     open_model,
     sampling_options,
@@ -58,6 +59,7 @@ _Job = TypeVar("_Job")
 def main(argv: list[str] | None = None) -> None:
     options = _parse(argv)
     values = _check(options)
+    check_model(options.model, values)
     hide_noise()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to lose the text

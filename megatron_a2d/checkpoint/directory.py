@@ -35,6 +35,11 @@ HF_PATTERNS = (
 )  # fmt: skip
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """True for a training or converted checkpoint, or one of its iterations; False for anything else."""
+    return (directory / TRACKER).exists() or directory.name == RELEASE or directory.name.startswith("iter_")
+
+
 def directory_name(iteration: int) -> str:
     """The name of an iteration's directory inside a checkpoint."""
     return f"iter_{iteration:07d}"

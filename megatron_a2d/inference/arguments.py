@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_a2d.checkpoint.directory import is_checkpoint
 from megatron_a2d.config.settings import flag
 from megatron_a2d.utils.errors import UserError
 
@@ -74,16 +75,21 @@ def sampling_options(options: argparse.Namespace, opened: Opened, **defaults: An
     return chosen
 
 
+def check_model(directory: str, layout: dict[str, Any]) -> None:
+    """What shows without torch, whose import is slow. UserError where nothing is; for a layout of an export."""
+    if not Path(directory).is_dir():
+        raise UserError(f"--model {directory}: there is no such directory; give one that export_hf wrote")
+    if layout and not is_checkpoint(Path(directory)):
+        raise UserError(f"{flag(next(iter(layout)))}: only goes with a checkpoint; an export runs in one process")
+
+
 def open_model(directory: str, layout: dict[str, Any], objective: str = "mdlm") -> Opened:
     """An export, or a checkpoint over the processes of torchrun with the settings `layout` of LAYOUT."""
-    from megatron_a2d.inference.loaded_model import is_checkpoint
-
+    check_model(directory, layout)
     if is_checkpoint(Path(directory)):
         from megatron_a2d.inference.parallel_model import open_sharded
 
         return open_sharded(directory, layout, objective)
-    if layout:
-        raise UserError(f"{flag(next(iter(layout)))}: only goes with a checkpoint; an export runs in one process")
     from megatron_a2d.inference.hf_model import open_export
 
     return open_export(directory, objective)

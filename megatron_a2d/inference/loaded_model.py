@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from megatron_a2d.checkpoint.directory import RELEASE, TRACKER
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.diffusion.model_interface import Model
@@ -54,11 +53,6 @@ class Opened:
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def is_checkpoint(directory: Path) -> bool:
-    """True for a training or converted checkpoint, or one of its iterations; False for anything else."""
-    return (directory / TRACKER).exists() or directory.name == RELEASE or directory.name.startswith("iter_")
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
