@@ -95,10 +95,21 @@ def _check_complete(directory: Path) -> None:
         return  # as megatron.core from 0.17 on has it: what common.pt held is a stored object
     if not missing:
         return
+    other = None
     if any(path.is_dir() for path in directory.glob("mp_rank_*")):
+        other = "mp_rank_*: Megatron-LM's --ckpt-format torch"
+    elif "metadata.json" not in missing:
+        backend = read_json(directory / "metadata.json", "the format").get("sharded_backend", "torch_dist")
+        other = f"metadata.json: {backend!r}" if backend != "torch_dist" else None
+    if other:
         raise UserError(
-            f"{directory}: is in another format (mp_rank_*: Megatron-LM's --ckpt-format torch); only torch_dist is "
-            "read, convert it with Megatron-LM: --ckpt-convert-format torch_dist --ckpt-convert-save DIRECTORY"
+            f"{directory}: is in another format ({other}); only torch_dist is read, convert it with Megatron-LM: "
+            "--ckpt-convert-format torch_dist --ckpt-convert-save DIRECTORY"
+        )
+    if missing == ["common.pt", "metadata.json"]:
+        raise UserError(
+            f"{directory}: lacks {', '.join(missing)}; it is incomplete, or in another format (Megatron-LM's torch_dcp "
+            "or fsdp_dtensor), and only torch_dist is read; use another iteration, or convert it"
         )
     raise UserError(f"{directory}: lacks {', '.join(missing)}; the checkpoint is incomplete, use another iteration")
 

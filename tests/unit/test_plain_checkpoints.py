@@ -133,6 +133,14 @@ def test_another_format_is_called_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another format .*mp_rank.*--ckpt-convert-format torch_dist") as caught:
         resolve(tmp_path)
     assert "incomplete" not in str(caught.value)
+    zarr, dcp = tmp_path / "zarr" / "iter_0000001", tmp_path / "dcp" / "iter_0000001"
+    for directory, name, content in ((zarr, "metadata.json", '{"sharded_backend": "zarr"}'), (dcp, ".metadata", "")):
+        directory.mkdir(parents=True)
+        (directory / name).write_text(content)
+    with pytest.raises(UserError, match=r"another format \(metadata\.json: 'zarr'\)"):
+        resolve(zarr)
+    with pytest.raises(UserError, match="incomplete, or in another format .*torch_dcp"):
+        resolve(dcp)
 
 
 def test_a_checkpoint_without_the_models_files_says_where_they_go(tmp_path: Path) -> None:
