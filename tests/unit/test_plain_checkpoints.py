@@ -139,7 +139,7 @@ def test_another_format_is_called_so(tmp_path: Path) -> None:
         (directory / name).write_text(content)
     with pytest.raises(UserError, match=r"another format \(metadata\.json: 'zarr'\)"):
         resolve(zarr)
-    with pytest.raises(UserError, match="incomplete, or in another format .*torch_dcp"):
+    with pytest.raises(UserError, match=r"incomplete, or in another format .*torch_dcp"):
         resolve(dcp)
 
 
