@@ -184,7 +184,7 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
 def quantised(how: str) -> str:
     """What to say of a model whose weights are not plain floating-point numbers."""
     return (
-        f"its weights are quantised, or of a type of their own ({how}), and only bfloat16, float16 and float32 can be converted and trained; "
+        f"its weights are quantised ({how}), and only bfloat16, float16 and float32 can be converted and trained; "
         "take the unquantised model that it was made from, or save it dequantised"
     )
 
