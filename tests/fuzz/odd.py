@@ -12,7 +12,7 @@ from typing import Any
 
 ODD_WORDS = (
     "", " ", "-1", "0", "1e400", "-1e400", "nan", "inf", "9" * 30, "9" * 5000, "0x10", "1_000", "1.5", "true", "null",
-    "a\0b", "x" * 300, "x/" * 3000, "../..", "/", "/proc/version", "/proc/nowhere/at/all", "[/x]", "[red]", "\x1b[2J", "a\nerror: b",
+    "a\0b", "x" * 300, "x/" * 3000, "../..", ".", "/proc/version", "/proc/nowhere/at/all", "[/x]", "[red]", "\x1b[2J", "a\nerror: b",
     "é", "\udcff", "$\\frac$", "%s %d {0}", "--help-me", "@file", "*", "~", "1000000000", "-0.0", "0.5", "2",
 )  # fmt: skip
 
