@@ -29,7 +29,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     from megatron_a2d.config.settings import build
     from megatron_a2d.distributed import process_groups
-    from megatron_a2d.training import train_loop, train_state, train_step
+    from megatron_a2d.training import data_setup, train_state, train_step
     from megatron_a2d.training.monitor import Monitor
 
     shape = COMMON | CPU_SHAPES["moe"]
@@ -38,13 +38,14 @@ def main() -> None:
     config = build(dict(seq_length=length, global_batch_size=batch, micro_batch_size=4, lr=LEARNING_RATE))
     process_groups.initialize(config.parallel)
     state = train_state.build_train_state(architecture, config)
-    batches = train_loop.micro_batches(config, architecture, CPU_BATCHES, 1, 0)  # type: ignore[arg-type]
+    batches = data_setup.micro_batches(config, architecture, CPU_BATCHES, 1, 0)  # type: ignore[arg-type]
     monitor = Monitor(config, architecture, state)
     monitor.remember_start()
 
     def run(observer: Monitor | None) -> None:
         state.scheduler.step(1)
-        train_step.train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, (4, length), observer)
+        iteration = [next(batches) for _ in range(batches.num_microbatches)]
+        train_step.train_step(state.chunks, state.optimizer, iteration, observer)
         if observer:
             observer.read()
 

@@ -56,7 +56,7 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
     from megatron_a2d.config.settings import build
     from megatron_a2d.config.validate import find_problems
     from megatron_a2d.distributed import environment, process_groups
-    from megatron_a2d.training import cuda_graphs, train_loop, train_state, train_step
+    from megatron_a2d.training import cuda_graphs, data_setup, train_state, train_step
     from megatron_a2d.utils.errors import UserError
 
     architecture = architecture_of(model)
@@ -68,16 +68,14 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
     process_groups.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
     state = train_state.build_train_state(architecture, config)
     graphs = cuda_graphs.LayerGraphs(state, config)
-    samples = train_loop.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
+    samples = data_setup.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
     rows: list[torch.Tensor] = []
 
     def run() -> None:
         state.scheduler.step(1)
         graphs.before_step()
-        result = train_step.train_step(
-            state.chunks, state.optimizer, samples, samples.num_microbatches,
-            (batches.micro_batch_size, batches.seq_length),
-        )  # fmt: skip
+        iteration = [next(samples) for _ in range(samples.num_microbatches)]
+        result = train_step.train_step(state.chunks, state.optimizer, iteration)
         rows.append(result.totals[2])
 
     tokens = config.training.global_batch_size * batches.seq_length

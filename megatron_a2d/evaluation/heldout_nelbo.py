@@ -1,6 +1,6 @@
 """The validation of training, on a model that was opened for evaluation: same samples, same noise, same sums.
 
-What a sample is and how it is masked comes from training/train_loop.py and data/, what is made of the sums from
+What a sample is and how it is masked comes from data/diffusion_samples.py, what is made of the sums from
 diffusion/metrics.py; the forward pass alone is another one.
 """
 
@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.data.dataloader import Batch, make_batch
+from megatron_a2d.data.diffusion_samples import make_sample
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.tokenizer_fingerprint import Vocabulary, find_foreign_tokens
 from megatron_a2d.diffusion.loss import sample_sums
@@ -24,7 +25,6 @@ from megatron_a2d.diffusion.metrics import SampleTable, ValidationResult, summar
 from megatron_a2d.diffusion.model_interface import Request
 from megatron_a2d.evaluation.loglikelihood import label_losses
 from megatron_a2d.inference.loaded_model import Opened
-from megatron_a2d.training.train_loop import make_sample
 from megatron_a2d.training.validation import VALIDATION_SEED
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import is_name

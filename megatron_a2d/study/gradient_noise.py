@@ -134,17 +134,16 @@ def _relocated(make: MakeSample, first: int) -> MakeSample:
 
 def _one_batch(opened: OpenedRun, make: Callable[[np.ndarray, int], Corrupted], batch_size: int, first: int) -> float:
     """Its gradient is in the pieces then; returns its loss."""
-    chunks, shape = opened.state.chunks, (opened.config.training.micro_batch_size, opened.config.input_length)
+    chunks = opened.state.chunks
     batches = MicroBatches(
-        opened.train_data, make, micro_batch_size=shape[0], global_batch_size=batch_size,
+        opened.train_data, make, micro_batch_size=opened.config.training.micro_batch_size, global_batch_size=batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
         start_sample=first, num_workers=0,
     )  # fmt: skip
     for chunk in chunks:
         chunk.zero_grad_buffer()
     opened.state.optimizer.zero_grad()
-    totals: Tensor = loss_totals(
-        forward_backward(list(chunks), batches, batches.num_microbatches, shape, forward_only=False)
-    )
+    iteration = [next(batches) for _ in range(batches.num_microbatches)]
+    totals: Tensor = loss_totals(forward_backward(list(chunks), iteration, forward_only=False))
     dist.all_reduce(totals)
     return float(totals[0] / totals[4])

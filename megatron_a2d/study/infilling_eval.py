@@ -23,8 +23,7 @@ def judge(opened: OpenedRun, make: MakeSample) -> ValidationResult:
         data, make, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
     ) as batches:  # fmt: skip
-        shape = (training.micro_batch_size, opened.config.data.seq_length)
-        return validate(opened.state.chunks, batches, count, batches.num_microbatches, shape)
+        return validate(opened.state.chunks, batches, count, training.global_batch_size)
 
 
 def asked_rows(asked: Callable[[np.ndarray], np.ndarray]) -> MakeSample:

@@ -12,8 +12,8 @@ from megatron_a2d.config.validate import find_problems
 from megatron_a2d.data.blended_dataset import MixedDataset
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.training import train_loop
 from megatron_a2d.training.checkpointing import load_checkpoint
+from megatron_a2d.training.data_setup import open_datasets
 from megatron_a2d.training.train_state import TrainState, build_train_state
 from megatron_a2d.utils.errors import UserError
 
@@ -35,7 +35,7 @@ def open_run(values: dict[str, Any]) -> OpenedRun:
     architecture = read_architecture(directory / HF_FILES)
     if problems := find_problems(config, architecture, process_groups.world_size()):
         raise UserError(problems)
-    train_data, valid_data = train_loop.open_datasets(config, architecture, directory / HF_FILES)
+    train_data, valid_data = open_datasets(config, architecture, directory / HF_FILES)
     if not valid_data:
         raise UserError("--valid-data-path: is missing; a study judges its runs by held-out text")
     process_groups.initialize(config.parallel)

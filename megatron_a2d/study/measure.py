@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def likelihood(opened: OpenedRun) -> dict[str, Any]:
     """NELBO (objective ar: negative log-likelihood), with its table by time."""
-    from megatron_a2d.training.train_loop import run_validation
+    from megatron_a2d.training.validation import run_validation
 
     result = run_validation(opened.state, opened.config, opened.architecture, opened.valid_data)
     return {**result.to_dict(), **result.tables()}

@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.model.grafted_attention import GraftedSelfAttention
 from megatron_a2d.training.train_state import TrainState
 
@@ -27,13 +29,13 @@ class Grafting:
     def __init__(self, num_steps: int = 0, num_layers: int = 0):
         self._num_steps, self._num_layers = num_steps, num_layers
         self._old: dict[GraftedSelfAttention, dict[str, Tensor]] = {}
-        self._has_own_rows = False
+        self._has_own_tokens = False
 
     def remember(self, state: TrainState) -> None:
         """Take the model's present weights for those of the old operators."""
         modules = [module for model in state.models for module in model.modules()]
         self._old = {module: module.remember_old() for module in modules if isinstance(module, GraftedSelfAttention)}
-        self._has_own_rows = bool(state.models[0].config.sequence_parallel)
+        self._has_own_tokens = bool(state.models[0].config.sequence_parallel)
 
     def is_active(self, iteration: int) -> bool:
         """Whether the step after so many iterations regresses."""
@@ -58,10 +60,14 @@ class Grafting:
             for module in self._old:
                 module.stop_grafting()
 
-    def add_error(self, totals: Tensor) -> None:
-        """Add the last step's errors, summed over tokens and averaged over layers, to its weighted loss
-        (train_step.py)."""
-        # Without sequence parallelism all tensor-parallel ranks have the same rows.
-        if parallel_state.get_tensor_model_parallel_rank() == 0 or self._has_own_rows:
+    def take_error(self) -> Tensor:
+        """The last step's regression errors, summed over this rank's tokens and averaged over layers; scalar float64.
+
+        May be summed over ranks. A second call returns 0.
+        """
+        error = torch.zeros((), dtype=torch.float64, device=device())
+        # Without sequence parallelism all tensor-parallel ranks have the same tokens: one of them reports.
+        if parallel_state.get_tensor_model_parallel_rank() == 0 or self._has_own_tokens:
             for module in self._old:
-                totals[0] += module.take_error()
+                error += module.take_error()
+        return error

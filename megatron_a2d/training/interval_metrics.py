@@ -44,23 +44,26 @@ class Meter:
     def resume(self) -> None:
         self._begin = time.perf_counter()
 
-    def add(self, result: StepResult, grafts: bool = False) -> None:
-        """`grafts`: the step's loss is the error of grafting."""
+    def add(self, result: StepResult, grafting_error: Tensor | None = None) -> None:
+        """Add a step. `grafting_error`: the step regressed attention (--conversion grafting) with this summed error."""
         now = time.perf_counter()
         self._seconds += now - self._begin
         self._begin = now
         self._steps += 1
         if math.isfinite(result.grad_norm):  # a step that was skipped is no part of the means
-            self._totals[int(grafts)] += result.totals
+            totals = self._totals[0 if grafting_error is None else 1]
+            totals += result.totals
+            if grafting_error is not None:
+                totals[Totals._fields.index("weighted_loss")] += grafting_error
             self._grad_norm += result.grad_norm
             self._updates += 1
             if owns_loss():
                 self._add_buckets(result.losses)
 
     def _add_buckets(self, losses: list[SampleLosses]) -> None:
-        for spans in (item.spans for item in losses if item.spans):
-            columns = torch.stack([*spans.sums, spans.num_maskable.to(self._buckets)], dim=1)
-            for first, positions in ((0, spans.times), (NUM_BUCKETS, spans.mask_ratios)):
+        for segments in (item.segments for item in losses if item.segments):
+            columns = torch.stack([*segments.sums, segments.num_maskable.to(self._buckets)], dim=1)
+            for first, positions in ((0, segments.times), (NUM_BUCKETS, segments.mask_ratios)):
                 self._buckets.index_add_(0, first + _bucket(positions).to(self._buckets.device), columns)
 
     def read(self, state: TrainState) -> dict[str, Any]:

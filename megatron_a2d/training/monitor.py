@@ -55,7 +55,6 @@ class Monitor:
             sizes[ROLES.index(piece.role)] += piece.stop - piece.start
         over_ranks(sizes)
         self._roles = {role: index for index, role in enumerate(ROLES) if sizes[index] > 0}
-        self._input_length = config.input_length
         self._routers = None
         performance = config.performance
         replayed = performance.cuda_graph_scope if performance.cuda_graph_impl != "none" else ()
@@ -83,12 +82,15 @@ class Monitor:
             self.remember_start()
 
     @contextmanager
-    def step(self, iteration: list[Batch]) -> Iterator[None]:
-        """Around the forward and backward passes of a training step, whose micro-batches are `iteration`."""
+    def step(self, micro_batches: list[Batch]) -> Iterator[None]:
+        """Around the forward and backward passes of a training step.
+
+        Before them it runs a forward and backward pass of its own on the small batch; the step zeroes the gradients.
+        """
         self._values = {}
         # What attention is regressed with is no gradient of the objective.
         grafts = self._state.iteration < self._grafting_steps
-        small = self._small_gradient(iteration) if self._small and not grafts else None
+        small = self._small_gradient(micro_batches) if self._small and not grafts else None
         with self._routers.counting() if self._routers else nullcontext():
             yield
         squares = self._squares(lambda _, piece: piece.gradient())
@@ -122,13 +124,15 @@ class Monitor:
         """Roots of the ratios."""
         return {role: math.sqrt(above[index] / below[index]) for role, index in self._roles.items() if below[index] > 0}
 
-    def _small_gradient(self, iteration: list[Batch]) -> float:
+    def _small_gradient(self, micro_batches: list[Batch]) -> float:
         """|g|^2 of the small batch."""
         assert self._small is not None
         count, size = self._small
-        small = [Batch._make(None if rows is None else rows[:size] for rows in batch) for batch in iteration[:count]]
+        small = [
+            Batch._make(None if rows is None else rows[:size] for rows in batch) for batch in micro_batches[:count]
+        ]
         zero_gradients(self._state.chunks, self._state.optimizer)
-        forward_backward(list(self._state.chunks), iter(small), count, (size, self._input_length), forward_only=False)
+        forward_backward(list(self._state.chunks), small, forward_only=False)
         return sum(self._squares(lambda _, piece: piece.gradient()))
 
     def _noise_scale(self, small: float, large: float) -> dict[str, float]:

@@ -19,7 +19,8 @@ from megatron_a2d.data.blended_dataset import read_mixture
 from megatron_a2d.data.diffusion_samples import make_sample
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.memory import check_memory
-from megatron_a2d.training import resume, train_loop
+from megatron_a2d.training import resume
+from megatron_a2d.training.data_setup import open_datasets
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
@@ -46,7 +47,7 @@ def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None)
         pass  # every tensor of the model is there, in its shape, and no other
     if config.diffusion.objective != "ar":
         choose_mask_token(start.directory / HF_FILES, architecture.vocab_size, None, architecture.mask_token_id)
-    train_data, _ = train_loop.open_datasets(config, architecture, start.directory / HF_FILES)
+    train_data, _ = open_datasets(config, architecture, start.directory / HF_FILES)
     data = dataclasses.replace(config.data, train_data_fingerprint=train_data.fingerprint())
     config = dataclasses.replace(config, data=data)
     if not start.weights_only and (problems := resume.differences(config, start.directory)):

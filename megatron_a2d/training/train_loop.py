@@ -1,29 +1,24 @@
-"""The training loop, and the few lines that build what it needs."""
+"""The training loop: validation, training steps, logging, checkpoints, in the order in which they happen."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_a2d.checkpoint.directory import HF_FILES
 from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import RunConfig, TrainingConfig
-from megatron_a2d.config.validate import NO_DATA
-from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.data.background_scan import BackgroundScan
-from megatron_a2d.data.blended_dataset import MixedDataset, read_mixture
 from megatron_a2d.data.dataloader import MicroBatches, write_batch
-from megatron_a2d.data.diffusion_samples import find_data_problems, make_sample
 from megatron_a2d.data.packed_dataset import PackedDataset
-from megatron_a2d.data.tokenizer_fingerprint import find_foreign_tokens, vocabulary_of
 from megatron_a2d.distributed import environment, process_groups
 from megatron_a2d.distributed.hang_watchdog import CHECKPOINTS, mark
+from megatron_a2d.distributed.step_timers import phase
 from megatron_a2d.model.layer_specs import notes
 from megatron_a2d.training.checkpointing import SaveSchedule
 from megatron_a2d.training.cuda_graphs import LayerGraphs
+from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import begin
 from megatron_a2d.training.interval_metrics import Meter
 from megatron_a2d.training.logger import RunLog
@@ -33,19 +28,23 @@ from megatron_a2d.training.profiler import Profile
 from megatron_a2d.training.stop_conditions import SkippedSteps, SpikeDetector, StopRequests
 from megatron_a2d.training.train_state import TrainState, build_train_state
 from megatron_a2d.training.train_step import train_step
-from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
+from megatron_a2d.training.validation import run_validation
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.exit_codes import NOT_FINITE
 
 
 def train(config: RunConfig, architecture: Architecture, start: Path, weights_only: bool) -> tuple[TrainState, int]:
-    """Train from the checkpoint directory `start`; returns the state and the exit code (stop_conditions.py).
-    Collective."""
-    # Scanned by the first rank before the run (train.py); every token is checked again when it is read.
+    """Train from the checkpoint directory `start`; returns the final state and the exit code (utils/exit_codes.py).
+
+    `weights_only`: begin a new run from its weights instead of resuming it. Collective.
+    """
+    # The first rank scanned the files before the launch (prelaunch_checks.py); reads check every token again.
     train_data, valid_data = open_datasets(config, architecture, start / HF_FILES, scan=False)
     state = build_train_state(architecture, config)
     training = config.training
     monitor = Monitor(config, architecture, state) if training.monitor else None
+    # Drift is measured from the weights that the run began with. A resumed run reads those into the model first, and
+    # `begin` overwrites them with the checkpoint; for a new run they are what `begin` leaves in the model.
     if monitor and not weights_only:
         monitor.remember_start_of(config)
     grafting = begin(state, config, architecture, start, weights_only)
@@ -54,15 +53,14 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
     saves = SaveSchedule(config, start / HF_FILES, log)
-    # What has checksums is checked at every read; the rest is looked through once, while the run goes on.
+    # Files with checksums are verified at every read; the others are scanned once in the background.
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and file.needs_scan])
     meter, spikes = Meter(config, architecture), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     profile = Profile(config, state, log)
-    shape = (training.micro_batch_size, config.input_length)
     graphs, garbage = LayerGraphs(state, config), Garbage(config.performance)
-    patience = 60 * config.parallel.distributed_timeout_minutes
+    hang_timeout = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
     try:
         variables = environment.environment(config, environment.find_gpu())
@@ -73,25 +71,28 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             log.say(note)
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration >= training.train_iters:
-            log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to go on")
-        mark("first step", state.iteration, limit=patience)
+            log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to continue")
+        mark("first step", state.iteration, limit=hang_timeout)
         if state.iteration == 0:
             _validate(state, config, architecture, valid_data, log)
         meter.restart()
         while state.iteration < training.train_iters and end is None:
-            mark("reading samples", state.iteration + 1, limit=patience)
+            mark("reading samples", state.iteration + 1, limit=hang_timeout)
             scan.check()
+            # megatron's scheduler has a learning rate of 0 before its first step. Stepped before the update, iteration
+            # n trains at warm-up's n-th rate; skipped updates count, so the schedule depends on the iteration alone.
             state.scheduler.step(1)
             graphs.before_step()
             grafts = grafting.is_active(state.iteration)
             observer = monitor if is_logged(training, state.iteration + 1) else None
             with profile.measure(state.iteration + 1), grafting.step(state):
-                result = train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, observer)
-            grafting.add_error(result.totals)
+                with phase("data"):
+                    iteration = [next(batches) for _ in range(batches.num_microbatches)]
+                result = train_step(state.chunks, state.optimizer, iteration, observer)
+            meter.add(result, grafting.take_error() if grafts else None)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
-            meter.add(result, grafts)
             profile.after(state.iteration, log)
             garbage.after_step(state.iteration)
             if skipped.add(result.grad_norm):
@@ -115,7 +116,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
                 saves.poll()
             meter.resume()
         if skipped.too_many:
-            _keep_batch(config.training, batches, state, log)
+            _write_last_batch(config.training, batches, state, log)
         reason, exit_code = end or ("complete", 0)
         log.event("end", iteration=state.iteration, reason=reason, exit_code=exit_code)
         if end:
@@ -134,8 +135,9 @@ def is_logged(training: TrainingConfig, iteration: int) -> bool:
     return iteration == training.train_iters or iteration % training.log_interval == 0
 
 
-def _keep_batch(training: TrainingConfig, batches: MicroBatches, state: TrainState, log: RunLog) -> None:
-    """Keep the last global batch: the checkpoint's weights and this batch are all that its step depends on."""
+def _write_last_batch(training: TrainingConfig, batches: MicroBatches, state: TrainState, log: RunLog) -> None:
+    """Write the last global batch to SAVE/not_finite_iter_NNNNNNN.npz: with the checkpoint's weights it reproduces the
+    step whose gradient was not finite."""
     if not training.save or dist.get_rank() > 0:
         return
     size = training.global_batch_size
@@ -143,98 +145,11 @@ def _keep_batch(training: TrainingConfig, batches: MicroBatches, state: TrainSta
     try:
         write_batch(path, batches.samples(state.consumed_samples - size, size))
     except (OSError, UserError) as error:
-        log.say(f"warning: {path}: its batch could not be kept ({error})")
+        log.say(f"warning: {path}: the last batch could not be written ({error})")
         return
-    log.say(f"its batch is in {path}: tokens, labels, weights, times and sample indices, as the model saw them")
-
-
-def open_datasets(
-    config: RunConfig, architecture: Architecture, hf_files: Path | None = None, scan: bool = True
-) -> tuple[PackedDataset | MixedDataset, dict[str, PackedDataset]]:
-    """Training data, and validation data by the name of its source, checked against the model's vocabulary and, where
-    the directory of its tokenizer is given, against that."""
-    data, training = config.data, config.training
-    is_masked = config.diffusion.objective != "ar"
-    checks: dict[str, Any] = {
-        "vocab_size": architecture.vocab_size,
-        "scan": scan,
-        "mask_token_id": architecture.mask_token_id if is_masked else None,
-        "eod_token_id": read_end_tokens(hf_files, architecture.vocab_size).document if hf_files else None,
-    }
-    train_data: PackedDataset | MixedDataset
-    if data.data_mixture:
-        sources = read_mixture(data.data_mixture)
-        train_data = MixedDataset(sources, data.seq_length, seed=data.seed, **checks)
-        train_data.check_epochs(training.train_iters * training.global_batch_size)
-        valid_paths = {source.name: source.valid_path for source in sources if source.valid_path}
-    elif data.train_data_path:
-        train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, **checks)
-        valid_paths = {"valid": data.valid_data_path} if data.valid_data_path else {}
-    else:
-        raise UserError(NO_DATA)
-    # One fixed order: the first samples of it stand for all documents, whatever --seed a run has.
-    valid_data = {
-        name: PackedDataset(path, data.seq_length, seed=VALIDATION_SEED, **checks) for name, path in valid_paths.items()
-    }
-    for dataset in valid_data.values():
-        if dataset.num_samples < training.global_batch_size:
-            raise UserError(
-                f"--valid-data-path {dataset.file.prefix}: its {dataset.num_samples} samples of --seq-length "
-                f"{data.seq_length} do not fill one --global-batch-size {training.global_batch_size}; hold out more"
-            )
-    files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
-    problems = []
-    if scan:
-        problems += find_data_problems(config, train_data.files)
-        # Held-out text of ours may be one document; of another tool's it cannot be told.
-        held_out = [dataset.file for dataset in valid_data.values() if not dataset.file.is_described]
-        problems += find_data_problems(config, held_out)
-    if scan and data.verify_tokenizer:
-        problems += find_foreign_tokens(files, vocabulary_of(hf_files) if hf_files else None)
-    if problems:
-        raise UserError(problems)
-    if data.train_data_fingerprint not in ("", found := train_data.fingerprint()):
-        raise UserError(
-            f"--train-data-fingerprint {data.train_data_fingerprint}: the training tokens and their weights are "
-            f"another's, {found}; restore the data, or start another run"
-        )
-    return train_data, valid_data
-
-
-def micro_batches(
-    config: RunConfig,
-    architecture: Architecture,
-    dataset: PackedDataset | MixedDataset,
-    noise_seed: int,
-    start_sample: int,
-    for_training: bool = True,
-) -> MicroBatches:
-    """This rank's micro-batches, from the sample with the global index `start_sample` on.
-
-    `for_training`: not for a validation (see make_sample).
-    """
-    return MicroBatches(
-        dataset,
-        make_sample(config, architecture, dataset, noise_seed, for_training),
-        micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=config.training.global_batch_size,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        start_sample=start_sample,
-        num_workers=config.data.num_workers,
+    log.say(
+        f"the last batch is in {path}: tokens, labels, loss weights, times and sample indices, as the model saw them"
     )
-
-
-def run_validation(
-    state: TrainState, config: RunConfig, architecture: Architecture, valid_data: PackedDataset
-) -> ValidationResult:
-    """--eval-iters global batches, or as many as the held-out data fills."""
-    batch_size = config.training.global_batch_size
-    num_samples = min(config.training.eval_iters, valid_data.num_samples // batch_size) * batch_size
-    shape = (config.training.micro_batch_size, config.input_length)
-    state.gather_parameters()
-    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, for_training=False) as batches:
-        return validate(state.chunks, batches, num_samples, batches.num_microbatches, shape)
 
 
 def _validate(
@@ -244,7 +159,7 @@ def _validate(
     valid_data: dict[str, PackedDataset],
     log: RunLog,
 ) -> None:
-    """One validation for each source."""
+    """One validation per source."""
     for source, dataset in valid_data.items():
         result = run_validation(state, config, architecture, dataset)
         log.validation(state.iteration, result, source if config.data.data_mixture else None)

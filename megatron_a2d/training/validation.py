@@ -1,51 +1,53 @@
-"""Validation: the negative evidence lower bound on held-out data, under noise that never changes.
+"""Validation: the negative evidence lower bound (NELBO) on held-out data, with fixed masks.
 
-Every validation of every run masks the same tokens (common random numbers), so that differences
-between checkpoints are differences between models. Each sample's sums are gathered whole: the result does
-not depend on the layout.
+Every validation of every run masks the same tokens (common random numbers), so differences between checkpoints are
+differences between models. The sums of each sample are gathered from all ranks before they are reduced: the result
+does not depend on the layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import nn
 
-from megatron_a2d.data.dataloader import Batch
+from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.data.dataloader import MicroBatches
+from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.diffusion.metrics import SampleTable, ValidationResult, summarise
 from megatron_a2d.distributed.process_groups import owns_loss
 from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.training.data_setup import VALIDATION_SEED, micro_batches
+from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import forward_backward
 
-__all__ = ["VALIDATION_SEED", "ValidationResult", "validate"]
-
-# Validation's noise and order of samples are its own, and the same whatever --seed a run has.
-VALIDATION_SEED = 0
+__all__ = ["VALIDATION_SEED", "ValidationResult", "run_validation", "validate"]
 
 
-def validate(
-    chunks: list[Any],
-    batches: Iterator[Batch],
-    num_samples: int,
-    num_microbatches: int,
-    shape: tuple[int, int],
+def run_validation(
+    state: TrainState, config: RunConfig, architecture: Architecture, valid_data: PackedDataset
 ) -> ValidationResult:
-    """Evaluate the samples 0 .. num_samples - 1 of `batches`; collective, the same result on every rank.
+    """Validate on --eval-iters global batches, or on as many as the held-out data fills. Collective."""
+    batch_size = config.training.global_batch_size
+    num_samples = min(config.training.eval_iters, valid_data.num_samples // batch_size) * batch_size
+    state.gather_parameters()
+    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, for_training=False) as batches:
+        return validate(state.chunks, batches, num_samples, batch_size)
 
-    `num_microbatches` of `shape` (b, s) are this rank's part of one pass through the schedule.
-    """
+
+def validate(chunks: list[Any], batches: MicroBatches, num_samples: int, global_batch_size: int) -> ValidationResult:
+    """Evaluate the samples 0 .. num_samples - 1 of `batches`. Collective; every rank returns the same result."""
     columns = SampleTable(num_samples, device())
-    per_pass = num_microbatches * shape[0] * parallel_state.get_data_parallel_world_size()
     modules: list[nn.Module] = list(chunks)
     for module in modules:
         module.eval()
     with torch.no_grad():
-        for _ in range(num_samples // per_pass):
-            for item in forward_backward(chunks, batches, num_microbatches, shape, forward_only=True):
+        for _ in range(num_samples // global_batch_size):
+            iteration = [next(batches) for _ in range(batches.num_microbatches)]
+            for item in forward_backward(chunks, iteration, forward_only=True):
                 if owns_loss():
                     columns.put(item.sample_index, item.times, item.num_maskable, item.sums)
     for module in modules:

@@ -67,7 +67,7 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     from megatron_a2d.config.settings import build
     from megatron_a2d.config.validate import find_problems
     from megatron_a2d.distributed import environment, process_groups
-    from megatron_a2d.training import cuda_graphs, train_loop, train_state, train_step
+    from megatron_a2d.training import cuda_graphs, data_setup, train_state, train_step
     from megatron_a2d.training.checkpointing import Save, load_checkpoint
 
     settings = without_engine(model.settings | changes) | ({"save": str(save)} if save else {})
@@ -80,15 +80,16 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     process_groups.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
     state = train_state.build_train_state(architecture, config)
     load_checkpoint(state, start, weights_only=iteration_of(start) == 0)
-    data, _ = train_loop.open_datasets(config, architecture)
+    data, _ = data_setup.open_datasets(config, architecture)
     graphs = cuda_graphs.LayerGraphs(state, config)
-    shape = (config.training.micro_batch_size, config.data.seq_length)
     losses, norms = [], []
-    with train_loop.micro_batches(config, architecture, data, config.data.seed, state.consumed_samples) as batches:
+    with data_setup.micro_batches(config, architecture, data, config.data.seed, state.consumed_samples) as batches:
         for _ in range(steps):
             state.scheduler.step(1)
             graphs.before_step()
-            result = train_step.train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape)
+            result = train_step.train_step(
+                state.chunks, state.optimizer, [next(batches) for _ in range(batches.num_microbatches)]
+            )
             totals = result.totals.clone()
             dist.all_reduce(totals)
             losses.append(float(totals[0] / totals[4]))

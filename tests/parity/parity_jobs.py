@@ -28,14 +28,15 @@ from megatron_a2d.distributed import process_groups
 from megatron_a2d.inference.parallel_model import open_sharded
 from megatron_a2d.model import experts
 from megatron_a2d.model.local_layers import CoreAttention
-from megatron_a2d.training import train_loop
 from megatron_a2d.training.checkpointing import Save, load_checkpoint
+from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import begin, set_to_mean
 from megatron_a2d.training.interval_metrics import Meter
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.train_state import TrainState, build_train_state
 from megatron_a2d.training.train_step import forward_backward, loss_totals, train_step
+from megatron_a2d.training.validation import run_validation
 from tests.tiny import MASK_TOKEN_ID
 
 # Large enough to see every part of the update, and an epsilon that keeps Adam from turning the rounding
@@ -134,10 +135,9 @@ def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> 
     architecture = read_architecture(resolve(checkpoint) / "hf")
     monitor, meter = Monitor(config, architecture, state), Meter(config, architecture)
     monitor.remember_start()
-    shape = (config.training.micro_batch_size, config.input_length)
     for _ in range(num_steps):
         state.scheduler.step(1)
-        meter.add(train_step(state.chunks, state.optimizer, batches, batches.num_microbatches, shape, monitor))
+        meter.add(train_step(state.chunks, state.optimizer, _one_iteration(batches), monitor))
     values = meter.read(state) | monitor.read()
     del values["tokens_per_second"]
     return values
@@ -180,8 +180,8 @@ def validate(checkpoint: str, settings: dict[str, Any]) -> dict[str, float]:
     """One validation on the training data's files."""
     config, state, _ = _start(checkpoint, settings)
     architecture = read_architecture(resolve(checkpoint) / "hf")
-    _, valid_data = train_loop.open_datasets(config, architecture)
-    return train_loop.run_validation(state, config, architecture, valid_data["valid"]).to_dict()
+    _, valid_data = open_datasets(config, architecture)
+    return run_validation(state, config, architecture, valid_data["valid"]).to_dict()
 
 
 def convert_layout(checkpoint: str, settings: dict[str, Any]) -> None:
@@ -278,8 +278,12 @@ def _start(checkpoint: str, settings: dict[str, Any], fix_experts: bool = True) 
     if not fix_experts:
         train_state.mark_expert_parameters = original
     state.grafting = begin(state, config, architecture, start, weights_only=True)  # type: ignore[attr-defined]
-    train_data, _ = train_loop.open_datasets(config, architecture)
-    return config, state, train_loop.micro_batches(config, architecture, train_data, config.data.seed, 0)
+    train_data, _ = open_datasets(config, architecture)
+    return config, state, micro_batches(config, architecture, train_data, config.data.seed, 0)
+
+
+def _one_iteration(batches: Any) -> list[Any]:
+    return [next(batches) for _ in range(batches.num_microbatches)]
 
 
 def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, float, dict[str, ShardedTensor]]:
@@ -287,12 +291,10 @@ def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, fl
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    shape = (config.training.micro_batch_size, config.input_length)
     grafting = state.grafting  # type: ignore[attr-defined]
     with grafting.step(state):
-        losses = forward_backward(state.chunks, batches, batches.num_microbatches, shape, forward_only=False)
-        totals = loss_totals(losses)
-    grafting.add_error(totals)
+        totals = loss_totals(forward_backward(state.chunks, _one_iteration(batches), forward_only=False))
+    totals[0] += grafting.take_error()
     dist.all_reduce(totals)
     # The distributed optimizer leaves each rank its own part of the gradients alone.
     whole = not config.parallel.use_distributed_optimizer

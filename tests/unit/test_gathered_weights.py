@@ -16,7 +16,7 @@ from bench.steps import Batches
 from megatron_a2d.config.model_config import architecture_from_config
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.training import monitor, optimizer, param_gather, train_loop, train_state, train_step, validation
+from megatron_a2d.training import data_setup, monitor, optimizer, param_gather, train_state, train_step, validation
 from tests.tiny import MASK_TOKEN_ID, hub_config
 
 SHAPE = (4, 64)
@@ -83,11 +83,11 @@ def _run() -> Seen:
         watch = monitor.Monitor(config, architecture, state)
         losses, norms, bounds = [], [], []
         weights: dict[str, Tensor] = {}
-        samples = train_loop.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
+        samples = data_setup.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
         for number in range(3):
             state.scheduler.step(1)
             result = train_step.train_step(
-                state.chunks, state.optimizer, samples, samples.num_microbatches, SHAPE, watch if number == 1 else None
+                state.chunks, state.optimizer, [next(samples) for _ in range(2)], watch if number == 1 else None
             )
             losses.append(float(result.totals[0]))
             norms.append(result.grad_norm)
@@ -95,11 +95,9 @@ def _run() -> Seen:
                 continue
             state.gather_parameters()  # as a save does, and a validation
             weights = {name: parameter.detach().clone() for name, parameter in state.models[0].named_parameters()}
-            held_out = train_loop.micro_batches(config, architecture, batches, 0, 0, for_training=False)  # type: ignore[arg-type]
+            held_out = data_setup.micro_batches(config, architecture, batches, 0, 0, for_training=False)  # type: ignore[arg-type]
             state.gather_parameters()
-            bounds.append(
-                validation.validate(state.chunks, held_out, 2 * SHAPE[0], held_out.num_microbatches, SHAPE).nelbo
-            )
+            bounds.append(validation.validate(state.chunks, held_out, 2 * SHAPE[0], 2 * SHAPE[0]).nelbo)
         return Seen(losses, norms, watch.read(), bounds, weights)
     finally:
         process_groups.finalize()

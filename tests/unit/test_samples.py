@@ -17,7 +17,7 @@ from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
 from megatron_a2d.diffusion.loss_weighting import context
 from megatron_a2d.diffusion.rng import Noise, random_cut
-from megatron_a2d.training import train_loop
+from megatron_a2d.training import data_setup, validation
 from megatron_a2d.training.validation import VALIDATION_SEED
 
 LENGTH, MASK, END, SEED = 40, 255, 7, 11
@@ -179,11 +179,11 @@ def test_training_and_validation_ask_for_their_own(monkeypatch: pytest.MonkeyPat
         made.append({"dataset": dataset, "make": make, **rest})
         return contextlib.nullcontext(SimpleNamespace(num_microbatches=3, of=made[-1]))
 
-    monkeypatch.setattr(train_loop, "make_sample", lambda *arguments: asked.append(arguments) or "maker")
-    monkeypatch.setattr(train_loop, "MicroBatches", record)
-    monkeypatch.setattr(train_loop, "validate", lambda chunks, batches, *rest: (chunks, batches.of, *rest))
-    monkeypatch.setattr(train_loop.parallel_state, "get_data_parallel_rank", lambda: 1)
-    monkeypatch.setattr(train_loop.parallel_state, "get_data_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(data_setup, "make_sample", lambda *arguments: asked.append(arguments) or "maker")
+    monkeypatch.setattr(data_setup, "MicroBatches", record)
+    monkeypatch.setattr(validation, "validate", lambda chunks, batches, *rest: (chunks, batches.of, *rest))
+    monkeypatch.setattr(data_setup.parallel_state, "get_data_parallel_rank", lambda: 1)
+    monkeypatch.setattr(data_setup.parallel_state, "get_data_parallel_world_size", lambda: 2)
     config = build({
         "micro_batch_size": 2, "global_batch_size": 12, "eval_iters": 5, "num_workers": 3, "seed": 77, "seq_length": 9,
     })  # fmt: skip
@@ -196,16 +196,16 @@ def test_training_and_validation_ask_for_their_own(monkeypatch: pytest.MonkeyPat
         "num_workers": 3,
     }
     data, held_out = SimpleNamespace(), SimpleNamespace(num_samples=43)
-    train_loop.micro_batches(config, MODEL, data, config.data.seed, 36)  # type: ignore[arg-type]
+    data_setup.micro_batches(config, MODEL, data, config.data.seed, 36)  # type: ignore[arg-type]
     assert asked.pop() == (config, MODEL, data, 77, True)
     assert made.pop() == {"dataset": data, "start_sample": 36, **ours}
 
     fetched: list[int] = []
     state: Any = SimpleNamespace(chunks=["chunk"], gather_parameters=lambda: fetched.append(1))
     for batches, wanted in ((5, 3), (2, 2)):  # 43 samples fill three batches of 12
-        found: Any = train_loop.run_validation(
+        found: Any = validation.run_validation(
             state, build(config.to_dict() | {"eval_iters": batches}), MODEL, held_out  # type: ignore[arg-type]
         )  # fmt: skip
         assert asked.pop()[2:] == (held_out, VALIDATION_SEED, False) and VALIDATION_SEED == 0
         assert made[-1] == {"dataset": held_out, "start_sample": 0, **ours}
-        assert found == (["chunk"], made.pop(), wanted * 12, 3, (2, 9)) and fetched.pop()
+        assert found == (["chunk"], made.pop(), wanted * 12, 12) and fetched.pop()

@@ -13,7 +13,7 @@ from megatron_a2d import megatron_compat
 from megatron_a2d.data.dataloader import Batch
 from megatron_a2d.model.diffusion_lm import TokenLosses
 from megatron_a2d.training import train_step
-from megatron_a2d.training.train_step import SampleLosses, Totals, find_rows, loss_totals
+from megatron_a2d.training.train_step import SampleLosses, Totals, find_loss_positions, loss_totals
 
 megatron_compat.install()
 
@@ -57,19 +57,19 @@ def rows_with_loss(batch: Batch) -> Iterator[tuple[int, int]]:
 @pytest.mark.parametrize("masked_weights", [False, True])
 def test_rows_that_carry_loss(masked_weights: bool) -> None:
     batch = batch_of(0, spans=True, masked_weights=masked_weights)
-    rows, expected = find_rows(batch), list(rows_with_loss(batch))
+    targets, expected = find_loss_positions(batch), list(rows_with_loss(batch))
     assert 3 < len(expected) < SAMPLES * LENGTH
-    assert rows.places.tolist() == [sample * LENGTH + place for sample, place in expected]
-    assert rows.labels.tolist() == [int(batch.labels[where]) for where in expected]
-    assert rows.weights.tolist() == [float(batch.weights[where]) for where in expected]
-    assert rows.samples.tolist() == [sample for sample, _ in expected]
+    assert targets.indices.tolist() == [sample * LENGTH + place for sample, place in expected]
+    assert targets.labels.tolist() == [int(batch.labels[where]) for where in expected]
+    assert targets.weights.tolist() == [float(batch.weights[where]) for where in expected]
+    assert targets.samples.tolist() == [sample for sample, _ in expected]
     if not masked_weights:
-        assert rows.spans is None and rows.masked_weights is None
+        assert targets.segments is None and targets.masked_weights is None
         return
     assert batch.segment_of_position is not None and batch.masked_weights is not None
-    assert rows.spans is not None and rows.masked_weights is not None
-    assert rows.spans.tolist() == [where[0] * SPANS + int(batch.segment_of_position[where]) for where in expected]
-    assert rows.masked_weights.tolist() == [float(batch.masked_weights[where]) for where in expected]
+    assert targets.segments is not None and targets.masked_weights is not None
+    assert targets.segments.tolist() == [where[0] * SPANS + int(batch.segment_of_position[where]) for where in expected]
+    assert targets.masked_weights.tolist() == [float(batch.masked_weights[where]) for where in expected]
 
 
 def test_rows_of_a_piece_of_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,19 +77,19 @@ def test_rows_of_a_piece_of_the_sequence(monkeypatch: pytest.MonkeyPatch) -> Non
     batch = batch_of(0, spans=True, masked_weights=True)
     monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 2)
     monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda: 1)
-    rows = find_rows(batch)
+    targets = find_loss_positions(batch)
     expected = [(sample, place) for sample, place in rows_with_loss(batch) if place >= 3]
-    assert batch.segment_of_position is not None and rows.spans is not None
-    assert rows.places.tolist() == [sample * 3 + place - 3 for sample, place in expected]
-    assert rows.samples.tolist() == [sample for sample, _ in expected]
-    assert rows.spans.tolist() == [where[0] * SPANS + int(batch.segment_of_position[where]) for where in expected]
+    assert batch.segment_of_position is not None and targets.segments is not None
+    assert targets.indices.tolist() == [sample * 3 + place - 3 for sample, place in expected]
+    assert targets.samples.tolist() == [sample for sample, _ in expected]
+    assert targets.segments.tolist() == [where[0] * SPANS + int(batch.segment_of_position[where]) for where in expected]
 
 
 def losses_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, SampleLosses, torch.Tensor, torch.Tensor]:
-    rows = find_rows(batch)
-    losses = torch.arange(1.0, 1 + len(rows.places))
-    correct = torch.arange(len(rows.places)) % 3 == 0
-    total, num_tokens, found = train_step._loss(batch, rows, TokenLosses(losses, correct))
+    targets = find_loss_positions(batch)
+    losses = torch.arange(1.0, 1 + len(targets.indices))
+    correct = torch.arange(len(targets.indices)) % 3 == 0
+    total, num_tokens, found = train_step._loss(batch, targets, TokenLosses(losses, correct))
     return total, num_tokens, found, losses, correct
 
 
@@ -123,22 +123,22 @@ def test_sums_of_a_micro_batch(
     )
     assert found.sample_index is batch.sample_index and found.times is batch.times
     if batch.noise_segments is None:
-        assert found.spans is None
+        assert found.segments is None
         return
-    assert found.spans is not None
+    assert found.segments is not None
     lines = [line for sample in batch.noise_segments.tolist() for line in sample]
-    assert found.spans.times.tolist() == [time for time, _, _ in lines]
-    assert found.spans.mask_ratios.tolist() == [masked / maskable for _, maskable, masked in lines]
-    assert found.spans.num_maskable.tolist() == [maskable * (context_rank == 0) for _, maskable, _ in lines]
-    assert found.spans.num_masked.tolist() == [masked * (context_rank == 0) for _, _, masked in lines]
+    assert found.segments.times.tolist() == [time for time, _, _ in lines]
+    assert found.segments.mask_ratios.tolist() == [masked / maskable for _, maskable, masked in lines]
+    assert found.segments.num_maskable.tolist() == [maskable * (context_rank == 0) for _, maskable, _ in lines]
+    assert found.segments.num_masked.tolist() == [masked * (context_rank == 0) for _, _, masked in lines]
     if batch.segment_of_position is None or batch.masked_weights is None:
-        assert found.spans.sums is found.sums, "a sample is one span"
+        assert found.segments.sums is found.sums, "a sample is one span"
         return
     keys = [sample * SPANS + int(batch.segment_of_position[sample, place]) for sample, place in where]
     weights = [float(batch.masked_weights[place]) for place in where]
     assert 0 < weights.count(0) < len(weights)
     expected = sums_by(keys, SAMPLES * SPANS, weights, losses, correct)
-    assert [column.tolist() for column in found.spans.sums] == expected
+    assert [column.tolist() for column in found.segments.sums] == expected
 
 
 def test_a_span_without_maskable_tokens_has_the_ratio_0() -> None:
@@ -147,9 +147,9 @@ def test_a_span_without_maskable_tokens_has_the_ratio_0() -> None:
     batch.noise_segments[1, 0] = torch.tensor([0.5, 0.0, 0.0])
     _, _, found, _, _ = losses_of(batch)
     assert (
-        found.spans is not None
-        and found.spans.mask_ratios[SPANS] == 0
-        and bool(found.spans.mask_ratios.isfinite().all())
+        found.segments is not None
+        and found.segments.mask_ratios[SPANS] == 0
+        and bool(found.segments.mask_ratios.isfinite().all())
     )
 
 
@@ -164,9 +164,9 @@ def test_totals_are_the_sums_over_micro_batches(spans: bool, monkeypatch: pytest
     if not spans:
         assert totals.num_masked == totals.num_rows and list(totals[6:]) == sums
     else:
-        assert totals.num_masked == sum(float(item.spans.num_masked.sum()) for item in items if item.spans)
+        assert totals.num_masked == sum(float(item.segments.num_masked.sum()) for item in items if item.segments)
         assert list(totals[6:]) == [
-            sum(float(item.spans.sums[c].sum()) for item in items if item.spans) for c in range(4)
+            sum(float(item.segments.sums[c].sum()) for item in items if item.segments) for c in range(4)
         ]
         assert totals.masked_loss < totals.weighted_loss
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: 1)
