@@ -221,7 +221,7 @@ def _generate(
 ) -> Iterator[Result]:
     """Denoise in batches, in the order of the input. Row seeds follow from the prompt's number alone."""
     from megatron_a2d.diffusion.sampling import denoise, kept_positions, make_canvas, row_seed
-    from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, sizes_of, turns
+    from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, plan_steps, sizes_of
     from megatron_a2d.inference.prompts import to_row
 
     reserve = None
@@ -240,7 +240,7 @@ def _generate(
         editable = canvas.editable.tolist()
         # Forward passes at most; some samplers need fewer.
         blocks = blocks_of(canvas.editable, sampling.block_length, sampling.aligned_blocks)
-        plans = [turns(sizes, sampling.sampler, sampling.num_steps) for sizes in sizes_of(blocks)]
+        plans = [plan_steps(sizes, sampling.sampler, sampling.num_steps) for sizes in sizes_of(blocks)]
         view = LiveView(
             canvas.tokens.tolist(), editable, max(map(len, plans)),
             lambda ids: opened.tokenizer.decode(ids, skip_special_tokens=False), console,

@@ -1,4 +1,4 @@
-"""How a text is sampled."""
+"""Sampling settings: the samplers, caches and their valid ranges."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _LARGEST_GUIDANCE = 1000
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Which tokens are decided when (`sampler` to `cache`), and which token is taken (the rest).
+    """Which positions are unmasked when (`sampler` to `cache`), and which token each gets (the rest).
 
-    sampler: the positions that a forward pass decides.
-        rnd1        those of lowest entropy, as many as a linear schedule of `num_steps` says (RND1)
+    sampler: the positions that a forward pass unmasks.
+        rnd1        those of lowest entropy; their number follows a linear schedule over `num_steps` (RND1)
         confidence  those whose token has the highest probability, equally many each time ("low-confidence
                     remasking" of LLaDA, Nie et al. 2025)
-        eb          by falling confidence, while the sum of their entropies less the largest one stays within `gamma`
+        eb          by falling confidence, while the sum of their entropies minus the largest one is at most `gamma`
                     nats (entropy-bounded unmasking, Ben-Hamu et al. 2025)
         threshold   all whose token has probability `threshold` or more, at least one (Fast-dLLM, Wu et al. 2025)
     num_steps: forward passes in all, divided over the blocks; eb and threshold usually need fewer.
-    block_length: the holes are filled in blocks of so many tokens from left to right (semi-autoregressive); 0: one
-    block. aligned_blocks: blocks are pieces of the text itself, given tokens included, as a block diffusion model was
-    trained with. cache: keys and values that are kept while a block is filled, as in Fast-dLLM: those before the block
-    (prefix), or
-        before and behind it (dual); they are computed anew when a row reaches its next block. An
-        approximation: what is kept has not seen the tokens decided since.
+    block_length: holes are filled from left to right in blocks of so many tokens (semi-autoregressive); 0: one block.
+    aligned_blocks: blocks are slices of the sequence itself, given tokens included, as in the training of a block
+        diffusion model.
+    cache: keys and values that are cached while a block is filled (Fast-dLLM): those before the block (prefix), or
+        before and after it (dual); they are recomputed when a sequence reaches its next block. An approximation:
+        cached entries do not depend on the tokens unmasked since.
     temperature, top_k, top_p: shape the distribution that tokens and entropies come from; 0 and 1 filter nothing.
-        Temperature 0 takes the likeliest token and leaves the distribution as it is.
-    greedy: take the likeliest token whatever the temperature, which then only shapes entropies.
-    guidance: classifier-free guidance w: logits are l + w (l - u), u those with the given text masked; 0: none. Two
-        forward passes count as one.
+        Temperature 0 takes the likeliest token and does not change the distribution.
+    greedy: take the likeliest token whatever the temperature, which then only affects entropies.
+    guidance: classifier-free guidance w: logits are l + w (l - u), where u are those with the given text masked; 0:
+        none. The two forward passes count as one.
     """
 
     sampler: Sampler = "rnd1"
@@ -80,7 +80,7 @@ class SamplingOptions:
         }
         found = [f"{name} {getattr(self, name)}: {why}" for name, (good, why) in ranges.items() if not good]
         if self.aligned_blocks and (self.block_length == 0 or self.cache != "none" or self.guidance):
-            found.append("block_length: a block diffusion model needs its own, and has neither cache nor guidance")
+            found.append("block_length: a block diffusion model needs its own length, and no cache or guidance")
         if self.cache != "none" and self.block_length == 0:
             found.append(f"cache {self.cache}: has no effect without blocks, set block_length")
         return found

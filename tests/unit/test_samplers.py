@@ -12,7 +12,7 @@ from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_posit
 from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.sampler import entropy_bounded
 from megatron_a2d.diffusion.sampling.token_scores import Scores, _draw, _filter, scorer
-from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, counts_left, sizes_of, turns
+from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, counts_left, plan_steps, sizes_of
 from tests.unit.test_sampling import MASK, VOCAB, fill, hashed_logits, row_by_row, without_mask
 
 # (prefix, holes, suffix, steps, gamma) -> what the published package makes of `without_mask` (greedy, temperature 1,
@@ -115,7 +115,7 @@ def test_one_block_of_all_holes_is_no_block():
 def test_plans(holes, steps, block_length):
     for sampler in ("rnd1", "confidence", "eb", "threshold"):
         (sizes,) = sizes_of(blocks_of(torch.ones(1, holes, dtype=torch.bool), block_length))
-        plan = turns(sizes, sampler, steps)
+        plan = plan_steps(sizes, sampler, steps)
         num_blocks = -(-holes // block_length) if block_length else 1
         assert {turn.block for turn in plan} == set(range(num_blocks))
         assert len(plan) <= max(min(holes, steps), num_blocks)

@@ -301,7 +301,7 @@ def test_seeds():
     assert len(rows) == 9, "seeds and rows must all draw differently"
     seeds = {row_seed(seed, row) for seed in range(50) for row in range(50)}
     assert len(seeds) == 2500 and max(seeds) < 2**32
-    with pytest.raises(ValueError, match="2 seeds for 3 rows"):
+    with pytest.raises(ValueError, match="2 seeds for 3 sequences"):
         run([1, 2])
 
 

@@ -14,7 +14,7 @@ from megatron_a2d.diffusion.sampling import Canvas, SamplingOptions, denoise, ke
 from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.sampler import entropy_bounded, lowest
 from megatron_a2d.diffusion.sampling.token_scores import position_uniforms, row_seed, scorer
-from megatron_a2d.diffusion.sampling.unmask_schedule import Turn, blocks_of, counts_left, turns
+from megatron_a2d.diffusion.sampling.unmask_schedule import StepPlan, blocks_of, counts_left, plan_steps
 
 VOCAB, MASK = 12, 11
 
@@ -68,19 +68,19 @@ def test_settings_that_need_or_exclude_others():
 
 def test_steps_are_shared_by_the_blocks():
     """In proportion to their holes, from the whole: 10 steps over 3, 5, 2 holes end after 3, 8 and 10 of them."""
-    plan = turns([3, 5, 2], "eb", 10)
+    plan = plan_steps([3, 5, 2], "eb", 10)
     assert plan == [
-        Turn(0, 2),
-        Turn(0, 1),
-        Turn(0, 0),
-        *(Turn(1, left) for left in (4, 3, 2, 1, 0)),
-        Turn(2, 1),
-        Turn(2, 0),
+        StepPlan(0, 2),
+        StepPlan(0, 1),
+        StepPlan(0, 0),
+        *(StepPlan(1, left) for left in (4, 3, 2, 1, 0)),
+        StepPlan(2, 1),
+        StepPlan(2, 0),
     ]
-    assert [turn.num_left for turn in turns([8, 8], "confidence", 6)] == [5, 2, 0, 5, 2, 0]
-    assert [turn.num_left for turn in turns([8, 8], "confidence", 5)] == [4, 0, 5, 2, 0]
-    assert turns([4, 4, 4], "rnd1", 2) == [Turn(0, 0), Turn(1, 0), Turn(2, 0)], "at least one each"
-    assert turns([], "rnd1", 5) == []
+    assert [step.num_left for step in plan_steps([8, 8], "confidence", 6)] == [5, 2, 0, 5, 2, 0]
+    assert [step.num_left for step in plan_steps([8, 8], "confidence", 5)] == [4, 0, 5, 2, 0]
+    assert plan_steps([4, 4, 4], "rnd1", 2) == [StepPlan(0, 0), StepPlan(1, 0), StepPlan(2, 0)], "at least one each"
+    assert plan_steps([], "rnd1", 5) == []
 
 
 def test_counts_of_each_sampler():

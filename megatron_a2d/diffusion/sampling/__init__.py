@@ -1,12 +1,10 @@
-"""Sampling, pure, over any `Model` (diffusion/model_interface.py): `denoise` fills the holes of a `Canvas`.
+"""Sampling from any `Model` (diffusion/model_interface.py): `denoise` fills the holes of a `Canvas`.
 
-sampler.py         forward, score, decide
-../sampling_options.py   samplers and their settings, without torch
-unmask_schedule.py    how much a forward decides, and blocks
-token_scores.py       temperature, filters, guidance, entropy, draws
-sampler.py    which positions a forward decides
-early_stop.py      when a text has ended
-token_scores.py   seeds
+sampler.py                the loop: forward, score, unmask; which candidates a forward pass unmasks
+unmask_schedule.py        how many positions each forward pass unmasks, and the blocks
+token_scores.py           temperature, filters, guidance, entropies, draws, seeds
+early_stop.py             when a sequence's text has ended
+../sampling_options.py    the samplers and their settings; imports no torch
 """
 
 from megatron_a2d.diffusion.sampling.early_stop import kept_positions

@@ -1,4 +1,4 @@
-"""When a row's text is final: everything that will be shown of it is decided."""
+"""Early stopping: which masked positions lie after an end-of-text token and need not be unmasked."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def after_eos(tokens_BL: Tensor, masked_BL: Tensor, editable_BL: Tensor, end_token_ids: Collection[int]) -> Tensor:
-    """Masked positions that no text can show, [B, L] bool.
+    """Masked positions after the end of their hole's text, [B, L] bool.
 
-    A hole's text ends at its first end-of-text token. Where all of a hole up to that token is decided, what is masked
-    behind it in the same hole does not matter any more.
+    A hole's text ends at its first end-of-text token. Once nothing before that token is masked, the masked positions
+    after it in the same hole are never shown.
     """
     end_ids = torch.tensor(list(end_token_ids), dtype=torch.long, device=tokens_BL.device)
     ends_BL = editable_BL & ~masked_BL & torch.isin(tokens_BL, end_ids)
@@ -22,13 +22,13 @@ def after_eos(tokens_BL: Tensor, masked_BL: Tensor, editable_BL: Tensor, end_tok
 
 
 def _count_before(marked_BL: Tensor, starts_BL: Tensor) -> Tensor:
-    """How many positions of the same hole, left of each, are marked; holes begin where `starts` is True."""
+    """The number of marked positions to the left in the same hole; holes begin where `starts` is True."""
     before_BL = marked_BL.long().cumsum(1) - marked_BL.long()
     return before_BL - before_BL.masked_fill(~starts_BL, 0).cummax(1).values
 
 
 def kept_positions(tokens: list[int], editable: list[bool], end_token_ids: Collection[int]) -> list[int]:
-    """All positions of a row but those of a hole from its first end-of-text token on."""
+    """The positions to show: all but those of a hole from its first end-of-text token on."""
     kept = []
     has_ended = False
     for position, (token, hole) in enumerate(zip(tokens, editable, strict=True)):

@@ -1,10 +1,14 @@
-"""The loop: forward, score, decide, until nothing is masked. Nothing that was decided is masked again.
+"""The denoising loop: forward, score, unmask, until nothing is masked. An unmasked token is never masked again.
 
-Each row follows a plan of its own (unmask_schedule.py), so rows of a batch do not influence one another, and a
-finished row leaves the batch. At equal settings `rnd1` gives the tokens of the published sampler (RND1, Radical
-Numerics 2025) when that is deterministic; what differs: the mask token is never predicted, filters leave entropies
-finite, a batch may hold rows of any lengths, forwards that would decide nothing are skipped, and a text that has
-ended is left.
+Every sequence of the batch follows a schedule of its own (unmask_schedule.py), so sequences do not influence one
+another, and a finished sequence leaves the batch. At equal settings `rnd1` gives the tokens of the published sampler
+(RND1, Radical Numerics 2025) when that is deterministic. Differences: the mask token is never predicted, filters leave
+entropies finite, a batch may hold sequences of any lengths, forward passes that would unmask nothing are skipped, and a
+sequence stops once all holes have ended.
+
+Shapes: B sequences of the batch, S those of them in one forward pass (the unfinished ones), L positions, N candidates
+of a forward pass, sequence by sequence from left to right. "Output position" means where the model's output is read:
+under the label shift the one before the predicted position.
 """
 
 from __future__ import annotations
@@ -18,20 +22,20 @@ from torch import Tensor
 from megatron_a2d.diffusion.model_interface import Model, Request, Window
 from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.token_scores import Scores, position_uniforms, scorer
-from megatron_a2d.diffusion.sampling.unmask_schedule import Turn, blocks_of, sizes_of, turns
+from megatron_a2d.diffusion.sampling.unmask_schedule import StepPlan, blocks_of, plan_steps, sizes_of
 from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
-# on_step(step, tokens_BL, decided_BL): step counts from 1, `decided` are the positions decided in it
+# on_step(step, tokens_BL, unmasked_BL): step counts from 1; `unmasked` are the positions unmasked in it
 OnStep = Callable[[int, Tensor, Tensor], None]
-# is_final(row, tokens): whether a text that begins with these tokens is cut within them
+# is_final(sequence, tokens): whether a text that begins with these tokens is truncated within them
 IsFinal = Callable[[int, list[int]], bool]
 
 
 class Sampled(NamedTuple):
-    """Filled holes, and what they took."""
+    """Denoised sequences and their number of forward passes."""
 
     tokens: Tensor  # [B, L] int64, equal to the canvas outside the holes
-    num_forwards: list[int]  # [B] forward passes that each row was part of
+    num_forwards: list[int]  # [B] forward passes that each sequence was part of
 
 
 @torch.no_grad()
@@ -49,26 +53,27 @@ def denoise(
 ) -> Sampled:
     """Fill the holes of `canvas`.
 
-    Under `label_shift` row i - 1 of the model's output predicts position i, so position 0 cannot be a hole. A row's
-    draws depend on its own seed only, not on the batch around it: give one seed a row, or one number from which
-    `row_seed(seed, row)` makes them. `end_token_ids`: a row whose holes all have ended with one of them is left, and
-    what is masked behind it is filled with the first of them. `is_final` is asked of what a row's holes hold before
-    their first masked position, when that has grown; where it says yes, the row is left likewise. Raises ValueError for
-    a hole at position 0 under the shift, and for `is_final` without end tokens.
+    Under `label_shift` the output at position i - 1 predicts position i, so position 0 cannot be a hole. A sequence's
+    draws depend on its own seed alone, not on the rest of the batch: `seed` is one seed per sequence, or one number
+    from which `row_seed(seed, index)` derives them. `end_token_ids`: a sequence is finished once each of its holes has
+    one of them with nothing masked before it; positions still masked are filled with the first of them. `is_final` is
+    called with the tokens of a sequence's holes before the first masked position, whenever there are more of them; if
+    it returns True, the sequence is finished in the same way. Raises ValueError for a hole at position 0 under the
+    shift, and for `is_final` without end tokens.
     """
     _check(canvas, label_shift)
     if is_final and not end_token_ids:
-        raise ValueError("is_final needs end_token_ids: the first of them fills what is left")
+        raise ValueError("is_final needs end_token_ids: the first of them fills the remaining masked positions")
     state = _State(canvas, mask_token_id, options, seed, tuple(end_token_ids), is_final)
-    while rows := state.unfinished():
-        decided_BL = state.advance(model, rows, label_shift)
+    while sequences := state.unfinished():
+        unmasked_BL = state.advance(model, sequences, label_shift)
         if on_step is not None:
-            on_step(state.step, state.tokens_BL.clone(), decided_BL)
+            on_step(state.step, state.tokens_BL.clone(), unmasked_BL)
     return Sampled(state.tokens_BL, state.num_forwards)
 
 
 class _State:
-    """The batch while it is denoised. R: the rows that a forward pass works on."""
+    """The state of the batch during denoising."""
 
     def __init__(
         self,
@@ -89,134 +94,149 @@ class _State:
         self.uniforms_BL: Tensor | None = None
         if not options.takes_likeliest:
             self.uniforms_BL = position_uniforms(seed, batch, length).to(canvas.tokens.device)
-        # Masked positions of each row, by block.
-        self.left = sizes_of(self.blocks_BL)
-        self.plans = [turns(sizes, options.sampler, options.num_steps) for sizes in self.left]
-        self.cursors = [0] * batch
+        self.num_masked = sizes_of(self.blocks_BL)  # masked positions of each sequence, by block
+        self.plans = [plan_steps(sizes, options.sampler, options.num_steps) for sizes in self.num_masked]
+        self.cursors = [0] * batch  # the next step of each plan
         self.cached_blocks = [-1] * batch
         self.num_forwards = [0] * batch
-        self.num_written = [0] * batch  # decided positions before each row's first masked one
+        self.num_written = [0] * batch  # unmasked positions before each sequence's first masked one
         self.step = 0
 
     def unfinished(self) -> list[int]:
-        return [row for row, left in enumerate(self.left) if any(left)]
+        return [sequence for sequence, num_masked in enumerate(self.num_masked) if any(num_masked)]
 
-    def advance(self, model: Model, rows: list[int], label_shift: bool) -> Tensor:
-        """One forward pass of `rows`; returns the positions that it decided, [B, L]."""
+    def advance(self, model: Model, sequences: list[int], label_shift: bool) -> Tensor:
+        """Run one forward pass over `sequences`; returns the positions that it unmasked, [B, L]."""
         device = self.tokens_BL.device
-        now = [self._turn(row) for row in rows]
-        rows_R, blocks_R = (torch.tensor(values, device=device) for values in (rows, [turn.block for turn in now]))
-        in_block_RL = self.blocks_BL[rows_R] == blocks_R[:, None]
-        considered_RL = self.masked_BL[rows_R] & in_block_RL
-        scores = self._predict(model, rows, now, in_block_RL, considered_RL, label_shift)
-        # Each forward decides at least one position of each row.
-        required = [max(self.left[row][turn.block] - turn.num_left, 1) for row, turn in zip(rows, now, strict=True)]
-        decided_RL = _decide(self.options, scores, considered_RL, torch.tensor(required, device=device))
-        predicted_RL = _spread(scores.tokens, considered_RL, 0)
-        decided_BL = torch.zeros_like(self.masked_BL)
-        decided_BL[rows_R] = decided_RL
-        self.tokens_BL[rows_R] = torch.where(decided_RL, predicted_RL, self.tokens_BL[rows_R])
-        self.masked_BL &= ~decided_BL
-        for row, turn, count in zip(rows, now, decided_RL.sum(1).tolist(), strict=True):
-            self.left[row][turn.block] -= count
-            self.cursors[row] += 1
-            self.num_forwards[row] += 1
+        steps = [self._advance_cursor(sequence) for sequence in sequences]
+        sequences_S = torch.tensor(sequences, device=device)
+        blocks_S = torch.tensor([step.block for step in steps], device=device)
+        in_block_SL = self.blocks_BL[sequences_S] == blocks_S[:, None]
+        candidates_SL = self.masked_BL[sequences_S] & in_block_SL
+        window = None
+        if self.options.cache != "none":
+            window = self._update_window(sequences, steps, in_block_SL, label_shift)
+        scores = self._predict(model, sequences_S, candidates_SL, window, label_shift)
+        # Each forward pass unmasks at least one position of each sequence.
+        required = [
+            max(self.num_masked[sequence][step.block] - step.num_left, 1)
+            for sequence, step in zip(sequences, steps, strict=True)
+        ]
+        unmasked_SL = _select(self.options, scores, candidates_SL, torch.tensor(required, device=device))
+        predicted_SL = _scatter(scores.tokens, candidates_SL, 0)
+        unmasked_BL = torch.zeros_like(self.masked_BL)
+        unmasked_BL[sequences_S] = unmasked_SL
+        self.tokens_BL[sequences_S] = torch.where(unmasked_SL, predicted_SL, self.tokens_BL[sequences_S])
+        self.masked_BL &= ~unmasked_BL
+        for sequence, step, count in zip(sequences, steps, unmasked_SL.sum(1).tolist(), strict=True):
+            self.num_masked[sequence][step.block] -= count
+            self.cursors[sequence] += 1
+            self.num_forwards[sequence] += 1
         self.step += 1
-        return decided_BL | self._leave_ended_rows()
+        return unmasked_BL | self._finish_ended()
 
-    def _turn(self, row: int) -> Turn:
-        """The row's next turn; those of blocks that were filled early are passed over."""
-        plan, left = self.plans[row], self.left[row]
-        while left[plan[self.cursors[row]].block] == 0:
-            self.cursors[row] += 1
-        return plan[self.cursors[row]]
+    def _advance_cursor(self, sequence: int) -> StepPlan:
+        """Move the cursor past the steps of blocks that were filled early; returns the step that it then points to."""
+        plan, num_masked = self.plans[sequence], self.num_masked[sequence]
+        while num_masked[plan[self.cursors[sequence]].block] == 0:
+            self.cursors[sequence] += 1
+        return plan[self.cursors[sequence]]
 
     def _predict(
-        self,
-        model: Model,
-        rows: list[int],
-        now: list[Turn],
-        in_block_RL: Tensor,
-        considered_RL: Tensor,
-        label_shift: bool,
+        self, model: Model, sequences_S: Tensor, candidates_SL: Tensor, window: Window | None, label_shift: bool
     ) -> Scores:
+        """Run the model on these sequences and score the candidates, [N].
+
+        The model computes the positions of `window` (all of them if None) and returns the output positions that predict
+        candidates. Under guidance the batch is doubled: the second half has the given tokens masked and cache slots of
+        its own.
+        """
         options = self.options
-        rows_R = torch.tensor(rows, device=self.tokens_BL.device)
-        tokens_RL, visible_RL = self.tokens_BL[rows_R], self.canvas.visible[rows_R]
-        needed_RL = _rows_of(considered_RL, label_shift)
-        window = None
-        if options.cache != "none":
-            fresh = [self.cached_blocks[row] != turn.block for row, turn in zip(rows, now, strict=True)]
-            for row, turn in zip(rows, now, strict=True):
-                self.cached_blocks[row] = turn.block
-            active_RL = in_block_RL | _rows_of(in_block_RL, label_shift)
-            if options.cache == "prefix":
-                active_RL = active_RL.long().cumsum(1) > 0
-            active_RL = (active_RL | torch.tensor(fresh, device=rows_R.device)[:, None]) & visible_RL
-            window = Window(rows_R, active_RL)
+        tokens_SL, visible_SL = self.tokens_BL[sequences_S], self.canvas.visible[sequences_S]
+        needed_SL = _output_positions(candidates_SL, label_shift)
         if options.guidance:
-            given_RL = visible_RL & ~self.canvas.editable[rows_R]
-            tokens_RL = torch.cat([tokens_RL, tokens_RL.masked_fill(given_RL, self.mask_token_id)])
-            visible_RL, needed_RL = visible_RL.repeat(2, 1), needed_RL.repeat(2, 1)
+            given_SL = visible_SL & ~self.canvas.editable[sequences_S]
+            tokens_SL = torch.cat([tokens_SL, tokens_SL.masked_fill(given_SL, self.mask_token_id)])
+            visible_SL, needed_SL = visible_SL.repeat(2, 1), needed_SL.repeat(2, 1)
             if window:
                 slots = torch.cat([window.slots, window.slots + len(self.plans)])
                 window = Window(slots, window.active.repeat(2, 1))
-        uniforms_N = None if self.uniforms_BL is None else self.uniforms_BL[rows_R][considered_RL]
+        uniforms_N = None if self.uniforms_BL is None else self.uniforms_BL[sequences_S][candidates_SL]
         reduce = scorer(options, self.mask_token_id, uniforms_N)
-        return Scores(*model(Request(tokens_RL, visible_RL, needed_RL, window), reduce))
+        return Scores(*model(Request(tokens_SL, visible_SL, needed_SL, window), reduce))
 
-    def _leave_ended_rows(self) -> Tensor:
-        """Fill what no text can show in rows that have nothing else left; returns those positions, [B, L]."""
+    def _update_window(
+        self, sequences: list[int], steps: list[StepPlan], in_block_SL: Tensor, label_shift: bool
+    ) -> Window:
+        """Record which block each cache is for; returns the positions to compute; the others are cached.
+
+        They are the block (and, for `prefix`, everything after it), or the whole sequence if its block is a new one.
+        """
+        is_new = [self.cached_blocks[sequence] != step.block for sequence, step in zip(sequences, steps, strict=True)]
+        for sequence, step in zip(sequences, steps, strict=True):
+            self.cached_blocks[sequence] = step.block
+        active_SL = in_block_SL | _output_positions(in_block_SL, label_shift)
+        if self.options.cache == "prefix":
+            active_SL = active_SL.long().cumsum(1) > 0
+        sequences_S = torch.tensor(sequences, device=in_block_SL.device)
+        active_SL |= torch.tensor(is_new, device=in_block_SL.device)[:, None]
+        active_SL &= self.canvas.visible[sequences_S]
+        return Window(sequences_S, active_SL)
+
+    def _finish_ended(self) -> Tensor:
+        """Fill the remaining masks of sequences whose text has ended; returns the positions filled, [B, L]."""
         if not self.end_token_ids:
             return torch.zeros_like(self.masked_BL)
-        lost_BL = after_eos(self.tokens_BL, self.masked_BL, self.canvas.editable, self.end_token_ids)
+        unused_BL = after_eos(self.tokens_BL, self.masked_BL, self.canvas.editable, self.end_token_ids)
         if self.is_final is not None:
-            for row in self._final_rows(self.is_final):
-                lost_BL[row] = self.masked_BL[row]
-        done_B = ~(self.masked_BL & ~lost_BL).any(1)
-        filled_BL = lost_BL & done_B[:, None]
+            for sequence in self._call_is_final(self.is_final):
+                unused_BL[sequence] = self.masked_BL[sequence]
+        finished_B = ~(self.masked_BL & ~unused_BL).any(1)
+        filled_BL = unused_BL & finished_B[:, None]
         self.tokens_BL.masked_fill_(filled_BL, self.end_token_ids[0])
         self.masked_BL &= ~filled_BL
-        for row in done_B.nonzero()[:, 0].tolist():
-            self.left[row] = [0] * len(self.left[row])
+        for sequence in finished_B.nonzero()[:, 0].tolist():
+            self.num_masked[sequence] = [0] * len(self.num_masked[sequence])
         return filled_BL
 
-    def _final_rows(self, is_final: IsFinal) -> list[int]:
+    def _call_is_final(self, is_final: IsFinal) -> list[int]:
+        """The sequences for which `is_final` returns True; records how many tokens it has seen of each."""
         written_BL = self.canvas.editable & (self.masked_BL.cumsum(1) == 0)
         final = []
-        for row in self.unfinished():
-            written = self.tokens_BL[row][written_BL[row]].tolist()
-            if len(written) > self.num_written[row] and is_final(row, written):
-                final.append(row)
-            self.num_written[row] = len(written)
+        for sequence in self.unfinished():
+            written = self.tokens_BL[sequence][written_BL[sequence]].tolist()
+            if len(written) > self.num_written[sequence] and is_final(sequence, written):
+                final.append(sequence)
+            self.num_written[sequence] = len(written)
         return final
 
 
-def _decide(options: SamplingOptions, scores: Scores, considered_RL: Tensor, required_R: Tensor) -> Tensor:
-    """The positions to decide, at least `required` of each row."""
-    entropies_RL = _spread(scores.entropy, considered_RL, torch.inf)
+def _select(options: SamplingOptions, scores: Scores, candidates_SL: Tensor, required_S: Tensor) -> Tensor:
+    """The candidates to unmask, at least `required` per sequence, [S, L] bool."""
+    entropies_SL = _scatter(scores.entropy, candidates_SL, torch.inf)
     if options.sampler == "rnd1":
-        return lowest(entropies_RL, considered_RL, required_R)
-    doubts_RL = _spread(-scores.log_confidence, considered_RL, torch.inf)
-    decided_RL = lowest(doubts_RL, considered_RL, required_R)
+        return lowest(entropies_SL, candidates_SL, required_S)
+    neg_confidence_SL = _scatter(-scores.log_confidence, candidates_SL, torch.inf)
+    selected_SL = lowest(neg_confidence_SL, candidates_SL, required_S)
     if options.sampler == "eb":
-        decided_RL |= entropy_bounded(doubts_RL, entropies_RL, considered_RL, options.gamma)
+        selected_SL |= entropy_bounded(neg_confidence_SL, entropies_SL, candidates_SL, options.gamma)
     elif options.sampler == "threshold":
-        decided_RL |= considered_RL & ((-doubts_RL).exp() >= options.threshold)
-    return decided_RL
+        selected_SL |= candidates_SL & ((-neg_confidence_SL).exp() >= options.threshold)
+    return selected_SL
 
 
-def _rows_of(positions_RL: Tensor, label_shift: bool) -> Tensor:
-    """The rows of the model's output that predict these positions."""
+def _output_positions(predicted_SL: Tensor, label_shift: bool) -> Tensor:
+    """The positions of the model's output that predict these positions, [S, L] bool."""
     if not label_shift:
-        return positions_RL
-    return torch.nn.functional.pad(positions_RL[:, 1:], (0, 1))
+        return predicted_SL
+    return torch.nn.functional.pad(predicted_SL[:, 1:], (0, 1))
 
 
-def _spread(values_N: Tensor, considered_RL: Tensor, elsewhere: float) -> Tensor:
-    spread_RL = torch.full(considered_RL.shape, elsewhere, dtype=values_N.dtype, device=values_N.device)
-    spread_RL[considered_RL] = values_N
-    return spread_RL
+def _scatter(values_N: Tensor, candidates_SL: Tensor, elsewhere: float) -> Tensor:
+    """Values of the candidates at their positions, [S, L], and `elsewhere` at all others."""
+    scattered_SL = torch.full(candidates_SL.shape, elsewhere, dtype=values_N.dtype, device=values_N.device)
+    scattered_SL[candidates_SL] = values_N
+    return scattered_SL
 
 
 def _check(canvas: Canvas, label_shift: bool) -> None:
@@ -224,7 +244,7 @@ def _check(canvas: Canvas, label_shift: bool) -> None:
     if len(shapes) > 1 or canvas.tokens.dim() != 2 or canvas.editable.dtype != torch.bool:
         raise ValueError("tokens, editable and visible must all be [batch, sequence], and editable boolean")
     if label_shift and canvas.editable[:, 0].any():
-        raise ValueError("position 0 is a hole, and under the label shift nothing predicts it; put a token there")
+        raise ValueError("position 0 is a hole, and under the label shift no position predicts it; put a token there")
 
 
 class Canvas(NamedTuple):
@@ -238,37 +258,37 @@ class Canvas(NamedTuple):
         return Canvas(*(tensor.to(device) for tensor in self))
 
 
-def make_canvas(rows: Sequence[Sequence[int]], mask_token_id: int, pad_token_id: int = 0) -> Canvas:
-    """Stack rows of tokens, padded at the right; every mask token in a row is a hole.
+def make_canvas(sequences: Sequence[Sequence[int]], mask_token_id: int, pad_token_id: int = 0) -> Canvas:
+    """Stack sequences of tokens, padded at the right; every mask token is a hole.
 
-    The published package leaves one more token, padding, after the holes: to reproduce its output, append it.
+    The published package has one padding token after the holes: append it to reproduce its output.
     """
-    shape = (len(rows), max(len(row) for row in rows))
+    shape = (len(sequences), max(len(sequence) for sequence in sequences))
     tokens_BL = torch.full(shape, pad_token_id, dtype=torch.long)
     visible_BL = torch.zeros(shape, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        tokens_BL[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-        visible_BL[index, : len(row)] = True
+    for index, sequence in enumerate(sequences):
+        tokens_BL[index, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        visible_BL[index, : len(sequence)] = True
     return Canvas(tokens_BL, visible_BL & (tokens_BL == mask_token_id), visible_BL)
 
 
-def lowest(costs_BL: Tensor, considered_BL: Tensor, count_B: Tensor) -> Tensor:
-    """The `count` considered positions of lowest cost, the leftmost of equals."""
-    return considered_BL & (_ranks(costs_BL, considered_BL) < count_B[:, None])
+def lowest(costs_BL: Tensor, candidates_BL: Tensor, count_B: Tensor) -> Tensor:
+    """The `count` candidates of lowest cost; ties go to the leftmost."""
+    return candidates_BL & (_ranks(costs_BL, candidates_BL) < count_B[:, None])
 
 
-def entropy_bounded(costs_BL: Tensor, entropies_BL: Tensor, considered_BL: Tensor, gamma: float) -> Tensor:
-    """By rising cost, while (sum of entropies) - (largest of them) <= gamma nats; always the first one.
+def entropy_bounded(costs_BL: Tensor, entropies_BL: Tensor, candidates_BL: Tensor, gamma: float) -> Tensor:
+    """Candidates by rising cost, while (sum of entropies) - (largest entropy) <= gamma nats; at least the first one.
 
-    The bound of Ben-Hamu et al. 2025 on what deciding them together, as if independent, can cost.
+    The bound of Ben-Hamu et al. 2025 on the error of sampling them in parallel, as if independent.
     """
-    order_BL = costs_BL.masked_fill(~considered_BL, torch.inf).argsort(dim=1, stable=True)
-    sorted_BL = entropies_BL.masked_fill(~considered_BL, 0.0).gather(1, order_BL)
+    order_BL = costs_BL.masked_fill(~candidates_BL, torch.inf).argsort(dim=1, stable=True)
+    sorted_BL = entropies_BL.masked_fill(~candidates_BL, 0.0).gather(1, order_BL)
     within_BL = sorted_BL.cumsum(1) - sorted_BL.cummax(1).values <= gamma
     within_BL[:, 0] = True
-    return considered_BL & torch.zeros_like(within_BL).scatter(1, order_BL, within_BL)
+    return candidates_BL & torch.zeros_like(within_BL).scatter(1, order_BL, within_BL)
 
 
-def _ranks(costs_BL: Tensor, considered_BL: Tensor) -> Tensor:
-    """0 for the lowest cost; positions that are not considered come last."""
-    return costs_BL.masked_fill(~considered_BL, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+def _ranks(costs_BL: Tensor, candidates_BL: Tensor) -> Tensor:
+    """Rank of each position, 0 for the lowest cost; positions that are no candidates come last."""
+    return costs_BL.masked_fill(~candidates_BL, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)

@@ -1,7 +1,10 @@
-"""From logits to what a sampler needs of a row: the token it would take, how sure it is, and the entropy.
+"""Scores of candidate positions (proposed token, its confidence, the entropy), and the random numbers of the draws.
 
-The mask token is never predicted, and filters leave entropies finite. Logits are looked at a few rows at a
-time: at a vocabulary of 152k they are far larger than everything else.
+`scorer` turns logits into `Scores`: temperature, top-k and top-p filters, guidance. The mask token is never predicted,
+and filters leave entropies finite. Logits are computed a few positions at a time: at a vocabulary of 152k they are far
+larger than everything else. `row_seed` and `position_uniforms` derive the random numbers from a seed, one generator per
+sequence, so that a sequence's draws do not depend on the batch.
+Shapes: N candidates, n those of a chunk, D hidden, V vocabulary, B sequences, L positions.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
 
 class Scores(NamedTuple):
-    """Of each considered position, [N]."""
+    """The scores of each candidate, [N]."""
 
     tokens: Tensor  # int64
     log_confidence: Tensor  # fp32, log-probability of that token
@@ -25,19 +28,19 @@ class Scores(NamedTuple):
 
 
 def scorer(options: SamplingOptions, mask_token_id: int, uniforms_N: Tensor | None) -> Reduce:
-    """The `reduce` of a forward pass. `uniforms_N` [N] fp64 decides draws; None takes the likeliest token.
+    """The `reduce` of a forward pass. `uniforms_N` [N] fp64 determines the draws; None: take the likeliest token.
 
-    Under guidance the second half of the rows are those without the given text.
+    Under guidance the second half of the hidden states are those without the given text.
     """
 
     def reduce(hidden_ND: Tensor, head: Head) -> tuple[Tensor, ...]:
-        num_rows = len(hidden_ND) // (2 if options.guidance else 1)
-        unconditional = logits_in_chunks(hidden_ND[num_rows:], head)
+        num_candidates = len(hidden_ND) // (2 if options.guidance else 1)
+        unconditional = logits_in_chunks(hidden_ND[num_candidates:], head)
         found = []
-        for part, logits_nV in logits_in_chunks(hidden_ND[:num_rows], head):
+        for chunk, logits_nV in logits_in_chunks(hidden_ND[:num_candidates], head):
             if options.guidance:
                 logits_nV = logits_nV + options.guidance * (logits_nV - next(unconditional)[1])
-            found.append(_score(logits_nV, options, mask_token_id, None if uniforms_N is None else uniforms_N[part]))
+            found.append(_score(logits_nV, options, mask_token_id, None if uniforms_N is None else uniforms_N[chunk]))
         return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
     return reduce
@@ -66,21 +69,21 @@ def _score(logits_nV: Tensor, options: SamplingOptions, mask_token_id: int, unif
 
 
 def _filter(logits_nV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf for all but the likeliest tokens: top-k, then top-p of what that left."""
+    """Set all but the likeliest tokens to -inf: top-k, then top-p of the remaining ones."""
     if 0 < top_k < logits_nV.shape[-1]:
         values, indices = logits_nV.topk(top_k, dim=-1)
         logits_nV = torch.full_like(logits_nV, -torch.inf).scatter(-1, indices, values)
     if top_p < 1:
         values, indices = logits_nV.sort(dim=-1, descending=True)
         probabilities = values.softmax(-1)
-        # A token goes when the likelier ones alone have reached the mass top_p; the first always stays.
+        # A token is dropped once the likelier ones alone reach the mass top_p; the first is always kept.
         values = values.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, -torch.inf)
         logits_nV = torch.full_like(logits_nV, -torch.inf).scatter(-1, indices, values)
     return logits_nV
 
 
 def _draw(weights_nV: Tensor, uniforms_n: Tensor) -> Tensor:
-    """One token a row by inverting the cumulative distribution, in fp64 for the rare tokens' sake."""
+    """One token per position by inverting the cumulative distribution, in fp64 because of rare tokens."""
     cumulative_nV = weights_nV.double().cumsum(-1)
     total_n = cumulative_nV[:, -1]
     targets_n = torch.minimum(uniforms_n * total_n, torch.nextafter(total_n, torch.zeros_like(total_n)))
@@ -88,7 +91,7 @@ def _draw(weights_nV: Tensor, uniforms_n: Tensor) -> Tensor:
 
 
 def row_seed(seed: int, row: int) -> int:
-    """A 32-bit seed for one row of a batch, mixed so that neighbouring seeds and rows share nothing."""
+    """A 32-bit seed for one sequence of a batch, hashed so that neighbouring seeds and indices are unrelated."""
     value = (seed * 0x9E3779B97F4A7C15 + row + 1) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finaliser
         value = (value ^ (value >> shift)) * factor % 2**64
@@ -96,12 +99,12 @@ def row_seed(seed: int, row: int) -> int:
 
 
 def position_uniforms(seed: int | Sequence[int], batch: int, length: int) -> Tensor:
-    """One uniform number for each position, [B, L] fp64; each position is drawn once, so one is enough.
+    """One uniform number per position, [B, L] fp64: each position is drawn once.
 
-    They come from a generator of each row on the CPU. One seed a row, or one number from which `row_seed` makes them.
+    `seed` is one seed per sequence, or one number from which `row_seed` derives them. Generated on the CPU.
     """
     seeds = [row_seed(seed, row) for row in range(batch)] if isinstance(seed, int) else list(seed)
     if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for {batch} rows; give one seed a row, or a single number")
+        raise ValueError(f"{len(seeds)} seeds for {batch} sequences; give one seed per sequence, or a single number")
     draws = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(value)) for value in seeds]
     return torch.stack(draws)

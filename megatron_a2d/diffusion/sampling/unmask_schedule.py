@@ -1,4 +1,4 @@
-"""How many positions stay masked after each forward pass, and which block a hole belongs to."""
+"""Unmasking schedules: how many positions stay masked after each forward pass, and the block of each hole."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from torch import Tensor
 from megatron_a2d.diffusion.sampling_options import Sampler
 
 
-class Turn(NamedTuple):
-    """One forward pass of a row: it works on one block."""
+class StepPlan(NamedTuple):
+    """One planned forward pass of a sequence, which unmasks positions of one block."""
 
     block: int
-    num_left: int  # masked positions that the block keeps, at most
+    num_left: int  # masked positions that remain in the block, at most
 
 
-def turns(sizes: Sequence[int], sampler: Sampler, num_steps: int) -> list[Turn]:
-    """All turns of a row whose blocks have `sizes` holes. eb and threshold leave a block early: their counts are upper
-    bounds."""
+def plan_steps(sizes: Sequence[int], sampler: Sampler, num_steps: int) -> list[StepPlan]:
+    """The forward passes of a sequence whose blocks have `sizes` masked positions.
+
+    eb and threshold may finish a block early: for them `num_left` is an upper bound.
+    """
     num_holes, end, before = sum(sizes), 0, 0
     result = []
     for block, size in enumerate(sizes):
         end += size
-        share = max(1, num_steps * end // num_holes - before)  # at least one forward a block
+        share = max(1, num_steps * end // num_holes - before)  # at least one forward pass per block
         before = num_steps * end // num_holes
-        result += [Turn(block, left) for left in counts_left(size, sampler, share)]
+        result += [StepPlan(block, left) for left in counts_left(size, sampler, share)]
     return result
 
 
 def counts_left(num_holes: int, sampler: Sampler, num_steps: int) -> list[int]:
-    """Masked positions after each of at most `num_steps` forwards, strictly falling to 0."""
-    # More forwards than twice the holes decide as these do: one position each.
+    """The number of masked positions after each of at most `num_steps` forward passes, strictly falling to 0."""
+    # More forward passes than twice the holes give the same result: one position each.
     num_steps = min(num_steps, max(2 * num_holes, 1))
     if sampler == "rnd1":
         # floor(N (S - n) / S) after step n, in fp32, as published: where the product is whole, its rounding decides.
@@ -45,21 +47,22 @@ def counts_left(num_holes: int, sampler: Sampler, num_steps: int) -> list[int]:
         left = [num_holes - step * each - min(step, more) for step in range(1, num_steps + 1)]
     else:
         left = [max(num_holes - step, 0) for step in range(1, num_steps)] + [0]
-    # A forward that would decide nothing is left out.
+    # Forward passes that would unmask nothing are omitted.
     return [count for count, earlier in zip(left, [num_holes, *left[:-1]], strict=True) if count < earlier]
 
 
 def blocks_of(editable_BL: Tensor, block_length: int, aligned: bool = False) -> Tensor:
-    """The block of each hole, [B, L] int64; -1 elsewhere. Holes are counted along the row, gaps or not.
+    """The block of each masked position, [B, L] int64; -1 elsewhere.
 
-    `aligned`: blocks are pieces of the row itself, and those with holes are numbered.
+    A block is `block_length` consecutive masked positions, whatever lies between them. `aligned`: a block is
+    `block_length` positions of the sequence itself, and blocks without masked positions are not counted.
     """
     numbers_BL = editable_BL.long().cumsum(1) - 1
     if aligned:
-        places_L = torch.arange(editable_BL.size(1), device=editable_BL.device)
+        positions_L = torch.arange(editable_BL.size(1), device=editable_BL.device)
         begins_BL = torch.zeros_like(editable_BL)
         for row_L, begins_L in zip(editable_BL, begins_BL, strict=True):
-            holes = places_L[row_L]
+            holes = positions_L[row_L]
             begins_L[holes[torch.diff(holes // block_length, prepend=holes.new_tensor([-1])) > 0]] = True
         blocks_BL = begins_BL.long().cumsum(1) - 1
     else:
@@ -68,5 +71,5 @@ def blocks_of(editable_BL: Tensor, block_length: int, aligned: bool = False) -> 
 
 
 def sizes_of(blocks_BL: Tensor) -> list[list[int]]:
-    """The holes of each block, by row."""
+    """The number of masked positions of each block, per sequence."""
     return [torch.bincount(row_L[row_L >= 0]).tolist() for row_L in blocks_BL]
