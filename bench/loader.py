@@ -27,7 +27,7 @@ from megatron_a2d.terminal.console import console, entry_point
 from megatron_a2d.utils.atomic_write import write_json
 
 LENGTH, SIZE, STEP_SECONDS = 4096, 4, 0.1
-EVERYTHING = {"document_attention": "isolated", "reset_position_ids": True, "random_length_prob": 0.01}
+EVERYTHING = {"reset_attention_mask": True, "reset_position_ids": True, "random_length_prob": 0.01}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -124,22 +124,22 @@ def variants(shape: Shape, transformer_engine: bool, gpu: bool) -> dict[str, dic
     result: dict[str, dict[str, Any]] = {}
     if transformer_engine:
         result["bf16"] = engine
-        result["fp8"] = engine | {"fp8": "auto"}
+        result["fp8"] = engine | {"fp8_recipe": "auto"}
     if gpu:
         result |= theirs
     if shape.is_moe and transformer_engine:
         result["bf16, force-balanced"] = engine | {"moe_router_force_load_balancing": True}
-        result["fp8, force-balanced"] = engine | {"fp8": "auto", "moe_router_force_load_balancing": True}
-    result["bf16, portable"] = {"transformer_impl": "portable"}
+        result["fp8, force-balanced"] = engine | {"fp8_recipe": "auto", "moe_router_force_load_balancing": True}
+    result["bf16, portable"] = {"transformer_impl": "local"}
     if shape.is_moe:
         result["bf16, portable, force-balanced"] = {
-            "transformer_impl": "portable", "moe_router_force_load_balancing": True,
+            "transformer_impl": "local", "moe_router_force_load_balancing": True,
         }  # fmt: skip
     if not gpu:
         result |= theirs
     if transformer_engine:
         result["bf16, unfused"] = {"transformer_impl": "transformer_engine"}
-        result["fp8, blockwise"] = engine | {"fp8": "blockwise"}
+        result["fp8, blockwise"] = engine | {"fp8_recipe": "blockwise"}
         result["bf16, graphs"] = engine | {"cuda_graph_impl": "transformer_engine"}
     return result
 

@@ -85,8 +85,8 @@ _CONSENT = {
     "allow_code_network": "it gives programs that the model writes a network",
 }
 _RESULTS = ("answers.jsonl", "results.json", "results.md")
-_NOISE = ("noise_schedule", "time_sampling", "min_time")
-_HELD_OUT = (*_NOISE, "document_attention")
+_NOISE = ("noise_schedule", "timestep_sampling", "min_timestep")
+_HELD_OUT = (*_NOISE, "reset_attention_mask")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     try:
         opened = open_model(options.model, layout, options.objective)
-        noise = {"document_attention": opened.document_attention, **noise}
+        noise = {"reset_attention_mask": opened.reset_attention_mask, **noise}
         if opened.objective != "ar":
             noise = {"noise_schedule": opened.noise_schedule, **noise}
         settings = {name: getattr(options, name) for name in OPTIONS}
@@ -168,8 +168,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
             problems.append(f"{flag(name)} {getattr(options, name)}: must be at least {least}")
     if options.seed >= 1 << 64:
         problems.append(f"--seed {options.seed}: must be below 2^64")
-    if not 0 < noise.get("min_time", 0.5) < 1:
-        problems.append(f"--min-time {noise['min_time']}: must lie between 0 and 1; 0.001 is usual")
+    if not 0 < noise.get("min_timestep", 0.5) < 1:
+        problems.append(f"--min-timestep {noise['min_timestep']}: must lie between 0 and 1; 0.001 is usual")
     if options.objective == "ar":
         problems += [
             f"{flag(name)} {noise[name]}: has no effect with --objective ar; remove it"

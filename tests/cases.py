@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 # Objectives and conversions, on the MoE model; the rest of them stays as it is.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "annealing": {"conversion": "annealing", "attention_annealing_steps": 5},
+    "annealing": {"conversion": "annealing", "attention_annealing_iters": 5},
     "random": {"conversion": "random"},
-    "cart": {"loss_weights": "cart", "label_shift": False},
-    "uniform": {"loss_weights": "uniform", "document_attention": "isolated"},
-    "grafting": {"conversion": "grafting", "grafting_steps": 2},
+    "cart": {"loss_weighting": "cart", "label_shift": False},
+    "uniform": {"loss_weighting": "uniform", "reset_attention_mask": True},
+    "grafting": {"conversion": "grafting", "grafting_iters": 2},
     "block": {"objective": "block", "block_length": 6},
-    "block + ar": {"objective": "block", "block_length": 6, "ar_loss_weight": 0.5, "document_attention": "isolated"},
+    "block + ar": {"objective": "block", "block_length": 6, "ar_loss_weight": 0.5, "reset_attention_mask": True},
     "frozen": {"lr_mult": {"attention": 1.0, "mlp": 0.5, "embedding": 0.0, "router": 0.0, "norm": 0.0}},
 }
 

@@ -1,8 +1,8 @@
 """How a model was trained, which no tensor shows and every later use must know.
 
-A run writes it into run.json, an export into config.json under the settings' own names, and a conversion takes
-config.json along: so it survives every way round. A run that starts from the checkpoint has it as its defaults
-(`inherited`), and hears of what it contradicts (`contradictions`).
+A run writes it into run.json, an export into config.json under the names of version 0.1, which other tools read, and a
+conversion takes config.json along: so it survives every way round. A run that starts from the checkpoint has it as its
+defaults (`inherited`), and hears of what it contradicts (`contradictions`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron_a2d.checkpoint.directory import (
     list_iterations,
     resolve,
 )
+from megatron_a2d.config.renamed import modernise_record, name_in
 from megatron_a2d.config.settings import RunConfig, flag, recorded_settings, settings
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
@@ -36,7 +37,13 @@ class Trained(NamedTuple):
     block_length: int = 0
     ar_loss_weight: float = 0.0
     noise_schedule: str = "linear"
-    document_attention: str = "open"
+    reset_attention_mask: bool = False
+
+    def as_exported(self) -> dict[str, Any]:
+        """As an export's config.json says it."""
+        facts = self._asdict()
+        isolated = facts.pop("reset_attention_mask")
+        return facts | {"document_attention": "isolated" if isolated else "open"}
 
     @property
     def is_diffusion(self) -> bool:
@@ -64,10 +71,12 @@ def _of_run(directory: Path) -> Trained:
 
 
 def _from(values: Mapping[str, Any], path: Path, objective: str | None) -> Trained:
-    given = {name: values[name] for name in Trained._fields if values.get(name) is not None}
+    modern = modernise_record(values)
+    given = {name: modern[name] for name in Trained._fields if modern.get(name) is not None}
     found, wrong = recorded_settings(given)
     if wrong:
-        raise UserError(f"{path}: holds no usable {', '.join(wrong)}; write what the model was trained with into it")
+        names = ", ".join(name_in(values, name) for name in wrong)
+        raise UserError(f"{path}: holds no usable {names}; write what the model was trained with into it")
     # An export of a model that was never trained says null.
     return Trained(**{"objective": values.get("objective", objective), **found})
 
@@ -81,14 +90,14 @@ def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     facts = trained._asdict()
     if not trained.is_diffusion or values.get("objective", trained.objective) == "ar":
-        facts = {"document_attention": trained.document_attention}
+        facts = {"reset_attention_mask": trained.reset_attention_mask}
     elif values.get("objective", trained.objective) != "block":
-        facts = {name: facts[name] for name in ("label_shift", "noise_schedule", "document_attention")}
+        facts = {name: facts[name] for name in ("label_shift", "noise_schedule", "reset_attention_mask")}
     return {name: value for name, value in facts.items() if value != settings()[name].default}
 
 
 def _of_start(values: Mapping[str, Any]) -> Trained | None:
-    save, load, wanted = (values.get(name) for name in ("save", "load", "load_iteration"))
+    save, load, wanted = (values.get(name) for name in ("save", "load", "ckpt_step"))
     try:
         own = list_iterations(save) if save else []
         if own and save:
@@ -111,9 +120,9 @@ def contradictions(config: RunConfig, trained: Trained, where: Path) -> list[str
         return []
     now, names = config.to_dict(), list(Trained._fields)
     if now["objective"] == "ar":
-        names = ["objective", "document_attention"]
+        names = ["objective", "reset_attention_mask"]
     elif now["objective"] != trained.objective:
-        names = ["objective", "label_shift", "noise_schedule", "document_attention"]
+        names = ["objective", "label_shift", "noise_schedule", "reset_attention_mask"]
     then = trained._asdict()
     return [
         f"{flag(name)} {_text(now[name])}: {where} was trained with {_text(then[name])}"

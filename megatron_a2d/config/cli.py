@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from megatron_a2d.config.renamed import modernise, modernise_flags, warn_of_key
 from megatron_a2d.config.settings import RunConfig, Setting, build, flag, settings
 from megatron_a2d.utils.atomic_write import read_yaml
 from megatron_a2d.utils.errors import UserError, nearest
@@ -35,6 +36,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         known = self._option_string_actions
+        words = modernise_flags(words, known)
         # Before argparse looks: a mistyped flag is a better message than the required one that is then missing.
         flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
         unknown = [] if self._subparsers else [word for word in flags if word not in known]
@@ -119,11 +121,16 @@ def _read_recipe(path: str, problems: list[str]) -> dict[str, Any]:
     content = read_yaml(path, f"--config {path}")
     values: dict[str, Any] = {}
     for key, value in content.items():
-        name = key.replace("-", "_")
+        given = key.replace("-", "_"), value
+        name, value = modernise(*given)
         if name not in settings():
             problems.append(f"--config {path}: unknown setting {key}{nearest(name, settings())}")
-        else:
-            _set(values, settings()[name], value, f"--config {path}: {name}", problems)
+            continue
+        if (name, value) != given:
+            warn_of_key(f"--config {path}", given, (name, value))
+        if name in values:
+            problems.append(f"--config {path}: {name} is given twice, once as {given[0]}; keep one")
+        _set(values, settings()[name], value, f"--config {path}: {given[0]}", problems)
     return values
 
 

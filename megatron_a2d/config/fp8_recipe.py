@@ -34,19 +34,21 @@ _BLOCKWISE_CUDA = (12, 9)
 def choose_scaling(
     wish: str, capability: tuple[int, int] | None, cuda: tuple[int, int] | None = None
 ) -> Scaling | None:
-    """--fp8 for a GPU of this compute capability (None: no GPU) and CUDA release (None: not known); None for "none"."""
+    """The scaling of --fp8-recipe on a GPU of this compute capability (None: no GPU) and CUDA release; None: no FP8."""
     if wish == "none":
         return None
     if capability is None:
-        raise UserError(f"--fp8 {wish}: this machine has no CUDA device; use none")
+        raise UserError(f"--fp8-recipe {wish}: this machine has no CUDA device; use none")
     recipe = wish
     if wish == "auto":
         recipe = "mxfp8" if _lacks("mxfp8", capability) is None else "tensorwise"
     if lacking := _lacks(recipe, capability):
         remedy = "use none" if _lacks("tensorwise", capability) else "use auto"
-        raise UserError(f"--fp8 {wish}: a GPU of compute capability {_dotted(capability)} {lacking}; {remedy}")
+        raise UserError(f"--fp8-recipe {wish}: a GPU of compute capability {_dotted(capability)} {lacking}; {remedy}")
     if recipe == "blockwise" and cuda is not None and cuda < _BLOCKWISE_CUDA:
-        raise UserError(f"--fp8 {wish}: needs CUDA {_dotted(_BLOCKWISE_CUDA)}, and torch has {_dotted(cuda)}; use auto")
+        raise UserError(
+            f"--fp8-recipe {wish}: needs CUDA {_dotted(_BLOCKWISE_CUDA)}, and torch has {_dotted(cuda)}; use auto"
+        )
     return Scaling(recipe, _FORMATS[recipe])
 
 

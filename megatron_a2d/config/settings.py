@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from megatron_a2d.config.renamed import modernise_record
+
 ROLES = ("attention", "mlp", "router", "norm", "embedding", "head")
 
 
@@ -70,14 +72,14 @@ class DataConfig:
     """prefix of the validation .bin/.idx pair; no validation without it"""
     seq_length: int = 4096
     """tokens in a sample"""
-    document_attention: Literal["open", "isolated"] = "open"
-    """whether the documents packed into a sample see one another"""
+    reset_attention_mask: bool = False
+    """no attention between the documents packed into a sample (intra-document attention)"""
     reset_position_ids: bool = False
     """count positions from 0 in each document of a sample"""
     random_length_prob: float = 0.0
     """part of the training samples that are cut in two at a random place, so that short texts are seen (LLaDA: 0.01)"""
-    eod_maskable: bool = True
-    """mask and predict end-of-document tokens as all others; without: they stay visible and carry no loss"""
+    eod_mask_loss: bool = False
+    """no loss on end-of-document tokens: they are never masked; without: they are masked and predicted as all others"""
     verify_tokenizer: bool = True
     """refuse tokens that were made with another vocabulary, or end documents otherwise, than the checkpoint's tokenizer
     or another source of the mixture"""
@@ -101,17 +103,17 @@ class DiffusionConfig:
     before it as a causal model does"""
     noise_schedule: Literal["linear", "cosine"] = "linear"
     """how the mask ratio depends on the time t; linear: they are equal"""
-    time_sampling: Literal["low_discrepancy", "uniform"] = "low_discrepancy"
+    timestep_sampling: Literal["low_discrepancy", "uniform"] = "low_discrepancy"
     """times of consecutive samples: evenly spread, or independent"""
-    min_time: float = 1e-3
-    """smallest time; a masked token weighs up to 1 / min_time"""
+    min_timestep: float = 1e-3
+    """smallest time; a masked token weighs up to 1 / min_timestep"""
     mask_sampling: Literal["bernoulli", "exact_count"] = "bernoulli"
     """in training, mask every token by a chance of its own, or exactly the share of tokens that the time asks for"""
-    mask_embedding: Literal["as_is", "mean"] = "as_is"
+    mask_token_init: Literal["pretrained", "mean"] = "pretrained"
     """the mask token's row of the embedding when conversion begins: as --load has it, or the mean of all rows"""
     label_shift: bool = True
     """row i predicts token i + 1, as the autoregressive model does; without: row i predicts token i (LLaDA)"""
-    loss_weights: Literal["mdlm", "uniform", "cart"] = "mdlm"
+    loss_weighting: Literal["mdlm", "uniform", "cart"] = "mdlm"
     """what a masked token weighs in training; mdlm: the likelihood bound's 1/t; uniform: all the same; cart: the more,
     the more tokens near it are visible (Dream). Validation reports the bound whatever is trained"""
     cart_p: float = 0.8
@@ -120,9 +122,9 @@ class DiffusionConfig:
     """how the autoregressive model becomes a bidirectional one; scp: at once; annealing: entry by entry of the
     attention mask (DiffuLLaMA); grafting: layer by layer, each regressed on its causal form (Chandrasegaran et al.
     2025); random: not at all, --load gives the shape and the weights are drawn (LLaDA)"""
-    attention_annealing_steps: int = 0
+    attention_annealing_iters: int = 0
     """annealing: iterations until all tokens see one another"""
-    grafting_steps: int = 0
+    grafting_iters: int = 0
     """grafting: iterations of regression, on clean text, over which the layers are swapped one after the other"""
 
 
@@ -165,7 +167,7 @@ class TrainingConfig:
     """checkpoint to start or resume from (convert_hf writes the first one)"""
     save: str | None = None
     """directory for checkpoints; if it already holds one, the run resumes from it"""
-    load_iteration: int | None = None
+    ckpt_step: int | None = None
     """iteration to start from, instead of the newest whole one; of --save if that holds checkpoints, else of --load"""
     finetune: bool = False
     """take only the weights from --load: no optimizer state, iteration 0"""
@@ -179,7 +181,7 @@ class TrainingConfig:
     """samples of an iteration over all processes"""
     bf16: bool = False
     """train in bfloat16 with fp32 main weights and gradients; otherwise fp32"""
-    transformer_impl: Literal["auto", "transformer_engine", "portable"] = "auto"
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
     """layers by Transformer Engine, or by torch alone; auto: by Transformer Engine on a GPU if installed"""
     save_interval: int = 500
     """iterations between checkpoints; one is always written at the end"""
@@ -191,10 +193,10 @@ class TrainingConfig:
     """save and end after the step that runs when so many minutes are over; 0: never"""
     max_skipped_steps: int = 5
     """steps in a row whose gradient is not finite, after which the run saves and ends"""
-    keep_last: int = 0
+    keep_latest_k: int = 0
     """checkpoints that are kept; older ones are removed when a new one is complete; 0 keeps all"""
-    keep_every: int = 0
-    """with keep_last: checkpoints of iterations that this divides are never removed; 0: no such exception"""
+    save_retain_interval: int = 0
+    """with keep_latest_k: checkpoints of iterations that this divides are never removed; 0: no such exception"""
     on_save_error: Literal["stop", "continue"] = "stop"
     """when a checkpoint cannot be written (a full disk): end with exit code 74, or train on and try at the next one"""
     eval_interval: int = 500
@@ -220,7 +222,7 @@ class TrainingConfig:
 class PerformanceConfig:
     """The same training, faster or in less memory; most of it needs Transformer Engine on a GPU."""
 
-    fp8: Literal["none", "auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    fp8_recipe: Literal["none", "auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     """scaling of the layers' matrix products in FP8; auto: mxfp8 on Blackwell, tensorwise on Hopper"""
     first_last_layers_bf16: bool = False
     """keep the first and last layers in bf16 where the others compute in FP8"""
@@ -343,7 +345,7 @@ def recorded_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
 
     A name that is not known is left out: it is of an older or a newer version.
     """
-    known = {name: value for name, value in values.items() if name in settings()}
+    known = {name: value for name, value in modernise_record(values).items() if name in settings()}
     wrong = [name for name, value in known.items() if not _can_be(settings()[name], value)]
     return {name: value for name, value in known.items() if name not in wrong}, wrong
 

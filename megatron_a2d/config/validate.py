@@ -67,8 +67,8 @@ def _range_problems(config: RunConfig) -> list[str]:
         "weight_decay",
         "clip_grad",
         "min_lr",
-        "keep_last",
-        "keep_every",
+        "keep_latest_k",
+        "save_retain_interval",
         "exit_interval",
         "exit_duration_in_mins",
     ):
@@ -86,11 +86,11 @@ def _range_problems(config: RunConfig) -> list[str]:
     if values["data_mixture"]:
         for name in ("train_data_path", "valid_data_path"):
             need(name, not values[name], "does not go with --data-mixture, which names its own; remove one of them")
-    need("min_time", 0 < values["min_time"] < 1, "must lie between 0 and 1; 0.001 is usual")
-    need("load_iteration", values["load_iteration"] is None or values["load_iteration"] >= 1, "must be at least 1")
+    need("min_timestep", 0 < values["min_timestep"] < 1, "must lie between 0 and 1; 0.001 is usual")
+    need("ckpt_step", values["ckpt_step"] is None or values["ckpt_step"] >= 1, "must be at least 1")
     need(
-        "keep_every", not values["keep_every"] or values["keep_last"] > 0,
-        "has no effect without --keep-last, which keeps all; set that too",
+        "save_retain_interval", not values["save_retain_interval"] or values["keep_latest_k"] > 0,
+        "has no effect without --keep-latest-k, which keeps all; set that too",
     )  # fmt: skip
     for name in ("profile_step_start", "profile_step_end"):
         is_default = values[name] == settings()[name].default
@@ -99,7 +99,7 @@ def _range_problems(config: RunConfig) -> list[str]:
         first, last = values["profile_step_start"], values["profile_step_end"]
         need("profile_step_start", 1 <= first <= last, f"must lie between 1 and --profile-step-end {last}")
         need("profile_step_end", last <= values["train_iters"], f"exceeds --train-iters {values['train_iters']}")
-    for name in ("keep_last", "keep_every", "async_save", "profile"):
+    for name in ("keep_latest_k", "save_retain_interval", "async_save", "profile"):
         need(name, not values[name] or bool(values["save"]), "has no effect without --save; add it or remove this")
     need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
     need(
@@ -149,7 +149,7 @@ def _objective_problems(config: RunConfig) -> list[str]:
         value = getattr(diffusion, name)
         need(name, there or value == settings()[name].default, f"has no effect without {to}; remove it")
 
-    belongs("cart_p", diffusion.loss_weights == "cart", "--loss-weights cart")
+    belongs("cart_p", diffusion.loss_weighting == "cart", "--loss-weighting cart")
     need("cart_p", 0 < diffusion.cart_p <= 1, "must lie above 0 and be at most 1; 0.8 is Dream's")
     need(
         "mask_sampling", not is_block or diffusion.mask_sampling == "bernoulli",
@@ -160,10 +160,10 @@ def _objective_problems(config: RunConfig) -> list[str]:
     need("block_length", not is_block or diffusion.block_length >= 1, "--objective block needs at least 1 token")
     need("ar_loss_weight", 0 <= diffusion.ar_loss_weight < math.inf, "must be a finite number, not negative")
     need(
-        "loss_weights", not is_block or diffusion.loss_weights != "cart",
+        "loss_weighting", not is_block or diffusion.loss_weighting != "cart",
         "does not go with --objective block, whose blocks have another context; use mdlm or uniform",
     )  # fmt: skip
-    for name, owner in (("attention_annealing_steps", "annealing"), ("grafting_steps", "grafting")):
+    for name, owner in (("attention_annealing_iters", "annealing"), ("grafting_iters", "grafting")):
         belongs(name, conversion == owner, f"--conversion {owner}")
         need(name, conversion != owner or getattr(diffusion, name) >= 1, f"--conversion {owner} needs at least 1")
     need(

@@ -12,7 +12,7 @@ from megatron_a2d.config.settings import RunConfig, flag, settings
 
 # What exists in Transformer Engine alone, or in megatron.core on top of it.
 _NEEDS_TRANSFORMER_ENGINE = (
-    "fp8", "moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion",
+    "fp8_recipe", "moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion",
     "use_precision_aware_optimizer", "cuda_graph_impl", "delay_wgrad_compute",
 )  # fmt: skip
 _FOR_EXPERTS = (
@@ -33,7 +33,7 @@ def find_performance_problems(config: RunConfig, architecture: Architecture | No
 
 def isolates_documents(config: RunConfig) -> bool:
     """Whether there are samples in which not all tokens see one another."""
-    return config.data.document_attention == "isolated" or config.data.random_length_prob > 0
+    return config.data.reset_attention_mask or config.data.random_length_prob > 0
 
 
 def refuses_transformer_engine(config: RunConfig) -> str | None:
@@ -45,16 +45,16 @@ def refuses_transformer_engine(config: RunConfig) -> str | None:
     isolated, parallel = isolates_documents(config), config.parallel
     refused = (
         (
-            "isolated documents (--document-attention, --random-length-prob) and --micro-batch-size above 1",
+            "isolated documents (--reset-attention-mask, --random-length-prob) and --micro-batch-size above 1",
             isolated and config.training.micro_batch_size > 1,
         ),
         (
-            "isolated documents (--document-attention, --random-length-prob) and --context-parallel-size above 1",
+            "isolated documents (--reset-attention-mask, --random-length-prob) and --context-parallel-size above 1",
             isolated and parallel.context_parallel_size > 1,
         ),
         (
             "--reset-position-ids with documents that see one another",
-            config.data.reset_position_ids and config.data.document_attention == "open",
+            config.data.reset_position_ids and not config.data.reset_attention_mask,
         ),
         ("--conversion annealing", config.diffusion.conversion == "annealing"),
         ("--conversion grafting", config.diffusion.conversion == "grafting"),
@@ -84,7 +84,7 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
     full, selective = (performance.recompute_granularity == kind for kind in ("full", "selective"))
     precise = performance.use_precision_aware_optimizer
     for name, effective, needed in (
-        ("first_last_layers_bf16", performance.fp8 != "none", "--fp8"),
+        ("first_last_layers_bf16", performance.fp8_recipe != "none", "--fp8-recipe"),
         ("num_layers_at_start_in_bf16", performance.first_last_layers_bf16, "--first-last-layers-bf16"),
         ("num_layers_at_end_in_bf16", performance.first_last_layers_bf16, "--first-last-layers-bf16"),
         (
@@ -107,29 +107,29 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
 
 def _fp8_problems(config: RunConfig) -> Iterator[str]:
     performance, parallel = config.performance, config.parallel
-    if performance.fp8 == "none":
+    if performance.fp8_recipe == "none":
         if performance.fp8_param_gather:
-            yield "--fp8-param-gather: needs --fp8; set that too"
+            yield "--fp8-param-gather: needs --fp8-recipe; set that too"
         return
     if not config.training.bf16:
-        yield f"--fp8 {performance.fp8}: needs --bf16, in which all else is computed; add it"
-    if performance.fp8 == "delayed" and performance.first_last_layers_bf16:
+        yield f"--fp8-recipe {performance.fp8_recipe}: needs --bf16, in which all else is computed; add it"
+    if performance.fp8_recipe == "delayed" and performance.first_last_layers_bf16:
         yield (
             "--first-last-layers-bf16: delayed scaling collects its history over all layers alike (megatron.core "
-            "refuses the pair); use --fp8 tensorwise, blockwise or mxfp8"
+            "refuses the pair); use --fp8-recipe tensorwise, blockwise or mxfp8"
         )
     if performance.fp8_param_gather and not parallel.use_distributed_optimizer:
         yield "--fp8-param-gather: needs --use-distributed-optimizer, which holds the fp32 weights; add it"
     overlaps = parallel.overlap_grad_reduce and parallel.overlap_param_gather
-    if performance.fp8_param_gather and performance.fp8 in ("auto", "mxfp8") and not overlaps:
+    if performance.fp8_param_gather and performance.fp8_recipe in ("auto", "mxfp8") and not overlaps:
         yield (
-            f"--fp8-param-gather: with --fp8 {performance.fp8} the gathered weights lie in the gradients' buffer, and "
-            "without --overlap-grad-reduce and --overlap-param-gather that gives NaN; add both"
+            f"--fp8-param-gather: with --fp8-recipe {performance.fp8_recipe} the gathered weights lie in the "
+            "gradients' buffer, and without --overlap-grad-reduce and --overlap-param-gather that gives NaN; add both"
         )
     if performance.fp8_param_gather and performance.use_precision_aware_optimizer:
         yield "--fp8-param-gather: not with --use-precision-aware-optimizer, whose main weights it reads; drop one"
     for setting, sets_weights in (
-        ("--mask-embedding mean", config.diffusion.mask_embedding == "mean"),
+        ("--mask-token-init mean", config.diffusion.mask_token_init == "mean"),
         ("--conversion random", config.diffusion.conversion == "random"),
     ):
         if performance.fp8_param_gather and sets_weights:
@@ -144,8 +144,8 @@ def _memory_problems(config: RunConfig) -> Iterator[str]:
     if "moe_act" in modules and not performance.moe_grouped_gemm:
         yield "--recompute-modules moe_act: needs --moe-grouped-gemm; add that, or recompute moe"
     scaled_late = {"moe_act", "layernorm"} & set(modules)
-    if scaled_late and performance.fp8 == "delayed":
-        yield f"--recompute-modules {min(scaled_late)}: not with --fp8 delayed; use another scaling"
+    if scaled_late and performance.fp8_recipe == "delayed":
+        yield f"--recompute-modules {min(scaled_late)}: not with --fp8-recipe delayed; use another scaling"
     if performance.recompute_num_layers < 1:
         yield f"--recompute-num-layers {performance.recompute_num_layers}: must be at least 1"
     if performance.manual_gc_interval < 1:
@@ -210,17 +210,17 @@ def _graph_problems(config: RunConfig) -> Iterator[str]:
     if isolates_documents(config):
         yield (
             f"--cuda-graph-impl {impl}: documents that are isolated from one another change the kernels' sizes from "
-            "batch to batch; use --document-attention open without --random-length-prob, or none"
+            "batch to batch; use --reset-attention-mask open without --random-length-prob, or none"
         )
 
 
 def _engine_problems(config: RunConfig) -> Iterator[str]:
-    if config.training.transformer_impl == "portable":
+    if config.training.transformer_impl == "local":
         for name in needs_transformer_engine(config):
             yield f"{_shown(config, name)}: only Transformer Engine has it; use --transformer-impl auto, or remove it"
     elif refused := refuses_transformer_engine(config):
         if config.training.transformer_impl == "transformer_engine":
-            yield f"--transformer-impl transformer_engine: does not go with {refused}; use portable"
+            yield f"--transformer-impl transformer_engine: does not go with {refused}; use local"
         for name in needs_transformer_engine(config):
             yield f"{_shown(config, name)}: needs Transformer Engine, which does not go with {refused}; remove one"
 
@@ -249,7 +249,7 @@ def _single_expert_problems(config: RunConfig, architecture: Architecture) -> It
     performance, parallel = config.performance, config.parallel
     size, whole = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size == 1
     interleaves = performance.overlap_moe_expert_parallel_comm and parallel.moe_token_dispatcher_type == "alltoall"
-    if interleaves and size == architecture.num_experts and whole and performance.fp8 == "none":
+    if interleaves and size == architecture.num_experts and whole and performance.fp8_recipe == "none":
         yield (
             f"--overlap-moe-expert-parallel-comm: with --expert-model-parallel-size {size} a process has one expert, "
             "whose input megatron.core 0.16 frees too early; use a smaller one, or flex"
@@ -261,22 +261,23 @@ def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[st
     stage = max(1, architecture.num_layers // max(1, parallel.pipeline_model_parallel_size))
     if performance.recompute_granularity == "full" and performance.recompute_num_layers > stage:
         yield f"--recompute-num-layers {performance.recompute_num_layers}: a stage has {stage} layers; choose fewer"
-    if performance.fp8 == "none":
+    if performance.fp8_recipe == "none":
         return
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         count = getattr(performance, name)
         if performance.first_last_layers_bf16 and not 0 <= count <= stage:
             yield f"{flag(name)} {count}: must lie between 0 and the {stage} layers of a stage"
-    if performance.fp8_param_gather and performance.fp8 in ("auto", "mxfp8"):
+    if performance.fp8_param_gather and performance.fp8_recipe in ("auto", "mxfp8"):
         # Each weight begins at a multiple of 64 there; megatron.core 0.16 looks for it where the last one ended.
         for what, size in (("hidden size", architecture.hidden_size), ("head size", architecture.head_dim)):
             if size % 64:
                 yield (
-                    f"--fp8-param-gather: the {what}, {size}, is no multiple of 64, and with --fp8 {performance.fp8} "
-                    "weights would be read at wrong places of the gradients' buffer; drop it, or choose another --fp8"
+                    f"--fp8-param-gather: the {what}, {size}, is no multiple of 64, and with --fp8-recipe "
+                    f"{performance.fp8_recipe} weights would be read at wrong offsets of the gradients' buffer; drop "
+                    "it, or choose another --fp8-recipe"
                 )
     # Transformer Engine's FP8 products want multiples of 16 on every side; MXFP8 scales blocks of 32.
-    block = 32 if performance.fp8 in ("auto", "mxfp8") else 16
+    block = 32 if performance.fp8_recipe in ("auto", "mxfp8") else 16
     tp, etp = (max(1, n) for n in (parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size))
     pieces = max(1, parallel.context_parallel_size) * (tp if parallel.sequence_parallel else 1)
     tokens = config.training.micro_batch_size * config.data.seq_length // pieces
@@ -284,7 +285,7 @@ def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[st
     mlp = architecture.moe_intermediate_size // etp if architecture.is_moe else architecture.intermediate_size // tp
     # What sequence parallelism gathers must be whole blocks of 128 x 128 (Transformer Engine 2.12,
     # Float8BlockQuantizer.is_quantizable, asserted by its column-parallel layers).
-    gathers_blocks = performance.fp8 == "blockwise" and parallel.sequence_parallel
+    gathers_blocks = performance.fp8_recipe == "blockwise" and parallel.sequence_parallel
     gathered = 128 if gathers_blocks else block
     for what, size, multiple in (
         ("tokens of a micro-batch on a process", tokens, gathered),
@@ -295,7 +296,7 @@ def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[st
         if size % multiple:
             remedy = "leave out --sequence-parallel, or " if gathers_blocks and size % block == 0 else ""
             yield (
-                f"--fp8 {performance.fp8}: the {what}, {size}, is no multiple of {multiple}; "
+                f"--fp8-recipe {performance.fp8_recipe}: the {what}, {size}, is no multiple of {multiple}; "
                 f"{remedy}choose other sizes or none"
             )
 

@@ -31,7 +31,7 @@ AUTO_MAPS = {
 NUM_DIFFUSION_STEPS = 256
 # Of the training, what every export says; the rest only where it was used.
 _OF_ALL = ("objective", "label_shift", "noise_schedule", "document_attention")
-_NONE = Trained()._asdict()
+_NONE = Trained().as_exported()
 
 
 class Exported(NamedTuple):
@@ -160,7 +160,7 @@ def _training(kind: Format, model: Exported) -> dict[str, Any]:
     trained = model.trained
     if kind == "qwen3" and not trained.is_diffusion:
         return {}
-    facts = {name: value for name, value in trained._asdict().items() if name in _OF_ALL or value != _NONE[name]}
+    facts = {name: value for name, value in trained.as_exported().items() if name in _OF_ALL or value != _NONE[name]}
     if kind == "qwen3":
         facts["mask_token_id"] = model.architecture.mask_token_id
     return facts

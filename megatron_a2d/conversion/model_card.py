@@ -19,8 +19,8 @@ from megatron_a2d.utils.printable import one_line
 
 # The settings that make a recipe, in the order of the card.
 RECIPE = (
-    "objective", "loss_weights", "conversion", "noise_schedule", "time_sampling", "min_time", "label_shift",
-    "document_attention", "seq_length",
+    "objective", "loss_weighting", "conversion", "noise_schedule", "timestep_sampling", "min_timestep", "label_shift",
+    "reset_attention_mask", "seq_length",
     "global_batch_size", "lr", "min_lr", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "seed",
 )  # fmt: skip

@@ -31,12 +31,12 @@ def make_sample(
 ) -> MakeSample:
     """What the objective makes of a sample's tokens.
 
-    `for_training`: --random-length-prob, --loss-weights, --ar-loss-weight and --conversion are in force. Validation
+    `for_training`: --random-length-prob, --loss-weighting, --ar-loss-weight and --conversion are in force. Validation
     keeps samples whole, weighs them as the bound does, and lets tokens see what they will see in the finished model.
     """
     data, diffusion = config.data, config.diffusion
-    isolated = data.document_attention == "isolated"
-    visible = None if data.eod_maskable else _end_of_document(dataset)
+    isolated = data.reset_attention_mask
+    visible = _end_of_document(dataset) if data.eod_mask_loss else None
     cut_probability = data.random_length_prob if for_training else 0.0
     noise = None
     if diffusion.objective != "ar":
@@ -45,12 +45,12 @@ def make_sample(
             seed=noise_seed,
             mask_token_id=architecture.mask_token_id,
             schedule=diffusion.noise_schedule,
-            time_sampling=diffusion.time_sampling,
-            min_time=diffusion.min_time,
+            timestep_sampling=diffusion.timestep_sampling,
+            min_timestep=diffusion.min_timestep,
             label_shift=diffusion.label_shift,
             # Every validation masks as the likelihood bound has it, so that runs can be compared.
             mask_sampling=diffusion.mask_sampling if for_training else "bernoulli",
-            loss_weights=diffusion.loss_weights if for_training else "mdlm",
+            loss_weighting=diffusion.loss_weighting if for_training else "mdlm",
             cart_p=diffusion.cart_p,
         )
 
@@ -60,7 +60,7 @@ def make_sample(
         segments = attention_segments(documents if isolated else None, cut, len(tokens))
         if noise is None:
             sample = next_token(tokens, segments, visible)
-        elif for_training and index // config.training.global_batch_size < diffusion.grafting_steps:
+        elif for_training and index // config.training.global_batch_size < diffusion.grafting_iters:
             sample = without_loss(tokens, segments)
         elif diffusion.objective == "block":
             sample = corrupt_blocks(
@@ -76,7 +76,7 @@ def make_sample(
             sample = sample._replace(positions=None if positions is None else np.tile(positions, repeats))
         if for_training and diffusion.conversion == "annealing":
             iteration = index // config.training.global_batch_size  # bound at a resume, as the samples are
-            steps = diffusion.attention_annealing_steps
+            steps = diffusion.attention_annealing_iters
             sample = sample._replace(annealing=annealing_key_and_threshold(noise_seed, index, iteration, steps))
         return sample
 
@@ -87,14 +87,14 @@ def find_data_problems(config: RunConfig, files: Sequence[TokenFile]) -> Iterato
     """Settings that need documents, or their ends, in data that has none."""
     data = config.data
     flags = {
-        "--document-attention isolated": data.document_attention == "isolated",
+        "--reset-attention-mask": data.reset_attention_mask,
         "--reset-position-ids": data.reset_position_ids,
-        "--no-eod-maskable": not data.eod_maskable,
+        "--eod-mask-loss": data.eod_mask_loss,
     }
     if not (wanted := [name for name, is_set in flags.items() if is_set]):
         return
     one_document = [file for file in files if file.num_documents == 1 and not file.ends_documents()]
-    no_end = [file for file in files if not file.ends_documents()] if not data.eod_maskable else []
+    no_end = [file for file in files if not file.ends_documents()] if data.eod_mask_loss else []
     for file in dict.fromkeys([*one_document, *no_end]):
         if file.is_described and file.eod_token_id is not None and len(files) > 1:
             continue  # a source that is one document, beside others
@@ -131,7 +131,7 @@ def _end_of_document(dataset: Documents) -> int:
     token = dataset.eod_token_id()
     if token is None:
         raise UserError(
-            "--no-eod-maskable: the tokens' description (PREFIX.json) names no end-of-document token; tokenise with "
+            "--eod-mask-loss: the tokens' description (PREFIX.json) names no end-of-document token; tokenise with "
             "--append-eod, or leave the flag out"
         )
     return token

@@ -142,7 +142,7 @@ def mask_exact_count(noise: Noise, time: float, sample_index: int, maskable_L: n
     """Mask ceil(m(t) n) of n maskable tokens, uniformly chosen; returns (masked [L] bool, a masked token's weight).
 
     The weight 1 / (count * P(count)) makes the loss an unbiased estimate of the NELBO's terms for the counts that times
-    in [min_time, 1] reach; smaller counts are never drawn. Nothing is masked where no token is maskable.
+    in [min_timestep, 1] reach; smaller counts are never drawn. Nothing is masked where no token is maskable.
     """
     total = int(maskable_L.sum())
     masked_L = np.zeros(len(maskable_L), dtype=bool)
@@ -150,7 +150,7 @@ def mask_exact_count(noise: Noise, time: float, sample_index: int, maskable_L: n
         return masked_L, 0.0
     count = min(total, max(1, math.ceil(noise.functions.mask_probability(time) * total)))
     probability = _count_probability(noise, count, total)
-    if probability < _ROUNDING and count < total:  # the interval of this count's times ends at min_time
+    if probability < _ROUNDING and count < total:  # the interval of this count's times ends at min_timestep
         count += 1
         probability = _count_probability(noise, count, total)
     order = np.where(maskable_L, noise.uniforms(sample_index, len(maskable_L)), 2.0)
@@ -160,5 +160,5 @@ def mask_exact_count(noise: Noise, time: float, sample_index: int, maskable_L: n
 
 def _count_probability(noise: Noise, count: int, total: int) -> float:
     """The probability, over times, that exactly `count` of `total` tokens are masked."""
-    first, last = (max(noise.min_time, noise.functions.time(number / total)) for number in (count - 1, count))
-    return (last - first) / (1 - noise.min_time)
+    first, last = (max(noise.min_timestep, noise.functions.time(number / total)) for number in (count - 1, count))
+    return (last - first) / (1 - noise.min_timestep)

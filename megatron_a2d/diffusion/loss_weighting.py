@@ -29,9 +29,9 @@ def token_weights(
     noise: Noise, bound_weight: float, masked_L: np.ndarray, documents_L: np.ndarray | None = None
 ) -> np.ndarray:
     """The weight of each masked token, 0 elsewhere; [L] float32. `bound_weight`: the weight under mdlm."""
-    if noise.loss_weights == "mdlm":
+    if noise.loss_weighting == "mdlm":
         return masked_L * np.float32(bound_weight)
-    if noise.loss_weights == "uniform":
+    if noise.loss_weighting == "uniform":
         return masked_L * np.float32(1 / _mean_over_times(noise, _masked))
     weights_L = context(~masked_L, noise.cart_p, documents_L) / _mean_over_times(noise, _masked_and_visible)
     return (masked_L * weights_L).astype(np.float32)
@@ -59,13 +59,13 @@ def _masked_and_visible(probability: float) -> float:
 
 
 def _mean_over_times(noise: Noise, function: Callable[[float], float]) -> float:
-    return _quadrature(noise.schedule, noise.min_time, function)
+    return _quadrature(noise.schedule, noise.min_timestep, function)
 
 
 @lru_cache(maxsize=64)
-def _quadrature(schedule: str, min_time: float, function: Callable[[float], float]) -> float:
-    """The mean of function(m(t)) over t in [min_time, 1]."""
+def _quadrature(schedule: str, min_timestep: float, function: Callable[[float], float]) -> float:
+    """The mean of function(m(t)) over t in [min_timestep, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(64)
-    times = min_time + (1 - min_time) * (nodes + 1) / 2
+    times = min_timestep + (1 - min_timestep) * (nodes + 1) / 2
     values = [function(SCHEDULES[schedule].mask_probability(t)) for t in times]
     return float(np.dot(weights, values) / 2)

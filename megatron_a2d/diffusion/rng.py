@@ -21,7 +21,7 @@ from megatron_a2d.diffusion.noise_schedule import SCHEDULES, Schedule
 _INVERSE_GOLDEN_RATIO = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
 
-TIME_SAMPLINGS = ("low_discrepancy", "uniform")
+TIMESTEP_SAMPLINGS = ("low_discrepancy", "uniform")
 
 
 class Stream(enum.IntEnum):
@@ -48,32 +48,32 @@ class Noise:
     seed: int
     mask_token_id: int
     schedule: str = "linear"
-    time_sampling: str = "low_discrepancy"
-    min_time: float = 1e-3
+    timestep_sampling: str = "low_discrepancy"
+    min_timestep: float = 1e-3
     label_shift: bool = True
     mask_sampling: str = "bernoulli"
-    loss_weights: str = "mdlm"
+    loss_weighting: str = "mdlm"
     cart_p: float = 0.8
 
     def __post_init__(self) -> None:
-        assert self.schedule in SCHEDULES and self.time_sampling in TIME_SAMPLINGS
-        assert 0 < self.min_time < 1 and self.seed >= 0
+        assert self.schedule in SCHEDULES and self.timestep_sampling in TIMESTEP_SAMPLINGS
+        assert 0 < self.min_timestep < 1 and self.seed >= 0
 
     @property
     def functions(self) -> Schedule:
         return SCHEDULES[self.schedule]
 
     def time(self, sample_index: int) -> float:
-        """The diffusion time of a sample, in [min_time, 1].
+        """The diffusion time of a sample, in [min_timestep, 1].
 
         low_discrepancy: t_i = frac(u(seed) + i / phi). The samples of a batch have consecutive indices, so their times
         are evenly spread, whatever the batch size, the layout or the iteration at which a run resumes.
         """
-        if self.time_sampling == "uniform":
+        if self.timestep_sampling == "uniform":
             fraction = uniforms(self.seed, Stream.TIME, sample_index, 1)[0]
         else:
             fraction = ((_first_time(self.seed) + sample_index * _INVERSE_GOLDEN_RATIO) & _MASK_64) / 2.0**64
-        return self.min_time + (1 - self.min_time) * float(fraction)
+        return self.min_timestep + (1 - self.min_timestep) * float(fraction)
 
     def uniforms(self, sample_index: int, length: int) -> np.ndarray:
         """One number in [0, 1) for each position of a sample, [length] float64."""

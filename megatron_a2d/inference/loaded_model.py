@@ -39,7 +39,7 @@ class Opened:
     document_token_id: int | None = None
     # As it was trained; what held-out text is judged with unless told otherwise.
     noise_schedule: str = "linear"
-    document_attention: str = "open"
+    reset_attention_mask: bool = False
     # The public package's reserved slot holds it.
     pad_token_id: int = 0
     # Of a model of block diffusion.

@@ -1,7 +1,7 @@
 """Layer specs: of which modules megatron.core builds a transformer layer.
 
 Two implementations of the same layer, whose checkpoints are the same file: `transformer_engine` for GPUs,
-`portable` for any device. The attention mask is part of the spec, and the only difference between the
+`local` for any device. The attention mask is part of the spec, and the only difference between the
 autoregressive model and the diffusion model.
 """
 
@@ -33,7 +33,7 @@ from megatron_a2d.model.grafted_attention import GraftedSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention, RMSNorm
 from megatron_a2d.utils.errors import UserError
 
-Implementation = Literal["transformer_engine", "portable"]
+Implementation = Literal["transformer_engine", "local"]
 
 
 def choose_implementation(config: RunConfig) -> Implementation:
@@ -42,16 +42,16 @@ def choose_implementation(config: RunConfig) -> Implementation:
     refused = refuses_transformer_engine(config)
     available = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
     if wish == "transformer_engine" and refused:
-        raise UserError(f"--transformer-impl transformer_engine: does not go with {refused}; use portable")
-    if wish != "portable" and not refused and available:
+        raise UserError(f"--transformer-impl transformer_engine: does not go with {refused}; use local")
+    if wish != "local" and not refused and available:
         return "transformer_engine"
     missing = "package transformer_engine is not installed" if has_cuda() else "machine has no CUDA device"
     if wish == "transformer_engine":
-        raise UserError(f"--transformer-impl transformer_engine: this {missing}; use portable")
+        raise UserError(f"--transformer-impl transformer_engine: this {missing}; use local")
     if needed := needs_transformer_engine(config):
         reason = f"does not go with {refused}" if refused else f"this {missing}"
         raise UserError(f"{flag(name)}: needs Transformer Engine, but {reason}; remove it" for name in needed)
-    return "portable"
+    return "local"
 
 
 def notes(config: RunConfig, architecture: Architecture) -> list[str]:
@@ -70,7 +70,7 @@ def build_block_spec(
 ) -> TransformerBlockSubmodules:
     """The spec of the layers that this (virtual) pipeline stage builds, and of the final norm.
 
-    `grafts`: attention can be regressed on its causal form (portable layers only).
+    `grafts`: attention can be regressed on its causal form (local layers only).
     """
     mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if implementation == "transformer_engine":
@@ -96,7 +96,7 @@ def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType
 
 def _portable_layer(config: TransformerConfig, mask_type: AttnMaskType) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    # Transformer Engine fuses a norm into the linear layer that follows. The portable layer's norms are stored
+    # Transformer Engine fuses a norm into the linear layer that follows. The local layer's norms are stored
     # under those names, so that one checkpoint serves both.
     stored_as = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts is None:

@@ -115,7 +115,7 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
         apply_rope_fusion=performance.apply_rope_fusion,
         moe_grouped_gemm=grouped,
     )
-    if scaling := choose_scaling(performance.fp8, compute_capability(), cuda_version()):
+    if scaling := choose_scaling(performance.fp8_recipe, compute_capability(), cuda_version()):
         fields.update(
             fp8=scaling.format,
             fp8_recipe=scaling.recipe,
@@ -143,7 +143,7 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
             cuda_graph_warmup_steps=GRAPH_WARMUP_STEPS,
             **versions.graphed_parts(performance.cuda_graph_scope),
         )
-    if performance.cuda_graph_impl != "none" and performance.fp8 == "none":
+    if performance.cuda_graph_impl != "none" and performance.fp8_recipe == "none":
         # Else a graph is recorded as that of a step's first micro-batch, and every later one, with fused accumulation,
         # replaces the gradients of those before it (Transformer Engine's pull request 2715).
         fields["disable_parameter_transpose_cache"] = True

@@ -32,7 +32,7 @@ class LayerActivations(NamedTuple):
 
 def layer_activations(job: Job) -> LayerActivations:
     """Of the layers that --transformer-impl chooses on a GPU."""
-    if job.transformer_impl == "portable":
+    if job.transformer_impl == "local":
         return LayerActivations(
             _portable_attention(job), _portable_norm(job, "pre_mlp_layernorm") | _mlp(job), _experts(job)
         )
@@ -52,7 +52,7 @@ def _cuts_queries(job: Job) -> bool:
 
 def _input_bytes(job: Job) -> int:
     """Of a value that goes into a matrix product: FP8 products keep one byte."""
-    return 1 if job.fp8 != "none" else job.number_bytes
+    return 1 if job.fp8_recipe != "none" else job.number_bytes
 
 
 def _norm(job: Job, name: str) -> dict[str, float]:
@@ -73,7 +73,7 @@ def _attention(job: Job) -> dict[str, float]:
         "attention, log-sum-exp": rows * queries / job.architecture.head_dim * FLOAT,
         "attention, output": rows * queries * number,
     }
-    return kept if job.fp8 == "none" else kept | {"attention, output in FP8": rows * queries}
+    return kept if job.fp8_recipe == "none" else kept | {"attention, output in FP8": rows * queries}
 
 
 def _portable_norm(job: Job, name: str) -> dict[str, float]:

@@ -127,7 +127,7 @@ def logit_bytes(job: Job) -> float:
 
 def fp8_copy_bytes(job: Job) -> float:
     """FP8 weights of the layers, kept by rows and by columns beside the bf16 ones for all micro-batches of a step."""
-    if job.fp8 == "none":
+    if job.fp8_recipe == "none":
         return 0.0
     # With FP8 parameters the copies are the weights: bf16 ones are not held beside them.
     return stage_values(job, 0).of_matrices * (2 - (job.number_bytes if job.fp8_param_gather else 0))

@@ -66,7 +66,7 @@ def _sizes(job: Job) -> _Sizes:
         job.num_virtual_stages_per_pipeline_rank,
         job.expert_model_parallel_size,
         job.expert_tensor_parallel_size,
-        job.transformer_impl == "portable" and job.moe_grouped_gemm,
+        job.transformer_impl == "local" and job.moe_grouped_gemm,
     )
 
 

@@ -108,7 +108,7 @@ def _weight_traffic(job: Job) -> float:
         values += 3 * a.hidden_size * a.moe_intermediate_size * a.num_experts / ranks
     else:
         values += 3 * a.hidden_size * a.intermediate_size / job.tensor_model_parallel_size
-    weight, gradient = (2 if job.fp8 == "none" else 1), (4 if job.grad_reduce_in_fp32 else 2)
+    weight, gradient = (2 if job.fp8_recipe == "none" else 1), (4 if job.grad_reduce_in_fp32 else 2)
     return values * (2 * weight + 2 * gradient)
 
 
@@ -186,7 +186,7 @@ def _memory_traffic(job: Job) -> float:
     values += tokens * (queries + keys) * (2 * 2 + 2 * 3)  # norms and rotation of queries and keys
     values += tokens * (queries + 2 * keys) * 4  # cutting them apart, and together again
     # Casts to FP8 read two bytes and write two, by rows and by columns: products' inputs, and their outputs' gradients.
-    casts = 0.0 if job.fp8 == "none" or job.fused_kernels else 2.0
+    casts = 0.0 if job.fp8_recipe == "none" or job.fused_kernels else 2.0
     values += casts * (2 * between * a.hidden_size + tokens * (2 * queries + 2 * keys))
     if not a.is_moe:
         width = a.intermediate_size / tp
@@ -237,7 +237,7 @@ def layer_time(job: Job, cluster: Cluster, use: Efficiencies) -> LayerTime:
     work = layer_work(job, cluster.nvlink_domain)
     nvlink, network = cluster.nvlink_gb_per_s * 1e9 * use.nvlink, cluster.network_gb_per_s * 1e9 * use.network
     rate, efficiency = cluster.bf16_tflops, use.matmul_bf16
-    if job.fp8 != "none":
+    if job.fp8_recipe != "none":
         rate, efficiency = cluster.fp8_tflops, use.matmul_fp8
     seconds = [
         work.matmul / (rate * 1e12 * efficiency),

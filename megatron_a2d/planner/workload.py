@@ -38,7 +38,7 @@ class Job:
     overlap_param_gather: bool = False
     moe_token_dispatcher_type: str = "alltoall"
     moe_grouped_gemm: bool = True
-    fp8: str = "none"
+    fp8_recipe: str = "none"
     fp8_param_gather: bool = False
     recompute_granularity: str = "none"
     recompute_modules: tuple[str, ...] = ()
@@ -133,9 +133,9 @@ class Job:
 def job_of(
     config: RunConfig, architecture: Architecture, world_size: int, cluster: Cluster | None = None, **changes: Any
 ) -> Job:
-    """The job that a run's settings describe; `changes` are fields of `Job`. --fp8 auto is the cluster's kind.
+    """The job that a run's settings describe; `changes` are fields of `Job`. --fp8-recipe auto is the cluster's kind.
 
-    UserError where the cluster's GPUs lack what --fp8 names.
+    UserError where the cluster's GPUs lack what --fp8-recipe names.
     """
     known = {
         name: getattr(getattr(config, settings()[name].group), name)
@@ -146,6 +146,6 @@ def job_of(
     # As model/transformer_config.py has it.
     job = dataclasses.replace(job, overlap_p2p_comm=job.num_virtual_stages_per_pipeline_rank > 1)
     if cluster is None:
-        return dataclasses.replace(job, fp8="mxfp8") if job.fp8 == "auto" else job
-    scaling = choose_scaling(job.fp8, cluster.capability)
-    return dataclasses.replace(job, fp8=scaling.recipe if scaling else "none")
+        return dataclasses.replace(job, fp8_recipe="mxfp8") if job.fp8_recipe == "auto" else job
+    scaling = choose_scaling(job.fp8_recipe, cluster.capability)
+    return dataclasses.replace(job, fp8_recipe=scaling.recipe if scaling else "none")

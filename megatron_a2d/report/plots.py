@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_a2d.config.renamed import modernise_record
 from megatron_a2d.report.figures import figure, plain_label
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import ParseError, parse_json
@@ -86,7 +87,7 @@ def _cut_grafting(records: list[Record]) -> None:
     """Logs once held the error of grafting as `loss`, and no accuracy as 0: such numbers are taken out."""
     starts = [record for record in records if record["kind"] == "start"]
     settings = starts[-1].get("settings") if starts else None
-    steps = settings.get("grafting_steps", 0) if isinstance(settings, dict) else 0
+    steps = modernise_record(settings).get("grafting_iters", 0) if isinstance(settings, dict) else 0
     steps = steps if isinstance(steps, int) else 0
     train = sorted((record for record in records if record["kind"] == "train"), key=lambda record: record["iteration"])
     for before, record in zip([None, *train], train, strict=False):

@@ -32,7 +32,8 @@ STUDIES = {
 
 # Measurements make samples of their own (with holes, with facts, with other times), to which these do not apply.
 _NOT_MEASURED = (
-    "document_attention", "reset_position_ids", "random_length_prob", "eod_maskable", "loss_weights", "mask_sampling",
+    "reset_attention_mask", "reset_position_ids", "random_length_prob", "eod_mask_loss", "loss_weighting",
+    "mask_sampling",
 )  # fmt: skip
 
 MOST_RUNS = 1000  # of a kind, and at once
@@ -111,9 +112,9 @@ def _check(base: RunConfig, seeds: int, jobs: int) -> None:
         problems.append("--load: is missing; give the autoregressive checkpoint that the study starts from")
     if not (base.data.valid_data_path or base.data.data_mixture):
         problems.append("--valid-data-path: is missing; a study judges its runs by held-out text")
-    if base.training.load_iteration is not None:
+    if base.training.ckpt_step is not None:
         problems.append(
-            f"--load-iteration {base.training.load_iteration}: a study begins with one checkpoint and its runs resume "
+            f"--ckpt-step {base.training.ckpt_step}: a study begins with one checkpoint and its runs resume "
             "with their own; give the iteration's directory to --load"
         )
     for name in _NOT_MEASURED:

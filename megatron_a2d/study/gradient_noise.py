@@ -49,7 +49,7 @@ class BatchTimes(Noise):
         else:
             assert self.scheme == "stratified", self.scheme
             fraction = (uniforms(self.seed, Stream.STUDY_TIME, batch, 1)[0] + place / self.batch_size) % 1.0
-        return self.min_time + (1 - self.min_time) * float(fraction)
+        return self.min_timestep + (1 - self.min_timestep) * float(fraction)
 
 
 class _Sums:
@@ -114,7 +114,7 @@ def _make(opened: OpenedRun, replicate: int, batch_size: int, scheme: str, mask_
         seed=opened.config.data.seed + replicate,
         mask_token_id=opened.architecture.mask_token_id,
         schedule=diffusion.noise_schedule,
-        min_time=diffusion.min_time,
+        min_timestep=diffusion.min_timestep,
         label_shift=diffusion.label_shift,
         scheme=scheme,
         batch_size=batch_size,

@@ -43,7 +43,7 @@ def resolved(base: RunConfig, job: Job) -> dict[str, Any]:
 
     Every branch begins with its start's weights and a new optimizer, and is judged at its end: one checkpoint will do.
     """
-    return {**base.to_dict(), "finetune": True, "keep_last": base.training.keep_last or 1, **job.settings}
+    return {**base.to_dict(), "finetune": True, "keep_latest_k": base.training.keep_latest_k or 1, **job.settings}
 
 
 def scaled_batch(base: RunConfig, factor: float, largest: int = 1) -> dict[str, Any]:

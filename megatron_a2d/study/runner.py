@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from megatron_a2d.checkpoint.directory import latest_iteration
+from megatron_a2d.config.renamed import modernise_record
 from megatron_a2d.config.settings import RunConfig, settings
 from megatron_a2d.report.plots import read_log
 from megatron_a2d.study.jobs import BASE, Job, Measure, resolved
@@ -34,10 +35,10 @@ from megatron_a2d.utils.errors import UserError
 # Settings that say where things lie and how they are shown: a job may be moved, watched and spread over processes.
 _FREE = (
     "load", "save", "train_data_path", "valid_data_path", "data_mixture", "num_workers", "distributed_timeout_minutes",
-    "keep_last", "keep_every", "async_save", "save_interval",
+    "keep_latest_k", "save_retain_interval", "async_save", "save_interval",
 )  # fmt: skip
 
-_NO_SAVES = {"keep_last": 0, "keep_every": 0, "async_save": False}  # they have no effect without --save
+_NO_SAVES = {"keep_latest_k": 0, "save_retain_interval": 0, "async_save": False}  # they have no effect without --save
 
 
 class Runner:
@@ -124,7 +125,7 @@ class Runner:
             path = self._out / job.name / "settings.json"
             if not path.exists():
                 continue
-            then, now = read_json(path, "the job's settings"), self._settings(job)
+            then, now = modernise_record(read_json(path, "the job's settings")), self._settings(job)
             for name, value in now.items():
                 was = then.get(name, settings()[name].default)  # a setting may be younger than the job
                 if was != value and name not in _FREE:

@@ -1,7 +1,7 @@
 """Checkpoints of model and optimizer that load under any layout (megatron.core's torch_dist format).
 
 A checkpoint is written beside its final name, manifest last, and renamed when it is complete; then the tracker file
-is made to name it, and older ones are removed as --keep-last says.
+is made to name it, and older ones are removed as --keep-latest-k says.
 """
 
 from __future__ import annotations
@@ -116,16 +116,16 @@ class Save:
 
 
 def remove_old(training: TrainingConfig, newest: int) -> None:
-    """Remove from --save what --keep-last and --keep-every do not keep; `newest` is complete and stays.
+    """Remove from --save what --keep-latest-k and --save-retain-interval do not keep; `newest` is complete and stays.
 
     Iterations beyond `newest` are of a part of the run that was given up: they are neither counted nor removed.
     """
-    if not training.keep_last:
+    if not training.keep_latest_k:
         return
     assert training.save is not None
     root = Path(training.save)
-    for iteration in [other for other in list_iterations(root) if other <= newest][: -training.keep_last]:
-        if training.keep_every and iteration % training.keep_every == 0:
+    for iteration in [other for other in list_iterations(root) if other <= newest][: -training.keep_latest_k]:
+        if training.save_retain_interval and iteration % training.save_retain_interval == 0:
             continue
         # Renamed first: whatever happens in between, no half of it bears a checkpoint's name.
         doomed = partial_path(root / directory_name(iteration))
@@ -309,7 +309,7 @@ class SaveSchedule:
             try:
                 remove_old(self._config.training, save.iteration)
             except OSError as error:
-                self._log.say(f"warning: --keep-last: an old checkpoint could not be removed ({error})")
+                self._log.say(f"warning: --keep-latest-k: an old checkpoint could not be removed ({error})")
 
     def _failed(self, error: SaveError, iteration: int, last: bool) -> None:
         self._log.event("save_error", iteration=iteration, error=str(error))

@@ -5,7 +5,7 @@
                layer after the other is swapped in, and those behind it regress on what they will be fed.
     N ..       the model is bidirectional, and is trained as any other.
 
-N is --grafting-steps. The old operators' weights are those of the checkpoint in --load: a run that resumes before N
+N is --grafting-iters. The old operators' weights are those of the checkpoint in --load: a run that resumes before N
 reads them there again, so that checkpoints hold nothing but the model.
 """
 

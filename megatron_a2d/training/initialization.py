@@ -101,7 +101,7 @@ def begin(
         grafting = Grafting()
     else:
         grafting = _load(state, config, architecture, directory, weights_only)
-    if weights_only and diffusion.mask_embedding == "mean":
+    if weights_only and diffusion.mask_token_init == "mean":
         assert architecture.mask_token_id is not None
         set_to_mean(state, architecture.mask_token_id)
     return grafting
@@ -111,12 +111,12 @@ def _load(
     state: TrainState, config: RunConfig, architecture: Architecture, directory: Path, weights_only: bool
 ) -> Grafting:
     diffusion, source = config.diffusion, config.training.load
-    grafting = Grafting(diffusion.grafting_steps, architecture.num_layers)
+    grafting = Grafting(diffusion.grafting_iters, architecture.num_layers)
     unfinished = grafting.is_active(0 if weights_only else iteration_of(directory))
     if unfinished and not weights_only:
         if not source:
             raise UserError(
-                f"--load: is missing; {directory} lies before the end of --grafting-steps {diffusion.grafting_steps}, "
+                f"--load: is missing; {directory} lies before the end of --grafting-iters {diffusion.grafting_iters}, "
                 "which needs the checkpoint that the run started from; give it again"
             )
         load_checkpoint(state, resolve(source), weights_only=True)

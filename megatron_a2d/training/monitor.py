@@ -62,7 +62,7 @@ class Monitor:
             mask = architecture.mask_token_id if config.diffusion.objective != "ar" else None
             self._routers = RouterCounts(state.models, mask)
         self._small = _small_batch(config)
-        self._grafting_steps = config.diffusion.grafting_steps
+        self._grafting_iters = config.diffusion.grafting_iters
         self._batch_size = config.training.global_batch_size
         self._noise, self._signal = 0.0, 0.0
         self._drift: Drift | None = None
@@ -89,7 +89,7 @@ class Monitor:
         """
         self._values = {}
         # What attention is regressed with is no gradient of the objective.
-        grafts = self._state.iteration < self._grafting_steps
+        grafts = self._state.iteration < self._grafting_iters
         small = self._small_gradient(micro_batches) if self._small and not grafts else None
         with self._routers.counting() if self._routers else nullcontext():
             yield

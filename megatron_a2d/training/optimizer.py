@@ -46,7 +46,7 @@ def role_of(name: str, tied: bool = False) -> str:
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], tied: bool) -> MegatronOptimizer:
     """The optimizer over all of this rank's model chunks."""
     settings, performance = config.optimization, config.performance
-    scaling = choose_scaling(performance.fp8, compute_capability(), cuda_version())
+    scaling = choose_scaling(performance.fp8_recipe, compute_capability(), cuda_version())
     precise = performance.use_precision_aware_optimizer
     scales = _tag_learning_rates(chunks, settings.lr_mult, tied)
     return get_megatron_optimizer(

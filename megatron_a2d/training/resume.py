@@ -2,12 +2,12 @@
 
 A resumed run must be the run that was stopped. Its settings fall in three kinds:
 
-bound    what decides samples and noise (seed, seq_length, document_attention, reset_position_ids, random_length_prob,
-         eod_maskable, global_batch_size, and what the tokens are: train_data_fingerprint), the objective (all diffusion
-         settings), and the numbers' type (bf16): another value is an error.
-noted    the optimizer's settings, fp8 and the layers that are kept in bf16, routing that is forced to be even, and
-         train_iters hold from now on, as the learning rate of a run that is mended must; a change is told. Where a role
-         was frozen (--lr-mult ROLE=0) and is not any longer, its moments begin at zero: the checkpoint has none.
+bound    what decides samples and noise (seed, seq_length, reset_attention_mask, reset_position_ids, random_length_prob,
+         eod_mask_loss, global_batch_size, and what the tokens are: train_data_fingerprint), the objective (all
+         diffusion settings), and the numbers' type (bf16): another value is an error.
+noted    the optimizer's settings, fp8_recipe and the layers that are kept in bf16, routing that is forced to be even,
+         and train_iters hold from now on, as the learning rate of a run that is mended must; a change is told. Where a
+         role was frozen (--lr-mult ROLE=0) and is not any longer, its moments begin at zero: the checkpoint has none.
 free     the layout, micro_batch_size, intervals, paths, workers, what is verified.
 """
 
@@ -51,7 +51,7 @@ BOUND = (
 )  # fmt: skip
 # train_iters is the length of the learning rate's decay.
 NOTED = (
-    "train_iters", "fp8", "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+    "train_iters", "fp8_recipe", "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
     "moe_router_force_load_balancing",
     *(item.name for item in dataclasses.fields(OptimizationConfig)),
 )  # fmt: skip
@@ -78,13 +78,13 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
 
     if own := list_iterations(training.save) if training.save else []:
         assert training.save is not None
-        directory = _own_start(Path(training.save), own, training.load_iteration, damage, report)
+        directory = _own_start(Path(training.save), own, training.ckpt_step, damage, report)
         weights_only = False
     elif training.load:
         wanted = Path(training.load)
-        if training.load_iteration is not None:
-            _need_iteration("--load", wanted, list_iterations(wanted), training.load_iteration)
-            wanted /= directory_name(training.load_iteration)
+        if training.ckpt_step is not None:
+            _need_iteration("--load", wanted, list_iterations(wanted), training.ckpt_step)
+            wanted /= directory_name(training.ckpt_step)
         directory = resolve(wanted)
         if problems := damage(directory):
             raise UserError(f"{problem}; restore the file, or use another iteration" for problem in problems)
@@ -155,7 +155,7 @@ def _own_start(
     if wanted is not None:
         _need_iteration("--save", save, iterations, wanted)
         if problems := damage(save / directory_name(wanted)):
-            raise UserError(f"{problem}; leave out --load-iteration {wanted}" for problem in problems)
+            raise UserError(f"{problem}; leave out --ckpt-step {wanted}" for problem in problems)
         return save / directory_name(wanted)
     latest = latest_iteration(save)
     # Without a tracker the run ended before its first one was written. What lies beyond it was set aside by hand.
@@ -177,7 +177,7 @@ def _own_start(
 def _need_iteration(name: str, root: Path, there: list[int], wanted: int) -> None:
     if wanted not in there:
         held = ", ".join(map(str, there)) or "no iteration"
-        raise UserError(f"--load-iteration {wanted}: {name} {root} holds {held}; choose one of its iterations")
+        raise UserError(f"--ckpt-step {wanted}: {name} {root} holds {held}; choose one of its iterations")
 
 
 def _damage(directory: Path, checksums: bool) -> list[str]:

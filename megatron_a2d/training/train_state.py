@@ -113,7 +113,7 @@ def build_train_state(architecture: Architecture, config: RunConfig) -> TrainSta
     models = [build_model(architecture, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
     performance, scaling = (
         config.performance,
-        choose_scaling(config.performance.fp8, compute_capability(), cuda_version()),
+        choose_scaling(config.performance.fp8_recipe, compute_capability(), cuda_version()),
     )
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=performance.grad_reduce_in_fp32,

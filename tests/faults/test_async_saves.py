@@ -22,7 +22,7 @@ def test_training_goes_on_while_chunks_are_written(trained: dict[str, Any], pool
     assert held[0]["newest_when_released"] == [None]
     assert list_iterations(tmp_path / "run") == [2, 4]
     assert all(check_manifest(tmp_path / "run" / name) == [] for name in ("iter_0000002", "iter_0000004"))
-    again = {**settings, "load": str(tmp_path / "run"), "load_iteration": 2, "save": str(tmp_path / "again")}
+    again = {**settings, "load": str(tmp_path / "run"), "ckpt_step": 2, "save": str(tmp_path / "again")}
     resumed = pool.run("run", 2, settings=again)
     for rank, expected in zip(resumed, trained["results"], strict=True):
         assert rank["start"] == 2 and rank["losses"] == expected["losses"][2:]

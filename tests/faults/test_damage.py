@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     trained: dict[str, Any], pool: Pool, tmp_path: Path, exactness: Exactness
 ) -> None:
     """The newest has a flipped bit, the next a truncated file, the next lacks one: the run resumes from the one before those
-    and ends with the same weights, bit by bit. One that is asked for by --load-iteration is an error instead."""
+    and ends with the same weights, bit by bit. One that is asked for by --ckpt-step is an error instead."""
     settings = copy_of(trained, tmp_path)
     root = Path(settings["save"])
     flip_a_bit(root / "iter_0000004" / "__1_0.distcp")
@@ -55,8 +55,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert len(said) == 3 and "iter_0000004/__1_0.distcp: is damaged" in said[0]
     assert "iter_0000003/__0_0.distcp: has" in said[1] and "iter_0000002/hf/tokenizer.json: is missing" in said[2]
     for number in (4, 3, 2):
-        with pytest.raises(UserError, match=f"iter_000000{number}.*leave out --load-iteration {number}"):
-            find_start(build(SETTINGS | settings | {"load_iteration": number}))
+        with pytest.raises(UserError, match=f"iter_000000{number}.*leave out --ckpt-step {number}"):
+            find_start(build(SETTINGS | settings | {"ckpt_step": number}))
     resumed = pool.run("run", 2, settings=settings)
     for before, after in zip(trained["results"], resumed, strict=True):
         assert after["start"] == 1 and after["losses"] == before["losses"][1:]
@@ -68,12 +68,12 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 def test_old_checkpoints_are_removed(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
-    """Of iterations 1 to 5 the last two stay, and with --keep-every 2 the even ones. The run's own start is removed while
+    """Of iterations 1 to 5 the last two stay, and with --save-retain-interval 2 the even ones. The run's own start is removed while
     it goes on: the model's files still reach every later checkpoint."""
     case = cases["moe"]
     settings = {**case.settings, "load": case.checkpoint, "save": str(tmp_path / "run"), "save_interval": 1}
     pool.run("run", 1, settings={**settings, "train_iters": 1})
-    pool.run("run", 1, settings={**settings, "train_iters": 5, "keep_last": 2, "keep_every": 2})
+    pool.run("run", 1, settings={**settings, "train_iters": 5, "keep_latest_k": 2, "save_retain_interval": 2})
     assert list_iterations(tmp_path / "run") == [2, 4, 5]
     assert check_manifest(tmp_path / "run" / "iter_0000005") == []
     assert (tmp_path / "run" / "iter_0000005" / "hf" / "config.json").exists()
@@ -87,7 +87,7 @@ def test_settings_that_are_bound(trained: dict[str, Any]) -> None:
     assert differences(build(settings), directory) == []
     values = build(settings).to_dict()
     others: dict[str, Any] = {
-        "noise_schedule": "cosine", "time_sampling": "uniform", "objective": "ar", "document_attention": "isolated",
+        "noise_schedule": "cosine", "timestep_sampling": "uniform", "objective": "ar", "reset_attention_mask": True,
     }  # fmt: skip
     for name in BOUND:
         if name == "train_data_fingerprint":  # tests/unit/test_bad_data.py
@@ -98,7 +98,7 @@ def test_settings_that_are_bound(trained: dict[str, Any]) -> None:
         (line,) = differences(build({**settings, name: others[name]}), directory)
         assert line.startswith(f"--{name.replace('_', '-')} ") and "--finetune" in line
     free = {"tensor_model_parallel_size": 2, "micro_batch_size": 2, "train_iters": 99, "train_data_path": "moved",
-            "eval_interval": 3, "num_workers": 2, "keep_last": 1, "use_distributed_optimizer": False}  # fmt: skip
+            "eval_interval": 3, "num_workers": 2, "keep_latest_k": 1, "use_distributed_optimizer": False}  # fmt: skip
     assert differences(build({**settings, **free}), directory) == []
     told: list[str] = []
     mended = {**settings, "lr": 5e-3, "lr_mult": {"mlp": 0.5}}

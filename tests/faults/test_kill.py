@@ -72,7 +72,7 @@ class Run:
     def __init__(self, root: Path, layout: dict[str, Any]):
         settings = {
             "load": str(root / "checkpoint"), "train_data_path": str(root / "tokens"), "train_iters": TRAIN_ITERS,
-            "save_interval": SAVE_INTERVAL, "log_interval": 1, "keep_last": 1, "lr_warmup_iters": 3, **layout,
+            "save_interval": SAVE_INTERVAL, "log_interval": 1, "keep_latest_k": 1, "lr_warmup_iters": 3, **layout,
         }  # fmt: skip
         self.save, self.slowest, self.survivors = root / "killed", 0.0, 0
         self.interval = SAVE_INTERVAL * (2 if layout.get("async_save") else 1)

@@ -149,7 +149,7 @@ def test_no_file_of_a_run_is_unpickled(name: str, trained: dict[str, Any], tmp_p
     (tmp_path / name).write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
     if "iter_" in name and not name.endswith("manifest.json"):
         write_manifest(tmp_path / "run" / "iter_0000004")
-    settings["load_iteration"] = None if name.endswith(".txt") else 4
+    settings["ckpt_step"] = None if name.endswith(".txt") else 4
     with pytest.raises(UserError):
         check_run(build(SETTINGS | settings), 2)
     assert not (tmp_path / "owned").exists()

@@ -46,7 +46,7 @@ CONVERSION = ("--workers 1", "--dtype bf16", "--allow-nonfinite")
 RUN = (
     "--lr 1e-4", "--train-iters 4", "--seed 3", "--lr-mult mlp=0.5", "--num-workers 0", "--objective block",
     "--block-length 4", "--valid-data-path {tokens}", "--config {recipe}", "--data-mixture {mixture}", "--world-size 8",
-    "--tensor-model-parallel-size 2", "--micro-batch-size 2", "--load-iteration 2", "--cluster {cluster}", "--save {run}",
+    "--tensor-model-parallel-size 2", "--micro-batch-size 2", "--ckpt-step 2", "--cluster {cluster}", "--save {run}",
     "--expert-model-parallel-size 2", "--model {hf}", "--settings-only", "--bf16", "--cuda-graph-scope attn",
 )  # fmt: skip
 COMMANDS = {

@@ -33,21 +33,21 @@ def distance(one: Run, other: Run) -> float:
 
 @pytest.mark.parametrize("kind", ["dense", "dense_tied", "moe"])
 def test_implementations_agree(kind: str, models: dict[str, Model], record: Record) -> None:
-    portable = train(models[kind], 3, transformer_impl="portable")
+    portable = train(models[kind], 3, transformer_impl="local")
     engine = train(models[kind], 3, **ENGINE_SETTINGS)
     # Permutation is triton's, which wants a compiler.
     fused = {**FUSED, **({"moe_permute_fusion": can_compile(), "moe_router_fusion": True} if kind == "moe" else {})}
     distances = {"plain": distance(engine, portable), "fused": distance(train(models[kind], 3, **fused), portable)}
     for name, value in distances.items():
         record(name, value)
-    control = distance(train(models[kind], 3, transformer_impl="portable", objective="ar"), portable)
+    control = distance(train(models[kind], 3, transformer_impl="local", objective="ar"), portable)
     assert max(distances.values()) < 0.02 < control, (distances, control)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_a_checkpoint_serves_both(kind: str, models: dict[str, Model], tmp_path: Path, record: Record) -> None:
     """Saved under one with optimizer state, loaded under the other: the next steps are those of the unbroken run."""
-    plain = {"transformer_impl": "portable"}
+    plain = {"transformer_impl": "local"}
     for name, first, second in (("portable to engine", plain, FUSED), ("engine to portable", FUSED, plain)):
         path = tmp_path / name.replace(" ", "_")
         whole = train(models[kind], 4, **first)
@@ -71,16 +71,16 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_isolated_documents_as_packed_sequences(models: dict[str, Model], record: Record) -> None:
-    settings = {"document_attention": "isolated", "micro_batch_size": 1}
-    portable = train(models["dense"], 2, transformer_impl="portable", **settings)
+    settings = {"reset_attention_mask": True, "micro_batch_size": 1}
+    portable = train(models["dense"], 2, transformer_impl="local", **settings)
     record("distance", found := distance(train(models["dense"], 2, **ENGINE_SETTINGS, **settings), portable))
-    open_ones = train(models["dense"], 2, transformer_impl="portable", micro_batch_size=1)
+    open_ones = train(models["dense"], 2, transformer_impl="local", micro_batch_size=1)
     assert found < 0.02 and distance(open_ones, portable) > 1e-4
 
 
 def test_grouped_experts_equal_one_by_one(models: dict[str, Model], record: Record) -> None:
-    grouped = train(models["moe"], 3, transformer_impl="portable")
-    one_by_one = train(models["moe"], 3, transformer_impl="portable", moe_grouped_gemm=False)
+    grouped = train(models["moe"], 3, transformer_impl="local")
+    one_by_one = train(models["moe"], 3, transformer_impl="local", moe_grouped_gemm=False)
     record("distance", found := distance(grouped, one_by_one))
     assert found < 0.01
 
@@ -143,7 +143,7 @@ def test_fp8_learns_as_bf16_does(scaling: str, models: dict[str, Model], record:
     """200 steps: the mean loss of the last 40 is bf16's, within 2%; and both have learnt."""
     steps = 10 if REHEARSAL else 200
     bf16 = _curve(models["dense"], steps)
-    fp8 = train(models["dense"], steps, fp8=scaling, **FUSED).losses
+    fp8 = train(models["dense"], steps, fp8_recipe=scaling, **FUSED).losses
     last, reference = (statistics.mean(curve[-steps // 5 :]) for curve in (fp8, bf16))
     record("bf16", bf16)
     record("fp8", fp8)
@@ -163,7 +163,7 @@ def _curve(model: Model, steps: int) -> list[float]:
 
 
 def test_fp8_experts(models: dict[str, Model], record: Record) -> None:
-    fp8 = {"fp8": "auto", "first_last_layers_bf16": True}
+    fp8 = {"fp8_recipe": "auto", "first_last_layers_bf16": True}
     found = distance(train(models["moe"], 3, **FUSED, **fp8), train(models["moe"], 3, **FUSED))
     record("distance", found)
     assert (REHEARSAL or found > 0) and found < 0.1
@@ -172,7 +172,7 @@ def test_fp8_experts(models: dict[str, Model], record: Record) -> None:
 def test_fp8_weights_survive_a_checkpoint(models: dict[str, Model], tmp_path: Path, record: Record) -> None:
     """--fp8-param-gather: a resumed run goes on as the unbroken one, and what is exported is in bf16."""
     settings = {
-        **FUSED, "fp8": "auto", "fp8_param_gather": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
+        **FUSED, "fp8_recipe": "auto", "fp8_param_gather": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
         "overlap_param_gather": True,
     }  # fmt: skip
     whole = train(models["dense"], 4, **settings)

@@ -35,7 +35,7 @@ VPP = {**PP, "num_virtual_stages_per_pipeline_rank": 2}
 ETP = {"expert_tensor_parallel_size": 2, "moe_token_dispatcher_type": "allgather"}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 OVERLAP = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
-ISOLATED = {"document_attention": "isolated"}
+ISOLATED = {"reset_attention_mask": True}
 
 LAYOUTS = [
     Layout("dense", "DP2", 2, {}),

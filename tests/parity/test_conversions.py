@@ -31,14 +31,14 @@ def test_limits_are_known_objectives(cases: dict[str, Case], pool: Pool) -> None
     one_block = losses(pool, case, objective="block", block_length=32)
     assert one_block == pytest.approx(plain, rel=1e-5)
     assert losses(pool, case, objective="block", block_length=8) != pytest.approx(plain, rel=1e-3)
-    at_once = losses(pool, case, conversion="annealing", attention_annealing_steps=1)
+    at_once = losses(pool, case, conversion="annealing", attention_annealing_iters=1)
     assert at_once == plain
-    assert losses(pool, case, conversion="annealing", attention_annealing_steps=8) != pytest.approx(plain, rel=1e-3)
+    assert losses(pool, case, conversion="annealing", attention_annealing_iters=8) != pytest.approx(plain, rel=1e-3)
 
 
 def grafting_run(case: Case, save: Path, **settings: Any) -> dict[str, Any]:
     return {
-        **case.settings, "conversion": "grafting", "grafting_steps": 4, "load": case.checkpoint, "save": str(save),
+        **case.settings, "conversion": "grafting", "grafting_iters": 4, "load": case.checkpoint, "save": str(save),
         "train_iters": 6, "save_interval": 2, "log_interval": 1, "lr_mult": {}, "lr": 5e-3, "adam_eps": 1e-8,
         "lr_decay_style": "constant", "eval_interval": 100, "weight_decay": 0.5, **settings,
     }  # fmt: skip
@@ -90,7 +90,7 @@ def test_a_recomputed_layer_counts_its_error_once(cases: dict[str, Case], pool: 
     found = {}
     for granularity in ("none", "full"):
         settings = grafting_run(
-            cases["moe"], tmp_path / granularity, train_iters=3, grafting_steps=2, recompute_granularity=granularity
+            cases["moe"], tmp_path / granularity, train_iters=3, grafting_iters=2, recompute_granularity=granularity
         )
         pool.run("run", 1, settings=settings)
         found[granularity] = [record for record in read_log(tmp_path / granularity) if record["kind"] == "train"]
@@ -104,7 +104,7 @@ def test_a_recomputed_layer_counts_its_error_once(cases: dict[str, Case], pool: 
 
 def test_grafting_needs_its_old_operators(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
     """A resume in the middle without --load says so; one behind the middle needs nothing."""
-    settings = grafting_run(cases["moe"], tmp_path / "run", train_iters=5, grafting_steps=3)
+    settings = grafting_run(cases["moe"], tmp_path / "run", train_iters=5, grafting_iters=3)
     pool.run("run", 1, settings=settings, stop_at=2)
     with pytest.raises(RuntimeError, match="--load: is missing"):
         pool.run("run", 1, settings={**settings, "load": None})

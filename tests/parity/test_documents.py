@@ -56,7 +56,7 @@ def test_packed_sequences_are_documents_alone(cases: dict[str, Case], pool: Pool
     assert float((whole - plain).abs().max()) < 1e-4 < float((whole - expected[:1]).abs().max())
 
 
-MIXED: dict[str, Any] = {"random_length_prob": 0.5, "reset_position_ids": True, "document_attention": "isolated"}
+MIXED: dict[str, Any] = {"random_length_prob": 0.5, "reset_position_ids": True, "reset_attention_mask": True}
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     (2, {"context_parallel_size": 2}),

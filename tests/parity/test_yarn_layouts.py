@@ -50,7 +50,7 @@ def test_logits_equal_hugging_face(yarn: Case, pool: Pool) -> None:
 def test_layouts_equal_one_process(yarn: Case, pool: Pool, tmp_path: Path) -> None:
     """Positions too: with --reset-position-ids every rank picks its own of the whole sequence's angles."""
     path = str(tmp_path / "reference.pt")
-    case = yarn._replace(settings={**yarn.settings, "document_attention": "isolated", "reset_position_ids": True})
+    case = yarn._replace(settings={**yarn.settings, "reset_attention_mask": True, "reset_position_ids": True})
     (result,) = pool.run(
         "train_steps", 1, checkpoint=case.checkpoint, settings=case.settings, num_steps=2, save_reference=path
     )

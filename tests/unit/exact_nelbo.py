@@ -5,7 +5,7 @@ The NELBO averages, over all masks, the cross-entropy of what is hidden:
     sum over masks M of  c(|M|) * sum over i in M of -log p(x_i | x outside M)
     c(k) = 1 / (1 - eps) * integral from eps to 1 of  m'(t)/m(t) * m(t)^k * (1 - m(t))^(n - k) dt
 
-with n maskable tokens and eps = `Noise.min_time` (times are drawn from [eps, 1]). For the linear schedule and eps -> 0,
+with n maskable tokens and eps = `Noise.min_timestep` (times are drawn from [eps, 1]). For the linear schedule and eps -> 0,
 c(k) = (k - 1)! (n - k)! / n!, the any-order autoregressive likelihood (Ou et al. 2024).
 """
 
@@ -62,7 +62,7 @@ def monte_carlo_nelbo(
 def _mask_coefficient(num_masked: int, num_maskable: int, noise: Noise) -> float:
     # Gauss-Legendre with 200 points: exact for the linear schedule's polynomials, converged for the cosine's.
     nodes, quadrature = np.polynomial.legendre.leggauss(200)
-    times = noise.min_time + (1 - noise.min_time) * (nodes + 1) / 2
+    times = noise.min_timestep + (1 - noise.min_timestep) * (nodes + 1) / 2
     probability = np.array([noise.functions.mask_probability(t) for t in times])
     weight = np.array([noise.functions.weight(t) for t in times])
     density = weight * probability**num_masked * (1 - probability) ** (num_maskable - num_masked)

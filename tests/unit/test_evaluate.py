@@ -211,7 +211,7 @@ def test_held_out_text_by_source(models, tmp_path):
 
 
 BAD = {
-    "a time beyond 1": (["--min-time", "5"], "--min-time 5.0: must lie between"),
+    "a time beyond 1": (["--min-timestep", "5"], "--min-timestep 5.0: must lie between"),
     "nothing": ([], "nothing to evaluate"),
     "no directory of tasks": (["--tasks", "a", "--include-path", "/nowhere"], "--include-path /nowhere"),
     "code": (["--tasks", "local_code", "--include-path", str(LOCAL / "local")], "--allow-code-execution"),
@@ -220,7 +220,7 @@ BAD = {
     "no data": (["--valid-data-path", "/nowhere/x", "--seq-length", "16"], "/nowhere/x"),
     "no draws": (["--tasks", "a", "--mc-num", "0"], "--mc-num 0"),
     "no earlier results": (["--tasks", "a", "--beside", "/nowhere"], "/nowhere/results.json"),
-    "noise for ar": (["--tasks", "a", "--objective", "ar", "--min-time", "0.1"], "no effect with --objective ar"),
+    "noise for ar": (["--tasks", "a", "--objective", "ar", "--min-timestep", "0.1"], "no effect with --objective ar"),
     "unknown flag": (["--task", "a"], "did you mean --tasks"),
     "layout of an export": (["--tasks", "a", "--bf16"], "--bf16: only goes with a checkpoint"),
 }

@@ -14,9 +14,9 @@ MASK = 99
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_every_count_weighs_one(schedule: str) -> None:
     """Integrated over times, the weights of the masked tokens sum to one for each count 1 .. n."""
-    noise = Noise(seed=3, mask_token_id=MASK, schedule=schedule, min_time=1e-6)
+    noise = Noise(seed=3, mask_token_id=MASK, schedule=schedule, min_timestep=1e-6)
     maskable = np.arange(12) > 1
-    times = noise.min_time + (1 - noise.min_time) * (np.arange(20_000) + 0.5) / 20_000
+    times = noise.min_timestep + (1 - noise.min_timestep) * (np.arange(20_000) + 0.5) / 20_000
     sums = np.zeros(13)
     for number, time in enumerate(times):
         masked, weight = mask_exact_count(noise, float(time), number % 50, maskable)
@@ -44,7 +44,7 @@ def test_the_bound_of_a_known_model_is_the_same() -> None:
     length = 33
     exact = sum(1 / visible for visible in range(1, length)) / (length - 1)  # over counts 1 .. 32, visible 32 .. 1
     for kind in ("bernoulli", "exact_count"):
-        noise = Noise(seed=8, mask_token_id=MASK, mask_sampling=kind, min_time=1e-4)
+        noise = Noise(seed=8, mask_token_id=MASK, mask_sampling=kind, min_timestep=1e-4)
         losses = []
         for index in range(12_000):
             sample = corrupt(np.arange(length), index, noise)
@@ -60,8 +60,8 @@ def test_nothing_is_masked_where_nothing_can_be() -> None:
 
 
 def test_a_time_on_a_border_has_an_ordinary_weight() -> None:
-    """Counts of m(min_time) n and below are never drawn; rounding may ask for one of them."""
-    noise = Noise(seed=1, mask_token_id=MASK, min_time=1e-3)
+    """Counts of m(min_timestep) n and below are never drawn; rounding may ask for one of them."""
+    noise = Noise(seed=1, mask_token_id=MASK, min_timestep=1e-3)
     for total in (1000, 4000, 8000):
         first = total // 1000 + 1
         for time in (1e-3, np.nextafter(1e-3, 1), np.nextafter(1e-3, 0), 1.05e-3):

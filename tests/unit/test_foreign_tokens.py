@@ -240,7 +240,7 @@ def test_documents_of_an_index_with_one_mark(tmp_path):
         assert (np.diff(found) != 0).tolist() == (np.diff(true) != 0).tolist()
     assert not np.diff(packed(tmp_path, None).documents(0)).any()
     shape = Architecture(2, 64, 4, 2, 24, 160, 256, 512, 1e-6, 1e6, False, mask_token_id=MASK_TOKEN_ID)
-    settings = {"seq_length": 32, "reset_position_ids": True, "document_attention": "isolated"}
+    settings = {"seq_length": 32, "reset_position_ids": True, "reset_attention_mask": True}
     maker = make_sample(build(settings), shape, data, 0)
     with MicroBatches(data, maker, micro_batch_size=1, global_batch_size=1) as batches:
         batch = next(batches)
@@ -254,9 +254,7 @@ def test_described_files_keep_the_documents_of_their_index(checkpoint, tmp_path)
     assert TokenFile(prefix, eod_token_id=END_OF_TEXT).segments(0, 6).tolist() == [0, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "words", [["--document-attention", "isolated"], ["--reset-position-ids"], ["--no-eod-maskable"]]
-)
+@pytest.mark.parametrize("words", [["--reset-attention-mask"], ["--reset-position-ids"], ["--eod-mask-loss"]])
 def test_settings_without_effect_on_the_data(words, checkpoint, tmp_path):
     text = np.concatenate(DOCUMENTS)
     assert dry_run(checkpoint, *words, train_data_path=foreign(tmp_path / "packed", text)) == []
@@ -268,7 +266,7 @@ def test_settings_without_effect_on_the_data(words, checkpoint, tmp_path):
     (line,) = dry_run(checkpoint, *words, data_mixture=mixture(tmp_path / "m.yaml", tmp_path / "packed", bare))
     assert f"without effect on {bare}" in line
     marked = foreign(tmp_path / "marked", text[text != END_OF_TEXT], num_marks=7)
-    assert bool(dry_run(checkpoint, *words, train_data_path=marked)) == (words == ["--no-eod-maskable"])
+    assert bool(dry_run(checkpoint, *words, train_data_path=marked)) == (words == ["--eod-mask-loss"])
     (line,) = dry_run(checkpoint, *words, train_data_path=tmp_path / "packed", valid_data_path=bare)
     assert f"without effect on {bare}" in line
     assert dry_run(checkpoint, train_data_path=bare) == []

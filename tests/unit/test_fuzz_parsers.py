@@ -168,7 +168,7 @@ SHAPES = {
     "mixture": {"sources": {"a": {"train_path": "x", "valid_path": "y", "weight": 1, "max_epochs": 2, "hub": {"dataset": "d"}}}},
     "cluster": {"gpu": "x", "gpus_per_node": 8, "memory_gib": 79.1, "bf16_tflops": 1.0, "fp8_tflops": 1.0, "compute_capability": 9.0,
                 "memory_gb_per_s": 1.0, "nvlink_domain": 8, "nvlink_gb_per_s": 1.0, "network_gb_per_s": 1.0, "price_per_gpu_hour": 1.0},
-    "log": {"kind": "train", "iteration": 1, "source": "a", "settings": {"grafting_steps": 1}},
+    "log": {"kind": "train", "iteration": 1, "source": "a", "settings": {"grafting_iters": 1}},
     "tokenizer": {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "b"}]},
     "tokenizer_config": {"added_tokens_decoder": {"1": {"content": "b"}}, "mask_token": "b"},
     "vocabulary": {"a": 0},

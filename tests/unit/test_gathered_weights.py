@@ -37,7 +37,7 @@ class Seen(NamedTuple):
 
 @contextmanager
 def _sharing() -> Iterator[pytest.MonkeyPatch]:
-    """As on a Blackwell GPU with --fp8 mxfp8 --fp8-param-gather."""
+    """As on a Blackwell GPU with --fp8-recipe mxfp8 --fp8-param-gather."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(param_and_grad_buffer, "is_mxfp8tensor", lambda parameter: True)
         if hasattr(param_and_grad_buffer, "_param_uses_quantized_storage"):  # megatron-core 0.19

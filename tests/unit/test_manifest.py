@@ -144,22 +144,22 @@ def test_the_tracker_is_heeded(run: Path) -> None:
 
 
 def test_a_checkpoint_that_was_asked_for_must_be_whole(run: Path, tmp_path: Path) -> None:
-    assert started(save=run, load_iteration=20) == started(load=run, load_iteration=20) == "iter_0000020"
+    assert started(save=run, ckpt_step=20) == started(load=run, ckpt_step=20) == "iter_0000020"
     flip_a_bit(run / "iter_0000020" / "common.pt")
     flip_a_bit(run / "iter_0000030" / "common.pt")
     for settings in (
-        {"save": run, "load_iteration": 20},
-        {"load": run, "load_iteration": 20},
+        {"save": run, "ckpt_step": 20},
+        {"load": run, "ckpt_step": 20},
         {"load": run / "iter_0000020"},
         {"load": run},
         {"load": run, "save": tmp_path / "new"},
     ):
         with pytest.raises(UserError, match=r"common.pt: is damaged"):
             started(**settings)
-    with pytest.raises(UserError, match=r"--load-iteration 7: --save .* holds 10, 20, 30"):
-        started(save=run, load_iteration=7)
-    with pytest.raises(UserError, match=r"--load-iteration 7: --load .* holds 10, 20, 30"):
-        started(load=run, load_iteration=7)
+    with pytest.raises(UserError, match=r"--ckpt-step 7: --save .* holds 10, 20, 30"):
+        started(save=run, ckpt_step=7)
+    with pytest.raises(UserError, match=r"--ckpt-step 7: --load .* holds 10, 20, 30"):
+        started(load=run, ckpt_step=7)
 
 
 def test_differing_settings_are_refused_unless_only_weights_are_taken(run: Path) -> None:
@@ -171,7 +171,7 @@ def test_differing_settings_are_refused_unless_only_weights_are_taken(run: Path)
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_every", "kept"),
+    ("keep_latest_k", "save_retain_interval", "kept"),
     [
         (0, 0, [10, 20, 30]),
         (1, 0, [30]),
@@ -181,14 +181,19 @@ def test_differing_settings_are_refused_unless_only_weights_are_taken(run: Path)
         (1, 10, [10, 20, 30]),
     ],
 )
-def test_what_is_kept(keep_last: int, keep_every: int, kept: list[int], run: Path) -> None:
-    remove_old(build({"save": str(run), "keep_last": keep_last, "keep_every": keep_every}).training, 30)
+def test_what_is_kept(keep_latest_k: int, save_retain_interval: int, kept: list[int], run: Path) -> None:
+    remove_old(
+        build(
+            {"save": str(run), "keep_latest_k": keep_latest_k, "save_retain_interval": save_retain_interval}
+        ).training,
+        30,
+    )
     assert sorted(int(path.name[5:]) for path in run.glob("iter_*")) == kept
     assert not list(run.glob(".*"))
 
 
 def test_a_newer_checkpoint_that_was_given_up_is_neither_counted_nor_removed(run: Path) -> None:
-    remove_old(build({"save": str(run), "keep_last": 1}).training, 20)
+    remove_old(build({"save": str(run), "keep_latest_k": 1}).training, 20)
     assert sorted(path.name for path in run.glob("iter_*")) == ["iter_0000020", "iter_0000030"]
 
 
@@ -202,7 +207,7 @@ def test_a_removal_cut_short_leaves_nothing_that_looks_whole(run: Path, monkeypa
             raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", removed)
-    remove: Callable[[], None] = lambda: remove_old(build({"save": str(run), "keep_last": 1}).training, 30)  # noqa: E731
+    remove: Callable[[], None] = lambda: remove_old(build({"save": str(run), "keep_latest_k": 1}).training, 30)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         remove()
     assert sorted(path.name for path in run.glob("iter_*")) == ["iter_0000020", "iter_0000030"]
@@ -241,10 +246,10 @@ def test_what_is_passed_over_is_told(run: Path) -> None:
     assert start.directory.name == "iter_0000020" and len(lines) == 2
     assert lines[0] == f"{run / 'iter_0000040'}: is missing"
     assert "common.pt: is damaged" in lines[1] and lines[1].endswith("; iter_0000030 is passed over")
-    with pytest.raises(UserError, match="leave out --load-iteration 30"):
-        told(save=run, load_iteration=30)
+    with pytest.raises(UserError, match="leave out --ckpt-step 30"):
+        told(save=run, ckpt_step=30)
     with pytest.raises(UserError, match="restore the file, or use another iteration"):
-        told(load=run, load_iteration=30)
+        told(load=run, ckpt_step=30)
 
 
 def test_changes_that_hold_from_now_on_are_told(run: Path) -> None:

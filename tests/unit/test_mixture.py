@@ -132,7 +132,7 @@ def test_equally_long_sources_have_orders_of_their_own(tmp_path):
 
 
 def test_ranks_workers_and_restarts_of_a_mixture(mixture):
-    config = build({"seq_length": 14, "random_length_prob": 0.3, "reset_position_ids": True, "eod_maskable": False})
+    config = build({"seq_length": 14, "random_length_prob": 0.3, "reset_position_ids": True, "eod_mask_loss": True})
     data = MixedDataset(read_mixture(mixture), 14, seed=5)
     maker = make_sample(config, architecture(), data, 7, for_training=True)
 
@@ -200,7 +200,7 @@ def test_positions_begin_anew_in_each_document(mixture):
     config = build({"seq_length": 14, "reset_position_ids": True})
     sample = make_sample(config, architecture(), data, 0)(data.tokens(0), 0)
     assert sample.documents is None and sample.positions.tolist() == [*range(7), *range(7)]
-    isolated = build({"seq_length": 14, "document_attention": "isolated"})
+    isolated = build({"seq_length": 14, "reset_attention_mask": True})
     sample = make_sample(isolated, architecture(), data, 0)(data.tokens(0), 0)
     assert sample.positions is None and len(set(sample.documents.tolist())) == 2
 
@@ -209,7 +209,7 @@ def test_positions_begin_anew_in_each_document(mixture):
 def test_ends_of_documents_are_masked_or_not(objective, mixture):
     data = MixedDataset(read_mixture(mixture), 14)
     for maskable in (True, False):
-        config = build({"seq_length": 14, "eod_maskable": maskable, "objective": objective})
+        config = build({"seq_length": 14, "eod_mask_loss": not maskable, "objective": objective})
         maker = make_sample(config, architecture(), data, 0)
         samples = [maker(data.tokens(i), i) for i in range(200)]
         carrying = sum(int(((s.labels == EOD) & (s.weights > 0)).sum()) for s in samples)
@@ -217,8 +217,8 @@ def test_ends_of_documents_are_masked_or_not(objective, mixture):
         assert {s.num_maskable for s in samples} == ({13} if maskable else {11})
     unknown = PackedDataset(data.datasets[0].file.prefix, 14)
     unknown.file.metadata.clear()
-    with pytest.raises(UserError, match="--no-eod-maskable"):
-        make_sample(build({"eod_maskable": False}), architecture(), unknown, 0)
+    with pytest.raises(UserError, match="--eod-mask-loss"):
+        make_sample(build({"eod_mask_loss": True}), architecture(), unknown, 0)
 
 
 def test_visible_tokens_are_not_in_the_denominator():

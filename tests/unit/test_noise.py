@@ -45,11 +45,11 @@ def test_times_are_evenly_spread_over_any_64_consecutive_samples() -> None:
 
     def largest_gap(noise: Noise, start: int) -> float:
         times = np.sort([noise.time(index) for index in range(start, start + 64)])
-        return float(np.max(np.diff(np.concatenate([[noise.min_time], times, [1.0]]))))
+        return float(np.max(np.diff(np.concatenate([[noise.min_timestep], times, [1.0]]))))
 
     starts = [0, 1, 17, 1000, 123_457, 10**9, 10**12 + 3]
     assert max(largest_gap(NOISE, start) for start in starts) < 2.7 / 64
-    uniform = Noise(7, 99, time_sampling="uniform")
+    uniform = Noise(7, 99, timestep_sampling="uniform")
     assert np.mean([largest_gap(uniform, start) for start in starts]) > 2.7 / 64
     means = [np.mean([NOISE.time(index) for index in range(start, start + 64)]) for start in starts]
     assert max(abs(mean - 0.5005) for mean in means) < 0.02
@@ -121,7 +121,7 @@ def test_what_is_maskable_and_counted(label_shift: bool, visible: int | None, do
     expected = [(one or not label_shift) and token != visible for token, one in zip(tokens, has_one, strict=True)]
     assert maskable_tokens(np.array(tokens), label_shift, documents_L, visible).tolist() == expected
     sample = corrupt(
-        np.array(tokens), 0, Noise(7, 99, min_time=0.999999, label_shift=label_shift), documents_L, visible
+        np.array(tokens), 0, Noise(7, 99, min_timestep=0.999999, label_shift=label_shift), documents_L, visible
     )
     assert (sample.tokens == 99).tolist() == expected and sample.num_maskable == sum(expected)
     assert sample.documents is documents_L and sample.positions is None and sample.segment_of_position is None
@@ -143,13 +143,13 @@ def test_shifted_rows() -> None:
 
 
 def test_times_by_their_formula() -> None:
-    """min_time + (1 - min_time) frac(u + i / phi), in 64-bit fixed point; and independent ones from the stream of times."""
-    noise = Noise(seed=11, mask_token_id=99, min_time=0.25)
+    """min_timestep + (1 - min_timestep) frac(u + i / phi), in 64-bit fixed point; and independent ones from the stream of times."""
+    noise = Noise(seed=11, mask_token_id=99, min_timestep=0.25)
     first = (noise.time(0) - 0.25) / 0.75
     for index in (1, 2, 10, 12345):
         expected = 0.25 + 0.75 * ((first + index * (math.sqrt(5) - 1) / 2) % 1)
         assert noise.time(index) == pytest.approx(expected, abs=1e-9)
-    independent = Noise(seed=11, mask_token_id=99, min_time=0.25, time_sampling="uniform")
+    independent = Noise(seed=11, mask_token_id=99, min_timestep=0.25, timestep_sampling="uniform")
     for index in range(5):
         generator = np.random.Generator(np.random.Philox(key=11 + (1 << 64), counter=index << 64))
         assert independent.time(index) == 0.25 + 0.75 * generator.random()
@@ -172,10 +172,10 @@ def test_schedules_by_their_formulas(name: str) -> None:
 @pytest.mark.parametrize(("name", "mean"), [("linear", 0.55), ("cosine", 2 / math.pi * math.cos(math.pi / 20) / 0.9)])
 def test_uniform_weights_are_one_over_the_mean_share(name: str, mean: float) -> None:
     """E[m] over times in [0.1, 1]: of m = t, and of m = sin(pi t / 2)."""
-    noise = Noise(1, 99, schedule=name, min_time=0.1, loss_weights="uniform")
+    noise = Noise(1, 99, schedule=name, min_timestep=0.1, loss_weighting="uniform")
     masked = np.array([True, False, True])
     assert token_weights(noise, 123.0, masked) == pytest.approx([1 / mean, 0, 1 / mean])
-    assert token_weights(replace(noise, loss_weights="mdlm"), 123.0, masked).tolist() == [123, 0, 123]
+    assert token_weights(replace(noise, loss_weighting="mdlm"), 123.0, masked).tolist() == [123, 0, 123]
 
 
 def test_random_cuts() -> None:
@@ -190,7 +190,13 @@ def test_random_cuts() -> None:
 
 
 def test_settings_of_noise_that_are_none() -> None:
-    for wrong in ({"schedule": "x"}, {"time_sampling": "x"}, {"min_time": 0.0}, {"min_time": 1.0}, {"seed": -1}):
+    for wrong in (
+        {"schedule": "x"},
+        {"timestep_sampling": "x"},
+        {"min_timestep": 0.0},
+        {"min_timestep": 1.0},
+        {"seed": -1},
+    ):
         with pytest.raises(AssertionError):
             replace(NOISE, **wrong)
     replace(NOISE, seed=0)

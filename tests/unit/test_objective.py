@@ -32,11 +32,11 @@ def logits_fn() -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("label_shift", [True, False])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("time_sampling", ["low_discrepancy", "uniform"])
+@pytest.mark.parametrize("timestep_sampling", ["low_discrepancy", "uniform"])
 def test_monte_carlo_agrees_with_enumeration(
-    logits_fn: Callable[[Tensor], Tensor], label_shift: bool, schedule: str, time_sampling: str
+    logits_fn: Callable[[Tensor], Tensor], label_shift: bool, schedule: str, timestep_sampling: str
 ) -> None:
-    noise = Noise(3, VOCABULARY, schedule, time_sampling, label_shift=label_shift)
+    noise = Noise(3, VOCABULARY, schedule, timestep_sampling, label_shift=label_shift)
     exact = exact_nelbo(logits_fn, TOKENS, noise)
     estimate = monte_carlo_nelbo(logits_fn, TOKENS, noise, num_draws=20_000)
     assert estimate.standard_error < 0.02 * exact
@@ -62,7 +62,7 @@ def test_wrong_weights_are_found(logits_fn: Callable[[Tensor], Tensor]) -> None:
 
 def test_exact_nelbo_does_not_depend_on_the_schedule(logits_fn: Callable[[Tensor], Tensor]) -> None:
     linear, cosine = (
-        exact_nelbo(logits_fn, TOKENS, Noise(0, VOCABULARY, name, min_time=1e-6)) for name in ("linear", "cosine")
+        exact_nelbo(logits_fn, TOKENS, Noise(0, VOCABULARY, name, min_timestep=1e-6)) for name in ("linear", "cosine")
     )
     assert linear == pytest.approx(cosine, rel=1e-4)
 
@@ -70,7 +70,7 @@ def test_exact_nelbo_does_not_depend_on_the_schedule(logits_fn: Callable[[Tensor
 def test_exact_nelbo_of_a_position_wise_model_is_its_cross_entropy() -> None:
     """Where a token's prediction does not depend on what is visible, every order gives the same likelihood."""
     logits = torch.randn(LENGTH, VOCABULARY, generator=torch.Generator().manual_seed(1))
-    noise = Noise(0, VOCABULARY, min_time=1e-6, label_shift=False)
+    noise = Noise(0, VOCABULARY, min_timestep=1e-6, label_shift=False)
     nelbo = exact_nelbo(lambda tokens_BL: logits.expand(len(tokens_BL), -1, -1), TOKENS, noise)
     expected = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(TOKENS)).item()
     assert nelbo == pytest.approx(expected, rel=1e-5)
@@ -243,15 +243,15 @@ def test_batches_change_no_bound(logits_fn: Callable[[Tensor], Tensor], batch_si
 
 
 @pytest.mark.parametrize("label_shift", [True, False])
-@pytest.mark.parametrize(("schedule", "min_time"), [("linear", 1e-6), ("linear", 0.3), ("cosine", 0.2)])
+@pytest.mark.parametrize(("schedule", "min_timestep"), [("linear", 1e-6), ("linear", 0.3), ("cosine", 0.2)])
 def test_the_exact_bound_term_by_term(
-    logits_fn: Callable[[Tensor], Tensor], schedule: str, min_time: float, label_shift: bool
+    logits_fn: Callable[[Tensor], Tensor], schedule: str, min_timestep: float, label_shift: bool
 ) -> None:
     """The integral over times by the midpoint rule, the cross-entropies of each mask token by token."""
-    noise = Noise(0, VOCABULARY, schedule, min_time=min_time, label_shift=label_shift)
+    noise = Noise(0, VOCABULARY, schedule, min_timestep=min_timestep, label_shift=label_shift)
     first = int(label_shift)
     n = LENGTH - first
-    times = min_time + (1 - min_time) * (np.arange(200_000) + 0.5) / 200_000
+    times = min_timestep + (1 - min_timestep) * (np.arange(200_000) + 0.5) / 200_000
     m = times if schedule == "linear" else np.sin(np.pi / 2 * times)
     weight = 1 / times if schedule == "linear" else np.pi / 2 / np.tan(np.pi / 2 * times)
     counts = [float((weight * m**k * (1 - m) ** (n - k)).mean()) for k in range(n + 1)]

@@ -45,14 +45,14 @@ def test_context_is_the_published_sum(p: float) -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_weights_are_one_on_average(weights: str, schedule: str) -> None:
     """Over many samples a maskable token in the middle of a sample weighs one: losses are in nats a token."""
-    noise = Noise(3, 255, schedule, label_shift=False, loss_weights=weights)
+    noise = Noise(3, 255, schedule, label_shift=False, loss_weighting=weights)
     total = sum(corrupt(np.zeros(256, dtype=np.int64), index, noise).weights[32:-32] for index in range(4000))
     assert float(total.mean()) / 4000 == pytest.approx(1, abs=0.02)
 
 
 def test_weights_differ_where_they_should() -> None:
     samples = {
-        name: corrupt(np.zeros(LENGTH, dtype=np.int64), 5, Noise(3, 255, loss_weights=name))
+        name: corrupt(np.zeros(LENGTH, dtype=np.int64), 5, Noise(3, 255, loss_weighting=name))
         for name in ("mdlm", "uniform", "cart")
     }
     for sample in samples.values():
@@ -113,27 +113,27 @@ def problems(**settings: object) -> str:
 
 
 def test_settings_without_effect_are_refused() -> None:
-    assert "--attention-annealing-steps 0: --conversion annealing needs" in problems(conversion="annealing")
-    assert "has no effect without --conversion annealing" in problems(attention_annealing_steps=5)
-    assert "has no effect without --loss-weights cart" in problems(cart_p=0.5)
-    assert "--cart-p 0" in problems(loss_weights="cart", cart_p=0)
+    assert "--attention-annealing-iters 0: --conversion annealing needs" in problems(conversion="annealing")
+    assert "has no effect without --conversion annealing" in problems(attention_annealing_iters=5)
+    assert "has no effect without --loss-weighting cart" in problems(cart_p=0.5)
+    assert "--cart-p 0" in problems(loss_weighting="cart", cart_p=0)
     assert "--conversion annealing: has no effect with --objective ar" in problems(
-        objective="ar", conversion="annealing", attention_annealing_steps=5
+        objective="ar", conversion="annealing", attention_annealing_iters=5
     )
     assert "--finetune" in problems(conversion="random", finetune=True)
     frozen = dict.fromkeys(("attention", "mlp", "router", "norm", "embedding", "head"), 0.0)
     assert "freezes every role" in problems(lr_mult=frozen)
     for masked in (
-        {"conversion": "annealing", "attention_annealing_steps": 5}, {"conversion": "grafting", "grafting_steps": 2},
+        {"conversion": "annealing", "attention_annealing_iters": 5}, {"conversion": "grafting", "grafting_iters": 2},
         {"objective": "block", "block_length": 4},
     ):  # fmt: skip
         name = "objective" if "objective" in masked else "conversion"
         assert problems(**masked, transformer_impl="transformer_engine") == (
-            f"--transformer-impl transformer_engine: does not go with --{name} {masked[name]}; use portable"
+            f"--transformer-impl transformer_engine: does not go with --{name} {masked[name]}; use local"
         )
-        assert problems(**masked) == problems(**masked, transformer_impl="portable") == ""
+        assert problems(**masked) == problems(**masked, transformer_impl="local") == ""
     for good in (
-        {"conversion": "annealing", "attention_annealing_steps": 5}, {"loss_weights": "cart", "cart_p": 0.5},
+        {"conversion": "annealing", "attention_annealing_iters": 5}, {"loss_weighting": "cart", "cart_p": 0.5},
         {"objective": "ar", "conversion": "random"}, {"lr_mult": {**frozen, "norm": 0.1}},
     ):  # fmt: skip
         assert problems(**good) == ""
@@ -185,7 +185,7 @@ def test_relative_errors() -> None:
 
 def test_masked_tokens_without_a_weight_are_still_masked() -> None:
     """CART, nearly all masked: what is far from all that is visible counts nothing, and is no visible token."""
-    noise = Noise(seed=3, mask_token_id=99, loss_weights="cart")
+    noise = Noise(seed=3, mask_token_id=99, loss_weighting="cart")
     some = False
     for index in range(200):
         sample = corrupt(np.zeros(128, dtype=np.int64), index, noise)

@@ -65,7 +65,7 @@ def test_attention_keys() -> None:
 
 
 def test_times_and_masks() -> None:
-    noise = Noise(7, 99, time_sampling="uniform")
+    noise = Noise(7, 99, timestep_sampling="uniform")
     times = [noise.time(index) for index in (0, 1, 10**12)]
     assert times == pytest.approx([0.8825843634242867, 0.5063559427572774, 0.5674081256469362], abs=1e-15)
 
@@ -170,11 +170,11 @@ FREE = {
     "a place; what lies there is bound by its fingerprint": ("train_data_path", "data_mixture"),
     "what is read, written or shown, not trained": (
         "valid_data_path", "eval_interval", "eval_iters", "log_interval", "monitor", "tensorboard_dir", "profile",
-        "profile_step_start", "profile_step_end", "save", "save_interval", "async_save", "keep_last", "keep_every",
+        "profile_step_start", "profile_step_end", "save", "save_interval", "async_save", "keep_latest_k", "save_retain_interval",
         "on_save_error", "verify_checkpoint", "verify_tokenizer",
     ),
     "where the run starts and ends": (
-        "model", "load", "load_iteration", "finetune", "exit_interval", "exit_duration_in_mins",
+        "model", "load", "ckpt_step", "finetune", "exit_interval", "exit_duration_in_mins",
     ),
     "speed and memory: the same numbers, rounded otherwise": (
         "num_workers", "transformer_impl", "moe_grouped_gemm", "moe_flex_dispatcher_backend", "moe_permute_fusion",
@@ -187,14 +187,14 @@ FREE = {
 }  # fmt: skip
 NOTED_ONES = {
     "lr", "min_lr", "lr_mult", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_eps", "clip_grad", "train_iters", "fp8", "first_last_layers_bf16",
+    "adam_beta2", "adam_eps", "clip_grad", "train_iters", "fp8_recipe", "first_last_layers_bf16",
     "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
 }  # fmt: skip
 BOUND_ONES = {
-    "global_batch_size", "bf16", "train_data_fingerprint", "seq_length", "document_attention", "reset_position_ids",
-    "random_length_prob", "eod_maskable", "seed", "objective", "block_length", "ar_loss_weight", "noise_schedule",
-    "time_sampling", "min_time", "mask_sampling", "mask_embedding", "label_shift", "loss_weights", "cart_p",
-    "conversion", "attention_annealing_steps", "grafting_steps",
+    "global_batch_size", "bf16", "train_data_fingerprint", "seq_length", "reset_attention_mask", "reset_position_ids",
+    "random_length_prob", "eod_mask_loss", "seed", "objective", "block_length", "ar_loss_weight", "noise_schedule",
+    "timestep_sampling", "min_timestep", "mask_sampling", "mask_token_init", "label_shift", "loss_weighting", "cart_p",
+    "conversion", "attention_annealing_iters", "grafting_iters",
 }  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def test_a_resume_under_another_setting(name: str, tmp_path: Path) -> None:
         assert all("--finetune" in line for line in lines)
         if name != "train_data_fingerprint":
             assert all(line.startswith(f"{flag(name)} ") for line in lines)
-        if name in BOUND_ONES | {"save", "load_iteration", "verify_checkpoint"}:
+        if name in BOUND_ONES | {"save", "ckpt_step", "verify_checkpoint"}:
             continue
         told: list[str] = []
         find_start(config, told.append)

@@ -118,7 +118,7 @@ def test_weights_are_those_of_the_time_not_of_the_realised_ratio() -> None:
     n, vocabulary = 5, 4
     tokens = np.array([0, 1, 2, 3, 1])
     logits = torch.randn(n, vocabulary + 1, generator=torch.Generator().manual_seed(0))
-    noise = Noise(seed=1, mask_token_id=vocabulary, label_shift=False, min_time=1e-6)
+    noise = Noise(seed=1, mask_token_id=vocabulary, label_shift=False, min_timestep=1e-6)
     exact = exact_nelbo(lambda tokens_BL: logits.expand(len(tokens_BL), -1, -1), tokens, noise)
     losses = torch.nn.functional.cross_entropy(logits.double(), torch.from_numpy(tokens), reduction="none").numpy()
     ours, theirs = [], []

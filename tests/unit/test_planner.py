@@ -210,7 +210,7 @@ def test_the_heads_products_are_those_that_it_computes(monkeypatch: pytest.Monke
 
 
 def test_fp8_keeps_copies_and_smaller_activations() -> None:
-    fp8 = replace(JOB, fp8="mxfp8")
+    fp8 = replace(JOB, fp8_recipe="mxfp8")
     assert memory(fp8).fp8_copies > 0 == memory(JOB).fp8_copies
     assert memory(fp8).activations < memory(JOB).activations
     assert seconds(fp8).matmul < seconds(JOB).matmul < 2 * seconds(fp8).matmul
@@ -300,11 +300,11 @@ def test_what_the_gpus_cannot_compute_is_refused() -> None:
     """As a run on them does; a GPU's name is not asked for twice."""
     recipe = ["--config", str(ROOT / "launch" / "recipes" / "qwen3_8b.yaml"), "--gpus", "8"]
     with pytest.raises(
-        UserError, match=r"--fp8 mxfp8: a GPU of compute capability 9\.0 has no mxfp8, which needs 10\.0"
+        UserError, match=r"--fp8-recipe mxfp8: a GPU of compute capability 9\.0 has no mxfp8, which needs 10\.0"
     ):
-        plan.main([*recipe, "--cluster", "h100", "--fp8", "mxfp8"])
-    config, _ = parse_run(Parser(), [*recipe[:2], "--fp8", "auto"])
-    kinds = [job_of(config, DENSE, 8, read_cluster(name)).fp8 for name in ("h100", "h200", "b200", "gb200")]
+        plan.main([*recipe, "--cluster", "h100", "--fp8-recipe", "mxfp8"])
+    config, _ = parse_run(Parser(), [*recipe[:2], "--fp8-recipe", "auto"])
+    kinds = [job_of(config, DENSE, 8, read_cluster(name)).fp8_recipe for name in ("h100", "h200", "b200", "gb200")]
     assert kinds == ["tensorwise", "tensorwise", "mxfp8", "mxfp8"]
 
 

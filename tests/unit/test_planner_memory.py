@@ -54,7 +54,7 @@ def measured(pool: Pool, cases: dict[str, Case]) -> Any:
             settings = {**case.settings, "seq_length": 128, **settings}
             results = pool.run("measure_memory", ranks, checkpoint=case.checkpoint, settings=settings)
             architecture = read_architecture(resolve(case.checkpoint) / "hf")
-            job = job_of(build(SETTINGS | settings), architecture, ranks, imbalance=1.0, transformer_impl="portable")
+            job = job_of(build(SETTINGS | settings), architecture, ranks, imbalance=1.0, transformer_impl="local")
             found[name] = job, results
         return found[name]
 
@@ -210,7 +210,7 @@ def test_logits_of_a_real_vocabulary(tensor: int, bf16: bool, in_fp32: bool) -> 
 
 def test_fp8_copies() -> None:
     """By rows and by columns, a byte each; as parameters they take the bf16 weights' place."""
-    job = replace(JOB, fp8="mxfp8")
+    job = replace(JOB, fp8_recipe="mxfp8")
     attention = 2048 * (4096 + 2 * 512) + 4096 * 2048
     experts = 128 // 8 * 3 * 768 * 2048
     assert memory(job).fp8_copies == 2 * 48 * (attention + experts)

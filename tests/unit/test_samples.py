@@ -49,20 +49,20 @@ def same(one: Corrupted, other: Corrupted) -> bool:
 
 FOR_TRAINING: dict[str, dict[str, Any]] = {
     "mask_sampling": {"mask_sampling": "exact_count"},
-    "loss_weights": {"loss_weights": "uniform"},
-    "cart": {"loss_weights": "cart", "cart_p": 0.3},
+    "loss_weighting": {"loss_weighting": "uniform"},
+    "cart": {"loss_weighting": "cart", "cart_p": 0.3},
     "random_length_prob": {"random_length_prob": 1.0},
-    "annealing": {"conversion": "annealing", "attention_annealing_steps": 9},
-    "grafting": {"conversion": "grafting", "grafting_steps": 9},
+    "annealing": {"conversion": "annealing", "attention_annealing_iters": 9},
+    "grafting": {"conversion": "grafting", "grafting_iters": 9},
 }
 FOR_BOTH: dict[str, dict[str, Any]] = {
     "noise_schedule": {"noise_schedule": "cosine"},
-    "time_sampling": {"time_sampling": "uniform"},
-    "min_time": {"min_time": 0.5},
+    "timestep_sampling": {"timestep_sampling": "uniform"},
+    "min_timestep": {"min_timestep": 0.5},
     "label_shift": {"label_shift": False},
-    "document_attention": {"document_attention": "isolated"},
+    "reset_attention_mask": {"reset_attention_mask": True},
     "reset_position_ids": {"reset_position_ids": True},
-    "eod_maskable": {"eod_maskable": False},
+    "eod_mask_loss": {"eod_mask_loss": True},
     "ar": {"objective": "ar"},
     "block": {"objective": "block", "block_length": 5},
 }
@@ -100,8 +100,8 @@ def test_the_co_loss_is_trained_and_not_validated() -> None:
 def test_every_setting_of_the_noise_arrives() -> None:
     noise = Noise(SEED, MASK, "cosine", "uniform", 0.2, False, "exact_count", "cart", 0.4)
     settings = dict(
-        noise_schedule="cosine", time_sampling="uniform", min_time=0.2, label_shift=False, mask_sampling="exact_count",
-        loss_weights="cart", cart_p=0.4,
+        noise_schedule="cosine", timestep_sampling="uniform", min_timestep=0.2, label_shift=False, mask_sampling="exact_count",
+        loss_weighting="cart", cart_p=0.4,
     )  # fmt: skip
     for index in range(6):
         assert same(sample_of(index, **settings), corrupt(TOKENS, index, noise))
@@ -114,7 +114,7 @@ def test_a_cut_isolates_its_halves() -> None:
         assert cut is not None
         halves = (np.arange(LENGTH) >= cut).astype(np.int64)
         assert same(sample_of(index, random_length_prob=1.0), corrupt(TOKENS, index, Noise(SEED, MASK), halves))
-        isolated = sample_of(index, random_length_prob=1.0, document_attention="isolated", reset_position_ids=True)
+        isolated = sample_of(index, random_length_prob=1.0, reset_attention_mask=True, reset_position_ids=True)
         pieces = 2 * DOCUMENTS + halves
         assert isolated.documents is not None and np.array_equal(isolated.documents, pieces)
         starts = [0, *(np.flatnonzero(np.diff(pieces)) + 1), LENGTH]
@@ -128,10 +128,10 @@ def test_a_cut_isolates_its_halves() -> None:
 
 def test_end_of_document_tokens_stay() -> None:
     for objective in ({}, {"objective": "ar"}, {"objective": "block", "block_length": 5}):
-        plain, kept = (sample_of(4, eod_maskable=maskable, **objective) for maskable in (True, False))
+        plain, kept = (sample_of(4, eod_mask_loss=masked, **objective) for masked in (False, True))
         assert plain.num_maskable - kept.num_maskable == 2
         assert not kept.weights[kept.labels == END].any()
-    assert same(sample_of(4, objective="ar", eod_maskable=False), next_token(TOKENS, None, END))
+    assert same(sample_of(4, objective="ar", eod_mask_loss=True), next_token(TOKENS, None, END))
 
 
 @pytest.mark.parametrize("settings", [{}, {"reset_position_ids": True}])
@@ -146,11 +146,11 @@ def test_positions_of_both_halves_of_a_block_sample(settings: dict[str, Any]) ->
 def test_annealing_and_grafting_follow_the_iteration() -> None:
     """Of the batch that the sample is in: 4 samples an iteration."""
     annealings = [
-        sample_of(index, conversion="annealing", attention_annealing_steps=3).annealing for index in range(12)
+        sample_of(index, conversion="annealing", attention_annealing_iters=3).annealing for index in range(12)
     ]
     shares = [None if found is None else round(int(found[1]) / 2**53, 3) for found in annealings]
     assert shares == [0.333] * 4 + [0.667] * 4 + [None] * 4
-    clean = [not (sample_of(n, conversion="grafting", grafting_steps=2).tokens == MASK).any() for n in range(12)]
+    clean = [not (sample_of(n, conversion="grafting", grafting_iters=2).tokens == MASK).any() for n in range(12)]
     assert clean == [True] * 8 + [False] * 4
 
 
@@ -161,7 +161,7 @@ def test_cart_looks_at_its_own_document_alone() -> None:
     seen = 0
     for index in range(20):
         sample, open_one = (
-            sample_of(index, loss_weights="cart", **more) for more in ({"document_attention": "isolated"}, {})
+            sample_of(index, loss_weighting="cart", **more) for more in ({"reset_attention_mask": True}, {})
         )
         masked = sample.tokens == MASK
         alone = np.concatenate([context(part, 0.8) for part in np.split(~masked, [9, 26])])

@@ -64,7 +64,9 @@ def test_the_optimizer(distributed: bool, monkeypatch: pytest.MonkeyPatch) -> No
     chunk: Any = SimpleNamespace(
         config=SimpleNamespace(params_dtype=torch.bfloat16), named_parameters={"decoder.mlp.w": weight}.items
     )
-    performance = dict(use_precision_aware_optimizer=True, exp_avg_dtype="bf16", fp8="mxfp8", fp8_param_gather=True)
+    performance = dict(
+        use_precision_aware_optimizer=True, exp_avg_dtype="bf16", fp8_recipe="mxfp8", fp8_param_gather=True
+    )
     values = OPTIMIZATION | {"bf16": True, "train_iters": 40, "use_distributed_optimizer": distributed} | performance
     optimizer.build_optimizer(build(values | {"overlap_param_gather": distributed}), [chunk], tied=False)
     overrides = seen.pop("overrides")
@@ -168,7 +170,9 @@ def test_a_planned_job_has_all_settings_that_it_names() -> None:
     names = {item.name for item in dataclasses.fields(Job)} & set(settings())
     values = {name: other(name) for name in names}
     job = job_of(build(values), MOE, 8)
-    assert {name: getattr(job, name) for name in names} == values | {"fp8": job.fp8} and job.fp8 != "none"
+    assert {name: getattr(job, name) for name in names} == values | {
+        "fp8_recipe": job.fp8_recipe
+    } and job.fp8_recipe != "none"
     assert len(names) > 25
 
 

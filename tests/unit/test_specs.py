@@ -27,7 +27,7 @@ def transformer(num_experts: int | None = None, **fields: Any) -> TransformerCon
 
 
 @pytest.mark.parametrize(("causal", "mask"), [(False, AttnMaskType.no_mask), (True, AttnMaskType.causal)])
-@pytest.mark.parametrize("implementation", ["portable", "transformer_engine"])
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
 def test_the_mask_is_part_of_the_spec(
     implementation: Any, causal: bool, mask: AttnMaskType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +66,7 @@ def test_a_router_without_its_product_is_told(monkeypatch: pytest.MonkeyPatch) -
     """Where Transformer Engine's layers are in use and have routers; not where the product is there."""
     config = build({})
     monkeypatch.setattr(moe_utils, "te_general_gemm", None)
-    assert layer_specs.notes(config, QWEN3_30B_A3B) == [], "portable layers ask for no such product"
+    assert layer_specs.notes(config, QWEN3_30B_A3B) == [], "local layers ask for no such product"
     monkeypatch.setattr(layer_specs, "choose_implementation", lambda config: "transformer_engine")
     (line,) = layer_specs.notes(config, QWEN3_30B_A3B)
     assert line.startswith("routers: torch's matrix product") and "\n" not in line

@@ -28,35 +28,35 @@ ROOT = Path(__file__).resolve().parents[2]
 EP = {"expert_model_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True, "bf16": True}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
-BLOCKS_OVER_TP = {"bf16": True, "fp8": "blockwise", "tensor_model_parallel_size": 2, "sequence_parallel": True}
+BLOCKS_OVER_TP = {"bf16": True, "fp8_recipe": "blockwise", "tensor_model_parallel_size": 2, "sequence_parallel": True}
 QWEN3_8B = dataclasses.replace(QWEN3_8B, mask_token_id=1)
 QWEN3_30B_A3B = dataclasses.replace(QWEN3_30B_A3B, mask_token_id=1)
 
 # (model, settings, the beginning of the only problem, what makes it good)
 PAIRS: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
-    (QWEN3_8B, {"fp8": "auto"}, "--fp8 auto: needs --bf16", {"bf16": True}),
-    (QWEN3_8B, {"bf16": True, "fp8": "delayed", "first_last_layers_bf16": True}, "--first-last-layers-bf16: delayed", {"fp8": "tensorwise"}),
-    (QWEN3_8B, {"first_last_layers_bf16": True}, "--first-last-layers-bf16: has no effect", {"bf16": True, "fp8": "mxfp8"}),
-    (QWEN3_8B, {"bf16": True, "fp8": "auto", "num_layers_at_end_in_bf16": 2}, "--num-layers-at-end-in-bf16 2: has no effect", {"first_last_layers_bf16": True}),
-    (QWEN3_8B, {"bf16": True, "fp8": "auto", "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 40}, "--num-layers-at-end-in-bf16 40: must lie", {"num_layers_at_end_in_bf16": 2}),
-    (QWEN3_8B, {"fp8_param_gather": True, **OVERLAPPED}, "--fp8-param-gather: needs --fp8", {"fp8": "mxfp8"}),
-    (QWEN3_8B, {"bf16": True, "fp8": "tensorwise", "fp8_param_gather": True}, "--fp8-param-gather: needs --use-dist", {"use_distributed_optimizer": True}),
-    (QWEN3_8B, {**SHARDED, "fp8": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather: with --fp8 mxfp8", OVERLAPPED),
-    (QWEN3_8B, {**SHARDED, "fp8": "tensorwise", "fp8_param_gather": True, "use_precision_aware_optimizer": True}, "--fp8-param-gather: not with", {"fp8_param_gather": False}),
-    (QWEN3_8B, {**SHARDED, "fp8": "tensorwise", "fp8_param_gather": True, "mask_embedding": "mean"}, "--fp8-param-gather: not with --mask-embedding", {"fp8_param_gather": False}),
-    (QWEN3_8B, {**SHARDED, "fp8": "tensorwise", "fp8_param_gather": True, "conversion": "random"}, "--fp8-param-gather: not with --conversion", {"fp8_param_gather": False}),
-    (dataclasses.replace(QWEN3_8B, head_dim=80), {**OVERLAPPED, "fp8": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather: the head size, 80", {"fp8": "tensorwise"}),
-    (QWEN3_8B, {"bf16": True, "fp8": "auto", "seq_length": 4100}, "--fp8 auto: the tokens of a micro-batch", {"fp8": "none"}),
-    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4160}, "--fp8 blockwise: the tokens of a micro-batch on a process, 2080, is no multiple of 128; leave out --sequence-parallel", {"sequence_parallel": False}),
-    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4160}, "--fp8 blockwise: the tokens of a micro-batch on a process, 2080", {"seq_length": 4352}),
-    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4224, "context_parallel_size": 2}, "--fp8 blockwise: the tokens of a micro-batch on a process, 1056", {"context_parallel_size": 1, "micro_batch_size": 2}),
-    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4160}, "--fp8 blockwise: the tokens of a micro-batch on a process, 2080", {"fp8": "tensorwise"}),
-    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4160}, "--fp8 blockwise: the tokens of a micro-batch on a process, 2080", {"fp8": "mxfp8"}),
-    (dataclasses.replace(QWEN3_8B, hidden_size=4160), BLOCKS_OVER_TP, "--fp8 blockwise: the hidden size, 4160, is no multiple of 128; leave", {"sequence_parallel": False}),
-    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4112, "sequence_parallel": False, "context_parallel_size": 2}, "--fp8 blockwise: the tokens of a micro-batch on a process, 2056, is no multiple of 16; choose", {"context_parallel_size": 1}),
-    (QWEN3_8B, {"bf16": True, "fp8": "auto", "transformer_impl": "portable"}, "--fp8 auto: only Transformer Engine", {"transformer_impl": "auto"}),
-    (QWEN3_8B, {"bf16": True, "fp8": "auto", "document_attention": "isolated", "micro_batch_size": 2}, "--fp8 auto: needs Transformer Engine, which", {"micro_batch_size": 1}),
-    (QWEN3_8B, {"apply_rope_fusion": True, "transformer_impl": "portable"}, "--apply-rope-fusion: only Transformer", {"transformer_impl": "auto"}),
+    (QWEN3_8B, {"fp8_recipe": "auto"}, "--fp8-recipe auto: needs --bf16", {"bf16": True}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "delayed", "first_last_layers_bf16": True}, "--first-last-layers-bf16: delayed", {"fp8_recipe": "tensorwise"}),
+    (QWEN3_8B, {"first_last_layers_bf16": True}, "--first-last-layers-bf16: has no effect", {"bf16": True, "fp8_recipe": "mxfp8"}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "auto", "num_layers_at_end_in_bf16": 2}, "--num-layers-at-end-in-bf16 2: has no effect", {"first_last_layers_bf16": True}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "auto", "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 40}, "--num-layers-at-end-in-bf16 40: must lie", {"num_layers_at_end_in_bf16": 2}),
+    (QWEN3_8B, {"fp8_param_gather": True, **OVERLAPPED}, "--fp8-param-gather: needs --fp8-recipe", {"fp8_recipe": "mxfp8"}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "tensorwise", "fp8_param_gather": True}, "--fp8-param-gather: needs --use-dist", {"use_distributed_optimizer": True}),
+    (QWEN3_8B, {**SHARDED, "fp8_recipe": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather: with --fp8-recipe mxfp8", OVERLAPPED),
+    (QWEN3_8B, {**SHARDED, "fp8_recipe": "tensorwise", "fp8_param_gather": True, "use_precision_aware_optimizer": True}, "--fp8-param-gather: not with", {"fp8_param_gather": False}),
+    (QWEN3_8B, {**SHARDED, "fp8_recipe": "tensorwise", "fp8_param_gather": True, "mask_token_init": "mean"}, "--fp8-param-gather: not with --mask-token-init", {"fp8_param_gather": False}),
+    (QWEN3_8B, {**SHARDED, "fp8_recipe": "tensorwise", "fp8_param_gather": True, "conversion": "random"}, "--fp8-param-gather: not with --conversion", {"fp8_param_gather": False}),
+    (dataclasses.replace(QWEN3_8B, head_dim=80), {**OVERLAPPED, "fp8_recipe": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather: the head size, 80", {"fp8_recipe": "tensorwise"}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "auto", "seq_length": 4100}, "--fp8-recipe auto: the tokens of a micro-batch", {"fp8_recipe": "none"}),
+    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4160}, "--fp8-recipe blockwise: the tokens of a micro-batch on a process, 2080, is no multiple of 128; leave out --sequence-parallel", {"sequence_parallel": False}),
+    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4160}, "--fp8-recipe blockwise: the tokens of a micro-batch on a process, 2080", {"seq_length": 4352}),
+    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4224, "context_parallel_size": 2}, "--fp8-recipe blockwise: the tokens of a micro-batch on a process, 1056", {"context_parallel_size": 1, "micro_batch_size": 2}),
+    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4160}, "--fp8-recipe blockwise: the tokens of a micro-batch on a process, 2080", {"fp8_recipe": "tensorwise"}),
+    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4160}, "--fp8-recipe blockwise: the tokens of a micro-batch on a process, 2080", {"fp8_recipe": "mxfp8"}),
+    (dataclasses.replace(QWEN3_8B, hidden_size=4160), BLOCKS_OVER_TP, "--fp8-recipe blockwise: the hidden size, 4160, is no multiple of 128; leave", {"sequence_parallel": False}),
+    (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4112, "sequence_parallel": False, "context_parallel_size": 2}, "--fp8-recipe blockwise: the tokens of a micro-batch on a process, 2056, is no multiple of 16; choose", {"context_parallel_size": 1}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "auto", "transformer_impl": "local"}, "--fp8-recipe auto: only Transformer Engine", {"transformer_impl": "auto"}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "auto", "reset_attention_mask": True, "micro_batch_size": 2}, "--fp8-recipe auto: needs Transformer Engine, which", {"micro_batch_size": 1}),
+    (QWEN3_8B, {"apply_rope_fusion": True, "transformer_impl": "local"}, "--apply-rope-fusion: only Transformer", {"transformer_impl": "auto"}),
     (QWEN3_8B, {"moe_permute_fusion": True}, "--moe-permute-fusion: the model is dense", {"moe_permute_fusion": False}),
     (QWEN3_8B, {"recompute_granularity": "selective", "recompute_modules": ("moe",)}, "--recompute-modules moe: the model is dense", {"recompute_modules": ("mlp",)}),
     (QWEN3_30B_A3B, {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}, "--recompute-modules mlp: the model has experts", {"recompute_modules": ("moe",)}),
@@ -74,12 +74,12 @@ PAIRS: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
     (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP, "recompute_granularity": "selective", "recompute_modules": ("moe",)}, "--overlap-moe-expert-parallel-comm: not with --recompute-modules moe", {"recompute_modules": ("moe_act",)}),
     (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True, "bf16": True, **EP, "lr_mult": {"mlp": 0.0}}, "--delay-wgrad-compute: waits for gradients of mlp", {"delay_wgrad_compute": False}),
     (dataclasses.replace(QWEN3_30B_A3B, num_experts=2, num_experts_per_tok=1), {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP}, "--overlap-moe-expert-parallel-comm: with --expert-model-parallel-size 2 a process has one", {"overlap_moe_expert_parallel_comm": False}),
-    (QWEN3_8B, {"bf16": True, "fp8": "auto", "first_last_layers_bf16": True, "gradient_accumulation_fusion": True, "cuda_graph_impl": "transformer_engine"}, "--first-last-layers-bf16: with --cuda-graph-impl", {"gradient_accumulation_fusion": False}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "auto", "first_last_layers_bf16": True, "gradient_accumulation_fusion": True, "cuda_graph_impl": "transformer_engine"}, "--first-last-layers-bf16: with --cuda-graph-impl", {"gradient_accumulation_fusion": False}),
     (QWEN3_30B_A3B, {"delay_wgrad_compute": True}, "--delay-wgrad-compute: has no effect", {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP}),
     (QWEN3_8B, {"cuda_graph_scope": ("mlp",)}, "--cuda-graph-scope mlp: has no effect", {"cuda_graph_impl": "local"}),
     (QWEN3_8B, {"cuda_graph_impl": "local", "cuda_graph_scope": ()}, "--cuda-graph-scope: is empty", {"cuda_graph_scope": ("attn",)}),
     (QWEN3_8B, {"cuda_graph_impl": "local", "recompute_granularity": "full"}, "--cuda-graph-impl local: not with --recompute", {"recompute_granularity": "none"}),
-    (QWEN3_8B, {"cuda_graph_impl": "transformer_engine", "document_attention": "isolated"}, "--cuda-graph-impl transformer_engine: documents", {"document_attention": "open"}),
+    (QWEN3_8B, {"cuda_graph_impl": "transformer_engine", "reset_attention_mask": True}, "--cuda-graph-impl transformer_engine: documents", {"reset_attention_mask": False}),
     (QWEN3_30B_A3B, {"cuda_graph_impl": "local", "cuda_graph_scope": ("attn", "moe_preprocess")}, "--cuda-graph-scope moe_preprocess", {"cuda_graph_scope": ("attn", "moe_router", "moe_preprocess")}),
     (QWEN3_8B, {"use_precision_aware_optimizer": True, "bf16": True}, "--use-precision-aware-optimizer: needs --use-dist", {"use_distributed_optimizer": True}),
     (QWEN3_8B, {"exp_avg_dtype": "bf16"}, "--exp-avg-dtype bf16: has no effect", {"use_precision_aware_optimizer": True, **SHARDED}),
@@ -144,7 +144,7 @@ import torch
 order = []
 torch.cuda.is_available = lambda: bool(order.append("CUDA"))
 from megatron_a2d import train
-from megatron_a2d.megatron_compat import environment
+from megatron_a2d.distributed import environment
 environment.apply = lambda config: order.append("environment") or {}
 train.main("--model Qwen/Qwen3-8B --dry-run --settings-only --world-size 1".split())
 assert not order, "settings alone ask no GPU"
@@ -222,7 +222,11 @@ def test_scaling_by_gpu(wish: str, capability: tuple[int, int] | None, expected:
 @pytest.mark.parametrize(
     ("wish", "capability", "words"),
     [
-        ("mxfp8", (9, 0), "--fp8 mxfp8: a GPU of compute capability 9.0 has no mxfp8, which needs 10.0; use auto"),
+        (
+            "mxfp8",
+            (9, 0),
+            "--fp8-recipe mxfp8: a GPU of compute capability 9.0 has no mxfp8, which needs 10.0; use auto",
+        ),
         ("mxfp8", (12, 0), "capability 12.0 has no mxfp8 in Transformer Engine, which has it below 12.0; use auto"),
         ("blockwise", (8, 9), "needs 9.0; use auto"),
         ("auto", (8, 0), "needs 8.9; use none"),
@@ -238,7 +242,7 @@ def test_scaling_that_a_gpu_lacks(wish: str, capability: tuple[int, int] | None,
 def test_blockwise_needs_a_late_cuda() -> None:
     assert choose_scaling("blockwise", (9, 0), (12, 9)) == choose_scaling("blockwise", (9, 0), (13, 0))
     assert choose_scaling("auto", (9, 0), (12, 4)) == Scaling("tensorwise", "hybrid")
-    with pytest.raises(UserError, match=r"--fp8 blockwise: needs CUDA 12.9, and torch has 12.8; use auto"):
+    with pytest.raises(UserError, match=r"--fp8-recipe blockwise: needs CUDA 12.9, and torch has 12.8; use auto"):
         choose_scaling("blockwise", (9, 0), (12, 8))
 
 
@@ -251,7 +255,7 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(transformer_config, "TransformerConfig", _recording(transformer_config.TransformerConfig, seen))
     given = dict(
-        bf16=True, fp8="auto", first_last_layers_bf16=True, moe_permute_fusion=True, moe_router_fusion=True,
+        bf16=True, fp8_recipe="auto", first_last_layers_bf16=True, moe_permute_fusion=True, moe_router_fusion=True,
         moe_router_force_load_balancing=True, overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True,
         apply_rope_fusion=True, gradient_accumulation_fusion=True, cuda_graph_impl="transformer_engine",
         cuda_graph_scope=("attn", "moe_router"), recompute_granularity="selective", recompute_modules=("moe_act",),
@@ -274,7 +278,9 @@ def test_graphs_add_gradients_up(fp8: str, transposes_are_kept: bool, monkeypatc
     megatron_compat.install()
     monkeypatch.setattr(transformer_config, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
-    config = build(dict(bf16=True, fp8=fp8, cuda_graph_impl="transformer_engine", gradient_accumulation_fusion=True))
+    config = build(
+        dict(bf16=True, fp8_recipe=fp8, cuda_graph_impl="transformer_engine", gradient_accumulation_fusion=True)
+    )
     fields = transformer_config._speed_fields(QWEN3_8B, config)
     assert fields.get("disable_parameter_transpose_cache", False) == (not transposes_are_kept)
     assert hasattr(transformer_config.TransformerConfig, "disable_parameter_transpose_cache")
@@ -302,8 +308,8 @@ def test_fusions_without_transformer_engine_are_refused() -> None:
     from megatron_a2d.model.layer_specs import choose_implementation
 
     with pytest.raises(UserError) as refusal:
-        choose_implementation(build({"apply_rope_fusion": True, "bf16": True, "fp8": "auto"}))
-    assert [line.partition(":")[0] for line in refusal.value.problems] == ["--fp8", "--apply-rope-fusion"]
+        choose_implementation(build({"apply_rope_fusion": True, "bf16": True, "fp8_recipe": "auto"}))
+    assert [line.partition(":")[0] for line in refusal.value.problems] == ["--fp8-recipe", "--apply-rope-fusion"]
 
 
 def test_garbage_is_collected_when_said() -> None:

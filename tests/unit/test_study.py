@@ -237,10 +237,10 @@ def test_plans_are_valid_runs_of_any_size(name: str) -> None:
         assert len(set(names)) == len(names)
         for number, job in enumerate(jobs):
             assert job.start in (BASE, *names[:number])
-            save = {"save": "z"} if job.trains else {"keep_last": 0, "keep_every": 0}
+            save = {"save": "z"} if job.trains else {"keep_latest_k": 0, "save_retain_interval": 0}
             assert find_problems(build({**resolved(config, job), **save}), None, processes) == []
             for measure in job.measures:
-                measured = {**resolved(config, job), "keep_last": 0, "keep_every": 0, **measure.settings}
+                measured = {**resolved(config, job), "keep_latest_k": 0, "save_retain_interval": 0, **measure.settings}
                 assert find_problems(build(measured), None, processes) == []
 
 
@@ -390,13 +390,13 @@ def test_roles_that_the_model_does_not_have_stay_out(changes: dict[str, Any], mi
 
 
 def test_what_a_study_cannot_measure_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--document-attention", "isolated", "--reset-position-ids", "--no-eod-maskable", "--loss-weights", "cart"]
-    flags += ["--load-iteration", "5"]
+    flags = ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss", "--loss-weighting", "cart"]
+    flags += ["--ckpt-step", "5"]
     with pytest.raises(UserError) as error:
         main(
             ["probe", "--out", str(tmp_path), "--load", "x", "--valid-data-path", "v", "--train-data-path", "t", *flags]
         )
     problems = str(error.value)
-    for name in ("document-attention isolated", "reset-position-ids True", "eod-maskable False", "loss-weights cart"):
+    for name in ("reset-attention-mask True", "reset-position-ids True", "eod-mask-loss True", "loss-weighting cart"):
         assert f"--{name}: a study's measurements know only" in problems, name
     assert "give the iteration's directory to --load" in problems

@@ -30,8 +30,8 @@ from megatron_a2d.verification.logits_report import label_shift
 from tests import tiny
 
 PLAIN = {"objective": "mdlm"}
-UNSHIFTED = {"label_shift": False, "noise_schedule": "cosine", "document_attention": "isolated"}
-COSINE = {"noise_schedule": "cosine", "document_attention": "isolated"}
+UNSHIFTED = {"label_shift": False, "noise_schedule": "cosine", "reset_attention_mask": True}
+COSINE = {"noise_schedule": "cosine", "reset_attention_mask": True}
 BLOCKS = {"objective": "block", "block_length": 8, "noise_schedule": "cosine"}
 BLOCKS_AR = {**BLOCKS, "ar_loss_weight": 0.5}
 AR = {"objective": "ar"}
@@ -145,8 +145,8 @@ def test_what_is_given_wins_and_is_told(base: Path, tmp_path: Path) -> None:
         convert_and_start(run, tmp_path / "first", "--label-shift")
     resolved, told = start(run, "--finetune", "--label-shift")
     assert resolved["label_shift"] and len(told) == 1 and "--label-shift true" in told[0]
-    resolved, told = start(run, "--finetune", "--noise-schedule", "linear", "--document-attention", "open")
-    assert [line.split()[0] for line in told] == ["--noise-schedule", "--document-attention"]
+    resolved, told = start(run, "--finetune", "--noise-schedule", "linear", "--no-reset-attention-mask")
+    assert [line.split()[0] for line in told] == ["--noise-schedule", "--reset-attention-mask"]
     assert not resolved["label_shift"]
     # Another objective: what does not concern it is neither inherited nor told.
     resolved, told = start(run, "--finetune", "--objective", "ar")
@@ -232,7 +232,7 @@ def test_verify_reads_it_too(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [PLAIN, BLOCKS, BLOCKS_AR, AR])
 def test_held_out_documents_are_seen_as_in_training(settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
     """Documents in rows of their own give what one row with training's mask gives, for checkpoints and exports."""
-    run = trained(base, tmp_path / "run", {**settings, "document_attention": "isolated"})
+    run = trained(base, tmp_path / "run", {**settings, "reset_attention_mask": True})
     tiny.write_tokens(tmp_path / "text", 30, 240, seed=3)
     objective = settings["objective"]
     models = [(run, "ar" if objective == "ar" else "mdlm")]
@@ -243,10 +243,10 @@ def test_held_out_documents_are_seen_as_in_training(settings: dict[str, Any], ba
     for path, kind in models:
         opened = open_model(str(path), {}, kind)
         try:
-            assert opened.document_attention == "isolated"
+            assert opened.reset_attention_mask is True
             dataset = open_sources([str(tmp_path / "text")], 128, opened.vocab_size)[0].dataset
             known = {name: getattr(opened, name) for name in ("objective", "label_shift", "block_length")}
-            config = build({**known, "seq_length": 128, "document_attention": opened.document_attention})
+            config = build({**known, "seq_length": 128, "reset_attention_mask": opened.reset_attention_mask})
             batch = make_batch(dataset, make_sample(config, opened.architecture, dataset, 0), 0, 4)
             needed = batch.weights > 0
             losses, correct = _judge(opened, batch, needed)

@@ -90,7 +90,7 @@ def test_report_of_a_resumed_run(tmp_path: Path) -> None:
 
 def test_the_error_of_grafting_is_no_loss(tmp_path: Path) -> None:
     """Logs once held it as `loss`, in intervals of which a part or all was grafting; newer ones name it."""
-    start = {"kind": "start", "iteration": 0, "settings": {"grafting_steps": 25}}
+    start = {"kind": "start", "iteration": 0, "settings": {"grafting_iters": 25}}
     old = [
         {"kind": "train", "iteration": i, "loss": 0.5, "accuracy": 0.0, "grad_norm": 1.0, "lr": 0.1}
         for i in (10, 20, 30, 40)

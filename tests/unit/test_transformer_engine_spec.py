@@ -43,7 +43,7 @@ def test_same_checkpoint(kind: str, grouped: bool, monkeypatch: pytest.MonkeyPat
     process_groups.initialize(config.parallel)
     architecture = architecture_from_config(hub_config(kind), kind)
     seen = []
-    for implementation in ("portable", "transformer_engine"):
+    for implementation in ("local", "transformer_engine"):
         for module in (train_state, transformer_config):
             monkeypatch.setattr(module, "choose_implementation", lambda _, chosen=implementation: chosen)
         with monkeypatch.context() as pretended:
@@ -75,7 +75,7 @@ def places(state: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 FUSED: dict[str, Any] = dict(
-    bf16=True, fp8="auto", first_last_layers_bf16=True, apply_rope_fusion=True, gradient_accumulation_fusion=True,
+    bf16=True, fp8_recipe="auto", first_last_layers_bf16=True, apply_rope_fusion=True, gradient_accumulation_fusion=True,
     use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, recompute_granularity="selective",
 )  # fmt: skip
 FUSED_EXPERTS: dict[str, Any] = dict(moe_permute_fusion=True, moe_router_fusion=True)

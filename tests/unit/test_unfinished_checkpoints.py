@@ -60,7 +60,7 @@ def test_what_a_killed_removal_leaves_is_one_of_them(root: Path, monkeypatch: py
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(checkpointing.shutil, "rmtree", killed)
-        remove_old(build({"save": str(root), "keep_last": 2}).training, 6)
+        remove_old(build({"save": str(root), "keep_latest_k": 2}).training, 6)
     assert partial_path(root / "iter_0000002").name in names(root) and "iter_0000002" not in names(root)
     checkpointing.remove_unfinished(root)
     assert names(root) == {*KEPT[1:], "iter_0000005", "iter_0000006"}

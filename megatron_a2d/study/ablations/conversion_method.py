@@ -23,8 +23,8 @@ def conversions(base: RunConfig) -> dict[str, dict[str, Any]]:
     return {
         # From scratch every layer has to learn: no role's learning rate is held back.
         "random": {"conversion": "random", "finetune": False, "lr_mult": {}},
-        "annealing": {"conversion": "annealing", "attention_annealing_steps": max(1, base.training.train_iters // 2)},
-        "grafting": {"conversion": "grafting", "grafting_steps": max(1, base.training.train_iters // 4)},
+        "annealing": {"conversion": "annealing", "attention_annealing_iters": max(1, base.training.train_iters // 2)},
+        "grafting": {"conversion": "grafting", "grafting_iters": max(1, base.training.train_iters // 4)},
         "scp": {"conversion": "scp"},
     }
 

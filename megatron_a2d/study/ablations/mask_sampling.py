@@ -23,10 +23,10 @@ from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
 
 BASELINE = "baseline"
 VARIANTS: dict[str, dict[str, Any]] = {
-    BASELINE: {"mask_sampling": "bernoulli", "mask_embedding": "as_is", "document_attention": "open"},
+    BASELINE: {"mask_sampling": "bernoulli", "mask_token_init": "pretrained", "reset_attention_mask": False},
     "exact count": {"mask_sampling": "exact_count"},
-    "mean row": {"mask_embedding": "mean"},
-    "isolated documents": {"document_attention": "isolated"},
+    "mean row": {"mask_token_init": "mean"},
+    "isolated documents": {"reset_attention_mask": True},
 }
 ATTENTION = {"open": "NELBO, documents open", "isolated": "NELBO, documents isolated"}
 MASK_SAMPLINGS = ("bernoulli", "exact_count")
@@ -35,7 +35,7 @@ NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
 
 def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
     """Each variant changes one setting of the baseline. All are judged with open and with isolated documents."""
-    judged = tuple(Measure(kind, "likelihood", {"document_attention": kind}) for kind in ATTENTION)
+    judged = tuple(Measure(kind, "likelihood", {"reset_attention_mask": kind == "isolated"}) for kind in ATTENTION)
     noise = tuple(
         Measure(
             f"gradients {kind}", "gradients", VARIANTS[BASELINE],

@@ -1,0 +1,134 @@
+"""Settings and flags that version 0.1 knew under other names, and how their values are written now.
+
+For one version flags and recipes may use the old names: a warning tells the new one. What a run has recorded (run.json,
+log.jsonl) is read under either.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from megatron_a2d.utils.errors import UserError
+
+
+class Renamed(NamedTuple):
+    """What a setting is called now, and its new values by the old ones; a value that is not among them is kept."""
+
+    name: str
+    values: Mapping[Any, Any] = {}
+
+
+SETTINGS = {
+    "document_attention": Renamed("reset_attention_mask", {"open": False, "isolated": True}),
+    "eod_maskable": Renamed("eod_mask_loss", {True: False, False: True}),
+    "load_iteration": Renamed("ckpt_step"),
+    "keep_last": Renamed("keep_latest_k"),
+    "keep_every": Renamed("save_retain_interval"),
+    "fp8": Renamed("fp8_recipe"),
+    "transformer_impl": Renamed("transformer_impl", {"portable": "local"}),
+    "attention_annealing_steps": Renamed("attention_annealing_iters"),
+    "grafting_steps": Renamed("grafting_iters"),
+    "time_sampling": Renamed("timestep_sampling"),
+    "min_time": Renamed("min_timestep"),
+    "loss_weights": Renamed("loss_weighting"),
+    "mask_embedding": Renamed("mask_token_init", {"as_is": "pretrained"}),
+}
+# Flags that are no settings. Only those of a command that has the new flag and not the old one are replaced.
+FLAGS = {
+    "--beside": "--compare-with",
+    "--guidance": "--cfg-scale",
+    "--thorough": "--full",
+    "--hf": "--hf-model",
+    "--export": "--hf-model",
+}
+
+
+def modernise(name: str, value: Any) -> tuple[str, Any]:
+    """A setting's name and value as they are written now."""
+    if name not in SETTINGS:
+        return name, value
+    now, values = SETTINGS[name]
+    return now, values[value] if isinstance(value, bool | str) and value in values else value
+
+
+def modernise_record(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run has recorded, in today's names; where both are there, the new one counts."""
+    modern = [(name, *modernise(name, value)) for name, value in values.items()]
+    return {now: value for name, now, value in modern if now == name or now not in values}
+
+
+def name_in(values: Mapping[str, Any], name: str) -> str:
+    """The name, old or new, under which `values` hold the setting `name`."""
+    return next((old for old, new in SETTINGS.items() if new.name == name and old in values), name)
+
+
+def modernise_flags(words: Sequence[str], known: Collection[str]) -> list[str]:
+    """A command line in today's flags, for a command whose flags are `known`; warns of each old one."""
+    result: list[str] = []
+    pending = list(words)
+    while pending:
+        word = pending.pop(0)
+        if word == "--":
+            return [*result, word, *pending]
+        given, equals, text = word.partition("=")
+        if (found := _flag(given, known)) is None:
+            result.append(word)
+            continue
+        new, values = found
+        old = given
+        if not values:
+            result.append(new + equals + text)
+        elif True in values:  # a switch
+            new = _switch(new, values[not given.startswith("--no-")])
+            result.append(new)
+        else:
+            text = text if equals or not pending else pending.pop(0)
+            value = values.get(text, text)
+            if given == new and value == text:
+                result += [given, text]
+                continue
+            old = f"{given} {text}"
+            if True in values.values() and text not in values:
+                raise UserError(f"{old}: must be one of {', '.join(values)}; or use {new}, its new name")
+            result += [new := _switch(new, value)] if isinstance(value, bool) else [new, value]
+            new = new if isinstance(value, bool) else f"{new} {value}"
+        _warn(old, new)
+    return result
+
+
+def _flag(given: str, known: Collection[str]) -> tuple[str, Mapping[Any, Any]] | None:
+    """The new flag and its values for an old one; None where there is nothing to replace."""
+    if given in FLAGS:
+        return (FLAGS[given], {}) if FLAGS[given] in known and given not in known else None
+    old = given.removeprefix("--no-" if given.startswith("--no-") else "--").replace("-", "_")
+    if not given.startswith("--") or old not in SETTINGS:
+        return None
+    name, values = SETTINGS[old]
+    new = "--" + name.replace("_", "-")
+    if new not in known or (given.startswith("--no-") and True not in values):
+        return None
+    return new, values
+
+
+def _switch(flag: str, on: bool) -> str:
+    return flag if on else f"--no-{flag[2:]}"
+
+
+def warn_of_key(where: str, old: tuple[str, Any], new: tuple[str, Any]) -> None:
+    """Of a recipe's (name, value) in the old spelling."""
+    if old[1] == new[1]:
+        _warn(f"{where}: {old[0]}", new[0])
+    else:
+        _warn(f"{where}: {old[0]}: {_yaml(old[1])}", f"{new[0]}: {_yaml(new[1])}")
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _warn(old: str, new: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {old} is now {new}; the next version will not know the old name", file=sys.stderr)
