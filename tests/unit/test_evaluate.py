@@ -16,12 +16,15 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from checkpoints_tools import convert_hf, export_hf
 from megatron_a2d import evaluate
 from megatron_a2d.evaluation import code_execution, loglikelihood, sandbox
+from megatron_a2d.evaluation.harness import HarnessModel
 from megatron_a2d.evaluation.score_table import markdown, read_results
 from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_hf, write_tokens
@@ -595,3 +598,36 @@ def test_programs_in_answers():
     assert code_execution.extract_program("Sure:\n```python\nx = 1\n```\nDone") == "x = 1"
     assert code_execution.extract_program("\nx = 1\n[DONE] more") == "x = 1"
     assert code_execution.extract_program("    indented") == "    indented"
+
+
+def test_offline_task_files_of_the_docs(models, tmp_path, monkeypatch):
+    """The two task files that docs/evaluation.md shows, on a few questions in the published formats."""
+    page = (LOCAL.parents[1] / "docs" / "evaluation.md").read_text()
+    files = re.findall(r"```yaml\n# tasks/(\S+)\n(.*?)```", page, re.DOTALL)
+    assert [name for name, _ in files] == ["gsm8k_local.yaml", "mmlu_anatomy_local.yaml"]
+    gsm8k, mmlu = tmp_path / "data" / "gsm8k", tmp_path / "data" / "mmlu" / "anatomy"
+    for directory in (tmp_path / "tasks", gsm8k, mmlu):
+        directory.mkdir(parents=True)
+    for name, text in files:
+        (tmp_path / "tasks" / name).write_text(text)
+    for split in ("train", "test"):
+        line = json.dumps({"question": f"1 + 1 in {split}?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"})
+        (gsm8k / f"{split}.jsonl").write_text(f"{line}\n" * 2)
+    question = {"question": "Where?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 1}
+    for split in ("dev", "test"):
+        parquet.write_table(pyarrow.Table.from_pylist([question] * 2), mmlu / f"{split}-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    asked: list[str] = []
+    monkeypatch.setattr(HarnessModel, "generate_until", lambda model, requests: ["so 2\n#### 2" for _ in requests])
+    scored = HarnessModel.loglikelihood
+    monkeypatch.setattr(
+        HarnessModel,
+        "loglikelihood",
+        lambda model, requests: [asked.extend(request.args[0] for request in requests), scored(model, requests)][1],
+    )
+    content = run(models, tmp_path / "out", "--include-path", "tasks", "--tasks", "gsm8k_local", "mmlu_local",
+                  "--num-fewshot", "1")  # fmt: skip
+    assert content["tasks"]["gsm8k_local"]["exact_match,strict-match"] == 1
+    assert content["tasks"]["mmlu_anatomy_local"]["acc,none"] in (0, 1)
+    assert asked[0].startswith("The following are") and asked[0].endswith("Answer:") and "Answer: B\n" in asked[0]
