@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from megatron_a2d.config.cli import Parser, add_settings, given_settings
 from megatron_a2d.config.settings import flag
@@ -38,7 +38,7 @@ from megatron_a2d.inference.arguments import (
 )
 from megatron_a2d.terminal.console import PlainConsole, entry_point, human
 from megatron_a2d.terminal.live_view import LiveView
-from megatron_a2d.utils.atomic_write import new_file
+from megatron_a2d.utils.atomic_write import is_shell_pipe, new_file, regular
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.log_filters import hide_noise
 from megatron_a2d.utils.printable import print_line, print_text
@@ -194,7 +194,7 @@ def _prompts(options: argparse.Namespace, opened: Opened) -> Iterator[Prompt]:
     else:
         name = "--input (pipe)" if options.input == "-" else f"--input {options.input}"
         try:
-            with nullcontext(_pipe(opened)) if options.input == "-" else open(options.input, encoding="utf-8") as lines:
+            with nullcontext(_pipe(opened)) if options.input == "-" else _open(options.input) as lines:
                 if options.jsonl:
                     yield from read_jsonl(lines, name, new_tokens, hole_length)
                 elif text := lines.read():
@@ -203,6 +203,11 @@ def _prompts(options: argparse.Namespace, opened: Opened) -> Iterator[Prompt]:
                     raise UserError(f"{name}: is empty; give at least one character")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{name}: cannot be read ({error}); check the path") from None
+
+
+def _open(path: str) -> IO[str]:
+    """A file of prompts, or a shell's pipe (`<(command)`); another pipe would be waited for, a device has no end."""
+    return open(path, encoding="utf-8", opener=None if is_shell_pipe(path) else regular)
 
 
 class Result(NamedTuple):

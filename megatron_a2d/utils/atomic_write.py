@@ -158,7 +158,7 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
 def read_yaml(path: str | Path, where: str) -> dict[str, Any]:
     """The YAML mapping in `path`, a file or a shell's pipe; `where` (a flag and its value) begins error messages."""
     try:
-        value = parse_yaml(_read(path, f"{where}:", limit=LARGEST_YAML, only_files=not _is_shell_pipe(path)))
+        value = parse_yaml(_read(path, f"{where}:", limit=LARGEST_YAML, only_files=not is_shell_pipe(path)))
     except ParseError as error:
         raise UserError(f"{where}: is not valid YAML ({error}); correct the file") from None
     if not isinstance(value, dict):
@@ -174,7 +174,7 @@ def read_text(path: str | Path, what: str, limit: int | None = None) -> str:
         raise UserError(f"{path}: {what} is {error}; fetch or write it again") from None
 
 
-def _is_shell_pipe(path: str | Path) -> bool:
+def is_shell_pipe(path: str | Path) -> bool:
     """Whether a shell made it for `--config <(command)`: somebody writes there."""
     return str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
 

@@ -221,6 +221,7 @@ BAD_ARGUMENTS = {
     "no new tokens": (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     "hole length with a prompt": (["--prompt", "a", "--hole-length", "3"], "no effect"),
     "new tokens with a hole": (["--prefix", "a", "--suffix", "b", "--max-new-tokens", "3"], "no effect"),
+    "a device": (["--input", "/dev/zero"], "is no regular file"),
     "no steps": (["--prompt", "a", "--num-steps", "0"], "--num-steps 0"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
     "temperature nan": (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
