@@ -29,7 +29,10 @@ NPROC ?=
 INPUT ?=
 OUT ?=
 TOKENIZER ?=
-HF ?=
+HF_MODEL ?= $(HF)
+ifeq ($(origin HF),command line)
+  $(warning HF_MODEL= is now HF_MODEL=; the next version will not know the old name)
+endif
 CHECKPOINT ?=
 MODEL ?=
 RECIPE ?=
@@ -137,9 +140,9 @@ data: setup  ## tokenise INPUT with TOKENIZER to OUT.bin/.idx
 	$(call needs,INPUT TOKENIZER OUT)
 	$(PY) -m data_prep.tokenize_corpus --input $(INPUT) --tokenizer $(TOKENIZER) --output-prefix $(OUT) $(ARGS)
 
-convert-hf: setup  ## HF (directory or hub id) -> checkpoint OUT
-	$(call needs,HF OUT)
-	$(PY) -m checkpoints_tools.convert_hf --hf $(HF) --out $(OUT) $(ARGS)
+convert-hf: setup  ## HF_MODEL (directory or hub id) -> checkpoint OUT
+	$(call needs,HF_MODEL OUT)
+	$(PY) -m checkpoints_tools.convert_hf --hf-model $(HF_MODEL) --out $(OUT) $(ARGS)
 
 train: setup  ## RECIPE on NPROC processes of this machine
 	$(call needs,RECIPE)
@@ -153,17 +156,18 @@ export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d,
 	$(call needs,CHECKPOINT OUT)
 	$(PY) -m checkpoints_tools.export_hf --checkpoint $(CHECKPOINT) --out $(OUT) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
-verify: setup  ## compare the tensors of HF and CHECKPOINT
-	$(call needs,HF CHECKPOINT)
-	$(PY) -m checkpoints_tools.verify --hf $(HF) --checkpoint $(CHECKPOINT) $(ARGS)
+verify: setup  ## compare the tensors of HF_MODEL and CHECKPOINT
+	$(call needs,HF_MODEL CHECKPOINT)
+	$(PY) -m checkpoints_tools.verify --hf-model $(HF_MODEL) --checkpoint $(CHECKPOINT) $(ARGS)
 
 inspect: setup  ## what CHECKPOINT holds: sizes, norms by role, iteration, tokens, recipe
 	$(call needs,CHECKPOINT)
 	@$(PY) -m checkpoints_tools.inspect --checkpoint $(CHECKPOINT) $(ARGS)
 
-publish: setup  ## push the export MODEL to the hub as REPO (ARGS=--dry-run shows what would go)
-	$(call needs,MODEL REPO)
-	$(PY) -m checkpoints_tools.publish --export $(MODEL) --repo $(REPO) $(ARGS)
+publish: HF_MODEL := $(or $(HF_MODEL),$(MODEL))
+publish: setup  ## push HF_MODEL to the hub as REPO (ARGS=--dry-run shows what would go)
+	$(call needs,HF_MODEL REPO)
+	$(PY) -m checkpoints_tools.publish --hf-model $(HF_MODEL) --repo $(REPO) $(ARGS)
 
 evaluate: setup  ## MODEL on held-out text (DATA) and tasks (CONFIG, such as launch/eval/local.yaml), to OUT
 	$(call needs,MODEL OUT)

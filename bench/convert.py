@@ -57,7 +57,7 @@ def main() -> None:
         config = hub_config("30B-A3B", num_hidden_layers=options.num_hidden_layers)
         result["num_bytes"] = write_synthetic(work / "hf", config)
         workers = ["--workers", str(options.workers)]
-        convert = ["checkpoints_tools.convert_hf", "--hf", str(work / "hf"), *workers]
+        convert = ["checkpoints_tools.convert_hf", "--hf-model", str(work / "hf"), *workers]
         result["convert"] = against_cp(convert, work / "hf", work, options.rounds)
         run([*convert, "--out", str(work / "checkpoint"), "--no-verify"])
         shutil.rmtree(work / "hf")
@@ -112,7 +112,7 @@ def peak_with_all_tensors(size: str, work: Path, workers: list[str]) -> dict[str
     checkpoint, out = work / "checkpoint", work / "out"
     peaks = {
         "convert": run(
-            ["checkpoints_tools.convert_hf", "--hf", str(work / "narrow"), "--out", str(checkpoint), *workers]
+            ["checkpoints_tools.convert_hf", "--hf-model", str(work / "narrow"), "--out", str(checkpoint), *workers]
         ).peak_bytes,
         "export": run(
             ["checkpoints_tools.export_hf", "--checkpoint", str(checkpoint), "--out", str(out), *workers]

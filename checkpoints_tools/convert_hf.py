@@ -1,6 +1,6 @@
 """Turn a Hugging Face Qwen3 or Qwen3-MoE model into a checkpoint that training loads in any layout.
 
-    python -m checkpoints_tools.convert_hf --hf Qwen/Qwen3-30B-A3B-Base --out checkpoints/qwen3-30b-a3b
+    python -m checkpoints_tools.convert_hf --hf-model Qwen/Qwen3-30B-A3B-Base --out checkpoints/qwen3-30b-a3b
 
 Nothing but weights is converted, and no value changes unless --dtype asks for it. The model is streamed: memory does
 not grow with its size. What was written is read back and compared, bit by bit, before it gets its name; a short report
@@ -20,7 +20,7 @@ from megatron_a2d.utils.printable import print_line
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m checkpoints_tools.convert_hf", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--hf", required=True, metavar="DIR|HUB_ID", help="the model to convert")
+    parser.add_argument("--hf-model", required=True, metavar="DIR|HUB_ID", help="the model to convert")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must be new")
     parser.add_argument(
         "--mask-token-id",
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.conversion.hf_to_torch_dist import convert
     from megatron_a2d.conversion.sources import open_checkpoint
 
-    model = find_model(options.hf)
+    model = find_model(options.hf_model)
     lines: list[str] = []
     done = convert(
         model.directory,

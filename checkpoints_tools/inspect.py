@@ -1,7 +1,7 @@
 """Show what a checkpoint or a Hugging Face directory holds: sizes, types and norms by role, iteration, tokens, recipe.
 
 python -m checkpoints_tools.inspect --checkpoint checkpoints/run
-python -m checkpoints_tools.inspect --hf exports/run --no-norms
+python -m checkpoints_tools.inspect --hf-model exports/run --no-norms
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m checkpoints_tools.inspect", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint or an iteration of one")
-    parser.add_argument("--hf", type=Path, metavar="DIR", help="a Hugging Face directory, such as an export")
+    parser.add_argument("--hf-model", type=Path, metavar="DIR", help="a Hugging Face directory, such as an export")
     parser.add_argument("--no-norms", action="store_true", help="read no values: sizes and types only, at once")
     options = parser.parse_args(argv)
-    if (options.checkpoint is None) == (options.hf is None):
-        raise UserError("--checkpoint, --hf: give exactly one")
+    if (options.checkpoint is None) == (options.hf_model is None):
+        raise UserError("--checkpoint, --hf-model: give exactly one")
 
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
     from megatron_a2d.conversion.weight_summary import summarise
 
-    opened = open_checkpoint(options.checkpoint) if options.checkpoint else open_hf(options.hf)
+    opened = open_checkpoint(options.checkpoint) if options.checkpoint else open_hf(options.hf_model)
     with opened as weights:
         if options.no_norms:
             roles = summarise(weights, None)

@@ -1,7 +1,7 @@
 """Push an export to the Hugging Face hub, after its files have been held against their checksums.
 
-    python -m checkpoints_tools.publish --export exports/rnd1 --repo me/rnd1 --dry-run
-    python -m checkpoints_tools.publish --export exports/rnd1 --repo me/rnd1 --private
+    python -m checkpoints_tools.publish --hf-model exports/rnd1 --repo me/rnd1 --dry-run
+    python -m checkpoints_tools.publish --hf-model exports/rnd1 --repo me/rnd1 --private
 
 The token comes from HF_TOKEN or from `hf auth login` and is never shown; HF_ENDPOINT names another hub.
 """
@@ -26,7 +26,7 @@ SUMS = "SHA256SUMS"
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m checkpoints_tools.publish", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--export", required=True, type=Path, metavar="DIR", help="a directory that export_hf wrote")
+    parser.add_argument("--hf-model", required=True, type=Path, metavar="DIR", help="a directory that export_hf wrote")
     parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the model's repository; made if it is new")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--message", default="Upload model", help="of the commit")
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
         raise UserError(f"--repo {options.repo}: is no repository; write owner/name")
-    files = check_export(options.export)
+    files = check_export(options.hf_model)
 
     from huggingface_hub import constants, get_token
 
@@ -53,13 +53,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("no token for the hub: set HF_TOKEN, or run hf auth login")
     if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would show it in its complaint
         raise UserError("the token for the hub holds a character that no token has; set HF_TOKEN anew")
-    print_line(f"{options.repo}: {push(options.export, options.repo, options.private, options.message, token)}")
+    print_line(f"{options.repo}: {push(options.hf_model, options.repo, options.private, options.message, token)}")
 
 
 def check_export(directory: Path) -> dict[str, int]:
     """File -> size of all that will be pushed; UserError unless SHA256SUMS names all files, rightly."""
     if not (directory / SUMS).is_file():
-        raise UserError(f"--export {directory}: has no {SUMS}; give a directory that export_hf wrote")
+        raise UserError(f"--hf-model {directory}: has no {SUMS}; give a directory that export_hf wrote")
     lines = [line.split(maxsplit=1) for line in read_text(directory / SUMS, "the list of checksums").splitlines()]
     check_plain_files(directory)  # a link would publish what it points to
     expected = {parts[1]: parts[0] for parts in lines if len(parts) == 2}

@@ -1,8 +1,8 @@
 """Prove that two forms of a model are the same: all tensors bit by bit, logits position by position.
 
-    python -m checkpoints_tools.verify --hf Qwen/Qwen3-0.6B --checkpoint checkpoints/qwen3-0.6b
+    python -m checkpoints_tools.verify --hf-model Qwen/Qwen3-0.6B --checkpoint checkpoints/qwen3-0.6b
     python -m checkpoints_tools.verify --checkpoint checkpoints/run --export exports/run
-    python -m checkpoints_tools.verify --hf Qwen/Qwen3-0.6B --export exports/qwen3-0.6b --logits
+    python -m checkpoints_tools.verify --hf-model Qwen/Qwen3-0.6B --export exports/qwen3-0.6b --logits
 
 Where the second has another type than the first, the first is cast, and must then agree in every bit. Logits are
 those of transformers for one side and of a streamed forward pass for the other, in fp32 on the CPU; a model that is
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m checkpoints_tools.verify", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--hf", metavar="DIR|HUB_ID", help="the Hugging Face model that was converted")
+    parser.add_argument("--hf-model", metavar="DIR|HUB_ID", help="the Hugging Face model that was converted")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint or an iteration of one")
     parser.add_argument("--export", type=Path, metavar="DIR", help="a directory that export_hf wrote")
     parser.add_argument("--logits", action="store_true", help="compare logits whatever the model's size")
     options = parser.parse_args(argv)
-    if sum(given is not None for given in (options.hf, options.checkpoint, options.export)) != 2:
-        raise UserError("--hf, --checkpoint, --export: two of them are compared; give exactly two")
+    if sum(given is not None for given in (options.hf_model, options.checkpoint, options.export)) != 2:
+        raise UserError("--hf-model, --checkpoint, --export: two of them are compared; give exactly two")
 
     from megatron_a2d.conversion.compare_weights import compare_weights
     from megatron_a2d.conversion.hf_download import find_model
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
     from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 
-    hf = None if options.hf is None else find_model(options.hf).directory
+    hf = None if options.hf_model is None else find_model(options.hf_model).directory
     with ExitStack() as stack:
         opened = [stack.enter_context(open_hf(hf))] if hf else []
         opened += [stack.enter_context(open_checkpoint(options.checkpoint))] if options.checkpoint else []

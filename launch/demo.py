@@ -75,12 +75,12 @@ def main(argv: list[str] | None = None) -> None:
 
     _title("2  The upstream lab: a tiny Qwen3-MoE, pretrained autoregressively")
     write_untrained_model(out / "untrained", tokenizer, **SHAPE)
-    _make("convert-hf", HF=out / "untrained", OUT=out / "untrained_checkpoint")
+    _make("convert-hf", HF_MODEL=out / "untrained", OUT=out / "untrained_checkpoint")
     _train("launch/recipes/demo_ar.yaml", out / "untrained_checkpoint", out / "ar_run", data)
     _make("export", CHECKPOINT=out / "ar_run", OUT=out / "qwen3_tiny_moe", FORMAT="qwen3")
 
     _title("3  The main job: from autoregressive to diffusion")
-    _make("convert-hf", HF=out / "qwen3_tiny_moe", OUT=out / "checkpoint")
+    _make("convert-hf", HF_MODEL=out / "qwen3_tiny_moe", OUT=out / "checkpoint")
     _train("launch/recipes/demo_cpu.yaml", out / "checkpoint", out / "run", data)
     _make("export", CHECKPOINT=out / "run", OUT=out / "exported", FORMAT="rnd1")
     _module("megatron_a2d.report", out / "run", "--out", out / "loss.png")

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(out / "untrained", ignore_errors=True)
         write_untrained_model(out / "untrained", tokenizer, **SHAPE)
     if not (out / "untrained_checkpoint").exists():
-        _run("checkpoints_tools.convert_hf", "--hf", out / "untrained", "--out", out / "untrained_checkpoint")
+        _run("checkpoints_tools.convert_hf", "--hf-model", out / "untrained", "--out", out / "untrained_checkpoint")
     length = ("--train-iters", options.train_iters) if options.train_iters else ()
     _run(
         "megatron_a2d.train", "--config", RECIPE, "--load", out / "untrained_checkpoint", "--save", out / "ar",

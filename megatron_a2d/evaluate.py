@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 -m megatron_a2d.evaluate --model CHECKPOINT --expert-model-parallel-size 8 ...
 
 Writes EVAL/results.json with the resolved settings, EVAL/results.md, and EVAL/answers.jsonl while it works: the same
-command goes on where it was interrupted. `--beside EVAL_BEFORE` puts earlier results into the same table. Files of
+command goes on where it was interrupted. `--compare-with EVAL_BEFORE` adds earlier results to the table. Files of
 --config hold the same names as the flags; flags win.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_a2d.config.cli import Parser, add_settings, given_settings
+from megatron_a2d.config.renamed import FLAGS, warn_of_key
 from megatron_a2d.config.settings import build, flag
 from megatron_a2d.evaluation.code_execution import allow_programs
 from megatron_a2d.evaluation.score_table import read_results
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
     options, layout, noise = _parse(argv)
     check_model(options.model, layout)
-    beside = [read_results(Path(directory)) for directory in options.beside]
+    beside = [read_results(Path(directory)) for directory in options.compare_with]
     make_parent(Path(options.out) / "results.json")  # better refused now than after hours
     allow_programs(options.allow_code_execution, options.allow_code_network)
     hide_noise("lm_eval.api.task", "lm_eval.evaluator")  # how tasks are written, and shots that were asked for
@@ -125,7 +126,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
     parser.add_argument("--model", required=True, metavar="DIR", help="an export, a checkpoint, or a Qwen3 directory")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, as launch/eval/*.yaml")
-    parser.add_argument("--beside", nargs="+", default=[], metavar="DIR", help="earlier results for the same table")
+    parser.add_argument("--compare-with", nargs="+", default=[], metavar="DIR", help="earlier results to tabulate too")
     group = parser.add_argument_group("what and how")
     for name, option in OPTIONS.items():
         kind: dict[str, Any] = {"type": option.kind}
@@ -189,6 +190,9 @@ def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
     known = [*OPTIONS, *SAMPLING]
     for key, value in content.items():
         name = key.replace("-", "_")
+        if name not in known and (new := FLAGS.get(flag(name), "")[2:].replace("-", "_")) in known:
+            warn_of_key(f"--config {path}", (name, value), (new, value))
+            name = new
         if name not in known:
             problems.append(f"--config {path}: unknown setting {key}{nearest(name, known)}")
             continue

@@ -45,7 +45,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     cases = {}
     for kind in ("dense", "dense_tied", "moe"):
         write_hf(root / kind, kind)
-        convert_hf.main(["--hf", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
+        convert_hf.main(["--hf-model", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
         cases[kind] = Case(root / kind, str(root / f"{kind}_checkpoint"), settings)
     cases["isolated"] = cases["moe"]._replace(settings={**settings, "reset_attention_mask": True})
     cases["ar"] = cases["moe"]._replace(settings={**settings, "objective": "ar"})

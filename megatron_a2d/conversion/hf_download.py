@@ -1,4 +1,4 @@
-"""`--hf`: a directory, or the id of a model on the Hugging Face hub, which is downloaded into its cache."""
+"""`--hf-model`: a directory, or the id of a model on the Hugging Face hub, which is downloaded into its cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def find_model(given: str) -> Model:
     if Path(given).is_dir():
         return Model(Path(given), None)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", given) or given.startswith("."):
-        raise UserError(f"--hf {given}: no such directory, and no hub id (owner/name); check the path")
+        raise UserError(f"--hf-model {given}: no such directory, and no hub id (owner/name); check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -31,6 +31,6 @@ def find_model(given: str) -> Model:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = without_passwords(" ".join(str(error).split()))
         raise UserError(
-            f"--hf {given}: no such directory, and the hub does not give it ({reason}); "
+            f"--hf-model {given}: no such directory, and the hub does not give it ({reason}); "
             "check the name and the connection, or download it and give the directory"
         ) from None

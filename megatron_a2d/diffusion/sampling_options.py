@@ -36,7 +36,7 @@ class SamplingOptions:
     temperature, top_k, top_p: shape the distribution that tokens and entropies come from; 0 and 1 filter nothing.
         Temperature 0 takes the likeliest token and does not change the distribution.
     greedy: take the likeliest token whatever the temperature, which then only affects entropies.
-    guidance: classifier-free guidance w: logits are l + w (l - u), where u are those with the given text masked; 0:
+    cfg_scale: classifier-free guidance w: logits are l + w (l - u), where u are those with the given text masked; 0:
         none. The two forward passes count as one.
     """
 
@@ -51,7 +51,7 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
-    guidance: float = 0.0
+    cfg_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if problems := self.problems():
@@ -74,12 +74,12 @@ class SamplingOptions:
             ),
             "top_k": (self.top_k >= 0, "must be 0 (no limit) or more"),
             "top_p": (0 < self.top_p <= 1, "must be above 0 and at most 1 (no limit)"),
-            "guidance": (0 <= self.guidance <= _LARGEST_GUIDANCE, f"must be 0 (none) to {_LARGEST_GUIDANCE}"),
+            "cfg_scale": (0 <= self.cfg_scale <= _LARGEST_GUIDANCE, f"must be 0 (none) to {_LARGEST_GUIDANCE}"),
             "sampler": (self.sampler in SAMPLERS, f"must be one of {', '.join(SAMPLERS)}"),
             "cache": (self.cache in CACHES, f"must be one of {', '.join(CACHES)}"),
         }
         found = [f"{name} {getattr(self, name)}: {why}" for name, (good, why) in ranges.items() if not good]
-        if self.aligned_blocks and (self.block_length == 0 or self.cache != "none" or self.guidance):
+        if self.aligned_blocks and (self.block_length == 0 or self.cache != "none" or self.cfg_scale):
             found.append("block_length: a block diffusion model needs its own length, and no cache or guidance")
         if self.cache != "none" and self.block_length == 0:
             found.append(f"cache {self.cache}: has no effect without blocks, set block_length")

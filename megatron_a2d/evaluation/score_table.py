@@ -38,8 +38,8 @@ def read_results(directory: Path) -> dict[str, Any]:
     wrong += [name for name, table in tables.items() if not _is_table(name, table)]
     if wrong:
         raise UserError(
-            f"--beside {directory}: results.json is not of this command (it holds no usable {', '.join(wrong)}); name "
-            "an earlier --out"
+            f"--compare-with {directory}: results.json is not of this command (it holds no usable {', '.join(wrong)}); "
+            "name an earlier --out"
         )
     return results
 

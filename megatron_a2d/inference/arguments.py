@@ -33,7 +33,7 @@ SAMPLING = {
     "top_k": "only the K likeliest tokens; 0: all",
     "top_p": "only the likeliest tokens of mass P",
     "greedy": "take the likeliest token; the temperature then only shapes the order",
-    "guidance": "classifier-free guidance; 0: none",
+    "cfg_scale": "classifier-free guidance; 0: none",
 }
 
 

@@ -6,7 +6,7 @@
 
 Settings, dataset and checkpoint; the same versions and the same files on all nodes; --save shared and with room; GPUs
 there, free and as fast as the others; all-reduces inside nodes, between neighbours and over all (NCCL, or gloo without
-GPUs). A table at the end; exit code 2 and a line for each problem. --thorough also compares checksums and moves larger
+GPUs). A table at the end; exit code 2 and a line for each problem. --full also compares checksums and moves larger
 messages.
 """
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         parser = Parser(
             prog="megatron_a2d.preflight", description="Check nodes, network, data and checkpoint of a run."
         )
-        parser.add_argument("--thorough", action="store_true", help="compare checksums, and move larger messages")
+        parser.add_argument("--full", action="store_true", help="compare checksums, and move larger messages")
         parser.add_argument(
             "--settings-only", action="store_true", help="check the settings alone, for WORLD_SIZE processes, and end"
         )
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     hide_noise()
     from megatron_a2d.preflight.node_checks import check_nodes
 
-    training = dataclasses.replace(config.training, verify_checkpoint=options.thorough)
-    check_nodes(dataclasses.replace(config, training=training), options.thorough, cluster)
+    training = dataclasses.replace(config.training, verify_checkpoint=options.full)
+    check_nodes(dataclasses.replace(config, training=training), options.full, cluster)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ class Run:
 def run(request: pytest.FixtureRequest, tmp_path: Path, pool: Pool) -> Iterator[tuple[str, Run]]:
     pool.close()  # its idle processes keep threads of earlier groups busy; the next test that needs it starts it
     write_hf(tmp_path / "hf", "moe")
-    convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
+    convert_hf.main(["--hf-model", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
     write_tokens(tmp_path / "tokens", 60, 250, seed=0)
     run = Run(tmp_path, LAYOUTS[request.param])
     yield request.param, run

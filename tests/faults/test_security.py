@@ -162,7 +162,7 @@ def test_no_file_of_a_download_is_unpickled(name: str, cases: dict[str, Case], t
         (tmp_path / "hf" / "model.safetensors").unlink()
     (tmp_path / "hf" / name).write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
     with pytest.raises(UserError):
-        convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "out")])
+        convert_hf.main(["--hf-model", str(tmp_path / "hf"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "owned").exists() and not (tmp_path / "out").exists()
 
 

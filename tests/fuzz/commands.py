@@ -60,7 +60,7 @@ COMMANDS = {
     ),
     "preflight": Command(
         "megatron_a2d.preflight.__main__",
-        "--load {checkpoint} --train-data-path {tokens} --seq-length 32 --global-batch-size 7", ("--thorough", *RUN),
+        "--load {checkpoint} --train-data-path {tokens} --seq-length 32 --global-batch-size 7", ("--full", *RUN),
     ),
     "study": Command(
         "megatron_a2d.study.__main__",
@@ -75,23 +75,23 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "megatron_a2d.evaluate", "--model {export} --out {out} --valid-data-path {tokens} --seq-length 16 --num-batches 1",
-        ("--config {evaluation_recipe}", "--beside {evaluated}", "--mc-num 2", "--batch-tokens 64", "--limit 1"),
+        ("--config {evaluation_recipe}", "--compare-with {evaluated}", "--mc-num 2", "--batch-tokens 64", "--limit 1"),
     ),
     "convert_hf": Command(
-        "checkpoints_tools.convert_hf", "--hf {hf} --out {out}", ("--mask-token-id 255", "--no-verify", *CONVERSION)
+        "checkpoints_tools.convert_hf", "--hf-model {hf} --out {out}", ("--mask-token-id 255", "--no-verify", *CONVERSION)
     ),
     "export_hf": Command(
         "checkpoints_tools.export_hf", "--checkpoint {trained} --out {out} --format a2d",
         ("--evaluation {results}", "--max-shard-size 1MB", "--no-verify", *CONVERSION),
     ),
-    "verify": Command("checkpoints_tools.verify", "--hf {hf} --checkpoint {checkpoint}", ("--logits",)),
+    "verify": Command("checkpoints_tools.verify", "--hf-model {hf} --checkpoint {checkpoint}", ("--logits",)),
     "inspect": Command("checkpoints_tools.inspect", "--checkpoint {trained}", ("--no-norms",)),
     "average": Command(
         "checkpoints_tools.average", "--checkpoints {checkpoint} {checkpoint} --out {out}",
         ("--ema-decay 0.5", *CONVERSION),
     ),
     "publish": Command(
-        "checkpoints_tools.publish", "--export {export} --repo a/b --dry-run", ("--message x", "--private")
+        "checkpoints_tools.publish", "--hf-model {export} --repo a/b --dry-run", ("--message x", "--private")
     ),
     "synthesize": Command(
         "checkpoints_tools.synthesize", "--size {hf} --out {out} --num-hidden-layers 1",
@@ -126,7 +126,7 @@ def make_inputs(root: Path) -> dict[str, Path]:
     hf = write_hf(root / "hf", "moe")
     quiet = StringIO()
     with redirect_stdout(quiet), redirect_stderr(quiet):
-        convert_hf.main(["--hf", str(hf), "--out", str(root / "checkpoint"), "--no-verify", "--workers", "1"])
+        convert_hf.main(["--hf-model", str(hf), "--out", str(root / "checkpoint"), "--no-verify", "--workers", "1"])
         from megatron_a2d.config.settings import RunConfig
 
         trained = copy_of(root / "checkpoint" / "release", root / "trained" / "iter_0000002")

@@ -40,7 +40,7 @@ def write_models(root: Path) -> dict[str, Model]:
         # All experts for every token: where the router chooses, a last bit decides, and nothing bounds what follows.
         experts = {"moe_intermediate_size": 128, "num_experts_per_tok": 8} if kind == "moe" else {}
         write_hf(root / kind, kind, **_SIZES, **experts)
-        convert_hf.main(["--hf", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
+        convert_hf.main(["--hf-model", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
         models[kind] = Model(str(root / f"{kind}_checkpoint"), settings)
     return models
 

@@ -40,7 +40,7 @@ def bf16_cases(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory)
     """The cases, those of the MoE model with all experts for every token."""
     root = tmp_path_factory.mktemp("all_experts")
     write_hf(root / "hf", "moe", num_experts_per_tok=8)
-    convert_hf.main(["--hf", str(root / "hf"), "--out", str(root / "checkpoint")])
+    convert_hf.main(["--hf-model", str(root / "hf"), "--out", str(root / "checkpoint")])
     return {
         kind: case if kind.startswith("dense") else case._replace(checkpoint=str(root / "checkpoint"))
         for kind, case in cases.items()

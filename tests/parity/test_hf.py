@@ -52,7 +52,7 @@ def test_the_mask_matters(kind: str, cases: dict[str, Case], pool: Pool) -> None
 def test_unnormalised_top_k(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
     """norm_topk_prob false is a model of its own; taken for true it would fail."""
     write_hf(tmp_path / "hf", "moe", norm_topk_prob=False)
-    convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
+    convert_hf.main(["--hf-model", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
     ours = our_logits(pool, cases["moe"], causal=True, checkpoint=str(tmp_path / "checkpoint"))
     with torch.no_grad():
         theirs = hf_model("moe", norm_topk_prob=False)(TOKENS, use_cache=False).logits
@@ -74,7 +74,7 @@ def test_swapped_weights_break_parity(
         other = name.replace(first, second)
         weights[name], weights[other] = weights[other].clone(), weights[name].clone()
     save_file(weights, path, metadata={"format": "pt"})
-    convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
+    convert_hf.main(["--hf-model", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
     ours = our_logits(pool, cases["moe"], causal=False, checkpoint=str(tmp_path / "checkpoint"))
     assert largest_difference(ours, hf_logits("moe", causal=False)) > 100 * TOLERANCE
 

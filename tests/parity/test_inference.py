@@ -20,7 +20,7 @@ from tests.tiny import MASK_TOKEN_ID
 ROWS = [[5, 7, *[-1] * 17], [20, *[-1] * 6, 90, 91, *[-1] * 3], [100, 101, -1]]
 OPTIONS: list[dict[str, Any]] = [
     {"num_steps": 5},
-    {"sampler": "threshold", "threshold": 0.02, "block_length": 5, "temperature": 1.0, "guidance": 0.5},
+    {"sampler": "threshold", "threshold": 0.02, "block_length": 5, "temperature": 1.0, "cfg_scale": 0.5},
 ]
 LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("dense", 1, {}),

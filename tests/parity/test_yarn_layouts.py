@@ -26,7 +26,7 @@ def yarn(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Ca
     """The mixture of experts with YaRN."""
     root = tmp_path_factory.mktemp("yarn")
     write_hf(root / "hf", "moe", rope_scaling=YARN)
-    convert_hf.main(["--hf", str(root / "hf"), "--out", str(root / "checkpoint"), "--no-verify"])
+    convert_hf.main(["--hf-model", str(root / "hf"), "--out", str(root / "checkpoint"), "--no-verify"])
     return cases["moe"]._replace(hf=root / "hf", checkpoint=str(root / "checkpoint"))
 
 

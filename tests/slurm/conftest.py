@@ -26,7 +26,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
     root = tmp_path_factory.mktemp("material")
     write_hf(root / "hf", "dense", num_hidden_layers=2, max_window_layers=2)
-    convert_hf.main(["--hf", str(root / "hf"), "--out", str(root / "checkpoint")])
+    convert_hf.main(["--hf-model", str(root / "hf"), "--out", str(root / "checkpoint")])
     write_tokens(root / "tokens", 60, 250, seed=0)
     return Material(root / "checkpoint", root / "tokens")
 

@@ -237,7 +237,7 @@ def test_the_scan_in_the_background(tmp_path):
 def checkpoint(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("model")
     write_hf(root / "hf", "dense")
-    convert_hf.main(["--hf", str(root / "hf"), "--out", str(root / "checkpoint")])
+    convert_hf.main(["--hf-model", str(root / "hf"), "--out", str(root / "checkpoint")])
     return root / "checkpoint"
 
 

@@ -27,7 +27,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("good")
     for kind in ("dense", "moe"):
         write_hf(root / kind, kind)
-        convert_hf.main(["--hf", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
+        convert_hf.main(["--hf-model", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
     write_tokens(root / "tokens", 40, 250, seed=0)
     write_tokens(root / "foreign", 40, 5000, seed=0)
     return root

@@ -73,7 +73,7 @@ def fill(watched: Watched, rows: list[list[int]], label_shift: bool = True, **op
         (True, {}),
         (False, {}),
         (True, {"sampler": "rnd1", "block_length": 3}),
-        (True, {"guidance": 0.7, "temperature": 1.0}),
+        (True, {"cfg_scale": 0.7, "temperature": 1.0}),
     ],
 )
 def test_caches_of_one_layer_are_exact(cache: str, label_shift: bool, options: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ def test_positions_that_are_computed_anew(cache: str, label_shift: bool) -> None
 
 def test_guidance_keeps_a_cache_for_each_of_its_halves() -> None:
     watched = Watched(1)
-    fill(watched, ROWS, cache="dual", guidance=0.7)
+    fill(watched, ROWS, cache="dual", cfg_scale=0.7)
     for request in watched.requests:
         slots = window_of(request).slots.tolist()
         rows = slots[: len(slots) // 2]

@@ -109,14 +109,14 @@ def test_inspect_shows_both_sides(run: Path, capsys) -> None:
     shown = capsys.readouterr().out
     for word in ("iteration", "30", "7.68k", "bfloat16", "router", "lr 0.001", "mlp': 0.1", "8 experts, 2 a token"):
         assert word in shown, word
-    inspect.main(["--hf", str(run.parent / "hf_30")])
+    inspect.main(["--hf-model", str(run.parent / "hf_30")])
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
     tensors = tensors_of(run.parent / "hf_30")
     head = tensors["lm_head.weight"].float()
     assert f"{float(head.norm()):.4g}" in lines["head"] and f"{float(head.abs().max()):.4g}" in lines["head"]
     routers = torch.cat([tensor.float().flatten() for name, tensor in tensors.items() if ".mlp.gate." in name])
     assert f"{float(routers.square().mean().sqrt()):.4g}" in lines["router"]
-    inspect.main(["--hf", str(run.parent / "hf_30"), "--no-norms"])
+    inspect.main(["--hf-model", str(run.parent / "hf_30"), "--no-norms"])
     assert f"{float(head.norm()):.4g}" not in capsys.readouterr().out
     with pytest.raises(UserError, match="exactly one"):
         inspect.main([])
@@ -127,7 +127,7 @@ def test_inspect_counts_values_that_are_not_finite(run: Path, tmp_path: Path, ca
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors["lm_head.weight"][3, 3] = float("nan")
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
-    inspect.main(["--hf", str(tmp_path / "hf")])
+    inspect.main(["--hf-model", str(tmp_path / "hf")])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ head"))
     assert line.split()[-2] == "1"
 
@@ -205,7 +205,7 @@ def test_the_loss_by_time_is_of_masked_tokens(tmp_path: Path, capsys) -> None:
 def test_a_large_model_is_not_loaded_unasked(run: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(logits_report, "UNASKED_BYTES", 1000)
     monkeypatch.setattr(logits_report, "transformers_logits", lambda *a, **k: pytest.fail("it was loaded"))
-    verify.main(["--hf", str(run.parent / "hf_30"), "--checkpoint", str(run)])
+    verify.main(["--hf-model", str(run.parent / "hf_30"), "--checkpoint", str(run)])
     out = capsys.readouterr().out
     assert "logits of 1 x 8 positions" in out and "both streamed, transformers would take" in out
 
@@ -216,7 +216,7 @@ def test_other_logits_leave_no_output(tool: str, size: str, run: Path, tmp_path:
     """Compared first, named afterwards: what behaves otherwise than its source never gets its name, at any size."""
     if size == "large":
         monkeypatch.setattr(logits_report, "UNASKED_BYTES", 1000)
-    name = {"convert": "--hf", "export": "--checkpoint"}[tool]
+    name = {"convert": "--hf-model", "export": "--checkpoint"}[tool]
     main = {"convert": convert_hf.main, "export": export_hf.main}[tool]
     command = [name, str(run.parent / "hf_30" if tool == "convert" else run), "--out", str(tmp_path / "new" / "out")]
     rotate = StreamedModel._rotate
@@ -243,10 +243,10 @@ def test_rounded_logits_are_compared_as_strictly(dtype: str, unasked: int, tmp_p
     """The source is rounded as its copy is, so that a difference of 1e-5 is seen among those of 1e-2."""
     monkeypatch.setattr(logits_report, "UNASKED_BYTES", unasked)
     hf = tiny.write_hf(tmp_path / "hf", "moe")
-    command = ["--hf", str(hf), "--dtype", dtype, "--out"]
+    command = ["--hf-model", str(hf), "--dtype", dtype, "--out"]
     convert_hf.main([*command, str(tmp_path / "ckpt")])
     export_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out"), "--format", "rnd1"])
-    verify.main(["--hf", str(hf), "--export", str(tmp_path / "out")])
+    verify.main(["--hf-model", str(hf), "--export", str(tmp_path / "out")])
     lines = [line for line in capsys.readouterr().out.splitlines() if "largest difference" in line]
     assert len(lines) == 3 and all(float(line.split("largest difference ")[1].split(",")[0]) < 1e-5 for line in lines)
     norm = StreamedModel._norm  # a fault of the streamed side alone
@@ -295,7 +295,7 @@ def test_the_report_of_values_that_were_let_pass(tmp_path: Path, capsys) -> None
     tensors = load_file(hf / "model.safetensors")
     tensors["model.layers.0.mlp.gate_proj.weight"][0, 0] = float("nan")
     save_file(tensors, hf / "model.safetensors")
-    convert_hf.main(["--hf", str(hf), "--out", str(tmp_path / "ckpt"), "--allow-nonfinite"])
+    convert_hf.main(["--hf-model", str(hf), "--out", str(tmp_path / "ckpt"), "--allow-nonfinite"])
     assert "logits: not finite on either side" in capsys.readouterr().out
 
 
@@ -324,7 +324,7 @@ def push(directory: Path, hub: Hub, *arguments: str, token: str | None = TOKEN) 
     }  # fmt: skip
     if token:
         environment["HF_TOKEN"] = token
-    command = [sys.executable, "-m", "checkpoints_tools.publish", "--export", str(directory), "--repo", "me/rnd1"]
+    command = [sys.executable, "-m", "checkpoints_tools.publish", "--hf-model", str(directory), "--repo", "me/rnd1"]
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -397,7 +397,7 @@ def test_a_hub_without_xet_is_told_of(exported: Path, disabled: bool, monkeypatc
 
 
 def test_an_export_that_was_changed_is_not_published(exported: Path, tmp_path: Path) -> None:
-    arguments = ["--export", str(tmp_path / "out"), "--repo", "me/rnd1", "--dry-run"]
+    arguments = ["--hf-model", str(tmp_path / "out"), "--repo", "me/rnd1", "--dry-run"]
     with pytest.raises(UserError, match="no SHA256SUMS"):
         publish.main(arguments)
     with pytest.raises(UserError, match="is no repository"):

@@ -231,7 +231,7 @@ def test_an_existing_output_is_never_touched(models: Path, tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     for command in (
-        lambda: convert_hf.main(["--hf", str(models / "dense"), "--out", str(tmp_path / "out")]),
+        lambda: convert_hf.main(["--hf-model", str(models / "dense"), "--out", str(tmp_path / "out")]),
         lambda: export_hf.main(["--checkpoint", str(models / "ckpt"), "--out", str(tmp_path / "out")]),
     ):
         with pytest.raises(UserError, match="already exists"):
@@ -389,15 +389,15 @@ def test_hub_ids(models: Path, tmp_path: Path, monkeypatch, capsys) -> None:
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    convert_hf.main(["--hf", "Qwen/Tiny", "--out", str(tmp_path / "out")])
+    convert_hf.main(["--hf-model", "Qwen/Tiny", "--out", str(tmp_path / "out")])
     assert "mask token 250" in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "release" / "hf" / "config.json").read_text())
     assert config["_name_or_path"] == "Qwen/Tiny"
     with pytest.raises(UserError, match=r"Qwen/Absent: no such directory.*no network.*connection"):
-        convert_hf.main(["--hf", "Qwen/Absent", "--out", str(tmp_path / "other")])
+        convert_hf.main(["--hf-model", "Qwen/Absent", "--out", str(tmp_path / "other")])
     for path in ("./absent", "/absent", "absent", "a/b/c"):
         with pytest.raises(UserError, match="check the path"):
-            convert_hf.main(["--hf", path, "--out", str(tmp_path / "other")])
+            convert_hf.main(["--hf-model", path, "--out", str(tmp_path / "other")])
     assert asked == ["Qwen/Tiny", "Qwen/Absent"]
     assert not (tmp_path / "other").exists()
 
@@ -414,16 +414,16 @@ def test_sizes(text: str) -> None:
 
 def test_verify_wants_two_things(models: Path) -> None:
     with pytest.raises(UserError, match="exactly two"):
-        verify.main(["--hf", str(models / "dense")])
-    verify.main(["--hf", str(models / "moe"), "--checkpoint", str(models / "ckpt"), "--logits"])
+        verify.main(["--hf-model", str(models / "dense")])
+    verify.main(["--hf-model", str(models / "moe"), "--checkpoint", str(models / "ckpt"), "--logits"])
     with pytest.raises(UserError, match="not the same model"):
-        verify.main(["--hf", str(models / "dense"), "--checkpoint", str(models / "ckpt")])
+        verify.main(["--hf-model", str(models / "dense"), "--checkpoint", str(models / "ckpt")])
 
 
 def test_the_command_ends_with_code_2_and_one_line(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "dense", tmp_path / "hf")
     edit_tensors(tmp_path / "hf", lambda tensors: tensors.pop(NAME))
-    command = [sys.executable, "-m", "checkpoints_tools.convert_hf", "--hf", "hf", "--out", "out"]
+    command = [sys.executable, "-m", "checkpoints_tools.convert_hf", "--hf-model", "hf", "--out", "out"]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=600

@@ -135,7 +135,7 @@ def test_converted_directory_is_complete(tmp_path: Path) -> None:
 def test_types_can_be_changed(tmp_path: Path, capsys) -> None:
     hf = tiny.write_hf(tmp_path / "hf", "moe")
     convert(hf, tmp_path / "ckpt", dtype=torch.bfloat16)
-    verify.main(["--hf", str(hf), "--checkpoint", str(tmp_path / "ckpt")])
+    verify.main(["--hf-model", str(hf), "--checkpoint", str(tmp_path / "ckpt")])
     assert "largest rounding 0.0" in capsys.readouterr().out
     export(tmp_path / "ckpt", tmp_path / "out", "a2d", dtype=torch.float32)
     expected = {name: tensor.bfloat16().float() for name, tensor in tensors_of(hf).items()}
@@ -192,7 +192,7 @@ def test_a_stored_tied_head_must_equal_the_embedding(tmp_path: Path) -> None:
 def test_verify_notices_swapped_tensors(kind: str, first: str, second: str, tmp_path: Path) -> None:
     hf = tiny.write_hf(tmp_path / "hf", kind)
     convert(hf, tmp_path / "ckpt")
-    arguments = ["--hf", str(hf), "--checkpoint", str(tmp_path / "ckpt")]
+    arguments = ["--hf-model", str(hf), "--checkpoint", str(tmp_path / "ckpt")]
     verify.main(arguments)
     tensors = tensors_of(hf)
     tensors[first], tensors[second] = tensors[second], tensors[first]
@@ -262,7 +262,7 @@ def test_logits_of_exports_are_those_of_the_source(kind: str, form: Format, tmp_
     hf = tiny.write_hf(tmp_path / "hf", kind)
     convert(hf, tmp_path / "ckpt")
     export(tmp_path / "ckpt", tmp_path / "out", form, travelling=TRAVELLING.get(form, []))
-    arguments = ["--hf", str(hf), "--export", str(tmp_path / "out"), "--logits"]
+    arguments = ["--hf-model", str(hf), "--export", str(tmp_path / "out"), "--logits"]
     verify.main(arguments)
     assert (
         f"{'causal' if form == 'qwen3' else 'bidirectional'} logits of 2 x 64 positions in fp32: largest difference"

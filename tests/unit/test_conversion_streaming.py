@@ -307,7 +307,7 @@ def test_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
         convert(hf, tmp_path / "out")
     assert [problem.split()[2] for problem in caught.value.problems] == [NAME, bad[0]]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    convert_hf.main(["--hf", str(hf), "--out", str(tmp_path / "ckpt"), "--allow-nonfinite", "--no-verify"])
+    convert_hf.main(["--hf-model", str(hf), "--out", str(tmp_path / "ckpt"), "--allow-nonfinite", "--no-verify"])
     with pytest.raises(UserError, match="not finite"):
         export(tmp_path / "ckpt", tmp_path / "out", "qwen3")
     arguments = ["--checkpoint", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out"), "--format", "qwen3"]
@@ -411,7 +411,7 @@ def test_links_are_refused_before_the_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", ["0", "-2", "65"])
 def test_workers_are_a_number_of_threads(workers: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--workers"):
-        convert_hf.main(["--hf", "x", "--out", str(tmp_path / "out"), "--workers", workers])
+        convert_hf.main(["--hf-model", "x", "--out", str(tmp_path / "out"), "--workers", workers])
 
 
 def test_the_first_failure_ends_all_jobs() -> None:

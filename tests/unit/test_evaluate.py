@@ -37,7 +37,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     """A Qwen3 before conversion, the same as a diffusion export, and held-out tokens."""
     root = tmp_path_factory.mktemp("evaluate")
     write_hf(root / "qwen3", "dense")
-    convert_hf.main(["--hf", str(root / "qwen3"), "--out", str(root / "checkpoint")])
+    convert_hf.main(["--hf-model", str(root / "qwen3"), "--out", str(root / "checkpoint")])
     export_hf.main(["--checkpoint", str(root / "checkpoint"), "--out", str(root / "export"), "--format", "a2d"])
     write_tokens(root / "code", 30, 250, seed=1)
     write_tokens(root / "web", 20, 200, seed=2)
@@ -76,7 +76,7 @@ def test_local_tasks_of_all_kinds(models, tmp_path, capsys):
         before["tasks"]["local_choice"] != tasks["local_choice"]
         or before["tasks"]["local_rolling"] != tasks["local_rolling"]
     )
-    run(models, tmp_path / "both", *local, "--beside", str(tmp_path / "before"))
+    run(models, tmp_path / "both", *local, "--compare-with", str(tmp_path / "before"))
     page = (tmp_path / "both" / "results.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| local_rolling | 0 | bits_per_byte"))
     cells = [cell.strip() for cell in row.split("|")]
@@ -222,7 +222,7 @@ BAD = {
     "samples too long": (["--valid-data-path", "x", "--seq-length", "9999"], "512 positions"),
     "no data": (["--valid-data-path", "/nowhere/x", "--seq-length", "16"], "/nowhere/x"),
     "no draws": (["--tasks", "a", "--mc-num", "0"], "--mc-num 0"),
-    "no earlier results": (["--tasks", "a", "--beside", "/nowhere"], "/nowhere/results.json"),
+    "no earlier results": (["--tasks", "a", "--compare-with", "/nowhere"], "/nowhere/results.json"),
     "noise for ar": (["--tasks", "a", "--objective", "ar", "--min-timestep", "0.1"], "no effect with --objective ar"),
     "unknown flag": (["--task", "a"], "did you mean --tasks"),
     "layout of an export": (["--tasks", "a", "--bf16"], "--bf16: only goes with a checkpoint"),
@@ -277,7 +277,7 @@ def test_bad_config_files(models, tmp_path):
 def test_earlier_results_of_another_kind(models, tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="not of this command"):
-        run(models, tmp_path / "out", "--tasks", "a", "--beside", str(tmp_path))
+        run(models, tmp_path / "out", "--tasks", "a", "--compare-with", str(tmp_path))
 
 
 EARLIER = {
@@ -302,7 +302,7 @@ def test_malformed_earlier_results_are_found_first(change, tmp_path, monkeypatch
     monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
     (tmp_path / "results.json").write_text(json.dumps(EARLIER | change))
     with pytest.raises(UserError, match=f"no usable {next(iter(change))}"):
-        evaluate.main(["--model", "m", "--out", str(tmp_path / "out"), "--tasks", "a", "--beside", str(tmp_path)])
+        evaluate.main(["--model", "m", "--out", str(tmp_path / "out"), "--tasks", "a", "--compare-with", str(tmp_path)])
     (tmp_path / "results.json").write_text(json.dumps(EARLIER))
     assert "| a | 0 | acc | 50.0% | 50.0% |" in markdown([EARLIER | {"held_out": {}}, read_results(tmp_path)])
 

@@ -34,7 +34,7 @@ DOCUMENTS = [[*range(3, 20), END_OF_TEXT], [*range(30, 61), END_OF_TEXT], [*rang
 def checkpoint(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("model")
     write_hf(root / "hf", "dense")
-    convert_hf.main(["--hf", str(root / "hf"), "--out", str(root / "checkpoint"), "--no-verify"])
+    convert_hf.main(["--hf-model", str(root / "hf"), "--out", str(root / "checkpoint"), "--no-verify"])
     return root
 
 

@@ -153,7 +153,7 @@ def test_samplers_and_caches_write_texts(exports, capsys):
     for arguments in (
         ["--sampler", "confidence"], ["--sampler", "eb", "--gamma", "2"], ["--sampler", "threshold", "--threshold", "0.3"],
         ["--block-length", "6"], ["--block-length", "6", "--cache", "prefix"], ["--block-length", "6", "--cache", "dual"],
-        ["--guidance", "1"], ["--guidance", "1", "--block-length", "6", "--cache", "dual"],
+        ["--cfg-scale", "1"], ["--cfg-scale", "1", "--block-length", "6", "--cache", "dual"],
     ):  # fmt: skip
         texts.add(run(capsys, exports["a2d"], "--prompt", "x = ", "--max-new-tokens", "20", *arguments))
     assert len(texts) >= 5 and all(text.startswith("x = ") for text in texts)
@@ -246,7 +246,7 @@ BAD_ARGUMENTS = {
     "endless completion": (["--prompt", "a", "--max-new-tokens", "99999999999"], "200 positions"),
     "surrogate": (["--prompt", "a\udc80"], "no text in UTF-8"),
     "temperature that overflows": (["--prompt", "a", "--temperature", "1e-38"], "--temperature 1e-38: must be 0, or"),
-    "guidance that overflows": (["--prompt", "a", "--guidance", "1e38"], "--guidance 1e+38: must be 0 (none) to"),
+    "guidance that overflows": (["--prompt", "a", "--cfg-scale", "1e38"], "--cfg-scale 1e+38: must be 0 (none) to"),
     "page that is a directory": (["--prompt", "a", "--save-html", "/tmp"], "--save-html /tmp: is a directory"),
     "unknown flag": (["--prompt", "a", "--num-step", "3"], "--num-steps"),
 }

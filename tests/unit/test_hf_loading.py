@@ -44,7 +44,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One mixture of experts as the hub has it, and as exports."""
     root = tmp_path_factory.mktemp("loading")
     found = {"qwen3": tiny.write_hf(root / "qwen3", "moe", rope_scaling=YARN)}
-    convert_hf.main(["--hf", str(found["qwen3"]), "--out", str(root / "checkpoint"), "--no-verify"])
+    convert_hf.main(["--hf-model", str(found["qwen3"]), "--out", str(root / "checkpoint"), "--no-verify"])
     for form in ("a2d", "rnd1"):
         export(root / "checkpoint", root / form, form, TRAVELLING[form])
         found[form] = root / form

@@ -287,7 +287,7 @@ def test_two_nodes_are_compared(tmp_path: Path) -> None:
     from tests.tiny import write_hf, write_tokens
 
     write_hf(tmp_path / "hf", "dense")
-    convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
+    convert_hf.main(["--hf-model", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
     write_tokens(tmp_path / "tokens", 40, 250, seed=0)
     flags = [
         "--load", str(tmp_path / "checkpoint"), "--train-data-path", str(tmp_path / "tokens"), "--seq-length", "32",

@@ -21,7 +21,7 @@ from tests.tiny import write_hf
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     write_hf(root / "hf", "dense")
-    convert_hf.main(["--hf", str(root / "hf"), "--out", str(root / "ckpt")])
+    convert_hf.main(["--hf-model", str(root / "hf"), "--out", str(root / "ckpt")])
     export_hf.main(["--checkpoint", str(root / "ckpt"), "--out", str(root / "export"), "--format", "a2d"])
     return root
 
@@ -41,7 +41,7 @@ def replace(path: Path, how: str) -> None:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "convert": ("hf", lambda root: convert_hf.main(["--hf", str(root / "hf"), "--out", str(root / "out")])),
+    "convert": ("hf", lambda root: convert_hf.main(["--hf-model", str(root / "hf"), "--out", str(root / "out")])),
     "resolve": ("ckpt/release", lambda root: resolve(root / "ckpt")),
     "checkpoint's model files": ("ckpt/release/hf", lambda root: resolve(root / "ckpt")),
     "generate": ("export", lambda root: generate.main(["--model", str(root / "export"), "--prompt", "a"])),
@@ -96,11 +96,11 @@ def test_links_that_are_as_they_must_be(models: Path, tmp_path: Path) -> None:
     (snapshot / "chat_template.jinja").symlink_to("tokenizer.json")
     (snapshot / "trace.log").symlink_to("/etc/hostname")
     (tmp_path / "link").symlink_to(snapshot)
-    convert_hf.main(["--hf", str(tmp_path / "link"), "--out", str(tmp_path / "out")])
+    convert_hf.main(["--hf-model", str(tmp_path / "link"), "--out", str(tmp_path / "out")])
     # Blobs of another model are not its own.
     (snapshot / "LICENSE").symlink_to(models / "hf" / "config.json")
     with pytest.raises(UserError, match="LICENSE: is a link"):
-        convert_hf.main(["--hf", str(snapshot), "--out", str(tmp_path / "again")])
+        convert_hf.main(["--hf-model", str(snapshot), "--out", str(tmp_path / "again")])
 
 
 @pytest.mark.parametrize("name", ["README.md", "extra.bin", "deep/extra"])

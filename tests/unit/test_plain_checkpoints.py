@@ -61,9 +61,9 @@ def test_every_tool_reads_it_and_unpickles_nothing(
         inspect.main(["--checkpoint", str(checkpoint)])
         assert f"{ITERATION}" in capsys.readouterr().out
         export_hf.main(["--checkpoint", str(checkpoint), "--out", str(hf), "--format", "qwen3"])
-        verify.main(["--hf", str(hf), "--checkpoint", str(checkpoint)])
-        convert_hf.main(["--hf", str(hf), "--out", str(tmp_path / "again"), "--mask-token-id", "63"])
-        verify.main(["--hf", str(hf), "--checkpoint", str(tmp_path / "again")])
+        verify.main(["--hf-model", str(hf), "--checkpoint", str(checkpoint)])
+        convert_hf.main(["--hf-model", str(hf), "--out", str(tmp_path / "again"), "--mask-token-id", "63"])
+        verify.main(["--hf-model", str(hf), "--checkpoint", str(tmp_path / "again")])
         twin = tmp_path / "twin" / "iter_0000012"
         shutil.copytree(checkpoint / "iter_0000012", twin)
         average.main(["--checkpoints", str(checkpoint), str(twin), "--out", str(tmp_path / "mean")])

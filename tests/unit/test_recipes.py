@@ -131,4 +131,4 @@ def test_the_readmes_runs_fit_their_machines() -> None:
         dry_run(recipe, int(gpus), cluster.lower())
     load = re.search(r"--config launch/recipes/(\w+).yaml --load checkpoints/([\w-]+)", text)
     model = yaml.safe_load(RECIPES[one[4]].read_text())["model"]
-    assert load and f"make convert-hf HF={model} OUT=checkpoints/{load[2]}\n" in text, "of the recipe's own model"
+    assert load and f"make convert-hf HF_MODEL={model} OUT=checkpoints/{load[2]}\n" in text, "of the recipe's own model"

@@ -196,7 +196,7 @@ def test_a_cards_lines_run_and_ask_nothing(
     from tests.tiny import write_hf
 
     write_hf(tmp_path / "hf", "moe")
-    convert_hf.main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "ckpt"), "--no-verify"])
+    convert_hf.main(["--hf-model", str(tmp_path / "hf"), "--out", str(tmp_path / "ckpt"), "--no-verify"])
     export = tmp_path / "export"
     export_hf.main(["--checkpoint", str(tmp_path / "ckpt"), "--out", str(export), "--format", kind, "--no-verify"])
     lines = (export / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -224,4 +224,4 @@ def test_an_empty_name_of_a_model_is_the_directory_that_one_is_in(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"config\.json: the model's configuration is missing"):
-        verify.main(["--hf", "", "--checkpoint", str(tmp_path)])
+        verify.main(["--hf-model", "", "--checkpoint", str(tmp_path)])

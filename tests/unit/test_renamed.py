@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_a2d import evaluate
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.renamed import FLAGS, SETTINGS, modernise_flags, modernise_record
 from megatron_a2d.config.settings import recorded_settings, settings
@@ -91,3 +92,10 @@ def test_flags_of_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert modernise_flags([old], {new, old}) == modernise_flags([old], set()) == [old]
         assert modernise_flags(["--", old], {new}) == ["--", old]
     assert capsys.readouterr().err == ""
+
+
+def test_a_recipe_of_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "eval.yaml"
+    recipe.write_text("guidance: 0.5\n")
+    assert evaluate._read_config(str(recipe), []) == {"cfg_scale": 0.5}
+    assert "guidance is now cfg_scale" in capsys.readouterr().err

@@ -149,7 +149,7 @@ def test_guidance():
         seen.append(request.tokens)
         return from_logits(hashed_logits)(request, reduce)
 
-    result = denoise(model, canvas, MASK, SamplingOptions(num_steps=1, guidance=1.5)).tokens
+    result = denoise(model, canvas, MASK, SamplingOptions(num_steps=1, cfg_scale=1.5)).tokens
     assert seen[0].tolist() == [*canvas.tokens.tolist(), [MASK] * 6, [MASK] * 6]
     given, masked = hashed_logits(canvas.tokens), hashed_logits(torch.full_like(canvas.tokens, MASK))
     guided = given + 1.5 * (given - masked)
@@ -159,7 +159,7 @@ def test_guidance():
     assert not torch.equal(result, fill(hashed_logits, canvas, 1))
 
     fixed = sharp([0.5, 0.9, 0.6, 0.8, 0.99, 0.7])
-    plain, same = (fill(lambda t: fixed.expand(len(t), -1, -1), canvas, 3, guidance=w) for w in (0.0, 2.0))
+    plain, same = (fill(lambda t: fixed.expand(len(t), -1, -1), canvas, 3, cfg_scale=w) for w in (0.0, 2.0))
     assert torch.equal(plain, same)
 
 
@@ -168,7 +168,7 @@ def test_guidance_is_the_written_formula() -> None:
     generator = torch.Generator().manual_seed(2)
     given, masked = torch.randn(2, 5, VOCAB, generator=generator)
     for w in (0.5, 1.0, 3.0):
-        reduce = scorer(SamplingOptions(guidance=w), MASK, None)
+        reduce = scorer(SamplingOptions(cfg_scale=w), MASK, None)
         found = Scores(*reduce(torch.cat([given, masked]), lambda logits: logits.clone()))
         guided = given + w * (given - masked)
         guided[:, MASK] = -torch.inf
@@ -288,7 +288,7 @@ def test_a_final_row_is_left_with_what_it_has():
         ({"gamma": -1.0}, "gamma -1"),
         ({"gamma": float("nan")}, "gamma nan"),
         ({"block_length": -2}, "block_length -2"),
-        ({"guidance": -0.5}, "guidance -0.5"),
+        ({"cfg_scale": -0.5}, "cfg_scale -0.5"),
     ],
 )
 def test_bad_options(options, message):

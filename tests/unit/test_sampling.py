@@ -269,7 +269,7 @@ def test_draws_follow_the_distribution():
         {"sampler": "eb", "gamma": 0.5},
         {"sampler": "confidence", "block_length": 3},
         {"sampler": "threshold", "threshold": 0.5, "block_length": 4, "num_steps": 40},
-        {"guidance": 0.5},
+        {"cfg_scale": 0.5},
     ],
 )
 def test_same_text_on_any_batch_split(changes):

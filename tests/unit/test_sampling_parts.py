@@ -27,7 +27,7 @@ VOCAB, MASK = 12, 11
     ("temperature", [0.0, 1e-6, 3.0], [9e-7, -1.0, math.inf, math.nan]),
     ("top_k", [0, 3], [-1]),
     ("top_p", [1e-9, 1.0], [0.0, 1.0001]),
-    ("guidance", [0.0, 1000.0], [-1e-9, 1000.5, math.nan]),
+    ("cfg_scale", [0.0, 1000.0], [-1e-9, 1000.5, math.nan]),
     ("sampler", ["rnd1", "eb", "confidence", "threshold"], ["none", "RND1"]),
     ("cache", ["none"], ["both"]),
 ])  # fmt: skip
@@ -45,7 +45,7 @@ def test_settings_that_need_or_exclude_others():
         with pytest.raises(ValueError, match=rf"^cache {cache}: has no effect without blocks"):
             SamplingOptions(cache=cache)
     SamplingOptions(aligned_blocks=True, block_length=4)
-    for others in ({}, {"block_length": 4, "cache": "dual"}, {"block_length": 4, "guidance": 0.5}):
+    for others in ({}, {"block_length": 4, "cache": "dual"}, {"block_length": 4, "cfg_scale": 0.5}):
         with pytest.raises(ValueError, match=r"^block_length: a block diffusion model needs its own"):
             SamplingOptions(aligned_blocks=True, **others)
     with pytest.raises(ValueError, match=r"num_steps 0: .*; top_k -1: "):
@@ -58,7 +58,7 @@ def test_settings_that_need_or_exclude_others():
         0.9,
         "none",
     )
-    assert (plain.temperature, plain.top_k, plain.top_p, plain.guidance, plain.block_length) == (0.0, 0, 1.0, 0.0, 0)
+    assert (plain.temperature, plain.top_k, plain.top_p, plain.cfg_scale, plain.block_length) == (0.0, 0, 1.0, 0.0, 0)
     taken = [
         SamplingOptions(temperature=t, greedy=g).takes_likeliest
         for t, g in ((0.0, False), (0.0, True), (1.0, True), (1.0, False))
@@ -180,7 +180,7 @@ def test_scores_of_a_row(options):
             assert entropies[row] == pytest.approx(-sum(value * math.log(value) for value in p if value > 0), abs=1e-5)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
 def test_scores_do_not_depend_on_the_parts_of_the_head(guidance, monkeypatch):
     """Rows beyond the first 64 come a few at a time; each has its own number, and its own row without the text."""
     generator = torch.Generator().manual_seed(2)
@@ -191,7 +191,7 @@ def test_scores_do_not_depend_on_the_parts_of_the_head(guidance, monkeypatch):
     hidden = torch.cat([logits[0], logits[1]]) if guidance else logits[0]
     whole = scores_of(logits[0] + guidance * (logits[0] - logits[1]), uniforms, temperature=1.0)
     monkeypatch.setitem(model_interface._PART_BYTES, "cpu", 4 * VOCAB * 7 + 3)
-    assert scores_of(hidden, uniforms, temperature=1.0, guidance=guidance) == whole
+    assert scores_of(hidden, uniforms, temperature=1.0, cfg_scale=guidance) == whole
 
 
 def test_parts_of_the_head(monkeypatch):

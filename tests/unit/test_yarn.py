@@ -123,7 +123,7 @@ def export(hf: Path, directory: Path, form: str) -> None:
 
     checkpoint = directory.with_name("checkpoint")
     if not checkpoint.exists():
-        convert_hf.main(["--hf", str(hf), "--out", str(checkpoint)])
+        convert_hf.main(["--hf-model", str(hf), "--out", str(checkpoint)])
     export_hf.main(["--checkpoint", str(checkpoint), "--out", str(directory), "--format", form])
     config = json.loads((directory / "config.json").read_text())
     assert config["rope_scaling"] == SHORT and config["rope_theta"] == 1e6 and "rope_parameters" not in config

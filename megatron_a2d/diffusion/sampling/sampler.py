@@ -154,7 +154,7 @@ class _State:
         options = self.options
         tokens_SL, visible_SL = self.tokens_BL[sequences_S], self.canvas.visible[sequences_S]
         needed_SL = _output_positions(candidates_SL, label_shift)
-        if options.guidance:
+        if options.cfg_scale:
             given_SL = visible_SL & ~self.canvas.editable[sequences_S]
             tokens_SL = torch.cat([tokens_SL, tokens_SL.masked_fill(given_SL, self.mask_token_id)])
             visible_SL, needed_SL = visible_SL.repeat(2, 1), needed_SL.repeat(2, 1)

@@ -34,12 +34,12 @@ def scorer(options: SamplingOptions, mask_token_id: int, uniforms_N: Tensor | No
     """
 
     def reduce(hidden_ND: Tensor, head: Head) -> tuple[Tensor, ...]:
-        num_candidates = len(hidden_ND) // (2 if options.guidance else 1)
+        num_candidates = len(hidden_ND) // (2 if options.cfg_scale else 1)
         unconditional = logits_in_chunks(hidden_ND[num_candidates:], head)
         found = []
         for chunk, logits_nV in logits_in_chunks(hidden_ND[:num_candidates], head):
-            if options.guidance:
-                logits_nV = logits_nV + options.guidance * (logits_nV - next(unconditional)[1])
+            if options.cfg_scale:
+                logits_nV = logits_nV + options.cfg_scale * (logits_nV - next(unconditional)[1])
             found.append(_score(logits_nV, options, mask_token_id, None if uniforms_N is None else uniforms_N[chunk]))
         return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
