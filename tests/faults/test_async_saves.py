@@ -45,5 +45,5 @@ def test_a_killed_writer(
     assert error["iteration"] == 1 and "ended with exit code -9" in error["error"] and "on rank 1" in error["error"]
     when = "in the background" if asynchronous else "at once"
     exactness.faults.append(
-        Fault(f"SIGKILL of the process that writes chunks {when}", 1, "that checkpoint", "told, trains on")
+        Fault(f"SIGKILL of the process that writes chunks {when}", 1, "that checkpoint", "logged, trains on")
     )

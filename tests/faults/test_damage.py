@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         assert after["start"] == 1 and after["losses"] == before["losses"][1:]
         assert after["weights"] == before["weights"] and after["optimizer"] == before["optimizer"]
     assert check_manifest(root / "iter_0000004") == []  # written anew
-    end = "named; resumes from the one before, then bit for bit the unbroken run"
+    end = "identified; resumes from the one before, then bitwise as the uninterrupted run"
     for damage in ("a flipped bit in", "a truncated file of", "a file missing from"):
         exactness.faults.append(Fault(f"{damage} the newest checkpoint", 1, "that checkpoint", end))
 
@@ -145,9 +145,9 @@ def test_a_full_disk(
     resumed = pool.run("run", 2, settings=settings)
     assert {rank["start"] for rank in resumed} == {1}
     assert [rank["weights"] for rank in resumed] == [rank["weights"] for rank in trained["results"]]
-    lost = "the steps since the last whole checkpoint" if reaction == "stop" else "the checkpoints that did not fit"
+    lost = "the steps since the last intact checkpoint" if reaction == "stop" else "the checkpoints that did not fit"
     exactness.faults.append(
-        Fault(f"a full disk, --on-save-error {reaction}", 1, lost, "told; goes on when there is room")
+        Fault(f"a full disk, --on-save-error {reaction}", 1, lost, "reported; resumes once there is disk space")
     )
 
 
@@ -167,5 +167,5 @@ def test_a_disk_that_fails_at_any_file(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("iter_*/*")} == before
     assert not list((tmp_path / "run").glob(".*"))
     exactness.faults.append(
-        Fault(f"{file} cannot be written", 1, "that checkpoint", "all ranks told, earlier ones intact")
+        Fault(f"{file} cannot be written", 1, "that checkpoint", "reported on all ranks, earlier ones intact")
     )

@@ -199,4 +199,4 @@ def up_to(lost: list[int]) -> str:
 
 def ended(run: Run) -> str:
     survivors = f"all {run.survivors} survivors named the dead rank and ended within {run.slowest:.0f} s"
-    return f"resumed runs end bit for bit as the unbroken one; {survivors}"
+    return f"resumed runs end bitwise as the uninterrupted one; {survivors}"

@@ -52,7 +52,7 @@ def test_a_signal_to_one_rank_ends_all_and_loses_nothing(
         assert (one["weights"], one["optimizer"]) == (other["weights"], other["optimizer"])
         assert other["exit_code"] == 0 and other["start"] == 2
     exactness.faults.append(
-        Fault(f"{number.name} to one rank in a step", 1, "nothing", "saves, exit code 3; resumes bit for bit")
+        Fault(f"{number.name} to one rank in a step", 1, "nothing", "saves, exit code 3; resumes bitwise")
     )
 
 
