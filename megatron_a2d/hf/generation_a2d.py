@@ -36,11 +36,13 @@ class DiffusionGeneration:
     ) -> torch.Tensor:
         """Fill the holes of `input_ids` [B, L] and `max_new_tokens` more at the end; int64 [B, L + max_new_tokens].
 
-        Mask tokens in `input_ids` are holes. `attention_mask` is 0 at padding; prompts of different length are padded
-        on the left, as for every `generate`; without it, rows that begin with `config.pad_token_id` are refused.
-        `num_steps` defaults to `config.num_diffusion_steps`. Temperature 0 takes the likeliest token; `top_k` 0 and
-        `top_p` 1 filter nothing; `generator` makes draws repeatable. Raises ValueError for arguments out of range, and
-        for a hole with nothing before it, which under the label shift nothing predicts.
+        Mask tokens in `input_ids` are holes. New tokens behind the first of `generation_config.eos_token_id` are
+        padding (`pad_token_id`, else that token), as every `generate` has it. `attention_mask` is 0 at padding;
+        prompts of different length are padded on the left, as for every `generate`; without it, rows that begin
+        with `config.pad_token_id` are refused. `num_steps` defaults to `config.num_diffusion_steps`. Temperature 0
+        takes the likeliest token; `top_k` 0 and `top_p` 1 filter nothing; `generator` makes draws repeatable.
+        Raises ValueError for arguments out of range, and for a hole with nothing before it, which under the label
+        shift nothing predicts.
         """
         given = sorted(name for name, value in ignored_by_none.items() if value is not None)
         if given:
@@ -70,6 +72,20 @@ class DiffusionGeneration:
             else:
                 tokens_BL[decided_BL] = torch.multinomial(chosen_NV.exp(), 1, generator=generator)[:, 0]
             masked_BL &= ~decided_BL
+        return self._padded_behind_end(tokens_BL, max_new_tokens)
+
+    def _padded_behind_end(self, tokens_BL: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """New tokens behind a row's first end-of-text token become padding; what holes in a prompt hold stays."""
+        # Outside a directory's own code transformers may not read generation_config.json; config.json has one token.
+        settings = getattr(self, "generation_config", None) or self.config
+        ends = settings.eos_token_id
+        if ends is None or max_new_tokens == 0:
+            return tokens_BL
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        padding = settings.pad_token_id
+        new_BN = tokens_BL[:, -max_new_tokens:]
+        ended_BN = torch.isin(new_BN, torch.tensor(ends, device=new_BN.device))
+        new_BN[ended_BN.cumsum(1) - ended_BN.long() > 0] = ends[0] if padding is None else padding
         return tokens_BL
 
     def _canvas(

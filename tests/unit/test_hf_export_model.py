@@ -313,6 +313,28 @@ def test_generate_is_the_sampler(kind, label_shift, tmp_path):
     assert torch.equal(longer[:, :9], prompts) and longer.shape == (2, 16) and not (longer == 96).any()
 
 
+@pytest.mark.parametrize("as_list", [True, False])
+@pytest.mark.parametrize("padding", [7, None])
+def test_generate_pads_behind_the_end_of_a_text(as_list, padding, tmp_path):
+    """Of new tokens alone: what a hole in the prompt holds is followed by text that was given."""
+    _, ours = export_and_load("dense", tmp_path)
+    prompts = torch.cat([tokens(2, 5), torch.full((2, 2), 96), tokens(2, 4)], dim=1)
+    ours.config.eos_token_id = None
+    free = ours.generate(prompts, max_new_tokens=8, num_steps=4)
+    end = int(free[0, 13])  # the third new token of the first row
+    ends = [95, end] if as_list else end
+    settings = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=padding)
+    ours.generation_config = settings if as_list else None
+    ours.config.eos_token_id, ours.config.pad_token_id = end, padding
+    ended = ours.generate(prompts, max_new_tokens=8, num_steps=4)
+    expected = free.clone()
+    for row in expected:
+        found = torch.isin(row[11:], torch.tensor([95, end] if as_list else end)).nonzero()[:, 0].tolist()
+        if found:
+            row[11 + found[0] + 1 :] = (95 if as_list else end) if padding is None else padding
+    assert torch.equal(ended, expected) and not torch.equal(ended, free)
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_generate_rows_of_a_batch_do_not_see_one_another(kind, tmp_path):
     _, ours = export_and_load(kind, tmp_path)
