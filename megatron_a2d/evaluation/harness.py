@@ -100,7 +100,13 @@ class HarnessModel(TemplateLM):
             if is_random and not self.sampling.temperature:
                 self.counts["requests for random answers, answered at --temperature 0"] += 1
             jobs.append((self._fit(self.tok_encode(context) or [self.eot_token_id], length), length, until))
-        keys = [self.journal.key("generate", *job) for job in jobs]
+        keys: list[str] = []
+        repeats: Counter[str] = Counter()
+        for job in jobs:
+            key = self.journal.key("generate", *job)
+            # The repeats of one request (pass@k) are texts of their own.
+            keys.append(self.journal.key("generate", *job, repeats[key]) if repeats[key] else key)
+            repeats[key] += 1
         unknown = [number for number, key in enumerate(keys) if self.journal.get(key) is None]
         unknown.sort(key=lambda number: (-len(jobs[number][0]) - jobs[number][1], keys[number]))
         with self._progress("texts", len(jobs), "requests") as advance:

@@ -141,6 +141,30 @@ def test_the_harness_model_against_plain_logits(models):
     assert all(len(a) + len(b) <= opened.max_positions for a, b in windows) and math.isfinite(total)
 
 
+def test_repeats_of_a_request_are_texts_of_their_own(models, tmp_path):
+    """pass@k asks the same k times; the answers are the same in another run, and in one that resumes."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_a2d.diffusion.sampling import SamplingOptions
+    from megatron_a2d.evaluation import harness as module
+    from megatron_a2d.evaluation.response_cache import Journal
+    from megatron_a2d.inference.hf_model import open_export
+
+    opened = open_export(models["export"])
+
+    def answers(count: int, path: Path | None) -> list[str]:
+        model = module.HarnessModel(
+            opened, loglikelihood.ScoringOptions(mc_num=4), SamplingOptions(num_steps=4, temperature=1.0), 8, 2,
+            Journal(path, None), lambda what, total, unit: evaluate._progress(opened, what, total, unit),
+        )  # fmt: skip
+        return model.generate_until([Instance("g", {}, ("for i in ", {"until": []}), 0) for _ in range(count)])
+
+    whole = answers(4, None)
+    assert len(set(whole)) == 4
+    assert answers(2, tmp_path / "answers.jsonl") == whole[:2]
+    assert answers(4, tmp_path / "answers.jsonl") == whole
+
+
 def test_stop_texts_end_the_writing_and_change_no_answer(models, monkeypatch):
     """Answers are those of texts written to their end and cut afterwards, in fewer forward passes."""
     from lm_eval.api.instance import Instance
