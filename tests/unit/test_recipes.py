@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_a2d import train
+from megatron_a2d import plan, train
 from megatron_a2d.planner.cluster import cluster_names, read_cluster
 from megatron_a2d.utils.errors import UserError
 
@@ -116,19 +116,33 @@ def test_settings_only_needs_a_model_and_a_dry_run() -> None:
         train.main(["--dry-run", "--settings-only", "--model", "Qwen/Qwen3-7B"])
 
 
-def test_the_readmes_runs_fit_their_machines() -> None:
-    """The commands as they stand there, with the GPUs that they name: those of a line's own cluster, and on that many."""
-    text = (ROOT / "README.md").read_text()
-    one = re.search(r"Train on (\d+) (\w+).*\nNPROC=(\d+) launch/train.sh --config launch/recipes/(\w+).yaml", text)
+def test_the_documented_runs_fit_their_machines() -> None:
+    """The commands as they stand in README and quickstart, with the GPUs that they name."""
+    text, quickstart = (ROOT / "README.md").read_text(), (ROOT / "docs" / "quickstart.md").read_text()
+    train = r"NPROC=(\d+) launch/train.sh --config launch/recipes/(\w+).yaml --load checkpoints/([\w-]+)"
     many = re.search(
-        r"on (\d+) (\w+) under Slurm.*\nsbatch --nodes (\d+) --gpus-per-node (\d+) launch/train.sbatch --config "
-        r"launch/recipes/(\w+).yaml", text,
+        r"## (\d+) (\w+) under Slurm.*?sbatch --nodes (\d+) --gpus-per-node (\d+) .*?launch/recipes/(\w+).yaml",
+        quickstart, re.DOTALL,
     )  # fmt: skip
     plan = re.search(r"make plan RECIPE=launch/recipes/(\w+).yaml\s+CLUSTER=(\w+) GPUS=(\d+)", text)
-    assert one and many and plan
-    assert one[1] == one[3] and int(many[1]) == int(many[3]) * int(many[4])
-    for recipe, gpus, cluster in ((one[4], one[1], one[2]), (many[5], many[1], many[2]), (plan[1], plan[3], plan[2])):
-        dry_run(recipe, int(gpus), cluster.lower())
-    load = re.search(r"--config launch/recipes/(\w+).yaml --load checkpoints/([\w-]+)", text)
-    model = yaml.safe_load(RECIPES[one[4]].read_text())["model"]
-    assert load and f"make convert-hf HF_MODEL={model} OUT=checkpoints/{load[2]}\n" in text, "of the recipe's own model"
+    assert many and plan and int(many[1]) == int(many[3]) * int(many[4])
+    dry_run(many[5], int(many[1]), many[2].lower())
+    dry_run(plan[1], int(plan[3]), plan[2])
+    assert re.search(r"Eight H100", text) and re.search(r"## 8 H100", quickstart)
+    for page, convert in ((text, "make convert-hf HF_MODEL={} OUT={}"), (quickstart, "--hf-model {} --out {}")):
+        one = re.search(train, page)
+        assert one and one[1] == "8"
+        dry_run(one[2], 8, "h100")
+        model = yaml.safe_load(RECIPES[one[2]].read_text())["model"]
+        assert convert.format(model, f"checkpoints/{one[3]}") in page, "of the recipe's own model"
+
+
+@pytest.mark.parametrize(("recipe", "cluster"), [("qwen3_8b", "h100"), ("qwen3_30b_a3b", "b200")])
+def test_the_readmes_days_are_the_planners(recipe: str, cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    row = re.search(rf"\| `{recipe}` \| \w+ \| (\d+): ([\d.]+) \| (\d+): ([\d.]+) \|", (ROOT / "README.md").read_text())
+    assert row
+    gpus, days = row.group(1, 2) if cluster == "h100" else row.group(3, 4)
+    plan.main(["--config", str(RECIPES[recipe]), "--cluster", cluster, "--gpus", gpus])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "the recipe's" in line and "days" not in line)
+    shown = re.search(r"([\d.]+)\D+\$", line.replace(",", ""))
+    assert shown and float(shown[1]) == pytest.approx(float(days), abs=0.06)
