@@ -1,4 +1,4 @@
-"""Settings and flags that version 0.1 knew under other names, and how their values are written now.
+"""Settings, flags and metrics that version 0.1 knew under other names, and how their values are written now.
 
 For one version flags and recipes may use the old names: a warning tells the new one. What a run has recorded (run.json,
 log.jsonl) is read under either.
@@ -44,6 +44,32 @@ FLAGS = {
     "--hf": "--hf-model",
     "--export": "--hf-model",
 }
+# Of log.jsonl. Those of "router" are under "moe" now.
+METRICS = {
+    "router": "moe",
+    "noise_scale": "grad_noise_scale",
+    "gradient_noise": "tr_sigma",
+    "gradient_signal": "grad_norm_sq",
+    "update_ratio_by_role": "update_to_weight_ratio",
+    "drift_by_role": "relative_weight_change",
+    "loss_by_time": "loss_by_t",
+}
+MOE_METRICS = {
+    "load_masked": "load_imbalance_masked",
+    "load_visible": "load_imbalance_unmasked",
+    "entropy_visible": "entropy_unmasked",
+    "load_difference": "load_tv_distance",
+    "dropped": "dropped_token_frac",
+    "overflow": "over_mean_load_frac",
+}
+
+
+def modernise_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of log.jsonl in today's names."""
+    result = {METRICS.get(name, name): value for name, value in record.items()}
+    if isinstance(result.get("moe"), dict):
+        result["moe"] = {MOE_METRICS.get(name, name): value for name, value in result["moe"].items()}
+    return result
 
 
 def modernise(name: str, value: Any) -> tuple[str, Any]:

@@ -24,15 +24,15 @@ from torch.profiler import record_function
 
 from megatron_a2d.megatron_compat.device import has_cuda
 
-PHASES = ("data", "forward", "head", "backward", "all-to-all", "pipeline", "reduction", "optimizer", "rest")
+PHASES = ("data", "forward", "head", "backward", "all-to-all", "pipeline", "grad_sync", "optimizer", "other")
 
 # What megatron.core calls its parts. Waiting for another stage's tensors ends in -recv or -send.
 _TIMERS = {
     "forward-compute": "forward",
     "backward-compute": "backward",
-    "all-grads-sync": "reduction",
-    "non-tensor-parallel-grads-all-reduce": "reduction",
-    "embedding-grads-all-reduce": "reduction",
+    "all-grads-sync": "grad_sync",
+    "non-tensor-parallel-grads-all-reduce": "grad_sync",
+    "embedding-grads-all-reduce": "grad_sync",
 }
 
 _OFF: AbstractContextManager[None] = nullcontext()
@@ -83,11 +83,11 @@ class Recorder:
         dist.all_to_all_single = all_to_all
         for config in self._configs:
             config.timers = self._timer
-        self.enter("rest")
+        self.enter("other")
         try:
             yield
         finally:
-            self.leave("rest")
+            self.leave("other")
             _recorder, dist.all_to_all_single = None, exchange
             for config in self._configs:
                 config.timers = None
@@ -102,7 +102,7 @@ class Recorder:
 
     def enter(self, name: str) -> None:
         assert name in PHASES, name
-        scope = record_function("step" if name == "rest" else name)  # in the trace it spans the others
+        scope = record_function("step" if name == "other" else name)  # in the trace it spans the others
         scope.__enter__()
         self._scopes.append((name, scope))
         self._changes.append((_now(self._stream), name))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_a2d.config.renamed import modernise_record
+from megatron_a2d.config.renamed import modernise_metrics, modernise_record
 from megatron_a2d.report.figures import figure, plain_label
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import ParseError, parse_json
@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 class Panel(NamedTuple):
-    """Curves of training records by dotted key (`router.load_masked`); a dictionary's key gives one for each entry."""
+    """Curves of training records by dotted key (`moe.entropy_masked`); a dictionary's key gives one for each entry."""
 
     title: str
     keys: tuple[str, ...]
@@ -29,20 +29,20 @@ PANELS = (
     Panel("loss weighted and unweighted", ("loss", "cross_entropy")),
     Panel("diffusion and next-token loss", ("diffusion_loss", "ar_loss")),
     Panel("error of grafting", ("grafting_error",)),
-    Panel("loss by time", ("loss_by_time",)),
+    Panel("loss by t", ("loss_by_t",)),
     Panel("accuracy on rows with loss", ("accuracy",), "accuracy"),
     Panel("accuracy by mask ratio", ("accuracy_by_mask_ratio",)),
     Panel("gradient norm", ("grad_norm",)),
     Panel("gradient norm by role", ("grad_norm_by_role",), logarithmic=True),
-    Panel("update over weight by role", ("update_ratio_by_role",), logarithmic=True),
-    Panel("drift from the start by role", ("drift_by_role",)),
-    Panel("gradient noise scale, samples", ("noise_scale",), logarithmic=True),
+    Panel("update-to-weight ratio by role", ("update_to_weight_ratio",), logarithmic=True),
+    Panel("relative weight change by role", ("relative_weight_change",)),
+    Panel("gradient noise scale, samples", ("grad_noise_scale",), logarithmic=True),
     Panel("learning rate", ("lr",)),
-    Panel("busiest expert over an even share", ("router.load_masked", "router.load_visible")),
-    Panel("entropy of a token's experts, nats", ("router.entropy_masked", "router.entropy_visible")),
-    Panel("loads of masked against visible tokens", ("router.load_difference",)),
-    Panel("share of choices dropped, and above an even share", ("router.dropped", "router.overflow")),
-    Panel("tokens a second", ("tokens_per_second",)),
+    Panel("expert load imbalance, max / mean", ("moe.load_imbalance_masked", "moe.load_imbalance_unmasked")),
+    Panel("entropy of a token's experts, nats", ("moe.entropy_masked", "moe.entropy_unmasked")),
+    Panel("distance between loads of masked and unmasked tokens", ("moe.load_tv_distance",)),
+    Panel("share dropped, and above the mean load", ("moe.dropped_token_frac", "moe.over_mean_load_frac")),
+    Panel("tokens/s", ("tokens_per_second",)),
 )
 
 
@@ -58,7 +58,7 @@ def read_log(run: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         record = _record(line)
         if record is not None:
-            newest[(record["kind"], record["iteration"], record.get("source"))] = record
+            newest[(record["kind"], record["iteration"], record.get("source"))] = modernise_metrics(record)
         elif number < len(lines):  # the last line may be that of a run that was killed while it wrote
             raise UserError(f"{path}: line {number} is no record of a run; remove it")
     records = list(newest.values())

@@ -26,6 +26,7 @@ class Meter:
     """Validation and checkpoints are not timed."""
 
     def __init__(self, config: RunConfig, architecture: Architecture):
+        self._seq_length = config.data.seq_length
         self._tokens_per_step = config.training.global_batch_size * config.data.seq_length
         self._architecture, self._input_length = architecture, config.input_length
         self._rows_per_token = config.input_length / config.data.seq_length
@@ -81,6 +82,7 @@ class Meter:
             "lr": max(group["lr"] for group in state.optimizer.param_groups),
             "tokens_per_second": tokens_per_second,
             "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_samples * self._seq_length,
         }
         if grafting.num_maskable:
             values["grafting_error"] = grafting.weighted_loss / grafting.num_maskable
@@ -100,7 +102,7 @@ class Meter:
         if not self._causal:
             buckets = self._buckets.tolist()
             by_time, by_ratio = buckets[:NUM_BUCKETS], buckets[NUM_BUCKETS:]
-            values["loss_by_time"] = _by_bucket(by_time, above=0, below=4)
+            values["loss_by_t"] = _by_bucket(by_time, above=0, below=4)
             values["accuracy_by_mask_ratio"] = _by_bucket(by_ratio, above=3, below=2)
         self.restart()
         return values

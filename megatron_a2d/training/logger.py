@@ -23,27 +23,27 @@ from megatron_a2d.utils.partial_files import open_log
 
 # TensorBoard's page of custom scalars: a category a question, the most asked one first. Tags are regular expressions.
 LAYOUT = {
-    "1 does it learn": {
+    "loss": {
         "loss, and held out": ["Multiline", ["train/loss$", "validation(/[^/]*)?/nelbo$"]],
-        "loss by time": ["Multiline", ["train/loss_by_time/"]],
+        "loss by t": ["Multiline", ["train/loss_by_t/"]],
         "accuracy by mask ratio": ["Multiline", ["train/accuracy_by_mask_ratio/"]],
         "loss weighted and unweighted": ["Multiline", ["train/(loss|cross_entropy)$"]],
     },
-    "2 is it stable": {
+    "stability": {
         "gradient norm by role": ["Multiline", ["train/grad_norm(_by_role/.*)?$"]],
-        "update over weight by role": ["Multiline", ["train/update_ratio_by_role/"]],
-        "drift from the start by role": ["Multiline", ["train/drift_by_role/"]],
-        "gradient noise scale, samples": ["Multiline", ["train/noise_scale$"]],
+        "update-to-weight ratio by role": ["Multiline", ["train/update_to_weight_ratio/"]],
+        "relative weight change by role": ["Multiline", ["train/relative_weight_change/"]],
+        "gradient noise scale, samples": ["Multiline", ["train/grad_noise_scale$"]],
         "learning rate": ["Multiline", ["train/lr$"]],
     },
-    "3 what do the routers do": {
-        "busiest expert over an even share": ["Multiline", ["train/router/load_(masked|visible)$"]],
-        "entropy of a token's experts, nats": ["Multiline", ["train/router/entropy_"]],
-        "difference of masked and visible loads": ["Multiline", ["train/router/load_difference$"]],
-        "share of choices dropped, and above an even share": ["Multiline", ["train/router/(dropped|overflow)$"]],
+    "moe": {
+        "expert load imbalance, max / mean": ["Multiline", ["train/moe/load_imbalance_(masked|unmasked)$"]],
+        "entropy of a token's experts, nats": ["Multiline", ["train/moe/entropy_"]],
+        "distance between loads of masked and unmasked tokens": ["Multiline", ["train/moe/load_tv_distance$"]],
+        "share dropped, and above the mean load": ["Multiline", ["train/moe/(dropped_token|over_mean_load)_frac$"]],
     },
-    "4 how fast": {
-        "tokens a second": ["Multiline", ["train/tokens_per_second$"]],
+    "throughput": {
+        "tokens/s": ["Multiline", ["train/tokens_per_second$"]],
         "MFU": ["Multiline", ["train/mfu$"]],
     },
 }

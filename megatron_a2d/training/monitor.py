@@ -105,15 +105,15 @@ class Monitor:
         yield
         moved = self._squares(lambda number, piece: piece.weight() - before[number])
         size = self._squares(lambda number, piece: before[number])
-        self._values["update_ratio_by_role"] = self._by_role(moved, size)
+        self._values["update_to_weight_ratio"] = self._by_role(moved, size)
 
     def read(self) -> dict[str, Any]:
         """What the last watched step has shown."""
         values, self._values = self._values, {}
         if self._drift:
-            values["drift_by_role"] = self._drift.measure()
+            values["relative_weight_change"] = self._drift.measure()
         if self._routers:
-            values["router"] = self._routers.read()
+            values["moe"] = self._routers.read()
         return values
 
     def _squares(self, what: Callable[[int, Any], Tensor]) -> list[float]:
@@ -144,7 +144,7 @@ class Monitor:
             self._noise = _MEMORY * self._noise + (1 - _MEMORY) * noise
             self._signal = _MEMORY * self._signal + (1 - _MEMORY) * signal
         scale = self._noise / self._signal if self._signal > 0 and self._noise > 0 else math.nan
-        return {"gradient_noise": noise, "gradient_signal": signal, "noise_scale": scale}
+        return {"tr_sigma": noise, "grad_norm_sq": signal, "grad_noise_scale": scale}
 
 
 def _find(load: str, architecture: Architecture) -> Path | None:

@@ -20,7 +20,7 @@ from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.param_shards import over_ranks
 
 _VISIBLE, _MASKED = 0, 1
-KINDS = {"masked": _MASKED, "visible": _VISIBLE}
+KINDS = {"masked": _MASKED, "unmasked": _VISIBLE}
 
 
 class RouterCounts:
@@ -75,9 +75,10 @@ class RouterCounts:
     def read(self) -> dict[str, Any]:
         """Numbers of the last `counting`; collective.
 
-        load: the busiest expert's share over an even share, mean over layers; entropy: of a token's distribution over
-        experts, nats; load_difference: total variation between both kinds' loads; dropped: choices that no expert
-        served; overflow: choices above an even share, which a capacity factor of 1 would drop. by_layer: lists.
+        load_imbalance: max load / mean load, mean over layers; entropy: of a token's distribution over experts, nats;
+        load_tv_distance: total variation distance between the loads of masked and unmasked tokens; dropped_token_frac:
+        share of assignments that no expert served; over_mean_load_frac: share above the mean load, which a capacity
+        factor of 1 would drop. by_layer: lists.
         """
         table = over_ranks(self._table).cpu()
         counts, tokens, entropy = table[..., : self._num_experts], table[..., -2], table[..., -1]
@@ -88,15 +89,15 @@ class RouterCounts:
         for name, kind in present.items():
             load = shares[:, kind].max(-1).values * self._num_experts
             mean_entropy = entropy[:, kind] / tokens[:, kind].clamp(min=1)
-            by_layer[f"load_{name}"], by_layer[f"entropy_{name}"] = load.tolist(), mean_entropy.tolist()
-            values[f"load_{name}"], values[f"entropy_{name}"] = float(load.mean()), float(mean_entropy.mean())
+            by_layer[f"load_imbalance_{name}"], by_layer[f"entropy_{name}"] = load.tolist(), mean_entropy.tolist()
+            values[f"load_imbalance_{name}"], values[f"entropy_{name}"] = float(load.mean()), float(mean_entropy.mean())
         if len(present) == 2:
             difference = (shares[:, _MASKED] - shares[:, _VISIBLE]).abs().sum(-1) / 2
-            by_layer["load_difference"] = difference.tolist()
-            values["load_difference"] = float(difference.mean())
+            by_layer["load_tv_distance"] = difference.tolist()
+            values["load_tv_distance"] = float(difference.mean())
         wanted = tokens.sum() * self._top_k
         served = counts.sum(1)
         even = tokens.sum(1, keepdim=True) * self._top_k / self._num_experts
-        values["dropped"] = float((wanted - served.sum()) / wanted)
-        values["overflow"] = float((served - even).clamp(min=0).sum() / wanted)
+        values["dropped_token_frac"] = float((wanted - served.sum()) / wanted)
+        values["over_mean_load_frac"] = float((served - even).clamp(min=0).sum() / wanted)
         return {**values, "by_layer": by_layer}

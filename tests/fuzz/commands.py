@@ -139,7 +139,7 @@ def make_inputs(root: Path) -> dict[str, Path]:
     write_tokens(root / "tokens", 40, 250, seed=0)
     run = copy_of(root / "trained", root / "run")
     records: list[dict[str, Any]] = [{"kind": "start", "iteration": 0, "settings": settings}]
-    records += [{"kind": "train", "iteration": n, "loss": 5.0 - n, "loss_by_time": {"0.0": 1.0}} for n in range(1, 4)]
+    records += [{"kind": "train", "iteration": n, "loss": 5.0 - n, "loss_by_t": {"0.0": 1.0}} for n in range(1, 4)]
     records += [{"kind": "validation", "iteration": 2, "nelbo": 3.0, "nelbo_standard_error": 0.1}]
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     texts = {

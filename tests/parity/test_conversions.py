@@ -66,7 +66,7 @@ def test_grafting_teaches_attention_and_resumes(cases: dict[str, Case], pool: Po
         grafts = line["iteration"] <= 4
         for name in ("loss", "cross_entropy", "accuracy", "mask_ratio"):
             assert (line[name] is None) == grafts, name
-        assert ("noise_scale" in line) != grafts and line["router"]["entropy_visible"] > 0
+        assert ("grad_noise_scale" in line) != grafts and line["moe"]["entropy_unmasked"] > 0
         assert [role for role, norm in line["grad_norm_by_role"].items() if norm > 0][:1] == ["attention"]
         assert (line["grad_norm_by_role"]["mlp"] == 0) == grafts
 
@@ -98,7 +98,7 @@ def test_a_recomputed_layer_counts_its_error_once(cases: dict[str, Case], pool: 
         # One of the two, while attention is grafted and behind it; the other is null.
         [name] = [name for name in ("grafting_error", "loss") if plain.get(name) is not None]
         assert recomputed[name] == pytest.approx(plain[name], rel=1e-6), name
-        for name in ("load_visible", "entropy_visible", "overflow"):
+        for name in ("load_imbalance_unmasked", "entropy_unmasked", "over_mean_load_frac"):
             assert recomputed["router"][name] == pytest.approx(plain["router"][name], rel=1e-6), name
 
 

@@ -65,13 +65,19 @@ def test_a_layout_says_what_one_process_says(
         "monitored", layout.ranks, checkpoint=case.checkpoint, settings={**case.settings, **layout.settings}
     )
     expected = one_process[layout.case]
-    kinds = {"grad_norm_by_role", "update_ratio_by_role", "drift_by_role", "loss_by_time", "accuracy_by_mask_ratio"}
-    assert {name.partition(".")[0] for name in expected} >= kinds | {"gradient_noise"}
+    kinds = {
+        "grad_norm_by_role",
+        "update_to_weight_ratio",
+        "relative_weight_change",
+        "loss_by_t",
+        "accuracy_by_mask_ratio",
+    }
+    assert {name.partition(".")[0] for name in expected} >= kinds | {"tr_sigma"}
     for found in map(flat, results):
         assert found.keys() == expected.keys()
         for name, value in found.items():
             # Differences of nearly equal sums: relative to the larger of the two that they come from.
-            tolerance = 1e-4 if name in ("gradient_noise", "gradient_signal", "noise_scale") else 2e-6
+            tolerance = 1e-4 if name in ("tr_sigma", "grad_norm_sq", "grad_noise_scale") else 2e-6
             assert value == pytest.approx(expected[name], rel=tolerance, abs=1e-6, nan_ok=True), name
 
 
@@ -83,7 +89,7 @@ def test_the_comparison_can_fail(cases: dict[str, Case], one_process: dict[str, 
         settings={**case.settings, "micro_batch_size": 2, "seed": 5, "lr": 1.01e-2},
     )  # fmt: skip
     found, expected = flat(other), one_process["moe"]
-    for name in ("grad_norm_by_role.mlp", "update_ratio_by_role.mlp", "router.entropy_masked", "gradient_noise"):
+    for name in ("grad_norm_by_role.mlp", "update_to_weight_ratio.mlp", "moe.entropy_masked", "tr_sigma"):
         assert abs(found[name] - expected[name]) > 1e-4 * abs(expected[name]), name
 
 
@@ -114,9 +120,9 @@ def test_roles_add_up(one_process: dict[str, dict[str, float]], cases: dict[str,
     seen = one_process["moe"]
     squares = [value**2 for name, value in seen.items() if name.startswith("grad_norm_by_role.")]
     assert len(squares) == 6 and math.sqrt(sum(squares)) == pytest.approx(result["grad_norms"][-1], rel=1e-6)
-    assert seen["router.dropped"] == 0 and 0 < seen["router.overflow"] < 1
-    assert 1 < seen["router.load_masked"] < 8 and 0 < seen["router.entropy_visible"] < math.log(8)
-    assert 0 < seen["drift_by_role.attention"] < 1
+    assert seen["moe.dropped_token_frac"] == 0 and 0 < seen["moe.over_mean_load_frac"] < 1
+    assert 1 < seen["moe.load_imbalance_masked"] < 8 and 0 < seen["moe.entropy_unmasked"] < math.log(8)
+    assert 0 < seen["relative_weight_change.attention"] < 1
 
 
 @pytest.mark.parametrize(
@@ -142,9 +148,9 @@ def test_monitoring_changes_nothing(layout: dict[str, Any], cases: dict[str, Cas
         assert with_it == without
     records = [record for record in read_log(tmp_path / "True") if record["kind"] == "train"]
     assert [record["iteration"] for record in records] == [2, 4, 5]
-    drift = [record["drift_by_role"]["attention"] for record in records]
+    drift = [record["relative_weight_change"]["attention"] for record in records]
     assert 0 < drift[0] < drift[1] <= drift[2]  # the learning rate ends at 0
-    assert all("router" not in record for record in read_log(tmp_path / "False"))
+    assert all("moe" not in record for record in read_log(tmp_path / "False"))
     assert draw_run(tmp_path / "True", tmp_path / "page.png").stat().st_size > 20_000
     curves = EventAccumulator(str(tmp_path / "True" / "tensorboard")).Reload()
     tags = curves.Tags()
@@ -176,7 +182,7 @@ def test_a_resumed_run_counts_drift_from_its_beginning(cases: dict[str, Case], p
     pool.run("run", 2, settings=stopped)
     unbroken, resumed = (
         {
-            record["iteration"]: record["drift_by_role"]
+            record["iteration"]: record["relative_weight_change"]
             for record in read_log(tmp_path / name)
             if record["kind"] == "train"
         }
@@ -187,4 +193,4 @@ def test_a_resumed_run_counts_drift_from_its_beginning(cases: dict[str, Case], p
     gone = {**stopped, "load": str(tmp_path / "gone"), "train_iters": 5}
     pool.run("run", 2, settings=gone)
     newest = [record for record in read_log(tmp_path / "resumed") if record["kind"] == "train"][-1]
-    assert newest["iteration"] == 5 and "drift_by_role" not in newest and "router" in newest
+    assert newest["iteration"] == 5 and "relative_weight_change" not in newest and "moe" in newest

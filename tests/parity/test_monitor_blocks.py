@@ -61,14 +61,14 @@ def expected_of_blocks(batches: list, seed: int) -> dict[str, float]:
     values = ((bound + WEIGHT * next_tokens) / maskable, bound / maskable, next_tokens / maskable, masked_sum / masked,
               right / masked, masked / maskable)  # fmt: skip
     found = dict(zip(NAMES, values, strict=True))
-    for name, table in (("loss_by_time", times), ("accuracy_by_mask_ratio", ratios)):
+    for name, table in (("loss_by_t", times), ("accuracy_by_mask_ratio", ratios)):
         found |= {f"{name}.{place / 10:.1f}": a / b for place, (a, b) in enumerate(table) if b}
     return found
 
 
 def seen(found: dict) -> dict[str, float]:
     """The numbers of an interval."""
-    wanted = (*NAMES, "loss_by_time", "accuracy_by_mask_ratio")
+    wanted = (*NAMES, "loss_by_t", "accuracy_by_mask_ratio")
     return {name: value for name, value in flat(found).items() if name.partition(".")[0] in wanted}
 
 

@@ -64,17 +64,17 @@ class Routers:
             probabilities = torch.cat(pieces).double().softmax(-1)
             chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k).indices, 1.0)
             shares = {}
-            for name, kind in (("masked", masked_N), ("visible", ~masked_N)):
+            for name, kind in (("masked", masked_N), ("unmasked", ~masked_N)):
                 shares[name] = chosen[kind].sum(0) / chosen[kind].sum()
-                found[f"load_{name}"].append(float(shares[name].max()) * num_experts)
+                found[f"load_imbalance_{name}"].append(float(shares[name].max()) * num_experts)
                 found[f"entropy_{name}"].append(float(torch.special.entr(probabilities[kind]).sum(-1).mean()))
-            found["load_difference"].append(float((shares["masked"] - shares["visible"]).abs().sum()) / 2)
+            found["load_tv_distance"].append(float((shares["masked"] - shares["unmasked"]).abs().sum()) / 2)
             served = chosen.sum(0)
             above += float((served - served.mean()).clamp(min=0).sum())
             choices += len(masked_N) * top_k
         values = {name: sum(numbers) / len(numbers) for name, numbers in found.items()}
         by_layer = {f"by_layer.{name}.{n}": value for name, numbers in found.items() for n, value in enumerate(numbers)}
-        return values | by_layer | {"dropped": 0.0, "overflow": above / choices}
+        return values | by_layer | {"dropped_token_frac": 0.0, "over_mean_load_frac": above / choices}
 
 
 def expected_values(kind: str, batches: list[Any], learning_rates: list[float]) -> dict[str, float]:
@@ -131,8 +131,8 @@ def expected_values(kind: str, batches: list[Any], learning_rates: list[float]) 
         signal = (BATCH * large - MICRO_BATCH * small) / (BATCH - MICRO_BATCH)
         averages = 0.9 * averages + 0.1 * torch.tensor([noise, signal], dtype=torch.float64)
         norms.append(math.sqrt(large))
-        values = {"gradient_noise": noise, "gradient_signal": signal}
-        values["noise_scale"] = float(averages[0] / averages[1]) if bool((averages > 0).all()) else math.nan
+        values = {"tr_sigma": noise, "grad_norm_sq": signal}
+        values["grad_noise_scale"] = float(averages[0] / averages[1]) if bool((averages > 0).all()) else math.nan
         values |= by_role("grad_norm_by_role", {name: parameter.grad for name, parameter in named.items()})
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
         for group in optimizer.param_groups:
@@ -140,19 +140,19 @@ def expected_values(kind: str, batches: list[Any], learning_rates: list[float]) 
         before = {name: parameter.detach().clone() for name, parameter in named.items()}
         optimizer.step()
         moved = {name: parameter.detach() - before[name] for name, parameter in named.items()}
-        values |= by_role("update_ratio_by_role", moved, before)
+        values |= by_role("update_to_weight_ratio", moved, before)
         if kind == "moe":
             masked_N = torch.cat([(batch.tokens == MASK_TOKEN_ID).flatten() for batch in iteration])
             found = routers.expected(masked_N, hub_config(kind)["num_experts"], hub_config(kind)["num_experts_per_tok"])
-            values |= {f"router.{name}": value for name, value in found.items()}
+            values |= {f"moe.{name}": value for name, value in found.items()}
     away = {name: parameter.detach() - start[name] for name, parameter in named.items()}
-    values |= by_role("drift_by_role", away, start)
+    values |= by_role("relative_weight_change", away, start)
     values |= {
         "loss": float(totals[0] / totals[4]), "cross_entropy": float(totals[1] / totals[2]),
         "accuracy": float(totals[3] / totals[2]), "mask_ratio": float(totals[2] / totals[4]),
-        "grad_norm": sum(norms) / len(norms), "lr": learning_rates[-1], "consumed_samples": 0,
+        "grad_norm": sum(norms) / len(norms), "lr": learning_rates[-1], "consumed_samples": 0, "consumed_tokens": 0,
     }  # fmt: skip
-    for name, table, above, below in (("loss_by_time", 0, 0, 4), ("accuracy_by_mask_ratio", 1, 3, 2)):
+    for name, table, above, below in (("loss_by_t", 0, 0, 4), ("accuracy_by_mask_ratio", 1, 3, 2)):
         values |= {
             f"{name}.{number / 10:.1f}": float(row[above] / row[below])
             for number, row in enumerate(buckets[table])
@@ -206,10 +206,15 @@ def test_every_number_is_what_it_says(kind: str, experts: dict[str, Any], cases:
     assert not wrong
     # Control: the numbers of the step before are others.
     before = expected_values(kind, batches, rates[:1])
-    for name in ("grad_norm_by_role.mlp", "update_ratio_by_role.norm", "drift_by_role.attention", "gradient_noise"):
+    for name in (
+        "grad_norm_by_role.mlp",
+        "update_to_weight_ratio.norm",
+        "relative_weight_change.attention",
+        "tr_sigma",
+    ):
         assert seen[name] != pytest.approx(before[name], rel=tolerance(name)), name
 
 
 def tolerance(name: str) -> float:
     """Differences of nearly equal sums are known less well."""
-    return 1e-3 if name in ("gradient_noise", "gradient_signal", "noise_scale") else 2e-5
+    return 1e-3 if name in ("tr_sigma", "grad_norm_sq", "grad_noise_scale") else 2e-5

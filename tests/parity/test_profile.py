@@ -36,9 +36,9 @@ def test_profile_of_two_stages(cases: dict[str, Case], pool: Pool, tmp_path: Pat
     assert set(first) == set(PHASES)
     assert {name for name, time in first.items() if not time} == {"head"}  # of the last stage
     assert {name for name, time in last.items() if not time} == set()
-    assert max(first["rest"] / sum(first.values()), last["rest"] / sum(last.values())) < 0.2
+    assert max(first["other"] / sum(first.values()), last["other"] / sum(last.values())) < 0.2
 
-    names = {*PHASES, "step"} - {"rest"}
+    names = {*PHASES, "step"} - {"other"}
     for rank, own in ((0, names - {"head"}), (2, names)):
         packed = (tmp_path / "run" / "profile" / f"iterations_2-3_rank_{rank}.json.gz").read_bytes()
         trace = json.loads(gzip.decompress(packed))

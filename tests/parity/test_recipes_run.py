@@ -43,4 +43,4 @@ def test_it_trains(name: str, cases: dict[str, Case], pool: Pool, tmp_path: Path
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "grad_norm_by_role" in line]
     assert [line["iteration"] for line in logged] == [2, 4]
-    assert all(math.isfinite(line["loss"]) and ("router" in line) == (kind == "moe") for line in logged)
+    assert all(math.isfinite(line["loss"]) and ("moe" in line) == (kind == "moe") for line in logged)

@@ -43,10 +43,10 @@ def test_interleaved_micro_batches_are_watched(cases: dict[str, Case], pool: Poo
     case = cases["moe"]
     settings = {**case.settings, **EP, "bf16": True}
     plain, interleaved = (
-        flat(pool.run("monitored", 2, checkpoint=case.checkpoint, settings={**settings, **more})[0]["router"])
+        flat(pool.run("monitored", 2, checkpoint=case.checkpoint, settings={**settings, **more})[0]["moe"])
         for more in ({}, {"overlap_moe_expert_parallel_comm": True})
     )
-    assert {"load_masked", "load_visible"} < plain.keys()
+    assert {"load_imbalance_masked", "load_imbalance_unmasked"} < plain.keys()
     for name, value in plain.items():
         assert interleaved[name] == pytest.approx(value, rel=1e-6), name
 

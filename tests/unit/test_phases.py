@@ -40,7 +40,7 @@ def test_an_inner_phase_is_not_counted_in_the_outer_one(clock: None) -> None:
         with phase("optimizer"):  # 5 to 6
             pass
     # 7
-    assert spent(recorder) == {"forward": 2, "head": 1, "optimizer": 1, "rest": 3}
+    assert spent(recorder) == {"forward": 2, "head": 1, "optimizer": 1, "other": 3}
 
 
 def test_steps_add_up_and_time_between_them_does_not_count(clock: None) -> None:
@@ -50,7 +50,7 @@ def test_steps_add_up_and_time_between_them_does_not_count(clock: None) -> None:
             with phase("data"):
                 pass
         step_timers._now()  # what happens between steps
-    assert spent(recorder) == {"data": 2, "rest": 4}
+    assert spent(recorder) == {"data": 2, "other": 4}
 
 
 def test_a_phase_that_raises_ends(clock: None) -> None:
@@ -73,7 +73,7 @@ def test_megatron_reports_under_its_own_names(clock: None) -> None:
             timer.start(barrier=True)
             config.timers(name).stop()
     assert config.timers is None
-    assert spent(recorder) == {"forward": 1, "pipeline": 1, "rest": 3}
+    assert spent(recorder) == {"forward": 1, "pipeline": 1, "other": 3}
 
 
 def test_the_names_are_those_of_this_megatron() -> None:
@@ -140,7 +140,7 @@ def test_a_scope_of_the_same_name_is_in_the_trace() -> None:
 
 
 def test_table() -> None:
-    times = dict.fromkeys(PHASES, 0.0) | {"forward": 30.0, "backward": 60.0, "rest": 10.0}
+    times = dict.fromkeys(PHASES, 0.0) | {"forward": 30.0, "backward": 60.0, "other": 10.0}
     result = {"first_iteration": 3, "last_iteration": 4, "ranks": [{"rank": 2, "stage": 0, "ms_per_step": times}]}
     lines = [line.split() for line in as_table(result).splitlines()]
     assert " ".join(lines[0]) == "profile of iterations 3 to 4"

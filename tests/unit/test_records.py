@@ -124,7 +124,7 @@ def test_a_log_with_numbers_of_other_types_is_drawn(tmp_path: Path) -> None:
             "iteration": 2,
             "loss": "high",
             "accuracy": [1],
-            "loss_by_time": {"²": 1, "0.5": None, "$a$": 2},
+            "loss_by_t": {"²": 1, "0.5": None, "$a$": 2},
         },
         {"kind": "train", "iteration": 3, "loss": {"a": {"b": 1}}, "router": 5, "grad_norm": True},
         {"kind": "validation", "iteration": 2, "nelbo": 1.0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import yaml
 
 from megatron_a2d import evaluate
 from megatron_a2d.config.cli import Parser, parse_run
-from megatron_a2d.config.renamed import FLAGS, SETTINGS, modernise_flags, modernise_record
+from megatron_a2d.config.renamed import FLAGS, METRICS, MOE_METRICS, SETTINGS, modernise_flags, modernise_record
 from megatron_a2d.config.settings import recorded_settings, settings
+from megatron_a2d.report.plots import read_log
 from megatron_a2d.utils.errors import UserError
 
 # An old setting with its value, the flags that gave it, and the new one.
@@ -99,3 +101,24 @@ def test_a_recipe_of_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     recipe.write_text("guidance: 0.5\n")
     assert evaluate._read_config(str(recipe), []) == {"cfg_scale": 0.5}
     assert "guidance is now cfg_scale" in capsys.readouterr().err
+
+
+def test_metrics_of_older_logs(tmp_path: Path) -> None:
+    old = {
+        "loss": 1.0,
+        "noise_scale": 2.0,
+        "drift_by_role": {"mlp": 0.1},
+        "router": {"load_visible": 3.0, "dropped": 0},
+    }
+    new = {"loss": 1.0, "grad_noise_scale": 2.0, "relative_weight_change": {"mlp": 0.1}}
+    new["moe"] = {"load_imbalance_unmasked": 3.0, "dropped_token_frac": 0}
+    for number, record in enumerate((old, new)):
+        run = tmp_path / str(number)
+        run.mkdir()
+        (run / "log.jsonl").write_text(json.dumps({"kind": "train", "iteration": 1, **record}) + "\n")
+        assert read_log(run) == [{"kind": "train", "iteration": 1, **new}]
+
+
+@pytest.mark.parametrize("names", [METRICS, MOE_METRICS])
+def test_a_metric_has_one_new_name(names: dict[str, str]) -> None:
+    assert len(set(names.values())) == len(names) and not names.keys() & set(names.values())

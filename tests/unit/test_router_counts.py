@@ -35,10 +35,12 @@ def test_dropped_and_overflow() -> None:
         values = counts.read()
     finally:
         process_groups.finalize()
-    assert values["dropped"] == pytest.approx(1 / 8)
+    assert values["dropped_token_frac"] == pytest.approx(1 / 8)
     # Expert 0 serves four where an even share is two.
-    assert values["overflow"] == pytest.approx(2 / 8)
-    assert values["load_masked"] == pytest.approx(4 * 2 / 3) and values["load_visible"] == pytest.approx(4 * 2 / 4)
+    assert values["over_mean_load_frac"] == pytest.approx(2 / 8)
+    assert values["load_imbalance_masked"] == pytest.approx(4 * 2 / 3) and values[
+        "load_imbalance_unmasked"
+    ] == pytest.approx(4 * 2 / 4)
     assert values["entropy_masked"] == pytest.approx(math.log(4))
-    assert values["entropy_visible"] == pytest.approx(math.log(2) / 2, abs=1e-6)
-    assert values["load_difference"] == pytest.approx((abs(2 / 3 - 1 / 2) + 1 / 3 + 1 / 4 + 1 / 4) / 2)
+    assert values["entropy_unmasked"] == pytest.approx(math.log(2) / 2, abs=1e-6)
+    assert values["load_tv_distance"] == pytest.approx((abs(2 / 3 - 1 / 2) + 1 / 3 + 1 / 4 + 1 / 4) / 2)
