@@ -1,9 +1,10 @@
-"""The language model: embedding, transformer block, and a head that sees only the rows that carry loss.
+"""The language model: embedding, transformer block, and an LM head that sees only loss positions.
 
-About half of a diffusion batch's positions are not masked and have no loss. At a vocabulary of 152k the
-logits are the model's largest tensor, so the masked rows are gathered before the head, which takes a few of them at a
-time (chunked_cross_entropy.py). Which rows they are is known before the forward pass, on the host: no GPU has to be
-asked. Shapes: s sequence, b batch, h hidden, N rows with loss, V vocabulary.
+About half of a diffusion batch's positions are not masked and have no loss. At a vocabulary of 152k the logits are the
+model's largest tensor, so the hidden states of the loss positions are gathered before the head, which processes them in
+chunks (chunked_cross_entropy.py). The loss positions are known on the host before the forward pass, so no
+device-to-host synchronisation is needed. Shapes: s this rank's slice of the sequence, b batch, h hidden, N loss
+positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import ModelType
@@ -30,11 +32,10 @@ from megatron_a2d.diffusion.attention_masks import annealed, block_causal_mask
 from megatron_a2d.distributed.step_timers import both_ways
 from megatron_a2d.megatron_compat.device import has_cuda, send
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
-from megatron_a2d.model.schedule_plan import InParts
 
 
 def cp_slice(tensor: Tensor, dim: int) -> Tensor:
-    """This context-parallel rank's contiguous piece of the sequence, which runs along `dim`."""
+    """This context-parallel rank's contiguous slice of a tensor whose sequence dimension is `dim`."""
     size = parallel_state.get_context_parallel_world_size()
     return tensor if size == 1 else tensor.chunk(size, dim)[parallel_state.get_context_parallel_rank()]
 
@@ -42,7 +43,7 @@ def cp_slice(tensor: Tensor, dim: int) -> Tensor:
 def packed_sequences(documents: Tensor | None, length: int) -> PackedSeqParams:
     """The documents of one sample as Transformer Engine's packed ("thd") sequences.
 
-    `documents` [1, length] best lie on the host: their lengths are asked for.
+    `documents` [1, length] should be on the host: reading their lengths from a GPU would synchronise.
     """
     starts = torch.zeros(1, dtype=torch.int64)
     if documents is not None:
@@ -56,14 +57,14 @@ def packed_sequences(documents: Tensor | None, length: int) -> PackedSeqParams:
 
 
 class YarnAngles(YarnRotaryEmbedding):
-    """megatron's YaRN without its tables of sine and cosine, which only its own decoding reads."""
+    """megatron's YaRN without its tables of sine and cosine, which only megatron's own decoding reads."""
 
     def _set_cos_sin_cache(self, *_: Any, **__: Any) -> None:
         pass
 
 
 def rotary_embedding(architecture: Architecture) -> RotaryEmbedding:
-    """The angles of positions, scaled by YaRN where the architecture says so; on the device that trains."""
+    """The rotary embedding, scaled by YaRN if the architecture sets it, on the device used for training."""
     common: dict[str, Any] = dict(rotary_base=architecture.rope_theta, use_cpu_initialization=not has_cuda())
     yarn = architecture.yarn
     if yarn is None:
@@ -80,17 +81,18 @@ def rotary_embedding(architecture: Architecture) -> RotaryEmbedding:
 
 
 class TokenLosses(NamedTuple):
-    """What the last stage computes for the rows with loss of a micro-batch, in the order of (b, s)."""
+    """The last stage's output for the N loss positions of a micro-batch, ordered by sample, then position."""
 
     losses: Tensor  # [N] fp32, cross-entropy in nats
     correct: Tensor  # [N] bool, the label is the most likely token
 
 
-class DiffusionLM(InParts, LanguageModule):
+class DiffusionLM(LanguageModule):
     """One pipeline stage of the model. Middle stages take and return hidden states [s, b, h]."""
 
-    position_embedding_type = "rope"  # asked for where kernels are recorded
-    watch_tokens: Callable[[Tensor], None] | None = None  # is shown the tokens [b, s] of every micro-batch
+    position_embedding_type = "rope"  # read by megatron when it captures CUDA graphs
+    watch_tokens: Callable[[Tensor], None] | None = None  # called with the tokens [b, s] of every micro-batch
+    _correct: Tensor | None = None  # [N] bool, kept for `correct_of`
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class DiffusionLM(InParts, LanguageModule):
         )
         if post_process:
             head_config = copy.copy(config)
-            # That of megatron's own linear layer needs apex; the head adds its gradients up in any case.
+            # megatron's own fusion needs apex; this head accumulates gradients in any case.
             head_config.gradient_accumulation_fusion = False
             self.output_layer = OutputLayer(
                 config.hidden_size,
@@ -131,7 +133,7 @@ class DiffusionLM(InParts, LanguageModule):
                 gather_output=False,
                 skip_weight_param_allocation=pre_process and architecture.tie_word_embeddings,
             )
-            # The rows are gathered from the sequence-parallel regions here, not by the layer.
+            # `_output` gathers from the sequence-parallel region, not the layer.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
         if pre_process or post_process:
@@ -151,74 +153,95 @@ class DiffusionLM(InParts, LanguageModule):
         annealing: Tensor | None = None,
         levels: Tensor | None = None,
     ) -> Tensor | TokenLosses:
-        """Losses of the rows `rows_N`, indices into (b, s); without labels their hidden states [N, h], for `head`;
-        without both, this rank's logits [b, s, V / tp].
+        """What a stage returns: hidden states [s, b, h], or on the last stage
 
-        Under context parallelism s is this rank's piece of the sequence. `documents` [b, whole sequence], on the host,
-        isolates the documents from one another, as a mask or, with `packs_documents`, as packed sequences.
-        `positions` [b, whole sequence] are those of the rotary embedding, 0, 1, ... without. `annealing` [b, 2]: causal
-        but for random entries. `levels` [b, whole sequence]: block by block (both: diffusion/attention_masks.py).
+            TokenLosses                   with `labels_N` and `rows_N`, the loss positions as indices into (b, s)
+            hidden states [N, h]          with `rows_N` alone; `head` makes logits of them
+            logits [b, s, V / tp]         with neither
+
+        `documents` [b, full sequence], on the host, restricts attention to within documents, by a mask or, with
+        `packs_documents`, by packed sequences. `positions` [b, full sequence] are the rotary embedding's; None: 0, 1,
+        ... `annealing` [b, 2]: causal attention plus random entries. `levels` [b, full sequence]: block-causal
+        attention (both: diffusion/attention_masks.py).
         """
-        self._show(tokens_bs)
+        if self.watch_tokens is not None:
+            self.watch_tokens(tokens_bs)
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None
         if hidden is not None and not hidden.requires_grad and torch.is_grad_enabled() and not self.post_process:
             hidden.requires_grad_()  # all of a first stage may be frozen; the schedule wants a gradient of each stage
         mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)
         rotary = self._rotary(hidden, positions)
         hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary, packed_seq_params=packed)
-        return self._head(hidden, labels_N, rows_N) if self.post_process else hidden
-
-    def _show(self, tokens_bs: Tensor) -> None:
-        if self.watch_tokens is not None:
-            self.watch_tokens(tokens_bs)
-
-    def _attention_inputs(
-        self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None = None, levels: Tensor | None = None
-    ) -> tuple[Tensor | None, PackedSeqParams | None]:
-        """The mask, or the packed sequences."""
-        if self.packs_documents:
-            assert len(tokens_bs) == 1, "packed sequences go with one sample a micro-batch"
-            return None, packed_sequences(documents, tokens_bs.size(1))
-        return self._forbidden(tokens_bs, None if documents is None else send(documents), annealing, levels), None
-
-    def _head(self, hidden: Tensor, labels_N: Tensor | None, rows_N: Tensor | None) -> Tensor | TokenLosses:
-        """What `forward` returns on the last stage, of the decoder's output."""
-        if self.config.sequence_parallel:
-            # All tensor-parallel ranks now hold the same rows, so the gradient is split, not summed.
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        if rows_N is None:
-            return self._logits(hidden.transpose(0, 1))
-        length, batch = hidden.shape[:2]
-        places_N = rows_N % length * batch + rows_N // length  # in (s, b), as hidden states lie
-        hidden_Nh = hidden.flatten(0, 1).index_select(0, places_N)
-        if labels_N is None:
-            return hidden_Nh
-        return both_ways("head", self._row_losses, hidden_Nh, labels_N)
-
-    def _row_losses(self, hidden_Nh: Tensor, labels_N: Tensor) -> TokenLosses:
-        losses_N, correct_N = self.output_layer(hidden_Nh, weight=self._tied_weight(), labels_N=labels_N)
-        assert correct_N is not None
-        return TokenLosses(losses_N, correct_N)
+        return self._output(hidden, labels_N, rows_N) if self.post_process else hidden
 
     def head(self, hidden_Nh: Tensor) -> Tensor:
-        """Logits over the whole vocabulary, [N, V], on every tensor-parallel rank; last stage only."""
+        """LM head: logits over the full vocabulary, [N, V], on every tensor-parallel rank; last stage only."""
         return tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_Nh))
 
-    def _rotary(self, hidden: Tensor | None, positions: Tensor | None) -> Tensor:
-        """Rotary angles of this rank's piece of the sequence, [s, b or 1, 1, head size]."""
-        length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
-        # packed_seq=True: no slicing by megatron, whose pieces are made for causal masks.
-        angles = self.rotary_pos_emb(length, packed_seq=True)
-        if isinstance(angles, tuple):
-            angles, _ = angles  # YaRN's attention factor is in config.softmax_scale
-        if positions is None or self.packs_documents:  # packed sequences are counted from 0 by megatron
-            return cp_slice(angles, dim=0)
-        return angles[cp_slice(positions, dim=1).T, 0]
+    # For --overlap-moe-expert-parallel-comm, megatron.core interleaves the forward pass of one micro-batch with the
+    # backward pass of another, layer by layer, so that the all-to-all of one overlaps with the computation of the
+    # other. That schedule calls the model by the following names: `build_schedule_plan` instead of `forward`, then
+    # `_preprocess` before the layers and `_postprocess` after them.
 
-    def _forbidden(
+    def build_schedule_plan(
+        self,
+        tokens_bs: Tensor,
+        labels_N: Tensor | None,
+        rows_N: Tensor | None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        annealing: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> TransformerModelChunkSchedulePlan:
+        """A plan of `forward` with the same inputs, which megatron runs layer by layer."""
+        if self.watch_tokens is not None:
+            self.watch_tokens(tokens_bs)
+        mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)
+        # megatron passes loss_mask through to _postprocess, so it carries the loss positions.
+        return TransformerModelChunkSchedulePlan(
+            self, tokens_bs, positions, mask, labels=labels_N, packed_seq_params=packed, loss_mask=rows_N
+        )
+
+    def correct_of(self, plan: TransformerModelChunkSchedulePlan) -> Tensor:
+        """[N] bool, `TokenLosses.correct` of the last forward pass; megatron returns only its losses."""
+        correct, self._correct = self._correct, None
+        assert correct is not None, "the plan has not been run"
+        return correct
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        decoder_input: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """Hidden states, rotary angles, and four values that only other models have."""
+        hidden = self.embedding(input_ids, None) if self.pre_process else decoder_input
+        if hidden is not None and not hidden.requires_grad and torch.is_grad_enabled():
+            hidden.requires_grad_()  # the embedding may be frozen; the plan needs a gradient of its output
+        return hidden, self._rotary(hidden, position_ids), None, None, None, None
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: Any) -> Tensor:
+        """Losses [N] of the loss positions."""
+        output = self._output(hidden_states, labels, loss_mask)
+        assert isinstance(output, TokenLosses)
+        self._correct = output.correct
+        return output.losses
+
+    def _attention_inputs(
+        self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None, levels: Tensor | None
+    ) -> tuple[Tensor | None, PackedSeqParams | None]:
+        """The attention mask, or the packed sequences."""
+        if self.packs_documents:
+            assert len(tokens_bs) == 1, "packed sequences need micro-batches of one sample"
+            return None, packed_sequences(documents, tokens_bs.size(1))
+        return self._attention_mask(tokens_bs, None if documents is None else send(documents), annealing, levels), None
+
+    def _attention_mask(
         self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None, levels: Tensor | None
     ) -> Tensor | None:
-        """[b, 1, this rank's piece, whole sequence], True where a token may not look; None: nowhere."""
+        """[b, 1, s, full sequence] bool, True where attention is masked, as megatron has it; None: full attention."""
         allowed = []
         if documents is not None:
             allowed.append(cp_slice(documents, dim=1)[:, :, None] == documents[:, None, :])
@@ -229,6 +252,36 @@ class DiffusionLM(InParts, LanguageModule):
         if levels is not None:
             allowed.append(block_causal_mask(cp_slice(levels, dim=1), levels))
         return ~functools.reduce(torch.logical_and, allowed)[:, None] if allowed else None
+
+    def _rotary(self, hidden: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Rotary angles of this rank's slice of the sequence, [s, b or 1, 1, head size]."""
+        length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
+        # packed_seq=True: megatron must not slice the angles itself; its slices are balanced for causal masks.
+        angles = self.rotary_pos_emb(length, packed_seq=True)
+        if isinstance(angles, tuple):
+            angles, _ = angles  # YaRN's attention factor is in config.softmax_scale
+        if positions is None or self.packs_documents:  # megatron counts packed sequences from 0 itself
+            return cp_slice(angles, dim=0)
+        return angles[cp_slice(positions, dim=1).T, 0]
+
+    def _output(self, hidden: Tensor, labels_N: Tensor | None, rows_N: Tensor | None) -> Tensor | TokenLosses:
+        """What `forward` returns on the last stage, from the decoder's output [s, b, h]."""
+        if self.config.sequence_parallel:
+            # All tensor-parallel ranks now hold the same hidden states, so the gradient is split, not summed.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        if rows_N is None:
+            return self._logits(hidden.transpose(0, 1))
+        length, batch = hidden.shape[:2]
+        sample_N, position_N = rows_N // length, rows_N % length
+        # Hidden states are [s, b, h]: position p of sample i is at index p * b + i of the flattened tensor.
+        hidden_Nh = hidden.flatten(0, 1).index_select(0, position_N * batch + sample_N)
+        if labels_N is None:
+            return hidden_Nh
+
+        def token_losses(hidden_Nh: Tensor, labels_N: Tensor) -> TokenLosses:
+            return TokenLosses(*self.output_layer(hidden_Nh, weight=self._tied_weight(), labels_N=labels_N))
+
+        return both_ways("head", token_losses, hidden_Nh, labels_N)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.output_layer(hidden, weight=self._tied_weight())[0]

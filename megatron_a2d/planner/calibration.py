@@ -55,10 +55,10 @@ class Row(NamedTuple):
     tokens_per_second: float  # a GPU
     peak_memory_gib: float | None  # where that is published too
 
-    def predict(self, use: Efficiencies = EFFICIENCIES) -> float:
+    def predict(self, efficiency: Efficiencies = EFFICIENCIES) -> float:
         """Tokens a second and GPU."""
         tokens = self.job.global_batch_size * self.job.seq_length
-        return tokens / self.job.world_size / step_time(self.job, self.cluster, use).total
+        return tokens / self.job.world_size / step_time(self.job, self.cluster, efficiency).total
 
     @property
     def modelled_memory_gib(self) -> float:
@@ -100,9 +100,9 @@ def _shape(model: Any) -> Architecture:
     )  # fmt: skip
 
 
-def error(row: Row, use: Efficiencies = EFFICIENCIES) -> float:
+def error(row: Row, efficiency: Efficiencies = EFFICIENCIES) -> float:
     """(predicted - published) / published."""
-    return row.predict(use) / row.tokens_per_second - 1
+    return row.predict(efficiency) / row.tokens_per_second - 1
 
 
 def left_out_error(row: Row) -> float:
@@ -113,8 +113,8 @@ def left_out_error(row: Row) -> float:
 def fit(rows: Sequence[Row], start: Efficiencies = EFFICIENCIES, step: float = 0.1) -> Efficiencies:
     """The efficiencies that fit `rows` best, by a pattern search over the logarithms of those in FITTED."""
 
-    def cost(use: Efficiencies) -> float:
-        return sum(math.log(row.predict(use) / row.tokens_per_second) ** 2 for row in rows)
+    def cost(efficiency: Efficiencies) -> float:
+        return sum(math.log(row.predict(efficiency) / row.tokens_per_second) ** 2 for row in rows)
 
     best, lowest = start, cost(start)
     while step > 2e-3:
