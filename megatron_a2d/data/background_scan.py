@@ -1,7 +1,7 @@
-"""Looks through token files for damage, foreign ids and mask tokens while a run gets ready and goes on.
+"""Background scan of token files for damage, foreign ids and mask tokens, while a run starts and trains.
 
-What a description and checksums say is judged when a file is opened, and every read is checked: this finds early what
-a run would meet late, above all in files of other tools that have no description.
+Description and checksums are verified when a file is opened, and every read is checked. The scan finds early what a run
+would meet late, above all in files of other tools that have no description.
 """
 
 from __future__ import annotations

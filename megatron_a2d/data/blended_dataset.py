@@ -1,4 +1,4 @@
-"""Several token files as one stream of samples, each in its share of the tokens, without an index.
+"""A blend of token files as one stream of samples, interleaved by weight, without an index.
 
     sources:
       web:   {train_path: data/web_train, valid_path: data/web_valid, weight: 0.7}
@@ -7,11 +7,13 @@
 Samples are equally long, so a source's share of the samples is its share of the tokens. Which source sample i
 belongs to, and how many samples of that source come before it, is computed from i alone:
 
-1. Blocks of 1,024 consecutive samples are shuffled, each by a key of its own. Without that, the regular steps of 2.
-   could fall into step with the samples' diffusion times, which follow the index too, and with the ranks.
-2. A binary tree over the sources sends number j to the left where floor((j + 1) p) > floor(j p), p the left share:
-   the sequences of Beatty and Sturm. Of any j numbers floor(j p) went left, which is the number within the left
-   branch. So the realised share is never further from p than one sample a level.
+1. Blocks of 1,024 consecutive samples are shuffled, each with a key of its own. Otherwise the regular pattern of 2.
+   could correlate with the samples' diffusion times, which also follow the index, and with the ranks.
+2. A binary tree over the sources sends number j to the left if floor((j + 1) p) > floor(j p), where p is the left
+share:
+   low-discrepancy interleaving, like Megatron's blending index but stateless and O(log sources). Of the first j numbers
+   floor(j p) went left, which is the index within the left branch. So the realised share is never further from p than
+   one sample per level.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Micro-batches of one data-parallel rank, made ahead of time by background threads.
+"""Micro-batches of one data-parallel rank, prepared ahead by background threads.
 
 Sample indices of iteration k, with M micro-batches and R data-parallel ranks:
 
     start_sample + k * global_batch_size + (m * R + r) * micro_batch_size + (0 .. micro_batch_size - 1)
 
-The set of samples of an iteration therefore depends on (k, global_batch_size) alone, and a restart needs one
-integer, `start_sample`. A sample is a pure function of its index, and results are handed out in the
-order of the indices: the number of workers cannot change a bit of them.
-A batch takes far less time to make than to train on: one thread keeps ahead, and the step only picks up.
-More of them help where reading a sample waits for a disk or a network.
+So the set of samples of an iteration depends on (k, global_batch_size) alone, and resuming needs one integer,
+`start_sample`. A sample is a pure function of its index, and batches are returned in order: the number of workers does
+not change them. Preparing a batch takes far less time than training on it, so one thread suffices; more help where
+reading a sample waits for a disk or a network.
 """
 
 from __future__ import annotations
@@ -40,15 +39,15 @@ MakeSample = Callable[[np.ndarray, int], Any]
 
 
 class Batch(NamedTuple):
-    """One micro-batch, on the CPU. b = micro_batch_size, s = the model's rows for a sample (RunConfig.input_length)."""
+    """One micro-batch, on the CPU. b = micro_batch_size, s = positions per sample (RunConfig.input_length)."""
 
     tokens: Tensor  # [b, s] int64, the model's input
     labels: Tensor  # [b, s] int64, already shifted
-    weights: Tensor  # [b, s] float32, 0 where a row carries no loss
+    weights: Tensor  # [b, s] float32, 0 where a position has no loss
     times: Tensor  # [b] float32, diffusion times
     sample_index: Tensor  # [b] int64
-    num_maskable: Tensor  # [b] int64, each sample's part of the loss's denominator, in tokens
-    documents: Tensor | None = None  # [b, s] int64: only tokens of equal number see one another; None: all do
+    num_maskable: Tensor  # [b] int64, each sample's contribution to the loss's denominator, in tokens
+    documents: Tensor | None = None  # [b, s] int64: only tokens of equal number attend to one another; None: all do
     positions: Tensor | None = None  # [b, s] int64; None: 0 .. s - 1
     annealing: Tensor | None = None  # [b, 2] int64 (diffusion/attention_masks.py); None: no causal mask is left
     levels: Tensor | None = None  # [b, s] int64 (diffusion/block_diffusion.py); None: there are no blocks
@@ -84,7 +83,7 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
 
 
 def _stack(rows: list[np.ndarray | None], ordinary: Callable[[int], np.ndarray]) -> Tensor | None:
-    """[b, s], with an ordinary row where a sample has none; None where all are ordinary."""
+    """[b, s], with a default where a sample has None; None where all have."""
     length = next((len(row) for row in rows if row is not None), None)
     if length is None:
         return None
@@ -101,9 +100,9 @@ def write_batch(path: Path, batch: Batch) -> None:
 class MicroBatches(Iterator[Batch]):
     """An endless iterator: an iteration of training takes `num_microbatches` of it.
 
-    num_workers: threads that prepare batches ahead; 0 prepares each one when it is asked for. An error in a
-    worker is raised by the `next` that would have given its batch, and ends the iterator. `close` (or a
-    `with` block) stops the threads; an iterator that is merely dropped stops them too.
+    num_workers: threads that prepare batches ahead; 0: each batch is prepared by its `next`. An error in a worker is
+    raised by the `next` that would have returned its batch, and ends the iterator. `close` (or a `with` block) stops
+    the threads; so does garbage collection of the iterator.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From a sample's tokens to what the model sees and is judged by: the settings of data and diffusion, put together."""
+"""Training and validation samples: corruption, documents and positions of a sample, chosen by the run's settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_a2d.utils.errors import UserError
 
 
 class Documents(Protocol):
-    """What is asked of a dataset beside the tokens."""
+    """A dataset that knows its documents."""
 
     def documents(self, sample_index: int, /) -> np.ndarray: ...
 
@@ -29,10 +29,10 @@ class Documents(Protocol):
 def make_sample(
     config: RunConfig, architecture: Architecture, dataset: Documents, noise_seed: int, for_training: bool = False
 ) -> MakeSample:
-    """What the objective makes of a sample's tokens.
+    """The function that turns a sample's tokens into the objective's inputs, labels and weights.
 
-    `for_training`: --random-length-prob, --loss-weighting, --ar-loss-weight and --conversion are in force. Validation
-    keeps samples whole, weighs them as the bound does, and lets tokens see what they will see in the finished model.
+    `for_training` applies --random-length-prob, --mask-sampling, --loss-weighting, --ar-loss-weight and --conversion.
+    Validation does not split samples, uses the weights of the likelihood bound, and the converted model's attention.
     """
     data, diffusion = config.data, config.diffusion
     isolated = data.reset_attention_mask
@@ -48,7 +48,7 @@ def make_sample(
             timestep_sampling=diffusion.timestep_sampling,
             min_timestep=diffusion.min_timestep,
             label_shift=diffusion.label_shift,
-            # Every validation masks as the likelihood bound has it, so that runs can be compared.
+            # Validation always masks as the likelihood bound requires, so that runs can be compared.
             mask_sampling=diffusion.mask_sampling if for_training else "bernoulli",
             loss_weighting=diffusion.loss_weighting if for_training else "mdlm",
             cart_p=diffusion.cart_p,
@@ -84,7 +84,7 @@ def make_sample(
 
 
 def find_data_problems(config: RunConfig, files: Sequence[TokenFile]) -> Iterator[str]:
-    """Settings that need documents, or their ends, in data that has none."""
+    """Settings that need documents, or end-of-document tokens, which the data lacks."""
     data = config.data
     flags = {
         "--reset-attention-mask": data.reset_attention_mask,
@@ -111,7 +111,7 @@ def find_data_problems(config: RunConfig, files: Sequence[TokenFile]) -> Iterato
 
 
 def attention_segments(documents_L: np.ndarray | None, cut: int | None, length: int) -> np.ndarray | None:
-    """[L] int64, another number after each border between documents and after the cut; None without a border."""
+    """[L] int64, equal numbers for tokens that attend to one another: documents, split at `cut`; None: all do."""
     if cut is None:
         return documents_L
     after = (np.arange(length) >= cut).astype(np.int64)
@@ -119,7 +119,7 @@ def attention_segments(documents_L: np.ndarray | None, cut: int | None, length: 
 
 
 def positions_within(segments_L: np.ndarray | None) -> np.ndarray | None:
-    """[L] int64, counted from 0 in each run of equal numbers."""
+    """Positions counted from 0 in each segment, [L] int64; None without segments."""
     if segments_L is None:
         return None
     index = np.arange(len(segments_L))

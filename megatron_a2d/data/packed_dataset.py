@@ -1,9 +1,9 @@
-"""Samples of equal length, cut from the stream of all documents, in an order of their own in each epoch.
+"""Packed dataset: samples of equal length from the concatenated documents, shuffled differently in each epoch.
 
-Documents follow one another, each closed by its end-of-document token, and the stream is cut every
-`seq_length` tokens; the tokens after the last whole sample are not used. Sample index i >= 0 runs on over the
-epochs: epoch i // num_samples, place i % num_samples in that epoch's permutation. So a sample depends on
-(files, seq_length, seed, i) and on nothing else: not on ranks, workers or restarts.
+Documents are concatenated, each ended by its end-of-document token, and the stream is split every `seq_length` tokens;
+the tokens after the last full sample are not used. Sample index i >= 0 continues over epochs: epoch i // num_samples,
+index i % num_samples of that epoch's permutation. So a sample depends on (files, seq_length, seed, i) alone, not on
+ranks, workers or resumes.
 """
 
 from __future__ import annotations

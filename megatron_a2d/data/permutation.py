@@ -1,8 +1,8 @@
-"""A shuffle that needs no memory: a keyed bijection of {0, ..., size - 1}, computed one index at a time.
+"""Feistel shuffle: a keyed permutation of {0, ..., size - 1}, computed one index at a time without a table.
 
 A Feistel network (Luby and Rackoff 1988) over pairs (left, right) with left < a, right < b and a * b just
 above `size`: each round adds a hash of one half to the other, modulo its range, which is invertible
-whatever the hash. An index that lands at or beyond `size` is sent through again until it comes back inside
+whatever the hash. An index that lands at or beyond `size` is permuted again until it is below `size`
 ("cycle walking", Black and Rogaway 2002); with a * b - size < a that is rare.
 This shuffles samples; noise has its own generator in `diffusion/`.
 """
@@ -24,7 +24,7 @@ def _mix(value: int) -> int:
 
 
 class Permutation:
-    """`Permutation(size, *key)(i)` is the place of index i; the integers of `key` choose the order."""
+    """`Permutation(size, *key)(i)` is the image of index i; the integers of `key` choose the order."""
 
     def __init__(self, size: int, *key: int):
         if size < 1:

@@ -1,7 +1,7 @@
-"""Which token may look at which, where that is neither all nor only the past: as data, entry by entry.
+"""Attention masks other than full and causal: annealed and block-causal masks, as boolean tensors.
 
-Every function here takes the queries that a process has, and all keys: what is decided for a (query, key) depends on
-neither the layout nor the batch. Shapes: B batch, Q own queries, K all keys.
+Every function takes the queries of this process and all keys. Whether a query attends to a key is a pure function of
+the two and of the sample, independent of layout and batch. Shapes: B batch, Q this rank's queries, K all keys.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from torch import Tensor
 
 from megatron_a2d.diffusion.rng import attention_key
 
-# A random entry is a number in 0 .. 2^53 - 1; it is open where it lies below the threshold.
+# Every entry has a random number in 0 .. 2^53 - 1 and is unmasked if that is below the threshold.
 _ALWAYS = 1 << 53
 # SplitMix64 (Steele, Lea & Flood 2014): increment and multipliers, as signed 64-bit numbers.
 _INCREMENT, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
 def annealing_key_and_threshold(seed: int, sample_index: int, iteration: int, num_steps: int) -> np.ndarray | None:
-    """A training sample's share of DiffuLLaMA's annealing (Gong et al. 2024): causal OR random entries.
+    """Key and threshold for `annealed`, [2] int64: DiffuLLaMA's attention annealing (Gong et al. 2024).
 
-    Of the entries above the diagonal the part (iteration + 1) / num_steps is open, all of them from then on: None.
-    Returns [2] int64, the sample's key and the threshold, for `annealed`.
+    A share (iteration + 1) / num_steps of the entries above the diagonal is unmasked. None once all of them are.
     """
     if iteration + 1 >= num_steps:
         return None
@@ -30,14 +29,14 @@ def annealing_key_and_threshold(seed: int, sample_index: int, iteration: int, nu
 
 
 def fully_annealed() -> np.ndarray:
-    """The annealing of a sample whose entries are all open, for a batch that has others."""
+    """Key and threshold of a sample with full attention, for a batch in which other samples are annealed."""
     return np.array([0, _ALWAYS], dtype=np.int64)
 
 
 def annealed(annealing_B2: Tensor, queries_Q: Tensor, num_keys: int) -> Tensor:
-    """[B, Q, K] bool, True where a query may look at a key: at the past, and at random entries.
+    """[B, Q, K] bool, True where a query attends to a key: the past and itself, and random later positions.
 
-    A pure function of (seed, sample index, query, key); with a rising threshold entries only ever open.
+    A pure function of (seed, sample index, query, key); as the threshold rises, unmasked entries stay unmasked.
     """
     keys_K = torch.arange(num_keys, device=queries_Q.device)
     key_B, threshold_B = annealing_B2[:, 0, None, None], annealing_B2[:, 1, None, None]
@@ -47,7 +46,10 @@ def annealed(annealing_B2: Tensor, queries_Q: Tensor, num_keys: int) -> Tensor:
 
 
 def block_causal_mask(own_BQ: Tensor, levels_BK: Tensor) -> Tensor:
-    """[B, Q, K] bool: rows of one level see one another, and clean rows (odd) of lower levels (block_diffusion.py)."""
+    """[B, Q, K] bool: a query attends to keys of its own level and to clean (odd) keys of lower levels.
+
+    The levels are explained in block_diffusion.py.
+    """
     queries, keys = own_BQ[:, :, None], levels_BK[:, None, :]
     return (keys == queries) | ((keys % 2 == 1) & (keys < queries))
 
@@ -60,5 +62,5 @@ def _mixed(numbers: Tensor) -> Tensor:
 
 
 def _shifted_right(numbers: Tensor, bits: int) -> Tensor:
-    """Zeros come in from the left."""
+    """Logical right shift: the upper bits are filled with zeros."""
     return (numbers >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,16 +1,17 @@
-"""Block diffusion: blocks of tokens one after the other, each by masked diffusion (BD3LM, Arriola et al. 2025).
+"""Block diffusion: text generated block by block, each block by masked diffusion (BD3LM, Arriola et al. 2025).
 
-The model reads a sample of L tokens twice, as one input of 2 L rows: noised, then clean. A noised token sees its own
-block as it is noised, and the clean tokens of all blocks before; a clean token sees the clean tokens up to the end of
-its block, or with an autoregressive co-loss, up to itself. So one forward pass gives every block the context it has
-when text is written block by block.
+The model reads a sample of L tokens twice, as one input of 2 L positions: a noised copy, then a clean one. A noised
+position attends to its own block of the noised copy and to the clean copy of all earlier blocks. A clean position
+attends to clean positions up to the end of its block or, with an autoregressive co-loss, up to itself. So one forward
+pass gives every block the context that it has when text is generated block by block.
 
-Label shift: token i is read from the row before it. For the first token of a block that is the clean row i - 1, which
-has seen all that is decided by then and nothing of the block; for the others it is the noised row i - 1.
+Label shift: the position before predicts token i. For the first token of a block that is clean position i - 1, which
+has seen all earlier blocks and nothing of this one; for the others it is noised position i - 1.
 
-Who sees whom is written as a number for each row, its level: 2 * start of its block for noised rows, that + 1 for clean
-ones (2 * own place + 1 where the clean part is causal). A row sees the rows of its own level, and clean rows of lower
-ones (attention_masks.py). The same levels without the noised half are those of a text that is being written.
+Attention is encoded as one number per position, its level: 2 * start of its block for noised positions, 2 * start + 1
+for clean ones (2 * position + 1 where the clean copy is causal). A position attends to positions of its own level and
+to clean positions of lower levels (attention_masks.py). In sampling there is no noised copy, and `BlockModel.levels`
+numbers the positions of the text itself.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ def corrupt_blocks(
     causal_context: bool = False,
     ar_loss_weight: float = 0.0,
 ) -> Corrupted:
-    """A sample as 2 L rows, each block masked at a time of its own.
+    """A sample as 2 L positions, each block masked at a time of its own.
 
-    Divided by the number of maskable tokens, the weighted sum estimates the block NELBO in nats a token, an upper bound
-    on the negative log-likelihood: the sum over blocks of the NELBO of a block given those before it. `ar_loss_weight`
-    adds so many times the next-token loss of the clean half, under the same denominator.
+    The weighted sum over the number of maskable tokens is an unbiased estimate of the block NELBO in nats/token, an
+    upper bound on the negative log-likelihood: the sum over blocks of a block's NELBO given the earlier ones.
+    `ar_loss_weight` is the weight of the next-token loss of the clean copy, added under the same denominator.
     """
     check_text(tokens_L, sample_index, noise)
     length = len(tokens_L)
-    places_L = np.arange(length)
+    positions_L = np.arange(length)
     maskable_L = maskable_tokens(tokens_L, noise.label_shift, documents_L, visible_token_id)
     starts = range(0, length, block_length)
-    # Blocks are counted through the samples, so that the times of any run of blocks are evenly spread.
+    # Blocks are numbered across samples, so that the times of consecutive blocks are evenly spread.
     times = [noise.time(sample_index * len(starts) + number) for number in range(len(starts))]
     probability_L = np.repeat([noise.functions.mask_probability(time) for time in times], block_length)[:length]
     masked_L = (noise.uniforms(sample_index, length) < probability_L) & maskable_L
@@ -56,7 +57,7 @@ def corrupt_blocks(
     ])  # fmt: skip
     next_L, next_weights_L = shift(tokens_L, weights_L)
     if noise.label_shift:
-        closes_block_L = (places_L + 1) % block_length == 0
+        closes_block_L = (positions_L + 1) % block_length == 0
         labels_L, noised_weights_L = next_L, np.where(closes_block_L, np.float32(0), next_weights_L)
         clean_weights_L = next_weights_L - noised_weights_L
     else:
@@ -71,8 +72,8 @@ def corrupt_blocks(
             clean_weights_L + np.float32(ar_loss_weight) * shift(tokens_L, counted_L.astype(np.float32))[1]
         )
         weights_2L = np.concatenate([noised_weights_L, clean_weights_L])
-    block_of_L = places_L // block_length
-    judged_by_L = np.minimum(places_L + 1, length - 1) if noise.label_shift else places_L
+    block_of_L = positions_L // block_length
+    label_position_L = np.minimum(positions_L + 1, length - 1) if noise.label_shift else positions_L
     counts = (np.bincount(block_of_L, weights=chosen_L) for chosen_L in (maskable_L, masked_L))
     starts_L = block_of_L * block_length
     return Corrupted(
@@ -82,19 +83,19 @@ def corrupt_blocks(
         time=float(np.mean(times)),
         num_maskable=int(maskable_L.sum()),
         documents=None if documents_L is None else np.tile(documents_L, 2),
-        positions=np.tile(places_L, 2),
-        levels=np.concatenate([2 * starts_L, 2 * (places_L if causal_context else starts_L) + 1]),
+        positions=np.tile(positions_L, 2),
+        levels=np.concatenate([2 * starts_L, 2 * (positions_L if causal_context else starts_L) + 1]),
         noise_segments=np.stack([times, *counts], axis=1),
-        segment_of_position=np.tile(block_of_L[judged_by_L], 2),
+        segment_of_position=np.tile(block_of_L[label_position_L], 2),
         masked_weights=masked_weights_2L,
     )
 
 
 class BlockModel:
-    """A `Model` of block diffusion while it writes: who sees whom follows from where the masks are.
+    """A block diffusion `Model` for sampling: the attention levels follow from where the masks are.
 
-    The blocks before the first one with a mask are context, as the clean half is in training; the others are noised,
-    and see themselves and the context. What stands behind the block that is filled is therefore not seen.
+    Blocks before the first one with a mask are context, as the clean copy is in training. Each of the others attends to
+    itself and to the context, so the block being filled does not attend to later ones.
     """
 
     def __init__(self, model: Model, mask_token_id: int, block_length: int, causal_context: bool):
@@ -107,10 +108,10 @@ class BlockModel:
         return self._model(request, reduce)
 
     def levels(self, tokens_BL: Tensor) -> Tensor:
-        """[B, L] int64."""
-        places_L = torch.arange(tokens_BL.size(1), device=tokens_BL.device)
-        starts_L = places_L // self._block_length * self._block_length
+        """Attention levels of the text being generated, [B, L] int64."""
+        positions_L = torch.arange(tokens_BL.size(1), device=tokens_BL.device)
+        starts_L = positions_L // self._block_length * self._block_length
         masked_BL = tokens_BL == self._mask_token_id
         first_B = torch.where(masked_BL.any(1), masked_BL.long().argmax(1), tokens_BL.size(1))
-        is_context_BL = places_L < (first_B // self._block_length * self._block_length)[:, None]
-        return torch.where(is_context_BL, 2 * (places_L if self._causal_context else starts_L) + 1, 2 * starts_L)
+        is_context_BL = positions_L < (first_B // self._block_length * self._block_length)[:, None]
+        return torch.where(is_context_BL, 2 * (positions_L if self._causal_context else starts_L) + 1, 2 * starts_L)

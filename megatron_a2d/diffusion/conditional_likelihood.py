@@ -1,4 +1,4 @@
-"""The log-likelihood of a continuation given its context, by masking parts of the continuation alone.
+"""The conditional log-likelihood of a continuation given its context, estimated by masking only the continuation.
 
 For a continuation y of n tokens after a context x (LLaDA, Nie et al. 2025, equation 6; Ou et al. 2024)
 
@@ -28,7 +28,7 @@ from megatron_a2d.diffusion.rng import Stream, uniforms
 
 
 class Draws(NamedTuple):
-    """Which tokens of a continuation are masked, and what their loss counts. J forward passes, n tokens."""
+    """The masks of a continuation and their weights. J forward passes, n tokens."""
 
     masks: np.ndarray  # [J, n] bool
     weights: np.ndarray  # [J] float64; the estimate is the sum of weight * (sum of losses), per replicate
@@ -45,7 +45,8 @@ def likelihood_draws(num_tokens: int, mc_num: int, seed: int = 0) -> Draws:
         sizes = masks.sum(1)
         weights = np.array([1.0 / (k * math.comb(num_tokens, k)) for k in sizes])
         return Draws(masks, weights, np.zeros(len(masks), dtype=np.int64), 1)
-    # About the square root of the draws are replicates: enough of them for an error, and of draws in each to stratify.
+    # About the square root of the draws are replicates: enough replicates for a standard error, enough draws to
+    # stratify.
     num_replicates = max(1, round(math.sqrt(mc_num)))
     per_replicate = mc_num // num_replicates
     masks_J: list[np.ndarray] = []
@@ -65,12 +66,18 @@ def likelihood_draws(num_tokens: int, mc_num: int, seed: int = 0) -> Draws:
 
 
 def pseudo_likelihood_draws(num_tokens: int) -> Draws:
-    """One token masked at a time: the sum of log p(y_i | everything else). No bound, and not a likelihood."""
+    """Pseudo-log-likelihood, one token masked at a time: the sum of log p(y_i | all other tokens).
+
+    Neither a likelihood nor a bound on one.
+    """
     return Draws(np.eye(num_tokens, dtype=bool), np.ones(num_tokens), np.zeros(num_tokens, dtype=np.int64), 1)
 
 
 def log_likelihood(draws: Draws, losses_J: np.ndarray) -> Estimate:
-    """From each draw's sum of cross-entropies over its masked tokens [J]: nats, at most 0. Exact ones have error 0."""
+    """The estimate in nats, at most 0, from each draw's sum of cross-entropies over its masked tokens [J].
+
+    The standard error is 0 if the estimate is exact.
+    """
     totals = np.zeros(draws.num_replicates)
     np.add.at(totals, draws.replicates, draws.weights * losses_J)
     if draws.num_replicates == 1:

@@ -1,4 +1,4 @@
-"""What validation reports, from the sums of each sample: means with standard errors, and where the loss comes from."""
+"""Validation metrics: means with standard errors from per-sample sums, in total, by time and by mask ratio."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ NUM_BUCKETS = 10
 
 
 class SampleTable:
-    """The sums of samples 0 .. n - 1, filled in any order; on several ranks, each its own, then summed."""
+    """Per-sample sums of samples 0 .. n - 1, filled in any order; ranks fill their own and are summed."""
 
     def __init__(self, num_samples: int, device: torch.device | str = "cpu"):
         self.table = torch.zeros(num_samples, 6, dtype=torch.float64, device=device)
 
     def put(self, sample_index: Tensor, times: Tensor, num_maskable: Tensor, sums: SampleSums) -> None:
-        """Where a sample's sequence lies on several ranks in pieces, one of them has its `num_maskable`, the others
-        0."""
+        """Set the sums of these samples.
+
+        Where a sample's sequence is split over several ranks, `num_maskable` must be 0 on all but one of them.
+        """
         self.table[sample_index, :4] = torch.stack(list(sums), dim=1)
         self.table[sample_index, 4] = num_maskable.to(self.table)
         self.table[sample_index, 5] = times.to(self.table) * (num_maskable > 0).to(self.table)
@@ -38,9 +40,9 @@ class Bucket(NamedTuple):
 class ValidationResult(NamedTuple):
     """Means over samples with their standard errors."""
 
-    nelbo: Estimate  # nats a maskable token; for --objective ar: the negative log-likelihood
-    cross_entropy: Estimate  # nats a row with loss, unweighted
-    accuracy: Estimate  # share of rows with loss whose most likely token is right
+    nelbo: Estimate  # nats/maskable token; for --objective ar: the negative log-likelihood
+    cross_entropy: Estimate  # nats/loss position, unweighted
+    accuracy: Estimate  # share of loss positions whose most likely token is the label
     num_samples: int
     nelbo_by_time: tuple[Bucket, ...] = ()
     accuracy_by_mask_ratio: tuple[Bucket, ...] = ()

@@ -1,10 +1,11 @@
-"""Head and loss of the rows that carry loss, a few rows at a time: the logits are never whole.
+"""Chunked linear cross entropy: LM head and loss of the loss positions, a chunk at a time; no full logits tensor.
 
-Forward keeps two numbers a row, its loss and the logarithm of the softmax's denominator; backward computes a chunk's
-logits again and turns them into their gradient: softmax minus the label's one-hot. That is one more product of the
-head, for [N, V] numbers less in memory. All chunks take the same place in memory. The vocabulary may be divided over
-tensor-parallel ranks; they exchange four numbers a row, once.
-Shapes: N rows with loss, n rows of a chunk, h hidden, V this rank's part of the vocabulary.
+The forward pass keeps two numbers per position, its loss and the logarithm of the softmax's denominator. The backward
+pass recomputes a chunk's logits and turns them into their gradient: softmax minus the label's one-hot. That costs one
+more product with the head's weight and saves [N, V] logits. All chunks share one buffer. The vocabulary may be sharded
+over tensor-parallel ranks, which all-gather four numbers per position once. On a GPU the elementwise steps are compiled
+(`_run`). The weight's gradient is accumulated in fp32, in megatron's main_grad where that is fp32 (`_gradient_buffer`,
+`_hand_over`). Shapes: N loss positions, n those of a chunk, h hidden, V this rank's shard of the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from megatron_a2d.model.logits_chunks import rows_per_chunk
 
 
 class OutputLayer(ColumnParallelLinear):
-    """The projection to this rank's part of the vocabulary; with labels, the losses instead.
+    """The LM head: logits over this rank's shard of the vocabulary; with labels, the losses instead.
 
-    One module for both: with --overlap-param-gather megatron fetches the weight when its module is called.
+    One module for both: with --overlap-param-gather megatron gathers the weight when its module is called.
     """
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, weight: Tensor | None = None, labels_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [..., V]; or for rows [N, h] with `labels_N` their losses [N], nats in fp32, and [N] bool, whether the
-        label is the most likely token."""
+        """(logits [..., V], bias or None), or with `labels_N` and hidden states [N, h]: (losses [N], correct [N]).
+
+        Losses are cross-entropies in nats, fp32; `correct` is True where the label is the most likely token.
+        """
         if labels_N is None:
             return super().forward(hidden.contiguous(), weight=weight)
         weight = self.weight if weight is None else weight
@@ -44,7 +47,7 @@ class _MaskedHead(torch.autograd.Function):
         ctx: Any, hidden_Nh: Tensor, weight_Vh: Tensor, labels_N: Tensor, group: Any, rows: int
     ) -> tuple[Tensor, Tensor]:
         first = group.rank() * len(weight_Vh)
-        own_N = labels_N - first  # outside [0, V): another rank's
+        own_N = labels_N - first  # outside [0, V): on another rank's shard
         space = _space(hidden_Nh, weight_Vh, rows)
         parts = [
             _run(_statistics, _logits(hidden_Nh[chunk], weight_Vh, space), own_N[chunk])
@@ -76,7 +79,7 @@ def _hidden_gradient(
     hidden_Nh: Tensor, weight_Vh: Tensor, labels_N: Tensor, log_denominator_N: Tensor, losses_N: Tensor,
     gradient_N: Tensor, rows: int, buffer_Vh: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """[N, h], of this rank's part of the vocabulary; the weight's gradient is added to `buffer_Vh`, if there is one."""
+    """[N, h], from this rank's shard of the vocabulary; the weight's gradient is added to `buffer_Vh`, if any."""
     label_gradient_N = torch.expm1(-losses_N) * gradient_N  # the label's probability less one
     result_Nh = torch.empty_like(hidden_Nh)
     space = _space(hidden_Nh, weight_Vh, rows)
@@ -95,7 +98,7 @@ def _chunks(hidden_Nh: Tensor, rows: int) -> Iterator[slice]:
 
 
 def _space(hidden_Nh: Tensor, weight_Vh: Tensor, rows: int) -> Tensor:
-    """Room for a chunk's logits; on a CPU, new memory for every chunk would cost as much time as its product."""
+    """A buffer for a chunk's logits; on a CPU, allocating one per chunk would take as long as its matrix product."""
     return hidden_Nh.new_empty(min(rows, len(hidden_Nh)), len(weight_Vh))
 
 
@@ -104,8 +107,10 @@ def _logits(hidden_nh: Tensor, weight_Vh: Tensor, space: Tensor) -> Tensor:
 
 
 def _statistics(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
-    """[4, n] fp32: the largest logit, the softmax's denominator over it, the label's logit (0 if not here), the largest
-    one's place (exact in fp32 up to a vocabulary of 16 million). The logits are used up."""
+    """[4, n] fp32: largest logit, sum of exp(logit - largest), the label's logit (0 if on another rank), argmax.
+
+    The argmax is exact in fp32 up to a vocabulary of 16 million. The logits are overwritten.
+    """
     logits = logits_nV.float()
     is_here = (labels_n >= 0) & (labels_n < logits.size(1))
     label = logits.gather(1, labels_n.clamp(0, logits.size(1) - 1)[:, None])[:, 0] * is_here
@@ -115,13 +120,13 @@ def _statistics(logits_nV: Tensor, labels_n: Tensor) -> Tensor:
 
 
 def _become_softmax(logits_nV: Tensor, log_denominator_n: Tensor, gradient_n: Tensor) -> Tensor:
-    """The logits become softmax times the row's gradient."""
+    """Overwrite the logits by softmax times the position's upstream gradient."""
     softmax = logits_nV.float().sub_(log_denominator_n[:, None]).exp_()
     return logits_nV.copy_(softmax.mul_(gradient_n[:, None]))
 
 
 def _put(delta_nV: Tensor, labels_n: Tensor, values_n: Tensor) -> None:
-    """Set each row's label, where it is on this rank, to the row's value."""
+    """Set the entry of each position's label, where it is on this rank, to the position's value."""
     place = labels_n.clamp(0, delta_nV.size(1) - 1)[:, None]
     kept_n1 = delta_nV.gather(1, place)
     delta_nV.scatter_(1, place, torch.where(place == labels_n[:, None], values_n[:, None].to(kept_n1), kept_n1))
@@ -131,7 +136,7 @@ _compiled: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
 
 
 def _run(function: Callable[..., Tensor], logits: Tensor, *rest: Tensor) -> Tensor:
-    """On a GPU in one kernel, which reads the logits in their own type and keeps no copy in fp32."""
+    """Call `function`; on a GPU compiled to one kernel, which makes no fp32 copy of the logits."""
     if not logits.is_cuda:
         return function(logits, *rest)
     if function not in _compiled:
@@ -140,7 +145,7 @@ def _run(function: Callable[..., Tensor], logits: Tensor, *rest: Tensor) -> Tens
 
 
 def _over_ranks(own_4N: Tensor, vocabulary: int, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The statistics over the whole vocabulary, from those of each rank's part; of equal logits the lowest index."""
+    """The statistics over the full vocabulary from those of each rank's shard; ties go to the lowest index."""
     if group.size() == 1:
         return own_4N[0], own_4N[1], own_4N[2], own_4N[3]
     every_R4N = [torch.empty_like(own_4N) for _ in range(group.size())]
@@ -153,7 +158,7 @@ def _over_ranks(own_4N: Tensor, vocabulary: int, group: Any) -> tuple[Tensor, Te
 
 
 def _gradient_buffer(weight_Vh: Tensor) -> Tensor:
-    """Where the chunks' weight gradients are summed, fp32: megatron's own buffer where it has one in fp32."""
+    """The fp32 buffer in which the weight's gradient is accumulated: megatron's main_grad where that is fp32."""
     main_grad = getattr(weight_Vh, "main_grad", None)
     if main_grad is not None and main_grad.dtype == torch.float32:
         return main_grad
@@ -172,7 +177,7 @@ def _add_product(buffer_Vh: Tensor, delta_nV: Tensor, hidden_nh: Tensor) -> None
 
 @functools.cache
 def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a product of matrices of `dtype` to an fp32 one, without rounding it first: tried."""
+    """Whether this torch can add a matrix product of `dtype` to an fp32 matrix without rounding it first (tested)."""
     matrix, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
     try:
         torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
@@ -182,10 +187,10 @@ def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _hand_over(weight_Vh: Tensor, buffer_Vh: Tensor | None) -> Tensor | None:
-    """The weight's gradient for autograd; where it is in megatron's buffer already, something in its place."""
+    """The weight's gradient for autograd; a placeholder where it is already in megatron's main_grad."""
     if buffer_Vh is None or buffer_Vh is not getattr(weight_Vh, "main_grad", None):
         return None if buffer_Vh is None else buffer_Vh.to(weight_Vh.dtype)
     weight_Vh.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    # A tied weight has another gradient, the embedding's, which autograd adds to what is returned here.
+    # A tied weight also has the embedding's gradient, which autograd adds to the returned tensor.
     needs_zeros = getattr(weight_Vh, "zero_out_wgrad", False)
     return torch.zeros_like(weight_Vh) if needs_zeros else torch.empty_like(weight_Vh)

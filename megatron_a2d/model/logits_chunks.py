@@ -1,4 +1,4 @@
-"""Size of a chunk of logits: used by chunked_cross_entropy.py and counted by the planner. Imports no torch."""
+"""Chunk size of the chunked cross entropy, also used by the planner; imports no torch."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ _ELEMENTS = {"cuda": 2**29, "cpu": 2**26}
 
 
 def rows_per_chunk(vocabulary: int, device: str) -> int:
-    """How many rows' logits over `vocabulary` are made at once: a multiple of 64, at least that."""
+    """The number of positions per chunk of logits over `vocabulary`: a multiple of 64, at least 64."""
     return max(64, _ELEMENTS[device] // vocabulary // 64 * 64)

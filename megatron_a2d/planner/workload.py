@@ -1,4 +1,4 @@
-"""What the planner must know of a run: the model, its layout, its batch, and what decides memory and speed."""
+"""The planner's view of a run: the model, its layout, its batch, and the settings that affect memory and speed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.config.settings import RunConfig, settings
 from megatron_a2d.planner.cluster import Cluster
 
-IMBALANCE = 1.25  # rows of the busiest expert-parallel rank over the mean; an assumption, `plan --imbalance` sets it
+IMBALANCE = 1.25  # tokens of the busiest expert-parallel rank over the mean; an assumption, `plan --imbalance` sets it
 
 
 @dataclass(frozen=True)
@@ -84,28 +84,28 @@ class Job:
 
     @property
     def input_length(self) -> int:
-        """The model's rows for a sample: block diffusion reads each sample twice, as RunConfig.input_length says."""
+        """Positions per sample: block diffusion reads each sample twice (as RunConfig.input_length)."""
         return self.seq_length * (2 if self.objective == "block" else 1)
 
     @property
     def tokens(self) -> float:
-        """Rows of a micro-batch on one rank, before tensor parallelism divides them."""
+        """Tokens of a micro-batch on one rank, before sequence parallelism divides them."""
         return self.micro_batch_size * self.input_length / self.context_parallel_size
 
     @property
     def tokens_between_layers(self) -> float:
-        """The same in the regions that sequence parallelism divides."""
+        """Tokens per rank in the regions that sequence parallelism divides."""
         return self.tokens / (self.tensor_model_parallel_size if self.sequence_parallel else 1)
 
     @property
     def routed_rows(self) -> float:
-        """Rows that an expert-parallel rank's experts receive in a micro-batch, all ranks alike."""
+        """Token copies that the experts of a rank receive in a micro-batch with balanced routing."""
         rows = self.tokens_between_layers * self.architecture.num_experts_per_tok
         return rows * self.expert_tensor_parallel_size
 
     @property
     def number_bytes(self) -> int:
-        """Of a weight or an activation."""
+        """Bytes of a weight or an activation."""
         return 2 if self.bf16 else 4
 
     @property
