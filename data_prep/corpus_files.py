@@ -1,4 +1,4 @@
-"""The files of a corpus: every file of `--input` is read, refused, or listed with the reason why it is passed over."""
+"""The files of a corpus: every file of `--input` is read, refused, or reported as skipped with the reason."""
 
 from __future__ import annotations
 

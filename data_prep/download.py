@@ -1,11 +1,11 @@
-"""A dataset of the hub as local shards of text, for data_prep.tokenize_corpus.
+"""Download of a Hugging Face dataset as local shards of text, for data_prep.tokenize_corpus.
 
     python -m data_prep.download --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out raw/fineweb_edu
     python -m data_prep.download --data-mixture launch/mixtures/rnd1.yaml --out raw [--sources flan wikipedia]
 
-Streams: neither memory nor a cache holds the dataset. OUT/00000.jsonl.zst, ... hold {"text": ...} lines; each appears
-when it is whole, and download.json beside them says how many documents they hold. The same command goes on after the
-last whole shard, and does nothing when all is there.
+The dataset is streamed: neither memory nor a cache holds it. OUT/00000.jsonl.zst, ... hold {"text": ...} lines; each
+shard is written atomically, and download.json next to them records the number of documents. The same command resumes
+after the last complete shard, and does nothing once all are complete.
 """
 
 from __future__ import annotations

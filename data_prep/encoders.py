@@ -1,7 +1,7 @@
-"""Text to token ids, whichever library the tokenizer belongs to. Each encodes a batch on several threads.
+"""Encoders from text to token ids, one per tokenizer library; each encodes a batch on several threads.
 
 The reference is the tokenizer's own library: tokenizers, or sentencepiece. gigatoken gives the same ids many times
-faster; data_prep/gigatoken_encoder.py holds it against the reference before it is used.
+faster; data_prep/gigatoken_encoder.py compares it with the reference before it is used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One reader for each kind of file: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt.
+"""Readers of corpus files, one per format: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt.
 
-A reader yields a `Document` or a `Problem` for each line or row. It raises UserError for what is wrong with a whole
-file's shape: a key or column that is not there, a package that is missing.
-A small file may unpack to any size: what a reader holds at a time is bounded by `Limits`, not by the file.
+A reader yields a `Document` or a `Problem` for each line or row. It raises UserError for what is wrong with a
+whole file: a missing key or column, a missing package.
+A small file may decompress to any size: a reader's memory is bounded by `Limits`, not by the file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""gigatoken, where it gives the reference's ids: a byte-level BPE in Rust, many times faster than tokenizers.
+"""gigatoken encoder: a byte-level BPE in Rust, many times faster than tokenizers, used where the ids are the same.
 
-It is believed only after a comparison with the reference on documents from all over the very corpus, and on a few
-texts that tell tokenizers apart. Where one id differs, where the tokenizer is of a kind that gigatoken does not know,
-or where gigatoken is not installed (the extra `data`), the reference encodes.
+It is used only after a comparison with the reference on documents sampled across the corpus, and on a few texts on
+which tokenizers differ. If one id differs, if gigatoken does not support the tokenizer, or if it is not installed (the
+extra `data`), the reference encodes.
 """
 
 from __future__ import annotations

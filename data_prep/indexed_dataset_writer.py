@@ -1,5 +1,5 @@
-"""Writes token files: Megatron's .bin and .idx, byte for byte as megatron.core writes them, with our description and
-checksums (megatron_a2d/data/checksums.py). Streams: memory does not grow with the number of documents.
+"""Writer of token files: Megatron's .bin and .idx, byte for byte as megatron.core writes them, with our description and
+checksums (megatron_a2d/data/checksums.py). Memory does not grow with the number of documents.
 
 Without megatron.core, whose import alone takes seconds; a test compares the bytes.
 """

@@ -1,11 +1,11 @@
-"""Look into token files: how much there is, how long the documents are, and what training makes of them.
+"""Inspection of token files: size, document lengths, and samples as training masks them.
 
     python -m data_prep.inspect_dataset --data-path data/corpus_train [--tokenizer tokenizer] [--show 2]
 
-Samples are shown as a masked diffusion model meets them: shuffled, packed, masked (▒, in colour). `--times 0.2 0.8`
-shows each at these diffusion times; without it each sample has a time of its own, as in training. Every token is read:
-a checksum that does not hold, or a document that is not closed by the end-of-document token, ends with exit code 2.
-`--plot out.png` draws document lengths and token frequencies (needs the extra `plot`).
+Samples are shown as a masked diffusion model is trained on them: shuffled, packed, masked (▒, in colour). `--times 0.2
+0.8` shows each at these diffusion times; without it each sample has a time of its own, as in training. Every token is
+read: a checksum mismatch, or a document without its end-of-document token, ends with exit code 2. `--plot out.png`
+draws document lengths and token frequencies (needs the extra `plot`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much of a stranger's file is held at a time: a few bytes may unpack to any number."""
+"""Memory limits for reading untrusted files: a few bytes may decompress to any size."""
 
 from __future__ import annotations
 

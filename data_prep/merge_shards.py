@@ -1,7 +1,7 @@
-"""Puts the pieces of a corpus together: drops exact copies, holds documents out, writes the token files.
+"""Merge of tokenised shards: drops exact duplicates, splits off the validation documents, writes the token files.
 
-Exact de-duplication keeps the first document of each text. Digests are compared group by group, a group being those
-with the same remainder, so that memory is a byte a document and one group.
+Exact de-duplication keeps the first document of each text. Digests are compared in groups of
+equal remainder, so that memory is one byte per document plus one group.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Text files as streams of documents. One reader for each kind of file; memory holds one document, or one batch.
+"""Corpus files as streams of documents, and their division into shards; memory holds one document, or one batch.
 
-A corpus is cut into pieces of about 32 MB, each a few `Span`s of files: what a worker takes at a time, and what is
-kept when a job is interrupted. The cut follows from the files alone, not from who reads them.
+A corpus is divided into pieces of about 32 MB, each a few `Span`s (byte ranges) of files: the unit that a worker
+processes and that survives an interruption. The division depends on the files alone, not on the number of workers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A real corpus that every machine has: the source code of Python's standard library, as .jsonl documents.
+"""A demo corpus that every machine has: the source code of Python's standard library, as .jsonl documents.
 
     python -m data_prep.stdlib_corpus --out corpus.jsonl [--max-chars 4000]
 
 Each line is {"text", "source"}. A module becomes one document, or several when it is longer than
-`--max-chars`: it is then cut before top-level definitions, before methods where a definition alone is too
+`--max-chars`: it is then split before top-level definitions, before methods where a definition alone is too
 long, and at blank lines or line ends as a last resort. The documents of a module, joined, are the module.
 The same Python gives the same bytes.
 """

@@ -1,15 +1,14 @@
-"""Text to token files that training reads: PREFIX.bin and PREFIX.idx, as megatron.core writes them.
+"""Tokenisation of a text corpus to token files for training: PREFIX.bin and PREFIX.idx, as megatron.core writes them.
 
     python -m data_prep.tokenize_corpus --input corpus/ 'more/*.zst' --tokenizer tokenizer --output-prefix data/corpus
 
 reads .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .txt, and writes data/corpus_train.{bin,idx,json,sums} and
-data/corpus_valid.*; `--valid-fraction 0` writes only data/corpus.*. Whether a document is held out is decided by a hash
-of its text: the same document always falls on the same side, whatever else is in the corpus, whatever the tokenizer,
-and copies of it too. data/corpus.report.json says what was read and what was left out.
+data/corpus_valid.*; `--valid-fraction 0` writes only data/corpus.*. The train/validation split is a hash of
+the document's text, so it is independent of the tokenizer and of the rest of the corpus, and duplicates fall on the
+same side. data/corpus.report.json lists what was read and what was skipped.
 
-The corpus is tokenised in pieces, by --workers processes; memory does not grow with it. A job that was interrupted
-goes on with the pieces that are missing when the same command is given again. Until the end the disk holds the tokens
-twice.
+The corpus is tokenised in pieces by --workers processes; memory does not grow with its size. An interrupted job resumes
+with the missing pieces when the same command is run again. Until the end the tokens are on disk twice.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Tokenises pieces of a corpus, each by itself, into files that a later step puts together.
+"""Tokenisation of the pieces of a corpus, each independently, into files that merge_shards.py combines.
 
-PREFIX.parts/00042.tokens  the tokens of a piece's documents, one after another
+PREFIX.parts/00042.tokens  the tokens of a piece's documents, concatenated
 PREFIX.parts/00042.npz     lengths, digests of the texts, what was counted, and of which text and settings; written last
 
-What a piece gives depends on its text alone: neither the number of workers nor an interruption can change a byte.
+A piece's files depend on its text alone: neither the number of workers nor an interruption changes a byte.
 """
 
 from __future__ import annotations

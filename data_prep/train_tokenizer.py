@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer of Qwen3's kind: its splitting pattern and its special tokens.
+"""Training of a byte-level BPE tokenizer with Qwen3's splitting pattern and special tokens.
 
     python -m data_prep.train_tokenizer --input corpus.jsonl --vocab-size 4096 --out tokenizer
 

@@ -1,9 +1,9 @@
-"""What lies beside a token file: its description (`PREFIX.json`) and its checksums (`PREFIX.sums`).
+"""Description (`PREFIX.json`) and checksums (`PREFIX.sums`) of a token file.
 
 Megatron's format has no checksums. `data_prep.tokenize_corpus` writes one of 64 bits (XXH3) for every 16 KiB of
-`PREFIX.bin`, and puts those of the index and of the table itself into the description, which carries its own. A read
-then checks the blocks that it touches, at several GB/s: nothing has to be scanned before a run, and a flipped bit
-is found wherever it is. Files without a description are read without.
+`PREFIX.bin`, and stores those of the index and of the table itself in the description, which has a checksum of its own.
+A read verifies the blocks that it touches, at several GB/s, so that no scan is needed before a run and any flipped bit
+is detected. Files without a description are read without verification.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whose tokens a file holds: the vocabulary that made them, against other sources' and the model's.
+"""Vocabulary fingerprints: whether token files were made with the same vocabulary, and with the model's.
 
 `data_prep.tokenize_corpus` records a fingerprint of the vocabulary (which id is which token) and the added tokens. The
 added ones are compared one by one: a checkpoint's tokenizer may have more (a mask token), and that changes no text.

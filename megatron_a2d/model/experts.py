@@ -1,6 +1,6 @@
-"""A rank's experts as two matrices with an axis of experts, multiplied in one kernel by torch's grouped product.
+"""Grouped-GEMM experts: a rank's experts as two stacked weights, multiplied in one kernel by torch's grouped matmul.
 
-One expert at a time (megatron.core's SequentialMLP) costs a kernel start for each of many small products. The
+One expert at a time (megatron.core's SequentialMLP) launches a kernel for each of many small products. The
 checkpoint is the same: expert e is row e of `experts.experts.linear_fc1.weight` [experts, 2 f, h], gate and up apart,
 and of `experts.experts.linear_fc2.weight` [experts, h, f]. Shapes: T tokens sorted by expert, E this rank's experts,
 h hidden, f this rank's rows of an expert.

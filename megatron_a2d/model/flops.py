@@ -1,7 +1,7 @@
-"""Floating-point operations of training, by the bidirectional formula.
+"""Floating-point operations per token of training with bidirectional attention.
 
-Full attention costs twice the causal one: every query meets every key. The head counts only the rows that
-reach it. Backward is twice forward. A multiply-add is two operations.
+Full attention costs twice as much as causal attention. The LM head counts only the positions that reach it. Backward is
+twice forward. A multiply-add is two operations.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Self-attention that learns to stand in for the attention it replaces (grafting, Chandrasegaran et al. 2025).
+"""Grafted self-attention: full attention trained to imitate the causal one it replaces (Chandrasegaran et al. 2025).
 
-For a while a layer computes both operators on the same input: the old one, with its own weights and causal mask, and
-the new one, which sees everything. The new one is regressed on the old one's output; the stream goes on with the one or
-the other. Neither the input nor the stream carries a gradient, so that every layer learns for itself, and the
-pipeline's schedule needs to know nothing of it: the loss joins the stream's backward pass, as an auxiliary loss of
-experts does.
+During the grafting steps a layer computes both operators on the same input: the old one, with its own weights and
+causal mask, and the new one with full attention. The new one is regressed on the old one's output; the residual stream
+continues with one of the two. Neither the input nor the stream carries a gradient, so every layer learns independently
+and the pipeline schedule is unchanged: the loss joins the stream's backward pass like an auxiliary MoE loss.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layer specs: of which modules megatron.core builds a transformer layer.
+"""Layer specs: the modules of which megatron.core builds a transformer layer.
 
 Two implementations of the same layer, whose checkpoints are the same file: `transformer_engine` for GPUs,
 `local` for any device. The attention mask is part of the spec, and the only difference between the

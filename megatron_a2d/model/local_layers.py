@@ -1,4 +1,4 @@
-"""Layers in plain torch, for machines without Transformer Engine, and exact under every layout.
+"""Local layers: plain PyTorch modules for machines without Transformer Engine, exact under every layout.
 
 Megatron's own local norm refuses sequence parallelism, and its local attention builds the score matrix.
 Shapes: s sequence, b batch, h hidden, n heads, d head size; activations are [s, b, h].

@@ -1,7 +1,7 @@
-"""From a model's architecture and a run's settings to megatron.core's TransformerConfig.
+"""megatron.core's TransformerConfig, built from a model's architecture and a run's settings.
 
-The only place that builds one. TransformerConfig grows and renames fields between releases; an unknown
-field fails here, by name, instead of being lost.
+Built here and nowhere else. TransformerConfig adds and renames fields between releases; an unknown field fails here, by
+name, instead of being ignored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a layer keeps for its backward pass, tensor by tensor, of one micro-batch on one rank.
+"""Activation memory of a layer: the tensors kept for the backward pass, per micro-batch and rank.
 
-Korthikanti et al. (2022) count a GPT layer so. Two lists: the portable layers as they are on a CPU, where each tensor
-was measured, and Transformer Engine's, whose norms and rotations keep less and whose products may keep FP8.
+Counted as Korthikanti et al. (2022) count a GPT layer. Two lists: the local layers, where each tensor was measured on a
+CPU, and Transformer Engine's, whose norms and rotary embeddings keep less and whose products may keep FP8.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How well the time model does: its efficiencies, fitted to published runs, and the error of each run.
+"""Calibration of the time model: efficiencies fitted to published runs, and the error for each run.
 
-`python -m megatron_a2d.plan --calibration` prints the table. Rows are weighed alike; what is minimised is the sum of
-squared logarithms of (predicted / published). Left-out errors are those of a row after a fit to the others.
+`python -m megatron_a2d.plan --calibration` prints the table. All runs have equal weight; the fit minimises the
+sum of squared logarithms of (predicted / published). Leave-one-out errors are those of a run after a fit to the others.
 """
 
 from __future__ import annotations

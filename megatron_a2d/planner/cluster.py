@@ -1,4 +1,4 @@
-"""The hardware of a cluster, as launch/clusters/NAME.yaml describes it."""
+"""Hardware of a cluster, read from launch/clusters/NAME.yaml."""
 
 from __future__ import annotations
 

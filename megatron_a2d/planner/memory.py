@@ -1,4 +1,4 @@
-"""Bytes of a rank by part, of the pipeline stage that holds most.
+"""Memory per rank in bytes by component, for the pipeline stage that needs most.
 
 Weights, gradients and optimizer state are exact, to the padding of a buffer (parameters.py). Activations are those of
 activations.py, times the micro-batches that a stage holds at once. The rest are assumptions, named below.

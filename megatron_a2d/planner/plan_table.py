@@ -1,4 +1,4 @@
-"""What the planner found, as tables for a terminal and as a picture."""
+"""The planner's results as tables for a terminal and as a plot."""
 
 from __future__ import annotations
 

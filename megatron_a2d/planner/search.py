@@ -1,7 +1,7 @@
-"""Every legal layout of a run on a cluster, with its memory and time, and why those that were not chosen fall.
+"""Search over the valid layouts of a run on a cluster: memory and time of each, and why others were rejected.
 
-What is legal is decided by validate.py alone, as for training: a size that it refuses by itself is refused with all
-others, which keeps the number of combinations small.
+Layouts are validated by config/validate.py alone, as for training: a size that is invalid by itself is excluded from
+all combinations, which keeps their number small.
 """
 
 from __future__ import annotations
