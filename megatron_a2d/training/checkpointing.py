@@ -1,7 +1,12 @@
-"""Checkpoints of model and optimizer that load under any layout (megatron.core's torch_dist format).
+"""Saving and loading of training checkpoints (megatron.core's torch_dist format; any layout loads them).
 
-A checkpoint is written beside its final name, manifest last, and renamed when it is complete; then the tracker file
-is made to name it, and older ones are removed as --keep-latest-k says.
+    SaveSchedule.save (training loop) -> Save: sharded state, run.json, manifest, rename, tracker   (this file)
+        -> checkpoint/save.py: the sharded state's files, with errors that every rank learns of
+        -> checkpoint/manifest.py: size and checksum of every file
+
+A checkpoint is written under a temporary name next to its final one, its manifest last, and renamed once it is
+complete. Then the tracker file is updated, and --keep-latest-k removes older checkpoints. A run that is killed at any
+point leaves the previous checkpoint as it was. Loading reads through checkpoint/load.py.
 """
 
 from __future__ import annotations
@@ -50,17 +55,17 @@ from megatron_a2d.utils.errors import SaveError, UserError
 from megatron_a2d.utils.partial_files import partial_path, remove_abandoned
 from megatron_a2d.utils.printable import print_line
 
-# Optimizer state that any other layout can load; the experts' optimizer is not told apart by its position.
+# Optimizer state that any other layout can load, without a prefix that depends on the number of chained optimizers.
 _FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
-_TOLD: set[str] = set()  # lines of warning, each said once
+_WARNED: set[str] = set()  # warnings that were printed; each is printed once
 
 
 class Save:
-    """The checkpoint `--save`/iter_NNNNNNN of the state as it is now; written from here to `finish`.
+    """One save: the checkpoint `--save`/iter_NNNNNNN of the state at construction, complete when `finish` returns.
 
-    `hf_files` holds the source model's configuration and tokenizer. All methods are collective; the constructor and
-    `finish` raise SaveError on all ranks when one of them cannot write, and earlier checkpoints are then as they were.
+    `hf_files` holds the source model's configuration and tokenizer. All methods are collective. The constructor and
+    `finish` raise SaveError on all ranks if any rank cannot write; earlier checkpoints are then unchanged.
     """
 
     def __init__(self, state: TrainState, config: RunConfig, hf_files: Path):
@@ -68,7 +73,7 @@ class Save:
         self._config, self._hf_files, self.iteration = config, hf_files, state.iteration
         self._root = Path(config.training.save)
         self._final = self._root / directory_name(state.iteration)
-        # A name of its own: a writer that outlived a killed run must not meet the files of the next one.
+        # A random suffix: a writer process that outlives a killed run must not touch the next run's files.
         partial = partial_path(self._root / f"{self._final.name}.{secrets.token_hex(4)}")
         self._partial = self._root / from_first_rank(partial.name)
         self._saving = Saving()
@@ -79,13 +84,13 @@ class Save:
             self._saving.start_writing(_sharded_state(state), self._partial, dict(_FORMAT))
 
     def is_written(self) -> bool:
-        """Whether `finish` would wait for no rank's disk."""
+        """Whether all ranks have written their files, so that `finish` does not wait for a disk."""
         written = torch.tensor(int(self._saving.is_written()), device=device())
         dist.all_reduce(written, op=dist.ReduceOp.MIN)
         return bool(written)
 
     def finish(self) -> Path:
-        """Complete it under its final name; returns its path."""
+        """Wait for the files, write the manifest, rename; returns the checkpoint's final path."""
         with self._all_or_nothing():
             known = self._saving.finish_writing()
             if dist.get_rank() == 0:
@@ -102,23 +107,23 @@ class Save:
         except SaveError as error:
             root = self._root
             free = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
-            dist.barrier()  # all have looked, and none is reading what is now removed
+            dist.barrier()  # every rank has looked at the disk before rank 0 removes files
             if dist.get_rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             earlier = [iteration for iteration in list_iterations(root) if iteration != self.iteration]
             is_full = any(text in str(error) for text in ("No space left", "Disk quota", "file write failed"))
             raise SaveError(
                 f"--save {root}: the checkpoint of iteration {self.iteration} could not be written ({error}; "
-                f"{human(free, 'B')} were left); the newest one is "
+                f"{human(free, 'B')} were free); the newest checkpoint is "
                 + (f"that of iteration {earlier[-1]}" if earlier else "what the run started from")
-                + f". {'Make room' if is_full else 'Mend that'}, then start the same command again"
+                + f". {'Free disk space' if is_full else 'Fix the cause'}, then run the same command again"
             ) from None
 
 
 def remove_old(training: TrainingConfig, newest: int) -> None:
-    """Remove from --save what --keep-latest-k and --save-retain-interval do not keep; `newest` is complete and stays.
+    """Remove old checkpoints from --save; --keep-latest-k and --save-retain-interval say which stay, `newest` does.
 
-    Iterations beyond `newest` are of a part of the run that was given up: they are neither counted nor removed.
+    Iterations after `newest` come from a part of the run that was abandoned: they are neither counted nor removed.
     """
     if not training.keep_latest_k:
         return
@@ -127,7 +132,7 @@ def remove_old(training: TrainingConfig, newest: int) -> None:
     for iteration in [other for other in list_iterations(root) if other <= newest][: -training.keep_latest_k]:
         if training.save_retain_interval and iteration % training.save_retain_interval == 0:
             continue
-        # Renamed first: whatever happens in between, no half of it bears a checkpoint's name.
+        # Renamed first, so that a kill during the removal leaves no half checkpoint under a checkpoint's name.
         doomed = partial_path(root / directory_name(iteration))
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(root / directory_name(iteration), doomed)
@@ -135,17 +140,19 @@ def remove_old(training: TrainingConfig, newest: int) -> None:
 
 
 def remove_unfinished(root: Path, besides: Path | None = None) -> None:
-    """Remove from --save what killed runs left: checkpoints that were half written, half removed, or about to be
-    replaced. None of them bears a checkpoint's name, and each takes as much disk as one. What another host may
-    still be writing is left alone, and told once."""
+    """Remove the partial directories that killed runs left in --save: saves, removals or replacements cut short.
+
+    Each takes as much disk space as a checkpoint. `besides` stays. A directory that another host may still be writing
+    stays too, with a warning that is printed once.
+    """
     for line in remove_abandoned(root, ".iter_*.partial*", besides):
-        if line not in _TOLD:
+        if line not in _WARNED:
             print_line(f"warning: {line}", sys.stderr)
-            _TOLD.add(line)
+            _WARNED.add(line)
 
 
 def _make_room(root: Path, partial: Path) -> None:
-    """An empty `partial`, and nothing left of saves that were cut short."""
+    """Create the empty directory `partial`, and remove what interrupted saves left."""
     partial.mkdir(parents=True)
     remove_unfinished(root, besides=partial)
 
@@ -153,7 +160,7 @@ def _make_room(root: Path, partial: Path) -> None:
 def _complete(
     partial: Path, final: Path, config: RunConfig, hf_files: Path, known: dict[str, Entry], iteration: int
 ) -> None:
-    """The rest of the files, flushed, and the rename."""
+    """Write the remaining files, the manifest last, flush everything to disk, rename, update the tracker."""
     (partial / HF_FILES).mkdir()
     copy_hf_files(hf_files, partial / HF_FILES)
     write_json(partial / RUN_CONFIG, config.to_dict())
@@ -163,7 +170,7 @@ def _complete(
         fsync_path(entry)
     fsync_path(partial)
     replaced = partial_path(final.with_name(f"{final.name}.replaced"))
-    if final.exists():  # a run that resumed from an earlier one writes it anew
+    if final.exists():  # a run that resumed from an earlier iteration writes it again
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(partial, final)
@@ -174,7 +181,11 @@ def _complete(
 
 
 def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> None:
-    """Fill `state` from the iteration directory `directory`; collective."""
+    """Load the iteration directory `directory` into `state`: model, optimizer, schedule and counters. Collective.
+
+    `weights_only` loads the model alone and leaves the rest as built. UserError on all ranks for a damaged or foreign
+    checkpoint.
+    """
     if weights_only:
         loaded = load_state(_wanted_model(state), directory)
         _load_model(state, loaded)
@@ -187,14 +198,14 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
     common = read_common(directory)
     if missing := {"optimizer_step", "scheduler", "iteration", "consumed_samples"} - common.keys():
         raise UserError(
-            f"{directory}: its optimizer's state is of a form that is not known here (it has no "
-            f"{', '.join(sorted(missing))}); take its weights with --finetune"
+            f"{directory}: its optimizer state is in an unknown format (it has no "
+            f"{', '.join(sorted(missing))}); load only its weights with --finetune"
         )
     step: int = common["optimizer_step"]
     scheduler = {name: common["scheduler"].get(name) for name in state.scheduler.state_dict()}
     if any(type(value) not in (int, float, str, bool) for value in scheduler.values()):
         raise UserError(f"{directory}: the schedule in common.pt is damaged; use another iteration")
-    # Without an update so far (all steps were skipped) there is no state yet.
+    # If every step so far was skipped (step 0), there is no optimizer state yet.
     begins = _had_no_state(directory, tied=state.models[0].share_embeddings_and_output_weights)
     optimizer = (
         OptimizerState(state.optimizer, model, is_loading=True, metadata=_metadata(), begins=begins) if step else None
@@ -213,7 +224,7 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
 
 
 def _had_no_state(directory: Path, tied: bool) -> Callable[[str], bool]:
-    """Whether the parameter of this name was frozen when the checkpoint was written."""
+    """Predicate on parameter names: frozen when the checkpoint was written, so it has no optimizer state there."""
     frozen = frozen_roles(read_run_settings(directory))
     return lambda name: role_of(name, tied) in frozen
 
@@ -223,25 +234,27 @@ def _metadata() -> dict[str, Any]:
 
 
 def _models(state: TrainState) -> dict[str, DiffusionLM]:
-    """By the names that megatron's optimizers expect: "model", or "model0", ... with virtual stages."""
+    """This rank's models by the keys that megatron's optimizers expect: "model", or "model0", ... (virtual stages)."""
     models = state.models
     return {"model": models[0]} if len(models) == 1 else {f"model{n}": model for n, model in enumerate(models)}
 
 
 def _sharded_model(state: TrainState) -> dict[str, Any]:
-    """As a checkpoint has it; the optimizer finds its parameters in it."""
+    """The models' sharded state as it is saved; the optimizer matches its parameters against it."""
     return {name: state_to_save(model, _metadata()) for name, model in _models(state).items()}
 
 
 def _wanted_model(state: TrainState) -> dict[str, Any]:
+    """The models' sharded state as it is requested from a checkpoint."""
     return {name: state_to_load(model, _metadata()) for name, model in _models(state).items()}
 
 
 def _sharded_state(state: TrainState) -> dict[str, Any]:
+    """Everything that a checkpoint stores: models, optimizer, schedule, counters."""
     state.gather_parameters()
     model, step = _sharded_model(state), adam_step(state.optimizer)
     optimizer = OptimizerState(state.optimizer, model, is_loading=False, metadata=_metadata()) if step else None
-    dequantise(model)  # after the optimizer has recognised its parameters
+    dequantise(model)  # only now: the optimizer matches the original tensors
     return {
         **model,
         "optimizer": optimizer.tensors if optimizer else {},
@@ -258,21 +271,21 @@ def _load_model(state: TrainState, loaded: dict[str, Any]) -> None:
 
 
 class SaveSchedule:
-    """At most one checkpoint is being written. All methods are collective.
+    """The run's saves, at most one of them in progress. All methods are collective.
 
-    A failure ends the run unless --on-save-error says otherwise; that of the last checkpoint always does.
+    A failed save ends the run with SaveError unless --on-save-error is continue; a failure of the last one always does.
     """
 
     def __init__(self, config: RunConfig, hf_files: Path, log: RunLog):
         self._config, self._hf_files, self._log = config, hf_files, log
         self._running: Save | None = None
         self._seconds = 0.0
-        # Also where this run will save nothing: one that is complete may have been killed while it removed an old one.
+        # Even if this run saves nothing more: a completed run may have been killed while it removed an old checkpoint.
         if config.training.save and dist.get_rank() == 0:
             remove_unfinished(Path(config.training.save))
 
     def save(self, state: TrainState, last: bool) -> None:
-        """Write the checkpoint of this iteration; with --async-save only begin it, unless it is the `last`."""
+        """Save this iteration; with --async-save only start to, unless it is the run's `last` checkpoint."""
         self.finish(last=False)
         try:
             begin = time.perf_counter()
@@ -284,12 +297,12 @@ class SaveSchedule:
             self.finish(last)
 
     def poll(self) -> None:
-        """Complete the checkpoint in the background if all ranks have written their part."""
+        """Complete the background save if all ranks have written their files."""
         if self._running and self._running.is_written():
             self.finish(last=False)
 
     def finish(self, last: bool) -> None:
-        """Wait for the checkpoint in the background, if there is one."""
+        """Wait for the background save, if there is one, and complete it."""
         if not self._running:
             return
         save, self._running = self._running, None
@@ -299,7 +312,7 @@ class SaveSchedule:
         except SaveError as error:
             self._failed(error, save.iteration, last)
             return
-        # `start` may be removed as an old checkpoint, so the next one copies the model's files from this one.
+        # --keep-latest-k may remove the checkpoint that the run started from: the next save copies hf/ from this one.
         self._hf_files = path / HF_FILES
         waited = self._seconds + time.perf_counter() - begin
         self._log.event("checkpoint", iteration=save.iteration, path=str(path), seconds_waited=round(waited, 3))

@@ -1,8 +1,12 @@
-"""Random weights for a run from scratch (--conversion random), the same in every layout.
+"""Initial state of a run: a loaded checkpoint, or random weights (--conversion random).
 
-Each element is a function of (seed, the tensor's name in the checkpoint, the element's place in the whole tensor): a
-rank draws what it holds, and need not know what the others hold. As Hugging Face's Qwen3: matrices and embeddings are
-normal with the architecture's `initializer_range`, norms are one.
+    initialize_state -> load_checkpoint (checkpointing.py)      resume, or the weights of a converted checkpoint
+                     -> draw_weights                            --conversion random
+                     -> set_to_mean                             --mask-embedding mean: the mask token's embedding
+
+Random weights are the same in every layout: each element is a pure function of (seed, the tensor's name in the
+checkpoint, the element's index in the full tensor), so a rank draws only what it holds. As in Hugging Face's Qwen3,
+matrices and embeddings are normal with the architecture's `initializer_range`, norms are one.
 """
 
 from __future__ import annotations
@@ -27,29 +31,29 @@ from megatron_a2d.training.grafting import Grafting
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.utils.errors import UserError
 
-_PIECE = 1 << 22  # elements that are drawn at once
+_MAX_DRAW = 1 << 22  # elements drawn at once: bounds memory
 
 
 @torch.no_grad()
 def draw_weights(state: TrainState, seed: int, standard_deviation: float) -> None:
-    """Fill the model's weights; the optimizer follows."""
+    """Fill the model with random weights, and the optimizer's main weights from it."""
     for model in state.models:
         parameters = list(model.parameters())
         for parameter in parameters:
             parameter.fill_(float("nan"))
         sharded = model.sharded_state_dict(metadata={"dp_cp_group": None})
-        apply_factories(sharded)  # their parts are views of the parameters
+        apply_factories(sharded)  # what they build are views of the parameters
         for shard in nested_values(sharded):
             if isinstance(shard, ShardedTensor):
                 _fill(shard, seed, standard_deviation)
-        assert not any(bool(parameter.isnan().any()) for parameter in parameters), "a weight was left out"
+        assert not any(bool(parameter.isnan().any()) for parameter in parameters), "a weight was not drawn"
     state.optimizer.reload_model_params()
 
 
 def normals(seed: int, name: str, start: int, count: int) -> np.ndarray:
-    """The elements start .. start + count - 1 of a tensor, standard normal, [count] float32."""
+    """Standard normal values of the elements start .. start + count - 1 of the tensor `name`, [count] float32."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    # A Philox counter stands for four numbers of 64 bits: four elements, of 32 bits each for radius and angle.
+    # Box-Muller. One Philox counter yields four 64-bit words: four elements, each from 32 bits of radius and of angle.
     first, skipped = divmod(start, 4)
     generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=first)
     bits = generator.random_raw(skipped + count)[skipped:]
@@ -64,36 +68,37 @@ def _fill(shard: ShardedTensor, seed: int, standard_deviation: float) -> None:
     if "norm" in shard.key:
         data.fill_(1)
         return
-    for row, start in _rows(shard):
-        for first in range(0, row.numel(), _PIECE):
-            count = min(_PIECE, row.numel() - first)
+    for run, start in _contiguous_runs(shard):
+        for first in range(0, run.numel(), _MAX_DRAW):
+            count = min(_MAX_DRAW, run.numel() - first)
             values = normals(seed, shard.key, start + first, count) * np.float32(standard_deviation)
-            row[first : first + count] = torch.from_numpy(values).to(row)
+            run[first : first + count] = torch.from_numpy(values).to(run)
 
 
-def _rows(shard: ShardedTensor) -> Iterator[tuple[torch.Tensor, int]]:
-    """The runs of a shard that are contiguous in the whole tensor, [n], with their place in it."""
+def _contiguous_runs(shard: ShardedTensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """The runs of a shard that are contiguous in the full tensor, [n] each, with their offset in it."""
     shape = shard.global_shape
     local = (1,) * shard.prepend_axis_num + tuple(shard.data.shape)
-    # Axes from the last one on that the shard holds whole; the one before them may be a part.
-    whole = len(shape)
-    while whole > 0 and local[whole - 1] == shape[whole - 1]:
-        whole -= 1
-    outer = max(whole - 1, 0)
+    # The shard holds the trailing axes `full`, ... completely; the axis before them may be a slice.
+    full = len(shape)
+    while full > 0 and local[full - 1] == shape[full - 1]:
+        full -= 1
+    outer = max(full - 1, 0)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     view = shard.data.view(local)
-    for place in np.ndindex(*local[:outer]):
-        run = view[place].view(-1)
-        at = [*place, *([0] * (len(shape) - outer))]
-        yield run, sum((a + o) * s for a, o, s in zip(at, shard.global_offset, strides, strict=True))
+    for index in np.ndindex(*local[:outer]):
+        run = view[index].view(-1)
+        first = [*index, *([0] * (len(shape) - outer))]
+        yield run, sum((a + o) * s for a, o, s in zip(first, shard.global_offset, strides, strict=True))
 
 
-def begin(
+def initialize_state(
     state: TrainState, config: RunConfig, architecture: Architecture, directory: Path, weights_only: bool
 ) -> Grafting:
-    """Fill `state` from the checkpoint directory, or, where a run begins by --conversion random, from nothing.
+    """Fill `state` from the checkpoint `directory`, or with random weights if a new run has --conversion random.
 
-    Returns the stages of --conversion grafting, which every other run has none of. Collective.
+    Returns the stages of --conversion grafting (none for other conversions). UserError if a run that resumes during
+    grafting has no --load. Collective.
     """
     diffusion = config.diffusion
     if weights_only and diffusion.conversion == "random":
@@ -116,8 +121,8 @@ def _load(
     if unfinished and not weights_only:
         if not source:
             raise UserError(
-                f"--load: is missing; {directory} lies before the end of --grafting-iters {diffusion.grafting_iters}, "
-                "which needs the checkpoint that the run started from; give it again"
+                f"--load: is missing; {directory} is from before the end of --grafting-iters "
+                f"{diffusion.grafting_iters}, which needs the checkpoint that the run started from; pass it again"
             )
         load_checkpoint(state, resolve(source), weights_only=True)
         grafting.remember(state)
@@ -129,11 +134,11 @@ def _load(
 
 @torch.no_grad()
 def set_to_mean(state: TrainState, mask_token_id: int) -> None:
-    """The row becomes the mean of all rows, the head's too where it is tied to the embedding. Collective."""
+    """Set the mask token's embedding to the mean of all embeddings; a tied LM head follows. Collective."""
     for model in state.models:
         tables = [model.embedding.word_embeddings.weight] if model.pre_process else []
         if model.share_embeddings_and_output_weights and model.post_process and not model.pre_process:
-            tables.append(model.output_layer.weight)  # the last stage has a copy of its own
+            tables.append(model.output_layer.weight)  # the last stage holds its own copy
         for table in tables:
             rows = len(table)
             mean = table.double().sum(0)

@@ -1,16 +1,16 @@
-"""What is looked at closely, once in a log interval: gradients, updates and drift by role, routers, gradient noise.
+"""Training diagnostics, once per log interval: gradient norm, update size and drift by role, routers, gradient noise.
 
-Nothing here changes what the run computes. All numbers are sums over ranks before they are divided: a layout changes
-none of them but the gradient noise scale, whose two batch sizes depend on it.
+Monitoring does not change what the run computes. All numbers are summed over ranks before they are divided: none of
+them depends on the layout, except the gradient noise scale, whose two batch sizes do.
 
 Gradient noise scale (McCandlish et al. 2018, appendix A): with |g_b|^2 of a small and |g_B|^2 of the whole batch,
 
     tr S  = (|g_b|^2 - |g_B|^2) / (1/b - 1/B)     |G|^2 = (B |g_B|^2 - b |g_b|^2) / (B - b)     B_noise = tr S / |G|^2
 
-Of independent samples each is unbiased but noisy: the ratio is that of their moving averages. Times by index are spread
-evenly over a batch, whose samples are then not independent: the scale comes out somewhat low. The small batch is a part
-of the same samples, forwarded and differentiated once more before the step: at most a quarter of a step in a log
-interval.
+For independent samples both estimates are unbiased but noisy, so B_noise is the ratio of their moving averages (both
+start at 0, a bias that cancels in the ratio). Low-discrepancy times are spread evenly over a batch, whose samples are
+then not independent: the scale comes out somewhat low. The small batch is part of the same samples; its extra forward
+and backward pass before the step costs at most a quarter of a step per log interval.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_a2d.config.settings import ROLES, RunConfig
 from megatron_a2d.data.dataloader import Batch
 from megatron_a2d.distributed.process_groups import from_first_rank
 from megatron_a2d.megatron_compat.device import device
-from megatron_a2d.training.initialization import begin
+from megatron_a2d.training.initialization import initialize_state
 from megatron_a2d.training.param_gather import zero_gradients
 from megatron_a2d.training.param_shards import Piece, over_ranks, owned_pieces, squares_by_role
 from megatron_a2d.training.routers import RouterCounts
@@ -42,11 +42,11 @@ from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import forward_backward
 from megatron_a2d.utils.errors import UserError
 
-_MEMORY = 0.9  # of the moving averages, from one log interval to the next
+_EMA_DECAY = 0.9  # per log interval
 
 
 class Monitor:
-    """One for a run; an `Observer` (train_step.py) of the steps that are logged. All methods are collective."""
+    """The run's monitor, an `Observer` (train_step.py) of the steps that are logged. All methods are collective."""
 
     def __init__(self, config: RunConfig, architecture: Architecture, state: TrainState):
         self._architecture, self._state, self._pieces = architecture, state, owned_pieces(state)
@@ -58,7 +58,7 @@ class Monitor:
         self._routers = None
         performance = config.performance
         replayed = performance.cuda_graph_scope if performance.cuda_graph_impl != "none" else ()
-        if architecture.is_moe and "moe_router" not in replayed:  # of routers that are replayed no hook hears
+        if architecture.is_moe and "moe_router" not in replayed:  # no hook runs inside a CUDA graph replay
             mask = architecture.mask_token_id if config.diffusion.objective != "ar" else None
             self._routers = RouterCounts(state.models, mask)
         self._small = _small_batch(config)
@@ -69,16 +69,19 @@ class Monitor:
         self._values: dict[str, Any] = {}
 
     def remember_start(self) -> None:
-        """Drift is counted from the weights as they are now."""
+        """Measure drift from the current weights."""
         self._drift = Drift(self._pieces)
 
     def remember_start_of(self, config: RunConfig) -> None:
-        """For a resumed run: drift from what it began with. That is read into the model, which is loaded next."""
+        """For a resumed run: measure drift from the weights it began with (--load, or random).
+
+        They are loaded into the model; the caller then loads the checkpoint to resume from over them.
+        """
         load = config.training.load
         found = _find(load, self._architecture) if load and dist.get_rank() == 0 else None
         directory = from_first_rank(found)
         if directory is not None:
-            begin(self._state, config, self._architecture, directory, weights_only=True)
+            initialize_state(self._state, config, self._architecture, directory, weights_only=True)
             self.remember_start()
 
     @contextmanager
@@ -88,7 +91,7 @@ class Monitor:
         Before them it runs a forward and backward pass of its own on the small batch; the step zeroes the gradients.
         """
         self._values = {}
-        # What attention is regressed with is no gradient of the objective.
+        # During grafting the gradient is that of the regression, not of the objective.
         grafts = self._state.iteration < self._grafting_iters
         small = self._small_gradient(micro_batches) if self._small and not grafts else None
         with self._routers.counting() if self._routers else nullcontext():
@@ -108,7 +111,7 @@ class Monitor:
         self._values["update_to_weight_ratio"] = self._by_role(moved, size)
 
     def read(self) -> dict[str, Any]:
-        """What the last watched step has shown."""
+        """Metrics of the last observed step, by name."""
         values, self._values = self._values, {}
         if self._drift:
             values["relative_weight_change"] = self._drift.measure()
@@ -121,11 +124,11 @@ class Monitor:
         return sums
 
     def _by_role(self, above: list[float], below: list[float]) -> dict[str, float]:
-        """Roots of the ratios."""
+        """sqrt(above / below) by role."""
         return {role: math.sqrt(above[index] / below[index]) for role, index in self._roles.items() if below[index] > 0}
 
     def _small_gradient(self, micro_batches: list[Batch]) -> float:
-        """|g|^2 of the small batch."""
+        """|g_b|^2: the squared gradient norm of the small batch."""
         assert self._small is not None
         count, size = self._small
         small = [
@@ -141,14 +144,14 @@ class Monitor:
         b, B = count * size * parallel_state.get_data_parallel_world_size(), self._batch_size
         noise, signal = (small - large) / (1 / b - 1 / B), (B * large - b * small) / (B - b)
         if math.isfinite(noise):
-            self._noise = _MEMORY * self._noise + (1 - _MEMORY) * noise
-            self._signal = _MEMORY * self._signal + (1 - _MEMORY) * signal
+            self._noise = _EMA_DECAY * self._noise + (1 - _EMA_DECAY) * noise
+            self._signal = _EMA_DECAY * self._signal + (1 - _EMA_DECAY) * signal
         scale = self._noise / self._signal if self._signal > 0 and self._noise > 0 else math.nan
         return {"tr_sigma": noise, "grad_norm_sq": signal, "grad_noise_scale": scale}
 
 
 def _find(load: str, architecture: Architecture) -> Path | None:
-    """The checkpoint that a run began with, if it is still there and whole; else a resumed run reports no drift."""
+    """The checkpoint that the run began with; None (no drift is logged) if it is gone, damaged or another model's."""
     try:
         directory = resolve(load)
         check_pickles(directory)
@@ -159,7 +162,7 @@ def _find(load: str, architecture: Architecture) -> Path | None:
 
 
 def _small_batch(config: RunConfig) -> tuple[int, int] | None:
-    """(micro-batches, samples of each) of the small batch on a rank; None where a step is not divisible."""
+    """(micro-batches, samples per micro-batch) of a rank's small batch; None if a step cannot be divided."""
     training = config.training
     least = config.parallel.pipeline_model_parallel_size if config.parallel.virtual_pipeline_size else 1
     share = training.global_batch_size // (training.micro_batch_size * parallel_state.get_data_parallel_world_size())
@@ -167,19 +170,19 @@ def _small_batch(config: RunConfig) -> tuple[int, int] | None:
         return least, training.micro_batch_size
     if training.micro_batch_size > 1 and config.performance.cuda_graph_impl == "none":
         return least, max(1, training.micro_batch_size // 4)
-    # Recorded kernels take micro-batches of the size that they were recorded with.
+    # CUDA graphs replay with the micro-batch size that they were captured with.
     return (least, training.micro_batch_size) if share > least else None
 
 
 class Drift:
-    """|W - W0| / |W0| by role. W0 is what the pieces hold when this is made; it is kept in the host's memory."""
+    """|W - W0| / |W0| by role; W0 are the weights at construction, kept in host memory."""
 
     def __init__(self, pieces: list[Piece]):
         self._pieces = pieces
         self._start = [piece.weight().to("cpu", copy=True) for piece in pieces]
 
     def measure(self, values: Callable[[int, Piece], Tensor] = lambda _, piece: piece.weight()) -> dict[str, float]:
-        """Of `values`, by default what the weights are now. Collective; roles that the model has."""
+        """Drift of `values`, by default the current weights, for the roles that the model has. Collective."""
 
         def moved(number: int, piece: Piece) -> Tensor:
             return values(number, piece).float() - self._start[number].to(device()).float()

@@ -19,7 +19,7 @@ from megatron_a2d.model.layer_specs import notes
 from megatron_a2d.training.checkpointing import SaveSchedule
 from megatron_a2d.training.cuda_graphs import LayerGraphs
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
-from megatron_a2d.training.initialization import begin
+from megatron_a2d.training.initialization import initialize_state
 from megatron_a2d.training.interval_metrics import Meter
 from megatron_a2d.training.logger import RunLog
 from megatron_a2d.training.manual_gc import Garbage
@@ -44,10 +44,10 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
     training = config.training
     monitor = Monitor(config, architecture, state) if training.monitor else None
     # Drift is measured from the weights that the run began with. A resumed run reads those into the model first, and
-    # `begin` overwrites them with the checkpoint; for a new run they are what `begin` leaves in the model.
+    # `initialize_state` overwrites them with the checkpoint; for a new run they are what it leaves in the model.
     if monitor and not weights_only:
         monitor.remember_start_of(config)
-    grafting = begin(state, config, architecture, start, weights_only)
+    grafting = initialize_state(state, config, architecture, start, weights_only)
     if monitor and weights_only:
         monitor.remember_start()
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)

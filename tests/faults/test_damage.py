@@ -138,7 +138,7 @@ def test_a_full_disk(
         last = 2 if reaction == "stop" else 4
         assert len(rank["losses"]) == last
         assert rank["error"].startswith(f"--save {root}: the checkpoint of iteration {last} could not be written (")
-        assert "the newest one is that of iteration 1." in rank["error"] and "\n" not in rank["error"]
+        assert "the newest checkpoint is that of iteration 1." in rank["error"] and "\n" not in rank["error"]
     assert list_iterations(root) == [1] and check_manifest(root / "iter_0000001") == []
     assert not list(root.glob(".*"))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)

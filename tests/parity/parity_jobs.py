@@ -30,7 +30,7 @@ from megatron_a2d.model import experts
 from megatron_a2d.model.local_layers import CoreAttention
 from megatron_a2d.training.checkpointing import Save, load_checkpoint
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
-from megatron_a2d.training.initialization import begin, set_to_mean
+from megatron_a2d.training.initialization import initialize_state, set_to_mean
 from megatron_a2d.training.interval_metrics import Meter
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
@@ -245,7 +245,11 @@ def held_out(checkpoint: str, layout: dict[str, Any], prefix: str, num_samples: 
     megatron_compat.install()
     opened = open_sharded(checkpoint, layout)
     options = argparse.Namespace(
-        valid_data_path=[prefix], seq_length=SETTINGS["seq_length"], micro_batch_size=3, num_samples=num_samples
+        valid_data_path=[prefix],
+        seq_length=SETTINGS["seq_length"],
+        micro_batch_size=3,
+        num_samples=num_samples,
+        verify_tokenizer=True,
     )
     (result,) = evaluate._held_out(options, opened, {}).values()
     return result
@@ -277,7 +281,7 @@ def _start(checkpoint: str, settings: dict[str, Any], fix_experts: bool = True) 
     state = build_train_state(architecture, config)
     if not fix_experts:
         train_state.mark_expert_parameters = original
-    state.grafting = begin(state, config, architecture, start, weights_only=True)  # type: ignore[attr-defined]
+    state.grafting = initialize_state(state, config, architecture, start, weights_only=True)  # type: ignore[attr-defined]
     train_data, _ = open_datasets(config, architecture)
     return config, state, micro_batches(config, architecture, train_data, config.data.seed, 0)
 
