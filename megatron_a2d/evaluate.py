@@ -93,10 +93,10 @@ _HELD_OUT = (*_NOISE, "reset_attention_mask")
 def main(argv: list[str] | None = None) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
     options, layout, noise = _parse(argv)
-    check_model(options.model, layout)
     beside = [read_results(Path(directory)) for directory in options.compare_with]
     make_parent(Path(options.out) / "results.json")  # better refused now than after hours
     allow_programs(options.allow_code_execution, options.allow_code_network)
+    check_model(options.model, layout)
     hide_noise("lm_eval.api.task", "lm_eval.evaluator")  # how tasks are written, and shots that were asked for
     begin = time.perf_counter()
     try:

@@ -574,6 +574,7 @@ def test_programs_have_no_network(allowed, monkeypatch):
 def test_a_network_is_refused_unless_it_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(code_execution, "_NAMESPACES", NO_NAMESPACES)
     monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
+    monkeypatch.setattr(evaluate, "check_model", lambda *a: None)  # there is no directory m
     monkeypatch.setenv(code_execution.SWITCH, "0")  # what evaluate sets is undone after the test
     monkeypatch.setenv(code_execution.NETWORK_SWITCH, "1")  # an environment is no consent either
     common = ["--model", "m", "--out", str(tmp_path), "--tasks", "a"]
