@@ -110,9 +110,9 @@ def microbatches_in_flight(job: Job, stage: int) -> float:
 def logit_bytes(job: Job) -> float:
     """The most that head and loss hold of a micro-batch in which every position is masked: times near 1 are drawn.
 
-    masked_head.py, tensor by tensor. The rows are kept for the backward pass and get a gradient. A chunk's logits
-    turn into their gradient in place, and the next chunk's follow them there. The weight's gradient is summed in
-    megatron's buffer if that is fp32, else in one of its own, and handed to autograd after the last chunk.
+    model/chunked_cross_entropy.py, tensor by tensor. The rows are kept for the backward pass and get a gradient. A
+    chunk's logits turn into their gradient in place, and the next chunk's follow them there. The weight's gradient is
+    summed in megatron's buffer if that is fp32, else in one of its own, and handed to autograd after the last chunk.
     """
     a, rows, number = job.architecture, job.tokens, job.number_bytes
     vocabulary = a.vocab_size // job.tensor_model_parallel_size

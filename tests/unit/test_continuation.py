@@ -255,7 +255,7 @@ def test_requests_that_cannot_be_scored() -> None:
 def test_losses_of_labels_over_parts_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(70, VOCAB, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, VOCAB, (70, 3), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setitem(model_interface._PART_BYTES, "cpu", 4 * VOCAB * 2)
+    monkeypatch.setitem(model_interface._CHUNK_BYTES, "cpu", 4 * VOCAB * 2)
     losses, correct = label_losses(logits, lambda rows: rows.clone(), labels)
     for column in range(3):
         expected = torch.nn.functional.cross_entropy(logits, labels[:, column], reduction="none")

@@ -181,23 +181,23 @@ def test_scores_of_a_row(options):
 
 
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
-def test_scores_do_not_depend_on_the_parts_of_the_head(guidance, monkeypatch):
+def test_scores_do_not_depend_on_the_parts_of_the_head(cfg_scale, monkeypatch):
     """Rows beyond the first 64 come a few at a time; each has its own number, and its own row without the text."""
     generator = torch.Generator().manual_seed(2)
     logits, uniforms = (
         torch.randn(2, 150, VOCAB, generator=generator),
         torch.rand(150, dtype=torch.float64, generator=generator),
     )
-    hidden = torch.cat([logits[0], logits[1]]) if guidance else logits[0]
-    whole = scores_of(logits[0] + guidance * (logits[0] - logits[1]), uniforms, temperature=1.0)
-    monkeypatch.setitem(model_interface._PART_BYTES, "cpu", 4 * VOCAB * 7 + 3)
-    assert scores_of(hidden, uniforms, temperature=1.0, cfg_scale=guidance) == whole
+    hidden = torch.cat([logits[0], logits[1]]) if cfg_scale else logits[0]
+    whole = scores_of(logits[0] + cfg_scale * (logits[0] - logits[1]), uniforms, temperature=1.0)
+    monkeypatch.setitem(model_interface._CHUNK_BYTES, "cpu", 4 * VOCAB * 7 + 3)
+    assert scores_of(hidden, uniforms, temperature=1.0, cfg_scale=cfg_scale) == whole
 
 
 def test_parts_of_the_head(monkeypatch):
     """64 rows, from which the vocabulary is known; then as many as fit, in fp32, at least one."""
     for limit, rows in ((4 * VOCAB * 7 + 3, 7), (10, 1), (4 * VOCAB * 1000, 86)):
-        monkeypatch.setitem(model_interface._PART_BYTES, "cpu", limit)
+        monkeypatch.setitem(model_interface._CHUNK_BYTES, "cpu", limit)
         hidden = torch.arange(150.0)[:, None].expand(-1, VOCAB).bfloat16()
         parts = list(logits_in_chunks(hidden, lambda part: part))
         sizes = [len(logits) for _, logits in parts]
