@@ -1,4 +1,4 @@
-"""The process that writes a rank's chunks: a fork, which keeps the tensors as they were while training goes on.
+"""Background writer of a rank's chunks: a forked process, which keeps the tensors as they were during training.
 
 megatron.core's own writers report through queues, and hang when one of them is killed. Here one process writes,
 measures what it wrote, and answers through a pipe, which also tells when it ended without an answer.

@@ -1,10 +1,10 @@
-"""Who stands still: a file for each rank that says how far it is, and the judgement over all of them.
+"""Hang detection: one heartbeat file per rank, and a watchdog that names the hung ranks.
 
 A rank that hangs in a read, a lock or a driver is alive to distributed/rank_failure.py, and its peers wait for it
 inside a collective. So the training loop leaves marks as it goes (`mark`), and a thread writes the last one into
 $A2D_ATTEMPT/heartbeat/rank_N every few seconds, with the place in the program where the main thread is. `Watch` reads
-them all (launch/torchrun.py, on the first node). Of the ranks that stand still, those that do not wait for a peer are
-the reason, and among them those that are furthest behind.
+them all (launch/torchrun.py, on the first node). Of the hung ranks, those that do not wait for a peer are the
+cause, and among them those that are furthest behind.
 """
 
 from __future__ import annotations

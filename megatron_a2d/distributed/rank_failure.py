@@ -1,4 +1,4 @@
-"""Who died: heartbeats in the process group's store, by which the ranks that are left name it and end.
+"""Detection of dead ranks: heartbeats in the process group's store, so that the remaining ranks name it and exit.
 
 Without them a dead process is a connection error on some ranks and endless waiting on others. Every rank sets its
 beat each second and watches the next rank's. Where a beat stands still, all others are looked at once, and the verdict

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: phases that are marked in the code and measured while a profile is taken.
+"""Step timers: the phases of a training step, marked in the code and measured while a profile is taken.
 
     with phase("data"): ...                                     a part of the code
     both_ways("head", function, hidden, ...)                    a part of the model, and of its backward pass

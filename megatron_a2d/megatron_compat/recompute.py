@@ -1,4 +1,4 @@
-"""Recomputed layers are forwarded twice: for the step, and again within its backward pass. Who counts, counts once."""
+"""Detection of activation recomputation: a recomputed layer runs forward twice, hooks that count skip the second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one process sees of its node: versions, its GPU, the run's files, the disk."""
+"""Node report of one process: versions, its GPU, the run's files, free disk space."""
 
 from __future__ import annotations
 

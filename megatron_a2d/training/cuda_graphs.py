@@ -1,4 +1,4 @@
-"""--cuda-graph-impl transformer_engine: the layers' kernels are recorded after a few steps and replayed from then on.
+"""CUDA graphs of Transformer Engine layers (--cuda-graph-impl transformer_engine): captured after a few steps.
 
 (--cuda-graph-impl local needs nothing here: megatron.core's schedule records them itself.)
 """

@@ -1,4 +1,4 @@
-"""What shows a run to be wrong in a moment, before torch is imported: its settings, and the shape of its checkpoint."""
+"""Checks that take a moment, before torch is imported: the settings against the shape of the run's checkpoint."""
 
 from __future__ import annotations
 

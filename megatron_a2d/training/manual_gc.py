@@ -1,6 +1,6 @@
-"""--manual-gc: Python's garbage is collected on all ranks after the same iterations.
+"""Synchronised Python garbage collection (--manual-gc): all ranks collect after the same iterations.
 
-A collection that starts by itself stops one rank at a time, and all others wait for it.
+An automatic collection stops one rank at a time, and all others wait for it.
 """
 
 from __future__ import annotations

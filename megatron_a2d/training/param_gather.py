@@ -1,4 +1,4 @@
-"""Zeroed gradients before a backward pass, and weights that are those of the last step, where each other's are fetched.
+"""zero_grad and forced parameter all-gather for --overlap-param-gather and MXFP8's shared gradient/parameter buffer.
 
 With --overlap-param-gather the next forward pass fetches what other ranks updated. MXFP8 weights (--fp8-param-gather)
 have no buffer of their own on that way: they travel in bf16 through the gradients' buffer, and megatron.core's

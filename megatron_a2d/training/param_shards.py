@@ -1,4 +1,4 @@
-"""This rank's part of the model's parameters, so that each element of the whole model is on exactly one rank.
+"""Owned parameter shards: a partition of the model's parameters in which each element is on exactly one rank.
 
 Sums over pieces, summed over all ranks, are then those of one process: whatever is replicated (data parallelism, norms
 and routers under tensor parallelism, tied embeddings) or sharded (the distributed optimizer) counts once.

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a run before its processes meet: train.py and preflight/ begin with it."""
+"""Prelaunch checks: every problem of a run that one process can find before the process group is formed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the routers do with masked and with visible tokens: expert load, entropy, tokens dropped or above an even share.
+"""Router metrics, for masked and for visible tokens: expert load, entropy, dropped and overflowing tokens.
 
 Counts are sums over all tokens of an iteration, over ranks and micro-batches: the same under every layout.
 """

@@ -1,4 +1,4 @@
-"""When a run ends before its last iteration: signals, limits, and steps that cannot be taken.
+"""Stop conditions of a run before its last iteration: signals, limits, too many skipped steps.
 
 Every rank decides the same at the same iteration: a signal may reach one rank alone, and clocks differ.
 
