@@ -40,16 +40,16 @@ class ParallelConfig:
     expert_tensor_parallel_size: int = 1
     """processes that share each expert's matrices"""
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    """how tokens travel to their experts; flex: by the kernels of --moe-flex-dispatcher-backend"""
+    """token dispatch to experts; flex: the kernels of --moe-flex-dispatcher-backend"""
     use_distributed_optimizer: bool = False
     """shard the optimizer state over data-parallel processes"""
     overlap_grad_reduce: bool = False
-    """reduce gradients while the backward pass goes on"""
+    """overlap gradient reduction with the backward pass"""
     overlap_param_gather: bool = False
-    """gather the distributed optimizer's parameters while the forward pass goes on"""
+    """overlap the distributed optimizer's parameter all-gather with the forward pass"""
 
     distributed_timeout_minutes: float = 10.0
-    """minutes without a sign of life after which a process counts as dead, and the others end"""
+    """minutes without a heartbeat after which a rank counts as hung and the run ends"""
 
     @property
     def virtual_pipeline_size(self) -> int | None:
@@ -67,7 +67,7 @@ class DataConfig:
     data_mixture: str | None = None
     """YAML file of several sources with weights, instead of the two paths (launch/mixtures has an example)"""
     train_data_fingerprint: str = ""
-    """what the training tokens and their weights must be; empty: whatever they are. Checkpoints remember it"""
+    """fingerprint that the training tokens and their weights must have; empty: not checked. Stored in checkpoints"""
     valid_data_path: str | None = None
     """prefix of the validation .bin/.idx pair; no validation without it"""
     seq_length: int = 4096
@@ -84,14 +84,14 @@ class DataConfig:
     """refuse tokens that were made with another vocabulary, or end documents otherwise, than the checkpoint's tokenizer
     or another source of the mixture"""
     num_workers: int = 1
-    """threads that prepare samples ahead of the step; 0 prepares them inside it"""
+    """prefetch threads of the data loader; 0: samples are made inside the step"""
     seed: int = 1234
     """decides the order of samples and, with a sample's index, its noise"""
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What the model is taught."""
+    """The training objective."""
 
     objective: Literal["mdlm", "block", "ar"] = "mdlm"
     """mdlm: masked diffusion with bidirectional attention; block: the same in blocks of --block-length, each after the
@@ -158,7 +158,7 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop."""
+    """The training loop."""
 
     model: str | None = None
     """the model that a recipe is for: a name such as Qwen/Qwen3-8B-Base, or a directory with a config.json; a
@@ -168,9 +168,9 @@ class TrainingConfig:
     save: str | None = None
     """directory for checkpoints; if it already holds one, the run resumes from it"""
     ckpt_step: int | None = None
-    """iteration to start from, instead of the newest whole one; of --save if that holds checkpoints, else of --load"""
+    """iteration to start from, instead of the newest intact one; of --save if that holds checkpoints, else of --load"""
     finetune: bool = False
-    """take only the weights from --load: no optimizer state, iteration 0"""
+    """load only the weights from --load: no optimizer state, iteration 0"""
     verify_checkpoint: bool = True
     """compare checksums of the checkpoint's files with its manifest before it is loaded; without: sizes alone"""
     train_iters: int = 1000
@@ -186,13 +186,13 @@ class TrainingConfig:
     save_interval: int = 500
     """iterations between checkpoints; one is always written at the end"""
     async_save: bool = False
-    """write checkpoints in the background while training goes on; the last one is waited for"""
+    """write checkpoints in the background while training continues; the last one is waited for"""
     exit_interval: int = 0
     """save and end after an iteration that this divides; 0: never"""
     exit_duration_in_mins: float = 0.0
     """save and end after the step that runs when so many minutes are over; 0: never"""
     max_skipped_steps: int = 5
-    """steps in a row whose gradient is not finite, after which the run saves and ends"""
+    """consecutive steps with non-finite gradients after which the run saves and ends"""
     keep_latest_k: int = 0
     """checkpoints that are kept; older ones are removed when a new one is complete; 0 keeps all"""
     save_retain_interval: int = 0
@@ -246,17 +246,17 @@ class PerformanceConfig:
     overlap_moe_expert_parallel_comm: bool = False
     """send one micro-batch's tokens to their experts while another one computes"""
     delay_wgrad_compute: bool = False
-    """with overlap_moe_expert_parallel_comm: compute weight gradients while tokens travel"""
+    """with overlap_moe_expert_parallel_comm: compute weight gradients during the all-to-all"""
     apply_rope_fusion: bool = False
     """rotate queries and keys in one kernel"""
     gradient_accumulation_fusion: bool = False
     """add weight gradients to the fp32 buffer inside their matrix products"""
     cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
-    """record the kernels of a layer once and replay them; by megatron.core's or Transformer Engine's code"""
+    """capture layers as CUDA graphs and replay them; megatron.core's or Transformer Engine's implementation"""
     cuda_graph_scope: tuple[str, ...] = field(
         default=("attn",), metadata={"choices": ("attn", "mlp", "moe_router", "moe_preprocess")}
     )
-    """parts of a layer that are replayed: attn mlp moe_router moe_preprocess"""
+    """parts of a layer that are captured: attn mlp moe_router moe_preprocess"""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """what the backward pass computes again instead of keeping: the modules of recompute_modules, or whole layers"""
     recompute_method: Literal["uniform", "block"] = "uniform"
