@@ -2,7 +2,7 @@
 
     initialize_state -> load_checkpoint (checkpointing.py)      resume, or the weights of a converted checkpoint
                      -> draw_weights                            --conversion random
-                     -> set_to_mean                             --mask-embedding mean: the mask token's embedding
+                     -> set_to_mean                             --mask-token-init mean: the mask token's embedding
 
 Random weights are the same in every layout: each element is a pure function of (seed, the tensor's name in the
 checkpoint, the element's index in the full tensor), so a rank draws only what it holds. As in Hugging Face's Qwen3,
