@@ -31,7 +31,7 @@ OUT ?=
 TOKENIZER ?=
 HF_MODEL ?= $(HF)
 ifeq ($(origin HF),command line)
-  $(warning HF_MODEL= is now HF_MODEL=; the next version will not know the old name)
+  $(warning HF= is now HF_MODEL=; the next version will not know the old name)
 endif
 CHECKPOINT ?=
 MODEL ?=

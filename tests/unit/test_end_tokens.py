@@ -99,7 +99,7 @@ def opened_models(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dic
     monkeypatch.setattr(exports, "_load", lambda *a: SimpleNamespace(device="cpu"))
     for name in ("load_weights", "ShardedModel"):
         monkeypatch.setattr(parallel_model, name, lambda *a: None)
-    monkeypatch.setattr(parallel_model.parallel, "initialize", lambda *a: None)
+    monkeypatch.setattr(parallel_model.process_groups, "initialize", lambda *a: None)
     monkeypatch.setattr(parallel_model.dist, "get_rank", lambda: 0)
     opened: dict[str, Any] = {form: exports.open_export(chat[form]) for form in ("a2d", "rnd1")}
     opened |= {form: exports.open_export(chat[form], "ar") for form in ("hf", "qwen3")}
