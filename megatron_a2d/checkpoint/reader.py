@@ -92,6 +92,8 @@ class TorchDistCheckpoint:
     def _check_objects(self) -> None:
         """None of them is used but the common one. A checkpoint that hides code in another is none to go on with."""
         places = {place: name for name, place in self._objects.items()}
+        if missing := sorted({place.file for place in places if not (self._directory / place.file).exists()}):
+            raise UserError(f"{self._directory / missing[0]}: is missing; restore the file, or use another iteration")
         stored = sum(path.stat().st_size for path in self._directory.glob("*.distcp"))
         if (listed := sum(place.length for place in places)) > stored:  # each would be read
             raise UserError(

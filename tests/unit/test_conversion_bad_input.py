@@ -275,7 +275,7 @@ def spoil_places(release: Path, **changes: Callable) -> None:
         (lambda r: torch.save(Evil(r.parent / "owned"), r / "common.pt"), "common.pt: cannot be read"),
         (lambda r: truncate(r / ".metadata", 500), "is refused"),
         (lambda r: truncate(r / "__0_0.distcp", 50_000), "truncated"),
-        (lambda r: (r / "__0_0.distcp").unlink(), "cannot be read"),
+        (lambda r: (r / "__0_0.distcp").unlink(), "__0_0.distcp: is missing"),
         (lambda r: (r / "metadata.json").unlink(), "incomplete"),
         (lambda r: (r / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "format 'zarr'"),
         (lambda r: (r / "hf" / "config.json").unlink(), "configuration is missing"),

@@ -281,5 +281,6 @@ def test_checkpoints_of_other_programs_need_no_manifest_where_nobody_looks(run: 
     with pytest.raises(UserError):
         told(load=run)
     (run / "iter_0000020" / "common.pt").unlink()
-    with pytest.raises(UserError, match=r"common.pt"):
+    # Without common.pt it may be one of megatron-core 0.19's, which metadata.json tells.
+    with pytest.raises(UserError, match=r"metadata.json: the format is not valid JSON"):
         told(load=run / "iter_0000020", verify_checkpoint=False)
