@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     _make("convert-hf", HF_MODEL=out / "qwen3_tiny_moe", OUT=out / "checkpoint")
     _train("launch/recipes/demo_cpu.yaml", out / "checkpoint", out / "run", data)
     _make("export", CHECKPOINT=out / "run", OUT=out / "exported", FORMAT="rnd1")
-    _module("megatron_a2d.report", out / "run", "--out", out / "loss.png")
+    _module("megatron_a2d.report", out / "run", "--out", out / "report.png")
 
     _title("4  Held-out text with holes, filled before and after conversion")
     holes = out / "holes"
@@ -183,13 +183,14 @@ def _hole_panel(hole: Filled, num_holes: int) -> Panel:
         (f"after conversion: {hole.right_after} of {HOLE_LENGTH} tokens right", hole.after, "bold cyan"),
     ):
         rows += [Rule(Text(title), align="left"), in_context(text, style)]
-    rule = f"of {num_holes} holes of {HOLE_LENGTH} tokens, one in each held-out document, the one that improved most"
+    rule = f"of {num_holes} held-out holes, the most improved one"
     return Panel(Group(*rows), title=Text("a hole in held-out text"), subtitle=Text(rule), title_align="left")
 
 
 def _closing_table(out: Path, filled: list[Filled], seconds: float) -> Table:
     from launch.unigram_baseline import unigram_entropy
     from megatron_a2d.data.indexed_dataset import TokenFile
+    from megatron_a2d.report.nelbo_by_t import draw_nelbo_by_t
     from megatron_a2d.report.plots import read_log
 
     architecture = read_architecture(out / "exported")
@@ -204,6 +205,7 @@ def _closing_table(out: Path, filled: list[Filled], seconds: float) -> Table:
     speeds = sorted(record["tokens_per_second"] for record in records if record["kind"] == "train")
     events = next((out / "run" / "tensorboard").glob("events*"), None)
 
+    plot = draw_nelbo_by_t(records, out / "nelbo_by_t.png")
     table = Table(show_header=False, title="megatron_a2d demo", title_justify="left")
     nats = "nats/token, held-out documents"
     rows = [
@@ -220,7 +222,7 @@ def _closing_table(out: Path, filled: list[Filled], seconds: float) -> Table:
         ),
         ("training speed", f"{human(speeds[len(speeds) // 2], 'tokens')}/s (median), 2 processes"),
         ("TensorBoard logs", str(events.parent if events else "missing")),
-        ("loss plot", str(out / "loss.png")),
+        ("plots", f"{plot}, {out / 'report.png'}"),
         ("exported model", f"{out / 'exported'} ({human(architecture.num_parameters())} parameters)"),
         ("time", f"{seconds / 60:.1f} minutes"),
     ]
