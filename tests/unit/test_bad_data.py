@@ -272,7 +272,7 @@ def test_runs_refuse_bad_data(good, checkpoint, tmp_path):
     (line,) = dry_run(checkpoint, train_data_path=prefix, random_length_prob=2)
     assert "--random-length-prob 2.0: must lie in [0, 1]" in line
     (line,) = dry_run(checkpoint, train_data_path=prefix, train_data_fingerprint="0" * 16)
-    assert "are another's" in line
+    assert "have the fingerprint" in line
     Path(f"{prefix}.bin").write_bytes(Path(f"{prefix}.bin").read_bytes()[::-1])
     (line,) = dry_run(checkpoint, train_data_path=prefix)
     assert "its checksum does not hold" in line
