@@ -35,17 +35,17 @@ MC_NUM, BATCH_TOKENS = 128, 4096
 
 
 class Scorer:
-    """As much of an opened model as `score` reads."""
+    """The part of a LoadedModel that `score` uses."""
 
     objective, label_shift, mask_token_id, max_positions = "mdlm", True, MASK, 512
     device = torch.device("cpu")
 
     def __init__(self, model: A2DForMaskedLM):
-        self._run, self.num_forwards = TransformersModel(model), 0
+        self._model, self.num_forwards = TransformersModel(model), 0
 
-    def run(self, request: Request, reduce: Reduce) -> tuple[torch.Tensor, ...]:
+    def forward(self, request: Request, reduce: Reduce) -> tuple[torch.Tensor, ...]:
         self.num_forwards += 1
-        return self._run(request, reduce)
+        return self._model(request, reduce)
 
 
 def main() -> None:
@@ -86,13 +86,13 @@ def measure(scorer: Scorer, kind: str, num_questions: int, rounds: int) -> dict[
     """Times of the three ways, and their ratios to the last one."""
     requests = draw_requests(kind, num_questions)
     whole = ScoringOptions(mc_num=MC_NUM, batch_tokens=BATCH_TOKENS)
-    opened: Any = scorer
+    loaded: Any = scorer
     ways: dict[str, Callable[[], list[Scored]]] = {
         "one sequence at a time": lambda: [
-            score(opened, [request], ScoringOptions(mc_num=MC_NUM, batch_tokens=1))[0] for request in requests
+            score(loaded, [request], ScoringOptions(mc_num=MC_NUM, batch_tokens=1))[0] for request in requests
         ],
-        "one request at a time": lambda: [score(opened, [request], whole)[0] for request in requests],
-        "sorted and batched": lambda: score(opened, requests, whole),
+        "one request at a time": lambda: [score(loaded, [request], whole)[0] for request in requests],
+        "sorted and batched": lambda: score(loaded, requests, whole),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     forwards = {}

@@ -115,11 +115,11 @@ def untrained(rounds: int) -> dict[str, Any]:
 def trained(directory: str, data: str, num_texts: int) -> dict[str, Any]:
     from megatron_a2d.data.packed_dataset import PackedDataset
     from megatron_a2d.evaluation.loglikelihood import ScoringOptions, score
-    from megatron_a2d.inference.hf_model import open_export
+    from megatron_a2d.inference.hf_model import load_hf_model
 
-    opened = open_export(directory)
-    model, mask = opened.run.model, opened.mask_token_id  # type: ignore[attr-defined]
-    dataset = PackedDataset(data, PROMPT + NEW_TOKENS, seed=0, vocab_size=opened.vocab_size)
+    loaded = load_hf_model(directory)
+    model, mask = loaded.forward.model, loaded.mask_token_id  # type: ignore[attr-defined]
+    dataset = PackedDataset(data, PROMPT + NEW_TOKENS, seed=0, vocab_size=loaded.vocab_size)
     texts = [dataset.tokens(number).tolist() for number in range(num_texts + 1)]
     found = {name: Measured([], [], []) for name in ("plain loop", *SAMPLERS)}
     for text in texts:
@@ -130,7 +130,7 @@ def trained(directory: str, data: str, num_texts: int) -> dict[str, Any]:
     table = {}
     for name, measured in found.items():
         requests = [(written[:PROMPT], written[PROMPT:]) for written in measured.texts]
-        scored = score(opened, requests, ScoringOptions(mc_num=64))
+        scored = score(loaded, requests, ScoringOptions(mc_num=64))
         right = [
             a == b
             for text, own in zip(texts, measured.texts, strict=True)
@@ -152,7 +152,7 @@ def trained(directory: str, data: str, num_texts: int) -> dict[str, Any]:
             f"accuracy {row['accuracy']:.1%}  {row['texts_equal_to_plain']} of {len(texts)} equal",
             flush=True,
         )
-    return {"model": Path(directory).name, "vocabulary": opened.vocab_size, "texts": num_texts, "samplers": table}
+    return {"model": Path(directory).name, "vocabulary": loaded.vocab_size, "texts": num_texts, "samplers": table}
 
 
 def run(measured: Measured, write: Any) -> None:

@@ -1,1 +1,1 @@
-"""Command lines for checkpoints: convert_hf, export_hf, verify, inspect, average, publish, synthesize."""
+"""Commands for checkpoints: convert_hf, export_hf, verify, inspect, average, publish, synthesize."""

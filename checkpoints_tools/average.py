@@ -1,9 +1,9 @@
-"""Write the mean of several checkpoints of a run, or their exponential moving average, as a new checkpoint.
+"""Command that averages checkpoints of a run, uniformly or as an exponential moving average (EMA).
 
     python -m checkpoints_tools.average --checkpoints runs/rnd1/iter_00{08,09,10}000 --out checkpoints/mean
     python -m checkpoints_tools.average --checkpoints runs/rnd1/iter_* --ema-decay 0.9 --out checkpoints/ema
 
-The result holds weights only: train on from it with --finetune, or export it.
+The result holds weights only: train from it with --finetune, or export it.
 """
 
 from __future__ import annotations

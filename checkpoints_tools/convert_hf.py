@@ -1,10 +1,10 @@
-"""Turn a Hugging Face Qwen3 or Qwen3-MoE model into a checkpoint that training loads in any layout.
+"""Command that converts an HF Qwen3 or Qwen3-MoE model to a checkpoint that training loads in any layout.
 
     python -m checkpoints_tools.convert_hf --hf-model Qwen/Qwen3-30B-A3B-Base --out checkpoints/qwen3-30b-a3b
 
-Nothing but weights is converted, and no value changes unless --dtype asks for it. The model is streamed: memory does
-not grow with its size. What was written is read back and compared, bit by bit, before it gets its name; a short report
-says how the model behaves. An interrupted run is continued by the same command.
+Only weights are converted, and no value changes unless --dtype is given. The model is streamed: memory does not grow
+with its size. The output is read back and compared bitwise before it is renamed to --out, and a short report shows the
+model's loss by t. An interrupted run is resumed by the same command.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Write a checkpoint as a Hugging Face directory that transformers loads.
+"""Command that exports a checkpoint to an HF directory that transformers loads.
 
     python -m checkpoints_tools.export_hf --checkpoint checkpoints/run --out exports/run --format rnd1
 
-Formats: `rnd1` (mixture of experts; the form of the published RND1), `a2d` (any model; bidirectional),
-`qwen3` (any model; the autoregressive form that it came from).
-What was written is read back and compared before it gets its name; an interrupted run is continued by the same command.
+Formats: `rnd1` (MoE, the format of the published RND1), `a2d` (any model, bidirectional), `qwen3` (any model, the
+original autoregressive format).
+The output is read back and compared before it is renamed to --out; an interrupted run is resumed by the same command.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.checkpoint.tensor_rows import DTYPES
     from megatron_a2d.conversion.sources import open_hf
     from megatron_a2d.conversion.torch_dist_to_hf import export
-    from megatron_a2d.hf import TRAVELLING
+    from megatron_a2d.hf import CODE_FILES
 
     lines: list[str] = []
     done = export(
         options.checkpoint,
         options.out,
         options.format,
-        travelling=TRAVELLING.get(options.format, []),
+        code_files=CODE_FILES.get(options.format, []),
         max_shard_bytes=max_shard_bytes,
         dtype=DTYPES.get(options.dtype),
         verify=not options.no_verify,

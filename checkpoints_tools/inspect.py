@@ -1,4 +1,4 @@
-"""Show what a checkpoint or a Hugging Face directory holds: sizes, types and norms by role, iteration, tokens, recipe.
+"""Command that shows the content of a checkpoint or HF directory: sizes and norms by role, iteration, recipe.
 
 python -m checkpoints_tools.inspect --checkpoint checkpoints/run
 python -m checkpoints_tools.inspect --hf-model exports/run --no-norms
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         facts = {"directory": str(weights.directory), **shape_facts(weights.architecture)}
         if options.checkpoint:
             facts |= training_facts(weights.directory)
-    # A pipe has no width; a table cut to eighty columns would be of no use there.
+    # A pipe has no width, and must not get a table cut to eighty columns.
     output = PlainConsole(width=None if os.isatty(1) else 140)
     output.print(facts_table(facts))
     output.print(roles_table(roles))
@@ -61,7 +61,7 @@ def shape_facts(a: Architecture) -> dict[str, str]:
 
 
 def training_facts(directory: Path) -> dict[str, str]:
-    """Iteration, tokens and recipe of an iteration's directory."""
+    """Iteration, tokens and recipe from the directory of an iteration."""
     from megatron_a2d.checkpoint.directory import RUN_CONFIG, iteration_of
     from megatron_a2d.checkpoint.reader import read_common
     from megatron_a2d.config.settings import recorded_settings

@@ -1,4 +1,4 @@
-"""Flags that several commands share, and sizes as people write them."""
+"""Flags shared by the checkpoint commands, and the parser of sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_workers(parser: Parser) -> None:
 
 
 def add_streaming_options(parser: Parser) -> None:
-    """Of the commands that write one form of a model from another."""
+    """Add the flags of commands that stream a model from one format to another."""
     add_workers(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not read the result back, and print no report")
 

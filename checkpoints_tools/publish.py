@@ -1,4 +1,4 @@
-"""Push an export to the Hugging Face hub, after its files have been held against their checksums.
+"""Command that pushes an export to the Hugging Face hub after verifying the checksums of its files.
 
     python -m checkpoints_tools.publish --hf-model exports/rnd1 --repo me/rnd1 --dry-run
     python -m checkpoints_tools.publish --hf-model exports/rnd1 --repo me/rnd1 --private
@@ -51,17 +51,17 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not token:
         raise UserError("no token for the hub: set HF_TOKEN, or run hf auth login")
-    if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would show it in its complaint
+    if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would show it in its error message
         raise UserError("the token for the hub holds a character that no token has; set HF_TOKEN anew")
     print_line(f"{options.repo}: {push(options.hf_model, options.repo, options.private, options.message, token)}")
 
 
 def check_export(directory: Path) -> dict[str, int]:
-    """File -> size of all that will be pushed; UserError unless SHA256SUMS names all files, rightly."""
+    """File -> size of all files to push; UserError unless SHA256SUMS lists all of them with the right checksums."""
     if not (directory / SUMS).is_file():
         raise UserError(f"--hf-model {directory}: has no {SUMS}; give a directory that export_hf wrote")
     lines = [line.split(maxsplit=1) for line in read_text(directory / SUMS, "the list of checksums").splitlines()]
-    check_plain_files(directory)  # a link would publish what it points to
+    check_plain_files(directory)  # a symbolic link would publish its target
     expected = {parts[1]: parts[0] for parts in lines if len(parts) == 2}
     found = {
         path.relative_to(directory).as_posix(): path.stat().st_size
@@ -97,7 +97,7 @@ def check_export(directory: Path) -> dict[str, int]:
 
 
 def push(directory: Path, repo: str, private: bool, message: str, token: str) -> str:
-    """The address of the commit. What the hub refuses is a UserError without the token, or a password, in it."""
+    """Push the files; returns the URL of the commit. UserError, without token or password, if the hub refuses."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="megatron_a2d")
@@ -105,11 +105,11 @@ def push(directory: Path, repo: str, private: bool, message: str, token: str) ->
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if _sends_through_xet():
-            # It neither asks for the older way (LFS) nor falls back to it where a hub has no Xet storage.
+            # It neither uses the older LFS upload nor falls back to it if a hub has no Xet storage.
             remedy += ", with HF_HUB_DISABLE_XET=1 for a hub or mirror that has no Xet storage"
         commit = api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message)
         return without_passwords(str(commit.commit_url))
-    except Exception as error:  # of several HTTP libraries, by version; a traceback could show the request's headers
+    except Exception as error:  # HTTP libraries differ; a traceback could show request headers
         reason = without_passwords(" ".join(f"{type(error).__name__}: {error}".split()).replace(token, "***"))
         raise UserError(f"--repo {repo}: the hub did not take it ({reason}); {remedy}") from None
 

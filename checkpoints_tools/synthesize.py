@@ -1,8 +1,8 @@
-"""Write a Hugging Face checkpoint of random weights in the shape of any Qwen3, for tests and benchmarks.
+"""Command that writes an HF model with random weights in the shape of any Qwen3, for tests and benchmarks.
 
     python -m checkpoints_tools.synthesize --size 30B-A3B --num-hidden-layers 4 --out /tmp/qwen3-30b-a3b-4-layers
 
-Matrices have the true shape whatever the depth. With --fused, experts are stored as one tensor a layer.
+Matrices have their true shapes at any depth. With --fused, the experts of a layer are stored as one tensor.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Prove that two forms of a model are the same: all tensors bit by bit, logits position by position.
+"""Command that verifies that two forms of a model are the same: all tensors bitwise, logits by position.
 
     python -m checkpoints_tools.verify --hf-model Qwen/Qwen3-0.6B --checkpoint checkpoints/qwen3-0.6b
     python -m checkpoints_tools.verify --checkpoint checkpoints/run --export exports/run
     python -m checkpoints_tools.verify --hf-model Qwen/Qwen3-0.6B --export exports/qwen3-0.6b --logits
 
-Where the second has another type than the first, the first is cast, and must then agree in every bit. Logits are
-those of transformers for one side and of a streamed forward pass for the other, in fp32 on the CPU; a model that is
-bidirectional is compared under a mask that hides nothing. transformers needs the model in memory: large ones are
-compared only with --logits. Python files of a directory are run only if they are ours, byte for byte; instead of
-others our own classes are. Last comes the loss on masked tokens by t.
+If the dtypes differ, the first is cast to the second's and must then agree in every bit. Logits are computed by
+transformers for one side and by a streamed forward pass for the other, in fp32 on the CPU; bidirectional models are
+compared under full attention. transformers needs the model in memory, so large models use it only with --logits. Python
+files of a directory are run only if they equal ours byte for byte; otherwise our own classes are used. The last lines
+show the masked cross-entropy by t.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def diffusion_differences(first: Weights, second: Weights) -> list[str]:
-    """Where two forms disagree on what no tensor and no logits show: the mask token and the label shift."""
+    """Differences that neither tensors nor logits show: mask token and label shift."""
     from megatron_a2d.verification.logits_report import label_shift
 
     masks = first.architecture.mask_token_id, second.architecture.mask_token_id
@@ -71,9 +71,9 @@ def diffusion_differences(first: Weights, second: Weights) -> list[str]:
 
 
 def compared_lines(comparison: Comparison, first: Weights, second: Weights, logits: bool = False) -> list[str]:
-    """What is the same, `first` and `second` as `verify` compares them: source or checkpoint, checkpoint or export.
+    """The lines on compared tensors and logits of `first` and `second` (source or checkpoint, checkpoint or export).
 
-    Raises UserError where the logits differ.
+    Raises UserError if the logits differ.
     """
     from megatron_a2d.verification import logits_report
 
@@ -81,7 +81,7 @@ def compared_lines(comparison: Comparison, first: Weights, second: Weights, logi
 
 
 def print_losses(model: Weights) -> None:
-    """The loss on masked tokens by t."""
+    """Print the masked cross-entropy by t."""
     from megatron_a2d.verification import logits_report
 
     text, losses = logits_report.loss_by_time(model, logits_report.label_shift(model))

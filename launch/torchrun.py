@@ -105,7 +105,7 @@ def _tell(reason: Ending, words: str) -> None:
     if directory := os.environ.get(ATTEMPT):
         try:
             with open(Path(directory) / OUTCOME, "x") as file:
-                file.write(f"{reason.code} {'again' if reason.comes_back else 'stay'} {one_line(words)}\n")
+                file.write(f"{reason.code} {'again' if reason.is_requeued else 'stay'} {one_line(words)}\n")
         except FileExistsError:
             return
     if reason.code > KILLED:

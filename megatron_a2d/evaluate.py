@@ -1,12 +1,12 @@
-"""Evaluate a model: NELBO on held-out text, and tasks of the lm-evaluation-harness.
+"""Command for evaluation: NELBO on held-out data, and tasks of the lm-evaluation-harness.
 
     python -m megatron_a2d.evaluate --model EXPORT --valid-data-path code=data/code_valid web=data/web_valid --out EVAL
     python -m megatron_a2d.evaluate --model EXPORT --config launch/eval/mmlu.yaml --out EVAL
     python -m megatron_a2d.evaluate --model QWEN3 --objective ar --config launch/eval/mmlu.yaml --out EVAL_BEFORE
     torchrun --nproc-per-node 8 -m megatron_a2d.evaluate --model CHECKPOINT --expert-model-parallel-size 8 ...
 
-Writes EVAL/results.json with the resolved settings, EVAL/results.md, and EVAL/answers.jsonl while it works: the same
-command goes on where it was interrupted. `--compare-with EVAL_BEFORE` adds earlier results to the table. Files of
+Writes EVAL/results.json with the resolved settings, EVAL/results.md, and EVAL/answers.jsonl while running: the same
+command resumes after an interruption. `--compare-with EVAL_BEFORE` adds earlier results to the table. Files of
 --config hold the same names as the flags; flags win.
 """
 
@@ -33,7 +33,7 @@ from megatron_a2d.inference.arguments import (
     add_sampling_flags,
     check_model,
     close_model,
-    open_model,
+    load_model,
     sampling_options,
 )
 from megatron_a2d.terminal.console import entry_point, progress
@@ -43,8 +43,8 @@ from megatron_a2d.utils.log_filters import hide_noise
 from megatron_a2d.utils.printable import print_line, print_text
 
 if TYPE_CHECKING:
-    from megatron_a2d.evaluation.response_cache import Journal
-    from megatron_a2d.inference.loaded_model import Opened
+    from megatron_a2d.evaluation.response_cache import ResponseCache
+    from megatron_a2d.inference.loaded_model import LoadedModel
 
 
 class Option(NamedTuple):
@@ -57,33 +57,33 @@ class Option(NamedTuple):
 
 
 OPTIONS = {
-    "objective": Option(str, "mdlm", "ar: an autoregressive Qwen3, for the table before conversion", ("mdlm", "ar")),
-    "valid_data_path": Option(str, [], "held-out data, PREFIX or NAME=PREFIX ..., each a source"),
-    "seq_length": Option(int, 1024, "held-out data: tokens of a sample; that of training gives training's figures"),
-    "num_samples": Option(int, 512, "held-out data: samples of each source"),
-    "verify_tokenizer": Option(bool, True, "held-out data: refuse tokens of another tokenizer than the model's"),
-    "micro_batch_size": Option(int, 8, "held-out data: samples that are forwarded at once"),
+    "objective": Option(str, "mdlm", "ar: an autoregressive Qwen3, for a baseline before conversion", ("mdlm", "ar")),
+    "valid_data_path": Option(str, [], "held-out datasets, PREFIX or NAME=PREFIX ..."),
+    "seq_length": Option(int, 1024, "held-out data: tokens per sample; that of training gives comparable losses"),
+    "num_samples": Option(int, 512, "held-out data: samples per dataset"),
+    "verify_tokenizer": Option(bool, True, "held-out data: reject tokens of another tokenizer than the model's"),
+    "micro_batch_size": Option(int, 8, "held-out data: samples per forward pass"),
     "tasks": Option(str, [], "tasks or groups of the harness, by name"),
-    "include_path": Option(str, None, "directory with further task files, which are programs: they are run"),
+    "include_path": Option(str, None, "directory with further task files; these are programs, which are run"),
     "num_fewshot": Option(int, None, "examples before each question (default: the task's own)"),
-    "limit": Option(int, None, "questions of each task; for a first look only"),
+    "limit": Option(int, None, "questions per task; for quick tests only"),
     "likelihood": Option(
-        str, "monte_carlo", "how continuations are scored: a bound by Monte Carlo, or the pseudo-likelihood",
+        str, "monte_carlo", "score of continuations: a Monte Carlo bound, or the pseudo-log-likelihood (PLL)",
         ("monte_carlo", "pseudo"),
     ),
-    "mc_num": Option(int, 128, "forward passes for a log-likelihood, at most; exact where that suffices"),
-    "batch_tokens": Option(int, 4096, "tokens that are forwarded at once when scoring; more on a GPU"),
-    "batch_size": Option(int, 16, "texts that are written together"),
-    "max_new_tokens": Option(int, 256, "tokens of an answer, where the task does not say"),
-    "seed": Option(int, 0, "of Monte Carlo masks and of drawn texts"),
-    "allow_code_execution": Option(bool, False, "run programs that the model writes, in subprocesses under limits"),
-    "allow_code_network": Option(bool, False, "run them also where this system cannot keep the network from them"),
+    "mc_num": Option(int, 128, "maximum forward passes per log-likelihood; exact if they suffice"),
+    "batch_tokens": Option(int, 4096, "tokens per forward pass when scoring; raise it on a GPU"),
+    "batch_size": Option(int, 16, "texts generated together"),
+    "max_new_tokens": Option(int, 256, "tokens per answer, for tasks that set no length"),
+    "seed": Option(int, 0, "seed of Monte Carlo masks and of sampling"),
+    "allow_code_execution": Option(bool, False, "run programs that the model generates, in subprocesses with limits"),
+    "allow_code_network": Option(bool, False, "run them even if this system cannot cut them off from the network"),
 }  # fmt: skip
-# Settings that let code run: a file cannot give that consent, the command line alone can.
+# Settings that allow code to run: accepted on the command line only, not from a file.
 _CONSENT = {
-    "include_path": "the tasks of a directory are programs",
-    "allow_code_execution": "it runs programs that the model writes",
-    "allow_code_network": "it gives programs that the model writes a network",
+    "include_path": "task files are programs",
+    "allow_code_execution": "it runs programs that the model generates",
+    "allow_code_network": "it gives generated programs network access",
 }
 _RESULTS = ("answers.jsonl", "results.json", "results.md")
 _NOISE = ("noise_schedule", "timestep_sampling", "min_timestep")
@@ -91,19 +91,19 @@ _HELD_OUT = (*_NOISE, "reset_attention_mask")
 
 
 def main(argv: list[str] | None = None) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # the harness draws bars of its own beside ours
+    os.environ["TQDM_DISABLE"] = "1"  # the harness has progress bars of its own
     options, layout, noise = _parse(argv)
     beside = [read_results(Path(directory)) for directory in options.compare_with]
-    make_parent(Path(options.out) / "results.json")  # better refused now than after hours
+    make_parent(Path(options.out) / "results.json")  # fail now, not after hours
     allow_programs(options.allow_code_execution, options.allow_code_network)
     check_model(options.model, layout)
-    hide_noise("lm_eval.api.task", "lm_eval.evaluator")  # how tasks are written, and shots that were asked for
+    hide_noise("lm_eval.api.task", "lm_eval.evaluator")  # style of task files, requested shots
     begin = time.perf_counter()
     try:
-        opened = open_model(options.model, layout, options.objective)
-        noise = {"reset_attention_mask": opened.reset_attention_mask, **noise}
-        if opened.objective != "ar":
-            noise = {"noise_schedule": opened.noise_schedule, **noise}
+        loaded = load_model(options.model, layout, options.objective)
+        noise = {"reset_attention_mask": loaded.reset_attention_mask, **noise}
+        if loaded.objective != "ar":
+            noise = {"noise_schedule": loaded.noise_schedule, **noise}
         settings = {name: getattr(options, name) for name in OPTIONS}
         content: dict[str, Any] = {
             "model": options.model, "objective": options.objective, "versions": _versions(options),
@@ -111,17 +111,17 @@ def main(argv: list[str] | None = None) -> None:
             noise,
         }  # fmt: skip
         if options.valid_data_path:
-            content["held_out"] = _held_out(options, opened, noise)
+            content["held_out"] = _held_out(options, loaded, noise)
         if options.tasks:
-            content |= _tasks(options, opened)
-        if opened.speaks:
+            content |= _tasks(options, loaded)
+        if loaded.is_output_rank:
             _write(Path(options.out), {**content, "seconds": round(time.perf_counter() - begin, 1)}, beside)
     finally:
         close_model()
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any]]:
-    """The options, the layout's settings and the noise's; UserError with all problems."""
+    """(options, layout settings, noise settings); UserError with all problems."""
     parser = Parser(prog="python -m megatron_a2d.evaluate", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, metavar="DIR", help="an export, a checkpoint, or a Qwen3 directory")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
@@ -152,7 +152,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
     values = {name: option.default for name, option in OPTIONS.items()} | recipe
     options = argparse.Namespace(**{**values, **vars(given)})
     if not options.valid_data_path and not options.tasks:
-        problems.append("--valid-data-path, --tasks: there is nothing to evaluate; give at least one of them")
+        problems.append("--valid-data-path, --tasks: nothing to evaluate; give at least one of them")
     for name in (
         "seq_length",
         "num_samples",
@@ -197,10 +197,10 @@ def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
             problems.append(f"--config {path}: unknown setting {key}{nearest(name, known)}")
             continue
         if name in _CONSENT and value:
-            # A relative directory is meant from the file that names it.
+            # A relative directory is relative to the file.
             given = f" {Path(path).parent / value}" if name == "include_path" and isinstance(value, str) else ""
             problems.append(
-                f"--config {path}: {name}: {_CONSENT[name]}; if you trust that, give {flag(name)}{given} on the "
+                f"--config {path}: {name}: {_CONSENT[name]}; if you trust it, give {flag(name)}{given} on the "
                 "command line"
             )
             continue
@@ -235,61 +235,61 @@ def _versions(options: argparse.Namespace) -> dict[str, str]:
 
 
 @contextmanager
-def _progress(opened: Opened, what: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-    with progress(what, total, unit) if opened.speaks else nullcontext(lambda amount: None) as advance:
+def _progress(loaded: LoadedModel, what: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+    with progress(what, total, unit) if loaded.is_output_rank else nullcontext(lambda amount: None) as advance:
         yield advance
 
 
-def _held_out(options: argparse.Namespace, opened: Opened, noise: dict[str, Any]) -> dict[str, Any]:
+def _held_out(options: argparse.Namespace, loaded: LoadedModel, noise: dict[str, Any]) -> dict[str, Any]:
     from megatron_a2d.data.tokenizer_fingerprint import vocabulary_in
     from megatron_a2d.evaluation.heldout_nelbo import evaluate_sources, open_sources
     from megatron_a2d.evaluation.score_table import plain
 
-    if options.seq_length > opened.max_positions:
+    if options.seq_length > loaded.max_positions:
         raise UserError(
-            f"--seq-length {options.seq_length}: the model knows {opened.max_positions} positions; shorten the samples"
+            f"--seq-length {options.seq_length}: the model has {loaded.max_positions} positions; shorten the samples"
         )
-    mask = opened.mask_token_id if opened.objective != "ar" else None
-    vocabulary = vocabulary_in(json.loads(opened.tokenizer.to_str())) if options.verify_tokenizer else None
+    mask = loaded.mask_token_id if loaded.objective != "ar" else None
+    vocabulary = vocabulary_in(json.loads(loaded.tokenizer.to_str())) if options.verify_tokenizer else None
     sources = open_sources(
-        options.valid_data_path, options.seq_length, opened.vocab_size, mask, vocabulary, opened.document_token_id
+        options.valid_data_path, options.seq_length, loaded.vocab_size, mask, vocabulary, loaded.document_token_id
     )
     config = build(
         {
-            "objective": opened.objective, "seq_length": options.seq_length, "label_shift": opened.label_shift,
-            "micro_batch_size": options.micro_batch_size, "block_length": opened.block_length,
-            "ar_loss_weight": float(opened.causal_context), **noise,
+            "objective": loaded.objective, "seq_length": options.seq_length, "label_shift": loaded.label_shift,
+            "micro_batch_size": options.micro_batch_size, "block_length": loaded.block_length,
+            "ar_loss_weight": float(loaded.causal_context), **noise,
         }
     )  # fmt: skip
     total = sum(min(options.num_samples, source.dataset.num_samples) for source in sources)
-    with _progress(opened, "held-out text", total, "samples") as advance:
-        results = evaluate_sources(opened, config, sources, options.num_samples, advance)
+    with _progress(loaded, "held-out data", total, "samples") as advance:
+        results = evaluate_sources(loaded, config, sources, options.num_samples, advance)
     return {name: plain(result.to_dict() | result.tables()) for name, result in results.items()}
 
 
-def _tasks(options: argparse.Namespace, opened: Opened) -> dict[str, Any]:
+def _tasks(options: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
     from megatron_a2d.evaluation.loglikelihood import ScoringOptions
-    from megatron_a2d.evaluation.response_cache import Journal
+    from megatron_a2d.evaluation.response_cache import ResponseCache
 
     scoring = ScoringOptions(options.likelihood, options.mc_num, options.batch_tokens, options.seed)
-    sampling = sampling_options(options, opened, temperature=0.0)
-    # Everything that an answer depends on, but for the request itself; not batch sizes.
+    sampling = sampling_options(options, loaded, temperature=0.0)
+    # Everything that a response depends on besides the request; batch sizes do not matter.
     dependent = {
         "model": _fingerprint(Path(options.model)), "objective": options.objective, "likelihood": options.likelihood,
         "mc_num": options.mc_num, "seed": options.seed, "sampling": repr(sampling),
-        "end_token_ids": opened.end_token_ids, "document_token_id": opened.document_token_id,
+        "end_token_ids": loaded.end_token_ids, "document_token_id": loaded.document_token_id,
     }  # fmt: skip
-    journal = Journal(Path(options.out) / "answers.jsonl", dependent, writes=opened.speaks)
+    cache = ResponseCache(Path(options.out) / "answers.jsonl", dependent, writes=loaded.is_output_rank)
     if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
-        sys.modules["torch.distributed"].barrier()  # all know the same answers before one adds any
+        sys.modules["torch.distributed"].barrier()  # all ranks read the same cache before one adds to it
     try:
-        return _run_harness(options, opened, scoring, sampling, journal)
+        return _run_harness(options, loaded, scoring, sampling, cache)
     finally:
-        journal.close()
+        cache.close()
 
 
 def _run_harness(
-    options: argparse.Namespace, opened: Opened, scoring: Any, sampling: Any, journal: Journal
+    options: argparse.Namespace, loaded: LoadedModel, scoring: Any, sampling: Any, cache: ResponseCache
 ) -> dict[str, Any]:
     import datasets
     import lm_eval
@@ -301,8 +301,8 @@ def _run_harness(
     datasets.disable_progress_bars()
     manager = _task_manager(options, TaskManager)
     model = HarnessModel(
-        opened, scoring, sampling, options.max_new_tokens, options.batch_size, journal,
-        lambda what, total, unit: _progress(opened, what, total, unit), options.seed,
+        loaded, scoring, sampling, options.max_new_tokens, options.batch_size, cache,
+        lambda what, total, unit: _progress(loaded, what, total, unit), options.seed,
     )  # fmt: skip
     try:
         with tasks_without_a_length():
@@ -313,31 +313,31 @@ def _run_harness(
     except UserError:
         raise
     except Exception as error:
-        if model.was_asked:
+        if model.got_requests:
             raise
         reason = " ".join(str(error).split())[:300]
         if "unsafe" in reason:
             raise UserError(
-                f"--tasks {' '.join(options.tasks)}: runs programs that the model writes; "
-                "give --allow-code-execution if you want that on this machine"
+                f"--tasks {' '.join(options.tasks)}: runs programs that the model generates; "
+                "give --allow-code-execution to permit that on this machine"
             ) from None
         raise UserError(
             f"--tasks {' '.join(options.tasks)}: cannot be loaded ({type(error).__name__}: {reason}); "
-            "its data set must be on this machine or on a hub that it reaches"
+            "its data set must be on this machine, or the hub reachable"
         ) from error
     assert found is not None
     return {
         "tasks": plain(found["results"]), "num_fewshot": plain(found.get("n-shot", {})),
-        "log_likelihoods": model.error_summary() if opened.objective != "ar" else {}, "counts": dict(model.counts),
+        "log_likelihoods": model.error_summary() if loaded.objective != "ar" else {}, "counts": dict(model.counts),
     }  # fmt: skip
 
 
 def _task_manager(options: argparse.Namespace, manager_class: Any) -> Any:
-    """One that knows all tasks; UserError for others, with the nearest name."""
+    """A task manager that has all tasks; UserError for unknown ones, with the nearest name."""
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise UserError(f"--include-path {options.include_path}: there is no such directory")
     if options.include_path is not None:
-        # The harness's own thousands of tasks take seconds to list.
+        # Listing the harness's thousands of tasks takes seconds.
         manager = manager_class(include_path=options.include_path, include_defaults=False)
         if set(options.tasks) <= set(manager.all_tasks):
             return manager
@@ -351,9 +351,9 @@ def _task_manager(options: argparse.Namespace, manager_class: Any) -> Any:
 
 
 def _fingerprint(model: Path) -> list[Any]:
-    """Tells one state of a model's files from another without reading them.
+    """A fingerprint of the state of a model's files without reading them.
 
-    Of a run that may still be training, its newest checkpoint alone; --out may lie in the model's directory.
+    Of a training run, that of its newest checkpoint only; --out may be inside the model's directory.
     """
     from megatron_a2d.checkpoint.directory import is_checkpoint, resolve
 
@@ -369,7 +369,7 @@ def _fingerprint(model: Path) -> list[Any]:
 def _write(out: Path, content: dict[str, Any], beside: list[dict[str, Any]]) -> None:
     from megatron_a2d.evaluation.score_table import markdown
 
-    write_json(out / "results.json", content)  # before anything is laid beside it
+    write_json(out / "results.json", content)  # first, in case the table fails
     page = markdown([content, *beside])
     with new_file(out / "results.md") as partial:
         partial.write_text(page, encoding="utf-8")

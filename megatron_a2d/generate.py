@@ -1,4 +1,4 @@
-"""Complete a prompt, or fill holes, with a diffusion language model.
+"""Command for generation with a diffusion language model: completion and infilling.
 
     python -m megatron_a2d.generate --model EXPORT --prompt "def mean(values):" --max-new-tokens 64
     python -m megatron_a2d.generate --model EXPORT --prefix $'def mean(values):\n' \
@@ -7,9 +7,9 @@
     ... | python -m megatron_a2d.generate --model EXPORT --input - --jsonl > texts.jsonl
     torchrun --nproc-per-node 2 -m megatron_a2d.generate --model CHECKPOINT --expert-model-parallel-size 2 --prompt ...
 
-MODEL is an export (formats a2d and rnd1), or a training checkpoint, laid out over the processes of torchrun. In
-a terminal the text is shown while it is denoised; anywhere else only the final text is written to stdout. Texts are
-read literally: a line break is written $'..\n..' in the shell.
+MODEL is an exported model (formats a2d and rnd1), or a training checkpoint, loaded in parallel over the processes of
+torchrun. A terminal shows the text while it is denoised; otherwise only the final text is written to stdout. Texts are
+taken literally: in the shell write a line break as $'..\n..'.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_a2d.inference.arguments import (
     add_sampling_flags,
     check_model,
     close_model,
-    open_model,
+    load_model,
     sampling_options,
 )
 from megatron_a2d.terminal.console import PlainConsole, entry_point, human
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_a2d.diffusion.sampling import OnStep, SamplingOptions
-    from megatron_a2d.inference.loaded_model import Opened
+    from megatron_a2d.inference.loaded_model import LoadedModel
     from megatron_a2d.inference.prompts import Prompt
 
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_HOLE_LENGTH = 24
-MOST_SAMPLES = 1_048_576  # of a prompt
+MOST_SAMPLES = 1_048_576  # per prompt
 _Job = TypeVar("_Job")
 
 
@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     check_model(options.model, values)
     hide_noise()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to lose the text
-    opened = open_model(options.model, values)
+        sys.stdout.reconfigure(errors="replace")  # do not fail on a terminal without UTF-8
+    loaded = load_model(options.model, values)
     try:
-        sampling = sampling_options(options, opened)
-        results = _generate(options, opened, sampling, _prompts(options, opened))
-        _write(options, opened, results)
+        sampling = sampling_options(options, loaded)
+        results = _generate(options, loaded, sampling, _prompts(options, loaded))
+        _write(options, loaded, results)
     finally:
         close_model()
 
@@ -85,18 +85,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument("--hole-length", help=f"tokens in the hole (default: {DEFAULT_HOLE_LENGTH})", **whole)
     text.add_argument("--infill", metavar="TEXT", help="text with holes, each written <|hole:N|>", **absent)
     text.add_argument("--input", metavar="FILE", help="a file with a prompt, or with --jsonl many; -: a pipe", **absent)
-    text.add_argument("--jsonl", action="store_true", help="an object a line, in and out")
+    text.add_argument("--jsonl", action="store_true", help="one JSON object per line, in input and output")
     how = parser.add_argument_group("how")
     add_sampling_flags(how)
     how.add_argument("--seed", type=int, default=0, help="the same seed gives the same text, on any batch size")
-    how.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to write for each prompt")
+    how.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to generate per prompt")
     how.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts that are denoised together")
-    reserved = "the last of the new tokens is this one, as in the public RND1 package"
+    reserved = "fix the last new token to this one, as in the public RND1 package"
     how.add_argument("--reserve-last", choices=("pad", "eos"), help=reserved, **absent)
     output = parser.add_argument_group("output")
     output.add_argument("--no-live", action="store_true", help="print the final text only")
-    output.add_argument("--stats", action="store_true", help="tokens per forward pass and per second, on stderr")
-    output.add_argument("--save-html", metavar="FILE", help="a page that replays the denoising with a slider", **absent)
+    output.add_argument("--stats", action="store_true", help="report tokens per forward pass and tokens/s on stderr")
+    output.add_argument("--save-html", metavar="FILE", help="HTML page that replays the denoising", **absent)
     add_settings(parser, LAYOUT)
     options = parser.parse_args(argv)
     names = ("prompt", "prefix", "suffix", "infill", "input", "max_new_tokens", "hole_length")
@@ -106,7 +106,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that can be said without the model; returns the layout's settings."""
+    """Check all that needs no model; returns the layout's settings."""
     problems: list[str] = []
     kinds = [name for name in ("prompt", "prefix", "infill", "input") if getattr(options, name) is not None]
     if options.suffix is not None and options.prefix is None:
@@ -144,7 +144,7 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
         problems.append(f"--seed {options.seed}: must not be negative")
     given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
     if options.num_samples > 1 and (given.get("temperature") == 0 or given.get("greedy")):
-        problems.append(f"--num-samples {options.num_samples}: all would be equal without chance; raise --temperature")
+        problems.append(f"--num-samples {options.num_samples}: all would be equal; raise --temperature")
     try:
         from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
@@ -158,29 +158,29 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _unwritable(path: Path) -> list[str]:
-    """What keeps a page from being written there, before any work is done."""
+    """Why --save-html cannot be written, known before generating; [] if it can."""
     if path.is_dir():
         return [f"--save-html {path}: is a directory; name a file"]
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        return [f"--save-html {path}: cannot be written below {above}; name another place"]
+        return [f"--save-html {path}: cannot be written below {above}; name another path"]
     return []
 
 
-def _pipe(opened: Opened) -> io.TextIOBase:
-    """Stdin. The processes of torchrun share one: the first of them reads it for all."""
+def _pipe(loaded: LoadedModel) -> io.TextIOBase:
+    """Stdin; under torchrun rank 0 reads it and broadcasts it to the other ranks."""
     if "torch.distributed" not in sys.modules:
         return sys.stdin  # type: ignore[return-value]
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return sys.stdin  # type: ignore[return-value]
-    box = [sys.stdin.buffer.read() if opened.speaks else None]
+    box = [sys.stdin.buffer.read() if loaded.is_output_rank else None]
     dist.broadcast_object_list(box, src=0)
     return io.TextIOWrapper(io.BytesIO(box[0] or b""), encoding="utf-8")
 
 
-def _prompts(options: argparse.Namespace, opened: Opened) -> Iterator[Prompt]:
+def _prompts(options: argparse.Namespace, loaded: LoadedModel) -> Iterator[Prompt]:
     from megatron_a2d.inference.prompts import Prompt, completion, infill, read_jsonl
 
     new_tokens = options.max_new_tokens or DEFAULT_NEW_TOKENS
@@ -194,7 +194,7 @@ def _prompts(options: argparse.Namespace, opened: Opened) -> Iterator[Prompt]:
     else:
         name = "--input (pipe)" if options.input == "-" else f"--input {options.input}"
         try:
-            with nullcontext(_pipe(opened)) if options.input == "-" else _open(options.input) as lines:
+            with nullcontext(_pipe(loaded)) if options.input == "-" else _open(options.input) as lines:
                 if options.jsonl:
                     yield from read_jsonl(lines, name, new_tokens, hole_length)
                 elif text := lines.read():
@@ -211,68 +211,68 @@ def _open(path: str) -> IO[str]:
 
 
 class Result(NamedTuple):
-    """One text."""
+    """A generated text."""
 
     prompt: Prompt
     sample: int
     text: str
-    num_tokens: int  # that were found and are shown
+    num_tokens: int  # generated, as shown
     num_forwards: int
     replay: list[list[Any]]
 
 
 def _generate(
-    options: argparse.Namespace, opened: Opened, sampling: SamplingOptions, prompts: Iterator[Prompt]
+    options: argparse.Namespace, loaded: LoadedModel, sampling: SamplingOptions, prompts: Iterator[Prompt]
 ) -> Iterator[Result]:
-    """Denoise in batches, in the order of the input. Row seeds follow from the prompt's number alone."""
+    """Denoise in batches, in the order of the input. A sample's seed depends only on its number in the input."""
     from megatron_a2d.diffusion.sampling import denoise, kept_positions, make_canvas, row_seed
     from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, plan_steps, sizes_of
     from megatron_a2d.inference.prompts import to_row
 
     reserve = None
-    if options.reserve_last == "eos" and not opened.end_token_ids:
-        raise UserError("--reserve-last eos: no file of the model names a token that ends a text; give pad")
+    if options.reserve_last == "eos" and not loaded.end_token_ids:
+        raise UserError("--reserve-last eos: no file of the model lists an end-of-text token; give pad")
     if options.reserve_last:
-        reserve = opened.end_token_ids[0] if options.reserve_last == "eos" else opened.pad_token_id
+        reserve = loaded.end_token_ids[0] if options.reserve_last == "eos" else loaded.pad_token_id
     jobs = (
-        (prompt, sample, to_row(prompt, opened, reserve)) for prompt in prompts for sample in range(options.num_samples)
+        (prompt, sample, to_row(prompt, loaded, reserve)) for prompt in prompts for sample in range(options.num_samples)
     )
     numbered = enumerate(jobs)
     console = PlainConsole()
-    shows = console.is_terminal and not options.no_live and not options.jsonl and opened.speaks
+    shows = console.is_terminal and not options.no_live and not options.jsonl and loaded.is_output_rank
     for batch in _batches(numbered, options.batch_size):
-        canvas = make_canvas([row for _, (_, _, row) in batch], opened.mask_token_id)
+        canvas = make_canvas([row for _, (_, _, row) in batch], loaded.mask_token_id)
         editable = canvas.editable.tolist()
-        # Forward passes at most; some samplers need fewer.
+        # The largest number of forward passes; some samplers need fewer.
         blocks = blocks_of(canvas.editable, sampling.block_length, sampling.aligned_blocks)
         plans = [plan_steps(sizes, sampling.sampler, sampling.num_steps) for sizes in sizes_of(blocks)]
         view = LiveView(
             canvas.tokens.tolist(), editable, max(map(len, plans)),
-            lambda ids: opened.tokenizer.decode(ids, skip_special_tokens=False), console,
+            lambda ids: loaded.tokenizer.decode(ids, skip_special_tokens=False), console,
         )  # fmt: skip
         with view if shows else nullcontext():
             sampled = denoise(
-                opened.run, canvas.to(opened.device), opened.mask_token_id, sampling,
-                label_shift=opened.label_shift, end_token_ids=opened.end_token_ids,
+                loaded.forward, canvas.to(loaded.device), loaded.mask_token_id, sampling,
+                label_shift=loaded.label_shift, end_token_ids=loaded.end_token_ids,
                 seed=[row_seed(options.seed, number) for number, _ in batch],
                 on_step=_recorder(view, shows),
             )  # fmt: skip
         for index, (_, (prompt, sample, row)) in enumerate(batch):
             tokens = sampled.tokens[index].tolist()[: len(row)]
-            kept = kept_positions(tokens, editable[index][: len(row)], set(opened.end_token_ids))
+            kept = kept_positions(tokens, editable[index][: len(row)], set(loaded.end_token_ids))
             if shows:
                 if len(batch) > 1:
                     console.print(f"=== {prompt.where}, sample {sample + 1} ===")
-                console.print(view.text(index, kept, opened.decode), soft_wrap=True)
+                console.print(view.text(index, kept, loaded.decode), soft_wrap=True)
             yield Result(
-                prompt, sample, opened.decode([tokens[position] for position in kept]),
+                prompt, sample, loaded.decode([tokens[position] for position in kept]),
                 sum(editable[index][position] for position in kept), sampled.num_forwards[index],
-                _replay(view, index, kept, opened) if options.save_html else [],
+                _replay(view, index, kept, loaded) if options.save_html else [],
             )  # fmt: skip
 
 
 def _batches(jobs: Iterable[_Job], size: int) -> Iterator[list[_Job]]:
-    """Runs of `size`. What came before a bad line is still written, whatever the size."""
+    """Batches of `size`. After a bad line the incomplete batch before it is still yielded."""
     batch: list[_Job] = []
     try:
         for job in jobs:
@@ -295,15 +295,15 @@ def _recorder(view: LiveView, shows: bool) -> OnStep:
     return on_step
 
 
-def _replay(view: LiveView, index: int, kept: list[int], opened: Opened) -> list[list[Any]]:
+def _replay(view: LiveView, index: int, kept: list[int], loaded: LoadedModel) -> list[list[Any]]:
     from megatron_a2d.inference.html_replay import replay_row
 
     tokens, steps = view.tokens[index], view.steps[index]
-    return replay_row([tokens[i] for i in kept], [steps[i] for i in kept], opened.decode)
+    return replay_row([tokens[i] for i in kept], [steps[i] for i in kept], loaded.decode)
 
 
-def _write(options: argparse.Namespace, opened: Opened, results: Iterator[Result]) -> None:
-    """Texts as they come; the page and the numbers at the end."""
+def _write(options: argparse.Namespace, loaded: LoadedModel, results: Iterator[Result]) -> None:
+    """Write texts as they are generated; at the end the HTML page and the statistics."""
     begin = time.perf_counter()
     rows, tokens, forwards, texts = [], 0, 0, 0
     in_terminal = PlainConsole().is_terminal and not options.no_live
@@ -311,7 +311,7 @@ def _write(options: argparse.Namespace, opened: Opened, results: Iterator[Result
     for number, result in enumerate(results):
         rows.append(result.replay)
         tokens, forwards, texts = tokens + result.num_tokens, forwards + result.num_forwards, texts + 1
-        if not opened.speaks:
+        if not loaded.is_output_rank:
             continue
         if options.jsonl:
             record = {
@@ -326,15 +326,15 @@ def _write(options: argparse.Namespace, opened: Opened, results: Iterator[Result
             print_text(result.text)
     if not texts:
         raise UserError(f"--input {options.input}: holds no prompt; give at least one line")
-    if options.save_html and opened.speaks:
+    if options.save_html and loaded.is_output_rank:
         from megatron_a2d.inference.html_replay import replay_page
 
         with new_file(options.save_html) as partial:
-            partial.write_text(replay_page(f"{Path(opened.name).name}: {texts} texts", rows), encoding="utf-8")
-    if options.stats and opened.speaks:
+            partial.write_text(replay_page(f"{Path(loaded.name).name}: {texts} texts", rows), encoding="utf-8")
+    if options.stats and loaded.is_output_rank:
         seconds = time.perf_counter() - begin
         print_line(
-            f"{texts} texts, {tokens} tokens in {forwards} forward passes of a text: {tokens / max(forwards, 1):.2f} "
+            f"{texts} texts, {tokens} tokens in {forwards} forward passes (per text): {tokens / max(forwards, 1):.2f} "
             f"tokens per forward; {seconds:.1f} s, {human(tokens / seconds, 'tokens')}/s",
             sys.stderr,
         )

@@ -1,10 +1,10 @@
-"""Plan: which layout to train a model in on a cluster, how long that takes, and what it costs; no GPU is needed.
+"""Command that plans training on a cluster: the best parallel layouts, their time and cost. Needs no GPU.
 
     python -m megatron_a2d.plan --config launch/recipes/qwen3_30b_a3b.yaml --cluster b200 --gpus 64
     python -m megatron_a2d.plan --model Qwen/Qwen3-8B-Base --global-batch-size 1024 --cluster h100 --gpus 16
-    python -m megatron_a2d.plan --calibration       # how far published runs are from what it says of them
+    python -m megatron_a2d.plan --calibration       # error of the model on published runs
 
-Every legal layout is tried; the recipe's own one is shown beside the best three. How: docs/planning.md.
+Every legal layout is tried; the recipe's layout is shown next to the best three. Method: docs/planning.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_a2d.terminal.console import PlainConsole, entry_point, human
 from megatron_a2d.terminal.console import console as progress_console
 from megatron_a2d.utils.errors import UserError
 
-# What a recipe for GPUs says, for a plan without one.
+# Settings of all GPU recipes, for a plan without a recipe.
 WITHOUT_RECIPE = {
     "training": {"bf16": True},
     "parallel": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
@@ -40,18 +40,16 @@ WITHOUT_RECIPE = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="megatron_a2d.plan", description="Find the layout to train a model in on a cluster.")
-    parser.add_argument(
-        "--cluster", metavar="NAME", help="a file of launch/clusters by its name, or the path of another"
-    )
+    parser.add_argument("--cluster", metavar="NAME", help="a name in launch/clusters, or a path")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on")
-    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU for an hour; the cluster's is a guess")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="per GPU hour (default: assumed)")
     parser.add_argument(
         "--imbalance", type=float, default=IMBALANCE, metavar="FACTOR",
-        help="rows of the busiest expert-parallel rank over the mean; 1: balanced routing",
+        help="tokens of the busiest expert-parallel rank over the mean; 1: balanced routing",
     )  # fmt: skip
-    parser.add_argument("--all", action="store_true", help="show every legal layout with all its parts")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and time into this .png, .pdf or .svg")
-    parser.add_argument("--calibration", action="store_true", help="compare the model with published runs, and end")
+    parser.add_argument("--all", action="store_true", help="show every legal layout with all components")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot memory and time to a .png, .pdf or .svg")
+    parser.add_argument("--calibration", action="store_true", help="compare the model with published runs and exit")
     config, options = parse_run(parser, argv, inherited)
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     if options.calibration:
@@ -91,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         need = f"the smallest needs {found.too_large[0].memory.total / plan_table.GIB:.1f} GiB"
         raise UserError(
             f"--gpus {options.gpus}: no layout fits into the {cluster.memory_gib:.1f} GiB of {cluster.gpu} ({need}); "
-            "take more GPUs or another batch"
+            "use more GPUs or another batch"
         )
     console.print(f"the best one's flags: {plan_table.layout_flags(found.fitting[0], config)}", soft_wrap=True)
     known, unknown = plan_table.worst_errors()
@@ -108,7 +106,7 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     if not 1 <= options.gpus <= MOST_PROCESSES:
         raise UserError(f"--gpus {options.gpus}: a run needs at least 1, and at most {MOST_PROCESSES:,} are supported")
     if not options.imbalance >= 1:
-        raise UserError(f"--imbalance {options.imbalance}: the busiest rank has no less than the mean; give 1 or more")
+        raise UserError(f"--imbalance {options.imbalance}: the busiest rank has at least the mean; give 1 or more")
     if options.price is not None and not options.price > 0:
         raise UserError(f"--price {options.price}: must be positive")
     cluster = read_cluster(options.cluster)
@@ -116,7 +114,7 @@ def _cluster(options: argparse.Namespace) -> Cluster:
 
 
 def _with_gpu_defaults(config: RunConfig, options: argparse.Namespace) -> RunConfig:
-    """Without a recipe: what no recipe for GPUs is without, unless a flag says otherwise."""
+    """Without a recipe: the settings of all GPU recipes, unless set by a flag."""
     for group, values in WITHOUT_RECIPE.items():
         chosen = {name: value for name, value in values.items() if not hasattr(options, name)}
         config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **chosen)})
@@ -132,7 +130,7 @@ def _architecture(config: RunConfig) -> Architecture:
 
 
 def _need_legal(found: Search) -> None:
-    """UserError with what is wrong whatever the layout, if no layout is legal."""
+    """UserError with the problems of every layout, if no layout is legal."""
     if not found.fitting and not found.too_large:
         always = [problem for problem, count in found.refusals.items() if count == found.num_illegal]
         raise UserError(always or [problem for problem, _ in found.refusals.most_common(3)])
@@ -141,7 +139,7 @@ def _need_legal(found: Search) -> None:
 def _own_plan(
     config: RunConfig, architecture: Architecture, cluster: Cluster, options: argparse.Namespace
 ) -> tuple[Plan | None, list[str]]:
-    """The layout that the recipe and the flags have, or what is wrong with it."""
+    """The plan for the layout of recipe and flags, or its problems."""
     if problems := find_problems(config, architecture, options.gpus):
         return None, problems
     return make_plan(config, architecture, cluster, options.gpus, imbalance=options.imbalance), []
@@ -152,11 +150,11 @@ def _print(
 ) -> None:
     tokens = config.training.global_batch_size * config.data.seq_length
     active = f", {human(architecture.num_active_parameters())} active" if architecture.is_moe else ""
-    price = f"${cluster.price_per_gpu_hour:g} an hour{'' if options.price else ' (assumed)'}"
+    price = f"${cluster.price_per_gpu_hour:g} per hour{'' if options.price else ' (assumed)'}"
     console.print(
         f"{config.training.model or config.training.load}: {human(architecture.num_parameters())} parameters{active}; "
         f"{options.gpus} {cluster.gpu}, {price}; "
-        f"{human(tokens)} tokens a step, {human(config.training.train_iters * tokens)} in all"
+        f"{human(tokens)} tokens/step, {human(config.training.train_iters * tokens)} in total"
     )
 
 

@@ -1,4 +1,4 @@
-"""Are two sets of weights the same? Bit by bit, a slab at a time."""
+"""Bitwise comparison of two sets of weights, streamed slab by slab."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from megatron_a2d.utils.errors import UserError
 
 
 class Comparison(NamedTuple):
-    """`largest_rounding` is the largest difference that the candidate's narrower type explains; 0 if none."""
+    """The result. `largest_rounding`: the largest absolute rounding by the candidate's narrower dtype; 0 if none."""
 
     num_tensors: int
     num_bytes: int
     largest_rounding: float
 
 
-# Called with what was compared and its two sides before the second gets its name; raises UserError to refuse it.
+# Called with the comparison, the reference and the candidate before the candidate is renamed to its final name; raises
+# UserError to reject it.
 Check = Callable[[Comparison, Weights, Weights], None]
 
 
 def compare_weights(
     reference: Weights, candidate: Weights, advance: Callable[[float], None], workers: int = 1
 ) -> Comparison:
-    """Compare architectures, then all tensors, `workers` at a time. Where types differ the reference is cast to the
-    candidate's and must then agree in every bit. Raises UserError that names every difference."""
+    """Compare the architectures, then all tensors, `workers` at a time. Where dtypes differ the reference is cast to
+    the candidate's and must then agree in every bit. Raises UserError with every difference."""
     problems = architecture_differences(reference, candidate)
     problems += account(reference.tensors.shapes, candidate.tensors.shapes, str(candidate.directory))
     if problems:
@@ -54,8 +55,8 @@ def compare_weights(
 
 
 class _Result(NamedTuple):
-    difference: float | None  # the largest, of a tensor whose bits differ
-    rounding: float  # the largest, of one whose bits agree
+    difference: float | None  # the largest absolute one, where bits differ
+    rounding: float  # the largest absolute one, where bits agree
 
 
 def _compare_tensor(

@@ -1,8 +1,8 @@
-"""Which tokens end a text: of an export, a checkpoint, a Qwen3 as it came; for sampling, evaluation and exports alike.
+"""End-of-text tokens of an HF model or checkpoint, for sampling, evaluation and exports.
 
-Three places say so, and none of them says all. A chat model of Qwen3's names `<|im_end|>` in config.json and lists it
-beside `<|endoftext|>` in generation_config.json; data_prep ends each document with `<|endoftext|>` (or the tokenizer's
-eos_token), which is what a model in training sees.
+They come from three sources, none of which is complete. A Qwen3 chat model has `<|im_end|>` in config.json, and both it
+and `<|endoftext|>` in generation_config.json; data_prep ends each document with `<|endoftext|>` (or the tokenizer's
+eos_token), which is what a model sees in training.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class EndTokens(NamedTuple):
-    """Token ids. A text ends at the first token of `ids` ([] if nothing names one), config.json's come first."""
+    """Token ids. A text ends at the first token that is in `ids` (empty if no file lists one; config.json's first)."""
 
     ids: tuple[int, ...]
-    document: int | None  # the one that lies between the documents of training data: "nothing before"
+    document: int | None  # the document separator of training data, also the empty context
 
 
 def read_end_tokens(directory: Path, vocab_size: int) -> EndTokens:
-    """Of the Hugging Face directory `directory`. UserError for what is no token of the model."""
+    """The end tokens of the HF directory `directory`. UserError for an id outside the model's vocabulary."""
     config = read_json(directory / "config.json", "the model's configuration")
     found = listed(config, directory / "config.json", vocab_size)
     generation = directory / "generation_config.json"
@@ -39,22 +39,22 @@ def read_end_tokens(directory: Path, vocab_size: int) -> EndTokens:
 
 
 def listed(config: Mapping[str, Any], path: Path, vocab_size: int) -> list[int]:
-    """eos_token_id of a configuration, which is a number, a list or nothing; UserError, naming `path`, for the rest."""
+    """eos_token_id of a configuration (an id, a list of ids or absent) as a list. UserError for anything else."""
     value = config.get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     for item in values:
         if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < vocab_size:
             raise UserError(
-                f"{path}: eos_token_id is {value!r}, and {item!r} is no token of the model (0 to {vocab_size - 1}); "
+                f"{path}: eos_token_id is {value!r}, and {item!r} is not a token of the model (0 to {vocab_size - 1}); "
                 "write the ids of the tokens that end a text"
             )
     return list(values)
 
 
 def end_of_document(id_of: Callable[[str], int | None], tokenizer_config: Mapping[str, Any]) -> int | None:
-    """The token that data_prep appends to each document; None where the tokenizer has none.
+    """The token that data_prep appends to each document; None if the tokenizer has none.
 
-    Qwen3's chat models name <|im_end|> as eos, yet documents end with <|endoftext|> in all of them.
+    The eos token of Qwen3's chat models is <|im_end|>, yet documents end with <|endoftext|> for these too.
     """
     found = id_of(END_OF_TEXT)
     if found is not None:

@@ -1,4 +1,4 @@
-"""The config.json and generation_config.json of an export: what `model_config.py` reads, written.
+"""config.json and generation_config.json of an exported model (read back by config/model_config.py).
 
 Keys are spelled as on the hub (`rope_theta`, `num_experts`, `torch_dtype`): transformers 4 silently ignores
 the new spellings of transformers 5, while 5 reads both.
@@ -29,13 +29,13 @@ AUTO_MAPS = {
     },
 }
 NUM_DIFFUSION_STEPS = 256
-# Of the training, what every export says; the rest only where it was used.
-_OF_ALL = ("objective", "label_shift", "noise_schedule", "document_attention")
+# Training settings that every export records; others only where they differ from the default.
+_RECORDED = ("objective", "label_shift", "noise_schedule", "document_attention")
 _NONE = Trained().as_exported()
 
 
 class Exported(NamedTuple):
-    """What an export's configuration is made of."""
+    """The inputs of an export's configuration."""
 
     architecture: Architecture
     source: dict[str, Any]  # hf/config.json of the checkpoint
@@ -46,16 +46,16 @@ class Exported(NamedTuple):
 
 
 def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = False) -> list[str]:
-    """Why this model has no faithful form in format `kind`; empty if it has one.
+    """Why this model cannot be expressed in format `kind`; empty if it can.
 
-    `allow_objective_mismatch`: also one with another attention than the model was trained with.
+    `allow_objective_mismatch` permits a format with another attention than the model was trained with.
     """
     problems = []
     a, trained = model.architecture, model.trained
     if not allow_objective_mismatch and (mismatch := objective_mismatch(kind, model)):
         instead = "a2d" if kind == "qwen3" else "qwen3"
         problems.append(
-            f"--format {kind}: {mismatch}; use --format {instead}, or give --allow-objective-mismatch if you want that"
+            f"--format {kind}: {mismatch}; use --format {instead}, or --allow-objective-mismatch to export it anyway"
         )
     if kind == "rnd1":
         reasons = {
@@ -63,14 +63,14 @@ def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = Fal
             "it does not normalise the weights of the chosen experts (norm_topk_prob), and RND1 does": (
                 a.is_moe and not a.norm_topk_prob
             ),
-            "its output head is tied to its embedding, and RND1's is not": a.tie_word_embeddings,
+            "its LM head is tied to its embedding, and RND1's is not": a.tie_word_embeddings,
             "it was trained without the label shift, and RND1 with it": not trained.label_shift,
         }
         problems += [f"--format rnd1: {why}; use --format a2d" for why, holds in reasons.items() if holds]
     if kind != "qwen3" and trained.block_length:
         problems.append(
             f"--format {kind}: the model was trained in blocks of {trained.block_length} (--objective block), and the "
-            "modelling code of exports knows no blocks; sample and evaluate the checkpoint itself"
+            "modelling code of exports does not support blocks; sample and evaluate the checkpoint itself"
         )
     if kind != "qwen3" and a.mask_token_id is None:
         problems.append(f"--format {kind}: the checkpoint's hf/config.json has no mask_token_id; convert it again")
@@ -78,16 +78,16 @@ def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = Fal
 
 
 def objective_mismatch(kind: Format, model: Exported) -> str | None:
-    """In which way format `kind` contradicts the training; None if it does not, or nothing is recorded."""
+    """How format `kind` contradicts the training objective; None if it does not, or none is recorded."""
     trained = model.trained
     if kind == "qwen3" and trained.is_diffusion and not trained.is_causal:
         return (
-            f"the model was trained for masked diffusion (--objective {trained.objective}), and this form predicts the "
-            "next token under causal attention"
+            f"the model was trained for masked diffusion (--objective {trained.objective}), and this format predicts "
+            "the next token with causal attention"
         )
     if kind != "qwen3" and trained.objective == "ar":
         return (
-            "the model was trained to predict the next token (--objective ar), and this form fills masks under "
+            "the model was trained to predict the next token (--objective ar), and this format fills masks with "
             "bidirectional attention"
         )
     return None
@@ -133,7 +133,7 @@ def config_json(kind: Format, model: Exported) -> dict[str, Any]:
 
 
 def generation_json(kind: Format, model: Exported) -> dict[str, Any]:
-    """The export's generation_config.json, with all end tokens. RND1's loader takes the mask token from it."""
+    """The export's generation_config.json, with all end tokens. RND1's loader reads the mask token from it."""
     ends: dict[str, Any] = {}
     if model.ends.ids:
         ends["eos_token_id"] = model.ends.ids[0] if len(model.ends.ids) == 1 else list(model.ends.ids)
@@ -150,17 +150,17 @@ def generation_json(kind: Format, model: Exported) -> dict[str, Any]:
 
 
 def num_diffusion_steps(config: Mapping[str, Any]) -> int:
-    """Denoising steps unless told otherwise: what a model's config.json says, else RND1's number."""
+    """The default number of denoising steps: config.json's, else RND1's."""
     value = config.get("num_diffusion_steps")
     return value if type(value) is int and value > 0 else NUM_DIFFUSION_STEPS
 
 
 def _training(kind: Format, model: Exported) -> dict[str, Any]:
-    """What a conversion of the export must know of the training (training_facts.py); of a causal model's, nothing."""
+    """The training settings that converting the export back needs (training_facts.py); none for a causal model."""
     trained = model.trained
     if kind == "qwen3" and not trained.is_diffusion:
         return {}
-    facts = {name: value for name, value in trained.as_exported().items() if name in _OF_ALL or value != _NONE[name]}
+    facts = {name: value for name, value in trained.as_exported().items() if name in _RECORDED or value != _NONE[name]}
     if kind == "qwen3":
         facts["mask_token_id"] = model.architecture.mask_token_id
     return facts
@@ -198,7 +198,7 @@ def _shape(a: Architecture) -> dict[str, Any]:
 
 
 def _special_tokens(model: Exported, first_only: bool) -> dict[str, Any]:
-    """bos, eos and pad ids; from config.json, else from generation_config.json. Padding falls back to eos."""
+    """bos, eos and pad ids: from config.json, else from generation_config.json. pad defaults to eos."""
     result: dict[str, Any] = {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = model.source.get(key)

@@ -17,7 +17,7 @@ class Model(NamedTuple):
 
 
 def find_model(given: str) -> Model:
-    """The model that `given` names. A directory of that name comes first."""
+    """The directory of the model `given`, a directory or else a hub id."""
     if Path(given).is_dir():
         return Model(Path(given), None)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", given) or given.startswith("."):

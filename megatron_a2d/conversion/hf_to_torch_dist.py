@@ -1,4 +1,4 @@
-"""Hugging Face directory -> torch_dist checkpoint, without building the model. Memory: a few slabs a worker."""
+"""Conversion of an HF directory to a torch_dist checkpoint without a model. Memory: a few slabs per worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_a2d.config.model_config import Architecture
 from megatron_a2d.conversion.compare_weights import Check, Comparison, compare_weights
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.mask_token import choose_mask_token
-from megatron_a2d.conversion.resumable_output import describe_files, size_of_unfinished, unfinished_directory
+from megatron_a2d.conversion.resumable_output import describe_files, num_bytes_written, resumable_directory
 from megatron_a2d.conversion.sources import as_megatron, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_writer import write_torch_dist
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
@@ -32,7 +32,7 @@ class Converted(NamedTuple):
     num_bytes: int
     dtypes: set[torch.dtype]
     mask_token_id: int
-    comparison: Comparison | None  # of the source and what was written; None without `verify`
+    comparison: Comparison | None  # of the source with the checkpoint; None without `verify`
 
 
 def convert(
@@ -48,9 +48,9 @@ def convert(
 ) -> Converted:
     """Write the model in `hf` as the release checkpoint `out`.
 
-    `dtype` None keeps the types of the files. `origin`, a hub id, is remembered for model cards. With `verify` what was
-    written is read back, compared and given to `check` before it gets its name. Raises UserError, and leaves nothing
-    behind, when a tensor or the mask token is not as it must be; an interrupted run is continued by the next one.
+    `dtype` None keeps the dtypes of the files. `origin`, a hub id, is recorded for model cards. With `verify` the
+    output is read back, compared, and passed to `check` before it is renamed to `out`. Raises UserError, and leaves
+    nothing behind, if a tensor or the mask token is invalid; an interrupted run is resumed by the next one.
     """
     check_new_directory(out, "--out")
     with open_hf(hf, check_values=not allow_nonfinite) as weights:
@@ -70,7 +70,7 @@ def convert(
         check_space(out, size)
         options = [str(dtype), allow_nonfinite]
         identity = {"version": __version__, "config": config, "options": options, "source": describe_files(hf)}
-        with unfinished_directory(out, "--out", identity) as work:
+        with resumable_directory(out, "--out", identity) as work:
             work.may_keep = lambda: allow_nonfinite or not checked.non_finite
             release = work.directory / RELEASE
             (release / HF_FILES).mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def convert(
 
 
 def _check_mask_token(hf: Path, requested: int | None, configured: int | None) -> None:
-    """UserError when a diffusion model is to have another mask token than it was trained with. Checks the rest too."""
+    """UserError if the requested mask token differs from the one a diffusion model was trained with."""
     if read_trained(hf).is_diffusion and requested is not None and configured not in (None, requested):
         raise UserError(
             f"--mask-token-id {requested}: {hf} was trained with {configured} (its config.json); leave the flag out"
@@ -103,18 +103,18 @@ def _check_mask_token(hf: Path, requested: int | None, configured: int | None) -
 
 
 def _check_end(hf: Path, vocab_size: int, mask: int) -> None:
-    """UserError when the mask token ends texts too, as where a tokenizer declares its end token for want of a mask."""
+    """UserError if the mask token is also an end token, as in tokenizers that declare their end token as the mask."""
     if mask in read_end_tokens(hf, vocab_size).ids:
         raise UserError(
-            f"{hf}: its mask token, {mask}, is one that ends texts too; give an unused one with --mask-token-id"
+            f"{hf}: its mask token, {mask}, is also an end-of-text token; give an unused id with --mask-token-id"
         )
 
 
 def check_space(out: Path, size: int) -> None:
-    """UserError when the disk of the directory `out` cannot take `size` bytes, less what an interrupted run wrote."""
+    """UserError if the disk of `out` has no space for `size` bytes, less what an interrupted run wrote."""
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < size - size_of_unfinished(out):
+    if free < size - num_bytes_written(out):
         raise UserError(
             f"--out {out}: needs {human(size, 'B')} and its disk has {human(free, 'B')} left; choose another disk"
         )

@@ -1,8 +1,7 @@
-"""Which row of the embedding becomes the mask token, and its name in an export's tokenizer.
+"""The mask token: its id, and its name in an export's tokenizer.
 
-Qwen3's embedding has more rows than its tokenizer has tokens (151936 rows, 151669 tokens), so a row is free
-for the mask and nothing is resized. RND1 uses the first free one, 151669; so do we, unless the tokenizer has a mask
-token of its own.
+Qwen3's embedding has more entries than its tokenizer has tokens (151936 and 151669), so the mask uses an unused id and
+nothing is resized. RND1 uses the first unused id, 151669; so do we, unless the tokenizer already has a mask token.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ MASK_TOKEN = "<|mask|>"
 
 
 def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, configured: int | None) -> int:
-    """The mask token of the model in `directory`: `requested` (--mask-token-id), else what its config.json
-    says (`configured`), else the tokenizer's own, else the first row that its tokenizer leaves unused.
+    """The mask token id for the model in `directory`: `requested` (--mask-token-id), else `configured` (its
+    config.json), else the tokenizer's mask token, else the first id that its tokenizer does not use.
 
     Raises UserError when the choice is outside the embedding or is a token of ordinary text.
     """
@@ -28,7 +27,7 @@ def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, c
     if beyond:
         raise UserError(
             f"{directory}: its tokenizer goes up to id {max(beyond)}, but the embedding has {vocab_size} "
-            "rows; take the tokenizer that belongs to the weights"
+            "entries; use the tokenizer that belongs to the weights"
         )
     where = f"--mask-token-id {requested}"
     if requested is None:
@@ -37,7 +36,7 @@ def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, c
         own = _declared(directory, tokens)
         return _first_unused(directory, tokens, vocab_size) if own is None else own
     if not isinstance(requested, int) or isinstance(requested, bool) or not 0 <= requested < vocab_size:
-        raise UserError(f"{where}: is no row of the embedding; choose one of 0 to {vocab_size - 1}")
+        raise UserError(f"{where}: is outside the embedding; choose an id from 0 to {vocab_size - 1}")
     if requested in tokens and tokens[requested] not in mask_token_names(directory):
         raise UserError(
             f"{where}: is the token {tokens[requested]!r}, which text uses; choose an unused id"
@@ -51,11 +50,11 @@ def read_tokens(directory: Path) -> dict[int, str]:
     try:
         return {int(i): str(token) for i, token in _pairs(directory)}
     except (TypeError, ValueError, AttributeError, LookupError):
-        raise UserError(f"{directory}: its tokenizer has an id that is no number; fetch it again") from None
+        raise UserError(f"{directory}: its tokenizer has an id that is not a number; fetch it again") from None
 
 
 def _pairs(directory: Path) -> list[tuple[Any, Any]]:
-    """(id, token) as the files of a tokenizer have them."""
+    """(id, token) from the files of a tokenizer."""
     pairs: list[tuple[Any, Any]] = []
     if (directory / "tokenizer.json").exists():
         content = read_json(directory / "tokenizer.json", "the tokenizer")
@@ -81,8 +80,8 @@ def _pairs(directory: Path) -> list[tuple[Any, Any]]:
 
 
 def _is_counted(vocabulary: list[tuple[Any, Any]], added: list[tuple[Any, Any]]) -> bool:
-    """Whether added tokens have the ids that the library gives them: the vocabulary's, else the next one free. It heeds
-    no other id of the file."""
+    """Whether the added tokens have the ids that the tokenizers library assigns: the vocabulary's, else the next free
+    one. The library ignores any other id in the file."""
     ids = {str(token): i for i, token in vocabulary}
     largest = -1
     for i, token in added:
@@ -99,8 +98,8 @@ def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> i
     if free is not None:
         return free
     raise UserError(
-        f"{directory}: its tokenizer uses all {vocab_size} rows of the embedding and has no mask token; "
-        f"add a token {MASK_TOKEN} to it and a row to the model"
+        f"{directory}: its tokenizer uses all {vocab_size} ids of the embedding and has no mask token; "
+        f"add a token {MASK_TOKEN} to it and extend the model's embedding"
     )
 
 
@@ -109,13 +108,13 @@ def _free(tokens: dict[int, str], vocab_size: int) -> int | None:
 
 
 def _declared(directory: Path, tokens: dict[int, str]) -> int | None:
-    """The id of the tokenizer's own mask token; a name that it gives no id counts for nothing."""
+    """The id of the tokenizer's mask token; None if it has none, or declares a name without an id."""
     id_of = {token: i for i, token in tokens.items()}
     return next((id_of[name] for name in mask_token_names(directory) if name in id_of), None)
 
 
 def mask_token_names(directory: Path) -> list[str]:
-    """What a mask token is called there: as tokenizer_config.json declares it, and as we do."""
+    """The mask token's possible names: the one in tokenizer_config.json, and ours."""
     token = read_tokenizer_config(directory).get("mask_token")
     token = token.get("content") if isinstance(token, dict) else token
     return [*([token] if isinstance(token, str) else []), MASK_TOKEN]

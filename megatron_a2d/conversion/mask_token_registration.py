@@ -1,4 +1,4 @@
-"""The mask token in an export's tokenizer, so that `tokenizer.mask_token_id` is what config.json says."""
+"""Registration of the mask token in an export's tokenizer, so that `tokenizer.mask_token_id` matches config.json."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _KIND = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": F
 
 
 def register_mask_token(directory: Path, mask_token_id: int) -> None:
-    """Make `mask_token_id` the mask token of the tokenizer in `directory`: its files are changed in place.
+    """Make `mask_token_id` the mask token of the tokenizer in `directory`, in place.
 
-    Nothing else that the tokenizer knows gets another id. Does nothing without a tokenizer; UserError when its kind has
-    no way to say that id.
+    No other token's id changes. Does nothing without a tokenizer; UserError if this kind of tokenizer cannot assign
+    that id.
     """
     tokens = read_tokens(directory)
     if not tokens:
@@ -32,7 +32,7 @@ def register_mask_token(directory: Path, mask_token_id: int) -> None:
 
 
 def _declare(directory: Path, name: str, mask_token_id: int, is_new: bool) -> None:
-    """In the files beside tokenizer.json, where they are; tokenizer_config.json is always needed."""
+    """Declare it in the files next to tokenizer.json, where present; tokenizer_config.json is created if missing."""
     path = directory / "tokenizer_config.json"
     settings = read_json(path, "the tokenizer's configuration") if path.exists() else {}
     settings["mask_token"] = name
@@ -49,7 +49,7 @@ def _declare(directory: Path, name: str, mask_token_id: int, is_new: bool) -> No
 
 
 def _add(path: Path, name: str, mask_token_id: int) -> None:
-    """A special token of tokenizer.json with that id; nothing is done where it is one of its tokens."""
+    """Add it to tokenizer.json as a special token with that id, unless it is already there."""
     before = read_tokenizer(path, str(path)).get_vocab(with_added_tokens=True)
     if before.get(name) == mask_token_id:
         return
@@ -57,8 +57,8 @@ def _add(path: Path, name: str, mask_token_id: int) -> None:
     others = (item for item in content.get("added_tokens") or [] if item["content"] != name)
     added = content["added_tokens"] = [item | {"id": before[item["content"]]} for item in others]
     vocabulary = content["model"].get("vocab")
-    # The library counts on from the tokens that it has. Where that gives another id, the model's own vocabulary can
-    # say it, and then it must say those of all added tokens, since its size is what is counted on from.
+    # The library assigns the next free id. Where that is another one, the id must be in the model's vocabulary, and
+    # then so must those of all added tokens, because free ids are counted from the vocabulary's size.
     largest = max([-1, *(item["id"] for item in added)])
     if isinstance(vocabulary, dict) and mask_token_id != max(len(vocabulary), largest + 1):
         vocabulary |= {item["content"]: item["id"] for item in added} | {name: mask_token_id}

@@ -1,8 +1,8 @@
-"""The README.md of an export: what it is, what it was made of and how, how to load it.
+"""The model card (README.md) of an export: base model, training, recipe and usage.
 
-All of it is read from the checkpoint: hf/config.json says what was converted, run.json how it was trained,
-common.pt for how long. What they lack, and text where a number or a known choice belongs, is called not recorded:
-the card goes onto the hub under somebody's name, and the checkpoint may be another one's.
+Everything is read from the checkpoint: the base model from hf/config.json, the settings from run.json, the length of
+training from common.pt. What is missing or malformed is reported as not recorded: the card may be published by someone
+who did not write the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_a2d.conversion.hf_config import Exported, Format, objective_mismat
 from megatron_a2d.terminal.console import human
 from megatron_a2d.utils.printable import one_line
 
-# The settings that make a recipe, in the order of the card.
+# The settings of a recipe, in the order of the card.
 RECIPE = (
     "objective", "loss_weighting", "conversion", "noise_schedule", "timestep_sampling", "min_timestep", "label_shift",
     "reset_attention_mask", "seq_length",
@@ -27,12 +27,12 @@ RECIPE = (
 
 
 class Origin(NamedTuple):
-    """Where an export's weights come from: an iteration of a run, with that run's settings ({} for a release)."""
+    """The origin of an export's weights: an iteration of a run, and the run's settings ({} for a release)."""
 
     iteration: int
     consumed_samples: int | None
     settings: Mapping[str, Any]
-    averaged: Sequence[int] = ()  # iterations whose mean the weights are
+    averaged: Sequence[int] = ()  # iterations that were averaged
 
     @property
     def num_tokens(self) -> int | None:
@@ -42,7 +42,7 @@ class Origin(NamedTuple):
 
 
 def model_card(kind: Format, model: Exported, origin: Origin, evaluation: Mapping[str, Any] | None = None) -> str:
-    """`evaluation`: results by name, nested as one likes; numbers become the rows of a table."""
+    """The card as Markdown. `evaluation`: results by name, arbitrarily nested; its numbers are shown in a table."""
     trained = origin.iteration > 0
     settings, wrong = recorded_settings(origin.settings)
     sections = [
@@ -63,7 +63,7 @@ def model_card(kind: Format, model: Exported, origin: Origin, evaluation: Mappin
 
 
 def license_of(model: Exported) -> str | None:
-    """The licence that the base model's own card names, as the hub spells it."""
+    """The licence from the base model's card, as the hub spells it; None if not recorded."""
     name = model.source.get("_license")
     return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) else None
 
@@ -93,9 +93,9 @@ def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
     if origin.averaged and all(map(_is_count, origin.averaged)):
         yield f"Weights: mean of the iterations {', '.join(map(str, origin.averaged))}."
     if mismatch := objective_mismatch(kind, model):
-        yield f"**Not what it was trained for**: {mismatch}. Nothing is known of how well it does that."
+        yield f"**Not what it was trained for**: {mismatch}. Its quality in that use is unknown."
     if kind != "qwen3":
-        shift = "row i - 1 predicts token i" if model.trained.label_shift else "row i predicts token i"
+        shift = "position i - 1 predicts token i" if model.trained.label_shift else "position i predicts token i"
         yield f"Mask token id: {a.mask_token_id}; {shift}."
 
 
@@ -129,7 +129,7 @@ def _training(origin: Origin) -> str:
 
 
 def _data(settings: Mapping[str, Any]) -> str:
-    """The training mixture: names of data sets and their weights. Paths of someone's disk do not belong into a card."""
+    """The training mixture: names of data sets and their weights, without the local paths."""
     given = settings.get("train_data_path")
     words = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
     names = [PurePath(str(word)).name for word in words]
@@ -146,7 +146,7 @@ def _data(settings: Mapping[str, Any]) -> str:
 
 
 def recipe_rows(settings: Mapping[str, Any], wrong: Sequence[str]) -> list[tuple[str, str]]:
-    """(setting, value) of the recipe's settings as `recorded_settings` tells the good from the wrong ones."""
+    """(setting, value) of the recipe; `settings` are the valid ones, `wrong` the names of the malformed ones."""
     shown = {name: str(value) for name, value in settings.items()} | dict.fromkeys(wrong, "not recorded")
     return [(name, shown[name]) for name in RECIPE if name in shown]
 
@@ -179,7 +179,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Names (of measures, in a results.json) stay in their cell, and are neither markup nor links."""
+    """`text` as a table cell, with Markdown escaped: names in a results.json may hold anything."""
     return re.sub(r"([\\|<>\[\]`])", r"\\\1", one_line(text))
 
 
@@ -188,6 +188,6 @@ def _is_count(value: Any) -> bool:
 
 
 def _base_model(model: Exported) -> str | None:
-    """The hub id that was converted."""
+    """The hub id of the converted model; None if not recorded."""
     name = model.source.get("_name_or_path")
     return name if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None

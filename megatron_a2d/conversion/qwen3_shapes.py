@@ -1,4 +1,4 @@
-"""The shapes of the published Qwen3 models, as their `config.json` gives them."""
+"""Model shapes of the published Qwen3 sizes, from their `config.json`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from megatron_a2d.config.model_config import Architecture, architecture_from_config, read_architecture
 from megatron_a2d.utils.errors import UserError, nearest
 
-# hidden size, layers, heads, KV heads, MLP width, tied; mixture of experts: how many, and the width of one
+# hidden size, layers, heads, KV heads, MLP width, tied embeddings; MoE also: experts, width of an expert
 SIZES: dict[str, tuple] = {
     "0.6B": (1024, 28, 16, 8, 3072, True),
     "1.7B": (2048, 28, 16, 8, 6144, True),
@@ -20,11 +20,11 @@ SIZES: dict[str, tuple] = {
     "30B-A3B": (2048, 48, 32, 4, 6144, False, 128, 768),
     "235B-A22B": (4096, 94, 64, 4, 12288, False, 128, 1536),
 }
-VOCAB_SIZE, MASK_TOKEN_ID = 151936, 151669  # the first row that the tokenizer leaves unused
+VOCAB_SIZE, MASK_TOKEN_ID = 151936, 151669  # the mask: the first id that the tokenizer does not use
 
 
 def hub_config(size: str, **overrides: Any) -> dict[str, Any]:
-    """config.json of the model of `size`, with the hub's spelling. Raises UserError for an unknown size."""
+    """config.json of the model of `size`, in the hub's spelling. Raises UserError for an unknown size."""
     if size not in SIZES:
         raise UserError(f"--size {size}: is no Qwen3{nearest(size, SIZES)}; choose one of {', '.join(SIZES)}")
     hidden, layers, heads, groups, width, tied, *experts = SIZES[size]
@@ -66,7 +66,7 @@ def hub_config(size: str, **overrides: Any) -> dict[str, Any]:
 
 
 def named_architecture(name: str) -> Architecture:
-    """The shape of --model: a directory with a config.json, or a published Qwen3 by name (no network is asked).
+    """The shape of --model: a directory with a config.json, or a published Qwen3 by name (without network access).
 
     Raises UserError for any other name.
     """
@@ -83,7 +83,7 @@ def named_architecture(name: str) -> Architecture:
 
 
 def shape_problems(named: str, found: Architecture) -> list[str]:
-    """A line for each size in which a checkpoint is not the model that --model names."""
+    """One line for each dimension in which the checkpoint differs from --model."""
     expected = named_architecture(named)
     sizes = [
         "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",

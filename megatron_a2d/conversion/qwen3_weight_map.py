@@ -1,12 +1,16 @@
-"""The one table of weights: Hugging Face's Qwen3 and Qwen3-MoE <-> megatron.core's global tensors.
+"""The weight map between Hugging Face's Qwen3 and Qwen3-MoE tensors and megatron.core's global tensors.
 
-Every matrix of a megatron tensor is made of whole rows of Hugging Face tensors, by a single rule: the rows
-of its parts are dealt in equal turns, part after part within a turn.
+Every matrix of a megatron tensor interleaves the rows (output features) of one or more HF tensors, its parts, by a
+single rule: each part is cut into the same number of groups, and the groups follow one another, part after part.
 
-    one turn               a plain copy, or parts one after the other: fc1 = the gate's rows, then the up rows
-    a turn per KV group    linear_qkv: for each group its query heads' rows, its key's rows, its value's rows
+    one group         a copy, or a concatenation: fc1 = all rows of gate_proj, then all rows of up_proj
+    num_kv_heads      linear_qkv: for each KV head, the rows of its query heads, of its key, of its value
 
-The rule has an exact inverse, so both directions read the same table. Nothing is transposed.
+Example: Qwen3-8B has 32 query heads and 8 KV heads of size 128, so q_proj has 4096 rows, k_proj and v_proj 1024 each.
+Its linear_qkv has 6144 rows in 8 groups of 4 x 128 + 128 + 128 = 768. Group 0 is q[0:512], k[0:128], v[0:128], group 1
+is q[512:1024], k[128:256], v[128:256], and so on: row 1300 = 768 + 512 + 20 is row 128 + 20 = 148 of k_proj.
+
+The rule has an exact inverse, so both directions use the same table. Nothing is transposed.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from megatron_a2d.config.model_config import Architecture
 
 @dataclass(frozen=True)
 class Part:
-    """A Hugging Face tensor, one letter per axis of its shape:
+    """An HF tensor, one letter per axis of its shape:
 
     V vocabulary, H hidden size, D head size, Q query rows (heads x D), K key or value rows (KV heads x D),
     E experts, F width of the MLP or of one expert, G gate and up rows of one expert (2 x F).
@@ -32,77 +36,79 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A megatron tensor and the Hugging Face tensors that fill it. Names with {layer} and {expert} stand
-    for a leading axis each: megatron keeps all layers, and all experts, of a weight in one tensor."""
+class TensorMap:
+    """A megatron tensor and the HF tensors it is made of. {layer} and {expert} in an HF name stand for one leading
+    axis each of the megatron tensor, which holds all layers, and all experts, of a weight."""
 
     megatron: str
     parts: Sequence[Part]
     models: str = "all"  # all, dense, moe, untied
-    turn_per_kv_group: bool = False
-    fused: Part | None = None  # the same rows as one tensor of all experts, as transformers 5 holds them
+    is_grouped_by_kv_head: bool = False
+    fused: Part | None = None  # the same rows in one HF tensor of all experts, as transformers 5 may write them
 
 
 DECODER = "decoder.layers."
 LAYER = "model.layers.{layer}."
 EXPERT = LAYER + "mlp.experts.{expert}."
 
+# The order matters: tensors are written and reported in it, and WeightMap expands each run of adjacent entries with
+# {layer} layer by layer, so that these must stay together.
 TABLE = (
-    Row("embedding.word_embeddings.weight", [Part("VH", "model.embed_tokens.weight")]),
-    Row(
+    TensorMap("embedding.word_embeddings.weight", [Part("VH", "model.embed_tokens.weight")]),
+    TensorMap(
         DECODER + "self_attention.linear_qkv.layer_norm_weight",
         [Part("H", LAYER + "input_layernorm.weight")],
     ),
-    Row(
+    TensorMap(
         DECODER + "self_attention.linear_qkv.weight",
         [
             Part("QH", LAYER + "self_attn.q_proj.weight"),
             Part("KH", LAYER + "self_attn.k_proj.weight"),
             Part("KH", LAYER + "self_attn.v_proj.weight"),
         ],
-        turn_per_kv_group=True,
+        is_grouped_by_kv_head=True,
     ),
-    Row(DECODER + "self_attention.q_layernorm.weight", [Part("D", LAYER + "self_attn.q_norm.weight")]),
-    Row(DECODER + "self_attention.k_layernorm.weight", [Part("D", LAYER + "self_attn.k_norm.weight")]),
-    Row(DECODER + "self_attention.linear_proj.weight", [Part("HQ", LAYER + "self_attn.o_proj.weight")]),
+    TensorMap(DECODER + "self_attention.q_layernorm.weight", [Part("D", LAYER + "self_attn.q_norm.weight")]),
+    TensorMap(DECODER + "self_attention.k_layernorm.weight", [Part("D", LAYER + "self_attn.k_norm.weight")]),
+    TensorMap(DECODER + "self_attention.linear_proj.weight", [Part("HQ", LAYER + "self_attn.o_proj.weight")]),
     # dense
-    Row(
+    TensorMap(
         DECODER + "mlp.linear_fc1.layer_norm_weight",
         [Part("H", LAYER + "post_attention_layernorm.weight")],
         models="dense",
     ),
-    Row(
+    TensorMap(
         DECODER + "mlp.linear_fc1.weight",
         [Part("FH", LAYER + "mlp.gate_proj.weight"), Part("FH", LAYER + "mlp.up_proj.weight")],
         models="dense",
     ),
-    Row(DECODER + "mlp.linear_fc2.weight", [Part("HF", LAYER + "mlp.down_proj.weight")], models="dense"),
-    # mixture of experts
-    Row(
+    TensorMap(DECODER + "mlp.linear_fc2.weight", [Part("HF", LAYER + "mlp.down_proj.weight")], models="dense"),
+    # MoE
+    TensorMap(
         DECODER + "pre_mlp_layernorm.weight",
         [Part("H", LAYER + "post_attention_layernorm.weight")],
         models="moe",
     ),
-    Row(DECODER + "mlp.router.weight", [Part("EH", LAYER + "mlp.gate.weight")], models="moe"),
-    Row(
+    TensorMap(DECODER + "mlp.router.weight", [Part("EH", LAYER + "mlp.gate.weight")], models="moe"),
+    TensorMap(
         DECODER + "mlp.experts.experts.linear_fc1.weight",
         [Part("FH", EXPERT + "gate_proj.weight"), Part("FH", EXPERT + "up_proj.weight")],
         models="moe",
         fused=Part("EGH", LAYER + "mlp.experts.gate_up_proj"),
     ),
-    Row(
+    TensorMap(
         DECODER + "mlp.experts.experts.linear_fc2.weight",
         [Part("HF", EXPERT + "down_proj.weight")],
         models="moe",
         fused=Part("EHF", LAYER + "mlp.experts.down_proj"),
     ),
-    Row("decoder.final_layernorm.weight", [Part("H", "model.norm.weight")]),
-    Row("output_layer.weight", [Part("VH", "lm_head.weight")], models="untied"),
+    TensorMap("decoder.final_layernorm.weight", [Part("H", "model.norm.weight")]),
+    TensorMap("output_layer.weight", [Part("VH", "lm_head.weight")], models="untied"),
 )
 
-FUSED_PARTS = {part for row in TABLE if row.fused for part in row.fused.name.split(".")}
+FUSED_PARTS = {part for entry in TABLE if entry.fused for part in entry.fused.name.split(".")}
 
-# Modules that keep an `_extra_state` entry (empty unless FP8 is used) for every layer, and every expert.
+# Modules with an `_extra_state` entry (empty unless FP8 is used) per layer, and per expert.
 EXTRA_STATE = {
     DECODER + "self_attention.linear_qkv": "all",
     DECODER + "self_attention.linear_proj": "all",
@@ -115,49 +121,49 @@ EXTRA_STATE = {
 
 
 @dataclass(frozen=True)
-class Block:
-    """One matrix of a megatron tensor, at (layer, expert) = `lead`, and the Hugging Face rows in it."""
+class WeightBlock:
+    """One matrix of a megatron tensor, that of (layer, expert) = `lead`, and the HF tensors it is made of."""
 
     key: str
     lead: tuple[int, ...]
-    parts: tuple[Span, ...]  # each a whole tensor, or a whole expert of a fused one
-    turns: int
+    parts: tuple[Span, ...]  # each a complete tensor, or one expert of a fused tensor
+    groups: int
 
     @property
     def num_rows(self) -> int:
         return sum(part.stop for part in self.parts)
 
     def hf_rows(self, start: int, stop: int) -> list[Span]:
-        """The Hugging Face rows that, one after the other, are rows start:stop of this matrix."""
+        """The ranges of HF rows that, concatenated, are rows start:stop of this matrix."""
         spans: list[Span] = []
-        for turn in range(self.turns):
-            offset = turn * self.num_rows // self.turns
+        for group in range(self.groups):
+            offset = group * self.num_rows // self.groups
             for part in self.parts:
-                count = part.stop // self.turns
+                count = part.stop // self.groups
                 low, high = max(start, offset), min(stop, offset + count)
                 if low < high:
-                    first = turn * count - offset
+                    first = group * count - offset
                     spans.append(Span(part.name, part.lead, first + low, first + high))
                 offset += count
         return spans
 
     def megatron_rows(self, index: int, start: int, stop: int) -> list[Span]:
-        """The rows of this matrix that, one after the other, are rows start:stop of its part `index`."""
-        count = self.parts[index].stop // self.turns
-        before = sum(part.stop // self.turns for part in self.parts[:index])
+        """The ranges of rows of this matrix that, concatenated, are rows start:stop of its part `index`."""
+        count = self.parts[index].stop // self.groups
+        before = sum(part.stop // self.groups for part in self.parts[:index])
         spans: list[Span] = []
-        for turn in range(start // count, (stop - 1) // count + 1):
-            low, high = max(start, turn * count), min(stop, (turn + 1) * count)
-            first = turn * self.num_rows // self.turns + before - turn * count
+        for group in range(start // count, (stop - 1) // count + 1):
+            low, high = max(start, group * count), min(stop, (group + 1) * count)
+            first = group * self.num_rows // self.groups + before - group * count
             spans.append(Span(self.key, self.lead, first + low, first + high))
         return spans
 
 
 class WeightMap:
-    """The table filled in for one architecture.
+    """The table for one architecture.
 
-    `hf_names`, the tensors that a directory holds, decides layer by layer whether its experts are fused;
-    without it every expert has tensors of its own, as in the files on the hub.
+    `hf_names`, the tensors of an HF directory, decide per layer whether experts are fused; without them every expert
+    has separate tensors, as in the files on the hub.
     """
 
     def __init__(self, architecture: Architecture, hf_names: Collection[str] = ()):
@@ -165,40 +171,40 @@ class WeightMap:
         self.hf_shapes: dict[str, tuple[int, ...]] = {}
         self.megatron_shapes: dict[str, tuple[int, ...]] = {}
         self.megatron_keys: dict[str, str] = {}
-        """the megatron tensor of every Hugging Face tensor"""
-        self._blocks: dict[tuple[str, tuple[int, ...]], Block] = {}
-        self._homes: dict[tuple[str, tuple[int, ...]], tuple[Block, int]] = {}
+        """HF tensor -> the megatron tensor it is part of"""
+        self._blocks: dict[tuple[str, tuple[int, ...]], WeightBlock] = {}
+        self._owners: dict[tuple[str, tuple[int, ...]], tuple[WeightBlock, int]] = {}
         for block in self._build(hf_names):
             self._blocks[block.key, block.lead] = block
             for index, part in enumerate(block.parts):
-                self._homes[part.name, part.lead] = (block, index)
+                self._owners[part.name, part.lead] = (block, index)
                 self.megatron_keys[part.name] = block.key
 
-    def blocks(self) -> Iterator[Block]:
-        """All matrices, in the order of the layers."""
+    def blocks(self) -> Iterator[WeightBlock]:
+        """All matrices, layer by layer."""
         yield from self._blocks.values()
 
     def to_hf(self, span: Span) -> list[Span]:
-        """Where rows of a megatron tensor lie in the Hugging Face tensors."""
+        """The ranges of HF rows that hold the rows of a megatron tensor."""
         return self._blocks[span.name, span.lead].hf_rows(span.start, span.stop)
 
     def to_megatron(self, span: Span) -> list[Span]:
-        """Where rows of a Hugging Face tensor lie in the megatron tensors."""
-        block, index = self._homes[span.name, span.lead]
+        """The ranges of megatron rows that hold the rows of an HF tensor."""
+        block, index = self._owners[span.name, span.lead]
         return block.megatron_rows(index, span.start, span.stop)
 
     def counterpart(self, name: str) -> list[Span]:
-        """What the tensor `name`, of either side, corresponds to on the other. Raises KeyError if unknown."""
+        """The rows of the other side that make up the tensor `name` of either. Raises KeyError if unknown."""
         if name in self.megatron_shapes:
             blocks = [block for block in self.blocks() if block.key == name]
             return [span for block in blocks for span in block.hf_rows(0, block.num_rows)]
-        homes = [(lead, home) for (known, lead), home in self._homes.items() if known == name]
-        if not homes:
+        owners = [(lead, owner) for (known, lead), owner in self._owners.items() if known == name]
+        if not owners:
             raise KeyError(name)
-        return [span for _, (block, i) in homes for span in block.megatron_rows(i, 0, block.parts[i].stop)]
+        return [span for _, (block, i) in owners for span in block.megatron_rows(i, 0, block.parts[i].stop)]
 
     def extra_state_keys(self) -> Iterator[str]:
-        """The byte entries megatron.core expects: key/shard_<index>_<count>, a number per leading axis."""
+        """The byte entries that megatron.core expects: key/shard_<index>_<count>, one number per leading axis."""
         a = self.architecture
         for module, models in EXTRA_STATE.items():
             if not _has(a, models):
@@ -211,26 +217,26 @@ class WeightMap:
                     f"_{'.'.join(map(str, counts or [1]))}"
                 )
 
-    def _build(self, hf_names: Collection[str]) -> Iterator[Block]:
-        rows = [row for row in TABLE if _has(self.architecture, row.models)]
-        for per_layer, group in itertools.groupby(rows, _per_layer):
+    def _build(self, hf_names: Collection[str]) -> Iterator[WeightBlock]:
+        entries = [entry for entry in TABLE if _has(self.architecture, entry.models)]
+        for per_layer, group in itertools.groupby(entries, _per_layer):
             if not per_layer:
-                yield from (self._block(row, (), hf_names) for row in group)
+                yield from (self._block(entry, (), hf_names) for entry in group)
                 continue
-            group_rows = list(group)
-            experts = [row for row in group_rows if "{expert}" in row.parts[0].name]
-            shared = [row for row in group_rows if row not in experts]
+            layer_entries = list(group)
+            experts = [entry for entry in layer_entries if "{expert}" in entry.parts[0].name]
+            shared = [entry for entry in layer_entries if entry not in experts]
             for layer in range(self.architecture.num_layers):
-                yield from (self._block(row, (layer,), hf_names) for row in shared)
+                yield from (self._block(entry, (layer,), hf_names) for entry in shared)
                 for expert in range(self.architecture.num_experts):
-                    yield from (self._block(row, (layer, expert), hf_names) for row in experts)
+                    yield from (self._block(entry, (layer, expert), hf_names) for entry in experts)
 
-    def _block(self, row: Row, lead: tuple[int, ...], hf_names: Collection[str]) -> Block:
+    def _block(self, entry: TensorMap, lead: tuple[int, ...], hf_names: Collection[str]) -> WeightBlock:
         sizes = _sizes(self.architecture)
         names = dict(zip(("layer", "expert"), lead, strict=False))
-        parts, hf_lead = row.parts, lead[2:]
-        if row.fused and row.fused.name.format(**names) in hf_names:
-            parts, hf_lead = [row.fused], lead[1:]
+        parts, hf_lead = entry.parts, lead[2:]
+        if entry.fused and entry.fused.name.format(**names) in hf_names:
+            parts, hf_lead = [entry.fused], lead[1:]
         spans = []
         for part in parts:
             name, shape = part.name.format(**names), tuple(sizes[letter] for letter in part.axes)
@@ -238,9 +244,9 @@ class WeightMap:
             spans.append(Span(name, hf_lead, 0, shape[len(hf_lead)]))
         counts = (self.architecture.num_layers, self.architecture.num_experts)[: len(lead)]
         rows, width = sum(span.stop for span in spans), (sizes[parts[0].axes[-1]],) * (len(parts[0].axes) > 1)
-        self.megatron_shapes[row.megatron] = (*counts, rows, *width)
-        turns = self.architecture.num_key_value_heads if row.turn_per_kv_group else 1
-        return Block(row.megatron, lead, tuple(spans), turns)
+        self.megatron_shapes[entry.megatron] = (*counts, rows, *width)
+        groups = self.architecture.num_key_value_heads if entry.is_grouped_by_kv_head else 1
+        return WeightBlock(entry.megatron, lead, tuple(spans), groups)
 
 
 def _sizes(architecture: Architecture) -> Mapping[str, int]:
@@ -259,5 +265,5 @@ def _has(architecture: Architecture, models: str) -> bool:
     return models == "all" or architecture.is_moe == (models == "moe")
 
 
-def _per_layer(row: Row) -> bool:
-    return "{layer}" in row.parts[0].name
+def _per_layer(entry: TensorMap) -> bool:
+    return "{layer}" in entry.parts[0].name

@@ -1,7 +1,7 @@
-"""Random weights in the shape of any Qwen3, as a Hugging Face directory: for tests and benchmarks of conversion.
+"""HF models with random weights in the shape of any Qwen3, for tests and benchmarks of conversion.
 
-Each value is a function of its tensor's name and its place alone. Matrices have the standard deviation of
-`initializer_range`, norms spread around one, so that a swap of any two tensors shows.
+Each value is a function of its tensor's name and its index. Matrices have the standard deviation
+`initializer_range`, norms vary around one, so that swapping any two tensors is detected.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from megatron_a2d.checkpoint.tensor_rows import Span, num_bytes
 from megatron_a2d.config.model_config import architecture_from_config
 from megatron_a2d.conversion.hf_to_torch_dist import check_space
 from megatron_a2d.conversion.qwen3_weight_map import WeightMap
-from megatron_a2d.conversion.resumable_output import unfinished_directory
+from megatron_a2d.conversion.resumable_output import resumable_directory
 from megatron_a2d.conversion.safetensors_files import write_safetensors
 from megatron_a2d.terminal.console import progress
 from megatron_a2d.utils.atomic_write import write_json
 
-_POOL = 4_194_301  # values drawn once, a prime number of them; every tensor reads them from a place of its own
+_POOL = 4_194_301  # values drawn once, a prime number; each tensor reads them from a different offset
 
 
 class RandomWeights:
-    """A `RowSource` of any architecture; `fused` holds the experts of a layer in one tensor each."""
+    """A `RowSource` of any architecture; with `fused` all experts of a layer share a tensor."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, fused: bool = False, seed: int = 0):
         architecture = architecture_from_config(config, "the configuration")
@@ -80,13 +80,13 @@ def write_synthetic(
     seed: int = 0,
 ) -> int:
     """Write the directory `out`, which must be new; returns the bytes of its weights. `tokenizer` is a directory
-    whose tokenizer travels along."""
+    whose tokenizer is copied."""
     weights = RandomWeights(config, dtype, fused, seed)
     size = num_bytes(weights)
     config = config | {"torch_dtype": str(dtype).removeprefix("torch.")}
     check_space(out, size)
     identity = {"config": config, "fused": fused, "shard": max_shard_bytes, "seed": seed}
-    with unfinished_directory(out, "--out", identity) as work:
+    with resumable_directory(out, "--out", identity) as work:
         if tokenizer:
             copy_hf_files(tokenizer, work.directory)
         with progress("random weights", size, "B") as advance:

@@ -1,9 +1,9 @@
-"""A large output directory whose writing may be interrupted and taken up again by the same command.
+"""Resumable output directories: an interrupted conversion is resumed by the same command.
 
-Everything is written into `.NAME.partial` beside the final name. A file that is complete gets a line in a journal, with
-its checksum; the next run of the same command keeps the files whose checksums are right (what was not yet on the disk
-when the power failed is not) and writes the others. What "the same" means is the `identity`, a dictionary that names
-the sources and the options: with another one the work starts anew.
+Files are written to `.NAME.partial` next to the final name. Each complete file is recorded in a journal with its
+checksum; the next run of the same command keeps the files whose checksums match (a power failure may have lost data
+not yet on disk) and writes the others. Two commands are the same if their `identity` is, a dictionary of the sources
+and options; with another identity writing starts from scratch.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from megatron_a2d.utils.parsing import ParseError, parse_json
 from megatron_a2d.utils.partial_files import open_lock
 
 JOURNAL = ".journal"
-_BLOCK = 1 << 20
+_IO_CHUNK = 1 << 20
 _CHECKERS = 4  # threads
 
 
-class Unfinished:
-    """`directory` is where to write; `done` says what earlier runs recorded of their complete files."""
+class ResumableOutput:
+    """The output being written. `directory`: where to write; `done`: complete file -> what was recorded about it."""
 
     def __init__(self, directory: Path, journal: Any, done: dict[str, dict[str, Any]]):
         self.directory, self.done = directory, done
         self.may_keep: Callable[[], bool] = lambda: True
-        """False once something is found for which the work will be refused; nothing more is then kept."""
+        """False once the output is known to be rejected; no further file is recorded then."""
         self._journal, self._lock = journal, threading.Lock()
 
     def record(self, name: str, facts: dict[str, Any]) -> None:
-        """The file `name`, relative to the directory, is complete; `facts` holds its "crc32" or its "sha256".
+        """Record the file `name`, relative to the directory, as complete; `facts` holds its "crc32" or its "sha256".
 
-        Safe from several threads.
+        Thread-safe.
         """
         with self._lock:
             self.done[name] = facts
@@ -60,16 +60,16 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished_directory(path: Path, flag: str, identity: dict[str, Any]) -> Iterator[Unfinished]:
-    """Yield the work on `path`; on success it gets its name, after a UserError it is removed, after anything else
-    (a signal, a full disk) it is kept for the next run. `flag` is the command-line name of `path`.
+def resumable_directory(path: Path, flag: str, identity: dict[str, Any]) -> Iterator[ResumableOutput]:
+    """Yield the output that is to become `path`: renamed on success, removed after a UserError, kept for the next run
+    after anything else (a signal, a full disk). `flag` is the command-line name of `path`.
     """
     path = Path(path)
     check_new_directory(path, flag)
     make_parent(path)
-    place, partial = path.absolute(), _partial(path)  # absolute, because "." cannot be removed under that name
+    final, partial = path.absolute(), _partial(path)  # absolute, because rmdir(".") fails
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise UserError(f"{flag} {path}: {partial} is in the way and is no directory of its own; remove it")
+        raise UserError(f"{flag} {path}: {partial} exists and is not a directory of its own; remove it")
     partial.mkdir(exist_ok=True)
     with open_lock(partial / JOURNAL) as journal:
         try:
@@ -77,20 +77,20 @@ def unfinished_directory(path: Path, flag: str, identity: dict[str, Any]) -> Ite
         except BlockingIOError:
             raise UserError(f"{flag} {path}: another process is writing it; wait, or name another directory") from None
         except OSError:
-            pass  # a file system without locks
-        work = Unfinished(partial, journal, _take_up(partial, journal, json.loads(json.dumps(identity))))
+            pass  # the file system has no locks
+        work = ResumableOutput(partial, journal, _resume(partial, journal, json.loads(json.dumps(identity))))
         if work.done:
-            console.print(f"{path}: continues an interrupted run, {len(work.done)} files are complete")
+            console.print(f"{path}: resuming an interrupted run, {len(work.done)} files are complete")
         try:
             yield work
             for entry in partial.rglob("*"):
                 fsync_path(entry)
-            # Not before: flushing takes minutes, and an interruption then must not cost everything.
+            # Only now: flushing takes minutes, and until it is done the run must stay resumable.
             (partial / JOURNAL).unlink()
             if path.exists():
-                place.rmdir()
-            os.rename(partial, place)
-            fsync_path(place.parent)
+                final.rmdir()
+            os.rename(partial, final)
+            fsync_path(final.parent)
         except UserError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError([problem.replace(str(partial), str(path)) for problem in error.problems]) from error
@@ -98,14 +98,14 @@ def unfinished_directory(path: Path, flag: str, identity: dict[str, Any]) -> Ite
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 console.print(f"{flag} {path}: the disk is full; make room")
             if work.done:
-                console.print(f"{partial}: holds {len(work.done)} complete files; the same command continues there")
+                console.print(f"{partial}: holds {len(work.done)} complete files; run the same command again to resume")
             else:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
-def size_of_unfinished(path: Path) -> int:
-    """The bytes that an interrupted run left for `path`."""
+def num_bytes_written(path: Path) -> int:
+    """The bytes that an interrupted run has already written for `path`."""
     return sum(entry.stat().st_size for entry in _partial(path).rglob("*") if entry.is_file())
 
 
@@ -113,10 +113,10 @@ def _partial(path: Path) -> Path:
     return Path(path).absolute().with_name(f".{Path(path).name}.partial")
 
 
-def _take_up(partial: Path, journal: Any, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The complete files of an earlier run of the same work; all else in `partial` is removed.
+def _resume(partial: Path, journal: Any, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The intact files of an earlier run with the same identity; everything else in `partial` is removed.
 
-    A link is no file of ours, whoever put it there: it is removed, and nothing is written through it.
+    Symbolic links are removed too, whoever made them, so that nothing is written through one.
     """
     for path in partial.rglob("*"):
         if path.is_symlink():
@@ -125,23 +125,23 @@ def _take_up(partial: Path, journal: Any, identity: dict[str, Any]) -> dict[str,
     lines = [_parse(line) for line in journal]
     done: dict[str, dict[str, Any]] = {}
     if lines and lines[0] == {"identity": identity}:
-        whole = [
+        recorded = [
             line for line in lines[1:]
             if _is_inside(partial, line.get("file")) and isinstance(line.get("facts"), dict)
         ]  # fmt: skip
-        with progress("checking what is there", sum(_size(partial / line["file"]) for line in whole), "B") as advance:
-            jobs = [functools.partial(_is_intact, partial / line["file"], line["facts"]) for line in whole]
+        with progress("checking files", sum(_size(partial / line["file"]) for line in recorded), "B") as advance:
+            jobs = [functools.partial(_is_intact, partial / line["file"], line["facts"]) for line in recorded]
             intact = run_jobs(jobs, _CHECKERS, advance)
-        done = {line["file"]: line["facts"] for line, good in zip(whole, intact, strict=True) if good}
+        done = {line["file"]: line["facts"] for line, good in zip(recorded, intact, strict=True) if good}
     elif lines:
-        console.print(f"{partial}: is of another source or other options; starting anew")
+        console.print(f"{partial}: has another source or other options; starting from scratch")
     for path in sorted(partial.rglob("*"), reverse=True):
         if path.is_dir():
             if not any(path.iterdir()):
                 path.rmdir()
         elif path.name != JOURNAL and path.relative_to(partial).as_posix() not in done:
             path.unlink()
-    # Written anew: a last line that was cut short would swallow the next one.
+    # Rewritten: the next line would be appended to a truncated last one.
     journal.seek(0)
     journal.truncate()
     kept: list[dict[str, Any]] = [{"file": name, "facts": facts} for name, facts in done.items()]
@@ -156,19 +156,19 @@ def _is_inside(partial: Path, name: Any) -> bool:
         return False
     try:
         return (partial / name).is_file()
-    except OSError:  # a name that is too long
+    except OSError:  # the name is too long
         return False
 
 
 def _is_intact(path: Path, facts: dict[str, Any], advance: Callable[[float], None]) -> bool:
     crc, sha = 0, hashlib.sha256()
     with open(path, "rb", opener=regular) as file:
-        while block := file.read(_BLOCK):
+        while chunk := file.read(_IO_CHUNK):
             if "sha256" in facts:
-                sha.update(block)
+                sha.update(chunk)
             else:
-                crc = zlib.crc32(block, crc)
-            advance(len(block))
+                crc = zlib.crc32(chunk, crc)
+            advance(len(chunk))
     return facts["sha256"] == sha.hexdigest() if "sha256" in facts else facts.get("crc32") == f"{crc:08x}"
 
 
@@ -185,6 +185,6 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 def describe_files(directory: Path) -> list[list[Any]]:
-    """Names, sizes and times of change of all files: what tells that a source is still the same."""
+    """Name, size and modification time of every file: the identity of an unchanged source."""
     files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
     return [[path.relative_to(directory).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

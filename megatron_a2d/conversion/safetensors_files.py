@@ -1,7 +1,7 @@
-"""Hugging Face weight files: an index made from the headers alone, and a writer that streams shards.
+"""safetensors files of HF models: a reader that indexes the headers, and a writer that streams shards.
 
 A safetensors file is an 8-byte header length, a JSON header (name -> dtype, shape, [begin, end) of its
-bytes), then the values, little-endian, without gaps. Both directions hold a slab at a time.
+bytes), then the values, little-endian, without gaps. Reading and writing hold one slab at a time in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from megatron_a2d.checkpoint.tensor_rows import OpenFiles, RowSource, Span, StreamedFile, bytes_of, slabs
 from megatron_a2d.config.model_config import quantised
-from megatron_a2d.conversion.resumable_output import Unfinished
+from megatron_a2d.conversion.resumable_output import ResumableOutput
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.utils.atomic_write import read_json, regular
 from megatron_a2d.utils.errors import UserError
@@ -29,34 +29,34 @@ from megatron_a2d.utils.parsing import ParseError, parse_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-MOST_AXES = 16  # the product of a hundred thousand takes minutes
+MOST_AXES = 16  # multiplying a hundred thousand dimensions would take minutes
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NAMES_OF_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """The location of a tensor."""
 
     path: Path
-    offset: int  # from the start of the file
+    offset: int  # bytes from the start of the file
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class SafetensorsDirectory:
-    """The tensors of a Hugging Face directory, single-file or sharded. A `RowSource`."""
+    """The tensors of an HF directory, single-file or sharded. A `RowSource`."""
 
     def __init__(self, directory: Path):
-        """Reads all headers. Damaged files raise UserError; tensors that are in two places, or not where the
-        index says, are left in `problems`."""
+        """Read all headers. Damaged files raise UserError; tensors that are in two files, or not in the file that the
+        index lists, are reported in `problems`."""
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; give the directory of a Hugging Face model")
         self.entries: dict[str, Entry] = {}
         self.problems: list[str] = []
         self._files = OpenFiles()
         damage: list[str] = []
-        foreign: dict[str, str] = {}  # tensors of other types
+        foreign: dict[str, str] = {}  # tensor -> its unsupported dtype
         weight_map = _weight_map(directory)
         for file in dict.fromkeys(weight_map.values()) or [SINGLE_FILE]:
             path = directory / file
@@ -73,7 +73,7 @@ class SafetensorsDirectory:
             raise UserError(damage)
         for name, file in weight_map.items():
             if name not in self.entries:
-                self.problems.append(f"{directory / file}: lacks tensor {name}, which {INDEX_FILE} promises")
+                self.problems.append(f"{directory / file}: lacks tensor {name}, which {INDEX_FILE} lists")
         self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in self.entries.items()}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -103,7 +103,7 @@ def open_safetensors(directory: Path) -> Iterator[SafetensorsDirectory]:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    """Tensor -> file of a sharded directory; empty for a single file. Every named file is there."""
+    """Tensor -> file of a sharded directory; empty for a single file. UserError if a listed file is missing."""
     if not (directory / INDEX_FILE).exists():
         if not (directory / SINGLE_FILE).exists():
             others = sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in directory.glob(pattern))
@@ -137,13 +137,13 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path, problems: list[str], foreign: dict[str, str]) -> dict[str, Entry]:
-    """The tensors of one file; what is wrong with it goes to `problems`, tensors of other types to `foreign`."""
+    """The tensors of one file; appends its problems to `problems`, tensors of unsupported dtypes to `foreign`."""
     try:
         size = path.stat().st_size
         with open(path, "rb", opener=regular) as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                problems.append(f"{path}: is truncated or no safetensors file ({size} bytes); fetch it again")
+                problems.append(f"{path}: is truncated or not a safetensors file ({size} bytes); fetch it again")
                 return {}
             header = parse_json(file.read(length))
     except OSError as error:
@@ -156,7 +156,7 @@ def _read_header(path: Path, problems: list[str], foreign: dict[str, str]) -> di
         problems.append(f"{path}: its header is damaged (not a JSON object); fetch it again")
         return {}
     if not isinstance(header.pop("__metadata__", {}), dict):
-        problems.append(f"{path}: its header is damaged (__metadata__ is no object); fetch it again")
+        problems.append(f"{path}: its header is damaged (__metadata__ is not an object); fetch it again")
     entries: dict[str, Entry] = {}
     end = 0
     found = _entries(path, 8 + length, header, problems, foreign)
@@ -175,7 +175,7 @@ def _read_header(path: Path, problems: list[str], foreign: dict[str, str]) -> di
 def _entries(
     path: Path, base: int, header: dict[str, Any], problems: list[str], foreign: dict[str, str]
 ) -> dict[str, tuple[int, int, Entry]]:
-    """name -> (begin, end, entry) of the well-formed items of a header; `base` is where its values begin."""
+    """name -> (begin, end, entry) of the well-formed items of a header; `base` is the file offset of the values."""
     result = {}
     for name, item in header.items():
         try:
@@ -198,11 +198,11 @@ def _entries(
 
 
 def write_safetensors(
-    work: Unfinished, source: RowSource, max_shard_bytes: int, advance: Callable[[float], None], workers: int = 1
+    work: ResumableOutput, source: RowSource, max_shard_bytes: int, advance: Callable[[float], None], workers: int = 1
 ) -> dict[str, str]:
     """Write all tensors of `source`, in its order, as one file or several with an index, `workers` at a time.
 
-    Shards that an earlier run completed are kept. `advance` is told of the bytes written. Returns file name -> SHA-256.
+    Shards that an earlier run completed are kept. `advance` is called with bytes written. Returns file name -> SHA-256.
     """
     sizes = {name: math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items()}
     shards = plan_shards(sizes, max_shard_bytes)
@@ -227,27 +227,27 @@ def write_safetensors(
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Tensors (name -> bytes) in their order, cut into few shards of about one size.
+    """Split tensors (name -> bytes), in their order, into few shards of about equal size.
 
-    A shard is larger than `max_shard_bytes` only if a single tensor is. Equal sizes: nobody waits for the largest.
+    A shard exceeds `max_shard_bytes` only if a single tensor does. Equal sizes keep all workers busy to the end.
     """
     total = sum(sizes.values())
     share = total / math.ceil(total / max_shard_bytes)
     shards: list[list[str]] = [[]]
-    filled = placed = 0
+    filled = assigned = 0
     for name, size in sizes.items():
-        if shards[-1] and (filled + size > max_shard_bytes or placed + size / 2 > share * len(shards)):
+        if shards[-1] and (filled + size > max_shard_bytes or assigned + size / 2 > share * len(shards)):
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled, placed = filled + size, placed + size
+        filled, assigned = filled + size, assigned + size
     return shards
 
 
 def _write_file(
-    work: Unfinished, file_name: str, source: RowSource, names: Sequence[str], advance: Callable[[float], None]
+    work: ResumableOutput, file_name: str, source: RowSource, names: Sequence[str], advance: Callable[[float], None]
 ) -> None:
-    # Wide types first: every tensor is then aligned to its own type.
+    # Wide dtypes first, so that every tensor is aligned to its dtype.
     names = sorted(names, key=lambda name: -source.dtype(name).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -259,9 +259,9 @@ def _write_file(
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with StreamedFile(work.directory / file_name) as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            file.write(piece)
-            digest.update(piece)
+        for part in (len(text).to_bytes(8, "little"), text):
+            file.write(part)
+            digest.update(part)
         for name in names:
             shape = source.shapes[name]
             for start, stop in slabs(shape, 0, shape[0], source.dtype(name).itemsize):

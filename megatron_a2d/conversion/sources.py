@@ -1,7 +1,7 @@
-"""A model's weights under Hugging Face's names, whatever they are stored in.
+"""Readers that give a model's weights under HF names, from safetensors files or a torch_dist checkpoint.
 
-Opening one accounts for every tensor: unknown, missing and mis-shaped ones are all reported, before
-anything is read or written.
+Opening one checks every tensor: all unknown, missing and mis-shaped ones are reported before anything is
+read or written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Weights(NamedTuple):
-    """`tensors` has the names and shapes of the files on the hub: experts one by one, layer by layer."""
+    """A model's weights. `tensors` has the names and shapes of the files on the hub: one per layer and expert."""
 
     directory: Path
     architecture: Architecture
@@ -45,10 +45,10 @@ class Weights(NamedTuple):
 
 @contextmanager
 def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
-    """The weights of a Hugging Face directory; experts may be fused, a tied head may be stored or not.
+    """The weights of an HF directory; experts may be fused, and a tied LM head may be stored or not.
 
-    With `check_values`, a directory that is refused is also searched for values that are not finite, so that all that
-    is wrong with it is known at once.
+    With `check_values`, a directory that is refused is also searched for non-finite values, so that all problems are
+    reported at once.
     """
     check_model_files(directory)
     architecture = read_architecture(directory)
@@ -76,7 +76,7 @@ def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
 
 @contextmanager
 def open_checkpoint(path: Path) -> Iterator[Weights]:
-    """The weights of a checkpoint in any layout; `path` is what `checkpoint.resolve` accepts."""
+    """The weights of a torch_dist checkpoint saved in any layout; `path` is as for checkpoint.directory.resolve."""
     directory = resolve(path)
     if not (directory / HF_FILES).is_dir():
         raise UserError(
@@ -96,20 +96,20 @@ def open_checkpoint(path: Path) -> Iterator[Weights]:
 
 
 def _too_few(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> list[str]:
-    """A line when the configuration is of a far larger model than the files, whose tensors take memory to name."""
+    """A problem if config.json is of a far larger model than the files: listing its missing tensors takes memory."""
     there, named = sum(map(math.prod, shapes.values())), architecture.num_parameters()
     if named <= 2 * there + 10_000:
         return []
     return [
-        f"{directory}: config.json is of a model of {named:,} parameters, the files hold {there:,} numbers in "
-        f"{len(shapes):,} tensors; take the config.json that belongs to the weights"
+        f"{directory}: config.json is of a model of {named:,} parameters, the files hold {there:,} values in "
+        f"{len(shapes):,} tensors; use the config.json that belongs to the weights"
     ]
 
 
 def as_megatron(weights: Weights, dtype: torch.dtype | None) -> Remapped:
-    """The same weights under megatron's names, in `dtype` or as they are.
+    """The same weights under megatron's names, cast to `dtype` unless it is None.
 
-    A megatron tensor holds all layers, so its parts must agree on a type.
+    A megatron tensor holds all layers, so its parts must have one dtype.
     """
     dtypes: dict[str, torch.dtype] = {}
     problems = []
@@ -134,7 +134,7 @@ def as_type(weights: Weights, dtype: torch.dtype | None) -> RowSource:
 
 
 def _foreign_names(architecture: Architecture, found: Mapping[str, tuple], directory: Path) -> str | None:
-    """One line for a directory that names most tensors otherwise than Qwen3 does, as wrappers and larger models do."""
+    """A problem if most tensors have other names than in Qwen3, as in wrappers and multimodal models; else None."""
     table = WeightMap(architecture).hf_shapes
     parts = {part for name in table for part in name.split(".")} | FUSED_PARTS
 
@@ -171,5 +171,5 @@ def _check_tied(files: SafetensorsDirectory, directory: Path) -> None:
         if len(types) > 1 or not torch.equal(head, embedding):
             raise UserError(
                 f"{directory}: config.json ties {HEAD} to {EMBEDDING}, but the two tensors differ; "
-                "set tie_word_embeddings to false, or take the config.json that belongs to the weights"
+                "set tie_word_embeddings to false, or use the config.json that belongs to the weights"
             )

@@ -1,4 +1,4 @@
-"""torch_dist checkpoint, in any layout -> Hugging Face directory. Memory: a few slabs a worker."""
+"""Export of a torch_dist checkpoint, saved in any layout, to an HF directory. Memory: a few slabs per worker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_a2d.conversion.hf_config import Exported, Format, config_json, gen
 from megatron_a2d.conversion.hf_to_torch_dist import check_space
 from megatron_a2d.conversion.mask_token_registration import register_mask_token
 from megatron_a2d.conversion.model_card import Origin, model_card
-from megatron_a2d.conversion.resumable_output import JOURNAL, describe_files, unfinished_directory
+from megatron_a2d.conversion.resumable_output import JOURNAL, describe_files, resumable_directory
 from megatron_a2d.conversion.safetensors_files import write_safetensors
 from megatron_a2d.conversion.sources import EMBEDDING, Weights, as_type, open_checkpoint, open_hf
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
@@ -38,14 +38,14 @@ class Written(NamedTuple):
     iteration: int
     num_parameters: int
     num_bytes: int
-    comparison: Comparison | None  # of the checkpoint and what was written; None without `verify`
+    comparison: Comparison | None  # of the checkpoint with the export; None without `verify`
 
 
 def export(
     checkpoint: Path,
     out: Path,
     kind: Format,
-    travelling: Sequence[Path] = (),
+    code_files: Sequence[Path] = (),
     max_shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
     verify: bool = True,
@@ -55,12 +55,12 @@ def export(
     allow_objective_mismatch: bool = False,
     check: Check | None = None,
 ) -> Written:
-    """Write the latest iteration of `checkpoint` (or the one it names) as the Hugging Face directory `out`.
+    """Write the latest iteration of `checkpoint` (or the iteration it points to) as the HF directory `out`.
 
-    `travelling` are the python files that the format's auto_map names. `evaluation` is shown in the model card.
-    `allow_objective_mismatch` permits a form that the model was not trained for. With `verify` what was written is read
-    back, compared and given to `check` before it gets its final name. Raises UserError and leaves nothing behind; an
-    interrupted run is continued by the next one.
+    `code_files` are the Python files of the format's auto_map. `evaluation` is shown in the model card.
+    `allow_objective_mismatch` permits a format that the model was not trained for. With `verify` the output is read
+    back, compared, and passed to `check` before it is renamed to `out`. Raises UserError and leaves nothing behind; an
+    interrupted run is resumed by the next one.
     """
     check_new_directory(out, "--out")
     with open_checkpoint(checkpoint) as weights:
@@ -73,7 +73,7 @@ def export(
         check_space(out, size)
         options = [kind, str(dtype), max_shard_bytes, evaluation, allow_nonfinite]
         identity = {"version": __version__, "options": options, "source": describe_files(weights.directory)}
-        with unfinished_directory(out, "--out", identity) as work:
+        with resumable_directory(out, "--out", identity) as work:
             work.may_keep = lambda: allow_nonfinite or not checked.non_finite
             with progress("exporting", size, "B", work.num_bytes_done()) as advance:
                 digests = write_safetensors(work, tensors, max_shard_bytes, advance, workers)
@@ -83,7 +83,7 @@ def export(
             config = config_json(kind, model)
             if config.get("mask_token_id") is not None:
                 register_mask_token(work.directory, config["mask_token_id"])
-            for file in travelling:
+            for file in code_files:
                 shutil.copyfile(file, work.directory / file.name)
             write_json(work.directory / "config.json", config)
             if generation := generation_json(kind, model):
@@ -102,12 +102,12 @@ def export(
 
 
 def _describe(weights: Weights, dtype: str) -> tuple[Exported, Origin]:
-    """What the configuration and the model card of an export say, read from the checkpoint's small files."""
+    """The inputs of the export's config.json and model card, from the checkpoint's small files."""
     run = weights.directory / RUN_CONFIG
     settings = read_json(run, "the run's configuration") if run.exists() else {}
     if unusable := {"label_shift", "block_length"} & set(recorded_settings(settings)[1]):
         raise UserError(
-            f"{run}: holds no usable {', '.join(sorted(unusable))}, which the export says; restore the file"
+            f"{run}: holds no usable {', '.join(sorted(unusable))}, which the export records; restore the file"
         )
     hf = weights.directory / HF_FILES
     model = Exported(
@@ -128,7 +128,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _write_sums(directory: Path, digests: dict[str, str]) -> None:
-    """A SHA256SUMS of all files, for `sha256sum -c`; `digests` are those already known."""
+    """Write SHA256SUMS of all files, for `sha256sum -c`; `digests` are the ones already computed."""
     lines = []
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != JOURNAL:

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints of one run, streamed: plain, or an exponential moving average over their order."""
+"""Weight averaging over checkpoints of one run, streamed: uniform, or an exponential moving average (EMA)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, RowSource, Span, nu
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.conversion.compare_weights import architecture_differences
 from megatron_a2d.conversion.hf_to_torch_dist import check_space
-from megatron_a2d.conversion.resumable_output import describe_files, unfinished_directory
+from megatron_a2d.conversion.resumable_output import describe_files, resumable_directory
 from megatron_a2d.conversion.sources import Weights, as_megatron, open_checkpoint
 from megatron_a2d.conversion.torch_dist_writer import write_torch_dist
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
@@ -34,7 +34,7 @@ class Averaged(NamedTuple):
 
 
 class MeanRows:
-    """A `RowSource`: the weighted sum of `sources`, in fp32, in the type of the first."""
+    """A `RowSource`: the weighted sum of `sources`, computed in fp32 and cast to the dtype of the first."""
 
     def __init__(self, sources: Sequence[RowSource], factors: Sequence[float]):
         self.shapes: Mapping[str, tuple[int, ...]] = sources[0].shapes
@@ -53,9 +53,9 @@ class MeanRows:
 
 
 def factors_of(count: int, ema_decay: float | None) -> list[float]:
-    """The weight of each of `count` checkpoints, oldest first; they add up to 1.
+    """The weights of `count` checkpoints, oldest first, which sum to 1.
 
-    With a decay d, those of the recursion ema <- d ema + (1 - d) next that starts from the first.
+    With a decay d they are those of ema <- d ema + (1 - d) next, initialised with the first checkpoint.
     """
     if ema_decay is None:
         return [1 / count] * count
@@ -70,34 +70,34 @@ def average(
     workers: int = DEFAULT_WORKERS,
     allow_nonfinite: bool = False,
 ) -> Averaged:
-    """Write the mean of `checkpoints` as the checkpoint `out`, under the newest one's iteration, with its settings.
+    """Write the mean of `checkpoints` as the checkpoint `out`, with the iteration and settings of the newest.
 
-    It holds weights only: --finetune trains on from it, export_hf exports it. Raises UserError when the checkpoints
-    are not of one architecture, or hold values that are not finite.
+    It holds weights only: train from it with --finetune, or export it with export_hf. Raises UserError if the
+    checkpoints differ in architecture or hold non-finite values.
     """
     check_new_directory(out, "--out")
     with ExitStack() as stack:
-        opened = sorted((stack.enter_context(open_checkpoint(path)) for path in checkpoints), key=_iteration)
-        _check_alike(opened)
-        newest, iterations = opened[-1], [_iteration(weights) for weights in opened]
-        factors = factors_of(len(opened), ema_decay)
-        checks = [FiniteCheck(weights.tensors) for weights in opened]
-        # The newest comes first: its types are those of the result.
+        sources = sorted((stack.enter_context(open_checkpoint(path)) for path in checkpoints), key=_iteration)
+        _check_alike(sources)
+        newest, iterations = sources[-1], [_iteration(weights) for weights in sources]
+        factors = factors_of(len(sources), ema_decay)
+        checks = [FiniteCheck(weights.tensors) for weights in sources]
+        # The newest first: the result has its dtypes.
         mean = MeanRows(checks[::-1], factors[::-1])
         tensors = as_megatron(newest._replace(tensors=mean), None)
         size = num_bytes(tensors)
         check_space(out, size)
-        sources = [describe_files(weights.directory) for weights in opened]
+        files = [describe_files(weights.directory) for weights in sources]
         identity = {
             "version": __version__,
             "factors": factors,
             "allow_nonfinite": allow_nonfinite,
-            "sources": sources,
+            "sources": files,
         }
-        with unfinished_directory(out, "--out", identity) as work:
+        with resumable_directory(out, "--out", identity) as work:
             work.may_keep = lambda: allow_nonfinite or not any(check.non_finite for check in checks)
-            place = directory_name(iterations[-1])
-            directory = work.directory / place
+            subdirectory = directory_name(iterations[-1])
+            directory = work.directory / subdirectory
             (directory / HF_FILES).mkdir(parents=True, exist_ok=True)
             common: dict[str, Any] = {
                 "iteration": iterations[-1],
@@ -105,10 +105,10 @@ def average(
                 "averaged_iterations": iterations,
             }
             with progress("averaging", size, "B", work.num_bytes_done()) as advance:
-                entries = write_torch_dist(work, place, tensors, newest.map, common, advance, workers)
+                entries = write_torch_dist(work, subdirectory, tensors, newest.map, common, advance, workers)
             problems = [
                 line
-                for check, weights in zip(checks, opened, strict=True)
+                for check, weights in zip(checks, sources, strict=True)
                 for line in check.problems(weights.directory)
             ]
             if problems and not allow_nonfinite:
@@ -125,18 +125,18 @@ def _iteration(weights: Weights) -> int:
     return iteration_of(weights.directory)
 
 
-def _check_alike(opened: Sequence[Weights]) -> None:
-    if len(opened) < 2:
+def _check_alike(sources: Sequence[Weights]) -> None:
+    if len(sources) < 2:
         raise UserError("--checkpoints: a mean needs at least two; name more iterations")
-    problems = [line for other in opened[1:] for line in architecture_differences(opened[0], other)]
-    masks = {weights.architecture.mask_token_id for weights in opened}
+    problems = [line for other in sources[1:] for line in architecture_differences(sources[0], other)]
+    masks = {weights.architecture.mask_token_id for weights in sources}
     if len(masks) > 1:
         problems.append(
             f"--checkpoints: their mask tokens differ ({', '.join(map(str, masks))}); name one run's iterations"
         )
-    if len({read_trained(weights.directory) for weights in opened}) > 1:
+    if len({read_trained(weights.directory) for weights in sources}) > 1:
         problems.append("--checkpoints: their objectives or schedules differ; name one run's iterations")
-    directories = [weights.directory.resolve() for weights in opened]
+    directories = [weights.directory.resolve() for weights in sources]
     twice = sorted({path for path in directories if directories.count(path) > 1})
     problems += [f"--checkpoints {path}: is named twice; name each once" for path in twice]
     if problems:

@@ -1,4 +1,4 @@
-"""What a checkpoint or a Hugging Face directory holds, by role: counts, sizes, types, norms. Streamed."""
+"""Summary of a model's weights by role: counts, sizes, dtypes, norms. Streamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_a2d.conversion.workers import run_jobs
 
 
 class RoleSummary(NamedTuple):
-    """All tensors of a role. `root_mean_square` and `largest` are of single values; None when not read."""
+    """All tensors of a role. `root_mean_square` and `largest` (absolute) are over values; None if not read."""
 
     role: str
     num_tensors: int
@@ -35,7 +35,7 @@ class _Values(NamedTuple):
 
 
 def role_of(name: str) -> str:
-    """The role of a tensor by its name on the hub, as the learning rates by role know them."""
+    """The role of a tensor (as in --lr-mult) by its HF name."""
     if name == EMBEDDING:
         return "embedding"
     if name == HEAD:
@@ -48,7 +48,7 @@ def role_of(name: str) -> str:
 
 
 def summarise(weights: Weights, advance: Callable[[float], None] | None, workers: int = 1) -> list[RoleSummary]:
-    """A summary for every role, in the order of the model. Without `advance` no values are read."""
+    """A summary per role, in the order of the model. Without `advance` no values are read."""
     tensors = weights.tensors
     values: dict[str, _Values] = {}
     if advance is not None:

@@ -1,4 +1,4 @@
-"""Several files written at once by threads: reading, writing and checksums all leave the interpreter's lock."""
+"""Thread pool for writing several files in parallel: reading, writing and checksums all release the GIL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-# While some wait for the disk, others check and hash. More than a few only compete for it.
+# Some threads wait for the disk while others compute checksums; more than a few only compete for the disk.
 DEFAULT_WORKERS = 4
 
 T = TypeVar("T")
@@ -15,12 +15,12 @@ Advance = Callable[[float], None]
 
 
 class _StoppedError(Exception):
-    """Another thread failed, or the user interrupted; this one has nothing to say."""
+    """Raised in a thread to stop it after another one failed or the user interrupted."""
 
 
 def run_jobs(jobs: Sequence[Callable[[Advance], T]], workers: int, advance: Advance) -> list[T]:
-    """The results of `jobs` in their order, `workers` of them at a time. Each is given an `advance` of its own,
-    which ends it when another one has failed; the first failure is raised, when all have ended."""
+    """The results of `jobs`, in order, running `workers` at a time. Each job gets an `advance` callback, which stops it
+    once another job has failed; the first failure is raised after all have stopped."""
     stop = threading.Event()
 
     def checked(amount: float) -> None:

@@ -1,1 +1,1 @@
-"""How good a model is: NELBO on held-out data, and tasks of the lm-evaluation-harness with a diffusion likelihood."""
+"""Evaluation: NELBO on held-out data, and lm-evaluation-harness tasks with a diffusion log-likelihood."""

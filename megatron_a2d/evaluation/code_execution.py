@@ -1,9 +1,9 @@
-"""Run a model's program with its tests in a subprocess under limits. Off unless --allow-code-execution was given.
+"""Execution of generated programs with their tests, in a subprocess with limits. Needs --allow-code-execution.
 
-The limits keep accidents small: time, memory, file size, no output, no further processes (which the kernel grants to
-root all the same), an empty directory and environment; nothing that was started outlives the program, and there is no
-network (sandbox.py). The number of files has no limit. They are no sandbox against a program that wants to
-do harm: use a container or a machine of its own for models that you do not trust.
+The limits contain accidents: time, memory, file size, no output, no child processes (which the kernel still permits
+root), an empty directory and environment; nothing that was started outlives the program, and there is no network
+(sandbox.py). The number of files is not limited. This is no protection from malicious programs: use a container or a
+separate machine for models that you do not trust.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from megatron_a2d.utils.errors import UserError
 SECONDS = 10
 MEMORY_BYTES = 1 << 30
 FILE_BYTES = 1 << 20
-# Set by evaluate, for its own process alone: --allow-code-execution and --allow-code-network.
+# Set by evaluate in its own process only: --allow-code-execution and --allow-code-network.
 SWITCH, NETWORK_SWITCH = "A2D_ALLOW_CODE_EXECUTION", "A2D_ALLOW_CODE_NETWORK"
 
 _NAME = "A2D_PROGRAM"  # marks a program's processes
-# Of unshare(2), one after the other until the system allows one: processes and network; the same in a user namespace.
+# unshare(2) flags, tried in order until one is permitted: PID and network namespaces; the same in a user namespace.
 _NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
 _NAMESPACES = (_NEW_PID | _NEW_NET, _NEW_USER | _NEW_PID | _NEW_NET)
 
 
 def allow_programs(execution: bool, network: bool) -> None:
-    """Set what programs may, for this process. UserError when they would have a network that is not allowed them."""
+    """Set the permissions of programs in this process. UserError if they would have network access unasked."""
     os.environ[SWITCH], os.environ[NETWORK_SWITCH] = str(int(execution)), str(int(network))
     if network and not execution:
         raise UserError("--allow-code-network: has no effect without --allow-code-execution; add that or remove this")
     if execution and _is_networked(subprocess.run(_command(1), input=b"").returncode):
         raise UserError(
-            "--allow-code-execution: this system grants no network namespace, so that programs would have the network; "
-            "run it in a container that has none and give --allow-code-network"
+            "--allow-code-execution: this system permits no network namespace, so programs would have network access; "
+            "run it in a container without network and give --allow-code-network"
         )
 
 
 def passes(program: str, tests: str, seconds: int = SECONDS) -> bool:
-    """True when program and tests run to their end without an error. RuntimeError when execution is not allowed."""
+    """True if program and tests complete without an error. RuntimeError if execution is not allowed."""
     if os.environ.get(SWITCH) != "1":
         raise RuntimeError("code execution is off; evaluate --allow-code-execution switches it on")
-    # Programs may leave what cannot be removed, and print without end: their output goes nowhere.
+    # Programs may leave files that cannot be removed, and print endlessly: their output is discarded.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        # The mark at the end tells a program that ended early (sys.exit(0)) from one that passed.
+        # Written at the end, the mark tells a program that passed from one that exited early (sys.exit(0)).
         mark = os.urandom(16).hex()
         reader, writer = os.pipe()
         process = subprocess.Popen(
@@ -60,7 +60,7 @@ def passes(program: str, tests: str, seconds: int = SECONDS) -> bool:
         os.close(writer)
         try:
             source = f"{program}\n{tests}\nimport os as _os; _os.write({writer}, {mark.encode()!r})\n"
-            with suppress(subprocess.TimeoutExpired):  # the keeper ends it before, unless it was itself ended
+            with suppress(subprocess.TimeoutExpired):  # the sandbox stops it earlier, unless killed
                 process.communicate(source.encode(errors="replace"), timeout=seconds + 30)
         finally:
             with suppress(ProcessLookupError):
@@ -73,7 +73,9 @@ def passes(program: str, tests: str, seconds: int = SECONDS) -> bool:
                 output = os.read(reader, 2 * len(mark))
             os.close(reader)
         if _is_networked(process.returncode):
-            raise RuntimeError("this system grants no network namespace; evaluate --allow-code-network does without")
+            raise RuntimeError(
+                "this system permits no network namespace; evaluate --allow-code-network runs without one"
+            )
         return process.returncode == 0 and output == mark.encode()
 
 
@@ -88,11 +90,11 @@ def _is_networked(exit_code: int) -> bool:
 
 
 def _kill_escaped(variable: bytes) -> None:
-    """Kill what is left where the program ended its keeper; it still has its environment."""
-    for _ in range(100):  # one of them may start another meanwhile, but not for ever
+    """Kill processes that survive if the program killed its sandbox process; they still have `variable` set."""
+    for _ in range(100):  # one may start another meanwhile, but not forever
         found = False
         for path in Path("/proc").glob("[0-9]*/environ"):
-            # Gone, or another user's: not ours to kill.
+            # Gone, or another user's.
             with suppress(OSError):
                 if variable in path.read_bytes().split(b"\0"):
                     os.kill(int(path.parent.name), signal.SIGKILL)
@@ -102,7 +104,7 @@ def _kill_escaped(variable: bytes) -> None:
 
 
 def extract_program(text: str) -> str:
-    """The code in a model's answer: a fenced block if there is one, else all of it up to a closing mark."""
+    """The code in a model's answer: a fenced block if there is one, else everything up to a closing mark."""
     fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", text, re.DOTALL)
     return (fenced[1] if fenced else re.split(r"\[DONE\]|\n```", text)[0]).strip("\r\n")
 

@@ -1,15 +1,15 @@
-"""Log-likelihoods of many continuations: sorted by length and batched over requests and draws.
+"""Log-likelihoods of continuations given their contexts, batched over requests and masks and sorted by length.
 
-A diffusion model takes the draws of diffusion/conditional_likelihood.py; an autoregressive one a single pass.
-Sequences that are equal once they are masked are run once: the four letters that may answer a question differ in the
-label alone. Shapes: B sequences, L their padded length, N masked tokens of all of them, C labels of a token.
+A diffusion model evaluates the masks of diffusion/conditional_likelihood.py, an autoregressive one takes a single
+pass. Sequences that are equal once masked share a forward pass: the four answer letters of a multiple-choice question
+differ only in the label. Shapes: B sequences, L their padded length, N masked tokens in total, C labels per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,20 +24,23 @@ from megatron_a2d.diffusion.conditional_likelihood import (
 )
 from megatron_a2d.diffusion.model_interface import Head, Request, logits_in_chunks
 from megatron_a2d.diffusion.rng import Stream
-from megatron_a2d.evaluation.response_cache import Journal
-from megatron_a2d.inference.loaded_model import Opened
+from megatron_a2d.evaluation.response_cache import ResponseCache
+from megatron_a2d.inference.loaded_model import LoadedModel
 from megatron_a2d.utils.errors import UserError
 
 LIKELIHOODS = ("monte_carlo", "pseudo")
-# Requests between two writes of the journal, in sequences of a full batch.
+# Responses are written to the cache after this many full batches.
 _BATCHES_PER_GROUP = 16
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""(context, continuation) in token ids"""
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """likelihood: monte_carlo bounds log p(y | x), pseudo adds up log p(y_i | everything else).
+    """likelihood: monte_carlo is a lower bound of log p(y | x), pseudo the sum of log p(y_i | everything else).
 
-    mc_num: forward passes a request, at most. batch_tokens: tokens of a batch, padding included.
+    mc_num: forward passes per request, at most. batch_tokens: tokens per batch, padding included.
     """
 
     likelihood: str = "monte_carlo"
@@ -49,8 +52,8 @@ class ScoringOptions:
 class Scored(NamedTuple):
     """log p(continuation | context) in nats, and its Monte Carlo standard error (0: exact).
 
-    is_greedy: with the whole continuation masked, the likeliest token is the right one everywhere; for an
-    autoregressive model, greedy decoding gives the continuation.
+    is_greedy: the argmax at every position equals the continuation when all of it is masked; for an autoregressive
+    model, greedy decoding gives the continuation.
     """
 
     log_likelihood: float
@@ -58,78 +61,74 @@ class Scored(NamedTuple):
     is_greedy: bool
 
 
-class Item(NamedTuple):
-    """A draw of a request."""
+class MaskedRequest(NamedTuple):
+    """A request under one of its masks: the input sequence, and what is predicted from it."""
 
     request: int
-    draw: int
-    tokens: np.ndarray  # [l], masked
-    rows: np.ndarray  # [n] output rows that are needed
-    labels: np.ndarray  # [n] their right tokens
+    mask: int  # row of `Draws.masks`; one past the last is the full mask, added for is_greedy alone
+    tokens: np.ndarray  # [l] input, masked
+    positions: np.ndarray  # [n] of the logits needed
+    labels: np.ndarray  # [n] target tokens
 
 
-# The draws that one sequence answers: equal tokens, equal rows.
-Shared = list[Item]
+# Requests that one forward pass answers: same tokens, same positions, other labels.
+Deduplicated = list[MaskedRequest]
 
 
 def score(
-    opened: Opened,
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    loaded: LoadedModel,
+    requests: Sequence[Pair],
     options: ScoringOptions,
-    journal: Journal | None = None,
-    advance: Callable[[float], None] = lambda count: None,
+    cache: ResponseCache | None = None,
+    on_progress: Callable[[float], None] = lambda num_requests: None,
 ) -> list[Scored]:
-    """For each (context, continuation) in tokens. A context needs a token under the label shift and for AR models.
+    """The log-likelihood of each (context, continuation); requests in the cache are not run again.
 
-    `advance` is told how many requests are done. What the journal knows is not run again.
+    A context needs at least one token under the label shift and for autoregressive models. `on_progress` is called
+    with numbers of finished requests.
     """
-    journal = journal or Journal(None, None)
-    # With the stream of draws: answers from another one would not share their noise with these.
+    cache = cache or ResponseCache(None, None)
+    # The stream of the masks is part of the key: estimates from another stream would not share their noise with these.
     keys = [
-        journal.key("likelihood", int(Stream.CONTINUATION), list(context), list(continuation))
+        cache.key("likelihood", int(Stream.CONTINUATION), list(context), list(continuation))
         for context, continuation in requests
     ]
-    unknown = [number for number, key in enumerate(keys) if journal.get(key) is None]
-    advance(len(requests) - len(unknown))
-    # Long ones first: the largest batch is the first, and the estimate of the time left errs on the safe side.
-    # The choices of a question come together: those of one length share sequences.
-    unknown.sort(key=lambda n: (-len(requests[n][0]) - len(requests[n][1]), list(requests[n][0]), keys[n]))
-    plans: dict[int, Draws] = {}
-    for group in _groups(unknown, requests, options, opened, plans):
-        found = _run(opened, {number: requests[number] for number in group}, plans, options)
-        journal.add({keys[number]: list(scored) for number, scored in found.items()})
-        advance(len(group))
-    return [Scored(*journal.get(key)) for key in keys]
+    pending = [number for number, key in enumerate(keys) if cache.get(key) is None]
+    on_progress(len(requests) - len(pending))
+    # Longest first: running out of memory shows at once, and the estimated time left is conservative.
+    # The choices of a question follow one another: those of equal length share sequences.
+    pending.sort(key=lambda n: (-len(requests[n][0]) - len(requests[n][1]), list(requests[n][0]), keys[n]))
+    for group in _groups(pending, requests, options, loaded):
+        scored = _score_group(loaded, {number: requests[number] for number in group}, options)
+        cache.add({keys[number]: list(result) for number, result in scored.items()})
+        on_progress(len(group))
+    return [Scored(*cache.get(key)) for key in keys]
 
 
-def check_lengths(opened: Opened, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-    """UserError for what cannot be scored."""
+def check_lengths(loaded: LoadedModel, requests: Sequence[Pair]) -> None:
+    """UserError for a request that cannot be scored."""
     for context, continuation in requests:
-        if len(context) + len(continuation) > opened.max_positions:
+        if len(context) + len(continuation) > loaded.max_positions:
             raise UserError(
-                f"a request has {len(context) + len(continuation)} tokens, and the model has {opened.max_positions} "
+                f"a request has {len(context) + len(continuation)} tokens, and the model has {loaded.max_positions} "
                 "positions; shorten its context"
             )
         if not continuation:
             raise UserError("a request has an empty continuation; there is nothing to score")
-        if not context and (opened.label_shift or opened.objective == "ar"):
+        if not context and (loaded.label_shift or loaded.objective == "ar"):
             raise UserError("a request has an empty context, and nothing predicts its first token; give it a token")
 
 
 def _groups(
-    numbers: list[int],
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
-    options: ScoringOptions,
-    opened: Opened,
-    plans: dict[int, Draws],
+    numbers: list[int], requests: Sequence[Pair], options: ScoringOptions, loaded: LoadedModel
 ) -> Iterator[list[int]]:
-    """Pieces of the sorted requests that fill some batches each."""
+    """Consecutive sorted requests, about `_BATCHES_PER_GROUP` full batches per group."""
     group, tokens = [], 0
     for number in numbers:
         context, continuation = requests[number]
-        draws = _draws(opened, len(continuation), options, plans)
+        masks = masks_of(len(continuation), loaded.objective, options).masks
         group.append(number)
-        tokens += (len(context) + len(continuation)) * (len(draws.masks) + 1 if draws is not None else 1)
+        tokens += (len(context) + len(continuation)) * (len(masks) + 1)
         if tokens >= _BATCHES_PER_GROUP * options.batch_tokens:
             yield group
             group, tokens = [], 0
@@ -137,99 +136,95 @@ def _groups(
         yield group
 
 
-def _draws(opened: Opened, num_tokens: int, options: ScoringOptions, plans: dict[int, Draws]) -> Draws:
-    if num_tokens not in plans:
-        if opened.objective == "ar":
-            plans[num_tokens] = Draws(np.ones((1, num_tokens), bool), np.ones(1), np.zeros(1, np.int64), 1)
-        elif options.likelihood == "pseudo":
-            plans[num_tokens] = pseudo_likelihood_draws(num_tokens)
-        else:
-            plans[num_tokens] = likelihood_draws(num_tokens, options.mc_num, options.seed)
-    return plans[num_tokens]
+@lru_cache(maxsize=256)
+def masks_of(num_tokens: int, objective: str, options: ScoringOptions) -> Draws:
+    """The masks under which a continuation of `num_tokens` is scored, and their weights. Cached: do not modify."""
+    if objective == "ar":
+        return Draws(np.ones((1, num_tokens), bool), np.ones(1), np.zeros(1, np.int64), 1)
+    if options.likelihood == "pseudo":
+        return pseudo_likelihood_draws(num_tokens)
+    return likelihood_draws(num_tokens, options.mc_num, options.seed)
 
 
-def _run(
-    opened: Opened,
-    requests: dict[int, tuple[Sequence[int], Sequence[int]]],
-    plans: dict[int, Draws],
-    options: ScoringOptions,
-) -> dict[int, Scored]:
-    merged: dict[tuple[bytes, bytes], Shared] = {}
+def _score_group(loaded: LoadedModel, requests: dict[int, Pair], options: ScoringOptions) -> dict[int, Scored]:
+    """Score requests by number: mask each in all its ways, deduplicate, run in batches, and combine the losses."""
+    deduplicated: dict[tuple[bytes, bytes], Deduplicated] = {}
     for number, request in requests.items():
-        for item in _items(opened, number, request, plans):
-            merged.setdefault((item.tokens.tobytes(), item.rows.tobytes()), []).append(item)
-    losses = {number: np.zeros(len(plans[len(request[1])].masks)) for number, request in requests.items()}
+        for masked in _masked_requests(loaded, number, request, options):
+            deduplicated.setdefault((masked.tokens.tobytes(), masked.positions.tobytes()), []).append(masked)
+    masks = {number: masks_of(len(request[1]), loaded.objective, options) for number, request in requests.items()}
+    losses = {number: np.zeros(len(masks[number].masks)) for number in requests}
     greedy = {}
-    for batch in _batches(sorted(merged.values(), key=lambda shared: -len(shared[0].tokens)), options.batch_tokens):
-        for item, loss, correct in _losses(opened, batch):
-            # The last item of a request has everything masked; its weight may be that of a draw, or none.
-            if item.draw < len(losses[item.request]):
-                losses[item.request][item.draw] = loss
-            if len(item.rows) == len(requests[item.request][1]):
-                greedy[item.request] = correct
-    found = {}
-    for number, (_, continuation) in requests.items():
-        estimate = log_likelihood(plans[len(continuation)], losses[number])
-        error = 0.0 if opened.objective == "ar" else estimate.standard_error
-        found[number] = Scored(estimate.mean, error, greedy[number])
-    return found
+    for batch in _batches(sorted(deduplicated.values(), key=lambda same: -len(same[0].tokens)), options.batch_tokens):
+        for masked, loss, is_correct in _losses(loaded, batch):
+            if masked.mask < len(losses[masked.request]):
+                losses[masked.request][masked.mask] = loss
+            if len(masked.positions) == len(requests[masked.request][1]):  # the full mask
+                greedy[masked.request] = is_correct
+    scored = {}
+    for number in requests:
+        estimate = log_likelihood(masks[number], losses[number])
+        error = 0.0 if loaded.objective == "ar" else estimate.standard_error
+        scored[number] = Scored(estimate.mean, error, greedy[number])
+    return scored
 
 
-def _items(
-    opened: Opened, number: int, request: tuple[Sequence[int], Sequence[int]], plans: dict[int, Draws]
-) -> Iterator[Item]:
-    context, continuation = (np.asarray(part, dtype=np.int64) for part in request)
+def _masked_requests(
+    loaded: LoadedModel, number: int, request: Pair, options: ScoringOptions
+) -> Iterator[MaskedRequest]:
+    """The request under each of its masks, and under the full mask if that is none of them."""
+    context, continuation = (np.asarray(tokens, dtype=np.int64) for tokens in request)
     tokens = np.concatenate([context, continuation])
     positions = np.arange(len(context), len(tokens))
-    shift = int(opened.label_shift or opened.objective == "ar")
-    masks = plans[len(continuation)].masks
+    shift = int(loaded.label_shift or loaded.objective == "ar")
+    masks = masks_of(len(continuation), loaded.objective, options).masks
     if not masks.all(axis=1).any():
         masks = np.concatenate([masks, np.ones((1, len(continuation)), dtype=bool)])
-    for draw, mask in enumerate(masks):
-        masked = tokens.copy()
-        if opened.objective != "ar":
-            masked[positions[mask]] = opened.mask_token_id
-        yield Item(number, draw, masked, positions[mask] - shift, continuation[mask])
+    for index, mask in enumerate(masks):
+        inputs = tokens.copy()
+        if loaded.objective != "ar":
+            inputs[positions[mask]] = loaded.mask_token_id
+        yield MaskedRequest(number, index, inputs, positions[mask] - shift, continuation[mask])
 
 
-def _batches(sequences: list[Shared], batch_tokens: int) -> Iterator[list[Shared]]:
-    """Runs of the sorted sequences whose padded size stays within `batch_tokens`; at least one each."""
-    batch: list[Shared] = []
-    for shared in sequences:
+def _batches(sequences: list[Deduplicated], batch_tokens: int) -> Iterator[list[Deduplicated]]:
+    """Consecutive sorted sequences whose padded size stays within `batch_tokens`; at least one per batch."""
+    batch: list[Deduplicated] = []
+    for same in sequences:
         if batch and (len(batch) + 1) * len(batch[0][0].tokens) > batch_tokens:
             yield batch
             batch = []
-        batch.append(shared)
+        batch.append(same)
     if batch:
         yield batch
 
 
-def _losses(opened: Opened, batch: list[Shared]) -> Iterator[tuple[Item, float, bool]]:
-    """Of each item: the sum of its rows' cross-entropies in nats, and whether every likeliest token is right."""
-    shape = (len(batch), max(len(shared[0].tokens) for shared in batch))
+def _losses(loaded: LoadedModel, batch: list[Deduplicated]) -> Iterator[tuple[MaskedRequest, float, bool]]:
+    """For each masked request, its summed cross-entropy in nats and whether every argmax is its label."""
+    shape = (len(batch), max(len(same[0].tokens) for same in batch))
     tokens_BL, visible_BL = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     needed_BL = np.zeros(shape, dtype=bool)
-    counts = [len(shared[0].rows) for shared in batch]
+    counts = [len(same[0].positions) for same in batch]
     labels_NC = np.zeros((sum(counts), max(map(len, batch))), dtype=np.int64)
     starts = np.cumsum([0, *counts])
-    for row, shared in enumerate(batch):
-        tokens = shared[0].tokens
+    for row, same in enumerate(batch):
+        tokens = same[0].tokens
         tokens_BL[row, : len(tokens)], visible_BL[row, : len(tokens)] = tokens, True
-        needed_BL[row, shared[0].rows] = True
-        for column, item in enumerate(shared):
-            labels_NC[starts[row] : starts[row + 1], column] = item.labels
+        needed_BL[row, same[0].positions] = True
+        for column, masked in enumerate(same):
+            labels_NC[starts[row] : starts[row + 1], column] = masked.labels
     arrays = (tokens_BL, visible_BL, needed_BL, labels_NC)
-    tokens_t, visible, needed, labels = (torch.from_numpy(array).to(opened.device) for array in arrays)
-    found = opened.run(Request(tokens_t, visible, needed), partial(label_losses, labels_NC=labels))
-    losses_NC, correct_NC = (column.cpu().numpy() for column in found)
-    for row, shared in enumerate(batch):
-        rows = slice(starts[row], starts[row + 1])
-        for column, item in enumerate(shared):
-            yield item, float(losses_NC[rows, column].sum(dtype=np.float64)), bool(correct_NC[rows, column].all())
+    tokens_t, visible, needed, labels = (torch.from_numpy(array).to(loaded.device) for array in arrays)
+    results = loaded.forward(Request(tokens_t, visible, needed), partial(label_losses, labels_NC=labels))
+    losses_NC, correct_NC = (column.cpu().numpy() for column in results)
+    for row, same in enumerate(batch):
+        own = slice(starts[row], starts[row + 1])
+        for column, masked in enumerate(same):
+            yield masked, float(losses_NC[own, column].sum(dtype=np.float64)), bool(correct_NC[own, column].all())
 
 
 def label_losses(hidden_ND: Tensor, head: Head, labels_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row's labels [N, C] in nats, and whether they are the likeliest token [N, C]."""
+    """For each hidden state and each of its labels, the cross-entropy in nats and whether it is the argmax, [N, C]."""
     losses, correct = [], []
     for part, logits_nV in logits_in_chunks(hidden_ND, head):
         labels_nC = labels_NC[part]

@@ -1,4 +1,4 @@
-"""Published scores of diffusion language models, to be set beside one's own. Other harnesses, other prompts: a guide.
+"""Published benchmark scores of diffusion language models, for comparison; harnesses and prompts differ.
 
 RND1, Dream-7B and LLaDA-8B as compared by Radical Numerics (2025), "Training Diffusion Language Models at Scale using
 Autoregressive Models" (radicalnumerics.ai/blog/rnd1). RACE was tested there, but no figure was given in text.
@@ -9,7 +9,7 @@ from __future__ import annotations
 SOURCE = "Radical Numerics (2025), radicalnumerics.ai/blog/rnd1"
 MODELS = ("RND1-Base", "Dream-7B", "LLaDA-8B")
 
-# Percent, by the name of the benchmark.
+# Benchmark -> percent per model of MODELS.
 SCORES: dict[str, tuple[float | None, float | None, float | None]] = {
     "MMLU": (69.6, 69.5, 65.9),
     "BBH": (67.5, 57.9, 47.4),
@@ -19,7 +19,7 @@ SCORES: dict[str, tuple[float | None, float | None, float | None]] = {
     "MBPP": (65.4, 56.2, 39.0),
 }
 
-# The harness's names of tasks and groups.
+# The harness's task or group -> benchmark.
 BENCHMARKS = {
     "mmlu": "MMLU",
     "bbh_cot_fewshot": "BBH",

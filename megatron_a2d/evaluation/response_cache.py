@@ -1,7 +1,7 @@
-"""Answers that were found, on disk as soon as they are known, so that an interrupted evaluation goes on.
+"""On-disk response cache (JSONL), from which an interrupted evaluation resumes.
 
-One JSON object a line, {"key": ..., "value": ...}. A key is the hash of everything that the answer depends on: with
-other settings nothing matches and everything is found anew. A last line that was cut short is left out.
+One JSON object per line, {"key": ..., "value": ...}. A key is a hash of everything that the response depends on, so
+that nothing is reused after a change of settings. A truncated last line is ignored.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron_a2d.utils.parsing import ParseError, parse_json
 from megatron_a2d.utils.partial_files import open_log
 
 
-class Journal:
-    """`path` None keeps answers in memory alone; `writes` False reads the file and leaves it as it is."""
+class ResponseCache:
+    """Responses by key. With `path` None they are kept in memory only; with `writes` False the file is read only."""
 
     def __init__(self, path: Path | None, settings: Any, writes: bool = True):
         self._settings = json.dumps(settings, sort_keys=True)
-        self._known: dict[str, Any] = {}
+        self._responses: dict[str, Any] = {}
         self._file = None
         if path is None:
             return
@@ -33,12 +33,12 @@ class Journal:
                 except ParseError:
                     continue
                 if isinstance(record, dict) and isinstance(record.get("key"), str) and "value" in record:
-                    self._known[record["key"]] = record["value"]
+                    self._responses[record["key"]] = record["value"]
             if not writes:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open_log(path)
-            self._file.write("\n")  # ends a line that was cut short
+            self._file.write("\n")  # ends a truncated line
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--out {path.parent}: {path.name} cannot be used ({error}); name another place") from None
 
@@ -46,14 +46,14 @@ class Journal:
         return hashlib.sha256(json.dumps([self._settings, *parts], sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> Any:
-        """The answer, or None."""
-        return self._known.get(key)
+        """The response, or None if there is none."""
+        return self._responses.get(key)
 
-    def add(self, answers: dict[str, Any]) -> None:
-        """Keep and write them; they survive the end of the process."""
-        self._known |= answers
+    def add(self, responses: dict[str, Any]) -> None:
+        """Store the responses and flush them to disk."""
+        self._responses |= responses
         if self._file:
-            self._file.writelines(json.dumps({"key": key, "value": value}) + "\n" for key, value in answers.items())
+            self._file.writelines(json.dumps({"key": key, "value": value}) + "\n" for key, value in responses.items())
             self._file.flush()
             os.fsync(self._file.fileno())
 

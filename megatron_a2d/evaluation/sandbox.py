@@ -1,10 +1,10 @@
-"""Runs one program that a model wrote, and ends all that it started. A script of code_execution.py's, no module.
+"""Sandbox script that runs one generated program and kills all that it started; code_execution.py executes it.
 
     python -I -S sandbox.py SECONDS MEMORY_BYTES FILE_BYTES NEEDS_NO_NETWORK FLAGS ... < PROGRAM
 
-Where the system allows it, the program lives in namespaces of its own: without a network, and with a process of
-number 1 whose end is the end of all. Elsewhere this process is the one to which orphans fall, and kills them. The exit
-code is 0 when the program ended with 0, and UNISOLATED when it was not run because it would have had a network.
+If the system permits it, the program runs in separate namespaces: without network, and under a PID 1 whose exit kills
+all its processes. Otherwise this process is the subreaper of orphans, and kills them. The exit code is 0 if the
+program's is 0, and UNISOLATED if it was not run because it would have had network access.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> int:
     seconds, memory, file_size, needs_no_network, *flags = map(int, sys.argv[1:])
     source = sys.stdin.buffer.read()
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # evaluation may be killed
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # in case the evaluation is killed
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     is_isolated = any(libc.unshare(wanted) == 0 for wanted in flags)
     if needs_no_network and not is_isolated:
@@ -35,7 +35,7 @@ def main() -> int:
     child = os.fork()
     if child == 0:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The first process of a namespace takes no signals and must reap the others': it is not the program.
+        # PID 1 of a namespace ignores signals and must reap orphans, so the program runs in its child.
         if is_isolated and (program := os.fork()):
             while (ended := os.wait())[0] != program:
                 pass
@@ -50,11 +50,11 @@ def main() -> int:
     try:
         return 0 if _status(child, time.monotonic() + seconds + 1) == 0 else 1
     finally:
-        _end_all()
+        _kill_all()
 
 
 def _status(child: int, deadline: float) -> int | None:
-    """The wait status of `child`; None when it has not ended by then."""
+    """The wait status of `child`; None if it has not exited by `deadline`."""
     while time.monotonic() < deadline:
         ended, status = os.waitpid(-1, os.WNOHANG)
         if ended == child:
@@ -64,8 +64,8 @@ def _status(child: int, deadline: float) -> int | None:
     return None
 
 
-def _end_all() -> None:
-    """Kill this process's children until it has none; their own fall to it meanwhile."""
+def _kill_all() -> None:
+    """Kill the children of this process until it has none; their orphans become its children."""
     while True:
         for child in _children():
             with suppress(ProcessLookupError):
@@ -78,7 +78,7 @@ def _end_all() -> None:
 
 def _children() -> Iterator[int]:
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # exited meanwhile
             # pid (name) state ppid ...; the name may hold anything
             if int(path.read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getpid():
                 yield int(path.parent.name)

@@ -1,4 +1,4 @@
-"""Results as JSON, and as a Markdown page with the published figures beside them."""
+"""Evaluation results as JSON, and as Markdown tables with published scores for comparison."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megatron_a2d.evaluation.published_scores import BENCHMARKS, MODELS, SCORES,
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
-# Metrics whose values between 0 and 1 are no shares of anything: shown as numbers, not as percent.
-# What is read of a results.json.
+# The keys of a results.json that are read.
 _TABLES = ("held_out", "tasks", "num_fewshot", "log_likelihoods", "counts")
 _ERRORS = ("mean_standard_error", "largest_standard_error", "exact_share")
 _HELD_OUT = ("nelbo", "nelbo_standard_error", "accuracy", "accuracy_standard_error", "num_samples")
+# Metrics shown as numbers and not as percent, though their values may lie between 0 and 1.
 _NO_SHARES = ("perplexity", "bits", "likelihood")
 
 
 def plain(value: Any) -> Any:
-    """Values that JSON has words for: what is not a finite number becomes null."""
+    """`value` as JSON types; infinities and NaNs become null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -31,14 +31,14 @@ def plain(value: Any) -> Any:
 
 
 def read_results(directory: Path) -> dict[str, Any]:
-    """The results.json of an earlier evaluation; UserError when `markdown` could not lay it beside another."""
+    """The results.json of an earlier evaluation; UserError if `markdown` cannot use it."""
     results = read_json(directory / "results.json", "the earlier results")
     tables = {name: results.get(name, {}) for name in _TABLES}
     wrong = [name for name in ("model", "objective") if not isinstance(results.get(name), str)]
     wrong += [name for name, table in tables.items() if not _is_table(name, table)]
     if wrong:
         raise UserError(
-            f"--compare-with {directory}: results.json is not of this command (it holds no usable {', '.join(wrong)}); "
+            f"--compare-with {directory}: results.json was not written by this command (no usable {', '.join(wrong)}); "
             "name an earlier --out"
         )
     return results
@@ -79,7 +79,7 @@ def task_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, 
 
 
 def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The page of one run, or of several side by side; each is the content of a results.json, the first one is new."""
+    """The Markdown page of one or more runs side by side; each is the content of a results.json, the newest first."""
     names = _names(runs)
     lines = [
         "# Evaluation",
@@ -92,7 +92,7 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The last parts of the models' paths, or numbers where these are equal."""
+    """The last parts of the models' paths, numbered if they are not unique."""
     names = [str(run["model"]).rstrip("/").rpartition("/")[2] for run in runs]
     return names if len(set(names)) == len(names) else [f"{name} ({number})" for number, name in enumerate(names, 1)]
 
@@ -117,9 +117,9 @@ def _held_out(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[s
     if not sources:
         return []
     lines = [
-        "## Held-out text",
+        "## Held-out data",
         "",
-        "NELBO (diffusion) or NLL (autoregressive) in nats a token; accuracy of the likeliest token.",
+        "NELBO (diffusion) or NLL (autoregressive) in nats/token; top-1 accuracy.",
         "",
     ]
     lines += _header(["source", *(f"{name}: {what}" for name in names for what in ("nats", "accuracy", "samples"))])
@@ -136,13 +136,13 @@ def _held_out(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[s
         lines.append(_row(cells))
     if runs[0]["objective"] != "ar":
         for source, result in runs[0].get("held_out", {}).items():
-            lines += ["", f"{names[0]}, {source}, by time t, and by the share of tokens that are masked:", ""]
+            lines += ["", f"{names[0]}, {source}: NELBO by time t, accuracy by mask ratio", ""]
             lines += _buckets(result)
     return [*lines, ""]
 
 
 def _buckets(result: Mapping[str, Any]) -> list[str]:
-    lines = _header(["t, or share", "NELBO", "samples", "accuracy", "samples"])
+    lines = _header(["t or mask ratio", "NELBO", "samples", "accuracy", "samples"])
     tables = [
         {bucket["low"]: bucket for bucket in result[name]} for name in ("nelbo_by_time", "accuracy_by_mask_ratio")
     ]
@@ -176,7 +176,7 @@ def _tasks(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]
     compared: set[str] = set()
     for task, metric in keys:
         benchmark = BENCHMARKS.get(task, "")
-        # A benchmark's published figure stands beside its first metric alone.
+        # Published scores are shown next to the first metric of a benchmark only.
         published = SCORES[benchmark] if benchmark and task not in compared else (None,) * len(MODELS)
         compared.add(task)
         cells = [benchmark or task, str(shots.get(task, "")), metric]
@@ -185,7 +185,7 @@ def _tasks(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]
             cells.append("" if value is None else _figure(value, error, percent=_is_share(metric, value)))
         lines.append(_row([*cells, *("" if score is None else f"{score:.1f}%" for score in published)]))
     if any(task in BENCHMARKS for task, _ in keys):
-        lines += ["", f"Published figures: {SOURCE}; measured with other harnesses and prompts."]
+        lines += ["", f"Published scores: {SOURCE}; measured with other harnesses and prompts."]
     for name, run in zip(names, runs, strict=True):
         if errors := run.get("log_likelihoods"):
             lines += [

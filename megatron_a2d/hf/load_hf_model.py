@@ -1,7 +1,8 @@
-"""transformers' `from_pretrained` for a directory from elsewhere: config.json sizes the model and steers nothing else.
+"""Safe `from_pretrained` for untrusted HF directories: config.json sets the model's shape and nothing else.
 
-transformers obeys more of that file than the shape: `attn_implementation` and `experts_implementation` can name kernels
-that are fetched from the hub and run; an adapter_config.json beside it loads another model; and weights may be pickles.
+transformers takes more than the shape from that file: `attn_implementation` and `experts_implementation` can name
+kernels that are fetched from the hub and run; an adapter_config.json next to it loads another model; and weights may be
+pickles.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ _STEERING = re.compile(r"_implementation|kernel|^extra_|_plan$|quantization|comp
 def load(model_class: Any, directory: Path, trust_remote_code: bool = False, **options: Any) -> Any:
     """`model_class.from_pretrained(directory, **options)` with PyTorch's own attention, from safetensors alone.
 
-    `trust_remote_code` only for code that is known to be ours. Raises UserError for the adapter of another model, and
-    for files that the library makes nothing of.
+    Pass `trust_remote_code` only for code that is known to be ours. Raises UserError for an adapter of another model,
+    and for files that the library cannot load.
     """
     if (directory / ADAPTER).exists():
-        raise UserError(f"{directory}: holds {ADAPTER}, an adapter of another model; merge the two and give the result")
+        raise UserError(f"{directory}: holds {ADAPTER}, an adapter of another model; merge the two and use the result")
     try:
         return _load(model_class, directory, trust_remote_code, options)
-    except Exception as error:  # a setting of another type makes the library raise whatever it stumbles over
+    except Exception as error:  # settings of the wrong type make the library raise all kinds of errors
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{directory}: cannot be loaded ({reason}); fetch or export it again") from error
 

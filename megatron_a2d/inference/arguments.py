@@ -1,4 +1,4 @@
-"""The flags that generation and evaluation share: how to sample, and how a checkpoint is laid out over processes."""
+"""Flags shared by generate and evaluate (sampling, parallel layout), and the model they load."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from megatron_a2d.utils.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_a2d.diffusion.sampling import SamplingOptions
-    from megatron_a2d.inference.loaded_model import Opened
+    from megatron_a2d.inference.loaded_model import LoadedModel
 
-# The settings (settings.py) that a layout for sampling and evaluation is made of.
+# The settings (config/settings.py) of a parallel layout for sampling and evaluation.
 LAYOUT = (
     "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "expert_model_parallel_size",
     "expert_tensor_parallel_size", "moe_token_dispatcher_type", "bf16", "transformer_impl",
 )  # fmt: skip
-# Sampling settings that are flags of their own name, and their help.
+# Sampling setting (its flag has the same name) -> help.
 SAMPLING = {
-    "sampler": "rnd1: lowest entropy first, on a fixed schedule; confidence: highest probability first; eb: "
-    "entropy-bounded; threshold: all that are sure enough",
-    "num_steps": "denoising steps, at most (default: the model's num_diffusion_steps)",
-    "gamma": "sampler eb: nats of entropy that a step may decide at once",
-    "threshold": "sampler threshold: probability from which a token is decided",
-    "block_length": "fill holes in blocks of so many tokens from left to right; 0: all at once",
-    "cache": "with blocks: keep keys and values before the block (prefix) or around it (dual); approximate",
-    "temperature": "0: always the likeliest token",
-    "top_k": "only the K likeliest tokens; 0: all",
-    "top_p": "only the likeliest tokens of mass P",
-    "greedy": "take the likeliest token; the temperature then only shapes the order",
-    "cfg_scale": "classifier-free guidance; 0: none",
+    "sampler": "tokens unmasked per step; rnd1: lowest entropy first, on a fixed schedule; confidence: highest "
+    "probability first (low-confidence remasking); eb: entropy-bounded; threshold: all above a probability",
+    "num_steps": "maximum number of denoising steps (default: the model's num_diffusion_steps)",
+    "gamma": "sampler eb: entropy bound per step, nats",
+    "threshold": "sampler threshold: probability above which a token is unmasked",
+    "block_length": "fill holes from left to right in blocks of N tokens (semi-autoregressive); 0: all at once",
+    "cache": "KV cache with blocks, of the tokens before the block (prefix) or around it (dual); approximate",
+    "temperature": "0: always the most likely token",
+    "top_k": "sample from the K most likely tokens; 0: all",
+    "top_p": "sample from the most likely tokens with total probability P",
+    "greedy": "take the most likely token; the temperature then only affects the order",
+    "cfg_scale": "classifier-free guidance scale; 0: off",
 }
 
 
 def add_sampling_flags(group: Any) -> None:
-    """A flag for each setting of SAMPLING; only those that are given are set."""
+    """Add a flag per setting of SAMPLING; only those given on the command line are set."""
     choices = {"sampler": ("rnd1", "eb", "confidence", "threshold"), "cache": ("none", "prefix", "dual")}
     whole = ("num_steps", "block_length", "top_k")
     for name, text in SAMPLING.items():
@@ -50,24 +50,24 @@ def add_sampling_flags(group: Any) -> None:
         group.add_argument(flag(name), help=text, default=argparse.SUPPRESS, **kind)
 
 
-def sampling_options(options: argparse.Namespace, opened: Opened, **defaults: Any) -> SamplingOptions:
-    """The sampler's settings from the flags; UserError for a cache that the model does not have."""
+def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **defaults: Any) -> SamplingOptions:
+    """The sampling options from the flags; UserError if they conflict with each other or with the model."""
     from megatron_a2d.diffusion.sampling import SamplingOptions
 
     given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
-    if opened.block_length:
-        if given.get("block_length", opened.block_length) != opened.block_length:
+    if loaded.block_length:
+        if given.get("block_length", loaded.block_length) != loaded.block_length:
             raise UserError(
-                f"--block-length {given['block_length']}: the model was trained in blocks of {opened.block_length}; "
+                f"--block-length {given['block_length']}: the model was trained in blocks of {loaded.block_length}; "
                 "give that, or leave the flag out"
             )
-        given |= {"block_length": opened.block_length, "aligned_blocks": True}
+        given |= {"block_length": loaded.block_length, "aligned_blocks": True}
     try:
-        chosen = SamplingOptions(**{"temperature": 0.1, "num_steps": opened.num_diffusion_steps, **defaults, **given})
+        chosen = SamplingOptions(**{"temperature": 0.1, "num_steps": loaded.num_diffusion_steps, **defaults, **given})
     except ValueError as error:
         raise UserError([flag(problem) for problem in str(error).split("; ")]) from None
-    if chosen.cache != "none" and not opened.has_caches:
-        raise UserError(f"--cache {chosen.cache}: a model over several processes has no caches; use an export of it")
+    if chosen.cache != "none" and not loaded.has_caches:
+        raise UserError(f"--cache {chosen.cache}: a parallel model has no KV cache; use an exported model")
     meaning = {"gamma": ("eb",), "threshold": ("threshold",)}
     for name, samplers in meaning.items():
         if name in given and chosen.sampler not in samplers:
@@ -80,22 +80,22 @@ def check_model(directory: str, layout: dict[str, Any]) -> None:
     if not Path(directory).is_dir():
         raise UserError(f"--model {directory}: there is no such directory; give one that export_hf wrote")
     if layout and not is_checkpoint(Path(directory)):
-        raise UserError(f"{flag(next(iter(layout)))}: only goes with a checkpoint; an export runs in one process")
+        raise UserError(f"{flag(next(iter(layout)))}: needs a checkpoint; an exported model runs in one process")
 
 
-def open_model(directory: str, layout: dict[str, Any], objective: str = "mdlm") -> Opened:
-    """An export, or a checkpoint over the processes of torchrun with the settings `layout` of LAYOUT."""
+def load_model(directory: str, layout: dict[str, Any], objective: str = "mdlm") -> LoadedModel:
+    """Load an HF model, or a checkpoint over torchrun's processes with the settings `layout` (names of LAYOUT)."""
     check_model(directory, layout)
     if is_checkpoint(Path(directory)):
-        from megatron_a2d.inference.parallel_model import open_sharded
+        from megatron_a2d.inference.parallel_model import load_parallel_model
 
-        return open_sharded(directory, layout, objective)
-    from megatron_a2d.inference.hf_model import open_export
+        return load_parallel_model(directory, layout, objective)
+    from megatron_a2d.inference.hf_model import load_hf_model
 
-    return open_export(directory, objective)
+    return load_hf_model(directory, objective)
 
 
 def close_model() -> None:
-    """Leave the process group, if a sharded model had joined one."""
+    """Destroy the process group of a parallel model, if there is one."""
     if "megatron_a2d.distributed.process_groups" in sys.modules:
         sys.modules["megatron_a2d.distributed.process_groups"].finalize()

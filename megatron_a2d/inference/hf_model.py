@@ -1,4 +1,4 @@
-"""A model in one process, by transformers: exports in the forms a2d and rnd1, and any Qwen3 for --objective ar."""
+"""HF models run by transformers in one process: exports in formats a2d and rnd1, any Qwen3 for --objective ar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_a2d.diffusion.model_interface import Reduce, Request, Window
 from megatron_a2d.hf.load_hf_model import load
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM, KeyValueCache
 from megatron_a2d.hf.modeling_rnd import RND1LM
-from megatron_a2d.inference.loaded_model import Opened, load_tokenizer, pad_token
+from megatron_a2d.inference.loaded_model import LoadedModel, load_tokenizer, pad_token
 from megatron_a2d.megatron_compat.device import device, has_cuda
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
@@ -29,8 +29,8 @@ DIFFUSION_TYPES = {"a2d": A2DForMaskedLM, "rnd1": RND1LM}
 AUTOREGRESSIVE_TYPES = ("qwen3", "qwen3_moe")
 
 
-def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
-    """The model and tokenizer of a directory, on the GPU if there is one. UserError for anything else."""
+def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel:
+    """Load model and tokenizer of an HF directory, onto the GPU if there is one. UserError if it is unusable."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"--model {directory}: there is no such directory; give one that export_hf wrote")
@@ -45,10 +45,10 @@ def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
         check_mask_token(directory, mask, architecture.vocab_size)
     ends, trained = read_end_tokens(directory, architecture.vocab_size), read_trained(directory)
     with open_hf(directory):
-        pass  # every tensor of the model is there, in its shape and in this directory, and no other
+        pass  # UserError unless the directory holds exactly the tensors of the model, in their shapes
     model = _load(directory, DIFFUSION_TYPES.get(str(config["model_type"]), transformers.AutoModelForCausalLM))
-    return Opened(
-        run=TransformersModel(model),
+    return LoadedModel(
+        forward=TransformersModel(model),
         tokenizer=tokenizer,
         name=str(directory),
         objective=objective,
@@ -69,7 +69,7 @@ def open_export(directory: str | Path, objective: str = "mdlm") -> Opened:
 
 
 def check_mask_token(directory: Path, mask: Any, vocab_size: int) -> None:
-    """UserError unless `mask` is a row of the embedding that no text uses."""
+    """UserError unless `mask` is a token id that no text uses."""
     path = directory / "config.json"
     if not isinstance(mask, int) or not 0 <= mask < vocab_size:
         raise UserError(
@@ -80,7 +80,7 @@ def check_mask_token(directory: Path, mask: Any, vocab_size: int) -> None:
     if token is not None and token not in mask_token_names(directory) and "mask" not in token.lower():
         raise UserError(
             f"{path}: mask_token_id is {mask}, which the tokenizer uses for {token!r}; write the id that the model "
-            "was trained with into the file, or take the model's own tokenizer"
+            "was trained with into the file, or use the model's own tokenizer"
         )
 
 
@@ -88,7 +88,7 @@ def _check_type(directory: Path, model_type: Any, objective: str) -> None:
     if objective == "ar":
         if model_type not in AUTOREGRESSIVE_TYPES:
             raise UserError(
-                f"--model {directory}: model_type {model_type!r} is no autoregressive Qwen3 "
+                f"--model {directory}: model_type {model_type!r} is not an autoregressive Qwen3 "
                 f"({' or '.join(AUTOREGRESSIVE_TYPES)}); remove --objective ar for a diffusion model"
             )
     elif model_type not in DIFFUSION_TYPES:
@@ -120,7 +120,7 @@ def _load(directory: Path, model_class: Any) -> Any:
 
 
 class TransformersModel:
-    """A `Model` (diffusion/model_interface.py) of one of transformers' models with `.model` and `.lm_head`."""
+    """A transformers model with `.model` and `.lm_head` as a `Model` (diffusion/model_interface.py)."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -140,11 +140,11 @@ class TransformersModel:
     ) -> tuple[Tensor, ...]:
         length, num_slots = request.tokens.shape[1], int(window.slots.max()) + 1
         cache = self._cache
-        # A sampler's first pass computes all positions of all its rows, so what other texts left does not matter.
+        # A sampler's first pass computes all positions of its samples, so entries of earlier samples are overwritten.
         if cache is None or cache.shape[1] != length or cache.shape[0] < num_slots:
             cache = self._cache = KeyValueCache(num_slots, length)
         counts_B = window.active.sum(1)
-        # Each row's active positions from left to right, then others to fill the rectangle.
+        # Each sample's active positions from left to right, then padding to a rectangle.
         columns_BA = (~window.active).long().argsort(dim=1, stable=True)[:, : int(counts_B.max())]
         valid_BA = torch.arange(columns_BA.shape[1], device=counts_B.device) < counts_B[:, None]
         hidden_BAD = self.model.model(

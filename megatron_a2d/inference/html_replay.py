@@ -1,4 +1,4 @@
-"""One self-contained HTML page that replays how texts were denoised, with a slider. No network, no libraries."""
+"""Self-contained HTML page that replays the denoising of texts with a slider, without network or libraries."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_a2d.terminal.live_view import Decode, pieces
+from megatron_a2d.terminal.live_view import Decode, segments
 
 
 def replay_row(tokens: Sequence[int], steps: Sequence[int | None], decode: Decode) -> list[list[Any]]:
-    """[text, step that completed it (0: given), number of tokens] for each piece of one text."""
+    """[text, step that completed it (0: prompt), number of tokens] for each segment of one text."""
     return [
         [text, max((step or 0) for step in steps[start:end]), end - start]
-        for start, end, text in pieces(list(tokens), list(steps), decode)
+        for start, end, text in segments(list(tokens), list(steps), decode)
     ]
 
 
 def replay_page(title: str, rows: Sequence[list[list[Any]]]) -> str:
     """The page for texts made by `replay_row`."""
-    last = max((piece[1] for row in rows for piece in row), default=0)
+    last = max((segment[1] for row in rows for segment in row), default=0)
     # "</script" would end the script element, and "<!--<script" would keep it from ending.
     data = json.dumps({"title": title, "last": last, "rows": rows}).replace("<", "\\u003c")
     return _PAGE.replace("__DATA__", data)

@@ -1,4 +1,4 @@
-"""A model that is ready to run, wherever it came from, and the checks that both kinds share."""
+"""A loaded model, from an HF model or a sharded checkpoint, with the facts that sampling and evaluation need."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from megatron_a2d.utils.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
-class Opened:
-    """What sampling and evaluation need to know of a model."""
+class LoadedModel:
+    """A model, its tokenizer, and what sampling and evaluation need to know about it."""
 
-    run: Model
+    forward: Model
     tokenizer: Tokenizer
-    name: str  # what the user gave
+    name: str  # as the user gave it
     objective: str  # mdlm, block or ar
     architecture: Architecture
     vocab_size: int
     mask_token_id: int  # -1 for an autoregressive model
-    end_token_ids: tuple[int, ...]  # a text ends at the first of them (conversion/end_tokens.py)
+    end_token_ids: tuple[int, ...]  # a text ends at the first of these tokens (conversion/end_tokens.py)
     label_shift: bool
     max_positions: int
     num_diffusion_steps: int
     has_caches: bool
     device: torch.device
-    # It lies between the documents of training data, and stands for "nothing before"; None: nothing names one.
+    # The document separator of the training data, also the empty context; None: no file of the model names one.
     document_token_id: int | None = None
-    # As it was trained; what held-out text is judged with unless told otherwise.
+    # The training settings, the defaults of held-out evaluation.
     noise_schedule: str = "linear"
     reset_attention_mask: bool = False
     # The public package's reserved slot holds it.
     pad_token_id: int = 0
-    # Of a model of block diffusion.
+    # Block diffusion only.
     block_length: int = 0
     causal_context: bool = False
-    # Several processes run a sharded model; one of them speaks.
-    speaks: bool = True
+    # One of the processes of a parallel model prints and writes files.
+    is_output_rank: bool = True
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -59,18 +59,18 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, checked against the model's vocabulary."""
     path = directory / "tokenizer.json"
     if not path.exists():
-        raise UserError(f"{path}: the tokenizer is missing; copy it from the model that this one comes from")
+        raise UserError(f"{path}: the tokenizer is missing; copy it from the model that this one was made from")
     tokenizer = read_tokenizer(path, str(path))
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise UserError(
-            f"{path}: has token id {largest}, and the model has {vocab_size} tokens; take the model's own tokenizer"
+            f"{path}: has token id {largest}, and the model has {vocab_size} tokens; use the model's own tokenizer"
         )
     return tokenizer
 
 
 def pad_token(directory: Path, config: Mapping[str, Any], ends: EndTokens) -> int:
-    """As an export has it: config.json's, else generation_config.json's, else the first end-of-text token, else 0."""
+    """The padding token: config.json's, else generation_config.json's, else the first end-of-text token, else 0."""
     path = directory / "generation_config.json"
     generation = read_json(path, "the generation settings") if path.exists() else {}
     for value in (config.get("pad_token_id"), generation.get("pad_token_id"), *ends.ids):

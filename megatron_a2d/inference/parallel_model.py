@@ -1,9 +1,8 @@
-"""A model over several processes, from a training checkpoint under any layout of tensor, expert and pipeline
-parallelism.
+"""Models loaded from a training checkpoint in parallel, in any layout of tensor, expert and pipeline parallelism.
 
-Every rank runs the same sampler over the same rows, and takes what it decides on from one rank: the first one that
-holds the last stage. So stages that see no logits follow, and no rounding can make ranks disagree and
-wait for one another. Data-parallel ranks repeat the same work; experts are divided over them.
+Every rank runs the same sampler on the same batch with the results of one rank, the first of the last pipeline stage.
+So stages without logits can follow, and rounding cannot make ranks diverge and deadlock. Data-parallel ranks duplicate
+the work; experts are distributed over them.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from megatron_a2d.diffusion.block_diffusion import BlockModel
 from megatron_a2d.diffusion.model_interface import Model, Reduce, Request
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.inference.hf_model import check_mask_token
-from megatron_a2d.inference.loaded_model import Opened, load_tokenizer, pad_token
+from megatron_a2d.inference.loaded_model import LoadedModel, load_tokenizer, pad_token
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.train_state import build_model
@@ -41,17 +40,17 @@ from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
 
-def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdlm") -> Opened:
-    """The model of a checkpoint, laid out as `values` (names of LAYOUT) say; collective under torchrun.
+def load_parallel_model(path: str | Path, values: dict[str, Any], objective: str = "mdlm") -> LoadedModel:
+    """Load the model of a checkpoint in the parallel layout `values` (names of LAYOUT). Collective under torchrun.
 
-    How it was trained (objective, label shift) the checkpoint says; a converted Qwen3 counts as `objective`.
+    Objective and label shift come from the checkpoint; `objective` is that of a converted, untrained Qwen3.
     """
     directory = resolve(path)
     hf_files = directory / HF_FILES
     architecture = read_architecture(hf_files)
     trained = read_trained(directory)
     if objective == "mdlm" and trained.objective == "block":
-        objective = "block"  # masked diffusion too; how it is read follows from how it was trained
+        objective = "block"  # masked diffusion too, with other attention
     if trained.objective not in (None, objective):
         raise UserError(
             f"--model {path}: was trained with --objective {trained.objective}, not {objective}; give that objective"
@@ -68,16 +67,16 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
         check_mask_token(hf_files, mask, architecture.vocab_size)
     ends = read_end_tokens(hf_files, architecture.vocab_size)
     with open_checkpoint(directory):
-        pass  # every tensor of the model is there, in its shape, and no other
+        pass  # UserError unless the checkpoint holds exactly the tensors of the model, in their shapes
     process_groups.initialize(config.parallel)
     model = load_weights(architecture, config, directory)
     hf_config = read_json(hf_files / "config.json", "the model's configuration")
-    run: Model = ShardedModel(model, config)
+    forward: Model = ParallelModel(model, config)
     causal_context = config.diffusion.ar_loss_weight > 0
     if objective == "block":
-        run = BlockModel(run, int(mask or 0), config.diffusion.block_length, causal_context)
-    return Opened(
-        run=run,
+        forward = BlockModel(forward, int(mask or 0), config.diffusion.block_length, causal_context)
+    return LoadedModel(
+        forward=forward,
         tokenizer=tokenizer,
         name=str(path),
         objective=objective,
@@ -94,14 +93,14 @@ def open_sharded(path: str | Path, values: dict[str, Any], objective: str = "mdl
         has_caches=False,
         device=device(),
         pad_token_id=pad_token(hf_files, hf_config, ends),
-        speaks=dist.get_rank() == 0,
+        is_output_rank=dist.get_rank() == 0,
         block_length=config.diffusion.block_length,
         causal_context=causal_context,
     )
 
 
 def load_weights(architecture: Architecture, config: RunConfig, directory: Path) -> DiffusionLM:
-    """This rank's part of the model; no optimizer, no gradients. Collective."""
+    """This rank's shards of the model, in eval mode, without an optimizer. Collective."""
     model = build_model(architecture, config)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     loaded = load_state({"model": state_to_load(model, metadata)}, directory)
@@ -109,29 +108,29 @@ def load_weights(architecture: Architecture, config: RunConfig, directory: Path)
     return model.eval()
 
 
-class ShardedModel:
-    """A `Model` (diffusion/model_interface.py); every rank calls it with the same request and gets the same answer."""
+class ParallelModel:
+    """A `Model` (diffusion/model_interface.py); all ranks call it with the same request and get the same result."""
 
     def __init__(self, model: DiffusionLM, config: RunConfig):
         self.model = model
         layout = config.parallel
-        self._pieces = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
-        holds_answer = [False] * dist.get_world_size()
-        dist.all_gather_object(holds_answer, process_groups.owns_loss())
-        self._source = holds_answer.index(True)
+        self._seq_shards = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+        owns_results = [False] * dist.get_world_size()
+        dist.all_gather_object(owns_results, process_groups.owns_loss())
+        self._source = owns_results.index(True)
 
     @torch.no_grad()
     def __call__(self, request: Request, reduce: Reduce) -> tuple[Tensor, ...]:
-        assert request.window is None, "a sharded model has no caches"
+        assert request.window is None, "a parallel model has no KV cache"
         batch, length = request.tokens.shape
-        more = -length % self._pieces  # sequence parallelism cuts the sequence into equal pieces
-        request = Request(*(None if rows is None else F.pad(rows, (0, more)) for rows in request))  # type: ignore[arg-type]
+        padding = -length % self._seq_shards  # sequence parallelism shards the sequence evenly
+        request = Request(*(None if rows is None else F.pad(rows, (0, padding)) for rows in request))  # type: ignore[arg-type]
         results = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, request, reduce),
             data_iterator=None,
             model=[self.model],
             num_microbatches=1,
-            seq_length=length + more,
+            seq_length=length + padding,
             micro_batch_size=batch,
             forward_only=True,
             collect_non_loss_data=True,
@@ -143,8 +142,8 @@ class ShardedModel:
 
 
 def _forward_step(request: Request, reduce: Reduce, batches: Any, model: DiffusionLM) -> tuple[Tensor, Any]:
-    """megatron's `forward_step_func`: hidden states between stages, the needed rows on the last one."""
-    # Real tokens and padding are kept apart like documents.
+    """megatron's `forward_step_func`: hidden states between stages, those of the needed positions on the last."""
+    # Padding is masked off as a separate document.
     documents = None if bool(request.visible.all()) else (~request.visible).long()
     hidden = model(
         request.tokens,

@@ -1,1 +1,1 @@
-"""Reports of a run from its log: plots on one page, and TensorBoard opened at the same charts."""
+"""Reports of a training run from its log: a page of plots, and TensorBoard with the same charts."""

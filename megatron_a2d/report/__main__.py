@@ -1,4 +1,4 @@
-"""Report of a run: plots on one page, or TensorBoard opened at the same charts.
+"""Command for reports of a training run: a page of plots, or TensorBoard with the same charts.
 
 python -m megatron_a2d.report RUN [--out page.png]            RUN is a --save directory
 python -m megatron_a2d.report RUN --tensorboard [--port 6006] also a directory of several runs
@@ -17,11 +17,11 @@ from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m megatron_a2d.report", description="Draw what a run did, or open TensorBoard on it.")
+    parser = Parser(prog="python -m megatron_a2d.report", description="Plot a training run, or start TensorBoard.")
     parser.add_argument("run", type=Path, help="the run's --save directory")
     parser.add_argument("--out", type=Path, default=None, help="the image; default: RUN/report.png")
-    parser.add_argument("--tensorboard", action="store_true", help="start TensorBoard instead, at the run's charts")
-    parser.add_argument("--port", type=int, default=6006, help="of TensorBoard")
+    parser.add_argument("--tensorboard", action="store_true", help="start TensorBoard instead")
+    parser.add_argument("--port", type=int, default=6006, help="TensorBoard's port")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if options.tensorboard:
         watch(options.run, options.port)

@@ -16,7 +16,7 @@ from megatron_a2d.utils.printable import one_line
 def figure(
     path: Path, columns: int, rows: int = 1, size: tuple[float, float] = (5.0, 3.8), title: str = ""
 ) -> Iterator[list[Any]]:
-    """Yield rows x columns axes of `size` inches; what is drawn on them becomes the PNG `path`."""
+    """Yield rows x columns axes of `size` inches each; the figure is saved as the PNG `path`."""
     pyplot = import_pyplot()
     drawn, axes = pyplot.subplots(
         rows, columns, figsize=(size[0] * columns, size[1] * rows), constrained_layout=True, squeeze=False
@@ -34,12 +34,12 @@ def figure(
 
 
 def plain_label(text: str) -> str:
-    """A name as a label of a plot: matplotlib would take what stands between two $ for a formula."""
+    """A name as a plot label: matplotlib would parse text between two $ as a formula."""
     return one_line(text).replace("$", r"\$")
 
 
 def import_pyplot() -> Any:
-    """matplotlib without a display; UserError where it is not installed."""
+    """matplotlib without a display; UserError if it is not installed."""
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""A run's log.jsonl as one page of plots: whatever of it the run has measured."""
+"""Plots of a run's log.jsonl on one page, one panel per metric that the run has logged."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Record = dict[str, Any]
 
 
 class Panel(NamedTuple):
-    """Curves of training records by dotted key (`moe.entropy_masked`); a dictionary's key gives one for each entry."""
+    """Curves of training records by dotted key (`moe.entropy_masked`); a dictionary gives a curve per entry."""
 
     title: str
     keys: tuple[str, ...]
-    validation: str = ""  # drawn with it, with its standard error
+    validation: str = ""  # the validation metric in the same panel, with its standard error
     logarithmic: bool = False
 
 
 PANELS = (
-    Panel("loss, nats a token", ("loss",), "nelbo"),
-    Panel("loss weighted and unweighted", ("loss", "cross_entropy")),
+    Panel("loss, nats/token", ("loss",), "nelbo"),
+    Panel("weighted and unweighted loss", ("loss", "cross_entropy")),
     Panel("diffusion and next-token loss", ("diffusion_loss", "ar_loss")),
-    Panel("error of grafting", ("grafting_error",)),
+    Panel("grafting error", ("grafting_error",)),
     Panel("loss by t", ("loss_by_t",)),
-    Panel("accuracy on rows with loss", ("accuracy",), "accuracy"),
+    Panel("accuracy at loss positions", ("accuracy",), "accuracy"),
     Panel("accuracy by mask ratio", ("accuracy_by_mask_ratio",)),
     Panel("gradient norm", ("grad_norm",)),
     Panel("gradient norm by role", ("grad_norm_by_role",), logarithmic=True),
@@ -39,7 +39,7 @@ PANELS = (
     Panel("gradient noise scale, samples", ("grad_noise_scale",), logarithmic=True),
     Panel("learning rate", ("lr",)),
     Panel("expert load imbalance, max / mean", ("moe.load_imbalance_masked", "moe.load_imbalance_unmasked")),
-    Panel("entropy of a token's experts, nats", ("moe.entropy_masked", "moe.entropy_unmasked")),
+    Panel("routing entropy per token, nats", ("moe.entropy_masked", "moe.entropy_unmasked")),
     Panel("distance between loads of masked and unmasked tokens", ("moe.load_tv_distance",)),
     Panel("share dropped, and above the mean load", ("moe.dropped_token_frac", "moe.over_mean_load_frac")),
     Panel("tokens/s", ("tokens_per_second",)),
@@ -47,7 +47,7 @@ PANELS = (
 
 
 def read_log(run: Path) -> list[Record]:
-    """The records of a run. A resumed run repeats iterations: the newest record of each stands."""
+    """The records of a run; of iterations repeated after a resume, the newest record."""
     path = run / "log.jsonl"
     if not path.is_file():
         raise UserError(f"{run}: has no log.jsonl; give the --save directory of a run")
@@ -59,15 +59,15 @@ def read_log(run: Path) -> list[Record]:
         record = _record(line)
         if record is not None:
             newest[(record["kind"], record["iteration"], record.get("source"))] = modernise_metrics(record)
-        elif number < len(lines):  # the last line may be that of a run that was killed while it wrote
-            raise UserError(f"{path}: line {number} is no record of a run; remove it")
+        elif number < len(lines):  # the last line may be truncated, if the run was killed
+            raise UserError(f"{path}: line {number} is not a log record; remove it")
     records = list(newest.values())
     _cut_grafting(records)
     return records
 
 
 def _record(line: str) -> Record | None:
-    """A line of a log; None for what is none."""
+    """The log record in a line; None if it holds none."""
     try:
         record = parse_json(line, allow_nonfinite=True)
     except ParseError:
@@ -84,7 +84,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _cut_grafting(records: list[Record]) -> None:
-    """Logs once held the error of grafting as `loss`, and no accuracy as 0: such numbers are taken out."""
+    """Remove values of older logs, which had the grafting error as `loss`, and a missing accuracy as 0."""
     starts = [record for record in records if record["kind"] == "start"]
     settings = starts[-1].get("settings") if starts else None
     steps = modernise_record(settings).get("grafting_iters", 0) if isinstance(settings, dict) else 0
@@ -96,7 +96,7 @@ def _cut_grafting(records: list[Record]) -> None:
 
 
 def draw_run(run: Path, image: Path) -> Path:
-    """Draw the panels that the run has numbers for, over iterations; returns `image`."""
+    """Draw all panels for which the run has values, over iterations; returns `image`."""
     records = read_log(run)
     train = sorted((r for r in records if r["kind"] == "train"), key=lambda r: r["iteration"])
     valid = sorted((r for r in records if r["kind"] == "validation"), key=lambda r: r["iteration"])
@@ -117,7 +117,7 @@ Curves = dict[str, tuple[list[int], list[float]]]
 
 
 def _curves(panel: Panel, train: Sequence[Record]) -> Curves:
-    """Iterations and values of each of a panel's curves."""
+    """Iterations and values of each curve of a panel."""
     found: Curves = {}
     for record in train:
         for key in panel.keys:
@@ -164,7 +164,7 @@ def _draw(axis: Any, panel: Panel, found: Curves, valid: Sequence[Record]) -> No
 
 
 def _shades(found: Curves) -> Callable[[float], Any] | None:
-    """A colour by number where all curves are named by numbers: the lower ends of buckets."""
+    """Colours by value if all curves are named by numbers, the lower ends of buckets; else None."""
     if not all(name.replace(".", "", 1).isdecimal() for name in found):
         return None
     from matplotlib import colormaps

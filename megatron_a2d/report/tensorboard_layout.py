@@ -1,7 +1,7 @@
-"""TensorBoard on a run, with the page of this project's charts in front.
+"""TensorBoard for a run, opened at this project's charts.
 
-TensorBoard opens the first of its tabs that has something to show, in the order in which its plugins were given; by
-itself that is "Time Series". Here "Custom Scalars", whose layout training/logger.py writes, comes first.
+TensorBoard opens the first tab with data, in the order of its plugins; by default that is "Time Series". Here it is
+"Custom Scalars", whose layout training/logger.py writes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FIRST = "custom_scalars"
 
 
 def plugins() -> list[Any]:
-    """TensorBoard's own and installed ones, custom scalars first."""
+    """TensorBoard's plugins, built in and installed, with custom scalars first."""
     from tensorboard import default
     from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 
@@ -27,15 +27,15 @@ def plugins() -> list[Any]:
 
 
 def logs_of(run: Path) -> Path:
-    """The directory of a run's curves; a directory of runs shows them together."""
+    """The directory of event files of a run, or of several runs, which are shown together."""
     logs = run / "tensorboard" if (run / "tensorboard").is_dir() else run
     if not any(logs.rglob("events.out.tfevents.*")):
-        raise UserError(f"{run}: holds no curves of a run; give a --save directory, or a directory of several")
+        raise UserError(f"{run}: holds no TensorBoard files; give a --save directory, or a directory of several")
     return logs
 
 
 def watch(run: Path, port: int) -> None:
-    """Serve until it is interrupted."""
+    """Run TensorBoard until interrupted."""
     from tensorboard.program import TensorBoard, TensorBoardServerException
 
     board = TensorBoard(plugins=plugins())

@@ -1,1 +1,1 @@
-"""Reading runs: reports and, on top of them, studies."""
+"""Ablation studies: planning, running and measuring several training runs, and reporting the results."""

@@ -1,10 +1,10 @@
-"""Studies of conversion, and reports of runs.
+"""Command for ablation studies of conversion.
 
     python -m megatron_a2d.study NAME --out DIR --config RECIPE --load CKPT --train-data-path P --valid-data-path P
     python -m megatron_a2d.study report RUN [--out page.png]     draw a run; RUN is a --save directory
     python -m megatron_a2d.study watch RUN [--port 6006]         TensorBoard, opened at the run's charts
 
-A study (`make study` runs one on a small model, offline) is resumable: the same command goes on where it stopped.
+A study (`make study` runs one on a small model, offline) is resumable: the same command resumes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One study from its plan to its page: what `python -m megatron_a2d.study NAME` does."""
+"""The command `python -m megatron_a2d.study NAME`: plan a study, run its jobs, write its results."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ STUDIES = {
 }
 
 
-# Measurements make samples of their own (with holes, with facts, with other times), to which these do not apply.
+# Measurements create their own samples (holes, facts, other timesteps), to which these settings do not apply.
 _NOT_MEASURED = (
     "reset_attention_mask", "reset_position_ids", "random_length_prob", "eod_mask_loss", "loss_weighting",
     "mask_sampling",
 )  # fmt: skip
 
-MOST_RUNS = 1000  # of a kind, and at once
+MOST_RUNS = 1000  # limit of --seeds and --jobs
 
 
 def find_study(name: str) -> Study:
@@ -46,19 +46,19 @@ def find_study(name: str) -> Study:
 
 
 def run_study(name: str, argv: list[str]) -> None:
-    """Run what is left of a study, then write its table, plots and page."""
+    """Run the unfinished jobs of a study, then write its table, plots and page."""
     study = find_study(name)
     parser = Parser(prog=f"python -m megatron_a2d.study {name}", description=" ".join(study.question.split()))
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="runs, table, plots and page")
-    parser.add_argument("--seeds", type=int, default=study.num_seeds, help="runs of each kind")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory for runs and results")
+    parser.add_argument("--seeds", type=int, default=study.num_seeds, help="seeds per variant")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs")
     parser.add_argument(
         "--launcher", default="", metavar="WORDS",
-        help="what stands before `-m megatron_a2d.train`, such as 'torchrun --nproc-per-node 8' or, under Slurm, "
+        help="command in front of `-m megatron_a2d.train`, such as 'torchrun --nproc-per-node 8' or, under Slurm, "
         "'srun --ntasks-per-node 1 launch/node.sh'; default: this Python, one process",
     )  # fmt: skip
     parser.add_argument("--page", type=Path, metavar="DIR", help="directory for table, plots and page; default: --out")
-    parser.add_argument("--plan", action="store_true", help="print what would be run, and what of it is done; end")
+    parser.add_argument("--plan", action="store_true", help="list the jobs and whether they are done, and exit")
     base, options = parse_run(parser, argv, inherited)
     _check(base, options.seeds, options.jobs)
     assert base.training.load is not None
@@ -71,7 +71,7 @@ def run_study(name: str, argv: list[str]) -> None:
         return
     hold_directory(options.out, "--out")
     hold_inputs(options.out, base)
-    import_pyplot()  # better missed now than after the last run
+    import_pyplot()  # fail now, not after the last run
     records = runner.run(jobs)
     page = options.page or options.out
     page.mkdir(parents=True, exist_ok=True)
@@ -85,14 +85,14 @@ def run_study(name: str, argv: list[str]) -> None:
 
 
 def _shown(word: str) -> str:
-    """Of an absolute path, which is this machine's own, its last two parts."""
+    """A word of the command line; of absolute paths, which are specific to this machine, the last two parts."""
     flag, equals, value = word.rpartition("=")
     path = Path(value)
     return shlex.quote(flag + equals + (".../" + "/".join(path.parts[-2:]) if path.is_absolute() else value))
 
 
 def _without(argv: list[str], *flags: str) -> list[str]:
-    """The words of a command line without these flags and their values."""
+    """`argv` without these flags and their values."""
     words, skip = [], False
     for word in argv:
         if skip:
@@ -107,11 +107,11 @@ def _without(argv: list[str], *flags: str) -> list[str]:
 def _check(base: RunConfig, seeds: int, jobs: int) -> None:
     problems = []
     if base.training.save:
-        problems.append(f"--save {base.training.save}: a study's runs lie in --out; leave it out")
+        problems.append(f"--save {base.training.save}: a study's runs are saved in --out; remove it")
     if not base.training.load:
         problems.append("--load: is missing; give the autoregressive checkpoint that the study starts from")
     if not (base.data.valid_data_path or base.data.data_mixture):
-        problems.append("--valid-data-path: is missing; a study judges its runs by held-out text")
+        problems.append("--valid-data-path: is missing; a study evaluates its runs on held-out data")
     if base.training.ckpt_step is not None:
         problems.append(
             f"--ckpt-step {base.training.ckpt_step}: a study begins with one checkpoint and its runs resume "
@@ -120,9 +120,9 @@ def _check(base: RunConfig, seeds: int, jobs: int) -> None:
     for name in _NOT_MEASURED:
         value, usual = base.to_dict()[name], settings()[name].default
         if value != usual:
-            problems.append(f"{flag(name)} {value}: a study's measurements know only {usual}; leave it out")
+            problems.append(f"{flag(name)} {value}: a study's measurements support only {usual}; remove it")
     if base.diffusion.objective != "mdlm":
-        problems.append(f"--objective {base.diffusion.objective}: a study chooses its runs' objectives; leave it out")
+        problems.append(f"--objective {base.diffusion.objective}: a study sets the objectives of its runs; remove it")
     for name, value in (("--seeds", seeds), ("--jobs", jobs)):
         if not 1 <= value <= MOST_RUNS:
             problems.append(f"{name} {value}: must be 1 to {MOST_RUNS:,}")

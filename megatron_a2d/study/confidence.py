@@ -1,4 +1,4 @@
-"""Means over seeds with confidence intervals, and what moments of gradients say."""
+"""Confidence intervals of means over seeds, and the gradient noise scale from gradient moments."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Student's t, two-sided 95%, by degrees of freedom; beyond the table the normal distribution's value.
+# Student's t, two-sided 95%, by degrees of freedom; approximated beyond the table.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
-# What a reader of many verdicts has to know.
+# A note for pages with many verdicts.
 MANY_COMPARISONS = (
     "Each comparison below is made at 95% for itself: of twenty without any difference one is expected to stand out."
 )
@@ -21,9 +21,9 @@ def t95(degrees: int) -> float:
 
 
 class Interval(NamedTuple):
-    """A mean with half the width of its 95% confidence interval; nan where one value alone is known.
+    """A mean with the half-width of its 95% confidence interval; nan if there is only one value.
 
-    Values that are equal to the last bit do not depend on the seed: they have no spread to be told from.
+    Bitwise equal values do not depend on the seed: their interval has width 0.
     """
 
     mean: float
@@ -40,7 +40,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Of independent values, by Student's t."""
+    """The interval of independent values, by Student's t."""
     count = len(values)
     if not all(map(math.isfinite, values)):
         return Interval(math.nan, math.nan, count)
@@ -51,7 +51,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def verdict(difference: Interval, digits: int = 3) -> str:
-    """What a difference and its interval allow to say."""
+    """A difference in words, with its interval."""
     shown = f"{abs(difference.mean):.{digits}f} ± {difference.half_width:.{digits}f}"
     if not math.isfinite(difference.half_width):
         return f"{difference.mean:+.{digits}f} (one seed: no interval)"
@@ -63,7 +63,7 @@ def verdict(difference: Interval, digits: int = 3) -> str:
 
 
 def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Interval:
-    """Mean of value - baseline over the seeds that both have: what the seeds share cancels."""
+    """Mean of value - baseline over common seeds, which cancels the seed's effect on both."""
     return mean_interval([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
 
 
@@ -79,9 +79,9 @@ class RatioInterval(NamedTuple):
 
 
 def ratio_interval(values: Sequence[float], baseline: Sequence[float]) -> RatioInterval:
-    """mean(values) / mean(baseline) of positive quantities, pair by pair; the interval by a jackknife of its logarithm.
+    """mean(values) / mean(baseline) of positive paired quantities; the interval by a jackknife of its logarithm.
 
-    Tukey's pseudo-values are as good as independent, and Student's t applies to them.
+    Tukey's pseudo-values are approximately independent, so Student's t applies to them.
     """
     count = len(values)
 
@@ -99,9 +99,9 @@ def ratio_interval(values: Sequence[float], baseline: Sequence[float]) -> RatioI
 
 
 class Moments(NamedTuple):
-    """Of a batch's gradient, from n batches of B samples with gradients g_r (McCandlish et al. 2018, appendix A).
+    """Gradient moments from n batches of B samples with gradients g_r (McCandlish et al. 2018, appendix A).
 
-    Both are without bias: tr V = (sum |g_r|^2 - n |mean g|^2) / (n - 1), and |G|^2 = |mean g|^2 - tr V / n.
+    Both are unbiased: tr V = (sum |g_r|^2 - n |mean g|^2) / (n - 1), and |G|^2 = |mean g|^2 - tr V / n.
     """
 
     variance: float  # tr V
@@ -109,7 +109,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, sums: dict[str, float]) -> Moments:
-        """From what gradient_noise.py sums over batches."""
+        """From the sums of gradient_noise.py."""
         count = sums["count"]
         mean_square = sums["square_of_sum"] / count**2
         variance = (sums["sum_of_squares"] - count * mean_square) / (count - 1)

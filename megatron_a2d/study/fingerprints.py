@@ -1,8 +1,8 @@
-"""What a study is run on: which checkpoint and which tokens, by their content, so that no run of it gets others.
+"""Fingerprints of a study's inputs (checkpoint and tokens), so that all of its runs use the same ones.
 
 OUT/inputs.json    fingerprints, written when the study begins
 
-Paths may change between two starts of a study (a directory is moved, a machine is another one), and are not compared.
+Paths are not compared: they may change when a study is resumed (moved directories, another machine).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FILE = "inputs.json"
 
 
 def hold_inputs(out: Path, base: RunConfig) -> None:
-    """UserError when `out` holds a study of another checkpoint or of other tokens; else its inputs are written down."""
+    """Record the inputs in `out`; UserError if it holds a study of another checkpoint or other tokens."""
     found, path = _inputs(base), out / _FILE
     known = read_json(path, "the study's inputs") if path.exists() else {}
     problems = [
@@ -51,7 +51,7 @@ def _inputs(base: RunConfig) -> dict[str, tuple[str, str]]:
     load, data = base.training.load, base.data
     assert load is not None
     start = resolve(load)
-    # A checkpoint's manifest has the checksum of each of its files; the oldest ones have none.
+    # A checkpoint's manifest has a checksum per file; the oldest checkpoints have none.
     manifest = start / MANIFEST
     described = manifest if manifest.is_file() else start / HF_FILES / "config.json"
     found = {"--load": (checksum(described.read_bytes()), load)}

@@ -1,7 +1,7 @@
 """Moments of loss and gradient over independent batches: their variance, and the gradient noise scale.
 
-What follows from the sums is in confidence.py. Batches come in groups, so that the spread over groups tells the
-uncertainty. Every scheme sees the same tokens and the same uniform numbers behind its masks; only times differ.
+The statistics of these sums are in confidence.py. Batches come in groups, so that the spread over groups gives the
+uncertainty. Every scheme sees the same tokens and the same uniform numbers for its masks; only timesteps differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_a2d.data.dataloader import MakeSample, MicroBatches
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
 from megatron_a2d.diffusion.rng import Noise, Stream, uniforms
 from megatron_a2d.megatron_compat.device import device
-from megatron_a2d.study.load_run import OpenedRun
+from megatron_a2d.study.load_run import LoadedRun
 from megatron_a2d.terminal.console import progress
 from megatron_a2d.training.param_shards import Piece, over_ranks, owned_pieces, squares_by_role
 from megatron_a2d.training.train_step import forward_backward, loss_totals
@@ -28,10 +28,10 @@ from megatron_a2d.training.train_step import forward_backward, loss_totals
 
 @dataclass(frozen=True)
 class BatchTimes(Noise):
-    """Noise whose times depend on a sample's place in its batch of `batch_size`: the ways that are compared with ours.
+    """Noise whose timesteps depend on a sample's index in its batch of `batch_size`: the schemes compared with ours.
 
-    iid: independent. antithetic: in pairs, t and 1 - t. stratified: frac(u + place / batch_size), one u for each batch
-    (MDLM's low-discrepancy sampler). by_index: as training does it, whatever the batch is.
+    iid: independent. antithetic: in pairs, t and 1 - t. stratified: frac(u + index / batch_size), one u per batch
+    (MDLM's low-discrepancy sampler). by_index: as in training, independent of the batch.
     """
 
     scheme: str = "by_index"
@@ -53,7 +53,7 @@ class BatchTimes(Noise):
 
 
 class _Sums:
-    """Of a group of batches: the gradients' sum, their squares' sum, their number."""
+    """Over a group of batches: the sum of gradients, the sum of their squares, the number of batches."""
 
     def __init__(self, pieces: list[Piece]):
         self._pieces = pieces
@@ -74,7 +74,7 @@ class _Sums:
 
 
 def gradient_moments(
-    opened: OpenedRun,
+    loaded: LoadedRun,
     batch_size: int,
     num_groups: int,
     batches_per_group: int,
@@ -84,9 +84,9 @@ def gradient_moments(
 ) -> dict[str, Any]:
     """Moments over num_groups x batches_per_group batches; collective. same_tokens: only the noise differs.
 
-    Returns {"groups": [moments], "all": moments, "losses": [one for each batch], "batch_size"}.
+    Returns {"groups": [moments], "all": moments, "losses": [one per batch], "batch_size"}.
     """
-    pieces = owned_pieces(opened.state)
+    pieces = owned_pieces(loaded.state)
     total = _Sums(pieces)
     groups, losses = [], []
     with progress(f"gradients, {scheme}", num_groups * batches_per_group, "batches") as advance:
@@ -94,9 +94,9 @@ def gradient_moments(
             sums = _Sums(pieces)
             for number in range(batches_per_group):
                 replicate = group * batches_per_group + number
-                make = _make(opened, replicate, batch_size, scheme, mask_sampling)
+                make = _make(loaded, replicate, batch_size, scheme, mask_sampling)
                 first = 0 if same_tokens else replicate * batch_size
-                losses.append(_one_batch(opened, _relocated(make, first), batch_size, first))
+                losses.append(_one_batch(loaded, _relocated(make, first), batch_size, first))
                 sums.add()
                 total.add()
                 advance(1)
@@ -104,15 +104,15 @@ def gradient_moments(
     return {"batch_size": batch_size, "groups": groups, "all": total.read(), "losses": losses}
 
 
-def _make(opened: OpenedRun, replicate: int, batch_size: int, scheme: str, mask_sampling: str) -> MakeSample:
-    """What the objective makes of a sample, under noise of the replicate's own."""
-    diffusion = opened.config.diffusion
+def _make(loaded: LoadedRun, replicate: int, batch_size: int, scheme: str, mask_sampling: str) -> MakeSample:
+    """The sample function of the objective, with the replicate's own noise."""
+    diffusion = loaded.config.diffusion
     if diffusion.objective == "ar":
         return lambda tokens, index: next_token(tokens)
-    assert opened.architecture.mask_token_id is not None
+    assert loaded.architecture.mask_token_id is not None
     noise = BatchTimes(
-        seed=opened.config.data.seed + replicate,
-        mask_token_id=opened.architecture.mask_token_id,
+        seed=loaded.config.data.seed + replicate,
+        mask_token_id=loaded.architecture.mask_token_id,
         schedule=diffusion.noise_schedule,
         min_timestep=diffusion.min_timestep,
         label_shift=diffusion.label_shift,
@@ -124,7 +124,7 @@ def _make(opened: OpenedRun, replicate: int, batch_size: int, scheme: str, mask_
 
 
 def _relocated(make: MakeSample, first: int) -> MakeSample:
-    """Noise is that of the place in the batch: a replicate differs from the others by its seed."""
+    """Noise by index in the batch; replicates differ by seed."""
 
     def made(tokens: np.ndarray, index: int) -> Corrupted:
         return make(tokens, index - first)
@@ -132,17 +132,17 @@ def _relocated(make: MakeSample, first: int) -> MakeSample:
     return made
 
 
-def _one_batch(opened: OpenedRun, make: Callable[[np.ndarray, int], Corrupted], batch_size: int, first: int) -> float:
-    """Its gradient is in the pieces then; returns its loss."""
-    chunks = opened.state.chunks
+def _one_batch(loaded: LoadedRun, make: Callable[[np.ndarray, int], Corrupted], batch_size: int, first: int) -> float:
+    """Run one batch, leaving its gradient in the parameter shards; returns its loss."""
+    chunks = loaded.state.chunks
     batches = MicroBatches(
-        opened.train_data, make, micro_batch_size=opened.config.training.micro_batch_size, global_batch_size=batch_size,
+        loaded.train_data, make, micro_batch_size=loaded.config.training.micro_batch_size, global_batch_size=batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
         start_sample=first, num_workers=0,
     )  # fmt: skip
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    opened.state.optimizer.zero_grad()
+    loaded.state.optimizer.zero_grad()
     iteration = [next(batches) for _ in range(batches.num_microbatches)]
     totals: Tensor = loss_totals(forward_backward(list(chunks), iteration, forward_only=False))
     dist.all_reduce(totals)

@@ -1,4 +1,4 @@
-"""Held-out samples that ask for certain tokens: a cloze test, a hole to be filled."""
+"""Held-out evaluation on selected tokens: cloze tests, and infilling of one hole per sample."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from megatron.core import parallel_state
 from megatron_a2d.data.dataloader import MakeSample, MicroBatches
 from megatron_a2d.diffusion.corruption import Corrupted, next_token
 from megatron_a2d.diffusion.rng import Stream, uniforms
-from megatron_a2d.study.load_run import OpenedRun
+from megatron_a2d.study.load_run import LoadedRun
 from megatron_a2d.training.validation import VALIDATION_SEED, ValidationResult, validate
 
 
-def judge(opened: OpenedRun, make: MakeSample) -> ValidationResult:
-    """Cross-entropy and accuracy on the rows that `make` gives weight, over all held-out samples. Collective."""
-    training, data = opened.config.training, opened.valid_data
+def evaluate(loaded: LoadedRun, make: MakeSample) -> ValidationResult:
+    """Cross-entropy and accuracy at the loss positions of `make`, over all held-out samples. Collective."""
+    training, data = loaded.config.training, loaded.valid_data
     count = data.num_samples // training.global_batch_size * training.global_batch_size
-    opened.state.gather_parameters()
+    loaded.state.gather_parameters()
     with MicroBatches(
         data, make, micro_batch_size=training.micro_batch_size, global_batch_size=training.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
     ) as batches:  # fmt: skip
-        return validate(opened.state.chunks, batches, count, training.global_batch_size)
+        return validate(loaded.state.chunks, batches, count, training.global_batch_size)
 
 
-def asked_rows(asked: Callable[[np.ndarray], np.ndarray]) -> MakeSample:
-    """Next-token samples whose loss is that of the tokens where `asked` is True."""
+def supervise_only(asked: Callable[[np.ndarray], np.ndarray]) -> MakeSample:
+    """Next-token samples whose loss is restricted to the tokens where `asked` is True."""
 
     def make(tokens: np.ndarray, index: int) -> Corrupted:
         sample = next_token(tokens)
-        # Row i predicts token i + 1; the last row predicts none.
+        # Position i predicts token i + 1; the last position predicts none.
         weights = sample.weights * np.append(asked(tokens)[1:], False)
         return sample._replace(weights=weights, num_maskable=int(weights.sum()))
 
     return make
 
 
-def holes(opened: OpenedRun, length: int) -> MakeSample:
-    """Samples with one hole each, of `length` tokens at a place that depends on the sample alone."""
-    mask, shifted = opened.architecture.mask_token_id, opened.config.diffusion.label_shift
+def holes(loaded: LoadedRun, length: int) -> MakeSample:
+    """Samples with one hole each, of `length` tokens at an index that depends only on the sample."""
+    mask, shifted = loaded.architecture.mask_token_id, loaded.config.diffusion.label_shift
     assert mask is not None
 
     def make(tokens: np.ndarray, index: int) -> Corrupted:
         first = 1 + int(uniforms(VALIDATION_SEED, Stream.STUDY_HOLE, index, 1)[0] * (len(tokens) - length))
         hole = np.zeros(len(tokens), dtype=bool)
         hole[first : first + length] = True
-        labels, rows = (np.roll(tokens, -1), np.roll(hole, -1)) if shifted else (tokens, hole)
-        return Corrupted(np.where(hole, mask, tokens), labels, rows.astype(np.float32), 1.0, int(hole.sum()))
+        labels, is_target = (np.roll(tokens, -1), np.roll(hole, -1)) if shifted else (tokens, hole)
+        return Corrupted(np.where(hole, mask, tokens), labels, is_target.astype(np.float32), 1.0, int(hole.sum()))
 
     return make

@@ -1,8 +1,8 @@
-"""What a study runs, as data: training runs and measurements, each a directory of its own under --out.
+"""Jobs of a study: training runs and measurements, each in its own directory under --out.
 
 A study is a function from the settings of the base run (recipe and flags, any size, any layout) to a list of jobs.
-It varies those settings in proportion and names nothing that depends on the machine: the same plan is run
-on a laptop's CPU and, with another recipe and --launcher, on a cluster.
+It varies these settings relative to the base and does not depend on the machine: the same plan runs on a laptop's CPU
+and, with another recipe and --launcher, on a cluster.
 """
 
 from __future__ import annotations
@@ -13,52 +13,53 @@ from typing import Any, NamedTuple
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.utils.errors import UserError
 
-# Seeds of a study's runs: the order of samples and their noise. Validation has a seed of its own, the same for all.
+# Seeds of a study's runs: the order of samples and their noise. Validation has a separate seed, the same for all.
 FIRST_SEED = 1000
-BASE = ""  # as `Job.start`: the checkpoint that was given with --load
+BASE = ""  # as `Job.start`: the checkpoint given with --load
 
 
 class Measure(NamedTuple):
-    """One measurement of a checkpoint (measure.py): its kind, and what differs from the run's own settings."""
+    """A measurement of a checkpoint (measure.py): its kind, and settings that differ from the run's."""
 
-    name: str  # the key of its numbers in the results
+    name: str  # key of its results
     kind: str
     settings: dict[str, Any] = {}  # noqa: RUF012  (never written to)
     options: dict[str, Any] = {}  # noqa: RUF012
 
 
 class Job(NamedTuple):
-    """A training run from `start`, measured at its end; without `trains` only the measurements, of `start` itself."""
+    """A training run from `start`, measured at its end; if not `trains`, only measurements of `start` itself."""
 
     name: str
-    tags: dict[str, Any]  # what tells it from the others: the columns of the table
-    settings: dict[str, Any]  # on top of the base run's
+    tags: dict[str, Any]  # distinguish it from the others: the table's columns
+    settings: dict[str, Any]  # override those of the base run
     start: str = BASE  # another job's name
     measures: tuple[Measure, ...] = ()
     trains: bool = True
 
 
 def resolved(base: RunConfig, job: Job) -> dict[str, Any]:
-    """All settings of a job but for its paths.
+    """All settings of a job except its paths.
 
-    Every branch begins with its start's weights and a new optimizer, and is judged at its end: one checkpoint will do.
+    Every branch starts from the weights of its start with a new optimizer, and is evaluated at its end, so one
+    checkpoint is kept.
     """
     return {**base.to_dict(), "finetune": True, "keep_latest_k": base.training.keep_latest_k or 1, **job.settings}
 
 
 def scaled_batch(base: RunConfig, factor: float, largest: int = 1) -> dict[str, Any]:
-    """The settings of the base run at another batch size and equal tokens.
+    """The settings of the base run at another batch size and the same number of tokens.
 
-    The learning rate follows the square root of the batch (for Adam: Malladi et al. 2022; so branch Merrill et al.
-    2025); warm-up and decay keep their places in tokens. The base's iterations (of training, warm-up, decay,
-    validation) are first rounded to multiples of the `largest` factor that a study takes, so that all its branches see
-    exactly the same tokens and are judged by the same held-out samples. UserError where a batch would not be whole.
+    The learning rate scales with the square root of the batch size (for Adam: Malladi et al. 2022; branches as in
+    Merrill et al. 2025); warm-up and decay keep their lengths in tokens. The base's iterations (training, warm-up,
+    decay, validation) are first rounded to multiples of the `largest` factor of a study, so that all branches see
+    exactly the same tokens and are evaluated on the same held-out samples. UserError for a fractional batch size.
     """
     training, optimization = base.training, base.optimization
     if training.global_batch_size * factor % 1:
         raise UserError(
             f"--global-batch-size {training.global_batch_size}: the study divides it by {round(1 / factor)}; "
-            "take a multiple of that"
+            "use a multiple of that"
         )
     batch = int(training.global_batch_size * factor)
 
@@ -82,6 +83,6 @@ def scaled_batch(base: RunConfig, factor: float, largest: int = 1) -> dict[str, 
 
 
 def ar_settings(base: RunConfig) -> dict[str, Any]:
-    """What turns a run's settings into those of the autoregressive objective: noise has no place there."""
+    """The settings that switch a run to the autoregressive objective, with all noise settings at their defaults."""
     defaults = dataclasses.asdict(type(base.diffusion)())
     return {**defaults, "objective": "ar"}

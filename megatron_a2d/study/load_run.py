@@ -1,4 +1,4 @@
-"""A checkpoint with everything that its training had, ready to be measured."""
+"""Loading of a checkpoint with its model, optimizer and data, for measurements."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from megatron_a2d.utils.errors import UserError
 
 
 @dataclass
-class OpenedRun:
+class LoadedRun:
+    """A run's checkpoint with its data, laid out over the processes."""
+
     config: RunConfig
     architecture: Architecture
     state: TrainState
     train_data: PackedDataset | MixedDataset
-    valid_data: PackedDataset  # of a mixture, the first source's
+    valid_data: PackedDataset  # the first source of a mixture
 
 
-def open_run(values: dict[str, Any]) -> OpenedRun:
-    """The weights of `values["load"]`, laid out as the settings say. Collective."""
+def load_run(values: dict[str, Any]) -> LoadedRun:
+    """Load the weights of `values["load"]` in the layout of the settings. Collective."""
     config = build(values)
     assert config.training.load is not None
     directory = resolve(config.training.load)
@@ -37,8 +39,8 @@ def open_run(values: dict[str, Any]) -> OpenedRun:
         raise UserError(problems)
     train_data, valid_data = open_datasets(config, architecture, directory / HF_FILES)
     if not valid_data:
-        raise UserError("--valid-data-path: is missing; a study judges its runs by held-out text")
+        raise UserError("--valid-data-path: is missing; a study evaluates its runs on held-out data")
     process_groups.initialize(config.parallel)
     state = build_train_state(architecture, config)
     load_checkpoint(state, directory, weights_only=True)
-    return OpenedRun(config, architecture, state, train_data, next(iter(valid_data.values())))
+    return LoadedRun(config, architecture, state, train_data, next(iter(valid_data.values())))

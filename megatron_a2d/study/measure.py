@@ -1,4 +1,4 @@
-"""Measurements of a checkpoint, under any layout: what a study knows of a run beside its log.
+"""Measurements of a checkpoint in any layout, which a study reports in addition to the run's log.
 
     LAUNCHER -m megatron_a2d.study.measure SPEC.json
 
@@ -20,76 +20,76 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.log_filters import hide_noise
 
 if TYPE_CHECKING:
-    from megatron_a2d.study.load_run import OpenedRun
+    from megatron_a2d.study.load_run import LoadedRun
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="megatron_a2d.study.measure", description="Measure a checkpoint as a study asks.")
+    parser = Parser(prog="megatron_a2d.study.measure", description="Measure a checkpoint for a study.")
     parser.add_argument("spec", type=Path, help="JSON file: settings, measures, out")
     spec = read_json(parser.parse_args(argv).spec, "the measurements to make")
     hide_noise()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_a2d.distributed import process_groups
-    from megatron_a2d.study.load_run import open_run
+    from megatron_a2d.study.load_run import load_run
 
     process_groups.check_launch()
     try:
-        opened = open_run(spec["settings"])
-        results = {item["name"]: _KINDS[item["kind"]](opened, **item["options"]) for item in spec["measures"]}
+        loaded = load_run(spec["settings"])
+        results = {item["name"]: _KINDS[item["kind"]](loaded, **item["options"]) for item in spec["measures"]}
         if process_groups.rank() == 0:
             write_json(spec["out"], results)
     finally:
         process_groups.finalize()
 
 
-def likelihood(opened: OpenedRun) -> dict[str, Any]:
-    """NELBO (objective ar: negative log-likelihood), with its table by time."""
+def likelihood(loaded: LoadedRun) -> dict[str, Any]:
+    """NELBO (objective ar: negative log-likelihood), with its table by t."""
     from megatron_a2d.training.validation import run_validation
 
-    result = run_validation(opened.state, opened.config, opened.architecture, opened.valid_data)
+    result = run_validation(loaded.state, loaded.config, loaded.architecture, loaded.valid_data)
     return {**result.to_dict(), **result.tables()}
 
 
-def cloze(opened: OpenedRun) -> dict[str, Any]:
-    """Facts of the training text, asked in held-out text under the causal mask (cloze_eval.py)."""
+def cloze(loaded: LoadedRun) -> dict[str, Any]:
+    """Cloze test on facts of the training text in held-out text, under causal attention (cloze_eval.py)."""
     from megatron_a2d.study.cloze_eval import Facts
-    from megatron_a2d.study.infilling_eval import asked_rows, judge
+    from megatron_a2d.study.infilling_eval import evaluate, supervise_only
 
-    if opened.config.diffusion.objective != "ar":
-        raise UserError("cloze: is asked of the autoregressive model; give objective ar")
-    facts = Facts(opened.train_data.files[0], opened.train_data.eod_token_id())
-    result = judge(opened, asked_rows(facts.asked))
+    if loaded.config.diffusion.objective != "ar":
+        raise UserError("cloze: needs an autoregressive model; set objective ar")
+    facts = Facts(loaded.train_data.files[0], loaded.train_data.eod_token_id())
+    result = evaluate(loaded, supervise_only(facts.asked))
     return {"num_facts": len(facts), **result.to_dict()}
 
 
-def infill(opened: OpenedRun, hole_length: int = 16) -> dict[str, Any]:
-    """A hole of `hole_length` tokens in each held-out sample, all of it predicted at once from both sides."""
-    from megatron_a2d.study.infilling_eval import holes, judge
+def infill(loaded: LoadedRun, hole_length: int = 16) -> dict[str, Any]:
+    """Infilling of a hole of `hole_length` tokens per held-out sample, predicted in one pass from both sides."""
+    from megatron_a2d.study.infilling_eval import evaluate, holes
 
-    return {"hole_length": hole_length, **judge(opened, holes(opened, hole_length)).to_dict()}
+    return {"hole_length": hole_length, **evaluate(loaded, holes(loaded, hole_length)).to_dict()}
 
 
-def drift(opened: OpenedRun, reference: str) -> dict[str, float]:
+def drift(loaded: LoadedRun, reference: str) -> dict[str, float]:
     """|W - W0| / |W0| by role; `reference` holds W0."""
     from megatron_a2d.checkpoint.directory import resolve
     from megatron_a2d.training.checkpointing import load_checkpoint
     from megatron_a2d.training.monitor import Drift
     from megatron_a2d.training.param_shards import owned_pieces
 
-    pieces = owned_pieces(opened.state)
+    pieces = owned_pieces(loaded.state)
     now = [piece.weight().clone() for piece in pieces]
-    load_checkpoint(opened.state, resolve(reference), weights_only=True)
+    load_checkpoint(loaded.state, resolve(reference), weights_only=True)
     moved = Drift(pieces).measure(lambda number, piece: now[number])
-    assert opened.config.training.load is not None
-    load_checkpoint(opened.state, resolve(opened.config.training.load), weights_only=True)
+    assert loaded.config.training.load is not None
+    load_checkpoint(loaded.state, resolve(loaded.config.training.load), weights_only=True)
     return moved
 
 
-def gradients(opened: OpenedRun, **options: Any) -> dict[str, Any]:
+def gradients(loaded: LoadedRun, **options: Any) -> dict[str, Any]:
     """Moments of the gradient over independent batches (gradient_noise.py)."""
     from megatron_a2d.study.gradient_noise import gradient_moments
 
-    return gradient_moments(opened, **options)
+    return gradient_moments(loaded, **options)
 
 
 _KINDS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -1,7 +1,7 @@
-"""A study's results as files: a table in JSON lines, plots, and one Markdown page.
+"""Result files of a study: a table in JSON lines, and a Markdown page.
 
-The page is written once with a place for conclusions; later only what stands between its marks is replaced, so that
-what a person concluded stays.
+The page is created once with a heading for conclusions; later only the results between its marks are replaced, so that
+conclusions written by hand are kept.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Cells are shown by str(); numbers come formatted."""
+    """A Markdown table; cells are converted by str()."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 def write_page(path: Path, title: str, question: str, results: str) -> None:
-    """`results` between the marks; title, question and a heading for conclusions where the page is new."""
+    """Write `results` between the marks of the page, which is created with title and question if missing."""
     block = f"{_BEGIN}\n{results.strip()}\n{_END}\n"
     if path.is_file():
         page = read_text(path, "the page")
         pattern = re.compile(f"{_BEGIN}.*?{_END}\n", re.DOTALL)
         if not pattern.search(page):
-            raise UserError(f"{path}: has no place for results ({_BEGIN}); name another directory with --page")
+            raise UserError(f"{path}: has no mark for results ({_BEGIN}); name another directory with --page")
         page = pattern.sub(lambda match: block, page)
     else:
         page = f"# {title}\n\n{question.strip()}\n\n{block}"
@@ -40,6 +40,6 @@ def write_page(path: Path, title: str, question: str, results: str) -> None:
 
 
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line; null where there is no number."""
+    """One JSON object per line; NaNs and infinities become null."""
     with new_file(path) as partial:
         partial.write_text("".join(json.dumps(finite(record)) + "\n" for record in records), encoding="utf-8")

@@ -1,12 +1,12 @@
-"""Carry out a plan: each job in a directory of its own, a few at a time, none of them twice.
+"""Resumable runner of a study's jobs, each in its own directory, several in parallel.
 
 OUT/NAME/settings.json     all settings of the run; a plan that has changed since is refused
 OUT/NAME/                  an ordinary --save directory of training: checkpoints, log.jsonl, tensorboard/
-OUT/NAME/measured_K.json   what the K-th measuring process found
-OUT/NAME/output.txt        what its processes printed
+OUT/NAME/measured_K.json   results of the K-th measuring process
+OUT/NAME/output.txt        output of its processes
 
-A job is done when its files say so, not when a record says it: training that reached its last iteration, measurements
-that are there. Whatever was interrupted goes on when the study is started again.
+Whether a job is done is read from its files, not from a record: training has reached its last iteration, and all
+measurements exist. Interrupted jobs resume when the study is started again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_a2d.terminal.console import console
 from megatron_a2d.utils.atomic_write import new_file, read_json, write_json
 from megatron_a2d.utils.errors import UserError
 
-# Settings that say where things lie and how they are shown: a job may be moved, watched and spread over processes.
+# Settings that may change when a job is resumed: paths, saving, logging and the number of workers.
 _FREE = (
     "load", "save", "train_data_path", "valid_data_path", "data_mixture", "num_workers", "distributed_timeout_minutes",
     "keep_latest_k", "save_retain_interval", "async_save", "save_interval",
@@ -42,7 +42,7 @@ _NO_SAVES = {"keep_latest_k": 0, "save_retain_interval": 0, "async_save": False}
 
 
 class Runner:
-    """Runs the jobs of a study in `out`, `num_parallel` at once; `launcher` stands before `-m MODULE ...`."""
+    """Runs the jobs of a study in `out`, `num_parallel` at a time, each as `launcher` -m MODULE ..."""
 
     def __init__(self, out: Path, base: RunConfig, launcher: Sequence[str], num_parallel: int = 1):
         self._out, self._base = out, base
@@ -52,7 +52,7 @@ class Runner:
         self._lock, self._stopped = threading.Lock(), False
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """All jobs, in the order of the plan where they do not wait for one another; returns a record of each."""
+        """Run all jobs, in the order of the plan except for dependencies; returns a record per job."""
         self._check(jobs)
         done: set[str] = {BASE}
         waiting = list(jobs)
@@ -64,9 +64,9 @@ class Runner:
                     while waiting or running:
                         for job in [job for job in waiting if job.start in done][: self._num_parallel - len(running)]:
                             waiting.remove(job)
-                            running[pool.submit(self._one, job)] = job
+                            running[pool.submit(self._run_job, job)] = job
                         if not running:
-                            break  # the rest waits for what has failed
+                            break  # the others depend on failed jobs
                         for future in wait(running, return_when=FIRST_COMPLETED).done:
                             job = running.pop(future)
                             if error := future.exception():
@@ -81,21 +81,19 @@ class Runner:
         finally:
             self._stop()
         if failed:
-            raise UserError(
-                [*failed, f"{len(waiting)} jobs were not begun; mend that, and start the same command again"]
-            )
+            raise UserError([*failed, f"{len(waiting)} jobs were not started; fix that and run the same command again"])
         return [self.record(job) for job in jobs]
 
     def record(self, job: Job) -> dict[str, Any]:
-        """What is known of a finished job: its tags, its last log records, its measurements."""
+        """The record of a finished job: tags, log records, measurements."""
         directory = self._out / job.name
         found: dict[str, Any] = {"name": job.name, **job.tags}
         if job.trains:
             log = read_log(directory)
             found["training"] = [record for record in log if record["kind"] == "train"]
-            judged = [record for record in log if record["kind"] == "validation"]
-            # Of a mixture the first source, which measurements are made on too.
-            found["validation"] = [record for record in judged if record.get("source") == judged[0].get("source")]
+            evals = [record for record in log if record["kind"] == "validation"]
+            # Of a mixture only the first source, as in the measurements.
+            found["validation"] = [record for record in evals if record.get("source") == evals[0].get("source")]
         for number in range(len(_processes(job))):
             found |= read_json(directory / f"measured_{number}.json", "the measurements")
         return found
@@ -108,18 +106,18 @@ class Runner:
         return measured and (not job.trains or self._is_trained(job))
 
     def _is_measured(self, directory: Path, number: int, measures: list[Measure]) -> bool:
-        """Whether the plan's measurements are there; those of an earlier plan do not count."""
+        """Whether the measurements of this plan exist; those of an earlier plan do not count."""
         spec = directory / f"measure_{number}.json"
         if not (directory / f"measured_{number}.json").exists() or not spec.exists():
             return False
         made = read_json(spec, "the measurements made")["measures"]
-        return _without_paths(made) == _without_paths(self._asked(measures))
+        return _without_paths(made) == _without_paths(self._planned(measures))
 
-    def _asked(self, measures: list[Measure]) -> list[dict[str, Any]]:
+    def _planned(self, measures: list[Measure]) -> list[dict[str, Any]]:
         return [{"name": item.name, "kind": item.kind, "options": self._options(item)} for item in measures]
 
     def _check(self, jobs: Sequence[Job]) -> None:
-        """UserError when a directory holds another job than the plan's."""
+        """UserError if a job's directory holds other settings than the plan."""
         problems = []
         for job in jobs:
             path = self._out / job.name / "settings.json"
@@ -127,11 +125,11 @@ class Runner:
                 continue
             then, now = modernise_record(read_json(path, "the job's settings")), self._settings(job)
             for name, value in now.items():
-                was = then.get(name, settings()[name].default)  # a setting may be younger than the job
+                was = then.get(name, settings()[name].default)  # the setting may be newer than the job
                 if was != value and name not in _FREE:
-                    problems.append(f"--out {self._out}: {job.name} was begun with {name} {was}, not {value}")
+                    problems.append(f"--out {self._out}: {job.name} was started with {name} {was}, not {value}")
         if problems:
-            raise UserError([*problems, "give the settings of before, or another --out"])
+            raise UserError([*problems, "use the previous settings, or another --out"])
 
     def _settings(self, job: Job) -> dict[str, Any]:
         directory = self._out / job.name
@@ -141,8 +139,8 @@ class Runner:
     def _is_trained(self, job: Job) -> bool:
         return latest_iteration(self._out / job.name) == self._settings(job)["train_iters"]
 
-    def _one(self, job: Job) -> None:
-        """One job, from where it is."""
+    def _run_job(self, job: Job) -> None:
+        """Run or resume one job."""
         directory = self._out / job.name
         values = self._settings(job)
         directory.mkdir(parents=True, exist_ok=True)
@@ -153,7 +151,7 @@ class Runner:
                 partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
             self._call(directory, "megatron_a2d.train", "--config", str(recipe))
             if not self._is_trained(job):
-                raise RuntimeError("ended before its last iteration")
+                raise RuntimeError("stopped before its last iteration")
         checkpoint = values["save"] or values["load"]
         for number, (changes, measures) in enumerate(_processes(job)):
             if self._is_measured(directory, number, measures):
@@ -162,14 +160,14 @@ class Runner:
             out.unlink(missing_ok=True)
             spec = {
                 "settings": {**values, **changes, "load": checkpoint, "save": None} | _NO_SAVES,
-                "measures": self._asked(measures),
+                "measures": self._planned(measures),
                 "out": str(out),
             }
             write_json(directory / f"measure_{number}.json", spec)
             self._call(directory, "megatron_a2d.study.measure", str(directory / f"measure_{number}.json"))
 
     def _options(self, measure: Measure) -> dict[str, Any]:
-        """With the reference's name, where there is one, made a path."""
+        """The options of a measurement, with the name of its reference, if any, as a path."""
         options = dict(measure.options)
         if "reference" in options:
             name = options["reference"]
@@ -177,7 +175,7 @@ class Runner:
         return options
 
     def _call(self, directory: Path, module: str, *arguments: str) -> None:
-        """Run `module` under the launcher; RuntimeError with the end of its output when it fails."""
+        """Run `module` with the launcher; RuntimeError with the end of its output if it fails."""
         output = directory / "output.txt"
         with open(output, "ab") as stream:
             with self._lock:
@@ -199,7 +197,7 @@ class Runner:
             raise RuntimeError(f"{module} ended with exit code {code} ({''.join(last)[:300]}); see {output}")
 
     def _stop(self) -> None:
-        """Ask what still runs to save and end."""
+        """Tell running processes to save and exit."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
@@ -207,12 +205,12 @@ class Runner:
 
 
 def _without_paths(measures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A reference is the plan's own: where it lies is free, like all paths."""
+    """Measurements without the path of the reference, which may change."""
     return [{**item, "options": {**item["options"], "reference": None}} for item in measures]
 
 
 def _processes(job: Job) -> list[tuple[dict[str, Any], list[Measure]]]:
-    """The measurements of a job by the settings that they share: a process for each."""
+    """The measurements of a job grouped by settings; each group is one process."""
     groups: list[tuple[dict[str, Any], list[Measure]]] = []
     for measure in job.measures:
         for changes, measures in groups:

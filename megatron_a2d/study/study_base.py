@@ -1,4 +1,4 @@
-"""What a study is, and what all of them share."""
+"""Base types of studies, and helpers that all of them use."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ Record = dict[str, Any]
 
 
 class Report(NamedTuple):
-    """What came out, for the page: Markdown, the flat rows of the table, the names of the images that were drawn."""
+    """The results of a study: Markdown for the page, and the rows of the table."""
 
     text: str
     rows: list[Record]
 
 
 class Study(NamedTuple):
+    """An ablation: the jobs it plans, and the report it makes of their records."""
+
     name: str
     title: str
-    question: str  # and how it is asked, as the page's first paragraph
-    plan: Callable[[RunConfig, Sequence[int], Architecture], list[Job]]  # settings of the base run, seeds, the model
-    report: Callable[[list[Record], Path], Report]  # the jobs' records, the directory for images
+    question: str  # and method, the first paragraph of the page
+    plan: Callable[[RunConfig, Sequence[int], Architecture], list[Job]]  # (settings of the base run, seeds, model)
+    report: Callable[[list[Record], Path], Report]  # (records of the jobs, directory for images)
     num_seeds: int = 3
 
 
@@ -39,7 +41,7 @@ def final(record: Record) -> Record:
 
 
 def by_tag(records: Sequence[Record], *names: str) -> dict[Any, dict[int, Record]]:
-    """{value of the tag (a tuple of several)}: {seed: record}, in the order of the plan."""
+    """{value of the tag (a tuple if several): {seed: record}}, in the order of the plan."""
     groups: dict[Any, dict[int, Record]] = {}
     for record in records:
         key = record[names[0]] if len(names) == 1 else tuple(record[name] for name in names)

@@ -1,1 +1,1 @@
-"""What a person sees in the terminal: progress bars, one-line errors, and the live denoising view."""
+"""Terminal output: progress bars, one-line errors, and the live denoising view."""

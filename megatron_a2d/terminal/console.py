@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress, and the end of a command that was given bad input."""
+"""Console, progress bars, and the entry point that turns user errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from megatron_a2d.utils.printable import lines_of, one_line, print_line
 
 
 class PlainConsole(Console):
-    """A console to which a string is one line of data: `[/x]` and `:smile:` stay as they are, and what could move the
-    cursor is shown as Python would write it."""
+    """A console that prints strings as one line of data: `[/x]` and `:smile:` are not interpreted, and control
+    characters are escaped."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(highlight=False, markup=False, emoji=False, **kwargs)
@@ -46,7 +46,7 @@ class PlainConsole(Console):
 
 console = PlainConsole(stderr=True)
 
-# What a path that somebody gave can be the reason of; a file system that fails (EIO, ESTALE) is none of theirs.
+# Errors that a path given by the user can cause, unlike a failing file system (EIO, ESTALE).
 _WRONG_PATH = {
     errno.EACCES, errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENOENT,
     errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EPERM, errno.EROFS,
@@ -54,11 +54,11 @@ _WRONG_PATH = {
 
 
 def entry_point(main: Callable[[], None]) -> None:
-    """Run a command: what the user can mend becomes lines on stderr and an exit code (exit_codes.py), no traceback."""
-    # SIGTERM unwinds as an exception does, so that nothing half-written stays behind (training has its own handler).
+    """Run a command; errors that the user can fix become lines on stderr and an exit code (utils/exit_codes.py)."""
+    # SIGTERM unwinds like an exception, so that no partial files are left (training has its own handler).
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal's encoding lacks ends nothing
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot encode are no error
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -76,16 +76,16 @@ def entry_point(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
-        code = _end_of(error)
+        code = _exit_code_of(error)
     else:
         return
     sys.exit(code)
 
 
-def _end_of(error: OSError) -> int:
-    """The exit code for a path that cannot be used, or a full disk, after a line about it; others are raised again."""
+def _exit_code_of(error: OSError) -> int:
+    """Report an unusable path or a full disk and return its exit code; other errors are raised again."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print_line(f"error: {error.strerror}: make room, and run the same command again", sys.stderr)
+        print_line(f"error: {error.strerror}: free some space and run the same command again", sys.stderr)
         return SaveError.EXIT_CODE
     if error.errno in _WRONG_PATH and error.filename is not None:
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
@@ -103,7 +103,7 @@ def human(number: float, unit: str = "") -> str:
 
 
 class _Rate(ProgressColumn):
-    """Amount done, and the speed, in the task's unit."""
+    """Amount done and speed, in the task's unit."""
 
     def render(self, task: Task) -> Text:
         unit = task.fields["unit"]
@@ -113,9 +113,9 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(description: str, total: float, unit: str, done: int = 0) -> Iterator[Callable[[float], None]]:
-    """A progress bar on stderr with speed and ETA; yields `advance(amount)`. `done` is what an earlier run did.
+    """A progress bar on stderr with speed and ETA; yields `advance(amount)`. `done` is the amount of an earlier run.
 
-    Where stderr is no terminal only the closing line is printed.
+    If stderr is not a terminal, only the final line is printed.
     """
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),

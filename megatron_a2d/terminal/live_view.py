@@ -1,7 +1,7 @@
-"""A batch of texts in the terminal while it is denoised: tokens appear where they are decided.
+"""Live terminal view of a batch while it is denoised.
 
-The colour of a token tells the step that decided it, from cool (early) to warm (late); the prompt keeps the
-terminal's own colour, masks are dim blocks.
+The colour of a token shows the step that unmasked it, from cool (early) to warm (late); the prompt has the terminal's
+default colour, masked tokens are dim blocks.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _COOL_HUE, _WARM_HUE = 210 / 360, 0.0
 
 
 class LiveView:
-    """Use as a context manager; call `update` after each step.
+    """The view, a context manager; call `update` after each step.
 
-    `tokens` and `editable` are [B][L] as the sampler starts, `decode` turns token ids into text.
+    `tokens` and `editable` are the sampler's initial [B][L]; `decode` turns token ids into text.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class LiveView:
         console: Console,
     ):
         self.tokens = [list(row) for row in tokens]
-        # The step that decided each token; 0 for the prompt, None while it is masked.
+        # [B][L] the step that unmasked each token; 0 for the prompt, None while masked.
         self.steps: list[list[int | None]] = [[None if hole else 0 for hole in row] for row in editable]
         self.num_steps, self.decode, self.console = num_steps, decode, console
         self._live = Live(console=console, auto_refresh=False, transient=True)
@@ -52,30 +52,30 @@ class LiveView:
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
 
-    def update(self, step: int, tokens: Sequence[Sequence[int]], decided: Sequence[Sequence[bool]]) -> None:
-        """Show the tokens after `step` (from 1); `decided` tells which positions it decided."""
-        self.record(step, tokens, decided)
+    def update(self, step: int, tokens: Sequence[Sequence[int]], unmasked: Sequence[Sequence[bool]]) -> None:
+        """Show the tokens after `step` (from 1), which unmasked the positions `unmasked`, both [B][L]."""
+        self.record(step, tokens, unmasked)
         self._show(step)
 
-    def record(self, step: int, tokens: Sequence[Sequence[int]], decided: Sequence[Sequence[bool]]) -> None:
-        """The same, without showing it."""
+    def record(self, step: int, tokens: Sequence[Sequence[int]], unmasked: Sequence[Sequence[bool]]) -> None:
+        """As `update`, without redrawing."""
         self.tokens = [list(row) for row in tokens]
-        for steps, row in zip(self.steps, decided, strict=True):
+        for steps, row in zip(self.steps, unmasked, strict=True):
             for position, is_new in enumerate(row):
                 if is_new:
                     steps[position] = step
 
     def text(self, row: int, positions: Sequence[int] | None = None, decode: Decode | None = None) -> Text:
-        """The coloured text of one row, or of some of its positions."""
+        """The coloured text of one sample, or of some of its positions."""
         text = Text(overflow="fold")
         shown = range(len(self.tokens[row])) if positions is None else positions
         tokens = [self.tokens[row][position] for position in shown]
         steps = [self.steps[row][position] for position in shown]
-        for start, end, piece in pieces(tokens, steps, decode or self.decode):
+        for start, end, segment in segments(tokens, steps, decode or self.decode):
             if steps[end - 1] is None:
                 text.append(MASK_BLOCK * (end - start), _MASK_STYLE)
             else:
-                text.append(lines_of(piece), self._style(steps[end - 1] or 0))
+                text.append(lines_of(segment), self._style(steps[end - 1] or 0))
         return text
 
     def _style(self, step: int) -> Style:
@@ -90,14 +90,14 @@ class LiveView:
         lines: list[Text] = []
         for row in range(len(self.tokens)):
             lines += [Text(), *self.text(row).wrap(self.console, self.console.width)]
-        # The end of a text that is too tall is what changes; its beginning may leave the screen.
+        # If the texts are taller than the screen, show their end, where tokens still change.
         lines = lines[-max(self.console.height - 2, 1) :]
         header = Text(f"step {step}/{self.num_steps}, {masked} masked", Style(dim=True))
         self._live.update(Group(header, *lines), refresh=True)
 
 
-def pieces(tokens: list[int], steps: list[int | None], decode: Decode) -> Iterator[tuple[int, int, str]]:
-    """Cut a row into (start, end, text); masked positions go together, and so do a character's bytes."""
+def segments(tokens: list[int], steps: list[int | None], decode: Decode) -> Iterator[tuple[int, int, str]]:
+    """Split a sample into (start, end, text), keeping masked runs and the bytes of a character together."""
     start = 0
     for end in range(1, len(tokens) + 1):
         at_border = end == len(tokens) or (steps[end] is None) != (steps[start] is None)
@@ -106,8 +106,8 @@ def pieces(tokens: list[int], steps: list[int | None], decode: Decode) -> Iterat
                 yield start, end, ""
                 start = end
             continue
-        piece = decode(tokens[start:end])
+        segment = decode(tokens[start:end])
         # A character of up to four bytes may be spread over as many tokens.
-        if at_border or not piece.endswith("\ufffd") or end - start == 4:
-            yield start, end, piece
+        if at_border or not segment.endswith("\ufffd") or end - start == 4:
+            yield start, end, segment
             start = end

@@ -1,1 +1,1 @@
-"""Errors, exit codes, atomic writes and parsing of untrusted files. Standard library, PyYAML and tokenizers alone."""
+"""Errors, exit codes, atomic writes and parsing of untrusted files. Standard library, PyYAML and tokenizers only."""

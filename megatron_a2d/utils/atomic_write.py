@@ -1,4 +1,4 @@
-"""Output that appears whole or not at all: write beside the final name, flush to disk, rename."""
+"""Atomic writes (temporary file, fsync, rename), and reads of small untrusted files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import ParseError, decode, parse_json, parse_yaml
 from megatron_a2d.utils.partial_files import make_empty, open_lock, partial_path, remove_abandoned
 
-LARGEST_JSON = 2**28  # bytes; the tokenizers and indices of the largest models take a tenth
-LARGEST_YAML = 2**18  # bytes; a recipe takes a hundredth, and the library four seconds for all of it
+LARGEST_JSON = 2**28  # bytes; ten times the tokenizers and indices of the largest models
+LARGEST_YAML = 2**18  # bytes; a hundred times a recipe, which PyYAML parses in four seconds
 
-_HELD: list[Any] = []  # locks
+_LOCKS: list[Any] = []  # held until the process ends
 
 
 def fsync_path(path: Path) -> None:
@@ -36,21 +36,21 @@ def fsync_path(path: Path) -> None:
 
 
 def regular(path: str | Path, flags: int) -> int:
-    """Open a file that must be one (an `opener` of open()); OSError for a pipe, which would be waited for without end,
-    a device and a directory."""
+    """Open a regular file (an `opener` for open()). OSError for a pipe, which would block forever, a device and a
+    directory."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return descriptor
 
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is renamed to `path`, else removed."""
+    """Yield a temporary path next to `path`; on success it is renamed to `path`, else removed."""
     path = Path(path)
-    if kind := _is_no_place(path):
-        raise UserError(f"{path}: is a {kind}, and a file is to be written; name a file")
+    if kind := _irreplaceable_kind(path):
+        raise UserError(f"{path}: is a {kind}, which a file must not replace; name a file")
     make_parent(path)
     partial = partial_path(path)
     make_empty(partial)
@@ -63,22 +63,22 @@ def new_file(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _is_no_place(path: Path) -> str:
-    """What `path` is that must not be replaced by a file, or ''. Whoever is root may replace /dev/null too."""
+def _irreplaceable_kind(path: Path) -> str:
+    """The kind of `path` if a file must not replace it, else ''. Root could even replace /dev/null."""
     try:
         if path.is_symlink() and os.readlink(path).startswith("/proc/"):  # /dev/stdout
             return "stream of this process"
         mode = path.stat().st_mode
-    except OSError:  # nothing is there yet, or the writing says what is wrong
+    except OSError:  # nothing there yet, or writing will report the error
         return ""
     return "" if stat.S_ISREG(mode) else "directory" if stat.S_ISDIR(mode) else "device or a pipe"
 
 
 @contextmanager
 def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
-    """Yield a fresh directory beside `path`; on success it is renamed to `path`, else removed.
+    """Yield a new directory next to `path`; on success it is renamed to `path`, else removed.
 
-    `flag` is the command-line name of `path`, for the message when something is already there.
+    `flag` is the command-line name of `path`, for the error message if `path` already exists.
     """
     path = Path(path)
     check_new_directory(path, flag)
@@ -99,32 +99,32 @@ def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
 
 
 def check_new_directory(path: Path, flag: str) -> None:
-    """UserError when something is at `path` already; an empty directory does no harm.
+    """UserError if `path` already exists, unless as an empty directory.
 
-    A link (even one to nothing) and a mount point cannot be replaced by a rename: better said at the beginning.
+    A symbolic link (even a broken one) and a mount point cannot be replaced by a rename, so they are rejected here.
     """
     if path.is_symlink() or path.absolute().is_mount():  # "." is its own parent, as a mount point is
         kind = "symbolic link" if path.is_symlink() else "mount point"
-        raise UserError(f"{flag} {path}: is a {kind}, and the result is put in place by a rename; name a new directory")
+        raise UserError(f"{flag} {path}: is a {kind}, which a rename cannot replace; name a new directory")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{flag} {path}: already exists and is not an empty directory; remove it or name another one")
 
 
 def make_parent(path: Path) -> None:
-    """Make the directory that `path` lies in; UserError when that cannot be, or nothing can be written there."""
+    """Create the parent directory of `path`; UserError if that fails or the directory is not writable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, "no permission to write there")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another path") from None
 
 
 def hold_directory(path: str | Path, flag: str) -> None:
-    """Keep `path` for this process until it ends; UserError if another one on this machine holds it."""
+    """Lock the directory `path` until this process ends; UserError if another process on this machine has it locked."""
     path = Path(path)
     make_parent(path / "x")
-    file = open_lock(path / ".lock")  # closed, and with it released, by the end of the process
+    file = open_lock(path / ".lock")  # closed, and so released, when the process ends
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -133,16 +133,16 @@ def hold_directory(path: str | Path, flag: str) -> None:
         file.close()
         raise UserError(f"{flag} {path}: {owner} is writing there; wait for it, or name another directory") from None
     except OSError:
-        return  # a file system without locks
+        return  # the file system has no locks
     file.seek(0)
     file.truncate()
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    _HELD.append(file)
+    _LOCKS.append(file)
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """The JSON object in the file `path`; `what` names its role in error messages."""
+    """The JSON object in the file `path`; `what` says in error messages what the file is."""
     content = _read(path, f"{path}: {what}")
     if not content.strip():
         raise UserError(f"{path}: {what} is empty; fetch or write it again")
@@ -156,7 +156,7 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path, where: str) -> dict[str, Any]:
-    """The YAML mapping in `path`, a file or a shell's pipe; `where` (a flag and its value) begins error messages."""
+    """The YAML mapping in `path`, a file or a shell's pipe; errors start with `where` (a flag and its value)."""
     try:
         value = parse_yaml(_read(path, f"{where}:", limit=LARGEST_YAML, only_files=not is_shell_pipe(path)))
     except ParseError as error:
@@ -167,7 +167,7 @@ def read_yaml(path: str | Path, where: str) -> dict[str, Any]:
 
 
 def read_text(path: str | Path, what: str, limit: int | None = None) -> str:
-    """The UTF-8 text of the file `path`, of at most `limit` bytes; `what` names its role in error messages."""
+    """The UTF-8 text of the file `path`, at most `limit` bytes; `what` says in error messages what the file is."""
     try:
         return decode(_read(path, f"{path}: {what}", limit=limit or LARGEST_JSON))
     except ParseError as error:
@@ -175,15 +175,15 @@ def read_text(path: str | Path, what: str, limit: int | None = None) -> str:
 
 
 def is_shell_pipe(path: str | Path) -> bool:
-    """Whether a shell made it for `--config <(command)`: somebody writes there."""
+    """Whether `path` is a pipe made by a shell (`--config <(command)`), which has a writer."""
     return str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
 
 
 def _read(path: str | Path, where: str, limit: int = LARGEST_JSON, only_files: bool = True) -> bytes:
-    """A file's bytes. A pipe or a device inside somebody's directory would be waited for without end."""
+    """The bytes of a file. `only_files` rejects pipes and devices, on which a read could block forever."""
     try:
         if only_files and not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{where} is no regular file; check the path")
+            raise UserError(f"{where} is not a regular file; check the path")
         with open(path, "rb") as file:
             content = file.read(limit + 1)
     except FileNotFoundError:
@@ -197,7 +197,7 @@ def _read(path: str | Path, where: str, limit: int = LARGEST_JSON, only_files: b
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for infinities and what is not a number: JSON has no words for them."""
+    """`value` with None in place of infinities and NaNs, which JSON cannot represent."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

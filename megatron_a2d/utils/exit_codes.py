@@ -1,7 +1,7 @@
-"""How a run's processes end, and what that means for a job that can be started again: the one table of both.
+"""Exit codes of a run's processes, and which of them a job is requeued for.
 
-torchrun makes a 1 of every exit code; `python -m launch.torchrun` keeps the workers' own and looks them up here.
-launch/train.sbatch starts a job again only where `comes_back` says so, and only if the attempt wrote a checkpoint.
+torchrun replaces every exit code by 1; `python -m launch.torchrun` keeps the workers' codes and looks them up here.
+launch/train.sbatch requeues a job only if the code is marked `is_requeued` and the attempt wrote a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,57 +13,57 @@ from typing import NamedTuple
 DONE, FAILED, USER_ERROR, SIGNALLED, NOT_FINITE, PEER_LOST, STALLED, SAVE_FAILED, INTERRUPTED = (
     0, 1, 2, 3, 4, 5, 6, 74, 130,
 )  # fmt: skip
-KILLED = 128  # and the signal's number, as a shell says it
+KILLED = 128  # plus the signal number, as shells report it
 
 
 class Ending(NamedTuple):
-    """What an exit code means. `comes_back`: starting the same command again can help."""
+    """The meaning of an exit code. `is_requeued`: running the same command again can help."""
 
     code: int
     meaning: str
-    comes_back: bool
+    is_requeued: bool
     why: str
 
 
-# The most telling first: where several processes of a machine end at once, that is the reason of the others.
+# By precedence: if several processes of a node end together, the first of these is the cause of the others.
 ENDINGS = (
-    Ending(USER_ERROR, "something given to it is wrong: flags, files, a node that preflight names", False,
-           "it would be wrong again"),
-    Ending(SAVE_FAILED, "a checkpoint could not be written", False, "a full disk does not empty itself"),
-    Ending(NOT_FINITE, "too many steps in a row had a gradient that is not finite", False,
-           "the same samples would come again"),
-    Ending(INTERRUPTED, "interrupted from the keyboard", False, "somebody wanted that"),
-    Ending(SIGNALLED, "SIGUSR1 or SIGTERM: it saved after the running step", True, "the next attempt goes on"),
-    Ending(STALLED, "a rank stood still for --distributed-timeout-minutes, and was named", True,
-           "another attempt may pass"),
-    Ending(FAILED, "an error with a traceback", True, "on GPUs often the hardware; progress tells it from a defect"),
-    Ending(KILLED, "128 + N: a process died by signal N (out of memory, a fault of the driver)", True,
-           "another attempt may pass"),
-    Ending(PEER_LOST, "another process died or failed, and was named", True, "the next attempt goes on"),
-    Ending(DONE, "the run is complete, or --exit-interval or --exit-duration-in-mins ended it", False,
+    Ending(USER_ERROR, "invalid input: flags, files, or a node that failed preflight", False,
+           "it would fail again"),
+    Ending(SAVE_FAILED, "a checkpoint could not be written", False, "the disk would still be full"),
+    Ending(NOT_FINITE, "too many consecutive steps with a non-finite gradient", False,
+           "the same samples would be repeated"),
+    Ending(INTERRUPTED, "interrupted from the keyboard", False, "it was intended"),
+    Ending(SIGNALLED, "SIGUSR1 or SIGTERM: saved after the current step", True, "the next attempt resumes"),
+    Ending(STALLED, "a rank hung for --distributed-timeout-minutes; the log names it", True,
+           "another attempt may succeed"),
+    Ending(FAILED, "an error with a traceback", True, "on GPUs often a hardware fault; a bug would prevent progress"),
+    Ending(KILLED, "128 + N: a process was killed by signal N (out of memory, driver fault)", True,
+           "another attempt may succeed"),
+    Ending(PEER_LOST, "another process died or failed; the log names it", True, "the next attempt resumes"),
+    Ending(DONE, "the run is complete, or stopped by --exit-interval or --exit-duration-in-mins", False,
            "nothing is left to do"),
 )  # fmt: skip
 
 
 def ending(code: int) -> Ending:
-    """The table's row for an exit code of a process or a shell; negative codes are signals, as Python has them."""
+    """The table's entry for the exit code of a process or a shell; negative codes are signals, as in Python."""
     code = KILLED - code if code < 0 else code
     known = {row.code: row for row in ENDINGS}
     if code in known:
         return known[code]
     if code > KILLED:
-        return known[KILLED]._replace(code=code, meaning=f"died by {_name(code - KILLED)}")
+        return known[KILLED]._replace(code=code, meaning=f"killed by {_name(code - KILLED)}")
     return known[FAILED]._replace(code=code, meaning=f"exit code {code}")
 
 
 def most_telling(codes: Iterable[int]) -> Ending:
-    """Of processes that ended together, the one that the others probably ended for."""
-    order = {row.code: place for place, row in enumerate(ENDINGS)}
+    """The probable cause among processes that ended together."""
+    precedence = {row.code: index for index, row in enumerate(ENDINGS)}
 
-    def place(row: Ending) -> int:
-        return order.get(row.code, order[KILLED if row.code > KILLED else FAILED])
+    def rank(row: Ending) -> int:
+        return precedence.get(row.code, precedence[KILLED if row.code > KILLED else FAILED])
 
-    return min((ending(code) for code in codes), key=place)
+    return min((ending(code) for code in codes), key=rank)
 
 
 def _name(number: int) -> str:
@@ -76,9 +76,9 @@ def _name(number: int) -> str:
 def as_markdown() -> str:
     """The table for docs/cluster.md."""
     rows = sorted(ENDINGS, key=lambda row: row.code)
-    lines = ["| exit code | what happened | started again after progress | because |", "| --- | --- | --- | --- |"]
+    lines = ["| exit code | meaning | requeued after progress | reason |", "| --- | --- | --- | --- |"]
     for row in rows:
         code = f"{KILLED} + N" if row.code == KILLED else str(row.code)
         meaning = row.meaning.removeprefix(f"{code}: ")
-        lines.append(f"| {code} | {meaning} | {'yes' if row.comes_back else 'no'} | {row.why} |")
+        lines.append(f"| {code} | {meaning} | {'yes' if row.is_requeued else 'no'} | {row.why} |")
     return "\n".join(lines)

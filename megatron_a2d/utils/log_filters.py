@@ -1,22 +1,22 @@
-"""What libraries say that a user can do nothing about is left out; whatever else warns is heard."""
+"""Filters for library warnings and log messages that a user can do nothing about."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 
-# Their modules warn of each GPU library that they do not find, and of one another's deprecated functions.
+# Their modules warn about every missing GPU library, and about each other's deprecated functions.
 LIBRARIES = ("megatron", "torch", "transformer_engine", "apex")
 
 
 def hide_noise(*loggers: str) -> None:
-    """Of LIBRARIES, in warnings and in logs, and of `loggers`, let errors through alone.
+    """Suppress everything below errors from LIBRARIES (warnings and logs) and from `loggers`.
 
-    To be called before the libraries are imported, and after what torch reads from the environment is set.
+    Call it before the libraries are imported, and after setting the environment variables that torch reads.
     """
     for package in LIBRARIES:
         warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
-    import torch as torch  # sets its loggers' levels when it is imported
+    import torch as torch  # its import sets the levels of its loggers
 
     for name in (*LIBRARIES, *loggers):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""JSON and YAML that other people wrote, as plain values: the one reader of each.
+"""Parsers for untrusted JSON and YAML.
 
-Both libraries accept more than a file of settings may hold, and fail in more ways than their documentation lists:
+Both libraries accept more than a settings file may hold, and fail in more ways than their documentation lists:
 RecursionError for deep nesting, ValueError for numbers of thousands of digits, KeyError or AttributeError for a tag
-that does not fit its value. Here all of it is `ParseError`. What comes back consists of dict (keys are str), list, str,
+that does not fit its value. Here all of these are `ParseError`. The result consists of dict (with str keys), list, str,
 int up to 2**64, finite float, bool and None, at most `DEEPEST` levels deep.
 """
 
@@ -28,7 +28,7 @@ class ParseError(ValueError):
 
 
 def parse_json(content: str | bytes, allow_nonfinite: bool = False) -> Any:
-    """The value of a JSON text. `allow_nonfinite`: NaN and infinities too (logs of crashed runs have held them)."""
+    """Parse JSON. `allow_nonfinite` accepts NaN and infinities, which logs of crashed runs may contain."""
     try:
         text = content if isinstance(content, str) else decode(content)
         value = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -41,12 +41,12 @@ def parse_json(content: str | bytes, allow_nonfinite: bool = False) -> Any:
 
 
 def parse_yaml(content: str | bytes) -> Any:
-    """The value of a YAML document. Aliases are refused: a few of them make a small file a huge value."""
+    """Parse YAML. Aliases are rejected, because a few of them can expand a small file to a huge value."""
     try:
         value = yaml.load(content if isinstance(content, str) else decode(content), _Loader)
     except RecursionError:
         raise ParseError(f"nested more than {DEEPEST} levels deep") from None
-    # A tag beside a value that does not fit it (`!!int x`) raises whatever the constructor stumbles over.
+    # A tag that does not fit its value (`!!int x`) makes the constructor raise all kinds of errors.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         raise ParseError(_in_a_line(error)) from None
     _check(value, allow_nonfinite=False)
@@ -54,7 +54,7 @@ def parse_yaml(content: str | bytes) -> Any:
 
 
 def decode(content: bytes) -> str:
-    """UTF-8 as text; ParseError names the first byte that is none."""
+    """Decode UTF-8; ParseError names the first invalid byte."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -62,7 +62,7 @@ def decode(content: bytes) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, without keys that come twice, without deep nesting; dates stay text."""
+    """YAML without aliases, duplicate keys or deep nesting; dates stay strings."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  (the library's own attribute)
         first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
@@ -93,7 +93,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _number(loader: _Loader, node: Any) -> Any:
-    if len(node.value) > LONGEST_NUMBER:  # YAML 1.1 has numbers to base 60 (1:30:00), whose cost is quadratic
+    if len(node.value) > LONGEST_NUMBER:  # YAML 1.1's base 60 numbers (1:30:00) take quadratic time
         raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
     is_int = node.tag == "tag:yaml.org,2002:int"
     return loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
@@ -112,7 +112,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any, allow_nonfinite: bool) -> None:
-    """ParseError when `value` holds what no setting, size or name can be. Without recursion."""
+    """ParseError if `value` holds anything but the types above. Not recursive."""
     level = [value]
     for _ in range(DEEPEST + 1):
         below: list[Any] = []
@@ -147,5 +147,5 @@ def _check_text(text: str) -> None:
 
 
 def _in_a_line(error: Exception) -> str:
-    """The library's reason without its line breaks and without the quoted source line."""
+    """The library's error message on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,7 +1,7 @@
-"""Text of other people (names, file contents, a model's words) as a terminal and a log may show it.
+"""Untrusted text (names, file contents, model output), escaped for terminals and logs.
 
-Control characters move the cursor and rewrite what was printed; a line break makes a second line that scripts take for
-a message of ours; marks of writing direction reorder a line. All of them are shown as Python would write them.
+Control characters can move the cursor and overwrite output, line breaks can forge a line that scripts take for ours,
+and bidirectional marks can reorder a line. All of them are shown as Python escapes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import re
 import sys
 from typing import TextIO
 
-LONGEST = 8_000  # characters of a line; an error that quotes a whole file helps nobody
+LONGEST = 8_000  # characters in a line; more, such as a quoted file, is cut
 
-# Cc, Cs (halves of characters, and bytes of file names that are not UTF-8), line and paragraph separators,
-# and the explicit marks of writing direction.
+# Cc, Cs (lone surrogates, including undecodable bytes of file names), line and paragraph separators, and the explicit
+# bidirectional marks.
 _CONTROL = r"\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _ON_A_LINE = re.compile(f"[{_CONTROL}]")
 _IN_A_TEXT = re.compile(f"(?![\n\t])[{_CONTROL}]")
 
 
 def one_line(text: object) -> str:
-    """`text` as one line of printable characters; the middle of a very long one is left out."""
+    """`text` as one line of printable characters; a very long one is cut in the middle."""
     line = _ON_A_LINE.sub(_escape, str(text))
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 2 :]}"
@@ -28,7 +28,7 @@ def one_line(text: object) -> str:
 
 
 def is_name(value: object) -> bool:
-    """Whether `value` can name something in a directory, a table or a log: printable, no path, not hidden."""
+    """Whether `value` is a safe name for a file, a table or a log: printable, not a path, no leading dot."""
     return (
         isinstance(value, str)
         and 0 < len(value.encode("utf-8", "replace")) <= 200
@@ -39,19 +39,19 @@ def is_name(value: object) -> bool:
 
 
 def lines_of(text: str) -> str:
-    """`text` with its line breaks and tabs, and no other control character."""
+    """`text` with all control characters escaped except line breaks and tabs."""
     return _IN_A_TEXT.sub(_escape, text)
 
 
 def print_line(text: object, file: TextIO | None = None) -> None:
-    """Print one line, on stdout unless `file` says otherwise, at once and in one piece."""
+    """Print one line to `file` (default: stdout) with a single write, and flush."""
     stream = file or sys.stdout
     stream.write(f"{one_line(text)}\n")
     stream.flush()
 
 
 def print_text(text: str) -> None:
-    """Print a text of several lines on stdout: in a file or a pipe as it is, byte for byte, else what is harmless."""
+    """Print a multi-line text to stdout: unchanged to a file or a pipe, escaped to a terminal."""
     sys.stdout.write(f"{lines_of(text) if sys.stdout.isatty() else text}\n")
     sys.stdout.flush()
 
@@ -61,5 +61,5 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """`text` whose addresses have lost user and password: a library's message may quote the one that was set."""
+    """`text` with user and password removed from its URLs, as libraries may quote them in error messages."""
     return re.sub(r"(?<=://)[^/\s]*@", "***@", text)

@@ -1,7 +1,7 @@
-"""tokenizer.json, which may come from anyone, as the library's object.
+"""Reader of untrusted tokenizer.json files.
 
-The library is written in Rust. What it did not foresee in a file is a panic: an exception that is no `Exception`, after
-a report on stderr of its own.
+The tokenizers library is written in Rust; an unexpected file makes it panic, which raises a BaseException that is not
+an Exception and prints a report to stderr.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def read_tokenizer(path: Path, where: str) -> Tokenizer:
-    """The tokenizer in the file `path`, tried on a few letters; `where` begins the UserError when it cannot be used."""
+    """The tokenizer in the file `path`, tested on a few letters; its UserErrors start with `where`."""
     from tokenizers import Tokenizer
 
     if not path.is_file():
-        raise UserError(f"{where}: is no file; copy it from the model that it belongs to")
+        raise UserError(f"{where}: is not a file; copy it from the model that it belongs to")
     with _without_stderr():
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -37,7 +37,7 @@ def read_tokenizer(path: Path, where: str) -> Tokenizer:
 
 
 def _try(tokenizer: Tokenizer) -> None:
-    """Let a panic come now. An exception is no fault yet: a vocabulary of four letters knows no others."""
+    """Provoke a panic now. Ordinary exceptions are fine: a tiny vocabulary cannot encode everything."""
     try:
         ids = tokenizer.encode("a b\n", add_special_tokens=False).ids
         tokenizer.decode(ids)
@@ -47,7 +47,7 @@ def _try(tokenizer: Tokenizer) -> None:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Nothing that a library writes to the descriptor itself is seen."""
+    """Discard what libraries write to file descriptor 2."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

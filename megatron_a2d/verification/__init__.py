@@ -1,1 +1,1 @@
-"""Are two forms of a model the same, and does it behave as it should? What `verify` prints, for any size of model."""
+"""Verification of converted and exported models of any size: equality of weights and logits, loss by t."""

@@ -1,4 +1,4 @@
-"""The short report of `verify`: tensors compared, logits per position, the loss before training by time t."""
+"""The report of `verify`: comparison of weights, logits per position, masked cross-entropy by t."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.conversion.compare_weights import Comparison
 from megatron_a2d.conversion.hf_config import AUTO_MAPS
 from megatron_a2d.conversion.sources import Weights
-from megatron_a2d.hf import TRAVELLING
+from megatron_a2d.hf import CODE_FILES
 from megatron_a2d.hf.load_hf_model import load
 from megatron_a2d.terminal.console import human, progress
 from megatron_a2d.utils.atomic_write import read_json
@@ -23,15 +23,15 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.tokenizer import read_tokenizer
 from megatron_a2d.verification.reference_forward import StreamedModel
 
-# Sums of a few thousand fp32 products in another order differ by about 1e-6 of the largest logit.
+# Summing a few thousand fp32 products in another order changes logits by about 1e-6 of the largest.
 RELATIVE_TOLERANCE = 1e-5
 NUM_POSITIONS = 64
-FEW_POSITIONS = 8  # of a large model
+FEW_POSITIONS = 8  # for a large model
 AUTOREGRESSIVE = ("qwen3", "qwen3_moe")
-# transformers holds the whole model; by default that is done only where it keeps within the converters' own bound.
-UNASKED_BYTES = 500_000_000
+# transformers loads the complete model; by default only for models within the converters' memory bound.
+DEFAULT_MAX_BYTES = 500_000_000
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-ROWS_PER_TIME = 2
+SAMPLES_PER_TIME = 2
 
 
 def tensors_line(comparison: Comparison, first: Weights, second: Weights) -> str:
@@ -44,11 +44,11 @@ def tensors_line(comparison: Comparison, first: Weights, second: Weights) -> str
 
 
 def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
-    """Logits of two forms of a model in fp32 on random tokens, one of them a Hugging Face directory.
+    """Compare fp32 logits of two forms of a model on random tokens; at least one is an HF directory.
 
-    That one is run by transformers where the model is small or this is `asked` for, the other streamed; of a large
-    model both are streamed, at a few positions. Where the second has other types the first is rounded to them.
-    UserError if a logit differs, and when the model does not fit into memory though it was `asked` for.
+    That one is run by transformers if the model is small or `asked` is set, the other is streamed; for a large model
+    both are streamed, at a few positions. If dtypes differ, the first is rounded to those of the second. UserError if
+    a logit differs, or if `asked` is set and the model does not fit into memory.
     """
     import psutil
 
@@ -61,10 +61,10 @@ def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
     if asked and needed > 0.8 * free:
         raise UserError(
             f"--logits: the model in fp32 takes {human(needed, 'B')}, and {human(free, 'B')} of memory "
-            "are free; leave --logits out"
+            "are free; remove --logits"
         )
     is_mixed = rounds and len(set(kinds.values())) > 1
-    by_transformers = (asked or needed <= UNASKED_BYTES) and not is_mixed
+    by_transformers = (asked or needed <= DEFAULT_MAX_BYTES) and not is_mixed
     causal = model_type(hf) in AUTOREGRESSIVE and model_type(_configuration(other)) in AUTOREGRESSIVE
     tokens_BL = random_tokens(other.architecture.vocab_size)
     if by_transformers:
@@ -83,9 +83,7 @@ def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
         return f"{line}; both streamed, {'types are mixed' if is_mixed else size}"
     if model_type(hf) in AUTOREGRESSIVE or carries_our_code(hf):
         return line
-    return (
-        f"{line}; by our own classes: the Python files that the directory carries or names are others, and were not run"
-    )
+    return f"{line}; run by our own classes: the directory's Python files or auto_map are not ours and were not run"
 
 
 def compare_logits(
@@ -95,7 +93,7 @@ def compare_logits(
     actual_in: Path,
     tolerance: float = RELATIVE_TOLERANCE,
 ) -> str:
-    """The largest difference at each position; UserError if one exceeds `tolerance` times the largest logit."""
+    """A line on the differences per position; UserError if one exceeds `tolerance` times the largest logit."""
     if not (expected_BLV.isfinite().all() or actual_BLV.isfinite().all()):
         return "logits: not finite on either side, there is nothing to compare"
     per_position = (actual_BLV - expected_BLV).abs().amax(-1).amax(0)
@@ -120,10 +118,9 @@ def random_tokens(vocab_size: int) -> torch.Tensor:
 def transformers_logits(
     directory: Path, tokens_BL: torch.Tensor, bidirectional: bool, rounded_to: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Logits [B, L, V] in fp32, of the weights as they are or `rounded_to` another type.
+    """Logits [B, L, V] in fp32, with the weights unchanged or `rounded_to` another dtype.
 
-    Python files of the directory are run only when they are ours, byte for byte; instead of others, our own classes
-    are.
+    Python files of the directory are run only if they equal ours byte for byte; otherwise our own classes are used.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.utils import logging
@@ -145,21 +142,21 @@ def transformers_logits(
         for parameter in model.parameters():
             parameter.data = parameter.data.to(rounded_to).float()
     batch, length = tokens_BL.shape
-    see_everything = torch.ones(batch, 1, length, length, dtype=torch.bool)
+    full_attention = torch.ones(batch, 1, length, length, dtype=torch.bool)
     with torch.no_grad():
         if autoregressive and bidirectional:
-            return model(tokens_BL, attention_mask=see_everything).logits
+            return model(tokens_BL, attention_mask=full_attention).logits
         return model(tokens_BL).logits
 
 
 def carries_our_code(directory: Path) -> bool:
-    """Whether the Python files of an export are those that this version writes, and no other code is named.
+    """Whether the Python files of an export are exactly those that this version writes, and auto_map names no others.
 
-    `auto_map` can name code of another repository on the hub, and a file beside ours could be loaded too: one
-    deviation is enough to run none of it.
+    `auto_map` can name code of another repository on the hub, and a file next to ours could be imported: any
+    difference means that none of it is run.
     """
     kind = model_type(directory)
-    files = {file.name: file.read_bytes() for file in TRAVELLING.get(kind, [])}
+    files = {file.name: file.read_bytes() for file in CODE_FILES.get(kind, [])}
     found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*.py")}
     return (
         bool(files)
@@ -173,16 +170,16 @@ def carries_our_code(directory: Path) -> bool:
 class LossAtTime(NamedTuple):
     time: float
     num_masked: int
-    loss: float  # nats a masked token
+    loss: float  # nats per masked token
 
 
 def loss_by_time(weights: Weights, label_shift: bool = True) -> tuple[str, list[LossAtTime]]:
-    """(which text, cross-entropy of the masked tokens at each mask ratio); [] for a model without a mask token.
+    """(name of the text, cross-entropy of masked tokens at each t); [] for a model without a mask token.
 
-    The same text at every ratio, the mask of a smaller one inside that of a larger one.
+    The text is the same at every t, and masks are nested: a token masked at one t is masked at any larger one.
     """
     mask = weights.architecture.mask_token_id
-    text, tokens_RL = _sample_text(weights, ROWS_PER_TIME)
+    text, tokens_RL = _sample_text(weights, SAMPLES_PER_TIME)
     if mask is None:
         return text, []
     draws_RL = torch.rand(tokens_RL.shape, generator=torch.Generator().manual_seed(1))
@@ -196,21 +193,21 @@ def loss_by_time(weights: Weights, label_shift: bool = True) -> tuple[str, list[
         losses_N = model.cross_entropy(hidden_BLD[rows, positions - int(label_shift)], tokens_BL[rows, positions])
     result = []
     for index, time in enumerate(TIMES):
-        here = rows // ROWS_PER_TIME == index
+        here = rows // SAMPLES_PER_TIME == index
         result.append(LossAtTime(time, int(here.sum()), float(losses_N[here].mean())))
     return text, result
 
 
 def loss_lines(text: str, losses: list[LossAtTime], vocab_size: int) -> list[str]:
-    """The table, and what is normal."""
+    """The losses by t as lines of the report, with ln V for comparison."""
     if not losses:
-        return ["masked cross-entropy: not measured, the model has no mask token"]
+        return ["masked cross-entropy: not measured, because the model has no mask token"]
     columns = "  ".join(f"{item.loss:.2f} at t={item.time} ({item.num_masked})" for item in losses)
     return [
         f"masked cross-entropy in nats (tokens), {text}: {columns}",
         f"ln V is {math.log(vocab_size):.2f}: before conversion training a loss near it is normal at high t only"
         if "random" not in text
-        else f"ln V is {math.log(vocab_size):.2f}: of random tokens no model knows more",
+        else f"ln V is {math.log(vocab_size):.2f}: no model can do better on random tokens",
     ]
 
 
@@ -223,17 +220,17 @@ def is_hugging_face(weights: Weights) -> bool:
 
 
 def label_shift(weights: Weights) -> bool:
-    """Whether row i - 1 predicts token i, as the run or the export says; so it is in every autoregressive model."""
+    """Whether position i - 1 predicts token i, as recorded by the run or export; true for autoregressive models."""
     return read_trained(weights.directory).label_shift
 
 
 def _configuration(weights: Weights) -> Path:
-    """Where the config.json of either side lies."""
+    """The directory of the config.json of a checkpoint or HF directory."""
     return weights.directory if is_hugging_face(weights) else weights.directory / HF_FILES
 
 
-def _sample_text(weights: Weights, num_rows: int) -> tuple[str, torch.Tensor]:
-    """(its name, tokens [num_rows, NUM_POSITIONS]): the manual that comes with Python, if there is a tokenizer."""
+def _sample_text(weights: Weights, num_samples: int) -> tuple[str, torch.Tensor]:
+    """(name, tokens [num_samples, NUM_POSITIONS]): text of the manual that comes with Python, or random tokens."""
     vocab_size = weights.architecture.vocab_size
     path = _configuration(weights) / "tokenizer.json"
     if path.exists():
@@ -241,7 +238,7 @@ def _sample_text(weights: Weights, num_rows: int) -> tuple[str, torch.Tensor]:
 
         text = " ".join(re.sub(r"\s+", " ", topics[name]) for name in ("debugger", "formatstrings", "typesmapping"))
         ids = [i for i in read_tokenizer(path, str(path)).encode(text[:20_000]).ids if i < vocab_size]
-        if len(ids) >= num_rows * NUM_POSITIONS:
-            ids = ids[: num_rows * NUM_POSITIONS]
-            return "text of Python's manual", torch.tensor(ids).view(num_rows, NUM_POSITIONS)
-    return "random tokens", random_tokens(vocab_size).repeat(num_rows, 1)[:num_rows]
+        if len(ids) >= num_samples * NUM_POSITIONS:
+            ids = ids[: num_samples * NUM_POSITIONS]
+            return "text of Python's manual", torch.tensor(ids).view(num_samples, NUM_POSITIONS)
+    return "random tokens", random_tokens(vocab_size).repeat(num_samples, 1)[:num_samples]

@@ -1,7 +1,7 @@
-"""The forward pass of a model that is never in memory: each matrix is read a few rows at a time, used and forgotten.
+"""Reference forward pass of Qwen3 and Qwen3-MoE that streams the weights from disk, a few rows of a matrix at a time.
 
-Written from the formulas of Qwen3 and Qwen3-MoE and not from any of the models in this project, so that agreement
-with them says something. Slow, and bounded: a few slabs and the activations, in fp32 on the CPU.
+Written from the formulas and independent of the models in this project, so that agreement with them is evidence. Slow,
+in fp32 on the CPU, with memory bounded by a few slabs and the activations.
 
 Shapes: B batch, L sequence, D hidden, N = B * L tokens, V vocabulary.
 """
@@ -21,7 +21,7 @@ Advance = Callable[[float], None]
 
 
 class StreamedModel:
-    """`weights` (of either side, under Hugging Face's names) as a function of tokens."""
+    """A model whose weights (under HF names) are streamed from disk in every forward pass."""
 
     def __init__(self, weights: Weights, causal: bool = False, advance: Advance = lambda amount: None):
         self._tensors, self._causal, self._advance = weights.tensors, causal, advance
@@ -45,7 +45,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def cross_entropy(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        """-log p(target) [N] in nats, of rows of `hidden`, without ever holding all their logits."""
+        """Cross-entropy [N] in nats of hidden states, without materialising all logits."""
         total_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)
         target_N = torch.zeros_like(total_N)
         for start, rows in self._rows(self._head):
@@ -65,7 +65,7 @@ class StreamedModel:
         return rows[torch.searchsorted(torch.tensor(ids), tokens_BL)]
 
     def _rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, some rows in fp32) until the whole tensor has passed."""
+        """(index of the first row, consecutive rows in fp32), over the complete tensor."""
         shape = self._tensors.shapes[name]
         for start, stop in slabs(shape, 0, shape[0], self._tensors.dtype(name).itemsize):
             rows = self._tensors.read(Span(name, (), start, stop))
@@ -88,38 +88,38 @@ class StreamedModel:
         query, key = self._rotate(query), self._rotate(key)
         key, value = (t.repeat_interleave(a.num_attention_heads // a.num_key_value_heads, dim=2) for t in (key, value))
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        heat = a.yarn.attention_factor**2 if a.yarn else 1.0
-        mixed = F.scaled_dot_product_attention(heat * query, key, value, is_causal=self._causal)
+        scale = a.yarn.attention_factor**2 if a.yarn else 1.0
+        mixed = F.scaled_dot_product_attention(scale * query, key, value, is_causal=self._causal)
         return self._linear(mixed.transpose(1, 2).flatten(2), prefix + "o_proj.weight")
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of x [B, L, heads, d]: as complex numbers, element j being real and j + d / 2 imaginary."""
+        """Rotary embedding of x [B, L, heads, d] as complex numbers: j real, j + d / 2 imaginary."""
         half = x.shape[-1] // 2
-        speeds = torch.tensor([self._speed(index / half) for index in range(half)])
-        angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None, None] * speeds
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat([turned.real, turned.imag], dim=-1)
+        frequencies = torch.tensor([self._frequency(index / half) for index in range(half)])
+        angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None, None] * frequencies
+        rotated = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([rotated.real, rotated.imag], dim=-1)
 
-    def _speed(self, part: float) -> float:
-        """Radians a position of the frequency that lies at `part` (0 to 1) of the spectrum.
+    def _frequency(self, part: float) -> float:
+        """Radians per position of the rotary frequency at the fraction `part` (0 to 1) of the spectrum.
 
-        YaRN: a frequency that turns more than `beta_fast` times within the original length is kept, one that turns less
-        than `beta_slow` times is slowed by `factor`; both bounds and the blend are linear in `part`.
+        YaRN: a frequency with more than `beta_fast` rotations in the original context is kept, one with less than
+        `beta_slow` is divided by `factor`; both bounds and the interpolation are linear in `part`.
         """
         theta, yarn = self._shape.rope_theta, self._shape.yarn
-        speed = theta**-part
+        frequency = theta**-part
         if yarn is None:
-            return speed
+            return frequency
         half = self._shape.head_dim / 2
         fast, slow = (
-            half * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns), theta)
-            for turns in (yarn.beta_fast, yarn.beta_slow)
+            half * math.log(yarn.original_max_position_embeddings / (2 * math.pi * rotations), theta)
+            for rotations in (yarn.beta_fast, yarn.beta_slow)
         )
         if yarn.truncate:
             fast, slow = math.floor(fast), math.ceil(slow)
         fast, slow = max(fast, 0), min(slow, 2 * half - 1)
         slowed = min(max((part * half - fast) / ((slow - fast) or 0.001), 0.0), 1.0)
-        return speed * (1 - slowed) + speed / yarn.factor * slowed
+        return frequency * (1 - slowed) + frequency / yarn.factor * slowed
 
     def _mlp(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
         gate, up = (self._linear(x, f"{prefix}{name}_proj.weight") for name in ("gate", "up"))
@@ -133,7 +133,7 @@ class StreamedModel:
             weights = weights / weights.sum(-1, keepdim=True)
         out_ND = torch.zeros_like(x_ND)
         for expert in chosen.unique().tolist():
-            tokens, places = (chosen == expert).nonzero(as_tuple=True)
-            piece = self._mlp(x_ND[tokens], f"{prefix}experts.{expert}.")
-            out_ND[tokens] += piece * weights[tokens, places, None]
+            tokens, slots = (chosen == expert).nonzero(as_tuple=True)
+            output = self._mlp(x_ND[tokens], f"{prefix}experts.{expert}.")
+            out_ND[tokens] += output * weights[tokens, slots, None]
         return out_ND.view_as(x)

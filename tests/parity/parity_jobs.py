@@ -25,7 +25,7 @@ from megatron_a2d.config.settings import RunConfig, build
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.inference.parallel_model import open_sharded
+from megatron_a2d.inference.parallel_model import load_parallel_model
 from megatron_a2d.model import experts
 from megatron_a2d.model.local_layers import CoreAttention
 from megatron_a2d.training.checkpointing import Save, load_checkpoint
@@ -232,9 +232,9 @@ def _packed_attention(
 def sample(checkpoint: str, layout: dict[str, Any], options: dict[str, Any], rows: list[list[int]]) -> dict[str, Any]:
     """Fill the holes of `rows` with a sharded model."""
     megatron_compat.install()
-    opened = open_sharded(checkpoint, layout)
+    opened = load_parallel_model(checkpoint, layout)
     canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in rows], MASK_TOKEN_ID)
-    sampled = denoise(opened.run, canvas, opened.mask_token_id, SamplingOptions(**options), seed=3)
+    sampled = denoise(opened.forward, canvas, opened.mask_token_id, SamplingOptions(**options), seed=3)
     return {"tokens": sampled.tokens.tolist(), "num_forwards": sampled.num_forwards}
 
 
@@ -243,7 +243,7 @@ def held_out(checkpoint: str, layout: dict[str, Any], prefix: str, num_samples: 
     from megatron_a2d import evaluate
 
     megatron_compat.install()
-    opened = open_sharded(checkpoint, layout)
+    opened = load_parallel_model(checkpoint, layout)
     options = argparse.Namespace(
         valid_data_path=[prefix],
         seq_length=SETTINGS["seq_length"],

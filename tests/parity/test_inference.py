@@ -11,7 +11,7 @@ from checkpoints_tools import export_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.evaluation.heldout_nelbo import evaluate_sources, open_sources
-from megatron_a2d.inference.hf_model import open_export
+from megatron_a2d.inference.hf_model import load_hf_model
 from tests.cases import Case
 from tests.parity.pool import Pool
 from tests.tiny import MASK_TOKEN_ID
@@ -36,10 +36,10 @@ def test_every_layout_writes_the_same_text(
     kind: str, ranks: int, layout: dict[str, Any], cases: dict[str, Case], pool: Pool, tmp_path: Path
 ) -> None:
     export_hf.main(["--checkpoint", cases[kind].checkpoint, "--out", str(tmp_path / "export"), "--format", "a2d"])
-    opened = open_export(tmp_path / "export")
+    loaded = load_hf_model(tmp_path / "export")
     canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in ROWS], MASK_TOKEN_ID)
     for options in OPTIONS:
-        alone = denoise(opened.run, canvas, MASK_TOKEN_ID, SamplingOptions(**options), seed=3)
+        alone = denoise(loaded.forward, canvas, MASK_TOKEN_ID, SamplingOptions(**options), seed=3)
         expected = {"tokens": alone.tokens.tolist(), "num_forwards": alone.num_forwards}
         assert len({tuple(row) for row in expected["tokens"]}) == len(ROWS)
         results = pool.run(
@@ -59,10 +59,10 @@ def test_held_out_text_is_that_of_training(
     settings = {**case.settings, **layout, "eval_iters": 3}
     trained = pool.run("validate", 2, checkpoint=case.checkpoint, settings=settings)[0]
     export_hf.main(["--checkpoint", case.checkpoint, "--out", str(tmp_path / "export"), "--format", "a2d"])
-    opened = open_export(tmp_path / "export")
+    loaded = load_hf_model(tmp_path / "export")
     config = build({"seq_length": 32, "micro_batch_size": 5})
-    sources = open_sources([case.settings["valid_data_path"]], 32, opened.vocab_size)
-    [result] = evaluate_sources(opened, config, sources, trained["num_samples"]).values()
+    sources = open_sources([case.settings["valid_data_path"]], 32, loaded.vocab_size)
+    [result] = evaluate_sources(loaded, config, sources, trained["num_samples"]).values()
     assert result.to_dict() == pytest.approx(trained, abs=1e-5)
-    [other] = evaluate_sources(opened, config, sources, trained["num_samples"] - 1).values()
+    [other] = evaluate_sources(loaded, config, sources, trained["num_samples"] - 1).values()
     assert other.nelbo.mean != pytest.approx(trained["nelbo"], abs=1e-5)

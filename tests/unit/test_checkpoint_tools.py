@@ -24,7 +24,7 @@ from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.conversion.sources import open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_to_hf import export
 from megatron_a2d.conversion.weight_averaging import average, factors_of
-from megatron_a2d.hf import TRAVELLING
+from megatron_a2d.hf import CODE_FILES
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import without_passwords
 from megatron_a2d.verification import logits_report
@@ -198,12 +198,12 @@ def test_the_loss_by_time_is_of_masked_tokens(tmp_path: Path, capsys) -> None:
         assert logits_report.loss_by_time(weights)[0] == "random tokens"
     with open_hf(hf) as weights:  # an autoregressive model has no mask token
         assert logits_report.loss_lines(*logits_report.loss_by_time(weights), 256) == [
-            "masked cross-entropy: not measured, the model has no mask token"
+            "masked cross-entropy: not measured, because the model has no mask token"
         ]
 
 
 def test_a_large_model_is_not_loaded_unasked(run: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(logits_report, "UNASKED_BYTES", 1000)
+    monkeypatch.setattr(logits_report, "DEFAULT_MAX_BYTES", 1000)
     monkeypatch.setattr(logits_report, "transformers_logits", lambda *a, **k: pytest.fail("it was loaded"))
     verify.main(["--hf-model", str(run.parent / "hf_30"), "--checkpoint", str(run)])
     out = capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_a_large_model_is_not_loaded_unasked(run: Path, monkeypatch, capsys) -> 
 def test_other_logits_leave_no_output(tool: str, size: str, run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Compared first, named afterwards: what behaves otherwise than its source never gets its name, at any size."""
     if size == "large":
-        monkeypatch.setattr(logits_report, "UNASKED_BYTES", 1000)
+        monkeypatch.setattr(logits_report, "DEFAULT_MAX_BYTES", 1000)
     name = {"convert": "--hf-model", "export": "--checkpoint"}[tool]
     main = {"convert": convert_hf.main, "export": export_hf.main}[tool]
     command = [name, str(run.parent / "hf_30" if tool == "convert" else run), "--out", str(tmp_path / "new" / "out")]
@@ -237,11 +237,11 @@ def test_other_logits_leave_no_output(tool: str, size: str, run: Path, tmp_path:
     assert "logits of" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("unasked", [logits_report.UNASKED_BYTES, 1000])
+@pytest.mark.parametrize("unasked", [logits_report.DEFAULT_MAX_BYTES, 1000])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_rounded_logits_are_compared_as_strictly(dtype: str, unasked: int, tmp_path: Path, monkeypatch, capsys) -> None:
     """The source is rounded as its copy is, so that a difference of 1e-5 is seen among those of 1e-2."""
-    monkeypatch.setattr(logits_report, "UNASKED_BYTES", unasked)
+    monkeypatch.setattr(logits_report, "DEFAULT_MAX_BYTES", unasked)
     hf = tiny.write_hf(tmp_path / "hf", "moe")
     command = ["--hf-model", str(hf), "--dtype", dtype, "--out"]
     convert_hf.main([*command, str(tmp_path / "ckpt")])
@@ -261,7 +261,7 @@ def test_verify_runs_no_foreign_code(change: str, run: Path, tmp_path: Path, mon
     """What a directory from elsewhere carries or names is not run; our own files, as the control, are."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "export"
-    export(run, out, "rnd1", TRAVELLING["rnd1"])
+    export(run, out, "rnd1", CODE_FILES["rnd1"])
     evil = f"open({str(tmp_path / 'owned')!r}, 'w')\n"
     if change == "file":
         (out / "modeling_rnd.py").write_text((out / "modeling_rnd.py").read_text() + evil)
@@ -283,7 +283,7 @@ def test_verify_runs_no_foreign_code(change: str, run: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize(("key", "value"), [("mask_token_id", 251), ("label_shift", False)])
 def test_verify_sees_what_no_logit_shows(key: str, value: object, run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "export", "a2d", TRAVELLING["a2d"])
+    export(run, tmp_path / "export", "a2d", CODE_FILES["a2d"])
     path = tmp_path / "export" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=f"{key} is {value}, but"):

@@ -21,7 +21,7 @@ from megatron_a2d.diffusion.conditional_likelihood import (
 from megatron_a2d.diffusion.model_interface import from_logits
 from megatron_a2d.diffusion.rng import Stream, uniforms
 from megatron_a2d.evaluation.loglikelihood import ScoringOptions, check_lengths, label_losses, score
-from megatron_a2d.evaluation.response_cache import Journal
+from megatron_a2d.evaluation.response_cache import ResponseCache
 from megatron_a2d.utils.errors import UserError
 
 VOCAB, MASK = 6, 5
@@ -36,7 +36,7 @@ def logits_fn(tokens_BL: torch.Tensor) -> torch.Tensor:
 
 
 def model_of(label_shift: bool, objective: str = "mdlm", seen: list | None = None) -> SimpleNamespace:
-    """What `score` reads of an `Opened`."""
+    """What `score` reads of a `LoadedModel`."""
 
     def run(request, reduce):
         if seen is not None:
@@ -46,7 +46,7 @@ def model_of(label_shift: bool, objective: str = "mdlm", seen: list | None = Non
         return from_logits(logits_fn)(request._replace(tokens=tokens), reduce)
 
     return SimpleNamespace(
-        run=run, objective=objective, label_shift=label_shift, mask_token_id=MASK, device=torch.device("cpu"),
+        forward=run, objective=objective, label_shift=label_shift, mask_token_id=MASK, device=torch.device("cpu"),
         max_positions=100,
     )  # fmt: skip
 
@@ -216,19 +216,19 @@ def test_batches_stay_within_their_size() -> None:
 def test_an_interrupted_run_goes_on(tmp_path) -> None:
     path, settings = tmp_path / "answers.jsonl", {"mc_num": 20}
     whole = score(model_of(True), REQUESTS, ScoringOptions(mc_num=20))
-    first = Journal(path, settings)
+    first = ResponseCache(path, settings)
     score(model_of(True), REQUESTS[:3], ScoringOptions(mc_num=20), first)
     first.close()
     path.write_text(path.read_text() + '{"key": "cut sho')
     seen: list = []
-    second = Journal(path, settings)
+    second = ResponseCache(path, settings)
     assert score(model_of(True, seen=seen), REQUESTS, ScoringOptions(mc_num=20), second) == whole
     second.close()
     assert {length for _, length in seen} == {11}, "only the new request was run"
-    third, seen = Journal(path, settings), []
+    third, seen = ResponseCache(path, settings), []
     assert score(model_of(True, seen=seen), REQUESTS, ScoringOptions(mc_num=20), third) == whole and not seen
     third.close()
-    other = Journal(path, {"mc_num": 21})
+    other = ResponseCache(path, {"mc_num": 21})
     score(model_of(True, seen=seen), REQUESTS[:1], ScoringOptions(mc_num=20), other)
     assert seen, "answers under other settings do not count"
     other.close()
@@ -270,7 +270,7 @@ def test_requests_are_run_long_ones_first_in_groups(batch_tokens: int, groups: l
     done: list[float] = []
     requests = [([1], [2, 3, 1, 4, 2]), ([1, 2, 3], [3, 4, 1, 2, 2]), ([3], [1, 2, 2, 2, 2]), ([2], [2])]
     options = ScoringOptions(mc_num=4, batch_tokens=batch_tokens)
-    found = score(model_of(True, seen=seen), requests, options, advance=done.append)
+    found = score(model_of(True, seen=seen), requests, options, on_progress=done.append)
     assert done == [0, *groups] and [length for _, length in seen] == sorted(
         (length for _, length in seen), reverse=True
     )

@@ -102,8 +102,8 @@ DENSE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: truncate(d / "model.safetensors", (d / "model.safetensors").stat().st_size - 1000),
         "truncated or damaged",
     ),
-    "truncated header": (lambda d: truncate(d / "model.safetensors", 2000), "truncated or no safetensors"),
-    "empty file": (lambda d: truncate(d / "model.safetensors", 0), "truncated or no safetensors"),
+    "truncated header": (lambda d: truncate(d / "model.safetensors", 2000), "truncated or not a safetensors"),
+    "empty file": (lambda d: truncate(d / "model.safetensors", 0), "truncated or not a safetensors"),
     "overlapping tensors": (
         lambda d: edit_header(d / "model.safetensors", lambda h: h.update({NAME: h[NAME.replace("1.self", "2.self")]})),
         "begins at byte",
@@ -136,7 +136,7 @@ DENSE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "damaged tokenizer": (
         lambda d: (d / "tokenizer.json").write_text('{"model": {"vocab": {"a": "zero"}}}'),
-        "an id that is no number",
+        "an id that is not a number",
     ),
     "no tokenizer": (
         lambda d: remove(d / "tokenizer.json", d / "tokenizer_config.json"),
@@ -211,9 +211,9 @@ def test_mask_token_choices(models: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.json: mask_token_id 17: is the token"):
         choose_mask_token(directory, 256, None, 17)
     for outside in (256, -1):
-        with pytest.raises(UserError, match="no row of the embedding"):
+        with pytest.raises(UserError, match="outside the embedding"):
             choose_mask_token(directory, 256, outside, None)
-    with pytest.raises(UserError, match="uses all 250 rows"):
+    with pytest.raises(UserError, match="uses all 250 ids"):
         choose_mask_token(directory, 250, None, None)
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({"id": 250, "content": "<|mask|>"})

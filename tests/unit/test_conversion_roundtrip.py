@@ -37,7 +37,7 @@ from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.conversion.qwen3_weight_map import WeightMap
 from megatron_a2d.conversion.sources import open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_to_hf import export
-from megatron_a2d.hf import TRAVELLING
+from megatron_a2d.hf import CODE_FILES
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.verification import logits_report
 from tests import tiny
@@ -232,7 +232,7 @@ def test_exports_are_what_their_format_says(kind: str, form: str, tmp_path: Path
     assert ("num_experts" in config) == moe and config.get("num_experts", 8) == 8
     assert not {"rope_parameters", "num_local_experts", "dtype"} & set(config)
     assert ("mask_token_id" in config) == ("auto_map" in config) == (form != "qwen3")
-    assert {path.name for path in TRAVELLING.get(form, [])} == {path.name for path in out.glob("*.py")}
+    assert {path.name for path in CODE_FILES.get(form, [])} == {path.name for path in out.glob("*.py")}
     for target in config.get("auto_map", {}).values():
         module, _, name = target.partition(".")
         assert f"class {name}(" in (out / f"{module}.py").read_text()
@@ -261,7 +261,7 @@ def test_exports_are_what_their_format_says(kind: str, form: str, tmp_path: Path
 def test_logits_of_exports_are_those_of_the_source(kind: str, form: Format, tmp_path: Path, capsys) -> None:
     hf = tiny.write_hf(tmp_path / "hf", kind)
     convert(hf, tmp_path / "ckpt")
-    export(tmp_path / "ckpt", tmp_path / "out", form, travelling=TRAVELLING.get(form, []))
+    export(tmp_path / "ckpt", tmp_path / "out", form, code_files=CODE_FILES.get(form, []))
     arguments = ["--hf-model", str(hf), "--export", str(tmp_path / "out"), "--logits"]
     verify.main(arguments)
     assert (

@@ -27,7 +27,7 @@ from megatron_a2d.conversion import torch_dist_writer
 from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.conversion.qwen3_shapes import SIZES, hub_config
 from megatron_a2d.conversion.random_weights import write_synthetic
-from megatron_a2d.conversion.resumable_output import JOURNAL, unfinished_directory
+from megatron_a2d.conversion.resumable_output import JOURNAL, resumable_directory
 from megatron_a2d.conversion.safetensors_files import plan_shards
 from megatron_a2d.conversion.torch_dist_to_hf import export
 from megatron_a2d.conversion.workers import run_jobs
@@ -246,17 +246,19 @@ def test_another_source_or_option_starts_anew(tmp_path: Path, monkeypatch, capsy
     interrupted(lambda: convert(hf, tmp_path / "out", workers=1), monkeypatch, after=25)
     assert (tmp_path / ".out.partial").exists()
     convert(hf, tmp_path / "out", dtype=torch.bfloat16)
-    assert "starting anew" in capsys.readouterr().err
+    assert "starting from scratch" in capsys.readouterr().err
     convert(hf, tmp_path / "expected", dtype=torch.bfloat16)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_sigkill_and_the_same_command_again(tmp_path: Path) -> None:
     """Several times, at other moments; in the end the checkpoint is the one of an unbroken run."""
-    write_synthetic(tmp_path / "hf", hub_config("0.6B", num_hidden_layers=2, vocab_size=20_000, mask_token_id=19_999))
+    tokens = {"vocab_size": 20_000, "mask_token_id": 19_999, "eos_token_id": 0}
+    write_synthetic(tmp_path / "hf", hub_config("0.6B", num_hidden_layers=2, **tokens))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom megatron_a2d.conversion import rows, torch_dist\n"
-        "rows.SLAB_BYTES, torch_dist.FILE_BYTES = 100_000, 4 << 20\n"
+        "import sys\nfrom pathlib import Path\nfrom megatron_a2d.checkpoint import tensor_rows\n"
+        "from megatron_a2d.conversion import torch_dist_writer\n"
+        "tensor_rows.SLAB_BYTES, torch_dist_writer.FILE_BYTES = 100_000, 4 << 20\n"
         "from megatron_a2d.conversion.hf_to_torch_dist import convert\nconvert(Path('hf'), Path(sys.argv[1]), workers=2)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -279,18 +281,18 @@ def test_sigkill_and_the_same_command_again(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
-    with unfinished_directory(tmp_path / "out", "--out", {}), pytest.raises(UserError, match="another process"):
-        with unfinished_directory(tmp_path / "out", "--out", {}):
+    with resumable_directory(tmp_path / "out", "--out", {}), pytest.raises(UserError, match="another process"):
+        with resumable_directory(tmp_path / "out", "--out", {}):
             pass
 
 
 def test_a_full_disk_keeps_what_is_complete(tmp_path: Path, capsys) -> None:
-    with pytest.raises(OSError, match="full"), unfinished_directory(tmp_path / "out", "--out", {}) as work:
+    with pytest.raises(OSError, match="full"), resumable_directory(tmp_path / "out", "--out", {}) as work:
         (work.directory / "a").write_bytes(b"1234")
         work.record("a", {"crc32": "9be3e0a3"})
         raise OSError(28, "full")
     assert "the disk is full" in " ".join(capsys.readouterr().err.split())
-    with unfinished_directory(tmp_path / "out", "--out", {}) as work:
+    with resumable_directory(tmp_path / "out", "--out", {}) as work:
         assert list(work.done) == ["a"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
@@ -386,14 +388,14 @@ def test_an_interruption_of_the_last_flush_costs_nothing(tmp_path: Path, monkeyp
         convert(hf, tmp_path / "out")
     assert len((tmp_path / ".out.partial" / JOURNAL).read_text().splitlines()) == 2
     convert(hf, tmp_path / "out")
-    assert "continues an interrupted run, 1 files are complete" in " ".join(capsys.readouterr().err.split())
+    assert "resuming an interrupted run, 1 files are complete" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out" / JOURNAL).exists()
 
 
 def test_the_empty_directory_one_stands_in_is_filled(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
-    with unfinished_directory(Path(), "--out", {}) as work:
+    with resumable_directory(Path(), "--out", {}) as work:
         (work.directory / "a").write_text("x")
     assert contents(tmp_path) == {"out/a": b"x"}
 
@@ -403,7 +405,7 @@ def test_links_are_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     for name in ("link", "dangling"):
-        with pytest.raises(UserError, match="is a symbolic link"), unfinished_directory(tmp_path / name, "--out", {}):
+        with pytest.raises(UserError, match="is a symbolic link"), resumable_directory(tmp_path / name, "--out", {}):
             pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "empty", "link"]
 

@@ -197,8 +197,8 @@ def test_matrices_come_layer_by_layer() -> None:
         for lead in [(layer,)] * 7 + [(layer, expert) for expert in range(8) for _ in range(2)]
     ]
     assert inside == expected
-    assert [block.turns for block in blocks if block.key.endswith("linear_qkv.weight")] == [2] * 4
-    assert {block.turns for block in blocks if not block.key.endswith("linear_qkv.weight")} == {1}
+    assert [block.groups for block in blocks if block.key.endswith("linear_qkv.weight")] == [2] * 4
+    assert {block.groups for block in blocks if not block.key.endswith("linear_qkv.weight")} == {1}
 
 
 def test_every_tensor_knows_its_counterpart() -> None:

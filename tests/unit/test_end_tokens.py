@@ -62,7 +62,7 @@ def test_three_places_name_them(config, generation, options, ids, document, tmp_
 def test_what_is_no_token_is_an_error(name: str, value: Any, tmp_path: Path) -> None:
     values: dict[str, Any] = {"config.json": 2, "generation_config.json": 2} | {name: value}
     found = directory(tmp_path / "hf", values["config.json"], {"eos_token_id": values["generation_config.json"]})
-    with pytest.raises(UserError, match=rf"{name}: eos_token_id is .* is no token of the model \(0 to 255\)"):
+    with pytest.raises(UserError, match=rf"{name}: eos_token_id is .* is not a token of the model \(0 to 255\)"):
         read_end_tokens(found, tiny.VOCAB_SIZE)
 
 
@@ -91,24 +91,24 @@ def test_an_export_lists_what_only_the_data_says(chat: dict[str, Path], tmp_path
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
 
 
-def opened_models(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Each form, opened as generate and evaluate do; weights and process groups are left out."""
+def loaded_models(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Each form, loaded as generate and evaluate do; weights and process groups are left out."""
     from megatron_a2d.inference import hf_model as exports
     from megatron_a2d.inference import parallel_model
 
     monkeypatch.setattr(exports, "_load", lambda *a: SimpleNamespace(device="cpu"))
-    for name in ("load_weights", "ShardedModel"):
+    for name in ("load_weights", "ParallelModel"):
         monkeypatch.setattr(parallel_model, name, lambda *a: None)
     monkeypatch.setattr(parallel_model.process_groups, "initialize", lambda *a: None)
     monkeypatch.setattr(parallel_model.dist, "get_rank", lambda: 0)
-    opened: dict[str, Any] = {form: exports.open_export(chat[form]) for form in ("a2d", "rnd1")}
-    opened |= {form: exports.open_export(chat[form], "ar") for form in ("hf", "qwen3")}
-    return opened | {"checkpoint": parallel_model.open_sharded(chat["checkpoint"], {})}
+    loaded: dict[str, Any] = {form: exports.load_hf_model(chat[form]) for form in ("a2d", "rnd1")}
+    loaded |= {form: exports.load_hf_model(chat[form], "ar") for form in ("hf", "qwen3")}
+    return loaded | {"checkpoint": parallel_model.load_parallel_model(chat["checkpoint"], {})}
 
 
 def test_sampling_and_the_harness_hear_of_all(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_a2d.evaluation.harness import HarnessModel
 
-    for form, opened in opened_models(chat, monkeypatch).items():
-        assert (opened.end_token_ids, opened.document_token_id) == ((2, 0), 0), form
-        assert HarnessModel(opened, None, None, 1, 1, None, None).eot_token_id == 0, form  # type: ignore[arg-type]
+    for form, loaded in loaded_models(chat, monkeypatch).items():
+        assert (loaded.end_token_ids, loaded.document_token_id) == ((2, 0), 0), form
+        assert HarnessModel(loaded, None, None, 1, 1, None, None).eot_token_id == 0, form  # type: ignore[arg-type]

@@ -91,8 +91,8 @@ def test_answers_are_of_the_settings_that_gave_them(models, tmp_path, monkeypatc
     arguments = ("--include-path", str(LOCAL / "local"), "--tasks", "local_rolling", "--limit", "1")
     first = run(models, tmp_path, *arguments, "--mc-num", "8")
     calls = []
-    original = loglikelihood._run
-    monkeypatch.setattr(loglikelihood, "_run", lambda *a: calls.append(1) or original(*a))
+    original = loglikelihood._score_group
+    monkeypatch.setattr(loglikelihood, "_score_group", lambda *a: calls.append(1) or original(*a))
     assert run(models, tmp_path, *arguments, "--mc-num", "8")["tasks"] == first["tasks"] and not calls
     assert run(models, tmp_path, *arguments, "--mc-num", "9")["tasks"] != first["tasks"] and calls
 
@@ -100,10 +100,10 @@ def test_answers_are_of_the_settings_that_gave_them(models, tmp_path, monkeypatc
 def test_a_context_that_is_too_long_loses_its_beginning():
     from megatron_a2d.evaluation.harness import HarnessModel
 
-    model = SimpleNamespace(opened=SimpleNamespace(max_positions=10), counts=Counter())
+    model = SimpleNamespace(loaded=SimpleNamespace(max_positions=10), counts=Counter())
     assert HarnessModel._fit(model, list(range(20)), 3) == [13, 14, 15, 16, 17, 18, 19]
     assert HarnessModel._fit(model, list(range(8)), 3) == [1, 2, 3, 4, 5, 6, 7]
-    assert model.counts == {"contexts cut at the left": 2}
+    assert model.counts == {"contexts truncated on the left": 2}
     assert HarnessModel._fit(model, list(range(7)), 3) == [0, 1, 2, 3, 4, 5, 6]
     assert HarnessModel._fit(model, [5, 6], 9) == [6] and model.counts.total() == 3
     with pytest.raises(UserError, match="a request asks for 10 tokens, and the model has 10 positions"):
@@ -115,20 +115,20 @@ def test_the_harness_model_against_plain_logits(models):
     from lm_eval.api.instance import Instance
 
     from megatron_a2d.evaluation.harness import HarnessModel
-    from megatron_a2d.evaluation.response_cache import Journal
-    from megatron_a2d.inference.hf_model import open_export
+    from megatron_a2d.evaluation.response_cache import ResponseCache
+    from megatron_a2d.inference.hf_model import load_hf_model
 
-    opened = open_export(models["export"])
+    loaded = load_hf_model(models["export"])
     harness = HarnessModel(
-        opened, loglikelihood.ScoringOptions(mc_num=4), None, 8, 2, Journal(None, None),
-        lambda what, total, unit: evaluate._progress(opened, what, total, unit),
+        loaded, loglikelihood.ScoringOptions(mc_num=4), None, 8, 2, ResponseCache(None, None),
+        lambda what, total, unit: evaluate._progress(loaded, what, total, unit),
     )  # fmt: skip
     context, word = "for i in ", "r"
     [(value, _)] = harness.loglikelihood([Instance("loglikelihood", {}, (context, word), 0)])
     tokens, [label] = harness._encode_pair(context, word)[0], harness._encode_pair(context, word)[1][-1:]
     continuation = harness._encode_pair(context, word)[1]
     if len(continuation) == 1:
-        logits = opened.run.model(torch.tensor([[*tokens, opened.mask_token_id]])).logits[0, len(tokens) - 1]
+        logits = loaded.forward.model(torch.tensor([[*tokens, loaded.mask_token_id]])).logits[0, len(tokens) - 1]
         assert value == pytest.approx(float(logits.log_softmax(-1)[label]), abs=1e-4)
     assert value < 0
 
@@ -137,8 +137,8 @@ def test_the_harness_model_against_plain_logits(models):
     original = harness._score
     harness._score = lambda pairs, what: windows.extend(pairs) or original(pairs, what)
     [total] = harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (long,), 0)])
-    assert [token for _, part in windows for token in part] == opened.encode(long) and len(windows) > 1
-    assert all(len(a) + len(b) <= opened.max_positions for a, b in windows) and math.isfinite(total)
+    assert [token for _, part in windows for token in part] == loaded.encode(long) and len(windows) > 1
+    assert all(len(a) + len(b) <= loaded.max_positions for a, b in windows) and math.isfinite(total)
 
 
 def test_repeats_of_a_request_are_texts_of_their_own(models, tmp_path):
@@ -147,15 +147,15 @@ def test_repeats_of_a_request_are_texts_of_their_own(models, tmp_path):
 
     from megatron_a2d.diffusion.sampling import SamplingOptions
     from megatron_a2d.evaluation import harness as module
-    from megatron_a2d.evaluation.response_cache import Journal
-    from megatron_a2d.inference.hf_model import open_export
+    from megatron_a2d.evaluation.response_cache import ResponseCache
+    from megatron_a2d.inference.hf_model import load_hf_model
 
-    opened = open_export(models["export"])
+    loaded = load_hf_model(models["export"])
 
     def answers(count: int, path: Path | None) -> list[str]:
         model = module.HarnessModel(
-            opened, loglikelihood.ScoringOptions(mc_num=4), SamplingOptions(num_steps=4, temperature=1.0), 8, 2,
-            Journal(path, None), lambda what, total, unit: evaluate._progress(opened, what, total, unit),
+            loaded, loglikelihood.ScoringOptions(mc_num=4), SamplingOptions(num_steps=4, temperature=1.0), 8, 2,
+            ResponseCache(path, None), lambda what, total, unit: evaluate._progress(loaded, what, total, unit),
         )  # fmt: skip
         return model.generate_until([Instance("g", {}, ("for i in ", {"until": []}), 0) for _ in range(count)])
 
@@ -171,10 +171,10 @@ def test_stop_texts_end_the_writing_and_change_no_answer(models, monkeypatch):
 
     from megatron_a2d.diffusion.sampling import SamplingOptions, denoise
     from megatron_a2d.evaluation import harness as module
-    from megatron_a2d.evaluation.response_cache import Journal
-    from megatron_a2d.inference.hf_model import open_export
+    from megatron_a2d.evaluation.response_cache import ResponseCache
+    from megatron_a2d.inference.hf_model import load_hf_model
 
-    opened = open_export(models["export"])
+    loaded = load_hf_model(models["export"])
     forwards: list[int] = []
 
     def answers(stops: list[str], early: bool) -> list[str]:
@@ -185,8 +185,8 @@ def test_stop_texts_end_the_writing_and_change_no_answer(models, monkeypatch):
 
         monkeypatch.setattr(module, "denoise", counted)
         model = module.HarnessModel(
-            opened, loglikelihood.ScoringOptions(mc_num=4), SamplingOptions(num_steps=48, block_length=8), 48, 2,
-            Journal(None, None), lambda what, total, unit: evaluate._progress(opened, what, total, unit),
+            loaded, loglikelihood.ScoringOptions(mc_num=4), SamplingOptions(num_steps=48, block_length=8), 48, 2,
+            ResponseCache(None, None), lambda what, total, unit: evaluate._progress(loaded, what, total, unit),
         )  # fmt: skip
         requests = [Instance("g", {}, (f"for {c} in ", {"until": stops}), 0) for c in "abc"]
         return model.generate_until(requests)
@@ -249,7 +249,7 @@ BAD = {
     "no earlier results": (["--tasks", "a", "--compare-with", "/nowhere"], "/nowhere/results.json"),
     "noise for ar": (["--tasks", "a", "--objective", "ar", "--min-timestep", "0.1"], "no effect with --objective ar"),
     "unknown flag": (["--task", "a"], "did you mean --tasks"),
-    "layout of an export": (["--tasks", "a", "--bf16"], "--bf16: only goes with a checkpoint"),
+    "layout of an export": (["--tasks", "a", "--bf16"], "--bf16: needs a checkpoint"),
 }
 
 
@@ -285,7 +285,7 @@ def test_unknown_tasks(monkeypatch):
 def test_models_that_are_not_ours(models, tmp_path):
     with pytest.raises(UserError, match="give --objective ar"):
         run(models, tmp_path, "--tasks", "a", model="qwen3")
-    with pytest.raises(UserError, match="no autoregressive Qwen3"):
+    with pytest.raises(UserError, match="not an autoregressive Qwen3"):
         run(models, tmp_path, "--tasks", "a", "--objective", "ar")
 
 
@@ -300,7 +300,7 @@ def test_bad_config_files(models, tmp_path):
 
 def test_earlier_results_of_another_kind(models, tmp_path):
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(UserError, match="not of this command"):
+    with pytest.raises(UserError, match="not written by this command"):
         run(models, tmp_path / "out", "--tasks", "a", "--compare-with", str(tmp_path))
 
 
@@ -322,8 +322,8 @@ MALFORMED = [
 
 @pytest.mark.parametrize("change", MALFORMED, ids=str)
 def test_malformed_earlier_results_are_found_first(change, tmp_path, monkeypatch):
-    """Before any model is opened; what passes can be laid beside a result."""
-    monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
+    """Before any model is loaded; what passes can be laid beside a result."""
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "results.json").write_text(json.dumps(EARLIER | change))
     with pytest.raises(UserError, match=f"no usable {next(iter(change))}"):
         evaluate.main(["--model", "m", "--out", str(tmp_path / "out"), "--tasks", "a", "--compare-with", str(tmp_path)])
@@ -341,7 +341,7 @@ def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch):
 
 
 def test_a_place_that_takes_no_results_is_found_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         evaluate.main(["--model", "m", "--out", str(tmp_path / "file" / "out"), "--valid-data-path", "x"])
@@ -360,7 +360,7 @@ def test_a_place_that_takes_no_results_is_found_first(tmp_path, monkeypatch):
 )
 def test_consent_comes_from_the_command_line_alone(line, message, tmp_path, monkeypatch):
     """A file of settings runs nothing: neither programs nor the tasks of a directory, and no flag beside it lets it."""
-    monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "eval.yaml").write_text(f"tasks: [t]\n{line}\n")
     common = ["--model", "m", "--out", str(tmp_path / "out"), "--config", str(tmp_path / "eval.yaml")]
     for flags in ([], ["--allow-code-execution"]):
@@ -410,28 +410,32 @@ def test_the_length_of_an_answer_is_the_tasks_own_or_the_flag(models, tmp_path, 
 
 
 def test_what_requests_may_hold():
-    from megatron_a2d.evaluation.harness import _wishes
+    from megatron_a2d.evaluation.harness import _generation_arguments
 
-    assert _wishes({}, 8) == _wishes({"until": None, "max_gen_toks": None, "temperature": None}, 8) == (8, [], False)
-    assert _wishes({"until": ("a", ""), "max_tokens": "5"}, 8) == (5, ["a"], False)
-    assert _wishes({"until": "a", "do_sample": True, "temperature": 0.8}, 8) == (8, ["a"], True)
-    assert _wishes({"do_sample": False, "temperature": 0.8}, 8) == (8, [], False)
+    assert (
+        _generation_arguments({}, 8)
+        == _generation_arguments({"until": None, "max_gen_toks": None, "temperature": None}, 8)
+        == (8, [], False)
+    )
+    assert _generation_arguments({"until": ("a", ""), "max_tokens": "5"}, 8) == (5, ["a"], False)
+    assert _generation_arguments({"until": "a", "do_sample": True, "temperature": 0.8}, 8) == (8, ["a"], True)
+    assert _generation_arguments({"do_sample": False, "temperature": 0.8}, 8) == (8, [], False)
     for arguments in ({"max_gen_toks": 0}, {"max_gen_toks": "many"}, {"max_gen_toks": float("inf")}, {"until": [5]}):
         with pytest.raises(UserError, match=r"a task's generation_kwargs .* cannot be used"):
-            _wishes(arguments, 8)
+            _generation_arguments(arguments, 8)
 
 
 def test_requests_that_do_not_fit(models):
-    from megatron_a2d.inference.hf_model import open_export
+    from megatron_a2d.inference.hf_model import load_hf_model
 
-    opened = open_export(models["export"])
+    loaded = load_hf_model(models["export"])
     for request, message in (
         (([1] * 510, [2] * 3), "512 positions"),
         (([1], []), "empty continuation"),
         (([], [1]), "empty context"),
     ):
         with pytest.raises(UserError, match=message):
-            loglikelihood.check_lengths(opened, [request])
+            loglikelihood.check_lengths(loaded, [request])
 
 
 def test_every_file_of_launch_eval_is_read():
@@ -567,20 +571,20 @@ def test_programs_have_no_network(allowed, monkeypatch):
         monkeypatch.setenv(code_execution.SWITCH, "1")
         monkeypatch.delenv(code_execution.NETWORK_SWITCH, raising=False)
         if not can_cut_network():
-            pytest.skip("this system grants no network namespace")
+            pytest.skip("this system permits no network namespace")
         assert code_execution.passes("", "pass") and not code_execution.passes(connect, "pass")
 
 
 def test_a_network_is_refused_unless_it_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(code_execution, "_NAMESPACES", NO_NAMESPACES)
-    monkeypatch.setattr(evaluate, "open_model", lambda *a: pytest.fail("the model was opened"))
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
     monkeypatch.setattr(evaluate, "check_model", lambda *a: None)  # there is no directory m
     monkeypatch.setenv(code_execution.SWITCH, "0")  # what evaluate sets is undone after the test
     monkeypatch.setenv(code_execution.NETWORK_SWITCH, "1")  # an environment is no consent either
     common = ["--model", "m", "--out", str(tmp_path), "--tasks", "a"]
-    with pytest.raises(UserError, match=r"grants no network namespace.*--allow-code-network"):
+    with pytest.raises(UserError, match=r"permits no network namespace.*--allow-code-network"):
         evaluate.main([*common, "--allow-code-execution"])
-    with pytest.raises(RuntimeError, match="grants no network namespace"):
+    with pytest.raises(RuntimeError, match="permits no network namespace"):
         code_execution.passes("", "")
     with pytest.raises(pytest.fail.Exception):
         evaluate.main([*common, "--allow-code-execution", "--allow-code-network"])

@@ -143,7 +143,7 @@ def test_statistics(exports, capsys):
         ["--model", str(exports["a2d"]), "--prompt", "x = ", "--max-new-tokens", "8", "--num-steps", "4", "--stats"]
     )
     found = re.match(
-        r"1 texts, (\d+) tokens in (\d+) forward passes of a text: ([\d.]+) tokens", capsys.readouterr().err
+        r"1 texts, (\d+) tokens in (\d+) forward passes \(per text\): ([\d.]+) tokens", capsys.readouterr().err
     )
     assert found and int(found[2]) == 4 and float(found[3]) == int(found[1]) / 4
 
@@ -185,16 +185,16 @@ def test_the_reserved_padding_is_the_models(exports, capsys, tmp_path, monkeypat
 
 BAD_JSONL = {
     "no json": ("{'prompt': 1}", "line 2: is not JSON"),
-    "no object": ("[1]", "line 2: is no object"),
+    "no object": ("[1]", "line 2: is not an object"),
     "unknown key": ('{"prompts": "a"}', "did you mean prompt?"),
-    "empty": ('{"prompt": ""}', "line 2: prompt must be a text that is not empty"),
+    "empty": ('{"prompt": ""}', "line 2: prompt must be a non-empty string"),
     "two kinds": ('{"prompt": "a", "infill": "b"}', "exactly one"),
     "no suffix": ('{"prefix": "a"}', "needs a suffix"),
     "length zero": ('{"infill": "a <|hole:0|>"}', "a hole of length 0"),
     "no length": ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0"),
     "too long": ('{"prompt": "a", "max_new_tokens": 400}', "200 positions"),
     "hole first": ('{"infill": "<|hole:2|> a"}', "begins with a hole"),
-    "no effect": ('{"prompt": "a", "suffix": "b"}', "suffix has no effect beside prompt"),
+    "no effect": ('{"prompt": "a", "suffix": "b"}', "suffix has no effect with prompt"),
     "surrogate": ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
     "endless number": ('{"prompt": "a", "max_new_tokens": ' + "9" * 5000 + "}", "line 2: is not JSON"),
     "endless nesting": ("[" * 100_000, "line 2: is not JSON"),
@@ -221,7 +221,7 @@ BAD_ARGUMENTS = {
     "no new tokens": (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     "hole length with a prompt": (["--prompt", "a", "--hole-length", "3"], "no effect"),
     "new tokens with a hole": (["--prefix", "a", "--suffix", "b", "--max-new-tokens", "3"], "no effect"),
-    "a device": (["--input", "/dev/zero"], "is no regular file"),
+    "a device": (["--input", "/dev/zero"], "is not a regular file"),
     "no steps": (["--prompt", "a", "--num-steps", "0"], "--num-steps 0"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "--temperature -1"),
     "temperature nan": (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
@@ -237,14 +237,14 @@ BAD_ARGUMENTS = {
     "no file": (["--input", "/nowhere/prompts"], "cannot be read"),
     "cache without blocks": (["--prompt", "a", "--cache", "dual"], "--cache dual: has no effect"),
     "gamma without eb": (["--prompt", "a", "--gamma", "1"], "--gamma 1.0: has no effect"),
-    "layout of an export": (["--prompt", "a", "--bf16"], "--bf16: only goes with a checkpoint"),
+    "layout of an export": (["--prompt", "a", "--bf16"], "--bf16: needs a checkpoint"),
     "no sampler": (["--prompt", "a", "--sampler", "best"], "invalid choice"),
     "mask token": (["--prompt", "a <|mask|> b"], "contains the mask token"),
     "endless hole": (["--infill", "a <|hole:99999999999|> b"], "not of the form <|hole:16|>"),
     "long hole": (["--infill", "a <|hole:999999999|> b"], "200 positions"),
     "hole without a number": (["--infill", "a <|hole:2|> <|hole:|> b"], "not of the form <|hole:16|>"),
     "endless completion": (["--prompt", "a", "--max-new-tokens", "99999999999"], "200 positions"),
-    "surrogate": (["--prompt", "a\udc80"], "no text in UTF-8"),
+    "surrogate": (["--prompt", "a\udc80"], "not valid UTF-8"),
     "temperature that overflows": (["--prompt", "a", "--temperature", "1e-38"], "--temperature 1e-38: must be 0, or"),
     "guidance that overflows": (["--prompt", "a", "--cfg-scale", "1e38"], "--cfg-scale 1e+38: must be 0 (none) to"),
     "page that is a directory": (["--prompt", "a", "--save-html", "/tmp"], "--save-html /tmp: is a directory"),
@@ -309,7 +309,7 @@ def test_bad_models(exports, tmp_path):
 
     broken = copy_of(export, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes()[:1000])
-    assert "truncated or no safetensors file" in refusal(broken)
+    assert "truncated or not a safetensors file" in refusal(broken)
     (broken / "model.safetensors").unlink()
     assert "holds neither model.safetensors" in refusal(broken)
 

@@ -21,7 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from megatron_a2d.diffusion.model_interface import from_logits
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
-from megatron_a2d.hf import TRAVELLING
+from megatron_a2d.hf import CODE_FILES
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.configuration_rnd import RND1Config
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM, A2DModel
@@ -67,7 +67,7 @@ def write_export(model: torch.nn.Module, directory: Path, kind: str = "a2d", **c
     auto_map = dict(zip(("AutoConfig", "AutoModel", "AutoModelForMaskedLM"), AUTO_MAP[kind], strict=True))
     config = json.loads(path.read_text()) | {"model_type": kind, "mask_token_id": 96, "auto_map": auto_map}
     path.write_text(json.dumps(config | changes))
-    for file in TRAVELLING[kind]:
+    for file in CODE_FILES[kind]:
         shutil.copy(file, directory)
     return directory
 
@@ -190,8 +190,8 @@ def test_save_and_load(kind, export, tmp_path):
     assert config["rope_theta"] == 1e6 and config["model_type"] == export and config["mask_token_id"] == 96
     assert config["architectures"] == {"a2d": ["A2DForMaskedLM"], "rnd1": ["RND1"]}[export]
     assert config.get("num_experts", 0) == (6 if kind == "moe" else 0)
-    travelling = {path.name for path in TRAVELLING[export]}
-    assert {path.name for path in (tmp_path / "second").glob("*.py")} == travelling
+    code_files = {path.name for path in CODE_FILES[export]}
+    assert {path.name for path in (tmp_path / "second").glob("*.py")} == code_files
     base_class = {"a2d": A2DModel, "rnd1": RND1Model}[export]
     assert type(second.model) is base_class
 
@@ -283,7 +283,7 @@ def test_rnd1_config_keeps_the_sizes_of_the_file():
 
 
 def test_travelling_files_are_self_contained():
-    for files in TRAVELLING.values():
+    for files in CODE_FILES.values():
         modules = {path.stem for path in files}
         for path in files:
             for node in ast.walk(ast.parse(path.read_text())):

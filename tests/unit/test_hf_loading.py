@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints_tools import convert_hf
 from megatron_a2d.conversion.torch_dist_to_hf import export
-from megatron_a2d.hf import TRAVELLING
-from megatron_a2d.inference.hf_model import open_export
+from megatron_a2d.hf import CODE_FILES
+from megatron_a2d.inference.hf_model import load_hf_model
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.verification import logits_report
 from tests import tiny
@@ -46,13 +46,13 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {"qwen3": tiny.write_hf(root / "qwen3", "moe", rope_scaling=YARN)}
     convert_hf.main(["--hf-model", str(found["qwen3"]), "--out", str(root / "checkpoint"), "--no-verify"])
     for form in ("a2d", "rnd1"):
-        export(root / "checkpoint", root / form, form, TRAVELLING[form])
+        export(root / "checkpoint", root / form, form, CODE_FILES[form])
         found[form] = root / form
     return found
 
 
 def opened(directory: Path) -> Any:
-    return open_export(directory, "ar" if directory.name.startswith("qwen3") else "mdlm")
+    return load_hf_model(directory, "ar" if directory.name.startswith("qwen3") else "mdlm")
 
 
 @pytest.mark.parametrize("form", ["qwen3", "a2d", "rnd1"])
@@ -68,7 +68,7 @@ def test_kernels_that_config_json_names_are_not_fetched(
     tokens = logits_report.random_tokens(tiny.VOCAB_SIZE)
     expected = logits_report.transformers_logits(directories[form], tokens, bidirectional=False)
     assert torch.equal(logits_report.transformers_logits(directory, tokens, bidirectional=False), expected)
-    assert opened(directory).run.model.config._attn_implementation == "sdpa"
+    assert opened(directory).forward.model.config._attn_implementation == "sdpa"
 
 
 def outside(directory: Path) -> None:

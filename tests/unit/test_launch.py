@@ -63,9 +63,9 @@ def test_a_process_for_each_gpu(num_gpus: int, tmp_path: Path) -> None:
 
 def test_exit_codes() -> None:
     assert len({row.code for row in ENDINGS}) == len(ENDINGS)
-    assert not ending(exit_codes.USER_ERROR).comes_back and ending(exit_codes.SIGNALLED).comes_back
-    assert ending(-9) == ending(137) and "SIGKILL" in ending(137).meaning and ending(137).comes_back
-    assert ending(77).comes_back and ending(77).meaning == "exit code 77"
+    assert not ending(exit_codes.USER_ERROR).is_requeued and ending(exit_codes.SIGNALLED).is_requeued
+    assert ending(-9) == ending(137) and "SIGKILL" in ending(137).meaning and ending(137).is_requeued
+    assert ending(77).is_requeued and ending(77).meaning == "exit code 77"
     # One process found its peer dead, the other was told to end: the cause is the third's.
     assert most_telling([exit_codes.PEER_LOST, -15, exit_codes.SAVE_FAILED]).code == exit_codes.SAVE_FAILED
     assert most_telling([exit_codes.PEER_LOST, -9]).code == 137
@@ -220,7 +220,7 @@ PROGRESS = 'echo 40 > "$A2D_ATTEMPT/progress"; '
 
 def outcome(code: int) -> str:
     row = ending(code)
-    return f'echo "{row.code} {"again" if row.comes_back else "stay"} words" > "$A2D_ATTEMPT/outcome"; '
+    return f'echo "{row.code} {"again" if row.is_requeued else "stay"} words" > "$A2D_ATTEMPT/outcome"; '
 
 
 @pytest.mark.parametrize("code", [row.code for row in ENDINGS if row.code] + [137])
@@ -229,7 +229,7 @@ def test_what_is_requeued(code: int, tmp_path: Path) -> None:
     for progress in (False, True):
         during = outcome(code) + PROGRESS * progress
         said, calls, exit_code = submit(tmp_path / str(progress), 143, during)
-        assert ("scontrol requeue 17" in calls) == (progress and ending(code).comes_back), said
+        assert ("scontrol requeue 17" in calls) == (progress and ending(code).is_requeued), said
         assert exit_code == code and f"exit code {code}: words" in said
     assert "--lr 1" in calls and "launch/train.sh" in calls
     assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 " in calls and "--cpus-per-task=8 " in calls

@@ -133,7 +133,7 @@ def test_so_does_the_older_transformers(exports: dict[str, Path]) -> None:
 def test_an_end_token_is_no_mask(requested: int | None, tmp_path: Path) -> None:
     hf = tiny.write_hf(tmp_path / "hf", "dense", num_hidden_layers=1)
     declare(hf, "<|endoftext|>")
-    with pytest.raises(UserError, match=r"its mask token, 0, is one that ends texts too; .* --mask-token-id"):
+    with pytest.raises(UserError, match=r"its mask token, 0, is also an end-of-text token; .* --mask-token-id"):
         convert(hf, tmp_path / "out", requested)
     assert convert(hf, tmp_path / "out", 250, verify=False).mask_token_id == 250
 

@@ -131,7 +131,7 @@ def endless_link(path: Path) -> None:
 @pytest.mark.parametrize("make", [directory, pipe, device, endless_link])
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "config.json")
-    with pytest.raises(UserError, match=r"config\.json: the shape (is no regular file|cannot be read)"):
+    with pytest.raises(UserError, match=r"config\.json: the shape (is not a regular file|cannot be read)"):
         read_json(tmp_path / "config.json", "the shape")
 
 
@@ -152,7 +152,7 @@ def test_a_recipe_may_come_through_a_pipe_but_not_without_end(tmp_path: Path) ->
     os.close(ends[0])
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", tmp_path / "pipe"):
-        with pytest.raises(UserError, match="no regular file"):
+        with pytest.raises(UserError, match="not a regular file"):
             read_yaml(path, f"--config {path}")
     (tmp_path / "large").write_text("# " + "x" * 2**18)
     with pytest.raises(UserError, match="larger than 256 KiB"):

@@ -10,8 +10,8 @@ import pytest
 
 from checkpoints_tools.publish import check_export
 from data_prep import tokenize_shards
-from megatron_a2d.conversion.resumable_output import JOURNAL, unfinished_directory
-from megatron_a2d.evaluation.response_cache import Journal
+from megatron_a2d.conversion.resumable_output import JOURNAL, resumable_directory
+from megatron_a2d.evaluation.response_cache import ResponseCache
 from megatron_a2d.study.results_page import write_page
 from megatron_a2d.training.checkpointing import _make_room
 from megatron_a2d.utils.atomic_write import hold_directory, new_file
@@ -56,7 +56,7 @@ def test_what_a_save_finds(
     said = capsys.readouterr().err
     assert (name in said) == stays and said.count("\n") == stays
     if "node-17" in name and stays:
-        assert "on node-17 writes there, or did less than an hour ago" in said
+        assert "on node-17 is writing it, or was less than an hour ago" in said
     _make_room(tmp_path, partial_path(tmp_path / "iter_0000008.ef56"))
     assert capsys.readouterr().err == ""  # said once
 
@@ -96,7 +96,7 @@ def test_a_lock_is_a_file_of_its_own(lock: str, kind: str, tmp_path: Path) -> No
             with tokenize_shards.hold(tmp_path / "out"):
                 pass
         else:
-            with unfinished_directory(tmp_path / "out", "--out", {}):
+            with resumable_directory(tmp_path / "out", "--out", {}):
                 pass
     assert (tmp_path / "private").read_text() == "secret" and not (tmp_path / "nothing").exists()
 
@@ -113,7 +113,10 @@ def test_a_new_file_is_not_written_through_a_link(tmp_path: Path) -> None:
 def test_a_conversion_is_not_written_into_a_link(tmp_path: Path) -> None:
     private = leave(tmp_path, "private")
     (tmp_path / ".out.partial").symlink_to(private)
-    with pytest.raises(UserError, match="no directory of its own"), unfinished_directory(tmp_path / "out", "--out", {}):
+    with (
+        pytest.raises(UserError, match="not a directory of its own"),
+        resumable_directory(tmp_path / "out", "--out", {}),
+    ):
         pass
     assert (private / "__0_0.distcp").read_bytes() == b"half"
 
@@ -132,7 +135,7 @@ def test_links_in_an_interrupted_conversion_are_removed(tmp_path: Path) -> None:
             for name in ("file", "../private/__0_0.distcp", str(private / "__0_0.distcp"), "x" * 300)
         )
     )
-    with unfinished_directory(tmp_path / "out", "--out", {}) as work:
+    with resumable_directory(tmp_path / "out", "--out", {}) as work:
         assert work.done == {}
         (work.directory / "file").write_text("new")
     assert (private / "__0_0.distcp").read_bytes() == b"half" and (tmp_path / "out" / "file").read_text() == "new"
@@ -143,7 +146,7 @@ def test_an_odd_journal_is_as_good_as_none(tmp_path: Path) -> None:
     partial = leave(tmp_path, ".out.partial")
     lines = b'{"identity": {}}\n\xff\xfe\n{"file": "__0_0.distcp", "facts": {}}\n[5]\n'
     (partial / JOURNAL).write_bytes(lines)
-    with unfinished_directory(tmp_path / "out", "--out", {}) as work:
+    with resumable_directory(tmp_path / "out", "--out", {}) as work:
         assert work.done == {}
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -153,13 +156,13 @@ def test_what_is_added_to_is_no_link_and_no_pipe(name: str, tmp_path: Path) -> N
     private, path = tmp_path / "private", tmp_path / name
     private.write_text("half")
     path.symlink_to(private)
-    write = {"answers": lambda: Journal(path, {}), "log": lambda: open_log(path)}[name]
+    write = {"answers": lambda: ResponseCache(path, {}), "log": lambda: open_log(path)}[name]
     with pytest.raises(UserError, match="is a symbolic link"):
         write()
     assert private.read_text() == "half"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match=r"cannot be opened|is no regular file"):
+    with pytest.raises(UserError, match=r"cannot be opened|is not a regular file"):
         write()
     path.unlink()
     write().close()
@@ -183,6 +186,6 @@ def test_only_a_file_is_replaced_by_a_file(kind: str, tmp_path: Path) -> None:
         kind
     ]()
     before = path.lstat().st_mode
-    with pytest.raises(UserError, match="a file is to be written; name a file"), new_file(path):
+    with pytest.raises(UserError, match="which a file must not replace; name a file"), new_file(path):
         pass
     assert path.lstat().st_mode == before and list(tmp_path.iterdir()) == [path]

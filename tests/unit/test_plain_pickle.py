@@ -220,7 +220,7 @@ def test_metadata_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     directory = write(tmp_path / "iter_0000001")
     (directory / ".metadata").unlink()
     os.mkfifo(directory / ".metadata")
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         read_index(directory)
 
 

@@ -107,7 +107,7 @@ BAD_RECORDS = [
 @pytest.mark.parametrize("line", BAD_RECORDS, ids=range(len(BAD_RECORDS)))
 def test_a_line_of_a_log_that_is_no_record_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(f"{json.dumps(RECORD)}\n{line}\n{json.dumps(RECORD)}\n")
-    with pytest.raises(UserError, match="line 2 is no record"):
+    with pytest.raises(UserError, match="line 2 is not a log record"):
         read_log(tmp_path)
     (tmp_path / "log.jsonl").write_text(f"{json.dumps(RECORD)}\n{line}\n")
     assert read_log(tmp_path) == [RECORD]  # the last line of a run that was killed
@@ -215,7 +215,7 @@ def test_a_cards_lines_run_and_ask_nothing(
 
 def test_a_tracker_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "latest_checkpointed_iteration.txt")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         resolve(tmp_path)
 
 

@@ -100,7 +100,7 @@ def test_what_failed_is_named_and_what_waits_for_it_is_not_begun(tmp_path: Path)
     (tmp_path / "broken").write_text("first")
     with pytest.raises(UserError, match=r"first: megatron_a2d.train ended with exit code 1 .no such luck") as error:
         runner(tmp_path).run(JOBS)
-    assert "1 jobs were not begun" in str(error.value) and not (tmp_path / "out" / "second").exists()
+    assert "1 jobs were not started" in str(error.value) and not (tmp_path / "out" / "second").exists()
     assert (tmp_path / "out" / "third" / "measured_0.json").exists()
     (tmp_path / "broken").unlink()
     assert len(runner(tmp_path).run(JOBS)) == 3
@@ -108,7 +108,7 @@ def test_what_failed_is_named_and_what_waits_for_it_is_not_begun(tmp_path: Path)
 
 def test_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner(tmp_path).run(JOBS)
-    with pytest.raises(UserError, match=r"first was begun with lr 0.0001, not 0.1"):
+    with pytest.raises(UserError, match=r"first was started with lr 0.0001, not 0.1"):
         runner(tmp_path, lr=0.1).run(JOBS)
     made = calls(tmp_path)
     runner(tmp_path, load="moved").run(JOBS)
@@ -153,7 +153,7 @@ def test_tensorboard_opens_at_the_charts(tmp_path: Path) -> None:
 
     from megatron_a2d.training.logger import LAYOUT
 
-    with pytest.raises(UserError, match="holds no curves"):
+    with pytest.raises(UserError, match="holds no TensorBoard files"):
         main(["watch", str(tmp_path)])
     with SummaryWriter(str(tmp_path / "run" / "tensorboard")) as writer:
         writer.add_custom_scalars(LAYOUT)
@@ -361,7 +361,7 @@ def test_a_page_keeps_what_a_person_wrote(tmp_path: Path) -> None:
     write_page(path, "Other title", "?", "second \\1")
     assert "second \\1" in path.read_text() and "first" not in path.read_text() and "It works." in path.read_text()
     path.write_text("nothing")
-    with pytest.raises(UserError, match="has no place for results"):
+    with pytest.raises(UserError, match="has no mark for results"):
         write_page(path, "Title", "?", "third")
 
 
@@ -398,5 +398,5 @@ def test_what_a_study_cannot_measure_is_refused(tmp_path: Path, capsys: pytest.C
         )
     problems = str(error.value)
     for name in ("reset-attention-mask True", "reset-position-ids True", "eod-mask-loss True", "loss-weighting cart"):
-        assert f"--{name}: a study's measurements know only" in problems, name
+        assert f"--{name}: a study's measurements support only" in problems, name
     assert "give the iteration's directory to --load" in problems

@@ -20,10 +20,10 @@ from megatron_a2d.conversion.torch_dist_to_hf import export
 from megatron_a2d.conversion.weight_averaging import average
 from megatron_a2d.data.dataloader import make_batch
 from megatron_a2d.data.diffusion_samples import make_sample
-from megatron_a2d.evaluation.heldout_nelbo import _judge, open_sources
+from megatron_a2d.evaluation.heldout_nelbo import _token_losses, open_sources
 from megatron_a2d.evaluation.loglikelihood import label_losses
 from megatron_a2d.hf.configuration_a2d import A2DConfig
-from megatron_a2d.inference.arguments import close_model, open_model
+from megatron_a2d.inference.arguments import close_model, load_model
 from megatron_a2d.training.resume import find_start
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.verification.logits_report import label_shift
@@ -241,7 +241,7 @@ def test_held_out_documents_are_seen_as_in_training(settings: dict[str, Any], ba
         models.append((tmp_path / "out", "mdlm"))
     expected = None
     for path, kind in models:
-        opened = open_model(str(path), {}, kind)
+        opened = load_model(str(path), {}, kind)
         try:
             assert opened.reset_attention_mask is True
             dataset = open_sources([str(tmp_path / "text")], 128, opened.vocab_size)[0].dataset
@@ -249,18 +249,18 @@ def test_held_out_documents_are_seen_as_in_training(settings: dict[str, Any], ba
             config = build({**known, "seq_length": 128, "reset_attention_mask": opened.reset_attention_mask})
             batch = make_batch(dataset, make_sample(config, opened.architecture, dataset, 0), 0, 4)
             needed = batch.weights > 0
-            losses, correct = _judge(opened, batch, needed)
+            losses, correct = _token_losses(opened, batch, needed)
             assert batch.documents is not None and len(losses) == len(correct) == int(needed.sum()) > 50
             if expected is None:
                 expected = whole_rows(opened, batch, needed)
             torch.testing.assert_close(losses, expected, rtol=2e-4, atol=2e-4)
-            assert (_judge(opened, batch._replace(documents=None), needed)[0] - expected).abs().max() > 0.01
+            assert (_token_losses(opened, batch._replace(documents=None), needed)[0] - expected).abs().max() > 0.01
         finally:
             close_model()
 
 
 def whole_rows(opened: Any, batch: Any, needed: torch.Tensor) -> torch.Tensor:
-    model = getattr(opened.run, "_model", opened.run).model
+    model = getattr(opened.forward, "_model", opened.forward).model
     rows = needed.flatten().nonzero()[:, 0]
     with torch.no_grad():
         hidden = model(

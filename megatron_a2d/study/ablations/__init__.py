@@ -1,1 +1,1 @@
-"""The ablations, one file each: what is varied, what is measured, and how the result is reported."""
+"""The ablations, one per file: settings varied, measurements, and report."""

@@ -1,4 +1,4 @@
-"""How to initialise a diffusion model: the ways of conversion side by side (the report's Fig. 3.1)."""
+"""Ablation of the conversion method, the initialisation of the diffusion model (Fig. 3.1 of the RND1 report)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NUM_VALIDATIONS = 4
 
 
 def conversions(base: RunConfig) -> dict[str, dict[str, Any]]:
-    """The ways, and what each changes in the base run."""
+    """Conversion method -> its changes to the base run."""
     return {
-        # From scratch every layer has to learn: no role's learning rate is held back.
+        # From scratch every layer has to learn, so all roles have the full learning rate.
         "random": {"conversion": "random", "finetune": False, "lr_mult": {}},
         "annealing": {"conversion": "annealing", "attention_annealing_iters": max(1, base.training.train_iters // 2)},
         "grafting": {"conversion": "grafting", "grafting_iters": max(1, base.training.train_iters // 4)},
@@ -30,7 +30,7 @@ def conversions(base: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
-    """Every way with every seed, at equal tokens."""
+    """Every method with every seed, at equal tokens."""
     ways = conversions(base)
     interval = max(1, base.training.train_iters // NUM_VALIDATIONS)
     assert {name for changes in ways.values() for name in changes} <= settings().keys()
@@ -47,7 +47,7 @@ def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> l
 
 
 def _training_loss(record: Record) -> float:
-    """Mean of the log's last fifth."""
+    """Mean training loss of the last fifth of the log."""
     losses = [item["loss"] for item in record["training"]]
     return statistics.fmean(losses[-max(1, len(losses) // 5) :])
 
@@ -87,7 +87,7 @@ def report(records: list[Record], images: Path) -> Report:
 
 
 def _findings(groups: dict[str, dict[int, Record]]) -> str:
-    """Each way against SCP, seed by seed."""
+    """Each method compared with SCP, paired by seed."""
     lines = []
     for name, value in list(_COLUMNS.items())[1:]:
         found = {way: {seed: value(record) for seed, record in runs.items()} for way, runs in groups.items()}

@@ -1,4 +1,4 @@
-"""How large a batch may be before tokens are wasted: branches from one checkpoint, for both objectives."""
+"""Critical batch size by branching from one checkpoint, for the diffusion and the autoregressive objective."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # times the recipe's global batch
-TOLERANCE = 0.01  # a loss that is higher by this part counts as worse
+TOLERANCE = 0.01  # relative increase of the loss that counts as worse
 OBJECTIVES = {"mdlm": "diffusion", "ar": "autoregressive"}
 NUM_GROUPS, BATCHES_PER_GROUP = 8, 16
 _NUM_DRAWS = 4000
 
-Losses = dict[int, dict[int, float]]  # by batch and seed
+Losses = dict[int, dict[int, float]]  # batch size -> seed -> loss
 
 
 def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
-    """One SCP run; from its end the diffusion branches, from its start the autoregressive ones."""
+    """One SCP run, diffusion branches from its end, and autoregressive branches from its start."""
     noise = {
         "batch_size": base.training.global_batch_size,
         "num_groups": NUM_GROUPS,
         "batches_per_group": BATCHES_PER_GROUP,
         "scheme": "iid",  # the estimate is of samples that are independent, their times included
     }
-    fresh = {"seed": seeds[0] + 500}  # not the samples that SCP began with
+    fresh = {"seed": seeds[0] + 500}  # other samples than at the start of SCP
     jobs = [
         Job("scp", {"objective": "mdlm"}, {"seed": seeds[0]}, measures=(Measure("noise", "gradients", fresh, noise),)),
         Job(
@@ -55,7 +55,7 @@ def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> l
 
 
 class Critical(NamedTuple):
-    """Batch sizes, in samples; inf: above the largest that was tried."""
+    """Critical batch size with its interval, in samples; inf: above the largest tested."""
 
     value: float
     low: float
@@ -105,7 +105,7 @@ def critical_batch(losses: Mapping[int, Mapping[int, float]], tolerance: float =
 
 
 def _crossing(batches: Sequence[int], means: Sequence[float], tolerance: float, lift: float = 0.0) -> float:
-    """Where the curve leaves the band above its lowest point, which is taken to lie higher by `lift`."""
+    """Where the curve leaves the band above its minimum, which is assumed to be higher by `lift`."""
     best = min(range(len(means)), key=means.__getitem__)
     limit = (means[best] + lift) * (1 + tolerance)
     for place in range(best, len(means) - 1):
@@ -171,7 +171,7 @@ def report(records: list[Record], images: Path) -> Report:
 
 
 def _caveats(losses: dict[str, Losses], groups: dict[tuple[str, int], dict[int, Record]]) -> str:
-    """What stands between these numbers and their meaning, where it does."""
+    """Caveats that apply to these results."""
     lines = []
     for objective, name in OBJECTIVES.items():
         means = {batch: statistics.fmean(found.values()) for batch, found in losses[objective].items()}
@@ -195,7 +195,7 @@ def _caveats(losses: dict[str, Losses], groups: dict[tuple[str, int], dict[int, 
 
 
 def _claim(found: dict[str, Critical]) -> str:
-    """By the intervals of both."""
+    """A sentence that compares the two objectives by their intervals."""
     diffusion, autoregressive = found["mdlm"], found["ar"]
     if any(math.isnan(item.low) for item in (diffusion, autoregressive)):
         return "not decided: there is no interval with one seed"

@@ -1,4 +1,4 @@
-"""Which learning rate for which layers: what conversion learns, and what it keeps."""
+"""Ablation of learning rates by role: what conversion learns, and what it forgets."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
 
 RATIOS = (1.0, 0.3, 0.1, 0.03, 0.0)
-ATTENTION_LR = (1.0, 3.0)  # times the recipe's
+ATTENTION_LR = (1.0, 3.0)  # multiples of the recipe's
 REST = tuple(role for role in ROLES if role != "attention")
 
 
 def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
-    """Each ratio at two learning rates of attention; the higher one with the first seed only."""
+    """Each ratio at two attention learning rates; the higher one with the first seed only."""
     causal = ar_settings(base)
     kept = (Measure("ar", "likelihood", causal), Measure("cloze", "cloze", causal))
     jobs = [Job("before", {"lr": 0.0, "rest": 0.0, "seed": seeds[0]}, {}, measures=kept, trains=False)]
@@ -111,7 +111,7 @@ def report(records: list[Record], images: Path) -> Report:
 
 
 def _findings(groups: dict[tuple[float, float], dict[int, Record]]) -> str:
-    """Each ratio against 1 : 1 at the recipe's learning rate, seed by seed."""
+    """Each ratio compared with 1 : 1 at the recipe's learning rate, paired by seed."""
     lines = []
     first = (ATTENTION_LR[0], RATIOS[0])
     for name, value in _COLUMNS.items():

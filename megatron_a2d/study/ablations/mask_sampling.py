@@ -1,4 +1,4 @@
-"""Three choices about masks: how many tokens, what the mask looks like, who sees whom."""
+"""Ablation of masking: number of masked tokens, shape of the mask, document masking."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
 
 
 def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
-    """Each variant changes one setting of the baseline. All are judged with open and with isolated documents."""
+    """One setting changed per variant; all are evaluated with and without document masking."""
     judged = tuple(Measure(kind, "likelihood", {"reset_attention_mask": kind == "isolated"}) for kind in ATTENTION)
     noise = tuple(
         Measure(
@@ -113,7 +113,7 @@ def report(records: list[Record], images: Path) -> Report:
 
 
 def _findings(values: dict[str, dict[str, dict[int, float]]]) -> str:
-    """A line for each variant and column: what the seeds allow to say."""
+    """One line per variant and column, with the interval over seeds."""
     return "".join(
         f"- {name}, {column}: {verdict(paired_difference(found[column], values[BASELINE][column]))}\n"
         for name, found in values.items()

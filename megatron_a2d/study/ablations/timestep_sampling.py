@@ -1,4 +1,4 @@
-"""How much the choice of times adds to the variance of a batch's loss and gradient."""
+"""Ablation of timestep sampling: its contribution to the variance of a batch's loss and gradient."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
 
 
 def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
-    """All schemes at half and at twice the recipe's batch, before SCP and after it. One seed: batches vary."""
+    """All schemes at half and twice the recipe's batch size, before and after SCP; one seed, many batches."""
     sizes = [max(2, base.training.global_batch_size // 2), 2 * base.training.global_batch_size]
     measures = tuple(
         Measure(
@@ -45,7 +45,7 @@ def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> l
 
 
 class Variances(NamedTuple):
-    """By group of batches, so that schemes can be compared pair by pair."""
+    """Variances by group of batches, for paired comparisons of schemes."""
 
     gradient: list[float]
     loss: list[float]
@@ -105,7 +105,7 @@ def report(records: list[Record], images: Path) -> Report:
 
 
 def _findings(rows: list[Record]) -> str:
-    """For each scheme and quantity: in how many of the settings it is told apart from independent times."""
+    """Per scheme and quantity, the number of settings in which it differs from independent timesteps."""
     lines = []
     for scheme, name in SCHEMES.items():
         if scheme == "iid":
