@@ -53,7 +53,7 @@ def test_a_configuration_larger_than_its_files_is_refused_by_their_counts(
     monkeypatch.setattr(
         "megatron_a2d.conversion.sources.WeightMap", lambda *_: pytest.fail("names were made for all of its layers")
     )
-    with pytest.raises(UserError, match=r"the files hold [0-9,]+ numbers"), open_hf(directory):
+    with pytest.raises(UserError, match=r"the files hold [0-9,]+ values"), open_hf(directory):
         pass
 
 

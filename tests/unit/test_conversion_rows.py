@@ -109,8 +109,8 @@ def test_every_difference_is_listed() -> None:
     starts = [line.partition("; ")[0] for line in account(expected, found, "here")]
     assert starts == [
         "here: tensor missing is missing",
-        "here: tensor other has shape [5, 4], but config.json asks for [4]",
         "here: tensor unknown [7] is unknown",
+        "here: tensor other has shape [5, 4], but config.json asks for [4]",
     ]
     assert account(expected, expected, "here") == []
 
