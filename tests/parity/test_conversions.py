@@ -99,7 +99,7 @@ def test_a_recomputed_layer_counts_its_error_once(cases: dict[str, Case], pool: 
         [name] = [name for name in ("grafting_error", "loss") if plain.get(name) is not None]
         assert recomputed[name] == pytest.approx(plain[name], rel=1e-6), name
         for name in ("load_imbalance_unmasked", "entropy_unmasked", "over_mean_load_frac"):
-            assert recomputed["router"][name] == pytest.approx(plain["router"][name], rel=1e-6), name
+            assert recomputed["moe"][name] == pytest.approx(plain["moe"][name], rel=1e-6), name
 
 
 def test_grafting_needs_its_old_operators(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
