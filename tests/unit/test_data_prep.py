@@ -390,7 +390,7 @@ def test_bad_inputs(corpus, tokenizer, tmp_path):
     assert "tokenizer.json does not exist" in line(corpus, "--tokenizer", tmp_path)
     assert "neither a .json nor a .model" in line(corpus, "--tokenizer", tmp_path / "table.csv")
     (tmp_path / "bad.json").write_text("{}")
-    assert "bad.json: cannot be read" in line(corpus, "--tokenizer", tmp_path / "bad.json")
+    assert "bad.json: the tokenizer cannot be read" in line(corpus, "--tokenizer", tmp_path / "bad.json")
     (tmp_path / "bad.model").write_text("{}")
     assert "bad.model: cannot be read" in line(corpus, "--tokenizer", tmp_path / "bad.model")
     assert "--valid-fraction 1.0" in line(corpus, "--tokenizer", tokenizer, "--valid-fraction", 1)

@@ -193,7 +193,7 @@ def test_held_out_data_of_another_tokenizer(checkpoint, tmp_path):
     assert [source.name for source in open_sources(words, 32, NUM_TOKENS)] == ["good", "named"]
     with pytest.raises(UserError, match="contains the mask token 70"):
         open_sources(words, 32, NUM_TOKENS, 70)
-    with pytest.raises(UserError, match="is no name for a source"):
+    with pytest.raises(UserError, match="is not a valid name"):
         open_sources([f"../x={good}"], 32, NUM_TOKENS)
 
 
