@@ -264,7 +264,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     )
     shown = capsys.readouterr().out
     for part in ("1.", "the recipe's", "optimizer", "matrix products", "more time for", "too large",
-                 "--tensor-model-parallel-size", "$2 an hour", "off published runs"):  # fmt: skip
+                 "--tensor-model-parallel-size", "$2 per hour", "off published runs"):  # fmt: skip
         assert part in shown, part
     assert image.read_bytes().startswith(b"\x89PNG")
 
