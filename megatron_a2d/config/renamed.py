@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import print_line
 
 
 class Renamed(NamedTuple):
@@ -157,4 +158,4 @@ def _yaml(value: Any) -> str:
 
 def _warn(old: str, new: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {old} is now {new}; the next version will not know the old name", file=sys.stderr)
+        print_line(f"warning: {old} is now {new}; the next version will not know the old name", sys.stderr)

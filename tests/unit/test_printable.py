@@ -142,9 +142,8 @@ def test_files_are_parsed_by_the_one_reader() -> None:
     """What else parses JSON, YAML or a tokenizer, and why it may."""
     known = {
         "megatron_a2d/utils/parsing.py", "megatron_a2d/utils/tokenizer.py",
-        "megatron_a2d/conversion/safetensors_files.py",  # a header whose duplicates it names itself
         "megatron_a2d/conversion/resumable_output.py", "megatron_a2d/evaluate.py",  # what this process wrote just now
-        "megatron_a2d/distributed/hang_watchdog.py", "megatron_a2d/preflight/node_checks.py", "data_prep/tokenize_shards.py",  # of our own processes
+        "megatron_a2d/distributed/hang_watchdog.py", "megatron_a2d/preflight/node_checks.py",  # of our own processes
         "megatron_a2d/planner/calibration.py",  # a file of the package
         "data_prep/formats.py",  # millions of lines
     }  # fmt: skip

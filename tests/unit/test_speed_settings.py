@@ -148,10 +148,9 @@ from megatron_a2d.distributed import environment
 environment.apply = lambda config: order.append("environment") or {}
 train.main("--model Qwen/Qwen3-8B --dry-run --settings-only --world-size 1".split())
 assert not order, "settings alone ask no GPU"
-try:
-    train.main("--load nowhere --train-data-path nowhere --dry-run".split())
-except train.UserError:
-    torch.cuda.is_available()
+older = "tests/fixtures/written_by_0_1_0"
+train.main(f"--load {older}/run --finetune --train-data-path {older}/tokens --seq-length 32 --dry-run".split())
+torch.cuda.is_available()
 print(order)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -294,8 +294,8 @@ def test_another_encoder_does_not_take_up_old_pieces(tokenizer, tmp_path):
 
 def test_workers_end_with_the_first_process():
     code = (
-        "import multiprocessing, time; from data_prep import pieces\n"
-        "worker = multiprocessing.get_context('spawn').Process(target=pieces._end_with_parent)\n"
+        "import multiprocessing, time; from data_prep import tokenize_shards\n"
+        "worker = multiprocessing.get_context('spawn').Process(target=tokenize_shards._end_with_parent)\n"
         "worker.start(); print(worker.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
