@@ -32,7 +32,7 @@ def plain(value: Any) -> Any:
 
 def read_results(directory: Path) -> dict[str, Any]:
     """The results.json of an earlier evaluation; UserError if `markdown` cannot use it."""
-    results = read_json(directory / "results.json", "the earlier results")
+    results = read_json(directory / "results.json", "the earlier results", allow_nonfinite=True)
     tables = {name: results.get(name, {}) for name in _TABLES}
     wrong = [name for name in ("model", "objective") if not isinstance(results.get(name), str)]
     wrong += [name for name, table in tables.items() if not _is_table(name, table)]

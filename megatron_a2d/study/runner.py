@@ -95,7 +95,7 @@ class Runner:
             # Of a mixture only the first source, as in the measurements.
             found["validation"] = [record for record in evals if record.get("source") == evals[0].get("source")]
         for number in range(len(_processes(job))):
-            found |= read_json(directory / f"measured_{number}.json", "the measurements")
+            found |= read_json(directory / f"measured_{number}.json", "the measurements", allow_nonfinite=True)
         return found
 
     def is_done(self, job: Job) -> bool:

@@ -141,13 +141,16 @@ def hold_directory(path: str | Path, flag: str) -> None:
     _LOCKS.append(file)
 
 
-def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """The JSON object in the file `path`; `what` says in error messages what the file is."""
+def read_json(path: str | Path, what: str, allow_nonfinite: bool = False) -> dict[str, Any]:
+    """The JSON object in the file `path`; `what` says in error messages what the file is.
+
+    `allow_nonfinite`: results may hold NaN, such as the standard error of a single sample.
+    """
     content = _read(path, f"{path}: {what}")
     if not content.strip():
         raise UserError(f"{path}: {what} is empty; fetch or write it again")
     try:
-        value = parse_json(content)
+        value = parse_json(content, allow_nonfinite)
     except ParseError as error:
         raise UserError(f"{path}: {what} is not valid JSON ({error}); fetch or write it again") from None
     if not isinstance(value, dict):
