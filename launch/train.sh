@@ -49,10 +49,19 @@ fi
 for word in "$@"; do
   case $word in -h | --help | --print-config) exec "$python" -m megatron_a2d.train "$@" ;; esac
 done
+# Leaves the reason where launch/torchrun.py leaves it; the first node's counts, the others are its consequences.
+refused() {
+  local verdict=again
+  if [ "$1" = 2 ]; then verdict=stay; fi
+  if [ -n "${A2D_ATTEMPT:-}" ]; then
+    (set -o noclobber && echo "$1 $verdict the settings were refused" >"$A2D_ATTEMPT/outcome") 2>/dev/null || :
+  fi
+  exit "$1"
+}
 # What can be wrong is found here, before the model is built: exit code 2 and a line for each problem. What settings alone
 # show comes first, before torch is imported.
 if [ "${PREFLIGHT:-1}" != 0 ]; then
-  WORLD_SIZE=$((NNODES * NPROC)) "$python" -m megatron_a2d.preflight --settings-only "$@"
+  WORLD_SIZE=$((NNODES * NPROC)) "$python" -m megatron_a2d.preflight --settings-only "$@" || refused $?
   "${torchrun[@]}" "${here[@]}" -m megatron_a2d.preflight "$@"
 fi
 # Environment variables that depend on settings and GPU are computed inside, by the processes themselves.

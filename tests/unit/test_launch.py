@@ -49,6 +49,16 @@ def test_variables_that_are_wrong(script: str, given: dict[str, str], words: str
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_refused_settings_leave_their_reason_for_the_batch_script(tmp_path: Path) -> None:
+    """Found before torchrun starts: the job is not requeued, however srun ends the other nodes."""
+    command = ["bash", ROOT / "launch" / "train.sh", "--lr", "-1"]
+    environment = {**os.environ, "BIN": str(Path(sys.executable).parent), "A2D_ATTEMPT": str(tmp_path)}
+    for _ in range(2):  # the second node finds the first one's
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and "error: --lr -1.0: must be positive" in done.stderr
+        assert (tmp_path / "outcome").read_text() == "2 stay the settings were refused\n"
+
+
 @pytest.mark.parametrize("num_gpus", [0, 3])
 def test_a_process_for_each_gpu(num_gpus: int, tmp_path: Path) -> None:
     """NPROC unset; 1 without a GPU. Stand-ins for the driver's tool and for Python, which says what it is told."""
