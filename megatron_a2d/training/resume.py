@@ -80,6 +80,10 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
         assert training.save is not None
         directory = _own_start(Path(training.save), own, training.ckpt_step, damage, report)
         weights_only = False
+        # Until grafting ends the attention that it replaces is read from --load too.
+        grafts = iteration_of(directory) < config.diffusion.grafting_iters
+        if training.load and grafts and (problems := damage(resolve(training.load))):
+            raise UserError(f"{problem}; restore the file" for problem in problems)
     elif training.load:
         wanted = Path(training.load)
         if training.ckpt_step is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ def test_grafting_needs_its_old_operators(cases: dict[str, Case], pool: Pool, tm
     pool.run("run", 1, settings=settings, stop_at=2)
     with pytest.raises(RuntimeError, match="--load: is missing"):
         pool.run("run", 1, settings={**settings, "load": None})
+    damaged = shutil.copytree(cases["moe"].checkpoint, tmp_path / "damaged")
+    chunk = next(damaged.rglob("*.distcp"))
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    with pytest.raises(RuntimeError, match=f"{chunk.name}.*; restore the file"):
+        pool.run("run", 1, settings={**settings, "load": str(damaged)})
     pool.run("run", 1, settings=settings, stop_at=2)
     assert pool.run("run", 1, settings={**settings, "load": None})[0]["start"] == 4
 
