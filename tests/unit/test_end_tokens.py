@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.encoders import open_encoder
 from megatron_a2d.conversion.end_tokens import read_end_tokens
@@ -112,3 +114,41 @@ def test_sampling_and_the_harness_hear_of_all(chat: dict[str, Path], monkeypatch
     for form, loaded in loaded_models(chat, monkeypatch).items():
         assert (loaded.end_token_ids, loaded.document_token_id) == ((2, 0), 0), form
         assert HarnessModel(loaded, None, None, 1, 1, None, None).eot_token_id == 0, form  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["a2d", "rnd1", "checkpoint"])
+def test_a_text_ends_at_the_end_token_of_generation_config(
+    form: str, chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model made to write a, b, <|endoftext|>, c, c, c writes "ab": from generate, and from the harness."""
+    from contextlib import nullcontext
+
+    from lm_eval.api.instance import Instance
+
+    from megatron_a2d import generate
+    from megatron_a2d.diffusion.model_interface import from_logits
+    from megatron_a2d.diffusion.sampling import SamplingOptions
+    from megatron_a2d.evaluation.harness import HarnessModel
+    from megatron_a2d.evaluation.response_cache import ResponseCache
+
+    loaded = loaded_models(chat, monkeypatch)[form]
+    a, b, c = (loaded.encode(text)[0] for text in "abc")
+    script = torch.tensor(
+        [a, b, tiny.END_OF_TEXT, c, c, c, c]
+    )  # output i predicts token i + 1; the prompt is one token
+
+    def logits(tokens_BL: torch.Tensor) -> torch.Tensor:
+        one_hot = torch.nn.functional.one_hot(script[: tokens_BL.size(1)], tiny.VOCAB_SIZE)
+        return 20.0 * one_hot.expand(len(tokens_BL), -1, -1)
+
+    made = dataclasses.replace(loaded, forward=from_logits(logits), device=torch.device("cpu"))
+    monkeypatch.setattr(generate, "load_model", lambda *a: made)
+    monkeypatch.setattr(generate, "close_model", lambda: None)
+    generate.main(
+        ["--model", str(chat[form]), "--prompt", "t", "--max-new-tokens", "6", "--num-steps", "6", "--no-live"]
+    )
+    assert capsys.readouterr().out == "tab\n"
+    harness = HarnessModel(
+        made, None, SamplingOptions(num_steps=6), 6, 1, ResponseCache(None, None), lambda *a: nullcontext(lambda n: None)  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert harness.generate_until([Instance("g", {}, ("t", {"until": []}), 0)]) == ["ab"]
