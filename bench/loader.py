@@ -21,7 +21,7 @@ from typing import Any
 from bench.mixing import VOCABULARY, WEIGHTS, ours, write_sources
 from bench.result_tables import machine
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.terminal.console import console, entry_point
 from megatron_a2d.utils.atomic_write import write_json
@@ -50,14 +50,12 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
     from megatron_a2d.data.diffusion_samples import make_sample
     from megatron_a2d.data.packed_dataset import PackedDataset
 
-    architecture = Architecture(
-        2, 64, 4, 2, 24, 160, VOCABULARY + 1, LENGTH, 1e-6, 1e6, False, mask_token_id=VOCABULARY
-    )
+    model_config = ModelConfig(2, 64, 4, 2, 24, 160, VOCABULARY + 1, LENGTH, 1e-6, 1e6, False, mask_token_id=VOCABULARY)
     plain = PackedDataset(directory / next(iter(WEIGHTS)), LENGTH, vocab_size=VOCABULARY)
     mixed, _ = ours(directory, LENGTH)
     result: dict[str, Any] = {}
     for name, data, settings in (("plain", plain, {}), ("everything", mixed, EVERYTHING)):
-        maker = make_sample(build({"seq_length": LENGTH, **settings}), architecture, data, 1, for_training=True)
+        maker = make_sample(build({"seq_length": LENGTH, **settings}), model_config, data, 1, for_training=True)
         arguments = {"micro_batch_size": SIZE, "global_batch_size": SIZE}
         with MicroBatches(data, maker, num_workers=0, **arguments) as batches:
             result[f"tokens a second and core, {name}"] = _speed(batches, seconds)

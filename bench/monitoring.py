@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.result_tables import machine
-from bench.steps import LEARNING_RATE, architecture_of
+from bench.steps import LEARNING_RATE, model_config_of
 from bench.training_speed import COMMON, CPU_BATCHES, CPU_SHAPES, seconds
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
@@ -33,13 +33,13 @@ def main() -> None:
     from megatron_a2d.training.monitor import Monitor
 
     shape = COMMON | CPU_SHAPES["moe"]
-    architecture = architecture_of(shape)
+    model_config = model_config_of(shape)
     length, batch = CPU_BATCHES.seq_length, CPU_BATCHES.micro_batch_size
     config = build(dict(seq_length=length, global_batch_size=batch, micro_batch_size=4, lr=LEARNING_RATE))
     process_groups.initialize(config.parallel)
-    state = train_state.build_train_state(architecture, config)
-    batches = data_setup.micro_batches(config, architecture, CPU_BATCHES, 1, 0)  # type: ignore[arg-type]
-    monitor = Monitor(config, architecture, state)
+    state = train_state.build_train_state(model_config, config)
+    batches = data_setup.micro_batches(config, model_config, CPU_BATCHES, 1, 0)  # type: ignore[arg-type]
+    monitor = Monitor(config, model_config, state)
     monitor.remember_start()
 
     def run(observer: Monitor | None) -> None:

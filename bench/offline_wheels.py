@@ -139,10 +139,10 @@ def prune(library: Path, sm: int) -> int:
         entry, end = at + header, at + header + length
         while entry + 32 <= min(end, len(content)):
             kind, _, entry_header, size = struct.unpack_from("<HHIQ", content, entry)
-            (architecture,) = struct.unpack_from("<I", content, entry + 28)
+            (model_config,) = struct.unpack_from("<I", content, entry + 28)
             if not entry_header or entry + entry_header + size > len(content):
                 break
-            if kind == _MACHINE_CODE and architecture != sm:
+            if kind == _MACHINE_CODE and model_config != sm:
                 start = entry + entry_header
                 content[start : start + size] = bytes(size)
                 zeroed += size

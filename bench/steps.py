@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_a2d.config.model_config import Architecture, architecture_from_config
+from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf
 
 LEARNING_RATE = 1e-4
 
@@ -47,8 +47,8 @@ class Step(NamedTuple):
     head_fraction: Callable[[], float]
 
 
-def architecture_of(model: dict[str, Any]) -> Architecture:
-    return architecture_from_config(model, "the benchmark's shape")
+def model_config_of(model: dict[str, Any]) -> ModelConfig:
+    return model_config_from_hf(model, "the benchmark's shape")
 
 
 def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) -> Step:
@@ -59,16 +59,16 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
     from megatron_a2d.training import cuda_graphs, data_setup, train_state, train_step
     from megatron_a2d.utils.errors import UserError
 
-    architecture = architecture_of(model)
+    model_config = model_config_of(model)
     sizes = dict(seq_length=batches.seq_length, micro_batch_size=batches.micro_batch_size)
     config = build(dict(global_batch_size=batches.global_batch_size, lr=LEARNING_RATE, **sizes) | settings)
-    if problems := find_problems(config, architecture, world_size=1):
+    if problems := find_problems(config, model_config, world_size=1):
         raise UserError(problems)
     environment.apply(config)
     process_groups.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
-    state = train_state.build_train_state(architecture, config)
+    state = train_state.build_train_state(model_config, config)
     graphs = cuda_graphs.LayerGraphs(state, config)
-    samples = data_setup.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
+    samples = data_setup.micro_batches(config, model_config, batches, 1, 0)  # type: ignore[arg-type]
     rows: list[torch.Tensor] = []
 
     def run() -> None:

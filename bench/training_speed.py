@@ -33,7 +33,7 @@ import torch
 
 from bench.result_tables import can_compile, machine, matrix_rate
 from bench.shapes import SHAPES, Shape, rehearsal
-from bench.steps import Batches, Step, architecture_of, hugging_face_step, our_step
+from bench.steps import Batches, Step, hugging_face_step, model_config_of, our_step
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.atomic_write import write_json
@@ -263,7 +263,7 @@ def measure(shape: Shape, variant: str, settings: dict[str, Any], rounds: int, p
     warm_up = [seconds(step.run) for _ in range(6 if "cuda_graph_impl" in settings else 3)]
     times = [seconds(step.run) for _ in range(rounds)]
     tokens_per_second = batches.global_batch_size * shape.seq_length / statistics.median(times)
-    flops = train_flops_per_token(architecture_of(model), shape.seq_length, head_fraction=step.head_fraction())
+    flops = train_flops_per_token(model_config_of(model), shape.seq_length, head_fraction=step.head_fraction())
     return {
         "settings": settings,
         "micro_batch_size": shape.micro_batch_size,

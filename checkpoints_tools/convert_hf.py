@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in done.dtypes))
     print_line(
-        f"{done.directory}: {human(done.architecture.num_parameters())} parameters, "
+        f"{done.directory}: {human(done.model_config.num_parameters())} parameters, "
         f"{human(done.num_bytes, 'B')} of {types}, mask token {done.mask_token_id}"
     )
     if done.comparison:

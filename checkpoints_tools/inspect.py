@@ -18,7 +18,7 @@ from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_a2d.config.model_config import Architecture
+    from megatron_a2d.config.model_config import ModelConfig
     from megatron_a2d.conversion.weight_summary import RoleSummary
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             with progress("reading", weights.num_bytes(), "B") as advance:
                 roles = summarise(weights, advance, min(4, os.cpu_count() or 1))
-        facts = {"directory": str(weights.directory), **shape_facts(weights.architecture)}
+        facts = {"directory": str(weights.directory), **shape_facts(weights.model_config)}
         if options.checkpoint:
             facts |= training_facts(weights.directory)
     # A pipe has no width, and must not get a table cut to eighty columns.
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     output.print(roles_table(roles))
 
 
-def shape_facts(a: Architecture) -> dict[str, str]:
+def shape_facts(a: ModelConfig) -> dict[str, str]:
     kind = f"{a.num_experts} experts, {a.num_experts_per_tok} a token" if a.is_moe else "dense"
     return {
         "model": f"{a.num_layers} layers of {a.hidden_size}, {kind}, vocabulary {a.vocab_size}"

@@ -59,7 +59,7 @@ def diffusion_differences(first: Weights, second: Weights) -> list[str]:
     """Differences that neither tensors nor logits show: mask token and label shift."""
     from megatron_a2d.verification.logits_report import label_shift
 
-    masks = first.architecture.mask_token_id, second.architecture.mask_token_id
+    masks = first.model_config.mask_token_id, second.model_config.mask_token_id
     if None in masks:  # one of them is autoregressive
         return []
     facts = {"mask_token_id": masks, "label_shift": (label_shift(first), label_shift(second))}
@@ -85,7 +85,7 @@ def print_losses(model: Weights) -> None:
     from megatron_a2d.verification import logits_report
 
     text, losses = logits_report.loss_by_time(model, logits_report.label_shift(model))
-    print_lines(logits_report.loss_lines(text, losses, model.architecture.vocab_size))
+    print_lines(logits_report.loss_lines(text, losses, model.model_config.vocab_size))
 
 
 def print_lines(lines: list[str]) -> None:

@@ -26,7 +26,7 @@ _LARGEST_EXPANSION = 200  # of a parquet column by its compression; text comes t
 _ROWS_BYTES = 16 * MEGABYTE  # of the parquet rows that are held at a time
 
 
-class Span(NamedTuple):
+class FileRange(NamedTuple):
     """A part of a file: bytes start .. stop - 1 of .jsonl, row groups of .parquet, else all of it."""
 
     path: str
@@ -60,7 +60,7 @@ class Problem(NamedTuple):
 
 
 Item = Document | Problem
-Reader = Callable[[Span, str, Limits], Iterator[Item]]
+Reader = Callable[[FileRange, str, Limits], Iterator[Item]]
 
 
 def parse_line(line: bytes, json_key: str) -> bytes | str | None:
@@ -97,19 +97,19 @@ def parse_line(line: bytes, json_key: str) -> bytes | str | None:
         return f"{json_key!r} holds half of a surrogate pair, no text"
 
 
-def read_jsonl(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
+def read_jsonl(file_range: FileRange, json_key: str, limits: Limits) -> Iterator[Item]:
     """One JSON object in each line that begins within the span; blank lines are passed over."""
-    with open(span.path, "rb", buffering=BUFFER) as stream:
-        if span.start:  # the line that runs into the span belongs to the one before
-            stream.seek(span.start - 1)
+    with open(file_range.path, "rb", buffering=BUFFER) as stream:
+        if file_range.start:  # the line that runs into the span belongs to the one before
+            stream.seek(file_range.start - 1)
             _skip_line(stream)
         position = stream.tell()
         number = 0
-        while position < span.stop and (line := stream.readline(limits.document_bytes + 1)):
+        while position < file_range.stop and (line := stream.readline(limits.document_bytes + 1)):
             number += 1
             text = parse_line(line, json_key) if len(line) <= limits.document_bytes else _too_long("line", limits)
             if isinstance(text, str):
-                yield Problem(f"{span.path}:{_lines_before(span) + number}", text)
+                yield Problem(f"{file_range.path}:{_lines_before(file_range) + number}", text)
             elif text is not None:
                 yield Document(text, len(line))
             position += len(line)
@@ -131,12 +131,12 @@ def _too_long(what: str, limits: Limits) -> str:
     return f"the {what} is longer than --max-document-megabytes {limits.document_bytes // MEGABYTE}"
 
 
-def _lines_before(span: Span) -> int:
+def _lines_before(file_range: FileRange) -> int:
     """Lines that begin before the span. Counted only when something is to be reported."""
-    if span.start == 0:
+    if file_range.start == 0:
         return 0
-    count, left, last = 0, span.start, b""
-    with open(span.path, "rb") as stream:
+    count, left, last = 0, file_range.start, b""
+    with open(file_range.path, "rb") as stream:
         while left and (last := stream.read(min(left, 1 << 22))):
             count += last.count(b"\n")
             left -= len(last)
@@ -144,7 +144,12 @@ def _lines_before(span: Span) -> int:
 
 
 def _read_lines(
-    span: Span, json_key: str, lines: IO[bytes], raw: IO[bytes], broken: tuple[type[Exception], ...], limits: Limits
+    file_range: FileRange,
+    json_key: str,
+    lines: IO[bytes],
+    raw: IO[bytes],
+    broken: tuple[type[Exception], ...],
+    limits: Limits,
 ) -> Iterator[Item]:
     """The lines of a compressed stream; where it breaks off, a problem and the end."""
     number = position = 0
@@ -154,7 +159,7 @@ def _read_lines(
             if too_long := len(line) > limits.document_bytes and not line.endswith(b"\n"):
                 _skip_line(lines)
         except broken as error:
-            yield Problem(f"{span.path}:{number + 1}", f"the compressed data ends or is damaged here ({error})")
+            yield Problem(f"{file_range.path}:{number + 1}", f"the compressed data ends or is damaged here ({error})")
             return
         if not line:
             return
@@ -162,21 +167,21 @@ def _read_lines(
         text = _too_long("line", limits) if too_long else parse_line(line, json_key)
         now = raw.tell()
         if isinstance(text, str):
-            yield Problem(f"{span.path}:{number}", text)
+            yield Problem(f"{file_range.path}:{number}", text)
         elif text is not None:
             yield Document(text, now - position)
             position = now
 
 
-def read_jsonl_gz(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
-    with open(span.path, "rb") as raw, gzip.GzipFile(fileobj=raw) as lines:
-        yield from _read_lines(span, json_key, lines, raw, (EOFError, OSError, zlib.error), limits)  # type: ignore[arg-type]
+def read_jsonl_gz(file_range: FileRange, json_key: str, limits: Limits) -> Iterator[Item]:
+    with open(file_range.path, "rb") as raw, gzip.GzipFile(fileobj=raw) as lines:
+        yield from _read_lines(file_range, json_key, lines, raw, (EOFError, OSError, zlib.error), limits)  # type: ignore[arg-type]
 
 
-def read_jsonl_zst(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
-    zstandard = _package("zstandard", span)
-    with open(span.path, "rb") as raw, io.BufferedReader(_Zstandard(zstandard, raw, limits), BUFFER) as lines:
-        yield from _read_lines(span, json_key, lines, raw, (zstandard.ZstdError, OSError, EOFError), limits)
+def read_jsonl_zst(file_range: FileRange, json_key: str, limits: Limits) -> Iterator[Item]:
+    zstandard = _package("zstandard", file_range)
+    with open(file_range.path, "rb") as raw, io.BufferedReader(_Zstandard(zstandard, raw, limits), BUFFER) as lines:
+        yield from _read_lines(file_range, json_key, lines, raw, (zstandard.ZstdError, OSError, EOFError), limits)
 
 
 class _Zstandard(io.RawIOBase):
@@ -229,26 +234,26 @@ class _Zstandard(io.RawIOBase):
         return EOFError(f"its window is larger than {limit}; raise that, or compress without --long and --ultra")
 
 
-def read_parquet(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
+def read_parquet(file_range: FileRange, json_key: str, limits: Limits) -> Iterator[Item]:
     """One document in each row, the text in the column `json_key`."""
-    arrow = _package("pyarrow", span)
+    arrow = _package("pyarrow", file_range)
     try:
-        file = _open_parquet(span.path, span)
+        file = _open_parquet(file_range.path, file_range)
     except UserError:
-        if span.stop:
+        if file_range.stop:
             raise
-        yield Problem(span.path, "is no parquet file or is damaged")
+        yield Problem(file_range.path, "is no parquet file or is damaged")
         return
-    _check_column(file, span.path, json_key)
-    file = arrow.parquet.ParquetFile(span.path, metadata=file.metadata, read_dictionary=[json_key])
-    number = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
-    rows = sum(file.metadata.row_group(group).num_rows for group in range(span.start, span.stop))
-    share = span.num_bytes // max(rows, 1)
-    for group in range(span.start, span.stop):
+    _check_column(file, file_range.path, json_key)
+    file = arrow.parquet.ParquetFile(file_range.path, metadata=file.metadata, read_dictionary=[json_key])
+    number = sum(file.metadata.row_group(group).num_rows for group in range(file_range.start))
+    rows = sum(file.metadata.row_group(group).num_rows for group in range(file_range.start, file_range.stop))
+    share = file_range.num_bytes // max(rows, 1)
+    for group in range(file_range.start, file_range.stop):
         size, problem = _unpacked_size(file, group, json_key, limits)
         num_rows = file.metadata.row_group(group).num_rows
         if problem:
-            yield Problem(f"{span.path}: row {number + 1}", problem)
+            yield Problem(f"{file_range.path}: row {number + 1}", problem)
             number += num_rows
             continue
         some = max(1, min(256, _ROWS_BYTES * num_rows // max(size, 1)))
@@ -257,13 +262,15 @@ def read_parquet(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
             try:
                 batch = next(batches, None)
             except (OSError, arrow.ArrowException) as error:
-                yield Problem(f"{span.path}: row {number + 1}", f"the file is damaged here ({_first_line(error)})")
+                yield Problem(
+                    f"{file_range.path}: row {number + 1}", f"the file is damaged here ({_first_line(error)})"
+                )
                 return
             if batch is None:
                 break
             for value in _values(arrow, batch.column(0)):
                 number += 1
-                yield _row(f"{span.path}: row {number}", value, json_key, share, limits)
+                yield _row(f"{file_range.path}: row {number}", value, json_key, share, limits)
 
 
 def _check_column(file: Any, path: str, json_key: str) -> None:
@@ -316,8 +323,8 @@ def _row(where: str, value: bytes | None, json_key: str, share: int, limits: Lim
     return Document(value, share)
 
 
-def _open_parquet(path: str, span: Span | None = None) -> Any:
-    arrow = _package("pyarrow", span or Span(path, ".parquet", 0, 0, 0))
+def _open_parquet(path: str, file_range: FileRange | None = None) -> Any:
+    arrow = _package("pyarrow", file_range or FileRange(path, ".parquet", 0, 0, 0))
     from pyarrow import parquet
 
     try:
@@ -326,17 +333,17 @@ def _open_parquet(path: str, span: Span | None = None) -> Any:
         raise UserError(f"{path}: is no parquet file or is damaged ({_first_line(error)}); fetch it again") from None
 
 
-def read_text(span: Span, json_key: str, limits: Limits) -> Iterator[Item]:
+def read_text(file_range: FileRange, json_key: str, limits: Limits) -> Iterator[Item]:
     """The whole file is one document."""
-    with open(span.path, "rb") as stream:
+    with open(file_range.path, "rb") as stream:
         data = stream.read(limits.document_bytes + 1)
     if len(data) > limits.document_bytes:
-        yield Problem(span.path, _too_long("file", limits))
+        yield Problem(file_range.path, _too_long("file", limits))
         return
     try:
         yield Document(data.decode("utf-8-sig").encode("utf-8"), len(data))
     except UnicodeDecodeError as error:
-        yield Problem(span.path, f"not UTF-8 (byte {error.start} is 0x{data[error.start]:02x})")
+        yield Problem(file_range.path, f"not UTF-8 (byte {error.start} is 0x{data[error.start]:02x})")
 
 
 READERS: dict[str, Reader] = {
@@ -357,12 +364,12 @@ def num_units(path: Path, kind: str) -> int:
     return 1
 
 
-def _package(name: str, span: Span) -> Any:
+def _package(name: str, file_range: FileRange) -> Any:
     try:
         return __import__(name)
     except ImportError:
         raise UserError(
-            f"{span.path}: {span.kind} needs {name}; in the clone, pip install --editable '.[data]'"
+            f"{file_range.path}: {file_range.kind} needs {name}; in the clone, pip install --editable '.[data]'"
         ) from None
 
 

@@ -19,11 +19,11 @@ import numpy as np
 
 from data_prep.encoders import END_OF_TEXT, Encoded, Encoder, open_encoder, token_dtype, tokenizer_file
 from data_prep.memory_limits import DEFAULT_LIMITS, Limits
-from data_prep.readers import Counts, Piece, read_span
+from data_prep.readers import Counts, Shard, read_file_range
 from megatron_a2d.utils.errors import UserError
 
 Choice = Literal["auto", "gigatoken", "reference"]
-SAMPLE_PIECES, SAMPLE_BYTES = 32, 1 << 19  # so many pieces at most, and so much text of all
+SAMPLE_SHARDS, SAMPLE_BYTES = 32, 1 << 19  # so many shards at most, and so much text of all
 # Special tokens, normal forms, white space, digits, contractions, control characters, scripts, emoji, lengths.
 PROBES = (
     "", " ", "\n\n\n", "  \n \t x", f"a{END_OF_TEXT}b", "<|im_start|>user\n<|im_end|>", "<think>x</think>",
@@ -148,13 +148,13 @@ def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[s
     return "", f"{len(texts)} texts, {len(expected.ids):,} tokens, of this corpus"
 
 
-def corpus_sample(pieces: Sequence[Piece], json_key: str, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
-    """The beginnings of pieces that are spread evenly over the corpus."""
+def corpus_sample(shards: Sequence[Shard], json_key: str, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
+    """The beginnings of shards that are spread evenly over the corpus."""
     sample: list[bytes] = []
-    count = min(len(pieces), SAMPLE_PIECES)
+    count = min(len(shards), SAMPLE_SHARDS)
     for number in range(count):
         left = SAMPLE_BYTES // count
-        for document in _documents(pieces[number * len(pieces) // count], json_key, limits):
+        for document in _documents(shards[number * len(shards) // count], json_key, limits):
             # Whole characters: a sequence that the cut breaks is dropped.
             sample.append(document[:left].decode("utf-8", "ignore").encode("utf-8"))
             left -= len(document)
@@ -163,7 +163,7 @@ def corpus_sample(pieces: Sequence[Piece], json_key: str, limits: Limits = DEFAU
     return sample
 
 
-def _documents(piece: Piece, json_key: str, limits: Limits) -> Any:
-    for span in piece.spans:
-        for document in read_span(span, json_key, Counts(), skip_invalid=True, limits=limits):
+def _documents(shard: Shard, json_key: str, limits: Limits) -> Any:
+    for file_range in shard.file_ranges:
+        for document in read_file_range(file_range, json_key, Counts(), skip_invalid=True, limits=limits):
             yield document.data

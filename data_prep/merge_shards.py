@@ -24,15 +24,15 @@ def is_held_out(digests: np.ndarray, valid_fraction: float) -> np.ndarray:
     return digests[:, 0] < np.uint64(min(int(valid_fraction * 2.0**64), 2**64 - 1))
 
 
-def find_copies(job: Job, num_pieces: int) -> np.ndarray:
+def find_copies(job: Job, num_shards: int) -> np.ndarray:
     """[all documents] bool, True where the same text came before."""
-    sizes = [len(read_result(job, number).lengths) for number in range(num_pieces)]
+    sizes = [len(read_result(job, number).lengths) for number in range(num_shards)]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     copies = np.zeros(starts[-1], dtype=bool)
     num_groups = max(1, -(-int(starts[-1]) // GROUP))
     for group in range(num_groups):
         parts, places = [], []
-        for number in range(num_pieces):
+        for number in range(num_shards):
             digests = read_result(job, number).digests
             chosen = np.flatnonzero(digests[:, 1] % np.uint64(num_groups) == group)
             parts.append(digests[chosen])
@@ -46,17 +46,17 @@ def find_copies(job: Job, num_pieces: int) -> np.ndarray:
 
 def merge(
     job: Job,
-    num_pieces: int,
+    num_shards: int,
     writers: Sequence[TokenWriter],
     valid_fraction: float,
     deduplicate: bool,
     advance: Callable[[int], Any],
 ) -> dict[str, Any]:
-    """Write every piece in order; the second writer, if any, takes what is held out. Returns the counts of all."""
-    copies = find_copies(job, num_pieces) if deduplicate else None
+    """Write every shard in order; the second writer, if any, takes what is held out. Returns the counts of all."""
+    copies = find_copies(job, num_shards) if deduplicate else None
     totals: dict[str, Any] = {"duplicates": 0, "problems": []}
     first = 0
-    for number in range(num_pieces):
+    for number in range(num_shards):
         result = read_result(job, number)
         for name, value in result.counts.items():
             totals[name] = totals[name] + value if name in totals else value
@@ -74,7 +74,7 @@ def merge(
 def _write(
     job: Job, number: int, lengths: np.ndarray, chosen: list[np.ndarray], writers: Sequence[TokenWriter]
 ) -> None:
-    """A piece's documents to their writers, some at a time."""
+    """A shard's documents to their writers, some at a time."""
     ends = np.cumsum(lengths)
     path, dtype = job.path(number, ".tokens"), writers[0].dtype
     total = int(ends[-1]) if len(ends) else 0

@@ -7,8 +7,8 @@ data/corpus_valid.*; `--valid-fraction 0` writes only data/corpus.*. The train/v
 the document's text, so it is independent of the tokenizer and of the rest of the corpus, and duplicates fall on the
 same side. data/corpus.report.json lists what was read and what was skipped.
 
-The corpus is tokenised in pieces by --workers processes; memory does not grow with its size. An interrupted job resumes
-with the missing pieces when the same command is run again. Until the end the tokens are on disk twice.
+The corpus is tokenised in shards by --workers processes; memory does not grow with its size. An interrupted job resumes
+with the missing shards when the same command is run again. Until the end the tokens are on disk twice.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from data_prep.gigatoken_encoder import choose, corpus_sample
 from data_prep.indexed_dataset_writer import TokenWriter, check_free, open_writers
 from data_prep.memory_limits import add_limits, read_limits
 from data_prep.merge_shards import merge
-from data_prep.readers import Piece, plan_pieces
-from data_prep.tokenize_shards import Job, hold, is_done, tokenize_pieces
+from data_prep.readers import Shard, plan_shards
+from data_prep.tokenize_shards import Job, hold, is_done, tokenize_shards
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.data.checksums import file_checksum
 from megatron_a2d.data.tokenizer_fingerprint import vocabulary_of
@@ -76,12 +76,12 @@ def prefixes_of(arguments: argparse.Namespace, json_key: str) -> tuple[str, list
 
 
 def tokenize(
-    arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], passed_over: list[str], json_key: str
+    arguments: argparse.Namespace, reference: Encoder, shards: list[Shard], passed_over: list[str], json_key: str
 ) -> None:
     """Read, encode and write everything under one key of the documents."""
     prefix, _ = prefixes_of(arguments, json_key)
     limits = read_limits(arguments)
-    chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(pieces, json_key, limits))
+    chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(shards, json_key, limits))
     job = Job(
         directory=Path(f"{prefix}.parts"), tokenizer=arguments.tokenizer, encoder=chosen.name,
         vocab_size=reference.vocab_size, eod_token_id=reference.eod_token_id, append_eod=arguments.append_eod,
@@ -90,19 +90,19 @@ def tokenize(
         tokenizer_checksum=file_checksum(tokenizer_file(arguments.tokenizer)),
     )  # fmt: skip
     with hold(job.directory):
-        _tokenize(arguments, reference, pieces, job, {"encoder": chosen.reason, "passed_over": passed_over})
+        _tokenize(arguments, reference, shards, job, {"encoder": chosen.reason, "passed_over": passed_over})
 
 
 def _tokenize(
-    arguments: argparse.Namespace, reference: Encoder, pieces: list[Piece], job: Job, facts: dict[str, Any]
+    arguments: argparse.Namespace, reference: Encoder, shards: list[Shard], job: Job, facts: dict[str, Any]
 ) -> None:
     prefix, prefixes = prefixes_of(arguments, job.json_key)
-    todo = missing_pieces(job, pieces)
-    size = sum(piece.num_bytes for piece in pieces)
+    todo = missing_shards(job, shards)
+    size = sum(shard.num_bytes for shard in shards)
     begin = time.perf_counter()
     try:
-        with _progress(size, size - sum(piece.num_bytes for piece in todo.values())) as advance:
-            tokenize_pieces(job, todo, arguments.workers, advance)
+        with _progress(size, size - sum(shard.num_bytes for shard in todo.values())) as advance:
+            tokenize_shards(job, todo, arguments.workers, advance)
     except UserError:
         if not list(job.directory.glob("*.npz")):
             shutil.rmtree(job.directory, ignore_errors=True)  # nothing to go on from
@@ -113,7 +113,7 @@ def _tokenize(
     with open_writers(prefixes, reference.vocab_size, description) as writers:
         total = sum(path.stat().st_size for path in job.directory.glob("*.tokens")) // writers[0].dtype.itemsize
         with progress("write", total, "tokens") as advance_tokens:
-            counts = merge(job, len(pieces), writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens)
+            counts = merge(job, len(shards), writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens)
         if problem := _nothing_left(writers, counts, arguments):
             shutil.rmtree(job.directory)
             raise UserError(problem)
@@ -124,13 +124,13 @@ def _tokenize(
     report(writers, counts, f"{prefix}.report.json")
 
 
-def missing_pieces(job: Job, pieces: list[Piece]) -> dict[int, Piece]:
-    """The pieces that are not done, by number: all of them, unless an earlier command was interrupted."""
+def missing_shards(job: Job, shards: list[Shard]) -> dict[int, Shard]:
+    """The shards that are not done, by number: all of them, unless an earlier command was interrupted."""
     for partial in job.directory.glob(".*.partial-*"):
         partial.unlink()
-    missing = {number: piece for number, piece in enumerate(pieces) if not is_done(job, number, piece)}
-    if len(missing) < len(pieces):
-        console.print(f"going on: {len(pieces) - len(missing)} of {len(pieces)} pieces are done")
+    missing = {number: shard for number, shard in enumerate(shards) if not is_done(job, number, shard)}
+    if len(missing) < len(shards):
+        console.print(f"going on: {len(shards) - len(missing)} of {len(shards)} shards are done")
     return missing
 
 
@@ -225,10 +225,10 @@ def main(argv: list[str] | None = None) -> None:
     skip_invalid = arguments.on_error == "skip"
     inputs = find_inputs(arguments.input, skip_invalid)
     inputs.show_passed_over()
-    pieces = plan_pieces(inputs.paths, skip_invalid=skip_invalid)
+    shards = plan_shards(inputs.paths, skip_invalid=skip_invalid)
     for key in arguments.json_keys:
         try:
-            tokenize(arguments, reference, pieces, inputs.passed_over, key)
+            tokenize(arguments, reference, shards, inputs.passed_over, key)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise

@@ -1,9 +1,9 @@
-"""Tokenisation of the pieces of a corpus, each independently, into files that merge_shards.py combines.
+"""Tokenisation of the shards of a corpus, each independently, into files that merge_shards.py combines.
 
-PREFIX.parts/00042.tokens  the tokens of a piece's documents, concatenated
+PREFIX.parts/00042.tokens  the tokens of a shard's documents, concatenated
 PREFIX.parts/00042.npz     lengths, digests of the texts, what was counted, and of which text and settings; written last
 
-A piece's files depend on its text alone: neither the number of workers nor an interruption changes a byte.
+A shard's files depend on its text alone: neither the number of workers nor an interruption changes a byte.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.formats import Document
 from data_prep.gigatoken_encoder import GigatokenEncoder
 from data_prep.memory_limits import Limits
-from data_prep.readers import Counts, Piece, read_span
+from data_prep.readers import Counts, Shard, read_file_range
 from megatron_a2d.utils.atomic_write import make_parent, new_file, regular
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import parse_json
@@ -85,16 +85,19 @@ def hold(directory: Path) -> Iterator[None]:
         yield
 
 
-def _key(job: Job, piece: Piece) -> str:
-    """Everything that a piece's tokens follow from."""
-    files = [(*span, *(os.stat(span.path).st_size, os.stat(span.path).st_mtime_ns)) for span in piece.spans]
+def _key(job: Job, shard: Shard) -> str:
+    """Everything that a shard's tokens follow from."""
+    files = [
+        (*file_range, *(os.stat(file_range.path).st_size, os.stat(file_range.path).st_mtime_ns))
+        for file_range in shard.file_ranges
+    ]
     tokens = job.tokenizer_checksum, job.encoder, job.append_eod, job.eod_token_id
     settings = *tokens, job.json_key, job.min_tokens, job.max_tokens, job.limits
     return digest(repr((files, settings)).encode()).hex()
 
 
 class PieceResult(NamedTuple):
-    """A finished piece."""
+    """A finished shard."""
 
     lengths: np.ndarray  # [documents] int64, tokens, end-of-document token included
     digests: np.ndarray  # [documents, 2] uint64, XXH3 of the text, 128 bits
@@ -121,16 +124,16 @@ def batches(documents: Iterator[Document], num_bytes: int = BATCH_BYTES) -> Iter
         yield batch
 
 
-def tokenize_piece(job: Job, number: int, piece: Piece, encoder: Encoder, report: Callable[[int, int], Any]) -> None:
-    """Write the files of one piece. `report(bytes read, tokens)` after each batch."""
+def tokenize_shard(job: Job, number: int, shard: Shard, encoder: Encoder, report: Callable[[int, int], Any]) -> None:
+    """Write the files of one shard. `report(bytes read, tokens)` after each batch."""
     counts = Counts()
     lengths: list[np.ndarray] = []
     digests: list[bytes] = []
     too_short = too_long = 0
     documents = (
         document
-        for span in piece.spans
-        for document in read_span(span, job.json_key, counts, job.skip_invalid, job.limits)
+        for file_range in shard.file_ranges
+        for document in read_file_range(file_range, job.json_key, counts, job.skip_invalid, job.limits)
     )
     smallest = max(job.min_tokens, 1) + job.append_eod
     largest = None if job.max_tokens is None else job.max_tokens + job.append_eod
@@ -149,7 +152,7 @@ def tokenize_piece(job: Job, number: int, piece: Piece, encoder: Encoder, report
             digests += [digest(text) for text, kept in zip(data, keep.tolist(), strict=True) if kept]
             report(sum(document.num_bytes for document in batch), len(encoded.ids))
     counted = {**asdict(counts), "too_short": too_short, "too_long": too_long}
-    key = _key(job, piece)
+    key = _key(job, shard)
     with new_file(job.path(number, ".npz")) as partial, open(partial, "wb") as stream:
         np.savez(
             stream,
@@ -160,7 +163,7 @@ def tokenize_piece(job: Job, number: int, piece: Piece, encoder: Encoder, report
 
 
 def read_result(job: Job, number: int) -> PieceResult:
-    """What `tokenize_piece` wrote, beside the tokens."""
+    """What `tokenize_shard` wrote, beside the tokens."""
     try:
         with open(job.path(number, ".npz"), "rb", opener=regular) as stream, np.load(stream) as arrays:
             said = parse_json(arrays["counts"].tobytes())
@@ -169,7 +172,7 @@ def read_result(job: Job, number: int) -> PieceResult:
         raise UserError(f"{job.path(number, '.npz')}: cannot be read ({error}); remove it and run again") from None
 
 
-def is_done(job: Job, number: int, piece: Piece) -> bool:
+def is_done(job: Job, number: int, shard: Shard) -> bool:
     """Whether an earlier command has tokenised this very text in this very way."""
     if not job.path(number, ".npz").exists():
         return False
@@ -177,18 +180,18 @@ def is_done(job: Job, number: int, piece: Piece) -> bool:
         result = read_result(job, number)
     except UserError:
         return False
-    if result.key != _key(job, piece) or not job.path(number, ".tokens").exists():
+    if result.key != _key(job, shard) or not job.path(number, ".tokens").exists():
         return False
     return job.skip_invalid or not result.counts["invalid"]
 
 
-def tokenize_pieces(job: Job, todo: dict[int, Piece], workers: int, advance: Callable[[int, int], Any]) -> None:
-    """All pieces of `todo`, by so many processes; one alone works here, with so many threads."""
+def tokenize_shards(job: Job, todo: dict[int, Shard], workers: int, advance: Callable[[int, int], Any]) -> None:
+    """All shards of `todo`, by so many processes; one alone works here, with so many threads."""
     if workers == 1 or len(todo) <= 1:
         if todo:
             encoder = job.open_encoder(workers)
-            for number, piece in todo.items():
-                tokenize_piece(job, number, piece, encoder, advance)
+            for number, shard in todo.items():
+                tokenize_shard(job, number, shard, encoder, advance)
         return
     context = multiprocessing.get_context("spawn")
     shared = context.Array("q", 3)  # bytes, tokens, stop
@@ -241,7 +244,7 @@ class _StoppedError(Exception):
     """The first process wants no more."""
 
 
-def _work(number: int, piece: Piece) -> None:
+def _work(number: int, shard: Shard) -> None:
     job, encoder, shared = _worker
 
     def report(num_bytes: int, num_tokens: int) -> None:
@@ -251,4 +254,4 @@ def _work(number: int, piece: Piece) -> None:
         if shared[2]:
             raise _StoppedError
 
-    tokenize_piece(job, number, Piece([*piece.spans]), encoder, report)
+    tokenize_shard(job, number, Shard([*shard.file_ranges]), encoder, report)

@@ -28,7 +28,7 @@ from rich.text import Text
 from launch.held_out_holes import HOLE_LENGTH, Filled, compare, most_improved
 from launch.random_model import write_untrained_model
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.terminal.console import console, entry_point, human
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import lines_of
@@ -190,12 +190,11 @@ def _hole_panel(hole: Filled, num_holes: int) -> Panel:
 def _closing_table(out: Path, filled: list[Filled], seconds: float) -> Table:
     from launch.unigram_baseline import unigram_entropy
     from megatron_a2d.data.indexed_dataset import TokenFile
-    from megatron_a2d.report.nelbo_by_t import draw_nelbo_by_t
-    from megatron_a2d.report.plots import read_log
+    from megatron_a2d.report.plots import draw_nelbo_by_t, read_log
 
-    architecture = read_architecture(out / "exported")
+    model_config = read_model_config(out / "exported")
     entropy = unigram_entropy(
-        TokenFile(out / "corpus_train"), TokenFile(out / "corpus_valid"), architecture.vocab_size, piece_length=128
+        TokenFile(out / "corpus_train"), TokenFile(out / "corpus_valid"), model_config.vocab_size, piece_length=128
     )
     records = read_log(out / "run")
     before, after = (
@@ -223,7 +222,7 @@ def _closing_table(out: Path, filled: list[Filled], seconds: float) -> Table:
         ("training speed", f"{human(speeds[len(speeds) // 2], 'tokens')}/s (median), 2 processes"),
         ("TensorBoard logs", str(events.parent if events else "missing")),
         ("plots", f"{plot}, {out / 'report.png'}"),
-        ("exported model", f"{out / 'exported'} ({human(architecture.num_parameters())} parameters)"),
+        ("exported model", f"{out / 'exported'} ({human(model_config.num_parameters())} parameters)"),
         ("time", f"{seconds / 60:.1f} minutes"),
     ]
     for row in rows:

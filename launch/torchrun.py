@@ -25,7 +25,7 @@ from typing import NoReturn
 
 import psutil
 
-from megatron_a2d.distributed.hang_watchdog import ATTEMPT, Watch
+from megatron_a2d.distributed.hang_watchdog import ATTEMPT, Watchdog
 from megatron_a2d.utils.exit_codes import DONE, KILLED, STALLED, Ending, ending, most_telling
 from megatron_a2d.utils.printable import one_line, print_line
 
@@ -88,10 +88,10 @@ def _forward(number: int, frame: FrameType | None) -> None:
 
 def _watch() -> None:
     """End the run when it stands still; the other nodes notice that this one is gone."""
-    watch = Watch(os.environ[ATTEMPT])
+    watchdog = Watchdog(os.environ[ATTEMPT])
     while True:
-        threading.Event().wait(watch.pause)
-        if verdict := watch.look():
+        threading.Event().wait(watchdog.pause)
+        if verdict := watchdog.look():
             print_line(f"error: {verdict}", sys.stderr)
             _tell(ending(STALLED), verdict)
             for worker in _workers():

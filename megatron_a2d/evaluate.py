@@ -36,10 +36,9 @@ from megatron_a2d.inference.arguments import (
     load_model,
     sampling_options,
 )
-from megatron_a2d.terminal.console import entry_point, progress
+from megatron_a2d.terminal.console import entry_point, hide_noise, progress
 from megatron_a2d.utils.atomic_write import make_parent, new_file, read_yaml, write_json
 from megatron_a2d.utils.errors import UserError, nearest
-from megatron_a2d.utils.log_filters import hide_noise
 from megatron_a2d.utils.printable import print_line, print_text
 
 if TYPE_CHECKING:

@@ -36,11 +36,10 @@ from megatron_a2d.inference.arguments import (
     load_model,
     sampling_options,
 )
-from megatron_a2d.terminal.console import PlainConsole, entry_point, human
+from megatron_a2d.terminal.console import PlainConsole, entry_point, hide_noise, human
 from megatron_a2d.terminal.live_view import LiveView
 from megatron_a2d.utils.atomic_write import is_shell_pipe, new_file, regular
 from megatron_a2d.utils.errors import UserError
-from megatron_a2d.utils.log_filters import hide_noise
 from megatron_a2d.utils.printable import print_line, print_text
 
 if TYPE_CHECKING:

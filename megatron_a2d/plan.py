@@ -19,10 +19,10 @@ from rich.console import Console
 from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.training_facts import inherited
 from megatron_a2d.config.cli import Parser, parse_run
-from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.planner import plan_table
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.search import Plan, Search, make_plan, search
@@ -60,17 +60,17 @@ def main(argv: list[str] | None = None) -> None:
         plan_table.check_plot(options.plot)
     if not options.config:
         config = _with_gpu_defaults(config, options)
-    architecture = _architecture(config)
+    model_config = _model_config(config)
     with progress_console.status("trying layouts"):
-        found = search(config, architecture, cluster, options.gpus, imbalance=options.imbalance)
+        found = search(config, model_config, cluster, options.gpus, imbalance=options.imbalance)
     shown = {f"{rank}.": plan for rank, plan in enumerate(found.fitting[:3], 1)}
     _need_legal(found)
-    own, problems = _own_plan(config, architecture, cluster, options) if options.config else (None, [])
+    own, problems = _own_plan(config, model_config, cluster, options) if options.config else (None, [])
     if own:
         shown = {f"{rank} the recipe's" if plan.job == own.job else rank: plan for rank, plan in shown.items()}
         if own.job not in [plan.job for plan in shown.values()]:
             shown["the recipe's"] = own
-    _print(console, config, architecture, cluster, options)
+    _print(console, config, model_config, cluster, options)
     if shown:
         console.print(plan_table.summary(shown))
         for table in plan_table.parts(shown):
@@ -121,11 +121,11 @@ def _with_gpu_defaults(config: RunConfig, options: argparse.Namespace) -> RunCon
     return config
 
 
-def _architecture(config: RunConfig) -> Architecture:
+def _model_config(config: RunConfig) -> ModelConfig:
     if config.training.load:
-        return read_architecture(resolve(config.training.load) / HF_FILES)
+        return read_model_config(resolve(config.training.load) / HF_FILES)
     if config.training.model:
-        return named_architecture(config.training.model)
+        return named_model_config(config.training.model)
     raise UserError("--model: is missing; name the model, such as Qwen/Qwen3-8B-Base, or give a checkpoint by --load")
 
 
@@ -137,22 +137,22 @@ def _need_legal(found: Search) -> None:
 
 
 def _own_plan(
-    config: RunConfig, architecture: Architecture, cluster: Cluster, options: argparse.Namespace
+    config: RunConfig, model_config: ModelConfig, cluster: Cluster, options: argparse.Namespace
 ) -> tuple[Plan | None, list[str]]:
     """The plan for the layout of recipe and flags, or its problems."""
-    if problems := find_problems(config, architecture, options.gpus):
+    if problems := find_problems(config, model_config, options.gpus):
         return None, problems
-    return make_plan(config, architecture, cluster, options.gpus, imbalance=options.imbalance), []
+    return make_plan(config, model_config, cluster, options.gpus, imbalance=options.imbalance), []
 
 
 def _print(
-    console: Console, config: RunConfig, architecture: Architecture, cluster: Cluster, options: argparse.Namespace
+    console: Console, config: RunConfig, model_config: ModelConfig, cluster: Cluster, options: argparse.Namespace
 ) -> None:
     tokens = config.training.global_batch_size * config.data.seq_length
-    active = f", {human(architecture.num_active_parameters())} active" if architecture.is_moe else ""
+    active = f", {human(model_config.num_active_parameters())} active" if model_config.is_moe else ""
     price = f"${cluster.price_per_gpu_hour:g} per hour{'' if options.price else ' (assumed)'}"
     console.print(
-        f"{config.training.model or config.training.load}: {human(architecture.num_parameters())} parameters{active}; "
+        f"{config.training.model or config.training.load}: {human(model_config.num_parameters())} parameters{active}; "
         f"{options.gpus} {cluster.gpu}, {price}; "
         f"{human(tokens)} tokens/step, {human(config.training.train_iters * tokens)} in total"
     )

@@ -17,20 +17,19 @@ from typing import NamedTuple
 
 from megatron_a2d.checkpoint.training_facts import inherited
 from megatron_a2d.config.cli import Parser, parse_run
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.distributed import environment
-from megatron_a2d.distributed.launch_environment import check_launch, rank, world_size
+from megatron_a2d.distributed.environment import check_launch, rank, world_size
 from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
 from megatron_a2d.planner.memory import check_memory, memory
 from megatron_a2d.planner.workload import job_of
-from megatron_a2d.terminal.console import entry_point, human
-from megatron_a2d.training.early_checks import check_early
+from megatron_a2d.terminal.console import entry_point, hide_noise, human
+from megatron_a2d.training.prelaunch_checks import check_early
 from megatron_a2d.utils.atomic_write import hold_directory
 from megatron_a2d.utils.errors import SaveError, UserError
-from megatron_a2d.utils.log_filters import hide_noise
 from megatron_a2d.utils.printable import one_line, print_text
 
 
@@ -84,14 +83,14 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
 def _run(config: RunConfig, options: Options) -> None:
     processes, cluster = options.processes, options.cluster
     if options.settings_only:
-        architecture = _check_settings(config, processes, cluster)
-        print_text(describe(config, architecture, f"{config.training.model}, its shape alone", processes, cluster))
+        model_config = _check_settings(config, processes, cluster)
+        print_text(describe(config, model_config, f"{config.training.model}, its shape alone", processes, cluster))
         return
     environment.apply(config)  # before anything touches CUDA
     hide_noise()
     from megatron_a2d.distributed import process_groups as parallel
     from megatron_a2d.distributed.hang_watchdog import Heartbeat
-    from megatron_a2d.distributed.rank_failure import Peers
+    from megatron_a2d.distributed.rank_failure import PeerMonitor
     from megatron_a2d.training import train_loop
     from megatron_a2d.training.prelaunch_checks import check_run
 
@@ -101,33 +100,33 @@ def _run(config: RunConfig, options: Options) -> None:
     first = check_run(config, processes, cluster) if rank() == 0 else None
     if first:
         start = str(first.start.directory)
-        print_text(describe(config, first.architecture, start, processes, cluster, first.epochs))
+        print_text(describe(config, first.model_config, start, processes, cluster, first.epochs))
     if options.dry_run:
         return
     parallel.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
-    with Heartbeat(rank()), Peers(60 * config.parallel.distributed_timeout_minutes):
+    with Heartbeat(rank()), PeerMonitor(60 * config.parallel.distributed_timeout_minutes):
         checked = parallel.from_first_rank(first)
         assert checked is not None
-        _, exit_code = train_loop.train(checked.config, checked.architecture, *checked.start)
+        _, exit_code = train_loop.train(checked.config, checked.model_config, *checked.start)
     parallel.finalize()
     if exit_code:
         sys.exit(exit_code)
 
 
-def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) -> Architecture:
+def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) -> ModelConfig:
     """What can be wrong with settings alone; UserError with all of it. Returns the shape of --model."""
     if not config.training.model:
         raise UserError("--settings-only: needs --model, whose shape the settings are checked for; name it")
-    architecture = named_architecture(config.training.model)
-    if problems := find_problems(config, architecture, processes):
+    model_config = named_model_config(config.training.model)
+    if problems := find_problems(config, model_config, processes):
         raise UserError(problems)
-    check_memory(config, architecture, processes, cluster)
-    return architecture
+    check_memory(config, model_config, processes, cluster)
+    return model_config
 
 
 def describe(
     config: RunConfig,
-    architecture: Architecture,
+    model_config: ModelConfig,
     start: str,
     processes: int,
     cluster: Cluster | None = None,
@@ -144,11 +143,11 @@ def describe(
     )
     dp = config.data_parallel_size(processes)
     tokens = training.global_batch_size * data.seq_length
-    model = f"{'MoE' if architecture.is_moe else 'dense'}, {human(architecture.num_parameters())} parameters"
-    if architecture.is_moe:
-        model += f", {human(architecture.num_active_parameters())} active"
+    model = f"{'MoE' if model_config.is_moe else 'dense'}, {human(model_config.num_parameters())} parameters"
+    if model_config.is_moe:
+        model += f", {human(model_config.num_active_parameters())} active"
     microbatches = training.global_batch_size // (training.micro_batch_size * dp)
-    need = memory(job_of(config, architecture, processes, cluster), cluster)
+    need = memory(job_of(config, model_config, processes, cluster), cluster)
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in need._asdict().items() if size)
     lines = [
         ("start", start),

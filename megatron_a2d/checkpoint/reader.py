@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_a2d.checkpoint.metadata_index import Box, Chunk, Place, StoredTensor, are_disjoint, read_index
-from megatron_a2d.checkpoint.tensor_rows import OpenFiles, Span, bytes_of
+from megatron_a2d.checkpoint.tensor_rows import OpenFiles, RowRange, bytes_of
 from megatron_a2d.checkpoint.torch_save_zip import DAMAGED, DTYPES_OF_STORAGES, find_values, read_value
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
@@ -56,11 +56,14 @@ class TorchDistCheckpoint:
             raise UserError(f"{self._directory}: {name} is of the type {dtype}, which weights do not have")
         return dtype
 
-    def read(self, span: Span) -> torch.Tensor:
+    def read(self, row_range: RowRange) -> torch.Tensor:
         """Rows of a tensor, without its leading axes."""
-        rest = self.shapes[span.name][len(span.lead) + 1 :]
-        box = Box((*span.lead, span.start, *(0 for _ in rest)), (*(index + 1 for index in span.lead), span.stop, *rest))
-        return self.read_box(span.name, box).reshape(span.stop - span.start, *rest)
+        rest = self.shapes[row_range.name][len(row_range.lead) + 1 :]
+        box = Box(
+            (*row_range.lead, row_range.start, *(0 for _ in rest)),
+            (*(index + 1 for index in row_range.lead), row_range.stop, *rest),
+        )
+        return self.read_box(row_range.name, box).reshape(row_range.stop - row_range.start, *rest)
 
     def read_box(self, name: str, box: Box) -> torch.Tensor:
         """Part of a tensor, put together from all chunks that overlap; every element must be stored exactly once."""

@@ -31,7 +31,7 @@ _WRITE_ERRORS = (OSError, RuntimeError, CheckpointException, UserError)
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
 
-class Saving:
+class CollectiveSave:
     """One save. Steps are `attempt`s; after each, `agree` raises SaveError on all ranks if one of them failed."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Saving:
 class _ShardedStrategy(TorchDistSaveShardedStrategy):
     """Plans chunks, and .metadata; an error of the rank that writes .metadata is remembered."""
 
-    def __init__(self, saving: Saving):
+    def __init__(self, saving: CollectiveSave):
         super().__init__("torch_dist", 1, thread_count=2)
         self._saving = saving
         self.chunks: Any = None

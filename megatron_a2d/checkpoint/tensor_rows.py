@@ -31,7 +31,7 @@ _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has no such thing
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Span(NamedTuple):
+class RowRange(NamedTuple):
     """Rows `start` to `stop` (not included) of tensor `name`, at index `lead` of its leading axes."""
 
     name: str
@@ -49,7 +49,7 @@ class RowSource(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def read(self, span: Span) -> torch.Tensor:
+    def read(self, row_range: RowRange) -> torch.Tensor:
         """The rows of `span`, [stop - start, *rest]."""
 
 
@@ -62,7 +62,7 @@ class Remapped:
         source: RowSource,
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, torch.dtype],
-        locate: Callable[[Span], list[Span]],
+        locate: Callable[[RowRange], list[RowRange]],
     ):
         self.shapes = shapes
         self._source, self._dtypes, self._locate = source, dtypes, locate
@@ -70,10 +70,10 @@ class Remapped:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
-    def read(self, span: Span) -> torch.Tensor:
-        pieces = [self._source.read(piece) for piece in self._locate(span)]
+    def read(self, row_range: RowRange) -> torch.Tensor:
+        pieces = [self._source.read(piece) for piece in self._locate(row_range)]
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return cast(rows, self._dtypes[span.name], span.name)
+        return cast(rows, self._dtypes[row_range.name], row_range.name)
 
 
 def cast(rows: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -94,10 +94,10 @@ class FiniteCheck:
         self._source = source
         self.non_finite: set[str] = set()
 
-    def read(self, span: Span) -> torch.Tensor:
-        rows = self._source.read(span)
+    def read(self, row_range: RowRange) -> torch.Tensor:
+        rows = self._source.read(row_range)
         if not is_finite(rows):
-            self.non_finite.add(span.name)
+            self.non_finite.add(row_range.name)
         return rows
 
     def problems(self, where: Path) -> list[str]:

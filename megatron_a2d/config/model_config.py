@@ -32,7 +32,7 @@ MOST_EXPERTS = 1_000_000  # of all layers together
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ModelConfig:
     """Sizes are counts of elements; `num_experts` is 0 for a dense model."""
 
     num_layers: int
@@ -88,13 +88,13 @@ class Architecture:
         return layers + embeddings + self.hidden_size
 
 
-def read_architecture(directory: str | Path) -> Architecture:
+def read_model_config(directory: str | Path) -> ModelConfig:
     """The architecture of the Hugging Face model in `directory`."""
     path = Path(directory) / "config.json"
-    return architecture_from_config(read_json(path, "the model's configuration"), str(path))
+    return model_config_from_hf(read_json(path, "the model's configuration"), str(path))
 
 
-def architecture_from_config(config: dict[str, Any], where: str) -> Architecture:
+def model_config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
     """Raises UserError with every problem of `config`; `where` names its file."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
@@ -158,7 +158,7 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
         }
     max_position_embeddings = size("max_position_embeddings", default=32768)
     rotary = read_rotary(config, where, max_position_embeddings, problems)
-    architecture = Architecture(
+    model_config = ModelConfig(
         num_layers=size("num_hidden_layers"),
         hidden_size=hidden_size,
         num_attention_heads=num_heads,
@@ -175,10 +175,10 @@ def architecture_from_config(config: dict[str, Any], where: str) -> Architecture
         yarn=rotary.yarn,
         **experts,
     )
-    problems += _unsupported(config, architecture, where)
+    problems += _unsupported(config, model_config, where)
     if problems:
         raise UserError(problems)
-    return architecture
+    return model_config
 
 
 def quantised(how: str) -> str:
@@ -195,27 +195,27 @@ def _method(config: dict[str, Any]) -> str:
     return str(method or "quantization_config")[:40]
 
 
-def _unsupported(config: dict[str, Any], architecture: Architecture, where: str) -> list[str]:
+def _unsupported(config: dict[str, Any], model_config: ModelConfig, where: str) -> list[str]:
     problems = []
-    mask = architecture.mask_token_id
-    if mask is not None and (not isinstance(mask, int) or not 0 <= mask < architecture.vocab_size):
+    mask = model_config.mask_token_id
+    if mask is not None and (not isinstance(mask, int) or not 0 <= mask < model_config.vocab_size):
         problems.append(
-            f"{where}: mask_token_id is {mask!r}, not a row of the embedding (0 to {architecture.vocab_size - 1}); "
+            f"{where}: mask_token_id is {mask!r}, not a row of the embedding (0 to {model_config.vocab_size - 1}); "
             "convert the model again with checkpoints_tools.convert_hf"
         )
-    if architecture.num_attention_heads % architecture.num_key_value_heads:
+    if model_config.num_attention_heads % model_config.num_key_value_heads:
         problems.append(
-            f"{where}: num_attention_heads {architecture.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads {architecture.num_key_value_heads}; correct the file"
+            f"{where}: num_attention_heads {model_config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {model_config.num_key_value_heads}; correct the file"
         )
-    if (experts := architecture.num_layers * architecture.num_experts) > MOST_EXPERTS:
+    if (experts := model_config.num_layers * model_config.num_experts) > MOST_EXPERTS:
         problems.append(
             f"{where}: names {experts:,} experts, more than the {MOST_EXPERTS:,} supported; correct the file"
         )
-    if architecture.num_experts_per_tok > architecture.num_experts:
+    if model_config.num_experts_per_tok > model_config.num_experts:
         problems.append(
-            f"{where}: num_experts_per_tok {architecture.num_experts_per_tok} exceeds "
-            f"num_experts {architecture.num_experts}; correct the file"
+            f"{where}: num_experts_per_tok {model_config.num_experts_per_tok} exceeds "
+            f"num_experts {model_config.num_experts}; correct the file"
         )
     expected = {
         "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
@@ -225,10 +225,10 @@ def _unsupported(config: dict[str, Any], architecture: Architecture, where: str)
         found = config.get(key)
         if found is not None and found != value:
             problems.append(f"{where}: {key} is {found!r}, and only {value!r} is supported; use an unmodified Qwen3")
-    full = ["full_attention"] * architecture.num_layers
+    full = ["full_attention"] * model_config.num_layers
     if (layers := config.get("layer_types")) is not None and layers != full:
         problems.append(f"{where}: layer_types is {str(layers)[:60]}, and only full_attention in each of the "
-                        f"{architecture.num_layers} layers is supported; use an unmodified Qwen3")  # fmt: skip
+                        f"{model_config.num_layers} layers is supported; use an unmodified Qwen3")  # fmt: skip
     if config.get("per_layer_config"):
         problems.append(f"{where}: per_layer_config gives layers settings of their own; use an unmodified Qwen3")
     types = {key: str(config[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)}

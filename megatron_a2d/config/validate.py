@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import ROLES, ParallelConfig, RunConfig, flag, settings
 from megatron_a2d.config.validate_performance import find_performance_problems
 
@@ -25,9 +25,9 @@ def missing_inputs(config: RunConfig) -> list[str]:
 MOST_PROCESSES = 1 << 20  # of a run; ten times the largest machines
 
 
-def find_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
+def find_problems(config: RunConfig, model_config: ModelConfig | None, world_size: int) -> list[str]:
     """Everything that is wrong with a run, a line each: flag and value, why, what to do."""
-    return find_general_problems(config) + find_layout_problems(config, architecture, world_size)
+    return find_general_problems(config) + find_layout_problems(config, model_config, world_size)
 
 
 def find_general_problems(config: RunConfig) -> list[str]:
@@ -35,12 +35,12 @@ def find_general_problems(config: RunConfig) -> list[str]:
     return _range_problems(config) + _objective_problems(config)
 
 
-def find_layout_problems(config: RunConfig, architecture: Architecture | None, world_size: int) -> list[str]:
+def find_layout_problems(config: RunConfig, model_config: ModelConfig | None, world_size: int) -> list[str]:
     """What is wrong with the layout, with the model under it, and among the settings of speed."""
     problems = _layout_problems(config, world_size)
-    if architecture is not None:
-        problems += _architecture_problems(config, architecture)
-    return problems + find_performance_problems(config, architecture)
+    if model_config is not None:
+        problems += _model_config_problems(config, model_config)
+    return problems + find_performance_problems(config, model_config)
 
 
 def _range_problems(config: RunConfig) -> list[str]:
@@ -234,50 +234,50 @@ def _sizes(parallel: ParallelConfig) -> tuple[int, int, int, int, int]:
     )
 
 
-def _architecture_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+def _model_config_problems(config: RunConfig, model_config: ModelConfig) -> list[str]:
     parallel = config.parallel
     tp, pp, _, ep, etp = (max(1, size) for size in _sizes(parallel))
     stages = pp * max(1, parallel.num_virtual_stages_per_pipeline_rank)
     stage_flag = "pipeline_model_parallel_size" if stages == pp else "num_virtual_stages_per_pipeline_rank"
     problems = []
     for what, amount, name, size in (
-        ("attention heads", architecture.num_attention_heads, "tensor_model_parallel_size", tp),
-        ("key-value heads", architecture.num_key_value_heads, "tensor_model_parallel_size", tp),
-        ("vocabulary rows", architecture.vocab_size, "tensor_model_parallel_size", tp),
-        ("layers", architecture.num_layers, stage_flag, stages),
-        ("experts", architecture.num_experts, "expert_model_parallel_size", ep),
-        ("rows of an expert", architecture.moe_intermediate_size, "expert_tensor_parallel_size", etp),
+        ("attention heads", model_config.num_attention_heads, "tensor_model_parallel_size", tp),
+        ("key-value heads", model_config.num_key_value_heads, "tensor_model_parallel_size", tp),
+        ("vocabulary rows", model_config.vocab_size, "tensor_model_parallel_size", tp),
+        ("layers", model_config.num_layers, stage_flag, stages),
+        ("experts", model_config.num_experts, "expert_model_parallel_size", ep),
+        ("rows of an expert", model_config.moe_intermediate_size, "expert_tensor_parallel_size", etp),
     ):
         if amount % size:
             problems.append(f"{flag(name)} {size}: does not divide the model's {amount} {what}; choose a divisor")
-    if not architecture.is_moe and architecture.intermediate_size % tp:
+    if not model_config.is_moe and model_config.intermediate_size % tp:
         problems.append(
             f"--tensor-model-parallel-size {tp}: does not divide the model's MLP width "
-            f"{architecture.intermediate_size}; choose a divisor"
+            f"{model_config.intermediate_size}; choose a divisor"
         )
     for name, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
-        if size > 1 and not architecture.is_moe:
+        if size > 1 and not model_config.is_moe:
             problems.append(f"{flag(name)} {size}: the model is dense and has no experts; remove it")
-    if architecture.is_moe and tp > 1 and not parallel.sequence_parallel:
+    if model_config.is_moe and tp > 1 and not parallel.sequence_parallel:
         problems.append(
             f"--tensor-model-parallel-size {tp}: MoE layers need --sequence-parallel with it; add that flag"
         )
-    if config.data.seq_length > architecture.context_length:
+    if config.data.seq_length > model_config.context_length:
         problems.append(
             f"--seq-length {config.data.seq_length}: the model knows "
-            f"{architecture.context_length} positions; shorten the samples, or give the model YaRN (docs/weights.md)"
+            f"{model_config.context_length} positions; shorten the samples, or give the model YaRN (docs/weights.md)"
         )
-    if config.diffusion.objective != "ar" and architecture.mask_token_id is None:
+    if config.diffusion.objective != "ar" and model_config.mask_token_id is None:
         problems.append(
             f"--objective {config.diffusion.objective}: the checkpoint's hf/config.json names no mask_token_id; "
             "convert the model again with python -m checkpoints_tools.convert_hf"
         )
     frozen = {role for role, factor in config.optimization.lr_mult.items() if factor == 0}
-    if frozen != set(ROLES) and frozen >= {role for role in ROLES if architecture.has_role(role)}:
+    if frozen != set(ROLES) and frozen >= {role for role in ROLES if model_config.has_role(role)}:
         problems.append("--lr-mult: freezes every role that the model has, and nothing would train; leave one above 0")
-    if not architecture.is_moe and "router" in config.optimization.lr_mult:
+    if not model_config.is_moe and "router" in config.optimization.lr_mult:
         problems.append("--lr-mult router=...: the model is dense and has no router; remove it")
-    if architecture.tie_word_embeddings and "head" in config.optimization.lr_mult:
+    if model_config.tie_word_embeddings and "head" in config.optimization.lr_mult:
         problems.append(
             "--lr-mult head=...: the model's head is its embedding (tied); give the factor to embedding instead"
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, flag, settings
 
 # What exists in Transformer Engine alone, or in megatron.core on top of it.
@@ -20,14 +20,14 @@ _FOR_EXPERTS = (
 )  # fmt: skip
 
 
-def find_performance_problems(config: RunConfig, architecture: Architecture | None) -> list[str]:
+def find_performance_problems(config: RunConfig, model_config: ModelConfig | None) -> list[str]:
     """A line for each problem: flag and value, why, what to do."""
     problems = [
         *_without_effect(config), *_fp8_problems(config), *_memory_problems(config), *_overlap_problems(config),
         *_graph_problems(config), *_engine_problems(config),
     ]  # fmt: skip
-    if architecture is not None:
-        problems += [*_expert_problems(config, architecture), *_size_problems(config, architecture)]
+    if model_config is not None:
+        problems += [*_expert_problems(config, model_config), *_size_problems(config, model_config)]
     return problems
 
 
@@ -225,11 +225,11 @@ def _engine_problems(config: RunConfig) -> Iterator[str]:
             yield f"{_shown(config, name)}: needs Transformer Engine, which does not go with {refused}; remove one"
 
 
-def _expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+def _expert_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str]:
     performance = config.performance
     graphs = performance.cuda_graph_scope if performance.cuda_graph_impl != "none" else ()
-    if architecture.is_moe:
-        yield from _single_expert_problems(config, architecture)
+    if model_config.is_moe:
+        yield from _single_expert_problems(config, model_config)
         for name, chosen in (("recompute_modules", performance.recompute_modules), ("cuda_graph_scope", graphs)):
             if "mlp" in chosen:
                 yield f"{flag(name)} mlp: the model has experts instead; remove it"
@@ -245,20 +245,20 @@ def _expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[
                 yield f"{flag(name)} {module}: the model is dense and has no experts; remove it"
 
 
-def _single_expert_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+def _single_expert_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str]:
     performance, parallel = config.performance, config.parallel
     size, whole = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size == 1
     interleaves = performance.overlap_moe_expert_parallel_comm and parallel.moe_token_dispatcher_type == "alltoall"
-    if interleaves and size == architecture.num_experts and whole and performance.fp8_recipe == "none":
+    if interleaves and size == model_config.num_experts and whole and performance.fp8_recipe == "none":
         yield (
             f"--overlap-moe-expert-parallel-comm: with --expert-model-parallel-size {size} a process has one expert, "
             "whose input megatron.core 0.16 frees too early; use a smaller one, or flex"
         )
 
 
-def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+def _size_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str]:
     performance, parallel = config.performance, config.parallel
-    stage = max(1, architecture.num_layers // max(1, parallel.pipeline_model_parallel_size))
+    stage = max(1, model_config.num_layers // max(1, parallel.pipeline_model_parallel_size))
     if performance.recompute_granularity == "full" and performance.recompute_num_layers > stage:
         yield f"--recompute-num-layers {performance.recompute_num_layers}: a stage has {stage} layers; choose fewer"
     if performance.fp8_recipe == "none":
@@ -269,7 +269,7 @@ def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[st
             yield f"{flag(name)} {count}: must lie between 0 and the {stage} layers of a stage"
     if performance.fp8_param_gather and performance.fp8_recipe in ("auto", "mxfp8"):
         # Each weight begins at a multiple of 64 there; megatron.core 0.16 looks for it where the last one ended.
-        for what, size in (("hidden size", architecture.hidden_size), ("head size", architecture.head_dim)):
+        for what, size in (("hidden size", model_config.hidden_size), ("head size", model_config.head_dim)):
             if size % 64:
                 yield (
                     f"--fp8-param-gather: the {what}, {size}, is no multiple of 64, and with --fp8-recipe "
@@ -281,15 +281,15 @@ def _size_problems(config: RunConfig, architecture: Architecture) -> Iterator[st
     tp, etp = (max(1, n) for n in (parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size))
     pieces = max(1, parallel.context_parallel_size) * (tp if parallel.sequence_parallel else 1)
     tokens = config.training.micro_batch_size * config.data.seq_length // pieces
-    query_rows = (architecture.num_attention_heads + 2 * architecture.num_key_value_heads) * architecture.head_dim // tp
-    mlp = architecture.moe_intermediate_size // etp if architecture.is_moe else architecture.intermediate_size // tp
+    query_rows = (model_config.num_attention_heads + 2 * model_config.num_key_value_heads) * model_config.head_dim // tp
+    mlp = model_config.moe_intermediate_size // etp if model_config.is_moe else model_config.intermediate_size // tp
     # What sequence parallelism gathers must be whole blocks of 128 x 128 (Transformer Engine 2.12,
     # Float8BlockQuantizer.is_quantizable, asserted by its column-parallel layers).
     gathers_blocks = performance.fp8_recipe == "blockwise" and parallel.sequence_parallel
     gathered = 128 if gathers_blocks else block
     for what, size, multiple in (
         ("tokens of a micro-batch on a process", tokens, gathered),
-        ("hidden size", architecture.hidden_size, gathered),
+        ("hidden size", model_config.hidden_size, gathered),
         ("rows of a process's query, key and value matrix", query_rows, block),
         ("rows of a process's MLP matrix", mlp, block),
     ):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_a2d.checkpoint.tensor_rows import RowSource, Span, account, slabs
+from megatron_a2d.checkpoint.tensor_rows import RowRange, RowSource, account, slabs
 from megatron_a2d.conversion.sources import Weights
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.utils.errors import UserError
@@ -34,7 +34,7 @@ def compare_weights(
 ) -> Comparison:
     """Compare the architectures, then all tensors, `workers` at a time. Where dtypes differ the reference is cast to
     the candidate's and must then agree in every bit. Raises UserError with every difference."""
-    problems = architecture_differences(reference, candidate)
+    problems = model_config_differences(reference, candidate)
     problems += account(reference.tensors.shapes, candidate.tensors.shapes, str(candidate.directory))
     if problems:
         raise UserError(problems)
@@ -69,8 +69,8 @@ def _compare_tensor(
     largest: float | None = None
     rounding = 0.0
     for start, stop in slabs(shape, 0, shape[0], 4):
-        span = Span(name, (), start, stop)
-        expected, found = reference.read(span), candidate.read(span)
+        row_range = RowRange(name, (), start, stop)
+        expected, found = reference.read(row_range), candidate.read(row_range)
         advance(math.prod(expected.shape) * expected.dtype.itemsize)
         if not _same_bits(expected.to(found.dtype), found):
             difference = _largest_difference(expected, found)
@@ -92,8 +92,8 @@ def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.inf if bool(difference.isnan().any()) else float(difference.max())
 
 
-def architecture_differences(reference: Weights, candidate: Weights) -> list[str]:
-    ours, theirs = (dataclasses.asdict(weights.architecture) for weights in (reference, candidate))
+def model_config_differences(reference: Weights, candidate: Weights) -> list[str]:
+    ours, theirs = (dataclasses.asdict(weights.model_config) for weights in (reference, candidate))
     return [
         f"{candidate.directory}: {key} is {theirs[key]}, but {ours[key]} in {reference.directory}; "
         "these are not the same model"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from megatron_a2d.checkpoint.training_facts import Trained
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.conversion.end_tokens import EndTokens
 
 Format = Literal["rnd1", "a2d", "qwen3"]
@@ -37,7 +37,7 @@ _NONE = Trained().as_exported()
 class Exported(NamedTuple):
     """The inputs of an export's configuration."""
 
-    architecture: Architecture
+    model_config: ModelConfig
     source: dict[str, Any]  # hf/config.json of the checkpoint
     source_generation: dict[str, Any]  # its generation_config.json, or {}
     dtype: str  # of the embedding: bfloat16, float16, float32
@@ -51,7 +51,7 @@ def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = Fal
     `allow_objective_mismatch` permits a format with another attention than the model was trained with.
     """
     problems = []
-    a, trained = model.architecture, model.trained
+    a, trained = model.model_config, model.trained
     if not allow_objective_mismatch and (mismatch := objective_mismatch(kind, model)):
         instead = "a2d" if kind == "qwen3" else "qwen3"
         problems.append(
@@ -95,7 +95,7 @@ def objective_mismatch(kind: Format, model: Exported) -> str | None:
 
 def config_json(kind: Format, model: Exported) -> dict[str, Any]:
     """The export's config.json."""
-    a = model.architecture
+    a = model.model_config
     moe = a.is_moe
     architectures = {
         "rnd1": "RND1",
@@ -143,7 +143,7 @@ def generation_json(kind: Format, model: Exported) -> dict[str, Any]:
     if kind == "rnd1":
         del tokens["bos_token_id"]
     return {name: value for name, value in (tokens | ends).items() if value is not None} | {
-        "mask_token_id": model.architecture.mask_token_id,
+        "mask_token_id": model.model_config.mask_token_id,
         "num_diffusion_steps": num_diffusion_steps(model.source),
         "use_cache": False,
     }
@@ -162,11 +162,11 @@ def _training(kind: Format, model: Exported) -> dict[str, Any]:
         return {}
     facts = {name: value for name, value in trained.as_exported().items() if name in _RECORDED or value != _NONE[name]}
     if kind == "qwen3":
-        facts["mask_token_id"] = model.architecture.mask_token_id
+        facts["mask_token_id"] = model.model_config.mask_token_id
     return facts
 
 
-def _shape(a: Architecture) -> dict[str, Any]:
+def _shape(a: ModelConfig) -> dict[str, Any]:
     shape: dict[str, Any] = {
         "vocab_size": a.vocab_size,
         "hidden_size": a.hidden_size,

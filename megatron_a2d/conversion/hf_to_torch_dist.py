@@ -13,7 +13,7 @@ from megatron_a2d.checkpoint.directory import HF_FILES, RELEASE, TRACKER, copy_h
 from megatron_a2d.checkpoint.manifest import write_manifest
 from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, num_bytes
 from megatron_a2d.checkpoint.training_facts import read_trained
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.conversion.compare_weights import Check, Comparison, compare_weights
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.mask_token import choose_mask_token
@@ -28,7 +28,7 @@ from megatron_a2d.utils.errors import UserError
 
 class Converted(NamedTuple):
     directory: Path
-    architecture: Architecture
+    model_config: ModelConfig
     num_bytes: int
     dtypes: set[torch.dtype]
     mask_token_id: int
@@ -55,11 +55,11 @@ def convert(
     check_new_directory(out, "--out")
     with open_hf(hf, check_values=not allow_nonfinite) as weights:
         config = read_json(hf / "config.json", "the model's configuration")
-        _check_mask_token(hf, mask_token_id, weights.architecture.mask_token_id)
+        _check_mask_token(hf, mask_token_id, weights.model_config.mask_token_id)
         config["mask_token_id"] = choose_mask_token(
-            hf, weights.architecture.vocab_size, mask_token_id, weights.architecture.mask_token_id
+            hf, weights.model_config.vocab_size, mask_token_id, weights.model_config.mask_token_id
         )
-        _check_end(hf, weights.architecture.vocab_size, config["mask_token_id"])
+        _check_end(hf, weights.model_config.vocab_size, config["mask_token_id"])
         if origin:
             config["_name_or_path"] = origin
         if license_name := read_license(hf):
@@ -91,7 +91,7 @@ def convert(
                     if check:
                         check(comparison, weights, written)
         dtypes = {tensors.dtype(key) for key in tensors.shapes}
-        return Converted(out, weights.architecture, size, dtypes, config["mask_token_id"], comparison)
+        return Converted(out, weights.model_config, size, dtypes, config["mask_token_id"], comparison)
 
 
 def _check_mask_token(hf: Path, requested: int | None, configured: int | None) -> None:

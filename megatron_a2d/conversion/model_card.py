@@ -82,7 +82,7 @@ def _front_matter(kind: Format, model: Exported) -> str:
 
 
 def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
-    a = model.architecture
+    a = model.model_config
     shape = "mixture of experts" if a.is_moe else "dense"
     yield (
         f"Format: `{kind}`, {shape}, {human(a.num_parameters())} parameters "

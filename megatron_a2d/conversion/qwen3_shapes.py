@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_a2d.config.model_config import Architecture, architecture_from_config, read_architecture
+from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf, read_model_config
 from megatron_a2d.utils.errors import UserError, nearest
 
 # hidden size, layers, heads, KV heads, MLP width, tied embeddings; MoE also: experts, width of an expert
@@ -65,13 +65,13 @@ def hub_config(size: str, **overrides: Any) -> dict[str, Any]:
     return config | overrides
 
 
-def named_architecture(name: str) -> Architecture:
+def named_model_config(name: str) -> ModelConfig:
     """The shape of --model: a directory with a config.json, or a published Qwen3 by name (without network access).
 
     Raises UserError for any other name.
     """
     if Path(name).is_dir():
-        return read_architecture(name)
+        return read_model_config(name)
     match = re.fullmatch(r"(?:Qwen/)?Qwen3-([\w.]+(?:-A\d+B)?)(?:-(?:Base|Instruct|Thinking)(?:-\d+)?)?", name)
     if not match or match[1] not in SIZES:
         known = [f"Qwen/Qwen3-{size}" for size in SIZES]
@@ -79,12 +79,12 @@ def named_architecture(name: str) -> Architecture:
             f"--model {name}: is neither a directory nor a Qwen3{nearest(name, known)}; name one such as "
             f"Qwen/Qwen3-8B-Base ({', '.join(SIZES)})"
         )
-    return architecture_from_config(hub_config(match[1]), name)
+    return model_config_from_hf(hub_config(match[1]), name)
 
 
-def shape_problems(named: str, found: Architecture) -> list[str]:
+def shape_problems(named: str, found: ModelConfig) -> list[str]:
     """One line for each dimension in which the checkpoint differs from --model."""
-    expected = named_architecture(named)
+    expected = named_model_config(named)
     sizes = [
         "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
         "tie_word_embeddings", "num_experts", "num_experts_per_tok",

@@ -19,8 +19,8 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_a2d.checkpoint.tensor_rows import Span
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.checkpoint.tensor_rows import RowRange
+from megatron_a2d.config.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -126,16 +126,16 @@ class WeightBlock:
 
     key: str
     lead: tuple[int, ...]
-    parts: tuple[Span, ...]  # each a complete tensor, or one expert of a fused tensor
+    parts: tuple[RowRange, ...]  # each a complete tensor, or one expert of a fused tensor
     groups: int
 
     @property
     def num_rows(self) -> int:
         return sum(part.stop for part in self.parts)
 
-    def hf_rows(self, start: int, stop: int) -> list[Span]:
+    def hf_rows(self, start: int, stop: int) -> list[RowRange]:
         """The ranges of HF rows that, concatenated, are rows start:stop of this matrix."""
-        spans: list[Span] = []
+        row_ranges: list[RowRange] = []
         for group in range(self.groups):
             offset = group * self.num_rows // self.groups
             for part in self.parts:
@@ -143,20 +143,20 @@ class WeightBlock:
                 low, high = max(start, offset), min(stop, offset + count)
                 if low < high:
                     first = group * count - offset
-                    spans.append(Span(part.name, part.lead, first + low, first + high))
+                    row_ranges.append(RowRange(part.name, part.lead, first + low, first + high))
                 offset += count
-        return spans
+        return row_ranges
 
-    def megatron_rows(self, index: int, start: int, stop: int) -> list[Span]:
+    def megatron_rows(self, index: int, start: int, stop: int) -> list[RowRange]:
         """The ranges of rows of this matrix that, concatenated, are rows start:stop of its part `index`."""
         count = self.parts[index].stop // self.groups
         before = sum(part.stop // self.groups for part in self.parts[:index])
-        spans: list[Span] = []
+        row_ranges: list[RowRange] = []
         for group in range(start // count, (stop - 1) // count + 1):
             low, high = max(start, group * count), min(stop, (group + 1) * count)
             first = group * self.num_rows // self.groups + before - group * count
-            spans.append(Span(self.key, self.lead, first + low, first + high))
-        return spans
+            row_ranges.append(RowRange(self.key, self.lead, first + low, first + high))
+        return row_ranges
 
 
 class WeightMap:
@@ -166,8 +166,8 @@ class WeightMap:
     has separate tensors, as in the files on the hub.
     """
 
-    def __init__(self, architecture: Architecture, hf_names: Collection[str] = ()):
-        self.architecture = architecture
+    def __init__(self, model_config: ModelConfig, hf_names: Collection[str] = ()):
+        self.model_config = model_config
         self.hf_shapes: dict[str, tuple[int, ...]] = {}
         self.megatron_shapes: dict[str, tuple[int, ...]] = {}
         self.megatron_keys: dict[str, str] = {}
@@ -184,28 +184,28 @@ class WeightMap:
         """All matrices, layer by layer."""
         yield from self._blocks.values()
 
-    def to_hf(self, span: Span) -> list[Span]:
+    def to_hf(self, row_range: RowRange) -> list[RowRange]:
         """The ranges of HF rows that hold the rows of a megatron tensor."""
-        return self._blocks[span.name, span.lead].hf_rows(span.start, span.stop)
+        return self._blocks[row_range.name, row_range.lead].hf_rows(row_range.start, row_range.stop)
 
-    def to_megatron(self, span: Span) -> list[Span]:
+    def to_megatron(self, row_range: RowRange) -> list[RowRange]:
         """The ranges of megatron rows that hold the rows of an HF tensor."""
-        block, index = self._owners[span.name, span.lead]
-        return block.megatron_rows(index, span.start, span.stop)
+        block, index = self._owners[row_range.name, row_range.lead]
+        return block.megatron_rows(index, row_range.start, row_range.stop)
 
-    def counterpart(self, name: str) -> list[Span]:
+    def counterpart(self, name: str) -> list[RowRange]:
         """The rows of the other side that make up the tensor `name` of either. Raises KeyError if unknown."""
         if name in self.megatron_shapes:
             blocks = [block for block in self.blocks() if block.key == name]
-            return [span for block in blocks for span in block.hf_rows(0, block.num_rows)]
+            return [row_range for block in blocks for row_range in block.hf_rows(0, block.num_rows)]
         owners = [(lead, owner) for (known, lead), owner in self._owners.items() if known == name]
         if not owners:
             raise KeyError(name)
-        return [span for _, (block, i) in owners for span in block.megatron_rows(i, 0, block.parts[i].stop)]
+        return [row_range for _, (block, i) in owners for row_range in block.megatron_rows(i, 0, block.parts[i].stop)]
 
     def extra_state_keys(self) -> Iterator[str]:
         """The byte entries that megatron.core expects: key/shard_<index>_<count>, one number per leading axis."""
-        a = self.architecture
+        a = self.model_config
         for module, models in EXTRA_STATE.items():
             if not _has(a, models):
                 continue
@@ -218,7 +218,7 @@ class WeightMap:
                 )
 
     def _build(self, hf_names: Collection[str]) -> Iterator[WeightBlock]:
-        entries = [entry for entry in TABLE if _has(self.architecture, entry.models)]
+        entries = [entry for entry in TABLE if _has(self.model_config, entry.models)]
         for per_layer, group in itertools.groupby(entries, _per_layer):
             if not per_layer:
                 yield from (self._block(entry, (), hf_names) for entry in group)
@@ -226,31 +226,34 @@ class WeightMap:
             layer_entries = list(group)
             experts = [entry for entry in layer_entries if "{expert}" in entry.parts[0].name]
             shared = [entry for entry in layer_entries if entry not in experts]
-            for layer in range(self.architecture.num_layers):
+            for layer in range(self.model_config.num_layers):
                 yield from (self._block(entry, (layer,), hf_names) for entry in shared)
-                for expert in range(self.architecture.num_experts):
+                for expert in range(self.model_config.num_experts):
                     yield from (self._block(entry, (layer, expert), hf_names) for entry in experts)
 
     def _block(self, entry: TensorMap, lead: tuple[int, ...], hf_names: Collection[str]) -> WeightBlock:
-        sizes = _sizes(self.architecture)
+        sizes = _sizes(self.model_config)
         names = dict(zip(("layer", "expert"), lead, strict=False))
         parts, hf_lead = entry.parts, lead[2:]
         if entry.fused and entry.fused.name.format(**names) in hf_names:
             parts, hf_lead = [entry.fused], lead[1:]
-        spans = []
+        row_ranges = []
         for part in parts:
             name, shape = part.name.format(**names), tuple(sizes[letter] for letter in part.axes)
             self.hf_shapes[name] = shape
-            spans.append(Span(name, hf_lead, 0, shape[len(hf_lead)]))
-        counts = (self.architecture.num_layers, self.architecture.num_experts)[: len(lead)]
-        rows, width = sum(span.stop for span in spans), (sizes[parts[0].axes[-1]],) * (len(parts[0].axes) > 1)
+            row_ranges.append(RowRange(name, hf_lead, 0, shape[len(hf_lead)]))
+        counts = (self.model_config.num_layers, self.model_config.num_experts)[: len(lead)]
+        rows, width = (
+            sum(row_range.stop for row_range in row_ranges),
+            (sizes[parts[0].axes[-1]],) * (len(parts[0].axes) > 1),
+        )
         self.megatron_shapes[entry.megatron] = (*counts, rows, *width)
-        groups = self.architecture.num_key_value_heads if entry.is_grouped_by_kv_head else 1
-        return WeightBlock(entry.megatron, lead, tuple(spans), groups)
+        groups = self.model_config.num_key_value_heads if entry.is_grouped_by_kv_head else 1
+        return WeightBlock(entry.megatron, lead, tuple(row_ranges), groups)
 
 
-def _sizes(architecture: Architecture) -> Mapping[str, int]:
-    a = architecture
+def _sizes(model_config: ModelConfig) -> Mapping[str, int]:
+    a = model_config
     width = a.moe_intermediate_size if a.is_moe else a.intermediate_size
     return {
         "V": a.vocab_size, "H": a.hidden_size, "D": a.head_dim,
@@ -259,10 +262,10 @@ def _sizes(architecture: Architecture) -> Mapping[str, int]:
     }  # fmt: skip
 
 
-def _has(architecture: Architecture, models: str) -> bool:
+def _has(model_config: ModelConfig, models: str) -> bool:
     if models == "untied":
-        return not architecture.tie_word_embeddings
-    return models == "all" or architecture.is_moe == (models == "moe")
+        return not model_config.tie_word_embeddings
+    return models == "all" or model_config.is_moe == (models == "moe")
 
 
 def _per_layer(entry: TensorMap) -> bool:

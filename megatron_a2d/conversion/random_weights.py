@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from megatron_a2d.checkpoint.directory import copy_hf_files
-from megatron_a2d.checkpoint.tensor_rows import Span, num_bytes
-from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.checkpoint.tensor_rows import RowRange, num_bytes
+from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.conversion.hf_to_torch_dist import check_space
 from megatron_a2d.conversion.qwen3_weight_map import WeightMap
 from megatron_a2d.conversion.resumable_output import resumable_directory
@@ -31,23 +31,23 @@ class RandomWeights:
     """A `RowSource` of any architecture; with `fused` all experts of a layer share a tensor."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, fused: bool = False, seed: int = 0):
-        architecture = architecture_from_config(config, "the configuration")
+        model_config = model_config_from_hf(config, "the configuration")
         names = [
             f"model.layers.{layer}.mlp.experts.{name}"
-            for layer in range(architecture.num_layers)
+            for layer in range(model_config.num_layers)
             for name in ("gate_up_proj", "down_proj")
         ]
-        self.shapes: Mapping[str, tuple[int, ...]] = WeightMap(architecture, names if fused else ()).hf_shapes
-        self._dtype, self._seed, self._scale = dtype, seed, architecture.initializer_range
+        self.shapes: Mapping[str, tuple[int, ...]] = WeightMap(model_config, names if fused else ()).hf_shapes
+        self._dtype, self._seed, self._scale = dtype, seed, model_config.initializer_range
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype
 
-    def read(self, span: Span) -> torch.Tensor:
-        shape = self.shapes[span.name]
+    def read(self, row_range: RowRange) -> torch.Tensor:
+        shape = self.shapes[row_range.name]
         width = torch.Size(shape[1:]).numel()
-        count = (span.stop - span.start) * width
-        start = (zlib.crc32(f"{self._seed} {span.name}".encode()) + span.start * width) % _POOL
+        count = (row_range.stop - row_range.start) * width
+        start = (zlib.crc32(f"{self._seed} {row_range.name}".encode()) + row_range.start * width) % _POOL
         rows = torch.empty(count, dtype=self._dtype)
         pool = self._norms if len(shape) == 1 else self._matrices
         filled = 0
@@ -55,7 +55,7 @@ class RandomWeights:
             take = min(_POOL - start, count - filled)
             rows[filled : filled + take] = pool[start : start + take]
             filled, start = filled + take, 0
-        return rows.view(span.stop - span.start, *shape[1:])
+        return rows.view(row_range.stop - row_range.start, *shape[1:])
 
     @cached_property
     def _matrices(self) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_a2d.checkpoint.tensor_rows import OpenFiles, RowSource, Span, StreamedFile, bytes_of, slabs
+from megatron_a2d.checkpoint.tensor_rows import OpenFiles, RowRange, RowSource, StreamedFile, bytes_of, slabs
 from megatron_a2d.config.model_config import quantised
 from megatron_a2d.conversion.resumable_output import ResumableOutput
 from megatron_a2d.conversion.workers import run_jobs
@@ -79,15 +79,15 @@ class SafetensorsDirectory:
     def dtype(self, name: str) -> torch.dtype:
         return self.entries[name].dtype
 
-    def read(self, span: Span) -> torch.Tensor:
-        entry = self.entries[span.name]
-        axes = len(span.lead)
+    def read(self, row_range: RowRange) -> torch.Tensor:
+        entry = self.entries[row_range.name]
+        axes = len(row_range.lead)
         rest = entry.shape[axes + 1 :]
         first = 0
-        for size, index in zip(entry.shape, (*span.lead, span.start), strict=False):
+        for size, index in zip(entry.shape, (*row_range.lead, row_range.start), strict=False):
             first = first * size + index
         offset = entry.offset + first * math.prod(rest) * entry.dtype.itemsize
-        return self._files.read_tensor(entry.path, offset, (span.stop - span.start, *rest), entry.dtype)
+        return self._files.read_tensor(entry.path, offset, (row_range.stop - row_range.start, *rest), entry.dtype)
 
     def close(self) -> None:
         self._files.close()
@@ -265,7 +265,7 @@ def _write_file(
         for name in names:
             shape = source.shapes[name]
             for start, stop in slabs(shape, 0, shape[0], source.dtype(name).itemsize):
-                data = bytes_of(source.read(Span(name, (), start, stop)).contiguous())
+                data = bytes_of(source.read(RowRange(name, (), start, stop)).contiguous())
                 file.write(data)
                 digest.update(data)
                 advance(len(data))

@@ -18,8 +18,8 @@ import torch
 from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.model_files import check_model_files
 from megatron_a2d.checkpoint.reader import open_torch_dist
-from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, Remapped, RowSource, Span, account, num_bytes, slabs
-from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, Remapped, RowRange, RowSource, account, num_bytes, slabs
+from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.conversion.qwen3_weight_map import FUSED_PARTS, WeightMap
 from megatron_a2d.conversion.safetensors_files import SafetensorsDirectory, open_safetensors
 from megatron_a2d.terminal.console import progress
@@ -32,7 +32,7 @@ class Weights(NamedTuple):
     """A model's weights. `tensors` has the names and shapes of the files on the hub: one per layer and expert."""
 
     directory: Path
-    architecture: Architecture
+    model_config: ModelConfig
     map: WeightMap
     tensors: RowSource
 
@@ -51,27 +51,27 @@ def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
     reported at once.
     """
     check_model_files(directory)
-    architecture = read_architecture(directory)
+    model_config = read_model_config(directory)
     with open_safetensors(directory) as files:
-        if too_few := _too_few(architecture, files.shapes, directory):
+        if too_few := _too_few(model_config, files.shapes, directory):
             raise UserError(files.problems or too_few)
-        stored = WeightMap(architecture, files.shapes)
+        stored = WeightMap(model_config, files.shapes)
         expected = dict(stored.hf_shapes)
-        if architecture.tie_word_embeddings and HEAD in files.shapes:
+        if model_config.tie_word_embeddings and HEAD in files.shapes:
             expected[HEAD] = expected[EMBEDDING]
         if problems := files.problems + account(expected, files.shapes, str(directory)):
-            if renamed := _foreign_names(architecture, files.shapes, directory):
+            if renamed := _foreign_names(model_config, files.shapes, directory):
                 raise UserError(renamed)
             raise UserError(problems + (_non_finite(files, directory) if check_values else []))
         if HEAD in expected and HEAD not in stored.hf_shapes:
             _check_tied(files, directory)
-        canonical = WeightMap(architecture)
+        canonical = WeightMap(model_config)
 
-        def locate(span: Span) -> list[Span]:
-            return [piece for middle in canonical.to_megatron(span) for piece in stored.to_hf(middle)]
+        def locate(row_range: RowRange) -> list[RowRange]:
+            return [piece for middle in canonical.to_megatron(row_range) for piece in stored.to_hf(middle)]
 
-        dtypes = {name: files.dtype(locate(Span(name, (), 0, 1))[0].name) for name in canonical.hf_shapes}
-        yield Weights(directory, architecture, canonical, Remapped(files, canonical.hf_shapes, dtypes, locate))
+        dtypes = {name: files.dtype(locate(RowRange(name, (), 0, 1))[0].name) for name in canonical.hf_shapes}
+        yield Weights(directory, model_config, canonical, Remapped(files, canonical.hf_shapes, dtypes, locate))
 
 
 @contextmanager
@@ -83,21 +83,21 @@ def open_checkpoint(path: Path) -> Iterator[Weights]:
             f"{directory / HF_FILES}: the model's configuration is missing, as plain Megatron leaves it; make the "
             "directory and put config.json and the tokenizer of the model there"
         )
-    architecture = read_architecture(directory / HF_FILES)
+    model_config = read_model_config(directory / HF_FILES)
     with open_torch_dist(directory) as stored:
-        if too_few := _too_few(architecture, stored.shapes, directory):
+        if too_few := _too_few(model_config, stored.shapes, directory):
             raise UserError(too_few)
-        weights = WeightMap(architecture)
+        weights = WeightMap(model_config)
         if problems := account(weights.megatron_shapes, stored.shapes, str(directory)):
             raise UserError(problems)
         dtypes = {name: stored.dtype(key) for name, key in weights.megatron_keys.items()}
         tensors = Remapped(stored, weights.hf_shapes, dtypes, weights.to_megatron)
-        yield Weights(directory, architecture, weights, tensors)
+        yield Weights(directory, model_config, weights, tensors)
 
 
-def _too_few(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> list[str]:
+def _too_few(model_config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> list[str]:
     """A problem if config.json is of a far larger model than the files: listing its missing tensors takes memory."""
-    there, named = sum(map(math.prod, shapes.values())), architecture.num_parameters()
+    there, named = sum(map(math.prod, shapes.values())), model_config.num_parameters()
     if named <= 2 * there + 10_000:
         return []
     return [
@@ -130,12 +130,12 @@ def as_type(weights: Weights, dtype: torch.dtype | None) -> RowSource:
     if dtype is None:
         return weights.tensors
     shapes = weights.tensors.shapes
-    return Remapped(weights.tensors, shapes, dict.fromkeys(shapes, dtype), lambda span: [span])
+    return Remapped(weights.tensors, shapes, dict.fromkeys(shapes, dtype), lambda row_range: [row_range])
 
 
-def _foreign_names(architecture: Architecture, found: Mapping[str, tuple], directory: Path) -> str | None:
+def _foreign_names(model_config: ModelConfig, found: Mapping[str, tuple], directory: Path) -> str | None:
     """A problem if most tensors have other names than in Qwen3, as in wrappers and multimodal models; else None."""
-    table = WeightMap(architecture).hf_shapes
+    table = WeightMap(model_config).hf_shapes
     parts = {part for name in table for part in name.split(".")} | FUSED_PARTS
 
     def plain(name: str) -> str:
@@ -143,7 +143,7 @@ def _foreign_names(architecture: Architecture, found: Mapping[str, tuple], direc
         return "model." + re.sub(r"^(model\.)*", "", known) if not known.startswith("lm_head.") else known
 
     plain_names = {plain(name): name for name in found if name not in table}
-    expected = WeightMap(architecture, plain_names).hf_shapes
+    expected = WeightMap(model_config, plain_names).hf_shapes
     missing = [name for name in expected if name not in found]
     renamed = [name for name in missing if name in plain_names]
     if len(renamed) < 2 or 2 * len(renamed) < len(missing):
@@ -160,14 +160,14 @@ def _non_finite(files: SafetensorsDirectory, directory: Path) -> list[str]:
     with progress("checking values", num_bytes(files), "B") as advance:
         for name, shape in files.shapes.items():
             for start, stop in slabs(shape, 0, shape[0] if shape else 0, files.dtype(name).itemsize):
-                advance(checked.read(Span(name, (), start, stop)).nbytes)
+                advance(checked.read(RowRange(name, (), start, stop)).nbytes)
     return checked.problems(directory)
 
 
 def _check_tied(files: SafetensorsDirectory, directory: Path) -> None:
     shape, types = files.shapes[HEAD], {files.dtype(HEAD), files.dtype(EMBEDDING)}
     for start, stop in slabs(shape, 0, shape[0], 4):
-        head, embedding = (files.read(Span(name, (), start, stop)) for name in (HEAD, EMBEDDING))
+        head, embedding = (files.read(RowRange(name, (), start, stop)) for name in (HEAD, EMBEDDING))
         if len(types) > 1 or not torch.equal(head, embedding):
             raise UserError(
                 f"{directory}: config.json ties {HEAD} to {EMBEDDING}, but the two tensors differ; "

@@ -98,7 +98,7 @@ def export(
                         comparison = compare_weights(weights, written, advance, workers)
                     if check:
                         check(comparison, weights, written)
-        return Written(out, origin.iteration, weights.architecture.num_parameters(), size, comparison)
+        return Written(out, origin.iteration, weights.model_config.num_parameters(), size, comparison)
 
 
 def _describe(weights: Weights, dtype: str) -> tuple[Exported, Origin]:
@@ -111,12 +111,12 @@ def _describe(weights: Weights, dtype: str) -> tuple[Exported, Origin]:
         )
     hf = weights.directory / HF_FILES
     model = Exported(
-        weights.architecture,
+        weights.model_config,
         read_json(hf / "config.json", "the model's configuration"),
         _optional(hf / "generation_config.json"),
         dtype,
         read_trained(weights.directory),
-        read_end_tokens(hf, weights.architecture.vocab_size),
+        read_end_tokens(hf, weights.model_config.vocab_size),
     )
     common = read_common(weights.directory)
     averaged = common.get("averaged_iterations", ())

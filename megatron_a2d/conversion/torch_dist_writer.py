@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_a2d.checkpoint.manifest import Entry
-from megatron_a2d.checkpoint.tensor_rows import RowSource, Span, StreamedFile, bytes_of, slabs
+from megatron_a2d.checkpoint.tensor_rows import RowRange, RowSource, StreamedFile, bytes_of, slabs
 from megatron_a2d.checkpoint.torch_save_zip import archive_frame
 from megatron_a2d.conversion.qwen3_weight_map import WeightMap
 from megatron_a2d.conversion.resumable_output import ResumableOutput
@@ -55,7 +55,7 @@ FILE_BYTES = 512 << 20
 class _Chunk(NamedTuple):
     """A chunk of a tensor, and the location of its archive in its file."""
 
-    span: Span
+    row_range: RowRange
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     offset: int
@@ -96,27 +96,29 @@ def _plan(source: RowSource, weights: WeightMap, begin: int) -> dict[str, list[_
     files: dict[str, list[_Chunk]] = {}
     chunks: list[_Chunk] = []
     position = begin
-    for span in _chunks(source, weights):
+    for row_range in _chunks(source, weights):
         if position >= FILE_BYTES or not files:
             chunks = files.setdefault(f"__0_{len(files)}.distcp", [])
             position = begin if len(files) == 1 else 0
-        rest = weights.megatron_shapes[span.name][len(span.lead) + 1 :]
-        sizes = (*(1 for _ in span.lead), span.stop - span.start, *rest)
-        dtype = source.dtype(span.name)
+        rest = weights.megatron_shapes[row_range.name][len(row_range.lead) + 1 :]
+        sizes = (*(1 for _ in row_range.lead), row_range.stop - row_range.start, *rest)
+        dtype = source.dtype(row_range.name)
         length = sum(map(len, archive_frame(dtype, sizes))) + math.prod(sizes) * dtype.itemsize
-        chunks.append(_Chunk(span, (*span.lead, span.start, *(0 for _ in rest)), sizes, position, length))
+        chunks.append(
+            _Chunk(row_range, (*row_range.lead, row_range.start, *(0 for _ in rest)), sizes, position, length)
+        )
         position += length
     return files
 
 
-def _chunks(source: RowSource, weights: WeightMap) -> Iterator[Span]:
+def _chunks(source: RowSource, weights: WeightMap) -> Iterator[RowRange]:
     for block in weights.blocks():
         matrix = (block.num_rows, *weights.megatron_shapes[block.key][len(block.lead) + 1 :])
         itemsize = source.dtype(block.key).itemsize
         begin = 0
         for length in [block.num_rows] if block.groups > 1 else [part.stop for part in block.parts]:
             for start, stop in slabs(matrix, begin, begin + length, itemsize, CHUNK_BYTES):
-                yield Span(block.key, block.lead, start, stop)
+                yield RowRange(block.key, block.lead, start, stop)
             begin += length
 
 
@@ -139,11 +141,11 @@ def _write_file(
         write(first)
         for chunk in chunks:
             assert size == chunk.offset, (name, chunk, size)
-            key, lead, start, stop = chunk.span
+            key, lead, start, stop = chunk.row_range
             prefix, suffix = archive_frame(source.dtype(key), chunk.sizes)
             write(prefix)
             for first_row, end in slabs(chunk.sizes[len(lead) :], start, stop, source.dtype(key).itemsize):
-                rows = source.read(Span(key, lead, first_row, end)).contiguous()
+                rows = source.read(RowRange(key, lead, first_row, end)).contiguous()
                 write(bytes_of(rows))
                 advance(rows.nbytes)
             write(suffix)
@@ -162,7 +164,7 @@ def _write_metadata(
         results.append(WriteResult(MetadataIndex(key), state_length, location))
     for file, chunks in files.items():
         for chunk in chunks:
-            key = chunk.span.name
+            key = chunk.row_range.name
             if key not in items:
                 properties, size = TensorProperties(dtype=source.dtype(key)), torch.Size(weights.megatron_shapes[key])
                 items[key] = TensorStorageMetadata(properties, size, [])

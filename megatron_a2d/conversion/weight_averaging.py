@@ -14,9 +14,9 @@ from megatron_a2d import __version__
 from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, TRACKER, copy_hf_files, directory_name, iteration_of
 from megatron_a2d.checkpoint.manifest import write_manifest
 from megatron_a2d.checkpoint.reader import read_common
-from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, RowSource, Span, num_bytes
+from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, RowRange, RowSource, num_bytes
 from megatron_a2d.checkpoint.training_facts import read_trained
-from megatron_a2d.conversion.compare_weights import architecture_differences
+from megatron_a2d.conversion.compare_weights import model_config_differences
 from megatron_a2d.conversion.hf_to_torch_dist import check_space
 from megatron_a2d.conversion.resumable_output import describe_files, resumable_directory
 from megatron_a2d.conversion.sources import Weights, as_megatron, open_checkpoint
@@ -43,13 +43,13 @@ class MeanRows:
     def dtype(self, name: str) -> torch.dtype:
         return self._sources[0].dtype(name)
 
-    def read(self, span: Span) -> torch.Tensor:
+    def read(self, row_range: RowRange) -> torch.Tensor:
         total = None
         for source, factor in zip(self._sources, self._factors, strict=True):
-            rows = source.read(span).float().mul_(factor) if factor != 1 else source.read(span).float()
+            rows = source.read(row_range).float().mul_(factor) if factor != 1 else source.read(row_range).float()
             total = rows if total is None else total.add_(rows)
         assert total is not None
-        return total.to(self.dtype(span.name))
+        return total.to(self.dtype(row_range.name))
 
 
 def factors_of(count: int, ema_decay: float | None) -> list[float]:
@@ -128,8 +128,8 @@ def _iteration(weights: Weights) -> int:
 def _check_alike(sources: Sequence[Weights]) -> None:
     if len(sources) < 2:
         raise UserError("--checkpoints: a mean needs at least two; name more iterations")
-    problems = [line for other in sources[1:] for line in architecture_differences(sources[0], other)]
-    masks = {weights.architecture.mask_token_id for weights in sources}
+    problems = [line for other in sources[1:] for line in model_config_differences(sources[0], other)]
+    masks = {weights.model_config.mask_token_id for weights in sources}
     if len(masks) > 1:
         problems.append(
             f"--checkpoints: their mask tokens differ ({', '.join(map(str, masks))}); name one run's iterations"

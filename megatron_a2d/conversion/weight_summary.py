@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_a2d.checkpoint.tensor_rows import RowSource, Span, is_finite, slabs
+from megatron_a2d.checkpoint.tensor_rows import RowRange, RowSource, is_finite, slabs
 from megatron_a2d.conversion.sources import EMBEDDING, HEAD, Weights
 from megatron_a2d.conversion.workers import run_jobs
 
@@ -82,7 +82,7 @@ def _measure(tensors: RowSource, name: str, advance: Callable[[float], None]) ->
     shape = tensors.shapes[name]
     squares, largest, finite = 0.0, 0.0, True
     for start, stop in slabs(shape, 0, shape[0], 4):
-        rows = tensors.read(Span(name, (), start, stop))
+        rows = tensors.read(RowRange(name, (), start, stop))
         advance(rows.nbytes)
         if not is_finite(rows):
             finite = False

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.data.dataloader import MakeSample
 from megatron_a2d.data.indexed_dataset import TokenFile
@@ -27,7 +27,7 @@ class Documents(Protocol):
 
 
 def make_sample(
-    config: RunConfig, architecture: Architecture, dataset: Documents, noise_seed: int, for_training: bool = False
+    config: RunConfig, model_config: ModelConfig, dataset: Documents, noise_seed: int, for_training: bool = False
 ) -> MakeSample:
     """The function that turns a sample's tokens into the objective's inputs, labels and weights.
 
@@ -40,10 +40,10 @@ def make_sample(
     cut_probability = data.random_length_prob if for_training else 0.0
     noise = None
     if diffusion.objective != "ar":
-        assert architecture.mask_token_id is not None
+        assert model_config.mask_token_id is not None
         noise = Noise(
             seed=noise_seed,
-            mask_token_id=architecture.mask_token_id,
+            mask_token_id=model_config.mask_token_id,
             schedule=diffusion.noise_schedule,
             timestep_sampling=diffusion.timestep_sampling,
             min_timestep=diffusion.min_timestep,

@@ -27,7 +27,7 @@ from megatron_a2d.diffusion.loss import Estimate
 from megatron_a2d.diffusion.rng import Stream, uniforms
 
 
-class Draws(NamedTuple):
+class MaskSamples(NamedTuple):
     """The masks of a continuation and their weights. J forward passes, n tokens."""
 
     masks: np.ndarray  # [J, n] bool
@@ -36,7 +36,7 @@ class Draws(NamedTuple):
     num_replicates: int
 
 
-def likelihood_draws(num_tokens: int, mc_num: int, seed: int = 0) -> Draws:
+def likelihood_samples(num_tokens: int, mc_num: int, seed: int = 0) -> MaskSamples:
     """At most `mc_num` forward passes for a continuation of `num_tokens`; exact if they suffice."""
     if num_tokens < 1 or mc_num < 1:
         raise ValueError(f"need at least one token and one draw, not {num_tokens} and {mc_num}")
@@ -44,7 +44,7 @@ def likelihood_draws(num_tokens: int, mc_num: int, seed: int = 0) -> Draws:
         masks = np.array(list(product([False, True], repeat=num_tokens)))[1:]
         sizes = masks.sum(1)
         weights = np.array([1.0 / (k * math.comb(num_tokens, k)) for k in sizes])
-        return Draws(masks, weights, np.zeros(len(masks), dtype=np.int64), 1)
+        return MaskSamples(masks, weights, np.zeros(len(masks), dtype=np.int64), 1)
     # About the square root of the draws are replicates: enough replicates for a standard error, enough draws to
     # stratify.
     num_replicates = max(1, round(math.sqrt(mc_num)))
@@ -62,18 +62,18 @@ def likelihood_draws(num_tokens: int, mc_num: int, seed: int = 0) -> Draws:
             masks_J.append(mask)
             weights_J.append(num_tokens / size / per_replicate)
     replicates_J = np.arange(num_replicates).repeat(per_replicate)
-    return Draws(np.array(masks_J), np.array(weights_J), replicates_J, num_replicates)
+    return MaskSamples(np.array(masks_J), np.array(weights_J), replicates_J, num_replicates)
 
 
-def pseudo_likelihood_draws(num_tokens: int) -> Draws:
+def pseudo_likelihood_samples(num_tokens: int) -> MaskSamples:
     """Pseudo-log-likelihood, one token masked at a time: the sum of log p(y_i | all other tokens).
 
     Neither a likelihood nor a bound on one.
     """
-    return Draws(np.eye(num_tokens, dtype=bool), np.ones(num_tokens), np.zeros(num_tokens, dtype=np.int64), 1)
+    return MaskSamples(np.eye(num_tokens, dtype=bool), np.ones(num_tokens), np.zeros(num_tokens, dtype=np.int64), 1)
 
 
-def log_likelihood(draws: Draws, losses_J: np.ndarray) -> Estimate:
+def log_likelihood(draws: MaskSamples, losses_J: np.ndarray) -> Estimate:
     """The estimate in nats, at most 0, from each draw's sum of cross-entropies over its masked tokens [J].
 
     The standard error is 0 if the estimate is exact.

@@ -1,7 +1,8 @@
-"""Environment variables and processor cores of a process, computed from the settings and the GPU.
+"""The environment of a process: its rank as torchrun sets it; the variables and processor cores that it sets itself.
 
-CUDA, NCCL and torch's allocator read most of them once, when they start. `apply` therefore runs before anything touches
-CUDA, and asks the driver (NVML) for the GPU. Nothing is left to the user: what is computed here overrides what was set.
+CUDA, NCCL and torch's allocator read most variables once, when they start. `apply` therefore runs before CUDA is
+initialised, and asks the driver (NVML) for the GPU. Nothing is left to the user: what is computed here overrides what
+was set.
 """
 
 from __future__ import annotations
@@ -14,6 +15,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.utils.errors import UserError
+
+
+def world_size() -> int:
+    """Number of processes that torchrun (or Slurm through it) started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among all of them; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_launch() -> None:
+    """UserError if Slurm started several processes that would each train alone."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and tasks != "1":
+        raise UserError(
+            f"SLURM_NTASKS {tasks}: srun started this process {tasks} times without a RANK, and each would run alone; "
+            "let torchrun number them: `srun --ntasks-per-node 1 launch/node.sh -m megatron_a2d.train ...`"
+        )
 
 
 class Gpu(NamedTuple):
@@ -169,7 +191,7 @@ def apply(config: RunConfig) -> dict[str, str]:
     values = environment(config, gpu := find_gpu())
     os.environ.update(values)
     if gpu is not None and hasattr(os, "sched_setaffinity"):
-        rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local_rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         allowed = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, own_cores(allowed, find_near_cores(size), rank, _first_threads(allowed)))
+        os.sched_setaffinity(0, own_cores(allowed, find_near_cores(size), local_rank, _first_threads(allowed)))
     return values

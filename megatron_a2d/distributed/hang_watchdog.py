@@ -139,8 +139,8 @@ def pause(limit: float) -> float:
     return min(LONGEST_PAUSE, limit / 10)
 
 
-class Watch:
-    """Looks at all heartbeats of a directory, again and again."""
+class Watchdog:
+    """Periodic check of all heartbeats in a directory."""
 
     def __init__(self, attempt: str | Path):
         self._directory = Path(attempt) / HEARTBEATS

@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_a2d import megatron_compat
 from megatron_a2d.config.settings import ParallelConfig
-from megatron_a2d.distributed.launch_environment import check_launch as check_launch
-from megatron_a2d.distributed.launch_environment import rank as rank
-from megatron_a2d.distributed.launch_environment import world_size as world_size
+from megatron_a2d.distributed.environment import check_launch as check_launch
+from megatron_a2d.distributed.environment import rank as rank
+from megatron_a2d.distributed.environment import world_size as world_size
 from megatron_a2d.megatron_compat.device import communication_backend, device, has_cuda
 
 T = TypeVar("T")

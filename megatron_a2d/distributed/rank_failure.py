@@ -39,8 +39,8 @@ _CONNECTION = re.compile(r"connect|timed out|time-?out|broken pipe|gloo|nccl", r
 _VERDICT, _SUSPECT, _ENDED = "a2d/verdict", "a2d/suspect", "a2d/ended"
 
 
-class Peers:
-    """Watches while the block runs: `with Peers(patience): train()`. `patience` in seconds.
+class PeerMonitor:
+    """Detection of lost ranks while the block runs: `with PeerMonitor(patience): train()`. `patience` in seconds.
 
     When a rank is lost the process prints one line that names it and ends with PEER_LOST.
     """
@@ -51,7 +51,7 @@ class Peers:
         self._next = (self._rank + 1) % self._size
         self._leaving = threading.Event()
 
-    def __enter__(self) -> Peers:
+    def __enter__(self) -> PeerMonitor:
         if self._size > 1:
             # Connections of their own: a collective may wait inside the other one.
             self._store = _own_connection()

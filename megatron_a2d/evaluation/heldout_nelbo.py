@@ -133,7 +133,7 @@ def evaluate_sources(
     results, tables = {}, []
     for source in sources:
         columns = SampleTable(min(num_samples, source.dataset.num_samples))
-        make = make_sample(config, loaded.architecture, source.dataset, VALIDATION_SEED)
+        make = make_sample(config, loaded.model_config, source.dataset, VALIDATION_SEED)
         for start in range(0, len(columns.table), config.training.micro_batch_size):
             size = min(config.training.micro_batch_size, len(columns.table) - start)
             batch = make_batch(source.dataset, make, start, size)

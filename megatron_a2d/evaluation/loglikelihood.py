@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_a2d.diffusion.conditional_likelihood import (
-    Draws,
-    likelihood_draws,
+    MaskSamples,
+    likelihood_samples,
     log_likelihood,
-    pseudo_likelihood_draws,
+    pseudo_likelihood_samples,
 )
 from megatron_a2d.diffusion.model_interface import Head, Request, logits_in_chunks
 from megatron_a2d.diffusion.rng import Stream
@@ -65,7 +65,7 @@ class MaskedRequest(NamedTuple):
     """A request under one of its masks: the input sequence, and what is predicted from it."""
 
     request: int
-    mask: int  # row of `Draws.masks`; one past the last is the full mask, added for is_greedy alone
+    mask: int  # row of `MaskSamples.masks`; one past the last is the full mask, added for is_greedy alone
     tokens: np.ndarray  # [l] input, masked
     positions: np.ndarray  # [n] of the logits needed
     labels: np.ndarray  # [n] target tokens
@@ -137,13 +137,13 @@ def _groups(
 
 
 @lru_cache(maxsize=256)
-def masks_of(num_tokens: int, objective: str, options: ScoringOptions) -> Draws:
+def masks_of(num_tokens: int, objective: str, options: ScoringOptions) -> MaskSamples:
     """The masks under which a continuation of `num_tokens` is scored, and their weights. Cached: do not modify."""
     if objective == "ar":
-        return Draws(np.ones((1, num_tokens), bool), np.ones(1), np.zeros(1, np.int64), 1)
+        return MaskSamples(np.ones((1, num_tokens), bool), np.ones(1), np.zeros(1, np.int64), 1)
     if options.likelihood == "pseudo":
-        return pseudo_likelihood_draws(num_tokens)
-    return likelihood_draws(num_tokens, options.mc_num, options.seed)
+        return pseudo_likelihood_samples(num_tokens)
+    return likelihood_samples(num_tokens, options.mc_num, options.seed)
 
 
 def _score_group(loaded: LoadedModel, requests: dict[int, Pair], options: ScoringOptions) -> dict[int, Scored]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_a2d.checkpoint.model_files import check_model_files
 from megatron_a2d.checkpoint.training_facts import read_trained
-from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import num_diffusion_steps
 from megatron_a2d.conversion.mask_token import mask_token_names, read_tokens
@@ -37,13 +37,13 @@ def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel
     check_model_files(directory)
     config = read_json(directory / "config.json", "the model's configuration")
     _check_type(directory, config.get("model_type"), objective)
-    architecture = read_architecture(directory)
+    model_config = read_model_config(directory)
     is_diffusion = objective == "mdlm"
-    mask = architecture.mask_token_id if is_diffusion else -1
-    tokenizer = load_tokenizer(directory, architecture.vocab_size)
+    mask = model_config.mask_token_id if is_diffusion else -1
+    tokenizer = load_tokenizer(directory, model_config.vocab_size)
     if is_diffusion:
-        check_mask_token(directory, mask, architecture.vocab_size)
-    ends, trained = read_end_tokens(directory, architecture.vocab_size), read_trained(directory)
+        check_mask_token(directory, mask, model_config.vocab_size)
+    ends, trained = read_end_tokens(directory, model_config.vocab_size), read_trained(directory)
     with open_hf(directory):
         pass  # UserError unless the directory holds exactly the tensors of the model, in their shapes
     model = _load(directory, DIFFUSION_TYPES.get(str(config["model_type"]), transformers.AutoModelForCausalLM))
@@ -52,15 +52,15 @@ def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel
         tokenizer=tokenizer,
         name=str(directory),
         objective=objective,
-        architecture=architecture,
-        vocab_size=architecture.vocab_size,
+        model_config=model_config,
+        vocab_size=model_config.vocab_size,
         mask_token_id=int(mask if mask is not None else -1),
         end_token_ids=ends.ids,
         document_token_id=ends.document,
         label_shift=trained.label_shift,
         noise_schedule=trained.noise_schedule,
         reset_attention_mask=trained.reset_attention_mask,
-        max_positions=architecture.context_length,
+        max_positions=model_config.context_length,
         num_diffusion_steps=num_diffusion_steps(config),
         has_caches=is_diffusion,
         device=model.device,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.diffusion.model_interface import Model
 from megatron_a2d.utils.atomic_write import read_json
@@ -26,7 +26,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     name: str  # as the user gave it
     objective: str  # mdlm, block or ar
-    architecture: Architecture
+    model_config: ModelConfig
     vocab_size: int
     mask_token_id: int  # -1 for an autoregressive model
     end_token_ids: tuple[int, ...]  # a text ends at the first of these tokens (conversion/end_tokens.py)

@@ -22,7 +22,7 @@ from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.load import load_state
 from megatron_a2d.checkpoint.model_state_dict import fill_model, state_to_load
 from megatron_a2d.checkpoint.training_facts import read_trained
-from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import RunConfig, build
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.conversion.end_tokens import read_end_tokens
@@ -47,7 +47,7 @@ def load_parallel_model(path: str | Path, values: dict[str, Any], objective: str
     """
     directory = resolve(path)
     hf_files = directory / HF_FILES
-    architecture = read_architecture(hf_files)
+    model_config = read_model_config(hf_files)
     trained = read_trained(directory)
     if objective == "mdlm" and trained.objective == "block":
         objective = "block"  # masked diffusion too, with other attention
@@ -56,20 +56,20 @@ def load_parallel_model(path: str | Path, values: dict[str, Any], objective: str
             f"--model {path}: was trained with --objective {trained.objective}, not {objective}; give that objective"
         )
     processes = dist.get_world_size() if dist.is_initialized() else process_groups.world_size()
-    longest = architecture.context_length // (tp := values.get("tensor_model_parallel_size", 1) or 1) * tp
+    longest = model_config.context_length // (tp := values.get("tensor_model_parallel_size", 1) or 1) * tp
     block = {name: getattr(trained, name) for name in ("block_length", "ar_loss_weight") if objective == "block"}
     config = build({**values, **block, "objective": objective, "global_batch_size": processes, "seq_length": longest})
-    if problems := find_problems(config, architecture, processes):
+    if problems := find_problems(config, model_config, processes):
         raise UserError(problems)
-    mask = architecture.mask_token_id if objective != "ar" else -1
-    tokenizer = load_tokenizer(hf_files, architecture.vocab_size)
+    mask = model_config.mask_token_id if objective != "ar" else -1
+    tokenizer = load_tokenizer(hf_files, model_config.vocab_size)
     if objective != "ar":
-        check_mask_token(hf_files, mask, architecture.vocab_size)
-    ends = read_end_tokens(hf_files, architecture.vocab_size)
+        check_mask_token(hf_files, mask, model_config.vocab_size)
+    ends = read_end_tokens(hf_files, model_config.vocab_size)
     with open_checkpoint(directory):
         pass  # UserError unless the checkpoint holds exactly the tensors of the model, in their shapes
     process_groups.initialize(config.parallel)
-    model = load_weights(architecture, config, directory)
+    model = load_weights(model_config, config, directory)
     hf_config = read_json(hf_files / "config.json", "the model's configuration")
     forward: Model = ParallelModel(model, config)
     causal_context = config.diffusion.ar_loss_weight > 0
@@ -80,15 +80,15 @@ def load_parallel_model(path: str | Path, values: dict[str, Any], objective: str
         tokenizer=tokenizer,
         name=str(path),
         objective=objective,
-        architecture=architecture,
-        vocab_size=architecture.vocab_size,
+        model_config=model_config,
+        vocab_size=model_config.vocab_size,
         mask_token_id=int(mask if mask is not None else -1),
         end_token_ids=ends.ids,
         document_token_id=ends.document,
         label_shift=trained.label_shift,
         noise_schedule=trained.noise_schedule,
         reset_attention_mask=trained.reset_attention_mask,
-        max_positions=architecture.context_length,
+        max_positions=model_config.context_length,
         num_diffusion_steps=num_diffusion_steps(hf_config),
         has_caches=False,
         device=device(),
@@ -99,9 +99,9 @@ def load_parallel_model(path: str | Path, values: dict[str, Any], objective: str
     )
 
 
-def load_weights(architecture: Architecture, config: RunConfig, directory: Path) -> DiffusionLM:
+def load_weights(model_config: ModelConfig, config: RunConfig, directory: Path) -> DiffusionLM:
     """This rank's shards of the model, in eval mode, without an optimizer. Collective."""
-    model = build_model(architecture, config)
+    model = build_model(model_config, config)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     loaded = load_state({"model": state_to_load(model, metadata)}, directory)
     fill_model(model, loaded["model"])

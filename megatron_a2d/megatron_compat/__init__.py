@@ -1,18 +1,37 @@
 """The device switch and everything that depends on megatron.core's version.
 
-`install()` is called before any megatron object is built. On every machine it checks the version and
-applies the upstream fixes; without CUDA it also makes megatron.core run on the CPU. `versions.py` holds what differs
-between the supported versions. Importing this room makes megatron.core importable without triton, and
-imports no torch.
+`install()` is called before any megatron object is built. On every machine it checks the version and applies the fixes
+of versions.py, which holds what differs between the supported versions; without CUDA it also makes megatron.core run
+on the CPU. Importing this package makes megatron.core importable without triton, and imports no torch.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
+from types import ModuleType
 
-from megatron_a2d.megatron_compat import without_triton
+TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
 
-without_triton.install()
+
+def make_triton_optional() -> None:
+    """Replace megatron.core's one module that needs triton; to be called before megatron.core is imported.
+
+    From 0.17 on `import megatron.core` imports triton for kernels that move expert activations on a GPU, and torch's
+    CPU builds come without triton. Everything else that looks for triton finds none and works without it. This does not
+    ask whether there is a GPU: that would initialise CUDA, which reads its environment variables once, before
+    distributed/environment.py has set them.
+    """
+    if TRITON_KERNELS in sys.modules or importlib.util.find_spec("triton") is not None:
+        return
+    module = ModuleType(TRITON_KERNELS, "Placeholder for kernels that only run on a GPU.")
+    names = {"GLOBAL_BLOCK_SIZE": 1024, "paged_stash_copy_kernel": None, "paged_stash_pop_kernel": None}
+    vars(module).update(names)
+    sys.modules[TRITON_KERNELS] = module
+
+
+make_triton_optional()
 
 
 @functools.cache

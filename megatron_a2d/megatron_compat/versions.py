@@ -2,7 +2,7 @@
 
 What 0.19.2 does otherwise than 0.16.1, where this project meets it:
 
-- `import megatron.core` needs triton (without_triton.py).
+- `import megatron.core` needs triton (`make_triton_optional` in __init__.py).
 - Its version ends in a commit where .venv312 lies in a git checkout, as ours does: that checkout's (`release`).
 - A checkpoint has no common.pt, strategies are not registered by name, and saves are planned by another package unless
   one asks for megatron.core's own (save.py, `async_save_options`). Ours have one form under both: common.pt is read.
@@ -137,3 +137,11 @@ def mark_expert_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def is_recomputed() -> bool:
+    """Whether a layer's second forward pass is running (activation recomputation), which hooks that count must skip.
+
+    The test that torch.utils.checkpoint itself uses.
+    """
+    return torch._C._current_graph_task_id() != -1

@@ -27,7 +27,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.diffusion.attention_masks import annealed, block_causal_mask
 from megatron_a2d.distributed.step_timers import both_ways
 from megatron_a2d.megatron_compat.device import has_cuda, send
@@ -63,14 +63,14 @@ class YarnAngles(YarnRotaryEmbedding):
         pass
 
 
-def rotary_embedding(architecture: Architecture) -> RotaryEmbedding:
+def rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding:
     """The rotary embedding, scaled by YaRN if the architecture sets it, on the device used for training."""
-    common: dict[str, Any] = dict(rotary_base=architecture.rope_theta, use_cpu_initialization=not has_cuda())
-    yarn = architecture.yarn
+    common: dict[str, Any] = dict(rotary_base=model_config.rope_theta, use_cpu_initialization=not has_cuda())
+    yarn = model_config.yarn
     if yarn is None:
-        return RotaryEmbedding(architecture.head_dim, rotary_percent=1.0, **common)
+        return RotaryEmbedding(model_config.head_dim, rotary_percent=1.0, **common)
     return YarnAngles(
-        architecture.head_dim,
+        model_config.head_dim,
         scaling_factor=yarn.factor,
         original_max_position_embeddings=yarn.original_max_position_embeddings,
         beta_fast=yarn.beta_fast,
@@ -97,7 +97,7 @@ class DiffusionLM(LanguageModule):
     def __init__(
         self,
         config: TransformerConfig,
-        architecture: Architecture,
+        model_config: ModelConfig,
         block_spec: TransformerBlockSubmodules,
         pre_process: bool = True,
         post_process: bool = True,
@@ -107,16 +107,16 @@ class DiffusionLM(LanguageModule):
         super().__init__(config=config)
         self.packs_documents = packs_documents
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
+        self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
         self.model_type = ModelType.encoder_or_decoder
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config,
-                architecture.vocab_size,
-                architecture.max_position_embeddings,
+                model_config.vocab_size,
+                model_config.max_position_embeddings,
                 position_embedding_type="rope",
             )
-        self.rotary_pos_emb = rotary_embedding(architecture)
+        self.rotary_pos_emb = rotary_embedding(model_config)
         self.decoder = TransformerBlock(
             config, block_spec, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
@@ -126,12 +126,12 @@ class DiffusionLM(LanguageModule):
             head_config.gradient_accumulation_fusion = False
             self.output_layer = OutputLayer(
                 config.hidden_size,
-                architecture.vocab_size,
+                model_config.vocab_size,
                 config=head_config,
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
-                skip_weight_param_allocation=pre_process and architecture.tie_word_embeddings,
+                skip_weight_param_allocation=pre_process and model_config.tie_word_embeddings,
             )
             # `_output` gathers from the sequence-parallel region, not the layer.
             self.output_layer.sequence_parallel = False

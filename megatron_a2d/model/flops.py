@@ -6,17 +6,17 @@ twice forward. A multiply-add is two operations.
 
 from __future__ import annotations
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 
 
 def train_flops_per_token(
-    architecture: Architecture, seq_length: int, causal: bool = False, head_fraction: float = 1.0
+    model_config: ModelConfig, seq_length: int, causal: bool = False, head_fraction: float = 1.0
 ) -> float:
     """Forward and backward operations for one token of a sample of `seq_length` tokens.
 
     `head_fraction` is the share of positions whose rows reach the head: about one half for a linear schedule.
     """
-    a = architecture
+    a = model_config
     query_size, key_value_size = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     projections = a.hidden_size * (2 * query_size + 2 * key_value_size)
     keys_met = (seq_length + 1) / 2 if causal else seq_length

@@ -14,7 +14,7 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_a2d.megatron_compat.recompute import is_recomputed
+from megatron_a2d.megatron_compat.versions import is_recomputed
 
 
 class GraftedSelfAttention(SelfAttention):

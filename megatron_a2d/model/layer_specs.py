@@ -23,7 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, flag
 from megatron_a2d.config.validate_performance import needs_transformer_engine, refuses_transformer_engine
 from megatron_a2d.megatron_compat.device import has_cuda
@@ -54,10 +54,10 @@ def choose_implementation(config: RunConfig) -> Implementation:
     return "local"
 
 
-def notes(config: RunConfig, architecture: Architecture) -> list[str]:
+def notes(config: RunConfig, model_config: ModelConfig) -> list[str]:
     """What is computed otherwise than one would think of the layers that were chosen; lines for the log."""
     uses_engine = choose_implementation(config) == "transformer_engine"
-    missing = missing_router_product() if uses_engine and architecture.is_moe else None
+    missing = missing_router_product() if uses_engine and model_config.is_moe else None
     return [missing] if missing else []
 
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_a2d.config.fp8_recipe import choose_scaling
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate_performance import find_performance_problems
-from megatron_a2d.distributed.launch_environment import rank
+from megatron_a2d.distributed.environment import rank
 from megatron_a2d.megatron_compat import versions
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version, has_cuda
 from megatron_a2d.model.layer_specs import choose_implementation
@@ -30,20 +30,20 @@ from megatron_a2d.utils.printable import print_line
 GRAPH_WARMUP_STEPS = 3
 
 
-def build_transformer_config(architecture: Architecture, config: RunConfig) -> TransformerConfig:
+def build_transformer_config(model_config: ModelConfig, config: RunConfig) -> TransformerConfig:
     """The configuration of every layer, on every rank of the run's layout."""
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     interleaved = config.parallel.virtual_pipeline_size is not None
     fields: dict[str, Any] = dict(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_key_value_heads,
-        kv_channels=architecture.head_dim,
-        ffn_hidden_size=architecture.intermediate_size,
+        num_layers=model_config.num_layers,
+        hidden_size=model_config.hidden_size,
+        num_attention_heads=model_config.num_attention_heads,
+        num_query_groups=model_config.num_key_value_heads,
+        kv_channels=model_config.head_dim,
+        ffn_hidden_size=model_config.intermediate_size,
         # Qwen3: RMS norms, norms on queries and keys, SwiGLU, no biases, no dropout.
         normalization="RMSNorm",
-        layernorm_epsilon=architecture.rms_norm_eps,
+        layernorm_epsilon=model_config.rms_norm_eps,
         qk_layernorm=True,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -52,7 +52,7 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
-        init_method_std=architecture.initializer_range,
+        init_method_std=model_config.initializer_range,
         # The layout.
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
@@ -79,36 +79,36 @@ def build_transformer_config(architecture: Architecture, config: RunConfig) -> T
         batch_p2p_comm=False,
         overlap_p2p_comm=interleaved,  # the plain schedule has nothing to compute meanwhile
     )
-    if architecture.yarn:
+    if model_config.yarn:
         # Queries and keys times the attention factor are scores times its square. megatron.core has its own way, which
         # its fused kernel cannot do, and which is lost for packed sequences (0.16.1, rope_utils.py).
-        fields["softmax_scale"] = architecture.yarn.attention_factor**2 / architecture.head_dim**0.5
-    if architecture.is_moe:
+        fields["softmax_scale"] = model_config.yarn.attention_factor**2 / model_config.head_dim**0.5
+    if model_config.is_moe:
         fields.update(
-            num_moe_experts=architecture.num_experts,
-            moe_router_topk=architecture.num_experts_per_tok,
-            moe_ffn_hidden_size=architecture.moe_intermediate_size,
+            num_moe_experts=model_config.num_experts,
+            moe_router_topk=model_config.num_experts_per_tok,
+            moe_ffn_hidden_size=model_config.moe_intermediate_size,
             moe_router_score_function="softmax",
             # Hugging Face takes the softmax over all experts and renormalises the chosen ones (norm_topk_prob);
             # a softmax over the chosen ones alone is the same number.
-            moe_router_pre_softmax=not architecture.norm_topk_prob,
+            moe_router_pre_softmax=not model_config.norm_topk_prob,
             moe_router_dtype="fp32",
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
             moe_token_dispatcher_type=config.parallel.moe_token_dispatcher_type,
         )
-    fields.update(_speed_fields(architecture, config))
+    fields.update(_speed_fields(model_config, config))
     known = {item.name for item in dataclasses.fields(TransformerConfig)}
     if unknown := sorted(set(fields) - known):
         raise UserError(f"megatron-core {megatron.core.__version__}: its TransformerConfig has no {', '.join(unknown)}")
     return TransformerConfig(**fields)
 
 
-def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, Any]:
+def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any]:
     """Precision, fusions, overlap, graphs and recomputation, under megatron.core's names."""
     performance = config.performance
     # GroupedMLP of ours or TEGroupedMLP; megatron.core reads it where it decides on recomputation.
-    grouped = architecture.is_moe and performance.moe_grouped_gemm
+    grouped = model_config.is_moe and performance.moe_grouped_gemm
     fields: dict[str, Any] = dict(
         transformer_impl="transformer_engine" if choose_implementation(config) == "transformer_engine" else "local",
         gradient_accumulation_fusion=performance.gradient_accumulation_fusion,
@@ -124,7 +124,7 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
             num_layers_at_start_in_bf16=performance.num_layers_at_start_in_bf16,
             num_layers_at_end_in_bf16=performance.num_layers_at_end_in_bf16,
         )
-    if architecture.is_moe:
+    if model_config.is_moe:
         fields.update(
             moe_permute_fusion=performance.moe_permute_fusion,
             moe_router_fusion=performance.moe_router_fusion,
@@ -136,7 +136,7 @@ def _speed_fields(architecture: Architecture, config: RunConfig) -> dict[str, An
         if backend := _flex_backend(performance.moe_flex_dispatcher_backend):
             fields.update(moe_flex_dispatcher_backend=backend)
         else:
-            fields.update(_all_to_all(architecture, config))
+            fields.update(_all_to_all(model_config, config))
     if performance.cuda_graph_impl != "none":
         fields.update(
             cuda_graph_impl=performance.cuda_graph_impl,
@@ -170,10 +170,10 @@ def _flex_backend(wish: str) -> str | None:
     return None
 
 
-def _all_to_all(architecture: Architecture, config: RunConfig) -> dict[str, Any]:
+def _all_to_all(model_config: ModelConfig, config: RunConfig) -> dict[str, Any]:
     """The dispatcher that needs no kernels of its own, instead of flex; UserError if it does not go with the run."""
     parallel = dataclasses.replace(config.parallel, moe_token_dispatcher_type="alltoall")
-    if problems := find_performance_problems(dataclasses.replace(config, parallel=parallel), architecture):
+    if problems := find_performance_problems(dataclasses.replace(config, parallel=parallel), model_config):
         raise UserError(problems)
     if rank() == 0:
         print_line(

@@ -41,13 +41,13 @@ def layer_activations(job: Job) -> LayerActivations:
 
 def _heads(job: Job) -> tuple[float, float]:
     """Values of a token's queries, and of its keys, on one rank."""
-    a, tp = job.architecture, job.tensor_model_parallel_size
+    a, tp = job.model_config, job.tensor_model_parallel_size
     return a.num_attention_heads * a.head_dim / tp, a.num_key_value_heads * a.head_dim / tp
 
 
 def _cuts_queries(job: Job) -> bool:
     """The product lays queries, keys and values of each group side by side; those of one group need no copy."""
-    return job.architecture.num_key_value_heads > job.tensor_model_parallel_size
+    return job.model_config.num_key_value_heads > job.tensor_model_parallel_size
 
 
 def _input_bytes(job: Job) -> int:
@@ -57,7 +57,7 @@ def _input_bytes(job: Job) -> int:
 
 def _norm(job: Job, name: str) -> dict[str, float]:
     """Input and output; the output is what the next product keeps."""
-    values = job.tokens_between_layers * job.architecture.hidden_size
+    values = job.tokens_between_layers * job.model_config.hidden_size
     kept = {f"{name}, input": values * job.number_bytes}
     return kept if job.recomputes("layernorm") else kept | {f"{name}, output": values * _input_bytes(job)}
 
@@ -70,7 +70,7 @@ def _attention(job: Job) -> dict[str, float]:
         "queries, cut out": rows * queries * number if _cuts_queries(job) else 0.0,
         "queries, normed and rotated": rows * queries * number,
         "keys, normed and rotated": rows * keys * number,
-        "attention, log-sum-exp": rows * queries / job.architecture.head_dim * FLOAT,
+        "attention, log-sum-exp": rows * queries / job.model_config.head_dim * FLOAT,
         "attention, output": rows * queries * number,
     }
     return kept if job.fp8_recipe == "none" else kept | {"attention, output in FP8": rows * queries}
@@ -78,7 +78,7 @@ def _attention(job: Job) -> dict[str, float]:
 
 def _portable_norm(job: Job, name: str) -> dict[str, float]:
     """torch's norm on a CPU computes in fp32, and keeps what it computed."""
-    rows, hidden = job.tokens_between_layers, job.architecture.hidden_size
+    rows, hidden = job.tokens_between_layers, job.model_config.hidden_size
     return {
         f"{name}, input": rows * hidden * FLOAT,
         f"{name}, scale": rows * FLOAT,
@@ -88,7 +88,7 @@ def _portable_norm(job: Job, name: str) -> dict[str, float]:
 
 
 def _portable_attention(job: Job) -> dict[str, float]:
-    a = job.architecture
+    a = job.model_config
     queries, keys = _heads(job)
     rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
     kept = _portable_norm(job, "input_layernorm") | {
@@ -114,7 +114,7 @@ def _portable_attention(job: Job) -> dict[str, float]:
 
 
 def _mlp(job: Job) -> dict[str, float]:
-    a = job.architecture
+    a = job.model_config
     if a.is_moe:
         rows, chosen = job.tokens_between_layers, a.num_experts_per_tok
         return {
@@ -129,7 +129,7 @@ def _mlp(job: Job) -> dict[str, float]:
 
 
 def _experts(job: Job) -> dict[str, float]:
-    a = job.architecture
+    a = job.model_config
     if not a.is_moe or job.recomputes("moe"):
         return {}
     rows, width = job.routed_rows, a.moe_intermediate_size / job.expert_tensor_parallel_size

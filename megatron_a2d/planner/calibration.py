@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from megatron_a2d.config.model_config import Architecture, architecture_from_config
+from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf
 from megatron_a2d.conversion.qwen3_shapes import hub_config
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner.cluster import Cluster, read_cluster
@@ -75,7 +75,7 @@ def published_rows() -> tuple[Row, ...]:
 
 
 def _row(row: dict[str, Any]) -> Row:
-    architecture = _shape(row["model"])
+    model_config = _shape(row["model"])
     # What is true of all of them: Megatron's distributed optimizer with its overlaps, bf16 gradients, all logits at
     # once, balanced routing.
     common = {
@@ -83,18 +83,18 @@ def _row(row: dict[str, Any]) -> Row:
         "overlap_param_gather": True, "grad_reduce_in_fp32": False, "imbalance": 1.0, "overlap_p2p_comm": True,
         "tp_comm_overlap": True, "whole_logits": True,
     }  # fmt: skip
-    job = Job(architecture=architecture, **(common | row["settings"]))
+    job = Job(model_config=model_config, **(common | row["settings"]))
     tokens = row.get("tokens_per_second")
     if tokens is None:
-        tokens = row["tflops"] * 1e12 / train_flops_per_token(architecture, job.seq_length, causal=True)
+        tokens = row["tflops"] * 1e12 / train_flops_per_token(model_config, job.seq_length, causal=True)
     cluster = read_cluster(row["cluster"])
     return Row(row["name"], row["source"], cluster, job, float(tokens), row.get("peak_memory_gib"))
 
 
-def _shape(model: Any) -> Architecture:
+def _shape(model: Any) -> ModelConfig:
     if isinstance(model, str):
-        return architecture_from_config(hub_config(model), model)
-    return Architecture(
+        return model_config_from_hf(hub_config(model), model)
+    return ModelConfig(
         head_dim=128, vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=5e5,
         tie_word_embeddings=False, **model,
     )  # fmt: skip

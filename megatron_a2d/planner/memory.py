@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.model.logits_chunks import rows_per_chunk
 from megatron_a2d.planner.activations import LayerActivations, layer_activations
@@ -64,7 +64,7 @@ def _stage_memory(job: Job, stage: int, kept: LayerActivations, headroom: float)
     in_flight = microbatches_in_flight(job, stage)
     parameter_bytes = job.number_bytes
     per_microbatch = kept.total * (job.layers_per_stage - job.recomputed_layers)
-    per_microbatch += job.tokens_between_layers * job.architecture.hidden_size * parameter_bytes * job.recomputed_layers
+    per_microbatch += job.tokens_between_layers * job.model_config.hidden_size * parameter_bytes * job.recomputed_layers
     # A layer that is computed again keeps everything while its own backward pass runs.
     activations = per_microbatch * in_flight + (kept.total if job.recomputed_layers else 0.0)
     is_last = stage == job.pipeline_model_parallel_size - 1
@@ -114,7 +114,7 @@ def logit_bytes(job: Job) -> float:
     chunk's logits turn into their gradient in place, and the next chunk's follow them there. The weight's gradient is
     summed in megatron's buffer if that is fp32, else in one of its own, and handed to autograd after the last chunk.
     """
-    a, rows, number = job.architecture, job.tokens, job.number_bytes
+    a, rows, number = job.model_config, job.tokens, job.number_bytes
     vocabulary = a.vocab_size // job.tensor_model_parallel_size
     if job.whole_logits:
         return rows * (vocabulary * WHOLE_LOGIT_BYTES + a.hidden_size * number)
@@ -134,7 +134,7 @@ def fp8_copy_bytes(job: Job) -> float:
 
 
 def _dispatcher_bytes(job: Job, expert_activations: float, in_flight: float) -> float:
-    a = job.architecture
+    a = job.model_config
     if not a.is_moe:
         return 0.0
     row = a.hidden_size * job.number_bytes
@@ -152,11 +152,11 @@ def _num_communicators(job: Job) -> int:
     return sum(size > 1 for size in sizes)
 
 
-def check_memory(config: RunConfig, architecture: Architecture, processes: int, cluster: Cluster | None) -> None:
+def check_memory(config: RunConfig, model_config: ModelConfig, processes: int, cluster: Cluster | None) -> None:
     """UserError when the plan's memory exceeds a GPU of the cluster, before a job waits for one."""
     if cluster is None:
         return
-    need = memory(job_of(config, architecture, processes, cluster), cluster)
+    need = memory(job_of(config, model_config, processes, cluster), cluster)
     if need.total > cluster.memory_bytes:
         largest = sorted(need._asdict().items(), key=lambda part: -part[1])[:3]
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)

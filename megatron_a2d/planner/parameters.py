@@ -11,7 +11,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.planner.workload import Job
 
 
@@ -43,7 +43,7 @@ class Bucket(NamedTuple):
 class _Sizes(NamedTuple):
     """What decides the tensors of a rank."""
 
-    architecture: Architecture
+    model_config: ModelConfig
     tensor: int
     pipeline: int
     virtual: int
@@ -60,7 +60,7 @@ def stage_parameters(job: Job, stage: int) -> tuple[tuple[Parameter, ...], ...]:
 
 def _sizes(job: Job) -> _Sizes:
     return _Sizes(
-        job.architecture,
+        job.model_config,
         job.tensor_model_parallel_size,
         job.pipeline_model_parallel_size,
         job.num_virtual_stages_per_pipeline_rank,
@@ -77,7 +77,7 @@ def _ends(sizes: _Sizes, stage: int, chunk: int) -> tuple[bool, bool]:
 
 @functools.lru_cache(1024)
 def _chunk_parameters(sizes: _Sizes, is_first: bool, is_last: bool) -> tuple[Parameter, ...]:
-    a = sizes.architecture
+    a = sizes.model_config
     embedding = a.vocab_size // sizes.tensor * a.hidden_size
     tied = a.tie_word_embeddings
     found = []
@@ -93,7 +93,7 @@ def _chunk_parameters(sizes: _Sizes, is_first: bool, is_last: bool) -> tuple[Par
 
 
 def _layer_parameters(sizes: _Sizes, prefix: str) -> list[Parameter]:
-    a = sizes.architecture
+    a = sizes.model_config
     heads, groups = (
         a.num_attention_heads * a.head_dim // sizes.tensor,
         a.num_key_value_heads * a.head_dim // sizes.tensor,

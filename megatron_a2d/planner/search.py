@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, settings
 from megatron_a2d.config.validate import find_general_problems, find_layout_problems
 from megatron_a2d.model.flops import train_flops_per_token
@@ -57,7 +57,7 @@ class Plan(NamedTuple):
         job = self.job
         rows = job.input_length / job.seq_length
         head = (1.0 if job.is_causal else MASKED_FRACTION) / rows
-        flops = rows * train_flops_per_token(job.architecture, job.input_length, job.is_causal, head)
+        flops = rows * train_flops_per_token(job.model_config, job.input_length, job.is_causal, head)
         return self.tokens_per_second * flops / (self.cluster.bf16_tflops * 1e12)
 
     @property
@@ -70,9 +70,9 @@ class Plan(NamedTuple):
         return self.days * 24 * self.job.world_size * self.cluster.price_per_gpu_hour
 
 
-def make_plan(config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any) -> Plan:
+def make_plan(config: RunConfig, model_config: ModelConfig, cluster: Cluster, world_size: int, **changes: Any) -> Plan:
     """Memory and time of the layout that `config` has; `changes` are fields of `Job`."""
-    job = job_of(config, architecture, world_size, cluster, **changes)
+    job = job_of(config, model_config, world_size, cluster, **changes)
     return Plan(config, job, cluster, memory(job, cluster), step_time(job, cluster, EFFICIENCIES))
 
 
@@ -85,7 +85,7 @@ class Search(NamedTuple):
     refusals: Counter[str]  # what validate.py said of them, one example of each kind -> how many
 
 
-def search(config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int, **changes: Any) -> Search:
+def search(config: RunConfig, model_config: ModelConfig, cluster: Cluster, world_size: int, **changes: Any) -> Search:
     """Lay the run of `config` out in every way; its own layout and micro-batch size do not matter."""
     fitting: list[Plan] = []
     too_large: list[Plan] = []
@@ -95,19 +95,19 @@ def search(config: RunConfig, architecture: Architecture, cluster: Cluster, worl
     apart = _without_overlap_of_experts(config)
     ways = [_without_full_recomputation(way) for way in ((config,) if apart == config else (config, apart))]
     again = _with_full_recomputation(apart)
-    for layout in _layouts(apart, architecture, cluster, world_size):
-        candidate, problems = _first_legal([_laid_out(way, **layout) for way in ways], architecture, world_size)
+    for layout in _layouts(apart, model_config, cluster, world_size):
+        candidate, problems = _first_legal([_laid_out(way, **layout) for way in ways], model_config, world_size)
         if always or problems:
             num_illegal += 1
             refusals.update({kinds.setdefault(_without_numbers(line), line) for line in always + problems})
             continue
-        plan = make_plan(candidate, architecture, cluster, world_size, **changes)
+        plan = make_plan(candidate, model_config, cluster, world_size, **changes)
         (fitting if plan.fits else too_large).append(plan)
         if plan.fits:  # computing anything again would only take longer
             continue
-        candidate, problems = _first_legal([_laid_out(again, **layout)], architecture, world_size)
+        candidate, problems = _first_legal([_laid_out(again, **layout)], model_config, world_size)
         if not problems:
-            plan = make_plan(candidate, architecture, cluster, world_size, **changes)
+            plan = make_plan(candidate, model_config, cluster, world_size, **changes)
             (fitting if plan.fits else too_large).append(plan)
     fitting.sort(key=lambda plan: (plan.time.total, plan.memory.total))
     too_large.sort(key=lambda plan: plan.memory.total)
@@ -115,22 +115,22 @@ def search(config: RunConfig, architecture: Architecture, cluster: Cluster, worl
 
 
 def _first_legal(
-    candidates: list[RunConfig], architecture: Architecture, world_size: int
+    candidates: list[RunConfig], model_config: ModelConfig, world_size: int
 ) -> tuple[RunConfig, list[str]]:
     """The first of the candidates that nothing is wrong with; else the last one, and what is wrong with it."""
     problems: list[str] = []
     for candidate in candidates:
-        if not (problems := find_layout_problems(candidate, architecture, world_size)):
+        if not (problems := find_layout_problems(candidate, model_config, world_size)):
             break
     return candidate, problems
 
 
 def _layouts(
-    config: RunConfig, architecture: Architecture, cluster: Cluster, world_size: int
+    config: RunConfig, model_config: ModelConfig, cluster: Cluster, world_size: int
 ) -> Iterator[dict[str, Any]]:
     plain = _laid_out(config, **dict.fromkeys(SIZES, 1), sequence_parallel=False, global_batch_size=world_size)
     # What is wrong with nothing divided may be right with something else divided (an overlap that needs EP).
-    accepted = {_without_numbers(problem) for problem in find_layout_problems(plain, architecture, 1)}
+    accepted = {_without_numbers(problem) for problem in find_layout_problems(plain, model_config, 1)}
 
     def legal_alone(sizes: list[int], name: str, **more: Any) -> list[int]:
         """Those sizes to which validate.py has nothing new to say, on as many processes as they need."""
@@ -140,7 +140,7 @@ def _layouts(
             if size == 1
             or accepted.issuperset(
                 map(
-                    _without_numbers, find_layout_problems(_laid_out(plain, **{name: size}, **more), architecture, size)
+                    _without_numbers, find_layout_problems(_laid_out(plain, **{name: size}, **more), model_config, size)
                 )
             )
         ]
@@ -155,7 +155,7 @@ def _layouts(
     for tp, pp, cp in itertools.product(tensor, pipeline, context):
         if world_size % (tp * pp * cp):
             continue
-        stage = architecture.num_layers // pp
+        stage = model_config.num_layers // pp
         virtual = [1, *(size for size in range(2, stage + 1) if stage % size == 0)] if pp > 1 else [1]
         for virtual_size, ep, etp, micro in itertools.product(virtual, expert, expert_tensor, MICRO_BATCH_SIZES):
             sizes = (tp, pp, virtual_size, cp, ep, etp, micro)

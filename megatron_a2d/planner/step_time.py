@@ -123,7 +123,7 @@ class StepTime(NamedTuple):
 
 def _weight_traffic(job: Job) -> float:
     """Bytes of a layer's weights, read forward and backward, and of their gradients, read and written once."""
-    a = job.architecture
+    a = job.model_config
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     values = a.hidden_size * (2 * queries + 2 * keys) / job.tensor_model_parallel_size
     if a.is_moe:
@@ -138,7 +138,7 @@ def _weight_traffic(job: Job) -> float:
 @functools.lru_cache(4096)
 def layer_work(job: Job, nvlink_domain: int) -> Work:
     """Work of one layer, averaged over layers (recomputed ones count more)."""
-    a, tp = job.architecture, job.tensor_model_parallel_size
+    a, tp = job.model_config, job.tensor_model_parallel_size
     tokens, between = job.tokens, job.tokens_between_layers
     share = job.recomputed_layers / job.layers_per_stage
     passes = PASSES + share
@@ -179,7 +179,7 @@ def _all_to_all(job: Job, nvlink_domain: int) -> tuple[float, float]:
 
     The four all-to-alls move the same tokens; `layer_work` multiplies by its passes, `PASSES` without recomputation.
     """
-    a, ep = job.architecture, job.expert_model_parallel_size
+    a, ep = job.model_config, job.expert_model_parallel_size
     ranks = ep * job.expert_tensor_parallel_size
     if not a.is_moe or ranks == 1:
         return 0.0, 0.0
@@ -201,7 +201,7 @@ def _all_to_all(job: Job, nvlink_domain: int) -> tuple[float, float]:
 
 def _memory_traffic(job: Job) -> float:
     """Bytes that the kernels between the matrix products read and write in a layer, forward and backward, in bf16."""
-    a, tp = job.architecture, job.tensor_model_parallel_size
+    a, tp = job.model_config, job.tensor_model_parallel_size
     tokens, between = job.tokens, job.tokens_between_layers
     queries, keys = a.num_attention_heads * a.head_dim / tp, a.num_key_value_heads * a.head_dim / tp
     values = between * a.hidden_size * 2 * ELEMENTWISE * 2  # two norms and two residual sums
@@ -234,12 +234,12 @@ def step_time(job: Job, cluster: Cluster, efficiency: Efficiencies) -> StepTime:
     pp = job.pipeline_model_parallel_size
     # The last stage also has the head, and the others wait for it. Where layers do not divide evenly (only in published
     # runs) the first and the last stage have fewer of them.
-    fewer = (pp * layers - job.architecture.num_layers) / 2
+    fewer = (pp * layers - job.model_config.num_layers) / 2
     head = max(0.0, _head_time(job, cluster, efficiency) - fewer * sum(layer))
     stage = sum(layer) * layers
     bubble = (pp - 1) / job.num_virtual_stages_per_pipeline_rank * (stage + head / pp)
     sent = (
-        job.tokens_between_layers * job.architecture.hidden_size * BF16 * 2 * job.num_virtual_stages_per_pipeline_rank
+        job.tokens_between_layers * job.model_config.hidden_size * BF16 * 2 * job.num_virtual_stages_per_pipeline_rank
     )
     per_stage = job.world_size // pp
     bandwidth = cluster.nvlink_gb_per_s * efficiency.nvlink
@@ -302,7 +302,7 @@ def _host_time(job: Job, efficiency: Efficiencies, busy: float) -> float:
     """
     if job.cuda_graph_impl == "full":
         return 0.0
-    is_moe = job.architecture.is_moe
+    is_moe = job.model_config.is_moe
     launches = efficiency.launch_moe if is_moe else efficiency.launch_dense
     if job.cuda_graph_impl != "none":
         launches *= LAUNCHES_OUTSIDE_GRAPHS if is_moe else 0.0
@@ -312,7 +312,7 @@ def _host_time(job: Job, efficiency: Efficiencies, busy: float) -> float:
 
 def _head_time(job: Job, cluster: Cluster, efficiency: Efficiencies) -> float:
     """Seconds of the LM head and the loss for a micro-batch, in bf16."""
-    a = job.architecture
+    a = job.model_config
     rows = job.tokens * job.seq_length / job.input_length * (1.0 if job.is_causal else MASKED_FRACTION)
     vocabulary = a.vocab_size / job.tensor_model_parallel_size
     if job.whole_logits:

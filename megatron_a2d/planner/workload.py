@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_a2d.config.fp8_recipe import choose_scaling
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, settings
 from megatron_a2d.planner.cluster import Cluster
 
@@ -18,7 +18,7 @@ IMBALANCE = 1.25  # tokens of the busiest expert-parallel rank over the mean; an
 class Job:
     """Sizes are counts of processes, samples and tokens. The settings' names are those of the command line."""
 
-    architecture: Architecture
+    model_config: ModelConfig
     world_size: int
     tensor_model_parallel_size: int = 1
     sequence_parallel: bool = False
@@ -80,7 +80,7 @@ class Job:
     @property
     def layers_per_stage(self) -> int:
         """Of the fullest stage; our own layouts divide the layers evenly, those of others may not."""
-        return -(-self.architecture.num_layers // self.pipeline_model_parallel_size)
+        return -(-self.model_config.num_layers // self.pipeline_model_parallel_size)
 
     @property
     def input_length(self) -> int:
@@ -100,7 +100,7 @@ class Job:
     @property
     def routed_rows(self) -> float:
         """Token copies that the experts of a rank receive in a micro-batch with balanced routing."""
-        rows = self.tokens_between_layers * self.architecture.num_experts_per_tok
+        rows = self.tokens_between_layers * self.model_config.num_experts_per_tok
         return rows * self.expert_tensor_parallel_size
 
     @property
@@ -131,7 +131,7 @@ class Job:
 
 
 def job_of(
-    config: RunConfig, architecture: Architecture, world_size: int, cluster: Cluster | None = None, **changes: Any
+    config: RunConfig, model_config: ModelConfig, world_size: int, cluster: Cluster | None = None, **changes: Any
 ) -> Job:
     """The job that a run's settings describe; `changes` are fields of `Job`. --fp8-recipe auto is the cluster's kind.
 
@@ -142,7 +142,7 @@ def job_of(
         for name in Job.__dataclass_fields__
         if name in settings()
     }
-    job = Job(architecture=architecture, world_size=world_size, **(known | changes))
+    job = Job(model_config=model_config, world_size=world_size, **(known | changes))
     # As model/transformer_config.py has it.
     job = dataclasses.replace(job, overlap_p2p_comm=job.num_virtual_stages_per_pipeline_rank > 1)
     if cluster is None:

@@ -19,13 +19,12 @@ import time
 
 from megatron_a2d.checkpoint.training_facts import inherited
 from megatron_a2d.config.cli import Parser, parse_run
-from megatron_a2d.distributed.launch_environment import rank, world_size
+from megatron_a2d.distributed.environment import rank, world_size
 from megatron_a2d.planner.cluster import add_cluster, read_cluster
-from megatron_a2d.terminal.console import entry_point
-from megatron_a2d.training.early_checks import check_early
+from megatron_a2d.terminal.console import entry_point, hide_noise
+from megatron_a2d.training.prelaunch_checks import check_early
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.exit_codes import USER_ERROR
-from megatron_a2d.utils.log_filters import hide_noise
 
 
 def main(argv: list[str] | None = None) -> None:

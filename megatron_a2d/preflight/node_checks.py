@@ -92,7 +92,7 @@ def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[d
     bytes_per_parameter = 14 if config.training.bf16 else 12
     return (
         sizes(input_files(config, checked.start.directory)),
-        bytes_per_parameter * checked.architecture.num_parameters(),
+        bytes_per_parameter * checked.model_config.num_parameters(),
         [],
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.training_facts import inherited
 from megatron_a2d.config.cli import Parser, parse_run
-from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import RunConfig, flag, settings
 from megatron_a2d.report.figures import import_pyplot
 from megatron_a2d.study.fingerprints import hold_inputs
@@ -62,8 +62,8 @@ def run_study(name: str, argv: list[str]) -> None:
     base, options = parse_run(parser, argv, inherited)
     _check(base, options.seeds, options.jobs)
     assert base.training.load is not None
-    architecture = read_architecture(resolve(base.training.load) / HF_FILES)
-    jobs = study.plan(base, seeds_of(options.seeds), architecture)
+    model_config = read_model_config(resolve(base.training.load) / HF_FILES)
+    jobs = study.plan(base, seeds_of(options.seeds), model_config)
     runner = Runner(options.out, base, shlex.split(options.launcher), options.jobs)
     if options.plan:
         for job in jobs:

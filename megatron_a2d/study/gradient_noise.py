@@ -22,7 +22,7 @@ from megatron_a2d.diffusion.rng import Noise, Stream, uniforms
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.study.load_run import LoadedRun
 from megatron_a2d.terminal.console import progress
-from megatron_a2d.training.param_shards import Piece, over_ranks, owned_pieces, squares_by_role
+from megatron_a2d.training.param_shards import ParamShard, over_ranks, owned_shards, squares_by_role
 from megatron_a2d.training.train_step import forward_backward, loss_totals
 
 
@@ -55,20 +55,20 @@ class BatchTimes(Noise):
 class _Sums:
     """Over a group of batches: the sum of gradients, the sum of their squares, the number of batches."""
 
-    def __init__(self, pieces: list[Piece]):
-        self._pieces = pieces
-        self._sum = [torch.zeros(piece.stop - piece.start, device=piece.gradient().device) for piece in pieces]
+    def __init__(self, shards: list[ParamShard]):
+        self._shards = shards
+        self._sum = [torch.zeros(shard.stop - shard.start, device=shard.gradient().device) for shard in shards]
         self._squares = torch.zeros((), dtype=torch.float64, device=device())
         self._count = 0
 
     def add(self) -> None:
-        for total, piece in zip(self._sum, self._pieces, strict=True):
-            total += piece.gradient()
-        self._squares += squares_by_role(self._pieces, lambda number, piece: piece.gradient()).sum()
+        for total, shard in zip(self._sum, self._shards, strict=True):
+            total += shard.gradient()
+        self._squares += squares_by_role(self._shards, lambda number, shard: shard.gradient()).sum()
         self._count += 1
 
     def read(self) -> dict[str, float]:
-        square = squares_by_role(self._pieces, lambda number, piece: self._sum[number]).sum()
+        square = squares_by_role(self._shards, lambda number, shard: self._sum[number]).sum()
         squares, square_of_sum = over_ranks(torch.stack([self._squares, square])).tolist()
         return {"count": self._count, "sum_of_squares": squares, "square_of_sum": square_of_sum}
 
@@ -86,12 +86,12 @@ def gradient_moments(
 
     Returns {"groups": [moments], "all": moments, "losses": [one per batch], "batch_size"}.
     """
-    pieces = owned_pieces(loaded.state)
-    total = _Sums(pieces)
+    shards = owned_shards(loaded.state)
+    total = _Sums(shards)
     groups, losses = [], []
     with progress(f"gradients, {scheme}", num_groups * batches_per_group, "batches") as advance:
         for group in range(num_groups):
-            sums = _Sums(pieces)
+            sums = _Sums(shards)
             for number in range(batches_per_group):
                 replicate = group * batches_per_group + number
                 make = _make(loaded, replicate, batch_size, scheme, mask_sampling)
@@ -109,10 +109,10 @@ def _make(loaded: LoadedRun, replicate: int, batch_size: int, scheme: str, mask_
     diffusion = loaded.config.diffusion
     if diffusion.objective == "ar":
         return lambda tokens, index: next_token(tokens)
-    assert loaded.architecture.mask_token_id is not None
+    assert loaded.model_config.mask_token_id is not None
     noise = BatchTimes(
         seed=loaded.config.data.seed + replicate,
-        mask_token_id=loaded.architecture.mask_token_id,
+        mask_token_id=loaded.model_config.mask_token_id,
         schedule=diffusion.noise_schedule,
         min_timestep=diffusion.min_timestep,
         label_shift=diffusion.label_shift,

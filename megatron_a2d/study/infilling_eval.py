@@ -40,7 +40,7 @@ def supervise_only(asked: Callable[[np.ndarray], np.ndarray]) -> MakeSample:
 
 def holes(loaded: LoadedRun, length: int) -> MakeSample:
     """Samples with one hole each, of `length` tokens at an index that depends only on the sample."""
-    mask, shifted = loaded.architecture.mask_token_id, loaded.config.diffusion.label_shift
+    mask, shifted = loaded.model_config.mask_token_id, loaded.config.diffusion.label_shift
     assert mask is not None
 
     def make(tokens: np.ndarray, index: int) -> Corrupted:

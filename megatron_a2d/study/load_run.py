@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_a2d.checkpoint.directory import HF_FILES, resolve
-from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import RunConfig, build
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.data.blended_dataset import MixedDataset
@@ -23,7 +23,7 @@ class LoadedRun:
     """A run's checkpoint with its data, laid out over the processes."""
 
     config: RunConfig
-    architecture: Architecture
+    model_config: ModelConfig
     state: TrainState
     train_data: PackedDataset | MixedDataset
     valid_data: PackedDataset  # the first source of a mixture
@@ -34,13 +34,13 @@ def load_run(values: dict[str, Any]) -> LoadedRun:
     config = build(values)
     assert config.training.load is not None
     directory = resolve(config.training.load)
-    architecture = read_architecture(directory / HF_FILES)
-    if problems := find_problems(config, architecture, process_groups.world_size()):
+    model_config = read_model_config(directory / HF_FILES)
+    if problems := find_problems(config, model_config, process_groups.world_size()):
         raise UserError(problems)
-    train_data, valid_data = open_datasets(config, architecture, directory / HF_FILES)
+    train_data, valid_data = open_datasets(config, model_config, directory / HF_FILES)
     if not valid_data:
         raise UserError("--valid-data-path: is missing; a study evaluates its runs on held-out data")
     process_groups.initialize(config.parallel)
-    state = build_train_state(architecture, config)
+    state = build_train_state(model_config, config)
     load_checkpoint(state, directory, weights_only=True)
-    return LoadedRun(config, architecture, state, train_data, next(iter(valid_data.values())))
+    return LoadedRun(config, model_config, state, train_data, next(iter(valid_data.values())))

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.terminal.console import entry_point, hide_noise
 from megatron_a2d.utils.atomic_write import read_json, write_json
 from megatron_a2d.utils.errors import UserError
-from megatron_a2d.utils.log_filters import hide_noise
 
 if TYPE_CHECKING:
     from megatron_a2d.study.load_run import LoadedRun
@@ -46,7 +45,7 @@ def likelihood(loaded: LoadedRun) -> dict[str, Any]:
     """NELBO (objective ar: negative log-likelihood), with its table by t."""
     from megatron_a2d.training.validation import run_validation
 
-    result = run_validation(loaded.state, loaded.config, loaded.architecture, loaded.valid_data)
+    result = run_validation(loaded.state, loaded.config, loaded.model_config, loaded.valid_data)
     return {**result.to_dict(), **result.tables()}
 
 
@@ -74,12 +73,12 @@ def drift(loaded: LoadedRun, reference: str) -> dict[str, float]:
     from megatron_a2d.checkpoint.directory import resolve
     from megatron_a2d.training.checkpointing import load_checkpoint
     from megatron_a2d.training.monitor import Drift
-    from megatron_a2d.training.param_shards import owned_pieces
+    from megatron_a2d.training.param_shards import owned_shards
 
-    pieces = owned_pieces(loaded.state)
-    now = [piece.weight().clone() for piece in pieces]
+    shards = owned_shards(loaded.state)
+    now = [shard.weight().clone() for shard in shards]
     load_checkpoint(loaded.state, resolve(reference), weights_only=True)
-    moved = Drift(pieces).measure(lambda number, piece: now[number])
+    moved = Drift(shards).measure(lambda number, shard: now[number])
     assert loaded.config.training.load is not None
     load_checkpoint(loaded.state, resolve(loaded.config.training.load), weights_only=True)
     return moved

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.study.jobs import FIRST_SEED, Job
 
@@ -26,7 +26,7 @@ class Study(NamedTuple):
     name: str
     title: str
     question: str  # and method, the first paragraph of the page
-    plan: Callable[[RunConfig, Sequence[int], Architecture], list[Job]]  # (settings of the base run, seeds, model)
+    plan: Callable[[RunConfig, Sequence[int], ModelConfig], list[Job]]  # (settings of the base run, seeds, model)
     report: Callable[[list[Record], Path], Report]  # (records of the jobs, directory for images)
     num_seeds: int = 3
 

@@ -1,12 +1,14 @@
-"""Console, progress bars, and the entry point that turns user errors into one line and an exit code."""
+"""Console, progress bars, log filters for libraries, and the entry point that turns user errors into exit codes."""
 
 from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -124,3 +126,20 @@ def progress(description: str, total: float, unit: str, done: int = 0) -> Iterat
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(one_line(description), total=total, completed=done, unit=unit)
         yield lambda amount: bar.advance(task, amount)
+
+
+# These warn about every missing GPU library, and about each other's deprecated functions.
+LIBRARIES = ("megatron", "torch", "transformer_engine", "apex")
+
+
+def hide_noise(*loggers: str) -> None:
+    """Suppress everything below errors from LIBRARIES (warnings and logs) and from `loggers`.
+
+    Call it before the libraries are imported, and after setting the environment variables that torch reads.
+    """
+    for package in LIBRARIES:
+        warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
+    import torch as torch  # its import sets the levels of its loggers
+
+    for name in (*LIBRARIES, *loggers):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -39,7 +39,7 @@ from megatron_a2d.checkpoint.manifest import Entry, write_manifest
 from megatron_a2d.checkpoint.model_state_dict import dequantise, fill_model, state_to_load, state_to_save
 from megatron_a2d.checkpoint.optimizer_state_dict import OptimizerState, adam_step
 from megatron_a2d.checkpoint.reader import read_common
-from megatron_a2d.checkpoint.save import Saving
+from megatron_a2d.checkpoint.save import CollectiveSave
 from megatron_a2d.config.settings import RunConfig, TrainingConfig
 from megatron_a2d.conversion.torch_dist_writer import FORMAT
 from megatron_a2d.distributed.hang_watchdog import note_progress
@@ -76,7 +76,7 @@ class Save:
         # A random suffix: a writer process that outlives a killed run must not touch the next run's files.
         partial = partial_path(self._root / f"{self._final.name}.{secrets.token_hex(4)}")
         self._partial = self._root / from_first_rank(partial.name)
-        self._saving = Saving()
+        self._saving = CollectiveSave()
         with self._all_or_nothing():
             if dist.get_rank() == 0:
                 self._saving.attempt(_make_room, self._root, self._partial)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import NO_DATA
 from megatron_a2d.conversion.end_tokens import read_end_tokens
@@ -23,7 +23,7 @@ VALIDATION_SEED = 0
 
 
 def open_datasets(
-    config: RunConfig, architecture: Architecture, hf_files: Path | None = None, scan: bool = True
+    config: RunConfig, model_config: ModelConfig, hf_files: Path | None = None, scan: bool = True
 ) -> tuple[PackedDataset | MixedDataset, dict[str, PackedDataset]]:
     """Training data, and validation data by source name.
 
@@ -33,10 +33,10 @@ def open_datasets(
     data, training = config.data, config.training
     is_masked = config.diffusion.objective != "ar"
     checks: dict[str, Any] = {
-        "vocab_size": architecture.vocab_size,
+        "vocab_size": model_config.vocab_size,
         "scan": scan,
-        "mask_token_id": architecture.mask_token_id if is_masked else None,
-        "eod_token_id": read_end_tokens(hf_files, architecture.vocab_size).document if hf_files else None,
+        "mask_token_id": model_config.mask_token_id if is_masked else None,
+        "eod_token_id": read_end_tokens(hf_files, model_config.vocab_size).document if hf_files else None,
     }
     train_data: PackedDataset | MixedDataset
     if data.data_mixture:
@@ -80,7 +80,7 @@ def open_datasets(
 
 def micro_batches(
     config: RunConfig,
-    architecture: Architecture,
+    model_config: ModelConfig,
     dataset: PackedDataset | MixedDataset,
     noise_seed: int,
     start_sample: int,
@@ -92,7 +92,7 @@ def micro_batches(
     """
     return MicroBatches(
         dataset,
-        make_sample(config, architecture, dataset, noise_seed, for_training),
+        make_sample(config, model_config, dataset, noise_seed, for_training),
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_a2d.checkpoint.directory import iteration_of, resolve
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.training.checkpointing import load_checkpoint
 from megatron_a2d.training.grafting import Grafting
@@ -93,7 +93,7 @@ def _contiguous_runs(shard: ShardedTensor) -> Iterator[tuple[torch.Tensor, int]]
 
 
 def initialize_state(
-    state: TrainState, config: RunConfig, architecture: Architecture, directory: Path, weights_only: bool
+    state: TrainState, config: RunConfig, model_config: ModelConfig, directory: Path, weights_only: bool
 ) -> Grafting:
     """Fill `state` from the checkpoint `directory`, or with random weights if a new run has --conversion random.
 
@@ -102,21 +102,21 @@ def initialize_state(
     """
     diffusion = config.diffusion
     if weights_only and diffusion.conversion == "random":
-        draw_weights(state, config.data.seed, architecture.initializer_range)
+        draw_weights(state, config.data.seed, model_config.initializer_range)
         grafting = Grafting()
     else:
-        grafting = _load(state, config, architecture, directory, weights_only)
+        grafting = _load(state, config, model_config, directory, weights_only)
     if weights_only and diffusion.mask_token_init == "mean":
-        assert architecture.mask_token_id is not None
-        set_to_mean(state, architecture.mask_token_id)
+        assert model_config.mask_token_id is not None
+        set_to_mean(state, model_config.mask_token_id)
     return grafting
 
 
 def _load(
-    state: TrainState, config: RunConfig, architecture: Architecture, directory: Path, weights_only: bool
+    state: TrainState, config: RunConfig, model_config: ModelConfig, directory: Path, weights_only: bool
 ) -> Grafting:
     diffusion, source = config.diffusion, config.training.load
-    grafting = Grafting(diffusion.grafting_iters, architecture.num_layers)
+    grafting = Grafting(diffusion.grafting_iters, model_config.num_layers)
     unfinished = grafting.is_active(0 if weights_only else iteration_of(directory))
     if unfinished and not weights_only:
         if not source:

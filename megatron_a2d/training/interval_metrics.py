@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.diffusion.metrics import NUM_BUCKETS
 from megatron_a2d.distributed.process_groups import owns_loss
@@ -22,13 +22,13 @@ from megatron_a2d.training.train_step import SampleLosses, StepResult, Totals
 _NUM_COLUMNS = 5  # of a bucket: weighted loss, cross-entropy, rows, correct rows, maskable tokens
 
 
-class Meter:
-    """Validation and checkpoints are not timed."""
+class IntervalMetrics:
+    """Sums over the steps of a log interval; validation and checkpoints are not timed."""
 
-    def __init__(self, config: RunConfig, architecture: Architecture):
+    def __init__(self, config: RunConfig, model_config: ModelConfig):
         self._seq_length = config.data.seq_length
         self._tokens_per_step = config.training.global_batch_size * config.data.seq_length
-        self._architecture, self._input_length = architecture, config.input_length
+        self._model_config, self._input_length = model_config, config.input_length
         self._rows_per_token = config.input_length / config.data.seq_length
         self._causal = config.diffusion.objective == "ar"
         self._ar_loss_weight = config.diffusion.ar_loss_weight
@@ -93,7 +93,7 @@ class Meter:
         if self._peak:
             judged = totals.num_rows / max(totals.num_maskable + grafting.num_maskable, 1)
             flops = self._rows_per_token * train_flops_per_token(
-                self._architecture,
+                self._model_config,
                 self._input_length,
                 self._causal,
                 head_fraction=judged / self._rows_per_token,

@@ -10,8 +10,8 @@ import gc
 from megatron_a2d.config.settings import PerformanceConfig
 
 
-class Garbage:
-    """Does nothing without --manual-gc."""
+class ManualGC:
+    """Garbage collection every --manual-gc-interval iterations; does nothing without --manual-gc."""
 
     def __init__(self, settings: PerformanceConfig):
         self._interval = settings.manual_gc_interval if settings.manual_gc else 0

@@ -29,14 +29,14 @@ from torch import Tensor
 from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.manifest import check_manifest
 from megatron_a2d.checkpoint.reader import check_pickles
-from megatron_a2d.config.model_config import Architecture, read_architecture
+from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import ROLES, RunConfig
 from megatron_a2d.data.dataloader import Batch
 from megatron_a2d.distributed.process_groups import from_first_rank
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.training.initialization import initialize_state
 from megatron_a2d.training.param_gather import zero_gradients
-from megatron_a2d.training.param_shards import Piece, over_ranks, owned_pieces, squares_by_role
+from megatron_a2d.training.param_shards import ParamShard, over_ranks, owned_shards, squares_by_role
 from megatron_a2d.training.routers import RouterCounts
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import forward_backward
@@ -48,18 +48,18 @@ _EMA_DECAY = 0.9  # per log interval
 class Monitor:
     """The run's monitor, an `Observer` (train_step.py) of the steps that are logged. All methods are collective."""
 
-    def __init__(self, config: RunConfig, architecture: Architecture, state: TrainState):
-        self._architecture, self._state, self._pieces = architecture, state, owned_pieces(state)
+    def __init__(self, config: RunConfig, model_config: ModelConfig, state: TrainState):
+        self._model_config, self._state, self._shards = model_config, state, owned_shards(state)
         sizes = torch.zeros(len(ROLES), dtype=torch.float64, device=device())
-        for piece in self._pieces:
-            sizes[ROLES.index(piece.role)] += piece.stop - piece.start
+        for shard in self._shards:
+            sizes[ROLES.index(shard.role)] += shard.stop - shard.start
         over_ranks(sizes)
         self._roles = {role: index for index, role in enumerate(ROLES) if sizes[index] > 0}
         self._routers = None
         performance = config.performance
         replayed = performance.cuda_graph_scope if performance.cuda_graph_impl != "none" else ()
-        if architecture.is_moe and "moe_router" not in replayed:  # no hook runs inside a CUDA graph replay
-            mask = architecture.mask_token_id if config.diffusion.objective != "ar" else None
+        if model_config.is_moe and "moe_router" not in replayed:  # no hook runs inside a CUDA graph replay
+            mask = model_config.mask_token_id if config.diffusion.objective != "ar" else None
             self._routers = RouterCounts(state.models, mask)
         self._small = _small_batch(config)
         self._grafting_iters = config.diffusion.grafting_iters
@@ -70,7 +70,7 @@ class Monitor:
 
     def remember_start(self) -> None:
         """Measure drift from the current weights."""
-        self._drift = Drift(self._pieces)
+        self._drift = Drift(self._shards)
 
     def remember_start_of(self, config: RunConfig) -> None:
         """For a resumed run: measure drift from the weights it began with (--load, or random).
@@ -78,10 +78,10 @@ class Monitor:
         They are loaded into the model; the caller then loads the checkpoint to resume from over them.
         """
         load = config.training.load
-        found = _find(load, self._architecture) if load and dist.get_rank() == 0 else None
+        found = _find(load, self._model_config) if load and dist.get_rank() == 0 else None
         directory = from_first_rank(found)
         if directory is not None:
-            initialize_state(self._state, config, self._architecture, directory, weights_only=True)
+            initialize_state(self._state, config, self._model_config, directory, weights_only=True)
             self.remember_start()
 
     @contextmanager
@@ -96,7 +96,7 @@ class Monitor:
         small = self._small_gradient(micro_batches) if self._small and not grafts else None
         with self._routers.counting() if self._routers else nullcontext():
             yield
-        squares = self._squares(lambda _, piece: piece.gradient())
+        squares = self._squares(lambda _, shard: shard.gradient())
         self._values["grad_norm_by_role"] = self._by_role(squares, [1.0] * len(ROLES))
         if small is not None:
             self._values |= self._noise_scale(small, sum(squares))
@@ -104,10 +104,10 @@ class Monitor:
     @contextmanager
     def update(self) -> Iterator[None]:
         """Around the optimizer's step."""
-        before = [piece.weight().clone() for piece in self._pieces]
+        before = [shard.weight().clone() for shard in self._shards]
         yield
-        moved = self._squares(lambda number, piece: piece.weight() - before[number])
-        size = self._squares(lambda number, piece: before[number])
+        moved = self._squares(lambda number, shard: shard.weight() - before[number])
+        size = self._squares(lambda number, shard: before[number])
         self._values["update_to_weight_ratio"] = self._by_role(moved, size)
 
     def read(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Monitor:
         return values
 
     def _squares(self, what: Callable[[int, Any], Tensor]) -> list[float]:
-        sums: list[float] = over_ranks(squares_by_role(self._pieces, what)).tolist()
+        sums: list[float] = over_ranks(squares_by_role(self._shards, what)).tolist()
         return sums
 
     def _by_role(self, above: list[float], below: list[float]) -> dict[str, float]:
@@ -136,7 +136,7 @@ class Monitor:
         ]
         zero_gradients(self._state.chunks, self._state.optimizer)
         forward_backward(list(self._state.chunks), small, forward_only=False)
-        return sum(self._squares(lambda _, piece: piece.gradient()))
+        return sum(self._squares(lambda _, shard: shard.gradient()))
 
     def _noise_scale(self, small: float, large: float) -> dict[str, float]:
         assert self._small is not None
@@ -150,12 +150,12 @@ class Monitor:
         return {"tr_sigma": noise, "grad_norm_sq": signal, "grad_noise_scale": scale}
 
 
-def _find(load: str, architecture: Architecture) -> Path | None:
+def _find(load: str, model_config: ModelConfig) -> Path | None:
     """The checkpoint that the run began with; None (no drift is logged) if it is gone, damaged or another model's."""
     try:
         directory = resolve(load)
         check_pickles(directory)
-        fits = read_architecture(directory / HF_FILES) == architecture
+        fits = read_model_config(directory / HF_FILES) == model_config
         return directory if fits and not check_manifest(directory, checksums=False) else None
     except UserError:
         return None
@@ -177,21 +177,23 @@ def _small_batch(config: RunConfig) -> tuple[int, int] | None:
 class Drift:
     """|W - W0| / |W0| by role; W0 are the weights at construction, kept in host memory."""
 
-    def __init__(self, pieces: list[Piece]):
-        self._pieces = pieces
-        self._start = [piece.weight().to("cpu", copy=True) for piece in pieces]
+    def __init__(self, shards: list[ParamShard]):
+        self._shards = shards
+        self._start = [shard.weight().to("cpu", copy=True) for shard in shards]
 
-    def measure(self, values: Callable[[int, Piece], Tensor] = lambda _, piece: piece.weight()) -> dict[str, float]:
+    def measure(
+        self, values: Callable[[int, ParamShard], Tensor] = lambda _, shard: shard.weight()
+    ) -> dict[str, float]:
         """Drift of `values`, by default the current weights, for the roles that the model has. Collective."""
 
-        def moved(number: int, piece: Piece) -> Tensor:
-            return values(number, piece).float() - self._start[number].to(device()).float()
+        def moved(number: int, shard: ParamShard) -> Tensor:
+            return values(number, shard).float() - self._start[number].to(device()).float()
 
         sums = over_ranks(
             torch.stack(
                 [
-                    squares_by_role(self._pieces, moved),
-                    squares_by_role(self._pieces, lambda number, piece: self._start[number].to(device())),
+                    squares_by_role(self._shards, moved),
+                    squares_by_role(self._shards, lambda number, shard: self._start[number].to(device())),
                 ]
             )
         )

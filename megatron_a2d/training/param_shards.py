@@ -1,6 +1,6 @@
 """Owned parameter shards: a partition of the model's parameters in which each element is on exactly one rank.
 
-Sums over pieces, summed over all ranks, are then those of one process: whatever is replicated (data parallelism, norms
+Sums over shards, summed over all ranks, are then those of one process: whatever is replicated (data parallelism, norms
 and routers under tensor parallelism, tied embeddings) or sharded (the distributed optimizer) counts once.
 """
 
@@ -22,7 +22,7 @@ from megatron_a2d.training.optimizer import role_of
 from megatron_a2d.training.train_state import TrainState
 
 
-class Piece(NamedTuple):
+class ParamShard(NamedTuple):
     """A part of a flattened parameter."""
 
     role: str
@@ -44,8 +44,8 @@ class Piece(NamedTuple):
         return self.parameter.main_grad.view(-1)[self.start : self.stop]  # type: ignore[attr-defined]
 
 
-def owned_pieces(state: TrainState) -> list[Piece]:
-    """The pieces of this rank; none where others hold all of its parameters too."""
+def owned_shards(state: TrainState) -> list[ParamShard]:
+    """The shards of this rank; none where others hold all of its parameters too."""
     ranges: dict[nn.Parameter, tuple[int, int]] = {}
     mains: dict[nn.Parameter, Tensor] = {}
     is_sharded = False
@@ -53,25 +53,25 @@ def owned_pieces(state: TrainState) -> list[Piece]:
         if isinstance(part, DistributedOptimizer):
             is_sharded = True
             for parameter in part.model_param_gbuf_map:
-                span = part._get_model_param_range_map(parameter)["param"]
-                ranges[parameter] = (span.start, span.end)
+                local_range = part._get_model_param_range_map(parameter)["param"]
+                ranges[parameter] = (local_range.start, local_range.end)
                 if (main := getattr(parameter, "main_param", None)) is not None:
                     mains[parameter] = main
         for models, copies in zip(
             getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True
         ):
             mains.update(zip(models, copies, strict=True))
-    pieces = []
+    shards = []
     for model in state.models:
         tied = model.share_embeddings_and_output_weights
         for name, parameter in model.named_parameters():
-            shards = is_sharded and parameter.requires_grad  # what is frozen is in no optimizer
-            if not _counts_here(parameter, shards):
+            splits = is_sharded and parameter.requires_grad  # what is frozen is in no optimizer
+            if not _counts_here(parameter, splits):
                 continue
-            start, stop = ranges.get(parameter, (0, 0)) if shards else (0, parameter.numel())
+            start, stop = ranges.get(parameter, (0, 0)) if splits else (0, parameter.numel())
             if stop > start:
-                pieces.append(Piece(role_of(name, tied), parameter, start, stop, mains.get(parameter)))
-    return pieces
+                shards.append(ParamShard(role_of(name, tied), parameter, start, stop, mains.get(parameter)))
+    return shards
 
 
 def _counts_here(parameter: nn.Parameter, is_sharded: bool) -> bool:
@@ -89,12 +89,12 @@ def _counts_here(parameter: nn.Parameter, is_sharded: bool) -> bool:
     return (is_sharded or replica == 0) and (is_split or shard == 0)
 
 
-def squares_by_role(pieces: Iterable[Piece], values: Callable[[int, Piece], Tensor]) -> Tensor:
-    """[roles] float64, this rank's sums of the squares of `values(number, piece)`; see `over_ranks`."""
+def squares_by_role(shards: Iterable[ParamShard], values: Callable[[int, ParamShard], Tensor]) -> Tensor:
+    """[roles] float64, this rank's sums of the squares of `values(number, shard)`; see `over_ranks`."""
     sums = torch.zeros(len(ROLES), dtype=torch.float64, device=device())
     by_role: dict[int, list[Tensor]] = {}
-    for number, piece in enumerate(pieces):
-        by_role.setdefault(ROLES.index(piece.role), []).append(values(number, piece))
+    for number, shard in enumerate(shards):
+        by_role.setdefault(ROLES.index(shard.role), []).append(values(number, shard))
     for index, tensors in by_role.items():
         norms = torch.stack(torch._foreach_norm([tensor.float() for tensor in tensors]))
         sums[index] = norms.double().square().sum()

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_a2d.megatron_compat.device import device
-from megatron_a2d.megatron_compat.recompute import is_recomputed
+from megatron_a2d.megatron_compat.versions import is_recomputed
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.param_shards import over_ranks
 

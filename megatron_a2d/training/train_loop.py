@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_a2d.checkpoint.directory import HF_FILES
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, TrainingConfig
 from megatron_a2d.data.background_scan import BackgroundScan
 from megatron_a2d.data.dataloader import MicroBatches, write_batch
@@ -20,9 +20,9 @@ from megatron_a2d.training.checkpointing import SaveSchedule
 from megatron_a2d.training.cuda_graphs import LayerGraphs
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import initialize_state
-from megatron_a2d.training.interval_metrics import Meter
+from megatron_a2d.training.interval_metrics import IntervalMetrics
 from megatron_a2d.training.logger import RunLog
-from megatron_a2d.training.manual_gc import Garbage
+from megatron_a2d.training.manual_gc import ManualGC
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.profiler import Profile
 from megatron_a2d.training.stop_conditions import SkippedSteps, SpikeDetector, StopRequests
@@ -33,33 +33,33 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.exit_codes import NOT_FINITE
 
 
-def train(config: RunConfig, architecture: Architecture, start: Path, weights_only: bool) -> tuple[TrainState, int]:
+def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_only: bool) -> tuple[TrainState, int]:
     """Train from the checkpoint directory `start`; returns the final state and the exit code (utils/exit_codes.py).
 
     `weights_only`: begin a new run from its weights instead of resuming it. Collective.
     """
     # The first rank scanned the files before the launch (prelaunch_checks.py); reads check every token again.
-    train_data, valid_data = open_datasets(config, architecture, start / HF_FILES, scan=False)
-    state = build_train_state(architecture, config)
+    train_data, valid_data = open_datasets(config, model_config, start / HF_FILES, scan=False)
+    state = build_train_state(model_config, config)
     training = config.training
-    monitor = Monitor(config, architecture, state) if training.monitor else None
+    monitor = Monitor(config, model_config, state) if training.monitor else None
     # Drift is measured from the weights that the run began with. A resumed run reads those into the model first, and
     # `initialize_state` overwrites them with the checkpoint; for a new run they are what it leaves in the model.
     if monitor and not weights_only:
         monitor.remember_start_of(config)
-    grafting = initialize_state(state, config, architecture, start, weights_only)
+    grafting = initialize_state(state, config, model_config, start, weights_only)
     if monitor and weights_only:
         monitor.remember_start()
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
-    batches = micro_batches(config, architecture, train_data, config.data.seed, state.consumed_samples)
+    batches = micro_batches(config, model_config, train_data, config.data.seed, state.consumed_samples)
     saves = SaveSchedule(config, start / HF_FILES, log)
     # Files with checksums are verified at every read; the others are scanned once in the background.
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and file.needs_scan])
-    meter, spikes = Meter(config, architecture), SpikeDetector()
+    interval_metrics, spikes = IntervalMetrics(config, model_config), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     profile = Profile(config, state, log)
-    graphs, garbage = LayerGraphs(state, config), Garbage(config.performance)
+    graphs, manual_gc = LayerGraphs(state, config), ManualGC(config.performance)
     hang_timeout = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
     try:
@@ -67,15 +67,15 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
         log.event("start", iteration=state.iteration, settings=config.to_dict(), environment=variables)
         if variables:
             log.say(f"environment: {environment.as_text(variables)}")
-        for note in notes(config, architecture):
+        for note in notes(config, model_config):
             log.say(note)
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration >= training.train_iters:
             log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to continue")
         mark("first step", state.iteration, limit=hang_timeout)
         if state.iteration == 0:
-            _validate(state, config, architecture, valid_data, log)
-        meter.restart()
+            _validate(state, config, model_config, valid_data, log)
+        interval_metrics.restart()
         while state.iteration < training.train_iters and end is None:
             mark("reading samples", state.iteration + 1, limit=hang_timeout)
             scan.check()
@@ -89,12 +89,12 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
                 with phase("data"):
                     iteration = [next(batches) for _ in range(batches.num_microbatches)]
                 result = train_step(state.chunks, state.optimizer, iteration, observer)
-            meter.add(result, grafting.take_error() if grafts else None)
+            interval_metrics.add(result, grafting.take_error() if grafts else None)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
             profile.after(state.iteration, log)
-            garbage.after_step(state.iteration)
+            manual_gc.after_step(state.iteration)
             if skipped.add(result.grad_norm):
                 culprits = process_groups.union(result.not_finite)
                 log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
@@ -103,18 +103,18 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
                 end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", NOT_FINITE
             last = state.iteration == training.train_iters or end is not None
             if last or is_logged(training, state.iteration):
-                values = meter.read(state) | (observer.read() if observer else {})
+                values = interval_metrics.read(state) | (observer.read() if observer else {})
                 log.train(state.iteration, values)
                 if not grafts and spikes.is_spike(values["loss"]):
                     log.spike(state.iteration, values["loss"])
             if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
-                _validate(state, config, architecture, valid_data, log)
+                _validate(state, config, model_config, valid_data, log)
             mark("checkpoint", limit=CHECKPOINTS)
             if training.save and (last or state.iteration % training.save_interval == 0):
                 saves.save(state, last)
             else:
                 saves.poll()
-            meter.resume()
+            interval_metrics.resume()
         if skipped.too_many:
             _write_last_batch(config.training, batches, state, log)
         reason, exit_code = end or ("complete", 0)
@@ -123,7 +123,7 @@ def train(config: RunConfig, architecture: Architecture, start: Path, weights_on
             log.say(f"ended at iteration {state.iteration}: {reason}")
     finally:
         profile.close(log)
-        garbage.close()
+        manual_gc.close()
         batches.close()
         scan.close()
         log.close()
@@ -155,11 +155,11 @@ def _write_last_batch(training: TrainingConfig, batches: MicroBatches, state: Tr
 def _validate(
     state: TrainState,
     config: RunConfig,
-    architecture: Architecture,
+    model_config: ModelConfig,
     valid_data: dict[str, PackedDataset],
     log: RunLog,
 ) -> None:
     """One validation per source."""
     for source, dataset in valid_data.items():
-        result = run_validation(state, config, architecture, dataset)
+        result = run_validation(state, config, model_config, dataset)
         log.validation(state.iteration, result, source if config.data.data_mixture else None)

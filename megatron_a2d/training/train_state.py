@@ -15,7 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_a2d.config.fp8_recipe import choose_scaling
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate_performance import isolates_documents
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version, device
@@ -83,9 +83,9 @@ class TrainState:
         gather_weights(self.chunks, self.optimizer)
 
 
-def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
+def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
     """This rank's part of the model, or one of its virtual stages; its weights mean nothing before a load."""
-    transformer_config = build_transformer_config(architecture, config)
+    transformer_config = build_transformer_config(model_config, config)
     implementation = choose_implementation(config)
     spec = build_block_spec(
         transformer_config,
@@ -96,7 +96,7 @@ def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | N
     )
     return DiffusionLM(
         transformer_config,
-        architecture,
+        model_config,
         spec,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -105,12 +105,12 @@ def build_model(architecture: Architecture, config: RunConfig, vp_stage: int | N
     ).to(device())
 
 
-def build_train_state(architecture: Architecture, config: RunConfig) -> TrainState:
+def build_train_state(model_config: ModelConfig, config: RunConfig) -> TrainState:
     """Model, optimizer and schedule at iteration 0."""
     if config.performance.overlap_moe_expert_parallel_comm:
         allow_schedule_plans()
     virtual = config.parallel.virtual_pipeline_size
-    models = [build_model(architecture, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
+    models = [build_model(model_config, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
     performance, scaling = (
         config.performance,
         choose_scaling(config.performance.fp8_recipe, compute_capability(), cuda_version()),
@@ -129,10 +129,10 @@ def build_train_state(architecture: Architecture, config: RunConfig) -> TrainSta
     chunks = []
     for number, model in enumerate(models):
         mark_expert_parameters(model)
-        freeze_roles(model, config.optimization.lr_mult, architecture.tie_word_embeddings)
+        freeze_roles(model, config.optimization.lr_mult, model_config.tie_word_embeddings)
         # Buckets are for overlap with the backward pass; later chunks' gradients are ready when the first one's are.
         chunks.append(DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=number > 0))
-    optimizer = build_optimizer(config, chunks, tied=architecture.tie_word_embeddings)
+    optimizer = build_optimizer(config, chunks, tied=model_config.tie_word_embeddings)
     for model in models:
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = optimizer.scale_loss

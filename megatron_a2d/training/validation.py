@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.data.dataloader import MicroBatches
 from megatron_a2d.data.packed_dataset import PackedDataset
@@ -28,13 +28,13 @@ __all__ = ["VALIDATION_SEED", "ValidationResult", "run_validation", "validate"]
 
 
 def run_validation(
-    state: TrainState, config: RunConfig, architecture: Architecture, valid_data: PackedDataset
+    state: TrainState, config: RunConfig, model_config: ModelConfig, valid_data: PackedDataset
 ) -> ValidationResult:
     """Validate on --eval-iters global batches, or on as many as the held-out data fills. Collective."""
     batch_size = config.training.global_batch_size
     num_samples = min(config.training.eval_iters, valid_data.num_samples // batch_size) * batch_size
     state.gather_parameters()
-    with micro_batches(config, architecture, valid_data, VALIDATION_SEED, 0, for_training=False) as batches:
+    with micro_batches(config, model_config, valid_data, VALIDATION_SEED, 0, for_training=False) as batches:
         return validate(state.chunks, batches, num_samples, batch_size)
 
 

@@ -57,7 +57,7 @@ def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
     first = first._replace(tensors=Remapped(first.tensors, first.tensors.shapes, kinds, lambda span: [span]))
     ran, other = (second, first) if is_hugging_face(second) else (first, second)
     hf = ran.directory
-    needed, free = 4 * other.architecture.num_parameters(), psutil.virtual_memory().available
+    needed, free = 4 * other.model_config.num_parameters(), psutil.virtual_memory().available
     if asked and needed > 0.8 * free:
         raise UserError(
             f"--logits: the model in fp32 takes {human(needed, 'B')}, and {human(free, 'B')} of memory "
@@ -66,7 +66,7 @@ def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
     is_mixed = rounds and len(set(kinds.values())) > 1
     by_transformers = (asked or needed <= DEFAULT_MAX_BYTES) and not is_mixed
     causal = model_type(hf) in AUTOREGRESSIVE and model_type(_configuration(other)) in AUTOREGRESSIVE
-    tokens_BL = random_tokens(other.architecture.vocab_size)
+    tokens_BL = random_tokens(other.model_config.vocab_size)
     if by_transformers:
         kind = next(iter(kinds.values())) if rounds else None
         expected_BLV = transformers_logits(hf, tokens_BL, bidirectional=not causal, rounded_to=kind)
@@ -178,7 +178,7 @@ def loss_by_time(weights: Weights, label_shift: bool = True) -> tuple[str, list[
 
     The text is the same at every t, and masks are nested: a token masked at one t is masked at any larger one.
     """
-    mask = weights.architecture.mask_token_id
+    mask = weights.model_config.mask_token_id
     text, tokens_RL = _sample_text(weights, SAMPLES_PER_TIME)
     if mask is None:
         return text, []
@@ -231,7 +231,7 @@ def _configuration(weights: Weights) -> Path:
 
 def _sample_text(weights: Weights, num_samples: int) -> tuple[str, torch.Tensor]:
     """(name, tokens [num_samples, NUM_POSITIONS]): text of the manual that comes with Python, or random tokens."""
-    vocab_size = weights.architecture.vocab_size
+    vocab_size = weights.model_config.vocab_size
     path = _configuration(weights) / "tokenizer.json"
     if path.exists():
         from pydoc_data.topics import topics

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from megatron_a2d.checkpoint.tensor_rows import Span, slabs
+from megatron_a2d.checkpoint.tensor_rows import RowRange, slabs
 from megatron_a2d.conversion.sources import EMBEDDING, HEAD, Weights
 
 Advance = Callable[[float], None]
@@ -25,7 +25,7 @@ class StreamedModel:
 
     def __init__(self, weights: Weights, causal: bool = False, advance: Advance = lambda amount: None):
         self._tensors, self._causal, self._advance = weights.tensors, causal, advance
-        self._shape = weights.architecture
+        self._shape = weights.model_config
 
     @torch.no_grad()
     def hidden(self, tokens_BL: torch.Tensor) -> torch.Tensor:
@@ -61,14 +61,14 @@ class StreamedModel:
 
     def _embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         ids = tokens_BL.unique().tolist()
-        rows = torch.cat([self._tensors.read(Span(EMBEDDING, (), i, i + 1)).float() for i in ids])
+        rows = torch.cat([self._tensors.read(RowRange(EMBEDDING, (), i, i + 1)).float() for i in ids])
         return rows[torch.searchsorted(torch.tensor(ids), tokens_BL)]
 
     def _rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(index of the first row, consecutive rows in fp32), over the complete tensor."""
         shape = self._tensors.shapes[name]
         for start, stop in slabs(shape, 0, shape[0], self._tensors.dtype(name).itemsize):
-            rows = self._tensors.read(Span(name, (), start, stop))
+            rows = self._tensors.read(RowRange(name, (), start, stop))
             self._advance(rows.nbytes)
             yield start, rows.float()
 

@@ -23,11 +23,11 @@ PROGRAM = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
 from megatron_a2d.utils.errors import UserError
-from megatron_a2d.distributed.rank_failure import Peers
+from megatron_a2d.distributed.rank_failure import PeerMonitor
 
 fault, patience = sys.argv[1], float(sys.argv[2])
 dist.init_process_group("gloo")
-with Peers(patience):
+with PeerMonitor(patience):
     for step in range(30):
         time.sleep(0.02)
         if dist.get_rank() == 1 and step == 10:

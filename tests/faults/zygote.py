@@ -29,7 +29,7 @@ POINTS: dict[str, tuple[str, str | None, str]] = {
     "while it loads the checkpoint": ("megatron_a2d.training.initialization", None, "load_checkpoint"),
     "in the middle of a step": ("megatron_a2d.training.train_step", None, "_loss"),
     "between backward and update": ("megatron_a2d.training.train_step", None, "update_parameters"),
-    "while chunks are written": ("megatron_a2d.checkpoint.save", "Saving", "finish_writing"),
+    "while chunks are written": ("megatron_a2d.checkpoint.save", "CollectiveSave", "finish_writing"),
     "while they are written in the background": ("megatron_a2d.training.train_loop", None, "train_step"),
     "before the manifest is written": ("megatron_a2d.training.checkpointing", None, "write_manifest"),
     "between rename and tracker": ("megatron_a2d.training.checkpointing", None, "new_file"),
@@ -143,7 +143,7 @@ def run_rank(rank: int, port: int, settings: dict[str, Any]) -> int:
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     timeout = timedelta(seconds=PATIENCE / 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=timeout)
-    with rank_failure.Peers(PATIENCE):
+    with rank_failure.PeerMonitor(PATIENCE):
         result = run_job.run(settings)
     Path(settings["save"], f"final_{rank}.json").write_text(json.dumps(result))
     return int(result["exit_code"])

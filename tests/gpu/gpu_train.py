@@ -63,7 +63,7 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     """Train from the model's checkpoint; with `save`, write a checkpoint with the optimizer's state there."""
     from bench.training_speed import free_memory
     from megatron_a2d.checkpoint.directory import iteration_of, resolve
-    from megatron_a2d.config.model_config import read_architecture
+    from megatron_a2d.config.model_config import read_model_config
     from megatron_a2d.config.settings import build
     from megatron_a2d.config.validate import find_problems
     from megatron_a2d.distributed import environment, process_groups
@@ -73,17 +73,17 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     settings = without_engine(model.settings | changes) | ({"save": str(save)} if save else {})
     config = build(settings)
     start = resolve(model.checkpoint)
-    architecture = read_architecture(start / "hf")
+    model_config = read_model_config(start / "hf")
     environment.apply(config)
-    assert not (problems := find_problems(config, architecture, process_groups.world_size())), problems
+    assert not (problems := find_problems(config, model_config, process_groups.world_size())), problems
     free_memory()  # of the run before, and its process groups
     process_groups.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
-    state = train_state.build_train_state(architecture, config)
+    state = train_state.build_train_state(model_config, config)
     load_checkpoint(state, start, weights_only=iteration_of(start) == 0)
-    data, _ = data_setup.open_datasets(config, architecture)
+    data, _ = data_setup.open_datasets(config, model_config)
     graphs = cuda_graphs.LayerGraphs(state, config)
     losses, norms = [], []
-    with data_setup.micro_batches(config, architecture, data, config.data.seed, state.consumed_samples) as batches:
+    with data_setup.micro_batches(config, model_config, data, config.data.seed, state.consumed_samples) as batches:
         for _ in range(steps):
             state.scheduler.step(1)
             graphs.before_step()

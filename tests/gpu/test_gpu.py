@@ -62,12 +62,12 @@ def test_a_checkpoint_serves_both(kind: str, models: dict[str, Model], tmp_path:
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors under Hugging Face's names."""
-    from megatron_a2d.checkpoint.tensor_rows import Span
+    from megatron_a2d.checkpoint.tensor_rows import RowRange
     from megatron_a2d.conversion.sources import open_checkpoint
 
     with open_checkpoint(path) as weights:
         source = weights.tensors
-        return {name: source.read(Span(name, (), 0, shape[0])) for name, shape in source.shapes.items()}
+        return {name: source.read(RowRange(name, (), 0, shape[0])) for name, shape in source.shapes.items()}
 
 
 def test_isolated_documents_as_packed_sequences(models: dict[str, Model], record: Record) -> None:

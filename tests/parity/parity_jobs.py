@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_a2d import megatron_compat
 from megatron_a2d.checkpoint.directory import resolve
-from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import RunConfig, build
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
@@ -31,7 +31,7 @@ from megatron_a2d.model.local_layers import CoreAttention
 from megatron_a2d.training.checkpointing import Save, load_checkpoint
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import initialize_state, set_to_mean
-from megatron_a2d.training.interval_metrics import Meter
+from megatron_a2d.training.interval_metrics import IntervalMetrics
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.train_state import TrainState, build_train_state
@@ -132,13 +132,13 @@ def _split_contractions(pieces: int) -> Iterator[None]:
 def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> dict[str, Any]:
     """What monitoring says of the last of a few steps, speed aside."""
     config, state, batches = _start(checkpoint, settings)
-    architecture = read_architecture(resolve(checkpoint) / "hf")
-    monitor, meter = Monitor(config, architecture, state), Meter(config, architecture)
+    model_config = read_model_config(resolve(checkpoint) / "hf")
+    monitor, interval_metrics = Monitor(config, model_config, state), IntervalMetrics(config, model_config)
     monitor.remember_start()
     for _ in range(num_steps):
         state.scheduler.step(1)
-        meter.add(train_step(state.chunks, state.optimizer, _one_iteration(batches), monitor))
-    values = meter.read(state) | monitor.read()
+        interval_metrics.add(train_step(state.chunks, state.optimizer, _one_iteration(batches), monitor))
+    values = interval_metrics.read(state) | monitor.read()
     del values["tokens_per_second"]
     return values
 
@@ -179,9 +179,9 @@ def _word_tables(state: TrainState) -> list[tuple[str, torch.Tensor]]:
 def validate(checkpoint: str, settings: dict[str, Any]) -> dict[str, float]:
     """One validation on the training data's files."""
     config, state, _ = _start(checkpoint, settings)
-    architecture = read_architecture(resolve(checkpoint) / "hf")
-    _, valid_data = open_datasets(config, architecture)
-    return run_validation(state, config, architecture, valid_data["valid"]).to_dict()
+    model_config = read_model_config(resolve(checkpoint) / "hf")
+    _, valid_data = open_datasets(config, model_config)
+    return run_validation(state, config, model_config, valid_data["valid"]).to_dict()
 
 
 def convert_layout(checkpoint: str, settings: dict[str, Any]) -> None:
@@ -270,20 +270,20 @@ def _start(checkpoint: str, settings: dict[str, Any], fix_experts: bool = True) 
     megatron_compat.install()
     config = build(SETTINGS | settings)
     start = resolve(checkpoint)
-    architecture = read_architecture(start / "hf")
-    problems = find_problems(config, architecture, dist.get_world_size())
+    model_config = read_model_config(start / "hf")
+    problems = find_problems(config, model_config, dist.get_world_size())
     assert not problems, problems
     process_groups.initialize(config.parallel)
     if not fix_experts:
         from megatron_a2d.training import train_state
 
         original, train_state.mark_expert_parameters = train_state.mark_expert_parameters, lambda model: None
-    state = build_train_state(architecture, config)
+    state = build_train_state(model_config, config)
     if not fix_experts:
         train_state.mark_expert_parameters = original
-    state.grafting = initialize_state(state, config, architecture, start, weights_only=True)  # type: ignore[attr-defined]
-    train_data, _ = open_datasets(config, architecture)
-    return config, state, micro_batches(config, architecture, train_data, config.data.seed, 0)
+    state.grafting = initialize_state(state, config, model_config, start, weights_only=True)  # type: ignore[attr-defined]
+    train_data, _ = open_datasets(config, model_config)
+    return config, state, micro_batches(config, model_config, train_data, config.data.seed, 0)
 
 
 def _one_iteration(batches: Any) -> list[Any]:
@@ -381,9 +381,9 @@ def bytes_of_a_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any
     megatron_compat.install()
     config = build(SETTINGS | {"global_batch_size": 8} | settings)
     start = resolve(checkpoint)
-    architecture = read_architecture(start / "hf")
+    model_config = read_model_config(start / "hf")
     process_groups.initialize(config.parallel)
-    state = build_train_state(architecture, config)
+    state = build_train_state(model_config, config)
     counts, values = [], []
     training_load = checkpoint_code.load_state
     for load in (training_load, lambda wanted, directory: dist_checkpointing.load(wanted, str(directory))):

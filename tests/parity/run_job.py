@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_a2d import megatron_compat
 from megatron_a2d.checkpoint import async_writer
 from megatron_a2d.checkpoint.directory import iteration_of, latest_iteration
-from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.training import checkpointing, train_loop, train_step
@@ -42,7 +42,7 @@ def run(settings: dict[str, Any], **faults: Any) -> dict[str, Any]:
     disturbed = Faults(save=config.training.save, **faults)
     try:
         with disturbed.installed():
-            state, exit_code = train_loop.train(config, read_architecture(start / "hf"), start, weights_only)
+            state, exit_code = train_loop.train(config, read_model_config(start / "hf"), start, weights_only)
     except SaveError as error:
         return {**result, "losses": disturbed.losses, "error": str(error)}
     except _StoppedError:

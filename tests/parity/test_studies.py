@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_a2d.checkpoint.directory import HF_FILES, resolve
-from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import build
 from megatron_a2d.study import command
 from megatron_a2d.study.ablations import critical_batch_size, lr_by_role, mask_sampling, timestep_sampling
@@ -56,8 +56,8 @@ def test_a_whole_study(
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
     rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
     count = len(started)
-    architecture = read_architecture(resolve(case.checkpoint) / HF_FILES)
-    assert count >= len(find_study(name).plan(build(settings), [1000], architecture)) and rows
+    model_config = read_model_config(resolve(case.checkpoint) / HF_FILES)
+    assert count >= len(find_study(name).plan(build(settings), [1000], model_config)) and rows
     run_study(name, arguments)
     assert len(started) == count
     if name == "layer-lr":

@@ -89,7 +89,7 @@ def damaged(root: Path, change: Callable[[Path], None], intact: bool = True) -> 
     return {"load": copy}
 
 
-def other_architecture(directory: Path) -> None:
+def other_model_config(directory: Path) -> None:
     path = directory / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 128}))
 
@@ -135,7 +135,7 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("nothing to start from", lambda root: {"load": None}, "--load: is missing"),
     ("checkpoint is missing", lambda root: {"load": root / "nowhere"}, "no such directory"),
     ("checkpoint is a HF directory", lambda root: {"load": root / "moe"}, "latest_checkpointed_iteration"),
-    ("other architecture", lambda root: damaged(root, other_architecture), "embedding"),
+    ("other architecture", lambda root: damaged(root, other_model_config), "embedding"),
     ("dense weights, MoE config", lambda root: damaged(root, dense_weights), "mlp"),
     ("mask outside the embedding", lambda root: damaged(root, mask_outside), "not a row of the embedding"),
     ("mask is an ordinary token", lambda root: damaged(root, mask_is_a_word), "which text uses"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_a2d.checkpoint.training_facts import Trained
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.conversion.hf_config import Exported, refusals
 from megatron_a2d.diffusion.attention_masks import block_causal_mask
@@ -151,9 +151,9 @@ def test_aligned_blocks_are_pieces_of_the_text() -> None:
 
 
 def test_exports_do_not_pass_for_what_they_are_not() -> None:
-    architecture = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
+    model_config = ModelConfig(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
     blocks, plain = (
-        Exported(architecture, {}, {}, "float32", Trained(objective, block_length=length), EndTokens((), None))
+        Exported(model_config, {}, {}, "float32", Trained(objective, block_length=length), EndTokens((), None))
         for objective, length in (("block", 4), ("mdlm", 0))
     )
     for kind in ("a2d", "rnd1"):

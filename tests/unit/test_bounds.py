@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_a2d import plan, train
-from megatron_a2d.config.model_config import MOST, architecture_from_config, read_architecture
+from megatron_a2d.config.model_config import MOST, model_config_from_hf, read_model_config
 from megatron_a2d.config.settings import build
 from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
 from megatron_a2d.conversion.sources import open_hf
@@ -33,13 +33,13 @@ LARGE = 10**9
 )
 def test_a_model_of_no_size_is_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(UserError) as end:
-        architecture_from_config(hub_config("moe") | changes, "config.json")
+        model_config_from_hf(hub_config("moe") | changes, "config.json")
     assert message in str(end.value)
 
 
 def test_the_largest_models_are_no_problem() -> None:
     config = hub_config("moe") | {"num_hidden_layers": 200, "num_experts": 1024}
-    assert architecture_from_config(config, "config.json").num_experts == 1024
+    assert model_config_from_hf(config, "config.json").num_experts == 1024
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": MOST["num_hidden_layers"]}, {"num_experts": 50_000}])
@@ -49,7 +49,7 @@ def test_a_configuration_larger_than_its_files_is_refused_by_their_counts(
     directory = write_hf(tmp_path / "hf", "moe")
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert read_architecture(directory).num_parameters() > 0
+    assert read_model_config(directory).num_parameters() > 0
     monkeypatch.setattr(
         "megatron_a2d.conversion.sources.WeightMap", lambda *_: pytest.fail("names were made for all of its layers")
     )

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_a2d import megatron_compat
-from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.training.optimizer import update_parameters
-from megatron_a2d.training.param_shards import owned_pieces, squares_by_role
+from megatron_a2d.training.param_shards import owned_shards, squares_by_role
 from megatron_a2d.training.train_state import build_train_state
 from tests.tiny import hub_config
 
@@ -45,7 +45,7 @@ def test_norm_clipping_and_monitoring_read_the_same(monkeypatch: pytest.MonkeyPa
     config = build({"bf16": True, "use_distributed_optimizer": True, "train_iters": 10, "clip_grad": 1.0})
     process_groups.initialize(config.parallel)
     try:
-        state = build_train_state(architecture_from_config(hub_config("moe"), "moe"), config)
+        state = build_train_state(model_config_from_hf(hub_config("moe"), "moe"), config)
         for part in state.optimizer.chained_optimizers:
             part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
             for group, shards in zip(part.optimizer.param_groups, part.shard_float16_groups, strict=True):
@@ -56,7 +56,7 @@ def test_norm_clipping_and_monitoring_read_the_same(monkeypatch: pytest.MonkeyPa
             squares += float(parameter.main_grad.double().square().sum())
         monkeypatch.setattr(state.optimizer, "step_with_ready_grads", lambda: True)
         assert update_parameters(state.optimizer) == pytest.approx(math.sqrt(squares), rel=1e-5)
-        seen = squares_by_role(owned_pieces(state), lambda _, piece: piece.gradient())
+        seen = squares_by_role(owned_shards(state), lambda _, shard: shard.gradient())
         assert float(seen.sum().sqrt()) == pytest.approx(1.0, rel=1e-5)
     finally:
         process_groups.finalize()

@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from megatron_a2d.config.cli import Parser, parse_run
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, build, settings
 from megatron_a2d.config.validate import find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.utils.errors import UserError
 
-MOE = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
+MOE = ModelConfig(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
 DENSE = replace(MOE, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
 OBJECTIVES = sorted((RECIPES[0].parent / "objectives").glob("*.yaml"))
@@ -158,11 +158,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("values", "architecture", "world_size", "message"), BAD)
-def test_bad_layouts_and_values(values: dict, architecture: Architecture, world_size: int, message: str) -> None:
+@pytest.mark.parametrize(("values", "model_config", "world_size", "message"), BAD)
+def test_bad_layouts_and_values(values: dict, model_config: ModelConfig, world_size: int, message: str) -> None:
     base = {"seq_length": 1024}
-    assert not find_problems(build(base), replace(architecture, mask_token_id=250), 1)
-    problems = find_problems(build(base | values), architecture, world_size)
+    assert not find_problems(build(base), replace(model_config, mask_token_id=250), 1)
+    problems = find_problems(build(base | values), model_config, world_size)
     assert any(message in problem for problem in problems), problems
     assert all(problem.startswith("--") for problem in problems)
 
@@ -179,7 +179,7 @@ def test_every_objective_goes_with_a_recipe(objective: Path, base: str) -> None:
     assert {name: config.to_dict()[name] for name in chosen} == chosen
     assert config.training == alone.training and config != alone
     model = config.training.model
-    assert not find_problems(config, named_architecture(model) if model else MOE, 8 if model else 2)
+    assert not find_problems(config, named_model_config(model) if model else MOE, 8 if model else 2)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

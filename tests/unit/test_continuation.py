@@ -13,10 +13,10 @@ import torch
 
 from megatron_a2d.diffusion import model_interface
 from megatron_a2d.diffusion.conditional_likelihood import (
-    Draws,
-    likelihood_draws,
+    MaskSamples,
+    likelihood_samples,
     log_likelihood,
-    pseudo_likelihood_draws,
+    pseudo_likelihood_samples,
 )
 from megatron_a2d.diffusion.model_interface import from_logits
 from megatron_a2d.diffusion.rng import Stream, uniforms
@@ -110,8 +110,8 @@ def test_monte_carlo_is_unbiased_and_its_errors_are_honest(mc_num: int) -> None:
 def test_one_draw_has_no_error() -> None:
     """Whichever size it has: all tokens at once have the weight 1, and are not exact for that."""
     for seed in range(20):
-        assert math.isnan(log_likelihood(likelihood_draws(3, 1, seed), np.ones(1)).standard_error)
-    assert log_likelihood(likelihood_draws(1, 1), np.ones(1)).standard_error == 0
+        assert math.isnan(log_likelihood(likelihood_samples(3, 1, seed), np.ones(1)).standard_error)
+    assert log_likelihood(likelihood_samples(1, 1), np.ones(1)).standard_error == 0
 
 
 def test_low_discrepancy_beats_independent_draws() -> None:
@@ -125,18 +125,18 @@ def test_low_discrepancy_beats_independent_draws() -> None:
 
     structured, independent = [], []
     for seed in range(200):
-        draws = likelihood_draws(n, mc_num, seed)
+        draws = likelihood_samples(n, mc_num, seed)
         structured.append(log_likelihood(draws, losses(draws.masks)).mean)
         sizes = random.integers(1, n + 1, mc_num)
         masks = np.array([random.permutation(n) < size for size in sizes])
         independent.append(-(n / sizes * losses(masks)).mean())
-    exact = log_likelihood(likelihood_draws(n, 2**n), losses(likelihood_draws(n, 2**n).masks)).mean
+    exact = log_likelihood(likelihood_samples(n, 2**n), losses(likelihood_samples(n, 2**n).masks)).mean
     assert abs(np.mean(structured) - exact) < 4 * np.std(structured) / math.sqrt(200)
     assert np.std(structured) < 0.5 * np.std(independent)
 
 
 def test_draws_cover_counts_and_tokens_evenly() -> None:
-    draws = likelihood_draws(20, 128)
+    draws = likelihood_samples(20, 128)
     sizes = draws.masks.sum(1)
     assert len(draws.masks) == draws.num_replicates * (128 // draws.num_replicates) <= 128
     for replicate in range(draws.num_replicates):
@@ -145,12 +145,12 @@ def test_draws_cover_counts_and_tokens_evenly() -> None:
         covered = draws.masks[draws.replicates == replicate].sum(0)
         assert covered.max() - covered.min() <= 1
     with pytest.raises(ValueError, match="at least one"):
-        likelihood_draws(0, 4)
+        likelihood_samples(0, 4)
 
 
 def test_pseudo_likelihood() -> None:
     losses = np.array([1.0, 2.0, 4.0])
-    assert log_likelihood(pseudo_likelihood_draws(3), losses) == (-7.0, 0.0)
+    assert log_likelihood(pseudo_likelihood_samples(3), losses) == (-7.0, 0.0)
 
 
 def test_autoregressive_models_take_one_pass() -> None:
@@ -281,7 +281,7 @@ def test_requests_are_run_long_ones_first_in_groups(batch_tokens: int, groups: l
 
 def test_draws_by_their_formula() -> None:
     """5 tokens, 9 passes: 3 replicates of 3, counts stratified by one number, arcs of one order, weights n / (k J)."""
-    draws = likelihood_draws(5, 9, seed=4)
+    draws = likelihood_samples(5, 9, seed=4)
     assert draws.num_replicates == 3 and draws.replicates.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     for replicate in range(3):
         numbers = uniforms(4, Stream.CONTINUATION, replicate, 6)
@@ -292,22 +292,22 @@ def test_draws_by_their_formula() -> None:
             assert draws.masks[3 * replicate + draw].tolist() == mask.tolist()
             assert draws.weights[3 * replicate + draw] == pytest.approx(5 / size / 3)
             start += size
-    exact = likelihood_draws(3, 7)
+    exact = likelihood_samples(3, 7)
     assert len(exact.masks) == 7 and exact.num_replicates == 1 and not exact.replicates.any()
     assert exact.weights.tolist() == pytest.approx([1 / (k * math.comb(3, k)) for k in exact.masks.sum(1)])
-    assert len(likelihood_draws(3, 6).masks) == 6, "not enough passes for all subsets"
-    assert [len(likelihood_draws(3, number).masks) for number in (1, 2, 3, 4, 5)] == [1, 2, 2, 4, 4]
+    assert len(likelihood_samples(3, 6).masks) == 6, "not enough passes for all subsets"
+    assert [len(likelihood_samples(3, number).masks) for number in (1, 2, 3, 4, 5)] == [1, 2, 2, 4, 4]
     for arguments in ((0, 3), (3, 0)):
         with pytest.raises(ValueError, match="need at least one token and one draw"):
-            likelihood_draws(*arguments)
+            likelihood_samples(*arguments)
 
 
 def test_estimates_from_replicates() -> None:
     """Each replicate adds up its own draws; the mean over them, and the error of that mean."""
-    draws = Draws(np.ones((4, 2), bool), np.array([0.5, 1.0, 2.0, 1.0]), np.array([0, 0, 1, 1]), 2)
+    draws = MaskSamples(np.ones((4, 2), bool), np.array([0.5, 1.0, 2.0, 1.0]), np.array([0, 0, 1, 1]), 2)
     mean, error = log_likelihood(draws, np.array([2.0, 3.0, 1.0, 4.0]))
     assert mean == -5.0 and error == pytest.approx(math.sqrt(2 / 2))  # replicates of 4 and 6
-    one = Draws(np.array([[True, False, True]]), np.array([1.5]), np.zeros(1, np.int64), 1)
+    one = MaskSamples(np.array([[True, False, True]]), np.array([1.5]), np.zeros(1, np.int64), 1)
     assert log_likelihood(one, np.array([2.0])).mean == -3.0 and math.isnan(
         log_likelihood(one, np.array([2.0])).standard_error
     )

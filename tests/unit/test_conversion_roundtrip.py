@@ -30,8 +30,8 @@ from checkpoints_tools import export_hf, verify
 from megatron_a2d.checkpoint import tensor_rows
 from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, TRACKER, iteration_of, resolve
 from megatron_a2d.checkpoint.reader import open_torch_dist, read_common
-from megatron_a2d.checkpoint.tensor_rows import OpenFiles, Span
-from megatron_a2d.config.model_config import architecture_from_config, read_architecture
+from megatron_a2d.checkpoint.tensor_rows import OpenFiles, RowRange
+from megatron_a2d.config.model_config import model_config_from_hf, read_model_config
 from megatron_a2d.conversion.hf_config import Format
 from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.conversion.qwen3_weight_map import WeightMap
@@ -252,8 +252,8 @@ def test_exports_are_what_their_format_says(kind: str, form: str, tmp_path: Path
     assert sums == {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in files}
     card = (out / "README.md").read_text()
     assert "Base model: Qwen/Tiny." in card and "base_model: Qwen/Tiny\n" in card
-    assert read_architecture(out) == (
-        read_architecture(hf) if form == "qwen3" else read_architecture(tmp_path / "ckpt" / "release" / HF_FILES)
+    assert read_model_config(out) == (
+        read_model_config(hf) if form == "qwen3" else read_model_config(tmp_path / "ckpt" / "release" / HF_FILES)
     )
 
 
@@ -411,7 +411,7 @@ def boxes_of(release: Path, tensor_parallel: int) -> list:
     boxes = []
     with open_checkpoint(release) as weights, open_torch_dist(release) as stored:
         for block in weights.map.blocks():
-            matrix = stored.read(Span(block.key, block.lead, 0, block.num_rows))
+            matrix = stored.read(RowRange(block.key, block.lead, 0, block.num_rows))
             shape = stored.shapes[block.key]
             axis = 1 if block.key.endswith(columns) else 0
             pieces = tensor_parallel * (2 if "linear_fc1.weight" in block.key else 1)
@@ -468,8 +468,8 @@ def test_missing_overlapping_and_unknown_chunks_are_refused(tmp_path: Path) -> N
 
 
 def test_extra_state_is_listed_for_every_layer_and_expert() -> None:
-    architecture = architecture_from_config(tiny.hub_config("moe"), "config.json")
-    keys = list(WeightMap(architecture).extra_state_keys())
+    model_config = model_config_from_hf(tiny.hub_config("moe"), "config.json")
+    keys = list(WeightMap(model_config).extra_state_keys())
     assert len(keys) == len(set(keys)) == 4 + 4 + 2 * 4 * 8 + 1
     assert "decoder.layers.self_attention.linear_qkv._extra_state/shard_3_4" in keys
     assert "decoder.layers.mlp.experts.experts.linear_fc2._extra_state/shard_2.7_4.8" in keys
@@ -481,11 +481,11 @@ def test_extra_state_is_listed_for_every_layer_and_expert() -> None:
 def test_keys_that_are_absent_are_what_transformers_takes(kind: str, heads: int) -> None:
     config = tiny.hub_config(kind, num_attention_heads=heads, hidden_size=heads * 8)
     del config["head_dim"], config["num_key_value_heads"]
-    found = architecture_from_config(config, "config.json")
+    found = model_config_from_hf(config, "config.json")
     theirs = transformers.AutoConfig.for_model(**config)
     assert found.num_key_value_heads == theirs.num_key_value_heads
     assert found.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // heads)
     if kind == "dense":  # null is another thing than no key
         null = config | {"num_key_value_heads": None}
         theirs = transformers.AutoConfig.for_model(**null)
-        assert architecture_from_config(null, "config.json").num_key_value_heads == theirs.num_key_value_heads == heads
+        assert model_config_from_hf(null, "config.json").num_key_value_heads == theirs.num_key_value_heads == heads

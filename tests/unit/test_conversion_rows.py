@@ -16,7 +16,7 @@ from megatron_a2d.checkpoint.tensor_rows import (
     FiniteCheck,
     OpenFiles,
     Remapped,
-    Span,
+    RowRange,
     StreamedFile,
     account,
     bytes_of,
@@ -38,8 +38,8 @@ class Tensors:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, span: Span) -> torch.Tensor:
-        return self._tensors[span.name][span.lead][span.start : span.stop]
+    def read(self, row_range: RowRange) -> torch.Tensor:
+        return self._tensors[row_range.name][row_range.lead][row_range.start : row_range.stop]
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,16 @@ def test_slabs_have_4_mib_unless_said_otherwise() -> None:
 
 def test_tensors_are_put_together_from_rows_elsewhere() -> None:
     source = Tensors({"a": torch.arange(12.0).view(6, 2), "b": -torch.arange(12.0).view(2, 3, 2)})
-    places = {(0, 3): [Span("a", (), 4, 6), Span("b", (1,), 0, 1)], (3, 4): [Span("a", (), 0, 1)]}
-    remapped = Remapped(source, {"c": (4, 2)}, {"c": torch.bfloat16}, lambda span: places[span.start, span.stop])
+    places = {(0, 3): [RowRange("a", (), 4, 6), RowRange("b", (1,), 0, 1)], (3, 4): [RowRange("a", (), 0, 1)]}
+    remapped = Remapped(
+        source, {"c": (4, 2)}, {"c": torch.bfloat16}, lambda row_range: places[row_range.start, row_range.stop]
+    )
     assert remapped.dtype("c") == torch.bfloat16 and remapped.shapes == {"c": (4, 2)}
-    for span, expected in ((Span("c", (), 0, 3), [[8, 9], [10, 11], [-6, -7]]), (Span("c", (), 3, 4), [[0, 1]])):
-        found = remapped.read(span)
+    for row_range, expected in (
+        (RowRange("c", (), 0, 3), [[8, 9], [10, 11], [-6, -7]]),
+        (RowRange("c", (), 3, 4), [[0, 1]]),
+    ):
+        found = remapped.read(row_range)
         assert found.dtype == torch.bfloat16 and found.tolist() == expected
     assert num_bytes(source) == 24 * 4 and num_bytes(remapped) == 8 * 2
 
@@ -95,10 +100,10 @@ def test_tensors_that_are_not_finite_are_named_in_the_models_order() -> None:
     check = FiniteCheck(Tensors({"z": bad, "m": torch.ones(2), "a": bad}))
     assert check.dtype("m") == torch.float32 and list(check.shapes) == ["z", "m", "a"]
     for name in ("a", "m"):
-        check.read(Span(name, (), 0, 2))
-    check.read(Span("z", (), 0, 1))
+        check.read(RowRange(name, (), 0, 2))
+    check.read(RowRange("z", (), 0, 1))
     assert check.non_finite == {"a"}
-    assert check.read(Span("z", (), 1, 2)).isnan().all() and check.non_finite == {"a", "z"}
+    assert check.read(RowRange("z", (), 1, 2)).isnan().all() and check.non_finite == {"a", "z"}
     lines = check.problems(Path("model"))
     assert [line.partition(" has values")[0] for line in lines] == ["model: tensor z", "model: tensor a"]
 

@@ -8,18 +8,18 @@ from collections.abc import Mapping
 
 import pytest
 
-from megatron_a2d.checkpoint.tensor_rows import Span
-from megatron_a2d.config.model_config import Architecture, architecture_from_config
+from megatron_a2d.checkpoint.tensor_rows import RowRange
+from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf
 from megatron_a2d.conversion.qwen3_shapes import SIZES, hub_config
 from megatron_a2d.conversion.qwen3_weight_map import WeightMap
 from tests import tiny
 
 
-def architecture(size: str) -> Architecture:
-    return architecture_from_config(hub_config(size), size)
+def model_config(size: str) -> ModelConfig:
+    return model_config_from_hf(hub_config(size), size)
 
 
-def fused_names(a: Architecture) -> list[str]:
+def fused_names(a: ModelConfig) -> list[str]:
     return [
         f"model.layers.{layer}.mlp.experts.{name}"
         for layer in range(a.num_layers)
@@ -27,11 +27,11 @@ def fused_names(a: Architecture) -> list[str]:
     ]
 
 
-def uncovered(spans: list[Span], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def uncovered(row_ranges: list[RowRange], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The tensors of `shapes` whose rows are not covered exactly once by `spans`."""
-    by_matrix: dict[tuple, list[Span]] = {}
-    for span in spans:
-        by_matrix.setdefault((span.name, span.lead), []).append(span)
+    by_matrix: dict[tuple, list[RowRange]] = {}
+    for row_range in row_ranges:
+        by_matrix.setdefault((row_range.name, row_range.lead), []).append(row_range)
     wrong = {name for name, _ in by_matrix if name not in shapes}
     num_matrices = dict.fromkeys(shapes, 0)
     for (name, lead), pieces in by_matrix.items():
@@ -54,14 +54,14 @@ def uncovered(spans: list[Span], shapes: Mapping[str, tuple[int, ...]]) -> list[
     ("size", "fused"), [*((size, False) for size in SIZES), ("30B-A3B", True), ("235B-A22B", True)]
 )
 def test_every_element_has_exactly_one_counterpart(size: str, fused: bool) -> None:
-    a = architecture(size)
+    a = model_config(size)
     weights = WeightMap(a, fused_names(a) if fused else ())
-    matrices = [Span(block.key, block.lead, 0, block.num_rows) for block in weights.blocks()]
+    matrices = [RowRange(block.key, block.lead, 0, block.num_rows) for block in weights.blocks()]
     assert uncovered(matrices, weights.megatron_shapes) == []
-    to_hf = [span for matrix in matrices for span in weights.to_hf(matrix)]
+    to_hf = [row_range for matrix in matrices for row_range in weights.to_hf(matrix)]
     assert uncovered(to_hf, weights.hf_shapes) == []
     parts = [part for block in weights.blocks() for part in block.parts]
-    to_megatron = [span for part in parts for span in weights.to_megatron(part)]
+    to_megatron = [row_range for part in parts for row_range in weights.to_megatron(part)]
     assert uncovered(to_megatron, weights.megatron_shapes) == []
     elements = sum(math.prod(shape) for shape in weights.hf_shapes.values())
     assert elements == sum(math.prod(shape) for shape in weights.megatron_shapes.values()) == a.num_parameters()
@@ -70,19 +70,19 @@ def test_every_element_has_exactly_one_counterpart(size: str, fused: bool) -> No
 
 def test_coverage_check_notices_gaps_and_overlaps() -> None:
     shapes = {"w": (2, 10, 4)}
-    good = [Span("w", (0,), 0, 10), Span("w", (1,), 0, 4), Span("w", (1,), 4, 10)]
+    good = [RowRange("w", (0,), 0, 10), RowRange("w", (1,), 0, 4), RowRange("w", (1,), 4, 10)]
     assert uncovered(good, shapes) == []
     assert uncovered(good[:2], shapes) == ["w"]
     assert uncovered(good[1:], shapes) == ["w"]
-    assert uncovered([*good, Span("w", (0,), 3, 5)], shapes) == ["w"]
-    assert uncovered([*good, Span("x", (), 0, 1)], shapes) == ["x"]
+    assert uncovered([*good, RowRange("w", (0,), 3, 5)], shapes) == ["w"]
+    assert uncovered([*good, RowRange("x", (), 0, 1)], shapes) == ["x"]
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_names_and_shapes_are_those_of_transformers(kind: str) -> None:
     model = tiny.hf_model(kind)
     config = tiny.hub_config(kind)
-    a = architecture_of(config)
+    a = model_config_of(config)
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if kind == "dense_tied":
         assert state.pop("lm_head.weight") == state["model.embed_tokens.weight"]
@@ -90,47 +90,51 @@ def test_names_and_shapes_are_those_of_transformers(kind: str) -> None:
     assert WeightMap(a, fused).hf_shapes == state
 
 
-def architecture_of(config: dict) -> Architecture:
-    return architecture_from_config(config, "config.json")
+def model_config_of(config: dict) -> ModelConfig:
+    return model_config_from_hf(config, "config.json")
 
 
 def test_rows_go_there_and_back() -> None:
     """Any cut of any matrix maps to as many rows, and each of them maps back to itself, in order."""
-    a = architecture_of(tiny.hub_config("moe"))
+    a = model_config_of(tiny.hub_config("moe"))
     weights = WeightMap(a, fused_names(a)[:2])  # the first layer fused, the others not
     for block in weights.blocks():
         cuts = sorted({0, 1, block.num_rows // 3, block.num_rows // 2 + 1, block.num_rows})
         for start, stop in itertools.pairwise(cuts):
             rows = [(block.key, block.lead, row) for row in range(start, stop)]
-            there = [row for span in weights.to_hf(Span(block.key, block.lead, start, stop)) for row in each(span)]
-            back = [row for one in there for span in weights.to_megatron(one) for row in each(span)]
+            there = [
+                row
+                for row_range in weights.to_hf(RowRange(block.key, block.lead, start, stop))
+                for row in each(row_range)
+            ]
+            back = [row for one in there for row_range in weights.to_megatron(one) for row in each(row_range)]
             assert [(one.name, one.lead, one.start) for one in back] == rows
 
 
-def each(span: Span) -> list[Span]:
-    return [span._replace(start=row, stop=row + 1) for row in range(span.start, span.stop)]
+def each(row_range: RowRange) -> list[RowRange]:
+    return [row_range._replace(start=row, stop=row + 1) for row in range(row_range.start, row_range.stop)]
 
 
 def test_qkv_is_interleaved_by_group_and_fc1_is_gate_then_up() -> None:
-    weights = WeightMap(architecture("30B-A3B"))
-    qkv = weights.to_hf(Span("decoder.layers.self_attention.linear_qkv.weight", (5,), 0, 5120))
-    names = [span.name.removeprefix("model.layers.5.self_attn.") for span in qkv]
+    weights = WeightMap(model_config("30B-A3B"))
+    qkv = weights.to_hf(RowRange("decoder.layers.self_attention.linear_qkv.weight", (5,), 0, 5120))
+    names = [row_range.name.removeprefix("model.layers.5.self_attn.") for row_range in qkv]
     assert names == ["q_proj.weight", "k_proj.weight", "v_proj.weight"] * 4
-    assert [(span.start, span.stop) for span in qkv[3:6]] == [(1024, 2048), (128, 256), (128, 256)]
-    fc1 = weights.to_hf(Span("decoder.layers.mlp.experts.experts.linear_fc1.weight", (5, 7), 700, 800))
+    assert [(row_range.start, row_range.stop) for row_range in qkv[3:6]] == [(1024, 2048), (128, 256), (128, 256)]
+    fc1 = weights.to_hf(RowRange("decoder.layers.mlp.experts.experts.linear_fc1.weight", (5, 7), 700, 800))
     assert fc1 == [
-        Span("model.layers.5.mlp.experts.7.gate_proj.weight", (), 700, 768),
-        Span("model.layers.5.mlp.experts.7.up_proj.weight", (), 0, 32),
+        RowRange("model.layers.5.mlp.experts.7.gate_proj.weight", (), 700, 768),
+        RowRange("model.layers.5.mlp.experts.7.up_proj.weight", (), 0, 32),
     ]
 
 
 def test_counterparts_are_found_by_either_name() -> None:
-    weights = WeightMap(architecture("0.6B"))
+    weights = WeightMap(model_config("0.6B"))
     assert weights.counterpart("model.layers.3.mlp.up_proj.weight") == [
-        Span("decoder.layers.mlp.linear_fc1.weight", (3,), 3072, 6144)
+        RowRange("decoder.layers.mlp.linear_fc1.weight", (3,), 3072, 6144)
     ]
     down = weights.counterpart("decoder.layers.mlp.linear_fc2.weight")
-    assert [span.name for span in down] == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(28)]
+    assert [row_range.name for row_range in down] == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(28)]
     with pytest.raises(KeyError):
         weights.counterpart("lm_head.weight")  # tied
 
@@ -138,7 +142,7 @@ def test_counterparts_are_found_by_either_name() -> None:
 def test_extra_states_of_every_layer_and_expert() -> None:
     """Dense: qkv, proj, fc1, fc2 of each layer; MoE: qkv, proj of each layer, fc1, fc2 of each expert; one of the head."""
     dense, moe = (
-        list(WeightMap(architecture_of(tiny.hub_config(kind))).extra_state_keys()) for kind in ("dense_tied", "moe")
+        list(WeightMap(model_config_of(tiny.hub_config(kind))).extra_state_keys()) for kind in ("dense_tied", "moe")
     )
     head, layers, experts = "output_layer._extra_state/shard_0_1", range(4), range(8)
     attention = {
@@ -176,7 +180,7 @@ def test_shapes_in_megatron() -> None:
         layer + "mlp.experts.experts.linear_fc1.weight": (4, 8, 80, 64), layer + "mlp.experts.experts.linear_fc2.weight": (4, 8, 64, 40),
     }  # fmt: skip
     for kind, expected in (("dense_tied", dense), ("dense", dense | {"output_layer.weight": (256, 64)}), ("moe", moe)):
-        a = architecture_of(tiny.hub_config(kind))
+        a = model_config_of(tiny.hub_config(kind))
         assert WeightMap(a).megatron_shapes == expected
         if kind == "moe":
             assert WeightMap(a, fused_names(a)).megatron_shapes == expected
@@ -184,7 +188,7 @@ def test_shapes_in_megatron() -> None:
 
 def test_matrices_come_layer_by_layer() -> None:
     """All of a layer, then its experts one by one: what is read together lies together."""
-    blocks = list(WeightMap(architecture_of(tiny.hub_config("moe"))).blocks())
+    blocks = list(WeightMap(model_config_of(tiny.hub_config("moe"))).blocks())
     assert [block.key for block in (blocks[0], *blocks[-2:])] == [
         "embedding.word_embeddings.weight",
         "decoder.final_layernorm.weight",
@@ -202,24 +206,24 @@ def test_matrices_come_layer_by_layer() -> None:
 
 
 def test_every_tensor_knows_its_counterpart() -> None:
-    weights = WeightMap(architecture_of(tiny.hub_config("moe")))
+    weights = WeightMap(model_config_of(tiny.hub_config("moe")))
     assert weights.megatron_keys.keys() == weights.hf_shapes.keys()
     for name, shape in weights.hf_shapes.items():
-        spans = weights.counterpart(name)
-        assert {span.name for span in spans} == {weights.megatron_keys[name]} and sum(
-            span.stop - span.start for span in spans
+        row_ranges = weights.counterpart(name)
+        assert {row_range.name for row_range in row_ranges} == {weights.megatron_keys[name]} and sum(
+            row_range.stop - row_range.start for row_range in row_ranges
         ) == shape[0]
     assert weights.counterpart("model.layers.2.self_attn.v_proj.weight") == [
-        Span("decoder.layers.self_attention.linear_qkv.weight", (2,), start, start + 24) for start in (48 + 24, 96 + 48 + 24)
+        RowRange("decoder.layers.self_attention.linear_qkv.weight", (2,), start, start + 24) for start in (48 + 24, 96 + 48 + 24)
     ]  # fmt: skip
-    fused = WeightMap(weights.architecture, fused_names(weights.architecture))
+    fused = WeightMap(weights.model_config, fused_names(weights.model_config))
     down = fused.counterpart("model.layers.1.mlp.experts.down_proj")
     assert down == [
-        Span("decoder.layers.mlp.experts.experts.linear_fc2.weight", (1, expert), 0, 64) for expert in range(8)
+        RowRange("decoder.layers.mlp.experts.experts.linear_fc2.weight", (1, expert), 0, 64) for expert in range(8)
     ]
     both = fused.counterpart("decoder.layers.mlp.experts.experts.linear_fc1.weight")
     assert both == [
-        Span(f"model.layers.{layer}.mlp.experts.gate_up_proj", (expert,), 0, 80)
+        RowRange(f"model.layers.{layer}.mlp.experts.gate_up_proj", (expert,), 0, 80)
         for layer in range(4)
         for expert in range(8)
     ]

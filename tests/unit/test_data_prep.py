@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import inspect_dataset, merge_shards, stdlib_corpus, tokenize_corpus, train_tokenizer
-from data_prep import tokenize_shards as pieces
+from data_prep import inspect_dataset, merge_shards, stdlib_corpus, tokenize_corpus, tokenize_shards, train_tokenizer
 from data_prep.encoders import open_encoder
 from data_prep.formats import Document
 from data_prep.readers import Counts, read_documents
@@ -51,7 +50,9 @@ def tokenizer(corpus, tmp_path_factory) -> Path:
 
 def is_held_out(text: str, fraction: float) -> bool:
     return bool(
-        merge_shards.is_held_out(np.frombuffer(pieces.digest(text.encode()), dtype="<u8").reshape(1, 2), fraction)[0]
+        merge_shards.is_held_out(
+            np.frombuffer(tokenize_shards.digest(text.encode()), dtype="<u8").reshape(1, 2), fraction
+        )[0]
     )
 
 
@@ -260,7 +261,7 @@ def test_output_does_not_depend_on_workers_or_batches(corpus, tokenizer, tmp_pat
     monkeypatch.chdir(directories[0])
     tokenize(*arguments, "--workers", 1)
     monkeypatch.chdir(directories[2])
-    monkeypatch.setattr(pieces, "batches", lambda documents: ([document] for document in documents))
+    monkeypatch.setattr(tokenize_shards, "batches", lambda documents: ([document] for document in documents))
     tokenize(*arguments)
     outputs = [
         {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "out.report.json"}
@@ -271,7 +272,7 @@ def test_output_does_not_depend_on_workers_or_batches(corpus, tokenizer, tmp_pat
 
 def test_batches_bound_what_is_held():
     documents = [Document(b"x" * size, size) for size in (5, 5, 5, 30, 1)]
-    sizes = [[len(document.text) for document in batch] for batch in pieces.batches(iter(documents), 10)]
+    sizes = [[len(document.text) for document in batch] for batch in tokenize_shards.batches(iter(documents), 10)]
     assert sizes == [[5, 5], [5, 30], [1]]
 
 

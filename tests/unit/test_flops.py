@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.model.flops import train_flops_per_token
 from tests.tiny import hf_model, hub_config
 
@@ -29,7 +29,7 @@ def counted(kind: str, **overrides: Any) -> float:
 @pytest.mark.parametrize("kind", ["dense", "dense_tied", "moe"])
 def test_formula_is_what_torch_counts(kind: str) -> None:
     """The first layer's input has a gradient too (the embedding is learnt), so backward is twice forward throughout."""
-    architecture = architecture_from_config(hub_config(kind), kind)
-    expected = train_flops_per_token(architecture, LENGTH)
+    model_config = model_config_from_hf(hub_config(kind), kind)
+    expected = train_flops_per_token(model_config, LENGTH)
     assert counted(kind) == pytest.approx(expected, rel=2e-3)
-    assert counted(kind) != pytest.approx(train_flops_per_token(architecture, LENGTH, causal=True), rel=2e-3)
+    assert counted(kind) != pytest.approx(train_flops_per_token(model_config, LENGTH, causal=True), rel=2e-3)

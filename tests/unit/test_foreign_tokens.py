@@ -16,7 +16,7 @@ from checkpoints_tools import convert_hf
 from data_prep import tokenize_corpus
 from data_prep.indexed_dataset_writer import open_writers
 from megatron_a2d import train
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.data.background_scan import BackgroundScan
 from megatron_a2d.data.dataloader import MicroBatches
@@ -239,7 +239,7 @@ def test_documents_of_an_index_with_one_mark(tmp_path):
         found, true = data.documents(i), expected[32 * i : 32 * (i + 1)]
         assert (np.diff(found) != 0).tolist() == (np.diff(true) != 0).tolist()
     assert not np.diff(packed(tmp_path, None).documents(0)).any()
-    shape = Architecture(2, 64, 4, 2, 24, 160, 256, 512, 1e-6, 1e6, False, mask_token_id=MASK_TOKEN_ID)
+    shape = ModelConfig(2, 64, 4, 2, 24, 160, 256, 512, 1e-6, 1e6, False, mask_token_id=MASK_TOKEN_ID)
     settings = {"seq_length": 32, "reset_position_ids": True, "reset_attention_mask": True}
     maker = make_sample(build(settings), shape, data, 0)
     with MicroBatches(data, maker, micro_batch_size=1, global_batch_size=1) as batches:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_a2d.checkpoint.directory import read_license
 from megatron_a2d.config.cli import Parser, parse_run
-from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import recorded_settings
 from megatron_a2d.conversion.mask_token import read_tokens
 from megatron_a2d.conversion.safetensors_files import open_safetensors
@@ -210,13 +210,13 @@ def test_a_file_with_one_odd_value(name: str) -> None:
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_a_configuration_with_one_odd_value(kind: str) -> None:
     good = hub_config(kind)
-    assert architecture_from_config(good, "config.json").num_layers > 0
+    assert model_config_from_hf(good, "config.json").num_layers > 0
 
     @fixed
     @given(st.integers(0, 40), values, st.booleans())
     def check(place: int, value: Any, removed: bool) -> None:
         config = with_one_changed(good, place, value, removed)
-        one_line_or_value(lambda: architecture_from_config(config, "config.json"))
+        one_line_or_value(lambda: model_config_from_hf(config, "config.json"))
 
     check()
 

@@ -13,7 +13,7 @@ from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 
 from bench.steps import Batches
-from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.training import data_setup, monitor, optimizer, param_gather, train_state, train_step, validation
@@ -67,7 +67,7 @@ ORDINARY = train_state.DistributedDataParallelConfig
 
 
 def _run() -> Seen:
-    architecture = architecture_from_config(MODEL, "tiny")
+    model_config = model_config_from_hf(MODEL, "tiny")
     config = build(
         dict(
             seq_length=SHAPE[1], micro_batch_size=SHAPE[0], global_batch_size=2 * SHAPE[0], lr=1e-2, bf16=True,
@@ -78,12 +78,12 @@ def _run() -> Seen:
     process_groups.initialize(config.parallel)
     try:
         torch.manual_seed(1)
-        state = train_state.build_train_state(architecture, config)
+        state = train_state.build_train_state(model_config, config)
         state.optimizer.reload_model_params()
-        watch = monitor.Monitor(config, architecture, state)
+        watch = monitor.Monitor(config, model_config, state)
         losses, norms, bounds = [], [], []
         weights: dict[str, Tensor] = {}
-        samples = data_setup.micro_batches(config, architecture, batches, 1, 0)  # type: ignore[arg-type]
+        samples = data_setup.micro_batches(config, model_config, batches, 1, 0)  # type: ignore[arg-type]
         for number in range(3):
             state.scheduler.step(1)
             result = train_step.train_step(
@@ -95,7 +95,7 @@ def _run() -> Seen:
                 continue
             state.gather_parameters()  # as a save does, and a validation
             weights = {name: parameter.detach().clone() for name, parameter in state.models[0].named_parameters()}
-            held_out = data_setup.micro_batches(config, architecture, batches, 0, 0, for_training=False)  # type: ignore[arg-type]
+            held_out = data_setup.micro_batches(config, model_config, batches, 0, 0, for_training=False)  # type: ignore[arg-type]
             state.gather_parameters()
             bounds.append(validation.validate(state.chunks, held_out, 2 * SHAPE[0], 2 * SHAPE[0]).nelbo)
         return Seen(losses, norms, watch.read(), bounds, weights)

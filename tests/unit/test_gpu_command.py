@@ -87,16 +87,16 @@ def test_outcomes_are_written_after_every_test(monkeypatch: pytest.MonkeyPatch, 
 
 def test_shapes_are_the_published_models() -> None:
     """The whole models have the parameters that their names say; what is measured differs in its layers alone."""
-    from bench.steps import architecture_of
+    from bench.steps import model_config_of
 
     for name, parameters in {"qwen3_0p6b": 0.596e9, "qwen3_1p7b": 1.72e9, "qwen3_4b": 4.02e9}.items():
         whole = SHAPES[name]._replace(layers=SHAPES[name].model["num_hidden_layers"])
-        assert architecture_of(whole.config()).num_parameters() == pytest.approx(parameters, rel=0.01)
+        assert model_config_of(whole.config()).num_parameters() == pytest.approx(parameters, rel=0.01)
     for name, model in {"qwen3_8b": QWEN3_8B, "qwen3_30b_a3b": QWEN3_30B_A3B}.items():
         whole = SHAPES[name]._replace(layers=SHAPES[name].model["num_hidden_layers"])
-        assert architecture_of(whole.config()).num_parameters() == model.num_parameters()
+        assert model_config_of(whole.config()).num_parameters() == model.num_parameters()
         layers = SHAPES[name].layers
-        cut = train_flops_per_token(architecture_of(SHAPES[name].config()), 4096, head_fraction=0)
+        cut = train_flops_per_token(model_config_of(SHAPES[name].config()), 4096, head_fraction=0)
         assert cut / layers == pytest.approx(train_flops_per_token(model, 4096, head_fraction=0) / model.num_layers)
 
 
@@ -168,9 +168,9 @@ def test_the_baselines_experts_are_computed_in_bf16(experts: str, monkeypatch: p
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_rehearsals_are_small(name: str) -> None:
-    from bench.steps import architecture_of
+    from bench.steps import model_config_of
 
-    assert architecture_of(rehearsal(SHAPES[name]).config()).num_parameters() < 1e6
+    assert model_config_of(rehearsal(SHAPES[name]).config()).num_parameters() < 1e6
 
 
 @pytest.mark.parametrize(

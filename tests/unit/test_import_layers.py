@@ -34,6 +34,24 @@ APART = {
     ("conversion", "diffusion"),
 }
 
+# Files of fewer than 40 lines, besides __init__ and __main__, and why each is a file.
+SHORT_FILES = {
+    "bench/tokenize_raw.py": "runs in a process of its own, which imports nothing else",
+    "launch/eval/local/local_pass_at_1.py": "lm-eval loads it from beside the task's YAML",
+    "launch/eval/tasks/pass_at_1.py": "lm-eval loads it from beside the task's YAML",
+    "launch/random_model.py": "shared by two scripts",
+    "megatron_a2d/config/gpus.py": "a table of data-sheet values, extended with each new GPU",
+    "megatron_a2d/conversion/hf_download.py": "searched for by name",
+    "megatron_a2d/diffusion/sampling/early_stop.py": "searched for by name",
+    "megatron_a2d/evaluation/published_scores.py": "a table of published figures",
+    "megatron_a2d/hf/configuration_rnd.py": "copied into every exported model",
+    "megatron_a2d/hf/modeling_rnd.py": "copied into every exported model",
+    "megatron_a2d/model/flops.py": "searched for by name; the planner imports it without torch",
+    "megatron_a2d/model/logits_chunks.py": "shared with the planner, which imports no torch",
+    "megatron_a2d/training/manual_gc.py": "searched for by name: --manual-gc",
+    "megatron_a2d/utils/errors.py": "searched for by name",
+}
+
 
 def imports(path: Path) -> set[str]:
     """Dotted names of the project's modules that a file imports, relative ones resolved."""
@@ -71,6 +89,15 @@ def test_imports_run_downwards() -> None:
     assert len(files) > 30
     assert {package_of(path) for path in files} - {"__init__"} == set(ORDER), "a new package needs its layer in LAYERS"
     assert not [line for path in files for line in violations(path)]
+
+
+def test_files_have_between_40_and_400_lines() -> None:
+    folders = ("megatron_a2d", "data_prep", "checkpoints_tools", "launch", "bench")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {path: length for path, length in lengths.items() if length > 400}
+    short = {path for path, length in lengths.items() if length < 40 and not path.endswith("__.py")}
+    assert short == set(SHORT_FILES), "merge it with its neighbour, or give the reason"
 
 
 def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

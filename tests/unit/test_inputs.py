@@ -12,9 +12,9 @@ import pytest
 
 from data_prep import tokenize_corpus
 from data_prep.corpus_files import find_inputs, kind_of
-from data_prep.formats import READERS, Document, Span
+from data_prep.formats import READERS, Document, FileRange
 from data_prep.memory_limits import DEFAULT_LIMITS, Limits
-from data_prep.readers import Counts, plan_pieces, read_span
+from data_prep.readers import Counts, plan_shards, read_file_range
 from megatron_a2d.utils.errors import UserError
 
 SMALL = Limits(document_bytes=1000, window_bytes=1 << 23)
@@ -105,9 +105,9 @@ def test_what_was_passed_over_is_told(tmp_path, capsys, monkeypatch):
 def read(path: Path, limits: Limits) -> list[str]:
     """Each document's first characters, and each problem."""
     counts, items = Counts(), []
-    for piece in plan_pieces([path], skip_invalid=True):
-        for span in piece.spans:
-            items += [document.text[:8] for document in read_span(span, "text", counts, True, limits)]
+    for shard in plan_shards([path], skip_invalid=True):
+        for file_range in shard.file_ranges:
+            items += [document.text[:8] for document in read_file_range(file_range, "text", counts, True, limits)]
     return [*items, *counts.problems]
 
 
@@ -134,8 +134,10 @@ def test_long_lines_are_problems_and_what_follows_is_read(kind, tmp_path):
     if kind == ".jsonl":  # a span that begins within a long line
         path.write_bytes(b"".join(lines) + b'{"text": "five"}\n')
         for step in (100, 2500):
-            spans = [Span(str(path), kind, start, start + step, 1) for start in range(0, path.stat().st_size, step)]
-            items = [item for span in spans for item in READERS[kind](span, "text", SMALL)]
+            file_ranges = [
+                FileRange(str(path), kind, start, start + step, 1) for start in range(0, path.stat().st_size, step)
+            ]
+            items = [item for file_range in file_ranges for item in READERS[kind](file_range, "text", SMALL)]
             found = [item.text if isinstance(item, Document) else item.where[-2:] for item in items]
             assert found == ["one", ":2", "two", ":4", "five"]
 
@@ -178,7 +180,7 @@ def test_parquet_that_unpacks_to_much(compression, kind, tmp_path):
     assert path.stat().st_size < 60_000
     before = pool.bytes_allocated()
     seen = 0
-    for item in READERS[".parquet"](plan_pieces([path])[0].spans[0], "text", DEFAULT_LIMITS):
+    for item in READERS[".parquet"](plan_shards([path])[0].file_ranges[0], "text", DEFAULT_LIMITS):
         seen += isinstance(item, Document)
         assert pool.bytes_allocated() - before < 20e6
     assert seen == 100

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_a2d.distributed import hang_watchdog
-from megatron_a2d.distributed.hang_watchdog import Beat, Heartbeat, Watch, judge
+from megatron_a2d.distributed.hang_watchdog import Beat, Heartbeat, Watchdog, judge
 from megatron_a2d.utils import exit_codes
 from megatron_a2d.utils.exit_codes import ENDINGS, ending, most_telling
 from tests.slurm.slurm_cluster import INSTALL, obstacle
@@ -115,7 +115,7 @@ def test_marks_become_a_file_that_a_watch_reads(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv(hang_watchdog.ATTEMPT, str(tmp_path))
     monkeypatch.setattr(hang_watchdog, "_last", hang_watchdog._last)
     monkeypatch.setattr(hang_watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    watch, path = Watch(tmp_path), tmp_path / hang_watchdog.HEARTBEATS / "rank_00003"
+    watchdog, path = Watchdog(tmp_path), tmp_path / hang_watchdog.HEARTBEATS / "rank_00003"
 
     def beats_after(seconds: float) -> None:
         """Two beats, the second of which has seen all that was marked; this thread stays in this file meanwhile."""
@@ -129,14 +129,14 @@ def test_marks_become_a_file_that_a_watch_reads(tmp_path: Path, monkeypatch: pyt
         hang_watchdog.mark("reading samples", iteration=5, limit=0.5)
         hang_watchdog.mark("micro-batch")
         beats_after(0.1)
-        assert watch.look() is None and watch.pause == hang_watchdog.pause(0.5)
+        assert watchdog.look() is None and watchdog.pause == hang_watchdog.pause(0.5)
         beats_after(0.5)
-        verdict = watch.look()
+        verdict = watchdog.look()
         assert verdict and "rank 3 (" in verdict and "in iteration 5, micro-batch, at test_launch.py:" in verdict
         for _ in range(3):
             hang_watchdog.mark("micro-batch")
             beats_after(0.3)
-            assert watch.look() is None
+            assert watchdog.look() is None
     assert list(hang_watchdog.read_beats(tmp_path / hang_watchdog.HEARTBEATS)) == [], "who has left holds nobody up"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.data.blended_dataset import MixedDataset, Source, SourceChoice, read_mixture
 from megatron_a2d.data.dataloader import MicroBatches
@@ -134,7 +134,7 @@ def test_equally_long_sources_have_orders_of_their_own(tmp_path):
 def test_ranks_workers_and_restarts_of_a_mixture(mixture):
     config = build({"seq_length": 14, "random_length_prob": 0.3, "reset_position_ids": True, "eod_mask_loss": True})
     data = MixedDataset(read_mixture(mixture), 14, seed=5)
-    maker = make_sample(config, architecture(), data, 7, for_training=True)
+    maker = make_sample(config, model_config(), data, 7, for_training=True)
 
     def samples(start: int, count: int, dp: int, workers: int) -> dict[int, bytes]:
         found = {}
@@ -157,8 +157,8 @@ def test_ranks_workers_and_restarts_of_a_mixture(mixture):
     assert samples(24, 40, 4, 1) == {index: value for index, value in whole.items() if index >= 24}
 
 
-def architecture() -> Architecture:
-    return Architecture(2, 64, 4, 2, 24, 160, 50_000, 512, 1e-6, 1e6, False, mask_token_id=49_999)
+def model_config() -> ModelConfig:
+    return ModelConfig(2, 64, 4, 2, 24, 160, 50_000, 512, 1e-6, 1e6, False, mask_token_id=49_999)
 
 
 # ---- what is made of a sample
@@ -167,7 +167,7 @@ def architecture() -> Architecture:
 def test_cut_samples_keep_their_shape_and_lose_no_token(mixture):
     data = MixedDataset(read_mixture(mixture), 14, seed=5)
     config = build({"seq_length": 14, "random_length_prob": 0.5})
-    maker = make_sample(config, architecture(), data, 7, for_training=True)
+    maker = make_sample(config, model_config(), data, 7, for_training=True)
     cuts = 0
     for index in range(400):
         tokens = data.tokens(index)
@@ -180,7 +180,7 @@ def test_cut_samples_keep_their_shape_and_lose_no_token(mixture):
         assert sample.documents.tolist() == [0] * cut + [1] * (14 - cut)
         assert sample.num_maskable == 12 and sample.weights[cut - 1] == 0 and sample.tokens[cut] == tokens[cut]
     assert 150 < cuts < 250
-    validation = make_sample(config, architecture(), data, 7)
+    validation = make_sample(config, model_config(), data, 7)
     assert all(validation(data.tokens(i), i).documents is None for i in range(50))
 
 
@@ -198,10 +198,10 @@ def test_positions_begin_anew_in_each_document(mixture):
     assert attention_segments(np.array([3, 3, 4, 4]), 3, 4).tolist() == [6, 6, 8, 9]
     data = MixedDataset(read_mixture(mixture), 14)
     config = build({"seq_length": 14, "reset_position_ids": True})
-    sample = make_sample(config, architecture(), data, 0)(data.tokens(0), 0)
+    sample = make_sample(config, model_config(), data, 0)(data.tokens(0), 0)
     assert sample.documents is None and sample.positions.tolist() == [*range(7), *range(7)]
     isolated = build({"seq_length": 14, "reset_attention_mask": True})
-    sample = make_sample(isolated, architecture(), data, 0)(data.tokens(0), 0)
+    sample = make_sample(isolated, model_config(), data, 0)(data.tokens(0), 0)
     assert sample.positions is None and len(set(sample.documents.tolist())) == 2
 
 
@@ -210,7 +210,7 @@ def test_ends_of_documents_are_masked_or_not(objective, mixture):
     data = MixedDataset(read_mixture(mixture), 14)
     for maskable in (True, False):
         config = build({"seq_length": 14, "eod_mask_loss": not maskable, "objective": objective})
-        maker = make_sample(config, architecture(), data, 0)
+        maker = make_sample(config, model_config(), data, 0)
         samples = [maker(data.tokens(i), i) for i in range(200)]
         carrying = sum(int(((s.labels == EOD) & (s.weights > 0)).sum()) for s in samples)
         assert (carrying > 50) == maskable
@@ -218,7 +218,7 @@ def test_ends_of_documents_are_masked_or_not(objective, mixture):
     unknown = PackedDataset(data.datasets[0].file.prefix, 14)
     unknown.file.metadata.clear()
     with pytest.raises(UserError, match="--eod-mask-loss"):
-        make_sample(build({"eod_mask_loss": True}), architecture(), unknown, 0)
+        make_sample(build({"eod_mask_loss": True}), model_config(), unknown, 0)
 
 
 def test_visible_tokens_are_not_in_the_denominator():

@@ -202,9 +202,9 @@ def test_freezing_all_that_a_model_has() -> None:
         ("head",): QWEN3_8B,
         (): replace(QWEN3_8B, tie_word_embeddings=True),
     }
-    for more, architecture in shapes.items():
+    for more, model_config in shapes.items():
         frozen = everything | dict.fromkeys(more, 0.0)
         for factors, refused in ((frozen, True), (frozen | {"norm": 0.1}, False)):
             config = build({"train_data_path": "x", "lr_mult": factors})
-            found = [problem for problem in find_problems(config, architecture, 1) if "freezes" in problem]
+            found = [problem for problem in find_problems(config, model_config, 1) if "freezes" in problem]
             assert len(found) == refused, (factors, found)

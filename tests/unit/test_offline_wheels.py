@@ -16,8 +16,8 @@ from bench.offline_wheels import SMALL, prune
 from megatron_a2d.utils.errors import UserError
 
 
-def entry(kind: int, architecture: int, code: bytes) -> bytes:
-    header = struct.pack("<HHIQ", kind, 0x101, 64, len(code)) + bytes(12) + struct.pack("<I", architecture)
+def entry(kind: int, model_config: int, code: bytes) -> bytes:
+    header = struct.pack("<HHIQ", kind, 0x101, 64, len(code)) + bytes(12) + struct.pack("<I", model_config)
     return header.ljust(64, b"\0") + code
 
 

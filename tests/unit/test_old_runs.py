@@ -19,7 +19,7 @@ from megatron_a2d.data.permutation import Permutation
 from megatron_a2d.diffusion import rng as noises
 from megatron_a2d.diffusion.attention_masks import annealing_key_and_threshold
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
-from megatron_a2d.diffusion.conditional_likelihood import likelihood_draws
+from megatron_a2d.diffusion.conditional_likelihood import likelihood_samples
 from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.rng import Noise, Stream, attention_key, random_cut, uniforms
 from megatron_a2d.diffusion.sampling.token_scores import position_uniforms, row_seed
@@ -92,7 +92,7 @@ def test_weights_and_texts_that_are_drawn() -> None:
 
 
 def test_the_masks_of_a_likelihood() -> None:
-    masks = likelihood_draws(6, 9, seed=3).masks.astype(int)
+    masks = likelihood_samples(6, 9, seed=3).masks.astype(int)
     assert ["".join(map(str, row)) for row in masks] == [
         "010001", "101110", "111111", "000100", "011010", "111101", "010000", "100011", "011111",
     ]  # fmt: skip
@@ -123,13 +123,13 @@ def test_no_two_uses_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     noises._first_time.cache_clear()
     noise = Noise(5, 99)
 
-    opened: Any = SimpleNamespace(config=build({}), architecture=SimpleNamespace(mask_token_id=99))
+    opened: Any = SimpleNamespace(config=build({}), model_config=SimpleNamespace(mask_token_id=99))
     uses: dict[str, Any] = {
         "mask": lambda: noise.uniforms(0, 8),
         "time": lambda: noise.time(0),
         "cut": lambda: random_cut(5, 0, 8, 1.0),
         "attention": lambda: attention_key(5, 0),
-        "likelihood": lambda: likelihood_draws(9, 1),
+        "likelihood": lambda: likelihood_samples(9, 1),
         "hole": lambda: holes(opened, 2)(np.arange(8), 0),
         "study's times": lambda: BatchTimes(5, 99, scheme="iid").time(0),
     }

@@ -16,7 +16,7 @@ from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.gpus import rates_of
 from megatron_a2d.config.settings import build
 from megatron_a2d.config.validate import find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.model import chunked_cross_entropy
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner import search as searching
@@ -39,7 +39,7 @@ from megatron_a2d.utils.errors import UserError
 from tests.unit.test_masked_head import OneRank
 
 ROOT = Path(__file__).resolve().parents[2]
-MOE, DENSE = named_architecture("Qwen/Qwen3-30B-A3B-Base"), named_architecture("Qwen3-8B")
+MOE, DENSE = named_model_config("Qwen/Qwen3-30B-A3B-Base"), named_model_config("Qwen3-8B")
 B200, H100 = read_cluster("b200"), read_cluster("h100")
 GPU_RUN = {
     "bf16": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True,

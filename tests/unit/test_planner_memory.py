@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_a2d.checkpoint.directory import resolve
-from megatron_a2d.config.model_config import read_architecture
+from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import build
-from megatron_a2d.conversion.qwen3_shapes import named_architecture
+from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.model import chunked_cross_entropy
 from megatron_a2d.model.logits_chunks import rows_per_chunk
 from megatron_a2d.planner import memory as planned
@@ -53,8 +53,8 @@ def measured(pool: Pool, cases: dict[str, Case]) -> Any:
             case = cases[kind]
             settings = {**case.settings, "seq_length": 128, **settings}
             results = pool.run("measure_memory", ranks, checkpoint=case.checkpoint, settings=settings)
-            architecture = read_architecture(resolve(case.checkpoint) / "hf")
-            job = job_of(build(SETTINGS | settings), architecture, ranks, imbalance=1.0, transformer_impl="local")
+            model_config = read_model_config(resolve(case.checkpoint) / "hf")
+            job = job_of(build(SETTINGS | settings), model_config, ranks, imbalance=1.0, transformer_impl="local")
             found[name] = job, results
         return found[name]
 
@@ -132,7 +132,7 @@ def test_head(rows: int, grad_reduce_in_fp32: bool, monkeypatch: pytest.MonkeyPa
     with seen:
         losses, _ = chunked_cross_entropy._MaskedHead.apply(hidden_rows.clone(), weight, labels, OneRank, chunk)
         losses.sum().backward()
-    shape = replace(named_architecture("Qwen3-8B"), vocab_size=vocabulary, hidden_size=hidden)
+    shape = replace(named_model_config("Qwen3-8B"), vocab_size=vocabulary, hidden_size=hidden)
     job = Job(shape, 1, seq_length=rows, bf16=True, grad_reduce_in_fp32=grad_reduce_in_fp32)
     assert seen.peak == pytest.approx(logit_bytes(job), rel=0.02)
     if rows > 2 * chunk:
@@ -140,7 +140,7 @@ def test_head(rows: int, grad_reduce_in_fp32: bool, monkeypatch: pytest.MonkeyPa
 
 
 def final_norm_bytes(job: Job) -> float:
-    return job.tokens_between_layers * (2 * job.architecture.hidden_size + 1) * 4
+    return job.tokens_between_layers * (2 * job.model_config.hidden_size + 1) * 4
 
 
 def test_micro_batches_in_flight() -> None:

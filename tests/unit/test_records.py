@@ -15,7 +15,7 @@ import pytest
 from checkpoints_tools import verify
 from megatron_a2d.checkpoint.directory import read_license, read_run_settings, resolve
 from megatron_a2d.checkpoint.training_facts import Trained
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, recorded_settings, settings
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.conversion.hf_config import Exported
@@ -50,7 +50,7 @@ def test_no_setting_has_any_type_but_its_own(name: str, tmp_path: Path) -> None:
 
 
 MODEL = Exported(
-    Architecture(2, 8, 2, 2, 4, 16, 64, 32, 1e-6, 1e4, False), {}, {}, "bfloat16", Trained("mdlm"), EndTokens((), None)
+    ModelConfig(2, 8, 2, 2, 4, 16, 64, 32, 1e-6, 1e4, False), {}, {}, "bfloat16", Trained("mdlm"), EndTokens((), None)
 )
 
 

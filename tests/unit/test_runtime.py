@@ -216,7 +216,7 @@ def test_noise_is_filtered_by_library_and_the_rest_is_heard() -> None:
     """What megatron.core and torch say of missing GPU libraries is left out; our own and others' warnings are not."""
     program = """
 import logging, sys, types, warnings
-from megatron_a2d.utils.log_filters import hide_noise
+from megatron_a2d.terminal.console import hide_noise
 hide_noise("talkative.part")
 import megatron_a2d.training.train_loop
 for name in ("megatron.core.x", "torch.distributed.x", "transformer_engine", "numpy", "megatron_a2d.data", "mega"):

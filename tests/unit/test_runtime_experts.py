@@ -15,7 +15,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_a2d.checkpoint.model_state_dict import state_to_load, state_to_save
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.model import experts
@@ -38,8 +38,8 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GroupedExperts, Sequ
     monkeypatch.setattr(experts, "grouped_product", one_by_one)
     settings = build({})
     process_groups.initialize(settings.parallel)
-    architecture = Architecture(3, HIDDEN, 4, 2, 8, 64, 64, 64, 1e-6, 1e6, False, EXPERTS, 2, ROWS)
-    config = build_transformer_config(architecture, settings)
+    model_config = ModelConfig(3, HIDDEN, 4, 2, 8, 64, 64, 64, 1e-6, 1e6, False, EXPERTS, 2, ROWS)
+    config = build_transformer_config(model_config, settings)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     grouped, sequential = (

@@ -11,7 +11,7 @@ from megatron.core import fp8_utils
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_a2d.checkpoint.model_state_dict import dequantise
-from megatron_a2d.config.model_config import architecture_from_config
+from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.training.train_state import TrainState, build_train_state
@@ -23,7 +23,7 @@ def state() -> Iterator[TrainState]:
     """MoE in bf16 with the distributed optimizer: two optimizers, one of them the experts'."""
     config = build({"bf16": True, "use_distributed_optimizer": True, "train_iters": 10})
     process_groups.initialize(config.parallel)
-    yield build_train_state(architecture_from_config(hub_config("moe"), "moe"), config)
+    yield build_train_state(model_config_from_hf(hub_config("moe"), "moe"), config)
     process_groups.finalize()
 
 

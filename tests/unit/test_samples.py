@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.data.diffusion_samples import attention_segments, make_sample, positions_within
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
@@ -21,7 +21,7 @@ from megatron_a2d.training import data_setup, validation
 from megatron_a2d.training.validation import VALIDATION_SEED
 
 LENGTH, MASK, END, SEED = 40, 255, 7, 11
-MODEL = Architecture(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, mask_token_id=MASK)
+MODEL = ModelConfig(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, mask_token_id=MASK)
 TOKENS = np.where(np.isin(np.arange(LENGTH), (8, 25)), END, np.arange(LENGTH) + 100)
 DOCUMENTS = np.repeat([3, 4, 5], [9, 17, 14])
 

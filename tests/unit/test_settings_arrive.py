@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 import megatron_a2d
 from megatron_a2d import megatron_compat
 from megatron_a2d.config.fp8_recipe import Scaling
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import OptimizationConfig, ParallelConfig, build, settings
 from megatron_a2d.diffusion.sampling import SamplingOptions
 from megatron_a2d.distributed import process_groups
@@ -32,7 +32,7 @@ from tests.unit.test_speed_settings import _recording
 
 megatron_compat.install()
 
-MOE = Architecture(6, 96, 12, 3, 20, 170, 264, 512, 1e-5, 5e5, False, 8, 2, 44, mask_token_id=250)
+MOE = ModelConfig(6, 96, 12, 3, 20, 170, 264, 512, 1e-5, 5e5, False, 8, 2, 44, mask_token_id=250)
 DENSE = dataclasses.replace(MOE, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
 OPTIMIZATION: dict[str, Any] = dict(
     lr=0.5, min_lr=0.125, lr_mult={"mlp": 0.75}, lr_warmup_iters=3, lr_decay_style="WSD", lr_wsd_decay_iters=7,
@@ -95,11 +95,11 @@ def test_the_optimizer(distributed: bool, monkeypatch: pytest.MonkeyPatch) -> No
     )  # fmt: skip
 
 
-def fields_of(architecture: Architecture, monkeypatch: pytest.MonkeyPatch, **values: Any) -> dict[str, Any]:
+def fields_of(model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, **values: Any) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     with monkeypatch.context() as patched:
         patched.setattr(transformer_config, "TransformerConfig", _recording(transformer_config.TransformerConfig, seen))
-        transformer_config.build_transformer_config(architecture, build(values))
+        transformer_config.build_transformer_config(model_config, build(values))
     return seen
 
 

@@ -20,7 +20,7 @@ from megatron_a2d.distributed.environment import Gpu, as_text, environment, own_
 from megatron_a2d.megatron_compat import versions
 from megatron_a2d.model import transformer_config
 from megatron_a2d.training import monitor
-from megatron_a2d.training.manual_gc import Garbage
+from megatron_a2d.training.manual_gc import ManualGC
 from megatron_a2d.utils.errors import UserError
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
@@ -318,21 +318,21 @@ def test_garbage_is_collected_when_said() -> None:
     def watch(phase: str, info: dict[str, int]) -> None:
         collections.append(phase)
 
-    garbage = Garbage(build({"manual_gc": True, "manual_gc_interval": 3}).performance)
+    manual_gc = ManualGC(build({"manual_gc": True, "manual_gc_interval": 3}).performance)
     gc.callbacks.append(watch)
     try:
         assert not gc.isenabled()
         counts = []
         for iteration in range(1, 7):
             collections.clear()
-            garbage.after_step(iteration)
+            manual_gc.after_step(iteration)
             counts.append(len(collections))
         assert [count > 0 for count in counts] == [False, False, True, False, False, True]
     finally:
         gc.callbacks.remove(watch)
-        garbage.close()
+        manual_gc.close()
     assert gc.isenabled()
-    Garbage(build({}).performance)
+    ManualGC(build({}).performance)
     assert gc.isenabled()
 
 

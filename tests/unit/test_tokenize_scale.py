@@ -21,9 +21,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from data_prep import gigatoken_encoder, merge_shards, readers, tokenize_corpus, tokenize_shards, train_tokenizer
 from data_prep.corpus_files import find_inputs
 from data_prep.encoders import Encoded, open_encoder
-from data_prep.formats import Problem, Span
+from data_prep.formats import FileRange, Problem
 from data_prep.memory_limits import DEFAULT_LIMITS, Limits
-from data_prep.readers import Counts, Piece, plan_pieces, read_span
+from data_prep.readers import Counts, Shard, plan_shards, read_file_range
 from megatron_a2d.data.indexed_dataset import TokenFile
 from megatron_a2d.utils.errors import UserError
 
@@ -90,11 +90,11 @@ def write_kind(root: Path, kind: str, texts: list[str]) -> Path:
 
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
 def test_every_kind_gives_the_same_tokens(kind, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
-    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
+    monkeypatch.setattr(readers, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
+    monkeypatch.setattr(tokenize_corpus, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
     path = write_kind(tmp_path, kind, TEXTS)
     if kind in (".jsonl", ".parquet", ".txt"):
-        assert len(plan_pieces(find_inputs([path]).paths, 3000)) > 1
+        assert len(plan_shards(find_inputs([path]).paths, 3000)) > 1
     run(tokenizer, tmp_path / "out", "--input", path)
     file, encoder = TokenFile(tmp_path / "out"), open_encoder(tokenizer, append_eod=False, workers=1)
     assert [encoder.decode(file.document(n)[:-1].tolist()) for n in range(file.num_documents)] == TEXTS
@@ -120,18 +120,22 @@ def test_spans_cover_every_line_once(tmp_path):
     size = path.stat().st_size
     for step in (1, 7, 100, 1000, size):
         counts = Counts()
-        spans = [Span(str(path), ".jsonl", start, min(start + step, size), step) for start in range(0, size, step)]
-        texts = [document.text for span in spans for document in read_span(span, "text", counts)]
+        file_ranges = [
+            FileRange(str(path), ".jsonl", start, min(start + step, size), step) for start in range(0, size, step)
+        ]
+        texts = [
+            document.text for file_range in file_ranges for document in read_file_range(file_range, "text", counts)
+        ]
         assert texts == [*TEXTS[:40], "last"]
 
 
 def test_workers_and_interruption_change_no_byte(tokenizer, tmp_path, monkeypatch):
     corpus = write_kind(tmp_path, ".jsonl", TEXTS)
-    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
+    monkeypatch.setattr(tokenize_corpus, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
     expected = contents(run(tokenizer, tmp_path / "one", "--input", corpus))
     assert contents(run(tokenizer, tmp_path / "two", "--input", corpus, "--workers", 2)) == expected
 
-    original, done = tokenize_shards.tokenize_piece, []
+    original, done = tokenize_shards.tokenize_shard, []
 
     def interrupted(job, number, *rest):
         if len(done) == 3:
@@ -139,22 +143,22 @@ def test_workers_and_interruption_change_no_byte(tokenizer, tmp_path, monkeypatc
         original(job, number, *rest)
         done.append(number)
 
-    monkeypatch.setattr(tokenize_shards, "tokenize_piece", interrupted)
+    monkeypatch.setattr(tokenize_shards, "tokenize_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tokenizer, tmp_path / "three", "--input", corpus)
     assert not list(tmp_path.glob("three*.bin")) and (tmp_path / "three.parts" / "00002.npz").exists()
     (tmp_path / "three.parts" / "00001.npz").write_bytes(b"torn")
     again = []
     monkeypatch.setattr(
-        tokenize_shards, "tokenize_piece", lambda job, n, *rest: (again.append(n), original(job, n, *rest))
+        tokenize_shards, "tokenize_shard", lambda job, n, *rest: (again.append(n), original(job, n, *rest))
     )
     assert contents(run(tokenizer, tmp_path / "three", "--input", corpus)) == expected
     assert again[:3] == [1, 3, 4] and not (tmp_path / "three.parts").exists()
 
 
 @pytest.mark.parametrize("kind", ["empty", "pipe", "array", "other values"])
-def test_an_odd_piece_is_none(kind, tmp_path):
-    path = tmp_path / "piece.npz"
+def test_an_odd_shard_is_none(kind, tmp_path):
+    path = tmp_path / "shard.npz"
     if kind == "pipe":
         os.mkfifo(path)
     with contextlib.nullcontext() if kind == "pipe" else open(path, "wb") as stream:
@@ -163,12 +167,12 @@ def test_an_odd_piece_is_none(kind, tmp_path):
         elif kind == "other values":
             np.savez(stream, lengths=np.zeros(1), digests=np.zeros(1), counts=np.frombuffer(b"[5]", dtype=np.uint8))
     job = SimpleNamespace(path=lambda number, suffix: path)
-    with pytest.raises(UserError, match=r"piece\.npz: cannot be read"):
+    with pytest.raises(UserError, match=r"shard\.npz: cannot be read"):
         tokenize_shards.read_result(job, 0)
     assert not tokenize_shards.is_done(job, 0, None)
 
 
-def test_other_settings_do_not_take_up_old_pieces(tokenizer, tmp_path, monkeypatch):
+def test_other_settings_do_not_take_up_old_shards(tokenizer, tmp_path, monkeypatch):
     corpus = write_kind(tmp_path, ".jsonl", TEXTS)
     expected = contents(run(tokenizer, tmp_path / "plain", "--input", corpus, "--no-append-eod"))
     monkeypatch.setattr(tokenize_corpus, "merge", lambda *_: sys.exit(1))
@@ -183,7 +187,7 @@ BAD = [b'{"text": "fi', b'{"text": "\xff"}', b'{"body": "x"}', b"[]", b'{"text":
 
 
 def test_what_cannot_be_read_is_fatal_or_reported(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
+    monkeypatch.setattr(tokenize_corpus, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
     lines = write_kind(tmp_path, ".jsonl", TEXTS).read_bytes().splitlines()
     for number, line in enumerate(BAD):
         lines.insert(40 * (number + 1), line)
@@ -243,8 +247,8 @@ def test_zst_of_other_tools(tmp_path):
     def read(data: bytes) -> tuple[list[str], list[str]]:
         path.write_bytes(data)
         counts = Counts()
-        (piece,) = plan_pieces([path])
-        texts = [document.text for document in read_span(piece.spans[0], "text", counts, True, limits)]
+        (shard,) = plan_shards([path])
+        texts = [document.text for document in read_file_range(shard.file_ranges[0], "text", counts, True, limits)]
         return texts, counts.problems
 
     assert read(long.compress(plain) + long.flush()) == (TEXTS, [])
@@ -271,20 +275,20 @@ def test_one_writer_at_a_time_and_nothing_left_behind(tokenizer, tmp_path, monke
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tokenize_corpus, "tokenize_pieces", full)
+    monkeypatch.setattr(tokenize_corpus, "tokenize_shards", full)
     assert "No space left on device); make room" in problem(tokenizer, tmp_path / "d", "--input", corpus)
     assert "cannot be written" in problem(tokenizer, corpus / "e", "--input", corpus)
 
 
-def test_another_encoder_does_not_take_up_old_pieces(tokenizer, tmp_path):
+def test_another_encoder_does_not_take_up_old_shards(tokenizer, tmp_path):
     pytest.importorskip("gigatoken")
-    (piece,) = plan_pieces([write_kind(tmp_path, ".jsonl", TEXTS)])
+    (shard,) = plan_shards([write_kind(tmp_path, ".jsonl", TEXTS)])
     keys = {
         tokenize_shards._key(
             tokenize_shards.Job(
                 tmp_path, tokenizer, name, 310, True, eod, "text", 1, None, False, DEFAULT_LIMITS, "sum"
             ),
-            piece,
+            shard,
         )
         for name in ("gigatoken", "reference")
         for eod in (0, 1)
@@ -349,7 +353,7 @@ def test_copies_are_dropped_across_files(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(merge_shards, "GROUP", 16)  # several groups
     monkeypatch.setattr(merge_shards, "_CHUNK", 100)
     first, second = write_jsonl(tmp_path / "a.jsonl", TEXTS[:200]), write_jsonl(tmp_path / "b.jsonl", TEXTS[::-1])
-    monkeypatch.setattr(tokenize_corpus, "plan_pieces", lambda paths, **options: plan_pieces(paths, 3000, **options))
+    monkeypatch.setattr(tokenize_corpus, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
     kept = [*TEXTS[:200], *TEXTS[:199:-1]]
     run(tokenizer, tmp_path / "c", "--input", first, second, "--deduplicate")
     assert json.loads((tmp_path / "c.report.json").read_text())["duplicates"] == 200
@@ -444,9 +448,9 @@ def test_without_gigatoken_the_reference_encodes(tokenizer, tmp_path, monkeypatc
 
 def test_the_sample_comes_from_all_over(tmp_path):
     paths = [write_jsonl(tmp_path / f"{n:02d}.jsonl", [f"file {n} {text}" for text in TEXTS[:20]]) for n in range(50)]
-    every = [Piece(plan_pieces([path])[0].spans) for path in paths]
+    every = [Shard(plan_shards([path])[0].file_ranges) for path in paths]
     sample = b" ".join(gigatoken_encoder.corpus_sample(every, "text")).decode()
-    assert sum(f"file {n} " in sample for n in range(50)) == gigatoken_encoder.SAMPLE_PIECES
+    assert sum(f"file {n} " in sample for n in range(50)) == gigatoken_encoder.SAMPLE_SHARDS
 
 
 def test_problems_are_found_by_readers_not_raised(tmp_path):
@@ -458,7 +462,7 @@ def test_problems_are_found_by_readers_not_raised(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with contextlib.suppress(StopIteration):
         assert isinstance(
-            next(iter(read_text(Span(str(tmp_path / "a.txt"), ".txt", 0, 1, 1), "", DEFAULT_LIMITS))), Problem
+            next(iter(read_text(FileRange(str(tmp_path / "a.txt"), ".txt", 0, 1, 1), "", DEFAULT_LIMITS))), Problem
         )
 
 
@@ -475,9 +479,9 @@ def test_damaged_inputs_never_crash(kind, tmp_path):
         path.write_bytes(bytes(data))
         counts = Counts()
         try:
-            for piece in plan_pieces(find_inputs([path]).paths):
-                for span in piece.spans:
-                    for document in read_span(span, "text", counts, skip_invalid=True):
+            for shard in plan_shards(find_inputs([path]).paths):
+                for file_range in shard.file_ranges:
+                    for document in read_file_range(file_range, "text", counts, skip_invalid=True):
                         document.text.encode("utf-8")
         except UserError as error:
             assert str(path) in error.problems[0] and "\n" not in error.problems[0]

@@ -247,7 +247,7 @@ def test_held_out_documents_are_seen_as_in_training(settings: dict[str, Any], ba
             dataset = open_sources([str(tmp_path / "text")], 128, opened.vocab_size)[0].dataset
             known = {name: getattr(opened, name) for name in ("objective", "label_shift", "block_length")}
             config = build({**known, "seq_length": 128, "reset_attention_mask": opened.reset_attention_mask})
-            batch = make_batch(dataset, make_sample(config, opened.architecture, dataset, 0), 0, 4)
+            batch = make_batch(dataset, make_sample(config, opened.model_config, dataset, 0), 0, 4)
             needed = batch.weights > 0
             losses, correct = _token_losses(opened, batch, needed)
             assert batch.documents is not None and len(losses) == len(correct) == int(needed.sum()) > 50

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_a2d.config.fp8_recipe import Scaling
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.model.flops import train_flops_per_token
@@ -31,8 +31,8 @@ from megatron_a2d.training.optimizer import (
 )
 from megatron_a2d.utils.errors import SaveError, UserError
 
-QWEN3_30B_A3B = Architecture(48, 2048, 32, 4, 128, 6144, 151936, 40960, 1e-6, 1e6, False, 128, 8, 768)
-QWEN3_8B = Architecture(36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e-6, 1e6, False)
+QWEN3_30B_A3B = ModelConfig(48, 2048, 32, 4, 128, 6144, 151936, 40960, 1e-6, 1e6, False, 128, 8, 768)
+QWEN3_8B = ModelConfig(36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e-6, 1e6, False)
 
 NAMES = {
     "embedding.word_embeddings.weight": "embedding",

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_a2d.config.model_config import Architecture, architecture_from_config
+from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf
 from megatron_a2d.conversion.sources import open_hf
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM, rotary_angles
@@ -40,8 +40,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def architecture(scaling: Any, **changes: Any) -> Architecture:
-    return architecture_from_config(tiny.hub_config("dense", rope_scaling=scaling, **changes), "config.json")
+def model_config(scaling: Any, **changes: Any) -> ModelConfig:
+    return model_config_from_hf(tiny.hub_config("dense", rope_scaling=scaling, **changes), "config.json")
 
 
 def of_transformers(scaling: dict[str, Any]) -> tuple[torch.Tensor, float]:
@@ -56,7 +56,7 @@ def test_frequencies_and_temperature_are_those_of_transformers(name: str) -> Non
     from megatron_a2d.model.diffusion_lm import rotary_embedding
 
     megatron_compat.install()
-    found = architecture(SCALINGS[name])
+    found = model_config(SCALINGS[name])
     frequencies, temperature = of_transformers(SCALINGS[name])
     assert found.yarn and found.yarn.attention_factor == pytest.approx(temperature, rel=1e-12)
     angles = rotary_embedding(found)(7, packed_seq=True)[0][6, 0, 0]
@@ -95,9 +95,9 @@ def test_streamed_logits_and_those_of_an_export(kind: str, models: Path, tmp_pat
     expected = transformers_logits(models / kind)
     with open_hf(models / kind) as weights:
         assert (StreamedModel(weights).logits(tokens()) - expected).abs().max() <= 2e-5
-        cold = dataclasses.replace(weights.architecture.yarn, attention_factor=1.0)  # type: ignore[type-var]
+        cold = dataclasses.replace(weights.model_config.yarn, attention_factor=1.0)  # type: ignore[type-var]
         for wrong in (None, cold, dataclasses.replace(cold, factor=1.0)):
-            other = weights._replace(architecture=dataclasses.replace(weights.architecture, yarn=wrong))
+            other = weights._replace(model_config=dataclasses.replace(weights.model_config, yarn=wrong))
             assert (StreamedModel(other).logits(tokens()) - expected).abs().max() > 1e-2, wrong
     for form in ("a2d", "qwen3", *(["rnd1"] if kind == "moe" else [])):
         directory = tmp_path / form
@@ -169,7 +169,7 @@ def test_two_spellings_that_contradict_are_an_error(name: str) -> None:
     changes, named = CONTRADICTIONS[name]
     config = tiny.hub_config("moe", **changes)
     with pytest.raises(UserError) as refusal:
-        architecture_from_config(config, "config.json")
+        model_config_from_hf(config, "config.json")
     assert len(refusal.value.problems) == 1
     assert all(key in refusal.value.problems[0] for key in named)
     if name != "by layer type":  # fails otherwise
@@ -199,14 +199,14 @@ AGREEMENTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", AGREEMENTS)
 def test_spellings_that_agree_are_one_setting(name: str) -> None:
     config = tiny.hub_config("moe", **AGREEMENTS[name])
-    found = architecture_from_config(config, "config.json")
-    expected = architecture(SHORT).yarn
+    found = model_config_from_hf(config, "config.json")
+    expected = model_config(SHORT).yarn
     assert (found.yarn, found.rope_theta, found.num_experts) == (expected, 1e6, 8)
     own = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
     for key in {"dtype", "torch_dtype"} & set(own):
         own[key] = own[key].removeprefix("torch.")  # transformers takes the short name alone
     config_class = A2DConfig(**own, mask_token_id=250)
-    assert architecture_from_config(config_class.to_dict(), "to_dict").yarn == expected
+    assert model_config_from_hf(config_class.to_dict(), "to_dict").yarn == expected
 
 
 @pytest.mark.parametrize(
@@ -230,15 +230,15 @@ def test_spellings_that_agree_are_one_setting(name: str) -> None:
 )
 def test_bad_scaling_is_one_line(scaling: Any, message: str) -> None:
     with pytest.raises(UserError) as refusal:
-        architecture(scaling)
+        model_config(scaling)
     assert len(refusal.value.problems) == 1 and message in refusal.value.problems[0]
 
 
 def test_the_context_is_the_extended_one() -> None:
     """Qwen's cards tell to set `rope_scaling` and leave max_position_embeddings as it is."""
-    assert architecture(QWEN, max_position_embeddings=40960).context_length == 131072
-    assert architecture(None, max_position_embeddings=40960).context_length == 40960
-    assert architecture(SHORT, max_position_embeddings=40960).context_length == 40960
+    assert model_config(QWEN, max_position_embeddings=40960).context_length == 131072
+    assert model_config(None, max_position_embeddings=40960).context_length == 40960
+    assert model_config(SHORT, max_position_embeddings=40960).context_length == 40960
 
 
 def test_a_plan_of_a_long_context_needs_yarn(tmp_path: Path) -> None:
@@ -246,6 +246,6 @@ def test_a_plan_of_a_long_context_needs_yarn(tmp_path: Path) -> None:
     from megatron_a2d.config.validate import find_problems
 
     config = build({"seq_length": 131072, "global_batch_size": 8})
-    short, long = (architecture(scaling, max_position_embeddings=40960, mask_token_id=250) for scaling in (None, QWEN))
+    short, long = (model_config(scaling, max_position_embeddings=40960, mask_token_id=250) for scaling in (None, QWEN))
     assert [problem for problem in find_problems(config, short, 8) if "40960 positions" in problem]
     assert not [problem for problem in find_problems(config, long, 8) if "positions" in problem]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, settings
 from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import MANY_COMPARISONS, mean_interval, paired_difference, verdict
@@ -29,7 +29,7 @@ def conversions(base: RunConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> list[Job]:
     """Every method with every seed, at equal tokens."""
     ways = conversions(base)
     interval = max(1, base.training.train_iters // NUM_VALIDATIONS)

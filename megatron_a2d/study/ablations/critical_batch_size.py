@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import Moments, RatioInterval, mean_interval, ratio_interval
@@ -26,7 +26,7 @@ _NUM_DRAWS = 4000
 Losses = dict[int, dict[int, float]]  # batch size -> seed -> loss
 
 
-def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> list[Job]:
     """One SCP run, diffusion branches from its end, and autoregressive branches from its start."""
     noise = {
         "batch_size": base.training.global_batch_size,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import ROLES, RunConfig
 from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import MANY_COMPARISONS, Interval, mean_interval, paired_difference, verdict
@@ -19,12 +19,12 @@ ATTENTION_LR = (1.0, 3.0)  # multiples of the recipe's
 REST = tuple(role for role in ROLES if role != "attention")
 
 
-def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> list[Job]:
     """Each ratio at two attention learning rates; the higher one with the first seed only."""
     causal = ar_settings(base)
     kept = (Measure("ar", "likelihood", causal), Measure("cloze", "cloze", causal))
     jobs = [Job("before", {"lr": 0.0, "rest": 0.0, "seed": seeds[0]}, {}, measures=kept, trains=False)]
-    roles = [role for role in REST if architecture.has_role(role)]
+    roles = [role for role in REST if model_config.has_role(role)]
     for seed in seeds:
         for factor in ATTENTION_LR if seed == seeds[0] else ATTENTION_LR[:1]:
             for ratio in RATIOS:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import (
@@ -33,7 +33,7 @@ MASK_SAMPLINGS = ("bernoulli", "exact_count")
 NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
 
 
-def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> list[Job]:
     """One setting changed per variant; all are evaluated with and without document masking."""
     judged = tuple(Measure(kind, "likelihood", {"reset_attention_mask": kind == "isolated"}) for kind in ATTENTION)
     noise = tuple(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_a2d.config.model_config import Architecture
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.report.figures import figure
 from megatron_a2d.study.confidence import Moments, ratio_interval
@@ -25,7 +25,7 @@ MODES = {False: "data and noise", True: "noise alone"}
 NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
 
 
-def plan(base: RunConfig, seeds: Sequence[int], architecture: Architecture) -> list[Job]:
+def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> list[Job]:
     """All schemes at half and twice the recipe's batch size, before and after SCP; one seed, many batches."""
     sizes = [max(2, base.training.global_batch_size // 2), 2 * base.training.global_batch_size]
     measures = tuple(
