@@ -188,7 +188,7 @@ study: setup  ## the study NAME on a small model, offline; its runs, table, plot
 	  --train-data-path $(OUT)/base/corpus_train --valid-data-path $(OUT)/base/corpus_valid $(ARGS)
 
 bench: setup  ## the benchmarks, as tables
-	$(PY) -m bench.training_speed --out bench/results/train_step_cpu.json
+	$(PY) -m bench.train_step_vs_hf --out bench/results/train_step_cpu.json
 	$(PY) -m bench.chunked_head --out bench/results/masked_head_cpu.json
 	$(PY) -m bench.tokenize --out bench/results/tokenize_cpu.json
 	$(PY) -m bench.mixing --out bench/results/mixing_cpu.json

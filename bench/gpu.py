@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 def parts(rehearse: bool) -> list[Part]:
     """In the order in which they run."""
-    step = [sys.executable, "-m", "bench.training_speed", "--out", "OUT"]
+    step = [sys.executable, "-m", "bench.train_step_vs_hf", "--out", "OUT"]
     step += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", "--rounds", "5"]
     head = [sys.executable, "-m", "bench.chunked_head", "--out", "OUT"]
     head += ["--rehearse"] if rehearse else ["--device", "cuda"]

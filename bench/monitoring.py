@@ -2,8 +2,8 @@
 
     python -m bench.monitoring [--rounds 15] [--out bench/results/monitoring_cpu.json]
 
-The model and batch of bench.training_speed (MoE); both kinds of steps in turns, in one process. A run watches one step
-in each --log-interval, so its cost there is divided by that.
+The model and batch of bench.train_step_vs_hf (MoE); both kinds of steps in turns, in one process. A run computes its
+diagnostics in one step per --log-interval, so their cost there is divided by that.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.result_tables import machine
-from bench.steps import LEARNING_RATE, model_config_of
-from bench.training_speed import COMMON, CPU_BATCHES, CPU_SHAPES, seconds
+from bench.train_step_variants import LEARNING_RATE, model_config_of
+from bench.train_step_vs_hf import COMMON, CPU_BATCHES, CPU_SHAPES, seconds
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.atomic_write import write_json

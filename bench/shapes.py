@@ -1,7 +1,7 @@
 """Shapes of the Qwen3 models, as their config.json on the hub has them, cut to fewer layers where memory asks.
 
 A layer, the embedding and the head are the real ones. With fewer layers head and embedding weigh more than in the whole
-model: bench.training_speed therefore measures half of the layers too, and the difference is the layers' own.
+model: bench.train_step_vs_hf therefore measures half of the layers too, and the difference is the layers' own.
 """
 
 from __future__ import annotations

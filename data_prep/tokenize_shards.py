@@ -1,4 +1,4 @@
-"""Tokenisation of the shards of a corpus, each independently, into files that merge_shards.py combines.
+"""Tokenisation of the shards of a corpus, each independently, into files that dedup_and_split.py combines.
 
 PREFIX.parts/00042.tokens  the tokens of a shard's documents, concatenated
 PREFIX.parts/00042.npz     lengths, digests of the texts, what was counted, and of which text and settings; written last

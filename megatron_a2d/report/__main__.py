@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.report.plots import draw_run
-from megatron_a2d.report.tensorboard_layout import watch
+from megatron_a2d.report.tensorboard_server import watch
 from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.printable import print_line
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_a2d.config.renamed import modernise_metrics, modernise_record
-from megatron_a2d.report.figures import figure, plain_label
+from megatron_a2d.report.plot_style import figure, plain_label
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import ParseError, parse_json
 

@@ -11,7 +11,7 @@ from megatron_a2d.checkpoint.training_facts import inherited
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import RunConfig, flag, settings
-from megatron_a2d.report.figures import import_pyplot
+from megatron_a2d.report.plot_style import import_pyplot
 from megatron_a2d.study.fingerprints import hold_inputs
 from megatron_a2d.study.results_page import write_lines, write_page
 from megatron_a2d.study.runner import Runner

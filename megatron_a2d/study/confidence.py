@@ -109,7 +109,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, sums: dict[str, float]) -> Moments:
-        """From the sums of gradient_noise.py."""
+        """From the sums of gradient_moments.py."""
         count = sums["count"]
         mean_square = sums["square_of_sum"] / count**2
         variance = (sums["sum_of_squares"] - count * mean_square) / (count - 1)

@@ -85,8 +85,8 @@ def drift(loaded: LoadedRun, reference: str) -> dict[str, float]:
 
 
 def gradients(loaded: LoadedRun, **options: Any) -> dict[str, Any]:
-    """Moments of the gradient over independent batches (gradient_noise.py)."""
-    from megatron_a2d.study.gradient_noise import gradient_moments
+    """Moments of the gradient over independent batches (gradient_moments.py)."""
+    from megatron_a2d.study.gradient_moments import gradient_moments
 
     return gradient_moments(loaded, **options)
 

@@ -37,7 +37,7 @@ from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.training.initialization import initialize_state
 from megatron_a2d.training.param_gather import zero_gradients
 from megatron_a2d.training.param_shards import ParamShard, over_ranks, owned_shards, squares_by_role
-from megatron_a2d.training.routers import RouterCounts
+from megatron_a2d.training.router_metrics import RouterCounts
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import forward_backward
 from megatron_a2d.utils.errors import UserError

@@ -22,7 +22,7 @@ from checkpoints_tools import convert_hf
 from megatron_a2d.checkpoint.directory import latest_iteration
 from megatron_a2d.utils.exit_codes import PEER_LOST
 from tests.exactness import Exactness, Fault
-from tests.faults.zygote import NUM_RANKS, OF_FIRST_RANK, PATIENCE, POINTS, SLOW_WRITER
+from tests.faults.fork_server import NUM_RANKS, OF_FIRST_RANK, PATIENCE, POINTS, SLOW_WRITER
 from tests.parity.layouts import DISTRIBUTED, EP, PP, TP_SP
 from tests.parity.pool import Pool
 from tests.tiny import write_hf, write_tokens
@@ -40,12 +40,12 @@ LAYOUTS = {
 }
 
 
-class Zygote:
-    """The process that starts the ranks (zygote.py)."""
+class ForkServer:
+    """The process that starts the ranks (fork_server.py)."""
 
     def __init__(self, settings: Path, log: Path):
         self._log = open(log, "w")  # noqa: SIM115
-        command = [sys.executable, "-m", "tests.faults.zygote", str(settings)]
+        command = [sys.executable, "-m", "tests.faults.fork_server", str(settings)]
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
@@ -76,11 +76,11 @@ class Run:
         }  # fmt: skip
         self.save, self.slowest, self.survivors = root / "killed", 0.0, 0
         self.interval = SAVE_INTERVAL * (2 if layout.get("async_save") else 1)
-        self._zygotes = []
+        self._fork_servers = []
         for name in ("unbroken", "killed"):
             (root / f"{name}.json").write_text(json.dumps({**settings, "save": str(root / name)}))
-            self._zygotes.append(Zygote(root / f"{name}.json", root / f"{name}.log"))
-        result = self._zygotes[0].attempt()
+            self._fork_servers.append(ForkServer(root / f"{name}.json", root / f"{name}.log"))
+        result = self._fork_servers[0].attempt()
         assert result["codes"] == [0] * NUM_RANKS, result
         self.seconds, self._expected = result["seconds"], self._final(root / "unbroken")
 
@@ -89,7 +89,7 @@ class Run:
         if self._steps() == 0 or self.reached() == TRAIN_ITERS:
             shutil.rmtree(self.save, ignore_errors=True)  # whole or not begun: a fresh one
         before, starts = self.reached(), self._starts()
-        result = self._zygotes[1].attempt(**how)
+        result = self._fork_servers[1].attempt(**how)
         assert None not in result["codes"], f"a rank outlived its dead peer by {PATIENCE} s: {result}"
         dead = {rank for rank, code in enumerate(result["codes"]) if code == -9}
         if not dead:
@@ -112,7 +112,7 @@ class Run:
 
     def complete(self) -> None:
         """Let it run to its end, and compare it with the one that was left alone."""
-        result = self._zygotes[1].attempt()
+        result = self._fork_servers[1].attempt()
         assert result["codes"] == [0] * NUM_RANKS, result
         self.check_equal()
 
@@ -124,8 +124,8 @@ class Run:
         return (latest_iteration(self.save) or 0) if self.save.exists() else 0
 
     def close(self) -> None:
-        for zygote in self._zygotes:
-            zygote.close()
+        for fork_server in self._fork_servers:
+            fork_server.close()
 
     def _starts(self) -> int:
         """How often the loop has begun."""

@@ -61,7 +61,7 @@ class Run(NamedTuple):
 
 def train(model: Model, steps: int, save: Path | None = None, **changes: Any) -> Run:
     """Train from the model's checkpoint; with `save`, write a checkpoint with the optimizer's state there."""
-    from bench.training_speed import free_memory
+    from bench.train_step_vs_hf import free_memory
     from megatron_a2d.checkpoint.directory import iteration_of, resolve
     from megatron_a2d.config.model_config import read_model_config
     from megatron_a2d.config.settings import build

@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_a2d.report.plots import draw_run, read_log
-from megatron_a2d.training.logger import LAYOUT
+from megatron_a2d.training.tensorboard_layout import LAYOUT
 from tests.cases import Case
 from tests.parity.layouts import CP, DISTRIBUTED, EP, OVERLAP, PP, TP_SP, VPP, Layout, each
 from tests.parity.pool import Pool

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import inspect_dataset, merge_shards, stdlib_corpus, tokenize_corpus, tokenize_shards, train_tokenizer
+from data_prep import dedup_and_split, inspect_dataset, stdlib_corpus, tokenize_corpus, tokenize_shards, train_tokenizer
 from data_prep.encoders import open_encoder
 from data_prep.formats import Document
 from data_prep.readers import Counts, read_documents
@@ -50,7 +50,7 @@ def tokenizer(corpus, tmp_path_factory) -> Path:
 
 def is_held_out(text: str, fraction: float) -> bool:
     return bool(
-        merge_shards.is_held_out(
+        dedup_and_split.is_held_out(
             np.frombuffer(tokenize_shards.digest(text.encode()), dtype="<u8").reshape(1, 2), fraction
         )[0]
     )

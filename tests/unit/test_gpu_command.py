@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import chunked_head, gpu, training_speed
+from bench import chunked_head, gpu, train_step_vs_hf
 from bench.shapes import SHAPES, rehearsal
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.model.flops import train_flops_per_token
@@ -87,7 +87,7 @@ def test_outcomes_are_written_after_every_test(monkeypatch: pytest.MonkeyPatch, 
 
 def test_shapes_are_the_published_models() -> None:
     """The whole models have the parameters that their names say; what is measured differs in its layers alone."""
-    from bench.steps import model_config_of
+    from bench.train_step_variants import model_config_of
 
     for name, parameters in {"qwen3_0p6b": 0.596e9, "qwen3_1p7b": 1.72e9, "qwen3_4b": 4.02e9}.items():
         whole = SHAPES[name]._replace(layers=SHAPES[name].model["num_hidden_layers"])
@@ -109,13 +109,13 @@ def test_ratios_are_to_the_fastest_baseline() -> None:
         row("bf16", 300.0), row("fp8", 390.0), row("hugging_face, grouped_mm", 100.0), row("hugging_face, eager", 50.0),
         row("fp8, blockwise", 330.0), {"shape": "moe", "variant": "bf16, portable", "error": "no kernel"},
     ]  # fmt: skip
-    assert training_speed.ratios(rows) == {
+    assert train_step_vs_hf.ratios(rows) == {
         "moe": {
             "bf16 over hugging_face": 3.0, "fp8 over hugging_face": 3.9, "fp8 over bf16": pytest.approx(1.3),
             "fp8, blockwise over hugging_face": 3.3, "fp8, blockwise over bf16": pytest.approx(1.1),
         }
     }  # fmt: skip
-    assert training_speed.ratios(rows[:1]) == {"moe": {}}
+    assert train_step_vs_hf.ratios(rows[:1]) == {"moe": {}}
 
 
 def test_layers_alone() -> None:
@@ -123,10 +123,10 @@ def test_layers_alone() -> None:
     sizes = {"micro_batch_size": 2, "num_microbatches": 4, "seq_length": 1000}
     whole = {**sizes, "seconds": [2.0, 3.0, 4.0], "flops_per_token": 8.5e9}
     half = {**sizes, "seconds": [2.2, 2.0, 1.9], "flops_per_token": 4.5e9}
-    found = training_speed.of_layers(whole, half, peak=64e12)
+    found = train_step_vs_hf.of_layers(whole, half, peak=64e12)
     assert found["layer_tflops"] == pytest.approx(32.0) and found["layer_mfu"] == pytest.approx(0.5)
     for unlike in ({**half, "micro_batch_size": 1, "num_microbatches": 8}, {"error": "out of memory"}):
-        assert training_speed.of_layers(whole, unlike, peak=64e12) == {"half": unlike}
+        assert train_step_vs_hf.of_layers(whole, unlike, peak=64e12) == {"half": unlike}
 
 
 def test_memory_is_found_by_smaller_micro_batches_of_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,16 +138,16 @@ def test_memory_is_found_by_smaller_micro_batches_of_the_same_step(monkeypatch: 
             raise torch.OutOfMemoryError("all of it")
         return {"fits": True}
 
-    monkeypatch.setattr(training_speed, "measure", measure)
+    monkeypatch.setattr(train_step_vs_hf, "measure", measure)
     shape = SHAPES["qwen3_30b_a3b"]
-    assert training_speed.largest_that_fits(shape, "bf16", {}, 1, 1.0) == {"fits": True}
+    assert train_step_vs_hf.largest_that_fits(shape, "bf16", {}, 1, 1.0) == {"fits": True}
     assert tried == [(4, 8), (2, 16), (1, 32)]
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
 def test_the_baselines_experts_are_computed_in_bf16(experts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's autocast leaves the grouped product out."""
-    from bench.steps import Batches, hugging_face_step
+    from bench.train_step_variants import Batches, hugging_face_step
 
     seen = []
     original = F.grouped_mm
@@ -168,7 +168,7 @@ def test_the_baselines_experts_are_computed_in_bf16(experts: str, monkeypatch: p
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_rehearsals_are_small(name: str) -> None:
-    from bench.steps import model_config_of
+    from bench.train_step_variants import model_config_of
 
     assert model_config_of(rehearsal(SHAPES[name]).config()).num_parameters() < 1e6
 
@@ -183,9 +183,9 @@ def test_rehearsals_are_small(name: str) -> None:
         ),
         (gpu, ["--out", "OUT", "--budget", "-5"], "--budget -5: must be above 0"),
         (gpu, ["--out", "OUT/nowhere/x.json"], "--out .*: is no file in a directory that exists"),
-        (training_speed, ["--rehearse", "--variants", "bogus"], "--variants bogus: is none of .*bf16, portable"),
-        (training_speed, ["--variants", "bf16"], "--variants: the CPU's comparison has none"),
-        (training_speed, ["--rehearse", "--rounds", "0"], "--rounds 0: at least 1"),
+        (train_step_vs_hf, ["--rehearse", "--variants", "bogus"], "--variants bogus: is none of .*bf16, portable"),
+        (train_step_vs_hf, ["--variants", "bf16"], "--variants: the CPU's comparison has none"),
+        (train_step_vs_hf, ["--rehearse", "--rounds", "0"], "--rounds 0: at least 1"),
     ],
 )
 def test_nonsense_is_refused(

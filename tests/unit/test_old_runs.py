@@ -23,7 +23,7 @@ from megatron_a2d.diffusion.conditional_likelihood import likelihood_samples
 from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.rng import Noise, Stream, attention_key, random_cut, uniforms
 from megatron_a2d.diffusion.sampling.token_scores import position_uniforms, row_seed
-from megatron_a2d.study.gradient_noise import BatchTimes
+from megatron_a2d.study.gradient_moments import BatchTimes
 from megatron_a2d.study.infilling_eval import holes
 from megatron_a2d.training.initialization import normals
 from megatron_a2d.training.resume import BOUND, NOTED, differences, find_start

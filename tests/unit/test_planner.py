@@ -36,7 +36,7 @@ from megatron_a2d.planner.search import make_plan, search
 from megatron_a2d.planner.step_time import step_time
 from megatron_a2d.planner.workload import Job, job_of
 from megatron_a2d.utils.errors import UserError
-from tests.unit.test_masked_head import OneRank
+from tests.unit.test_chunked_cross_entropy import OneRank
 
 ROOT = Path(__file__).resolve().parents[2]
 MOE, DENSE = named_model_config("Qwen/Qwen3-30B-A3B-Base"), named_model_config("Qwen3-8B")

@@ -24,7 +24,7 @@ from tests.cases import Case
 from tests.parity.layouts import CP, DISTRIBUTED, EP, OVERLAP, PP, TP_SP, VPP
 from tests.parity.parity_jobs import SETTINGS
 from tests.parity.pool import Pool
-from tests.unit.test_masked_head import Memory, OneRank
+from tests.unit.test_chunked_cross_entropy import Memory, OneRank
 from tests.unit.test_planner import B200, JOB
 
 # Of the layers' activations; routing is uneven, and the all-to-all dispatcher keeps a little of its own.

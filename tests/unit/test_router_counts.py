@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.training.routers import RouterCounts
+from megatron_a2d.training.router_metrics import RouterCounts
 
 MASK = 9
 

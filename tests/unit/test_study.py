@@ -21,14 +21,14 @@ import pytest
 
 from megatron_a2d.checkpoint.directory import REQUIRED_FILES
 from megatron_a2d.config.settings import RunConfig, build
-from megatron_a2d.report.tensorboard_layout import logs_of, plugins
+from megatron_a2d.report.tensorboard_server import logs_of, plugins
 from megatron_a2d.study.__main__ import main
 from megatron_a2d.study.ablations import critical_batch_size, lr_by_role
 from megatron_a2d.study.cloze_eval import CONTEXT, Facts
 from megatron_a2d.study.command import STUDIES, find_study
 from megatron_a2d.study.confidence import Moments, mean_interval, paired_difference, ratio_interval, verdict
 from megatron_a2d.study.fingerprints import hold_inputs
-from megatron_a2d.study.gradient_noise import BatchTimes
+from megatron_a2d.study.gradient_moments import BatchTimes
 from megatron_a2d.study.jobs import BASE, Job, Measure, resolved, scaled_batch
 from megatron_a2d.study.results_page import write_page
 from megatron_a2d.study.runner import Runner
@@ -151,7 +151,7 @@ def test_tensorboard_opens_at_the_charts(tmp_path: Path) -> None:
     from tensorboard.program import TensorBoard
     from torch.utils.tensorboard import SummaryWriter
 
-    from megatron_a2d.training.logger import LAYOUT
+    from megatron_a2d.training.tensorboard_layout import LAYOUT
 
     with pytest.raises(UserError, match="holds no TensorBoard files"):
         main(["watch", str(tmp_path)])

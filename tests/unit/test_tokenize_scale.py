@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from data_prep import gigatoken_encoder, merge_shards, readers, tokenize_corpus, tokenize_shards, train_tokenizer
+from data_prep import dedup_and_split, gigatoken_encoder, readers, tokenize_corpus, tokenize_shards, train_tokenizer
 from data_prep.corpus_files import find_inputs
 from data_prep.encoders import Encoded, open_encoder
 from data_prep.formats import FileRange, Problem
@@ -179,7 +179,7 @@ def test_other_settings_do_not_take_up_old_shards(tokenizer, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         run(tokenizer, tmp_path / "c", "--input", corpus)
     assert (tmp_path / "c.parts" / "00000.npz").exists()
-    monkeypatch.setattr(tokenize_corpus, "merge", merge_shards.merge)
+    monkeypatch.setattr(tokenize_corpus, "merge", dedup_and_split.merge)
     assert contents(run(tokenizer, tmp_path / "c", "--input", corpus, "--no-append-eod")) == expected
 
 
@@ -350,8 +350,8 @@ def test_several_keys_become_several_files(tokenizer, tmp_path):
 
 
 def test_copies_are_dropped_across_files(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_shards, "GROUP", 16)  # several groups
-    monkeypatch.setattr(merge_shards, "_CHUNK", 100)
+    monkeypatch.setattr(dedup_and_split, "GROUP", 16)  # several groups
+    monkeypatch.setattr(dedup_and_split, "_CHUNK", 100)
     first, second = write_jsonl(tmp_path / "a.jsonl", TEXTS[:200]), write_jsonl(tmp_path / "b.jsonl", TEXTS[::-1])
     monkeypatch.setattr(tokenize_corpus, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
     kept = [*TEXTS[:200], *TEXTS[:199:-1]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, settings
-from megatron_a2d.report.figures import figure
+from megatron_a2d.report.plot_style import figure
 from megatron_a2d.study.confidence import MANY_COMPARISONS, mean_interval, paired_difference, verdict
 from megatron_a2d.study.jobs import Job, Measure
 from megatron_a2d.study.results_page import markdown_table

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
-from megatron_a2d.report.figures import figure
+from megatron_a2d.report.plot_style import figure
 from megatron_a2d.study.confidence import Moments, RatioInterval, mean_interval, ratio_interval
 from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings, scaled_batch
 from megatron_a2d.study.results_page import markdown_table

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import ROLES, RunConfig
-from megatron_a2d.report.figures import figure
+from megatron_a2d.report.plot_style import figure
 from megatron_a2d.study.confidence import MANY_COMPARISONS, Interval, mean_interval, paired_difference, verdict
 from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings
 from megatron_a2d.study.results_page import markdown_table

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
-from megatron_a2d.report.figures import figure
+from megatron_a2d.report.plot_style import figure
 from megatron_a2d.study.confidence import (
     MANY_COMPARISONS,
     Moments,

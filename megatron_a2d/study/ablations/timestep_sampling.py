@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
-from megatron_a2d.report.figures import figure
+from megatron_a2d.report.plot_style import figure
 from megatron_a2d.study.confidence import Moments, ratio_interval
 from megatron_a2d.study.jobs import BASE, Job, Measure
 from megatron_a2d.study.results_page import markdown_table

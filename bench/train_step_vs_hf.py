@@ -1,8 +1,8 @@
 """Our training step against the plain one: Hugging Face's model, torch's AdamW, the same shape and batch.
 
-    python -m bench.training_speed [--rounds 9] [--out bench/results/train_step_cpu.json] # a CPU, two small shapes
-    python -m bench.training_speed --device cuda --shapes qwen3_8b qwen3_30b_a3b --out FILE.json
-    python -m bench.training_speed --device cpu --rehearse --out FILE.json # the GPU's way, on a CPU
+    python -m bench.train_step_vs_hf [--rounds 9] [--out bench/results/train_step_cpu.json] # a CPU, two small shapes
+    python -m bench.train_step_vs_hf --device cuda --shapes qwen3_8b qwen3_30b_a3b --out FILE.json
+    python -m bench.train_step_vs_hf --device cpu --rehearse --out FILE.json # the GPU's way, on a CPU
 
 On a CPU both take whole steps in turns, so that a change of the machine's speed meets both; the figure is the median of
 the ratios. On a GPU, where two models do not fit, one variant follows the other, each for --rounds steps: Transformer
@@ -33,7 +33,7 @@ import torch
 
 from bench.result_tables import can_compile, machine, matrix_rate
 from bench.shapes import SHAPES, Shape, rehearsal
-from bench.steps import Batches, Step, hugging_face_step, model_config_of, our_step
+from bench.train_step_variants import Batches, Step, hugging_face_step, model_config_of, our_step
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.atomic_write import write_json

@@ -1,7 +1,7 @@
 """TensorBoard for a run, opened at this project's charts.
 
 TensorBoard opens the first tab with data, in the order of its plugins; by default that is "Time Series". Here it is
-"Custom Scalars", whose layout training/logger.py writes.
+"Custom Scalars", whose layout training/tensorboard_layout.py defines.
 """
 
 from __future__ import annotations

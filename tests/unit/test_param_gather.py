@@ -12,7 +12,7 @@ import torch
 from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 
-from bench.steps import Batches
+from bench.train_step_variants import Batches
 from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups

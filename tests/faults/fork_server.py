@@ -1,6 +1,6 @@
 """Start many training runs quickly, and kill them: python and torch are loaded once, every rank is a fork of that.
 
-    python -m tests.faults.zygote SETTINGS.json COMMANDS...     is started by test_kill.py, and speaks JSON lines
+    python -m tests.faults.fork_server SETTINGS.json COMMANDS...     is started by test_kill.py, and speaks JSON lines
 
 One line in, {"victims": [ranks], "after": seconds or null, "point": name or null, "pass_by": times}; one line out,
 {"codes": [...], "seconds": ..., "survivors_ended_after": ..., "said": [each rank's last error line]}.
@@ -138,7 +138,7 @@ def run_rank(rank: int, port: int, settings: dict[str, Any]) -> int:
     rank_failure.BEAT, rank_failure.SUSPICION = (
         0.25,
         0.75,
-    )  # two ranks: nobody else can be slow (test_peers.py has the real ones)
+    )  # two ranks: nobody else can be slow (test_rank_failure.py has the real ones)
     sys.stdout = sys.stderr
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     timeout = timedelta(seconds=PATIENCE / 2)

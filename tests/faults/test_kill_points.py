@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from tests.faults.zygote import POINTS
+from tests.faults.fork_server import POINTS
 
 
 @pytest.mark.parametrize("point", POINTS)

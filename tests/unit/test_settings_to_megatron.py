@@ -28,7 +28,7 @@ from megatron_a2d.megatron_compat.device import has_cuda
 from megatron_a2d.model import transformer_config
 from megatron_a2d.planner.workload import Job, job_of
 from megatron_a2d.training import optimizer, train_state
-from tests.unit.test_speed_settings import _recording
+from tests.unit.test_validate_performance import _recording
 
 megatron_compat.install()
 
