@@ -12,7 +12,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 # A note for pages with many verdicts.
 MANY_COMPARISONS = (
-    "Each comparison below is made at 95% for itself: of twenty without any difference one is expected to stand out."
+    "Comparisons are at 95% each, uncorrected for their number: of twenty without a true difference one is expected to "
+    "be significant."
 )
 
 
@@ -56,9 +57,9 @@ def verdict(difference: Interval, digits: int = 3) -> str:
     if not math.isfinite(difference.half_width):
         return f"{difference.mean:+.{digits}f} (one seed: no interval)"
     if difference.half_width == 0:
-        return f"{difference.mean:+.{digits}f}, whatever the seed"
+        return f"{difference.mean:+.{digits}f} for every seed"
     if abs(difference.mean) <= difference.half_width:
-        return f"not told apart ({difference.mean:+.{digits}f} ± {difference.half_width:.{digits}f})"
+        return f"no significant difference ({difference.mean:+.{digits}f} ± {difference.half_width:.{digits}f})"
     return f"{'higher' if difference.mean > 0 else 'lower'} by {shown}"
 
 

@@ -24,6 +24,7 @@ from megatron_a2d.config.settings import RunConfig, build
 from megatron_a2d.report.tensorboard_server import logs_of, plugins
 from megatron_a2d.study.__main__ import main
 from megatron_a2d.study.ablations import critical_batch_size, lr_by_role
+from megatron_a2d.study.ablations.mask_sampling import ATTENTION, VARIANTS
 from megatron_a2d.study.cloze_eval import CONTEXT, Facts
 from megatron_a2d.study.command import STUDIES, find_study
 from megatron_a2d.study.confidence import Moments, mean_interval, paired_difference, ratio_interval, verdict
@@ -35,6 +36,8 @@ from megatron_a2d.study.runner import Runner
 from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_tokens
 from tests.unit.test_training import QWEN3_30B_A3B
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
 
 # Stands for `python`: "trains" by writing what a run leaves, "measures" by counting. A line of calls.txt for each call.
 STAND_IN = """
@@ -306,11 +309,10 @@ def test_intervals() -> None:
     assert str(mean_interval([1.0])) == "1.000" and math.isnan(mean_interval([1.0, math.nan]).mean)
     assert paired_difference({1: 3.0, 2: 5.0, 3: 9.0}, {1: 1.0, 2: 2.0}).mean == 2.5
     assert verdict(mean_interval([0.5, 0.6, 0.55])).startswith("higher by 0.550")
-    assert verdict(mean_interval([-0.5, 0.6, 0.1])).startswith("not told apart")
+    assert verdict(mean_interval([-0.5, 0.6, 0.1])).startswith("no significant difference")
     assert "one seed" in verdict(mean_interval([0.5]))
     assert (
-        mean_interval([2.0, 2.0]).format(1) == "2.0"
-        and verdict(mean_interval([2.0, 2.0])) == "+2.000, whatever the seed"
+        mean_interval([2.0, 2.0]).format(1) == "2.0" and verdict(mean_interval([2.0, 2.0])) == "+2.000 for every seed"
     )
     draw = random.Random(1)
     below = [draw.gauss(2, 0.1) for _ in range(30)]
@@ -352,6 +354,23 @@ def test_facts_are_what_always_follows(tmp_path: Path) -> None:
     # The last token of the fact, and nothing else: not what may go on in two ways, nor a mere repetition.
     assert np.flatnonzero(asked).tolist() == [7]
     assert not facts.asked(np.array([200, *fact[:-1], 9])).any() and not facts.asked(np.array([1, 2])).any()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_published_pages_begin_as_their_study(name: str) -> None:
+    """Title and question are the generator's, in other line breaks."""
+    study, page = find_study(name), (DOCS / f"{name}.md").read_text()
+    assert page.split("<!-- results -->")[0].split() == f"# {study.title} {study.question}".split()
+
+
+@pytest.mark.parametrize("column", ["NELBO at the start", *ATTENTION.values(), "accuracy"])
+def test_the_page_on_masks_has_the_figures_of_its_rows(column: str) -> None:
+    rows = list(map(json.loads, (DOCS / "masks.jsonl").read_text().splitlines()))
+    table = [line.strip("| ").split(" | ") for line in (DOCS / "masks.md").read_text().splitlines() if line[:1] == "|"]
+    place = table[0].index(column)
+    for line, variant in zip(table[2:], VARIANTS, strict=False):
+        values = [row[column] for row in rows if row.get("variant") == variant]
+        assert line[0] == variant and line[place] == mean_interval(values).format(3)
 
 
 def test_a_page_keeps_what_a_person_wrote(tmp_path: Path) -> None:

@@ -78,9 +78,9 @@ def report(records: list[Record], images: Path) -> Report:
         for seed, record in runs.items()
     ]
     text = (
-        f"{table}\nTraining loss: mean of the last fifth of the log, nats a token. The others held out: NELBO in nats "
-        "a token; infilling of 16 tokens at once; ± is half of a 95% confidence "
-        f"interval over seeds (Student's t). {MANY_COMPARISONS}\n\n"
+        f"{table}\nTraining loss: mean of the last fifth of the log, nats/token. The other columns are held out: NELBO "
+        "in nats/token; infilling of 16 tokens at once; ± is half of a 95% confidence interval over seeds (Student's "
+        f"t). {MANY_COMPARISONS}\n\n"
         f"{_findings(groups)}\n![results](probe.png)\n"
     )
     return Report(text, rows)
@@ -124,7 +124,7 @@ def _draw(path: Path, groups: dict[str, dict[int, Record]]) -> None:
             axes[2].bar([number], [infill.mean], yerr=[width], capsize=4, color=f"C{number}")
         axes[2].set_xticks(range(len(groups)), list(groups))
         for axis, title in zip(
-            axes, ("training loss", "held-out NELBO, nats a token", "infilling accuracy"), strict=True
+            axes, ("training loss", "held-out NELBO, nats/token", "infilling accuracy"), strict=True
         ):
             axis.set_title(title)
         axes[0].set_xlabel("samples")
@@ -134,12 +134,12 @@ def _draw(path: Path, groups: dict[str, dict[int, Record]]) -> None:
 
 STUDY = Study(
     name="probe",
-    title="How to begin",
+    title="Conversion methods",
     question="""
-From the same autoregressive checkpoint and at equal tokens: SCP (all tokens see one another at once), annealing (the
-causal mask is opened entry by entry over the first half of training; DiffuLLaMA), grafting (over the first quarter the
-bidirectional attentions are regressed on the causal ones and swapped in layer by layer; those tokens count like all
-others), and random weights (LLaDA), which get the full learning rate in every layer.
+From one autoregressive checkpoint, at equal tokens: SCP (simple continual pretraining: full attention at once),
+annealing (entries above the diagonal are allowed at random, more and more over the first half of training;
+DiffuLLaMA), grafting (over the first quarter, bidirectional attention is regressed on causal attention and swapped in
+layer by layer; those tokens count), and random weights (LLaDA), which get the full learning rate in every layer.
 """,
     plan=plan,
     report=report,

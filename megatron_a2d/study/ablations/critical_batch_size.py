@@ -129,7 +129,7 @@ def report(records: list[Record], images: Path) -> Report:
         losses[objective][batch] = {seed: final(record)["nelbo"] for seed, record in runs.items()}
     batches = list(losses["mdlm"])
     table = markdown_table(
-        ["samples a batch", *(f"{name}, nats a token" for name in OBJECTIVES.values())],
+        ["batch size, samples", *(f"{name}, nats/token" for name in OBJECTIVES.values())],
         [
             [batch, *(mean_interval([*losses[objective][batch].values()]).format(4) for objective in OBJECTIVES)]
             for batch in batches
@@ -157,14 +157,14 @@ def report(records: list[Record], images: Path) -> Report:
     _draw(images / "critical-batch.png", losses)
     text = (
         f"{table}\nHeld-out loss after equal tokens, ± half of a 95% confidence interval over seeds.\n\n{summary}\n"
-        "In brackets 95% intervals. Critical batch: where the loss, linear in log2 of the batch between the measured "
-        "ones, leaves the band above the lowest; interval by a parametric bootstrap of the seeds' spread. Merrill et "
-        "al. hold branches against the batch of the run that they leave; the lowest loss does not depend on which "
-        "that was. Noise scale: tr V / |G|^2 at the checkpoint where the branches begin (McCandlish et al. 2018), of "
-        "independent samples and times; the branches' own times are spread by index. All "
-        "branches of an objective leave one checkpoint: the intervals say nothing of other checkpoints, sizes or data."
+        "95% intervals in brackets. Critical batch: where the loss, interpolated linearly in log2 of the batch size, "
+        "leaves the band above the lowest; interval by a parametric bootstrap over seeds. Merrill et al. compare "
+        "branches with the batch size of the run that they branch from; the lowest loss does not depend on which that "
+        "was. Noise scale: tr V / |G|^2 at the checkpoint where the branches start (McCandlish et al. 2018), with "
+        "independent samples and times; the branches' own times are low-discrepancy. All branches of an objective "
+        "start from one checkpoint: the intervals say nothing about other checkpoints, sizes or data."
         f"\n\n{_caveats(losses, groups)}"
-        f"The claim that diffusion's critical batch is the larger one: {_claim(found_batches)}.\n\n"
+        f"The claim that diffusion has the larger critical batch is {_claim(found_batches)}.\n\n"
         "![results](critical-batch.png)\n"
     )
     return Report(text, rows)
@@ -187,7 +187,7 @@ def _caveats(losses: dict[str, Losses], groups: dict[tuple[str, int], dict[int, 
     }
     most = max(samples.values())
     lines += [
-        f"- {batch} samples a batch: {count:,} samples in all, where others have {most:,}; that raises its loss.\n"
+        f"- Batch size {batch}: {count:,} samples in all, where others have {most:,}; that raises its loss.\n"
         for batch, count in samples.items()
         if count < most
     ]
@@ -198,14 +198,14 @@ def _claim(found: dict[str, Critical]) -> str:
     """A sentence that compares the two objectives by their intervals."""
     diffusion, autoregressive = found["mdlm"], found["ar"]
     if any(math.isnan(item.low) for item in (diffusion, autoregressive)):
-        return "not decided: there is no interval with one seed"
+        return "undecided: one seed gives no interval"
     if diffusion.low > autoregressive.high:
         return "supported by these runs"
     if diffusion.high < autoregressive.low:
         return "contradicted by these runs"
     if math.isinf(diffusion.low) and math.isinf(autoregressive.low):
-        return "not decided by these runs: both lie above the largest batch that was tried"
-    return "not decided by these runs: the intervals overlap"
+        return "undecided: both exceed the largest batch tried"
+    return "undecided: the intervals overlap"
 
 
 def _draw(path: Path, losses: dict[str, Losses]) -> None:
@@ -220,8 +220,8 @@ def _draw(path: Path, losses: dict[str, Losses]) -> None:
             lowest = min(item.mean for item in found)
             axis.axhspan(lowest, lowest * (1 + TOLERANCE), alpha=0.2, color="green", label=f"within {TOLERANCE:.0%}")
             axis.set_xscale("log", base=2)
-            axis.set_xlabel("samples a batch")
-            axis.set_title(f"{name}: held-out loss, nats a token")
+            axis.set_xlabel("batch size, samples")
+            axis.set_title(f"{name}: held-out loss, nats/token")
             axis.legend()
 
 
@@ -229,10 +229,10 @@ STUDY = Study(
     name="critical-batch",
     title="Critical batch size",
     question="""
-From one checkpoint, branches that differ in their global batch only: the learning rate follows its square root, warm-up
-and decay keep their places in tokens, and all see the same number of tokens (after Merrill et al. 2025). Up to which
-batch does the loss at equal tokens stay? Asked of the diffusion objective, from a checkpoint after SCP, and of the
-autoregressive one, from the checkpoint before it: RND1 reports that diffusion takes larger batches.
+Branches from one checkpoint that differ in global batch size only: the learning rate follows its square root, warm-up
+and decay keep their positions in tokens, and all train on the same number of tokens (after Merrill et al. 2025). Up to
+which batch size is the loss at equal tokens unchanged? For diffusion from a checkpoint after SCP, and for the
+autoregressive objective from the one before it. RND1 reports that diffusion tolerates larger batches.
 """,
     plan=plan,
     report=report,

@@ -87,9 +87,9 @@ def report(records: list[Record], images: Path) -> Report:
     )
     _draw(images / "layer-lr.png", before, groups)
     text = (
-        f"{table}\nNELBO, nats a token, and infilling (16 tokens at once) of held-out text with the bidirectional "
-        "mask. AR perplexity and cloze accuracy of the same weights under the causal mask: "
-        f"{before['cloze']['num_facts']:,} facts of the training text, asked where they occur in held-out text. Drift: "
+        f"{table}\nNELBO, nats/token, and infilling (16 tokens at once) of held-out text with the bidirectional "
+        "mask. AR perplexity and cloze accuracy: of the same weights under the causal mask; cloze accuracy over "
+        f"{before['cloze']['num_facts']:,} facts of the training text that recur in held-out text. Drift: "
         f"|W - W0| / |W0|. ± is half of a 95% confidence interval over seeds (Student's t). {MANY_COMPARISONS}\n\n"
         f"{_findings(groups)}\n![results](layer-lr.png)\n"
     )
@@ -149,9 +149,9 @@ STUDY = Study(
     name="layer-lr",
     title="Learning rates by layer",
     question="""
-From one autoregressive checkpoint, conversion runs that differ in the learning rate of everything but attention, from
-that of attention (1 : 1) to none (1 : 0, attention alone is trained). How low does the diffusion loss get, and what is
-left of the autoregressive model: its loss under the causal mask, its knowledge of facts, its weights?
+Conversions of one autoregressive checkpoint that differ in the learning rate of everything but attention, from
+attention's own rate (1 : 1) to none (1 : 0, only attention is trained). How low is the diffusion loss, and how much of
+the autoregressive model remains: its loss under the causal mask, its facts, its weights?
 """,
     plan=plan,
     report=report,

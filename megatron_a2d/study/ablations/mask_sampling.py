@@ -25,10 +25,10 @@ BASELINE = "baseline"
 VARIANTS: dict[str, dict[str, Any]] = {
     BASELINE: {"mask_sampling": "bernoulli", "mask_token_init": "pretrained", "reset_attention_mask": False},
     "exact count": {"mask_sampling": "exact_count"},
-    "mean row": {"mask_token_init": "mean"},
-    "isolated documents": {"reset_attention_mask": True},
+    "mean embedding": {"mask_token_init": "mean"},
+    "document masking": {"reset_attention_mask": True},
 }
-ATTENTION = {"open": "NELBO, documents open", "isolated": "NELBO, documents isolated"}
+ATTENTION = {"open": "NELBO, no document masking", "isolated": "NELBO, document masking"}
 MASK_SAMPLINGS = ("bernoulli", "exact_count")
 NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
 
@@ -92,14 +92,14 @@ def report(records: list[Record], images: Path) -> Report:
     ratio = ratio_interval(moments[1], moments[0])
     _draw(images / "masks.png", values, columns[1:3])
     text = (
-        f"{table}\n{differences}\nNELBO, nats a token, of the same held-out samples under independent masks, whatever "
-        "was trained with; accuracy on masked tokens and the NELBO at the start, each under its own document "
-        "attention. Isolated documents have fewer tokens that can be masked: the two NELBO columns are of different "
-        "tokens. ± is half of a 95% confidence interval over seeds (Student's t), in the second table of the "
-        f"differences pair by pair. {MANY_COMPARISONS}\n\n"
-        "Variance of a batch's gradient at the end of the baseline, exact count over independent masks: "
-        f"{ratio.format(3)} ({NUM_GROUPS * BATCHES_PER_GROUP} batches, by-index times for both; 95% interval by a "
-        "jackknife).\n\n"
+        f"{table}\n{differences}\nNELBO, nats/token, of the same held-out samples under independent masks for all "
+        "variants; accuracy on masked tokens and the NELBO at the start use the variant's own document masking. With "
+        "document masking fewer tokens are maskable: the two NELBO columns are over different tokens. ± is half of a "
+        "95% confidence interval over seeds (Student's t), in the second table of the paired differences. "
+        f"{MANY_COMPARISONS}\n\n"
+        "Variance of a batch's gradient at the end of the baseline, ratio of exact count to independent masks: "
+        f"{ratio.format(3)} ({NUM_GROUPS * BATCHES_PER_GROUP} batches, low-discrepancy times for both; 95% jackknife "
+        "interval).\n\n"
         f"{_findings(values)}\n"
         "![results](masks.png)\n"
     )
@@ -138,9 +138,8 @@ STUDY = Study(
     name="masks",
     title="Masks",
     question="""
-Three choices, each against the same baseline (every token masked by a chance of its own, the mask token's row of the
-embedding as pretraining left it, documents of a sample open to one another): exactly the share of tokens that the time
-asks for; the mean of all rows in the place of the mask token's; documents isolated from one another.
+Three choices, each against one baseline (independent masking, the mask token's embedding as pretrained, attention
+across documents): exact mask counts; the mean embedding for the mask token; document masking.
 """,
     plan=plan,
     report=report,

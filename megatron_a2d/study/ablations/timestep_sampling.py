@@ -95,10 +95,10 @@ def report(records: list[Record], images: Path) -> Report:
     _draw(images / "time-sampling.png", rows)
     batches = NUM_GROUPS * BATCHES_PER_GROUP
     text = (
-        f"{table}\nVariance over {batches} batches: of the gradient the sum over all parameters (tr V), of the loss in "
-        "nats a token squared; ratio to independent times, with a 95% interval (jackknife over "
-        f"{NUM_GROUPS} groups). All schemes see the same tokens and the same uniform numbers behind the masks. In rows "
-        "of noise alone every batch holds the same tokens, and times and masks alone are drawn anew.\n\n"
+        f"{table}\nVariance over {batches} batches: of the gradient, summed over all parameters (tr V); of the loss, "
+        f"in (nats/token)^2; ratio to independent times, with a 95% interval (jackknife over {NUM_GROUPS} groups). All "
+        "schemes use the same tokens and the same uniform numbers for the masks. With noise alone, every batch holds "
+        "the same tokens, and only times and masks are resampled.\n\n"
         f"{_findings(rows)}\n![results](time-sampling.png)\n"
     )
     return Report(text, rows)
@@ -116,7 +116,8 @@ def _findings(rows: list[Record]) -> str:
             values = sorted(value for value, _, _ in ratios)
             lines.append(
                 f"- {name}, variance of the {quantity}: {values[0]:.2f} to {values[-1]:.2f} times that of independent "
-                f"times; lower in {lower} of {len(ratios)} settings, higher in {higher}, else not told apart\n"
+                f"times; lower in {lower} of {len(ratios)} settings, higher in {higher}, no significant difference in "
+                "the others\n"
             )
     return "".join(lines)
 
@@ -144,11 +145,12 @@ def _draw(path: Path, rows: list[Record]) -> None:
 
 STUDY = Study(
     name="time-sampling",
-    title="How times are drawn",
+    title="Timestep sampling",
     question="""
-The loss of a masked sample depends on its time, so how times are spread over a batch adds to the variance of loss and
+The loss of a sample depends on its time t, so the spread of times over a batch adds to the variance of loss and
 gradient. Compared at equal batch, before and after conversion: independent times, antithetic pairs (t and 1 - t), one
-stratified set a batch (MDLM), and this project's times by index, which need no batch to be known.
+stratified set per batch (MDLM), and this project's low-discrepancy times by sample index, which do not depend on the
+batch.
 """,
     plan=plan,
     report=report,
