@@ -29,7 +29,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     from megatron_a2d.config.settings import build
     from megatron_a2d.distributed import process_groups
-    from megatron_a2d.training import data_setup, train_state, train_step
+    from megatron_a2d.training import data_setup, initialization, train_step
     from megatron_a2d.training.monitor import Monitor
 
     shape = COMMON | CPU_SHAPES["moe"]
@@ -37,7 +37,7 @@ def main() -> None:
     length, batch = CPU_BATCHES.seq_length, CPU_BATCHES.micro_batch_size
     config = build(dict(seq_length=length, global_batch_size=batch, micro_batch_size=4, lr=LEARNING_RATE))
     process_groups.initialize(config.parallel)
-    state = train_state.build_train_state(model_config, config)
+    state = initialization.build_train_state(model_config, config)
     batches = data_setup.micro_batches(config, model_config, CPU_BATCHES, 1, 0)  # type: ignore[arg-type]
     monitor = Monitor(config, model_config, state)
     monitor.remember_start()

@@ -56,7 +56,7 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
     from megatron_a2d.config.settings import build
     from megatron_a2d.config.validate import find_problems
     from megatron_a2d.distributed import environment, process_groups
-    from megatron_a2d.training import cuda_graphs, data_setup, train_state, train_step
+    from megatron_a2d.training import cuda_graphs, data_setup, initialization, train_step
     from megatron_a2d.utils.errors import UserError
 
     model_config = model_config_of(model)
@@ -66,7 +66,7 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
         raise UserError(problems)
     environment.apply(config)
     process_groups.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
-    state = train_state.build_train_state(model_config, config)
+    state = initialization.build_train_state(model_config, config)
     graphs = cuda_graphs.LayerGraphs(state, config)
     samples = data_setup.micro_batches(config, model_config, batches, 1, 0)  # type: ignore[arg-type]
     rows: list[torch.Tensor] = []

@@ -10,7 +10,7 @@ nor the division is in this module:
     weight       set per token when a sample is masked: corruption.py, loss_weighting.py
     sum          training/train_step.py `_loss`, per micro-batch and undivided
     division     megatron.core divides the gradients once by the global number of maskable tokens, because
-                 model/transformer_config.py sets calculate_per_token_loss and training/train_state.py turns off
+                 model/transformer_config.py sets calculate_per_token_loss and training/initialization.py turns off
                  average_in_collective
 
 The denominator is known before the forward pass and does not depend on the layout. Dividing earlier (a mean per rank or

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.load import load_state
-from megatron_a2d.checkpoint.model_state_dict import fill_model, state_to_load
+from megatron_a2d.checkpoint.state_dict import fill_models, models_to_load
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import RunConfig, build
@@ -35,7 +34,7 @@ from megatron_a2d.inference.hf_model import check_mask_token
 from megatron_a2d.inference.loaded_model import LoadedModel, load_tokenizer, pad_token
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.model.diffusion_lm import DiffusionLM
-from megatron_a2d.training.train_state import build_model
+from megatron_a2d.training.initialization import build_model
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
@@ -102,9 +101,7 @@ def load_parallel_model(path: str | Path, values: dict[str, Any], objective: str
 def load_weights(model_config: ModelConfig, config: RunConfig, directory: Path) -> DiffusionLM:
     """This rank's shards of the model, in eval mode, without an optimizer. Collective."""
     model = build_model(model_config, config)
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    loaded = load_state({"model": state_to_load(model, metadata)}, directory)
-    fill_model(model, loaded["model"])
+    fill_models([model], load_state(models_to_load([model]), directory))
     return model.eval()
 
 

@@ -82,7 +82,7 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
 
 def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[dict[str, int], float, list[str]]:
     """Sizes of what the run reads, the size of its checkpoints, and what is wrong with either."""
-    from megatron_a2d.training.prelaunch_checks import check_run, input_files
+    from megatron_a2d.training.resume import check_run, input_files
 
     try:
         checked = check_run(config, size, cluster)

@@ -12,9 +12,9 @@ from megatron_a2d.config.validate import find_problems
 from megatron_a2d.data.blended_dataset import MixedDataset
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.training.checkpointing import load_checkpoint
 from megatron_a2d.training.data_setup import open_datasets
-from megatron_a2d.training.train_state import TrainState, build_train_state
+from megatron_a2d.training.initialization import build_train_state, load_checkpoint
+from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.utils.errors import UserError
 
 

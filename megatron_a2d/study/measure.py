@@ -71,7 +71,7 @@ def infill(loaded: LoadedRun, hole_length: int = 16) -> dict[str, Any]:
 def drift(loaded: LoadedRun, reference: str) -> dict[str, float]:
     """|W - W0| / |W0| by role; `reference` holds W0."""
     from megatron_a2d.checkpoint.directory import resolve
-    from megatron_a2d.training.checkpointing import load_checkpoint
+    from megatron_a2d.training.initialization import load_checkpoint
     from megatron_a2d.training.monitor import Drift
     from megatron_a2d.training.param_shards import owned_shards
 

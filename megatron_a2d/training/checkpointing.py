@@ -1,12 +1,15 @@
-"""Saving and loading of training checkpoints (megatron.core's torch_dist format; any layout loads them).
+"""Checkpoints of a training run: when they are written, atomically, and which are kept.
 
-    SaveSchedule.save (training loop) -> Save: sharded state, run.json, manifest, rename, tracker   (this file)
-        -> checkpoint/save.py: the sharded state's files, with errors that every rank learns of
-        -> checkpoint/manifest.py: size and checksum of every file
+    CheckpointManager.save (called by the training loop)
+        -> CheckpointWriter: sharded state, run.json, manifest, rename, tracker     (this file)
+            -> checkpoint/state_dict.py: what is stored of model and optimizer
+            -> checkpoint/save.py: the sharded state's files, with failures that every rank learns of
+            -> checkpoint/manifest.py: size and checksum of every file
 
 A checkpoint is written under a temporary name next to its final one, its manifest last, and renamed once it is
 complete. Then the tracker file is updated, and --keep-latest-k removes older checkpoints. A run that is killed at any
-point leaves the previous checkpoint as it was. Loading reads through checkpoint/load.py.
+point leaves the previous checkpoint as it was. The format is megatron.core's torch_dist, which any layout loads
+(initialization.py).
 """
 
 from __future__ import annotations
@@ -16,14 +19,13 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_a2d.checkpoint.directory import (
     HF_FILES,
@@ -32,245 +34,34 @@ from megatron_a2d.checkpoint.directory import (
     copy_hf_files,
     directory_name,
     list_iterations,
-    read_run_settings,
 )
-from megatron_a2d.checkpoint.load import load_state
 from megatron_a2d.checkpoint.manifest import Entry, write_manifest
-from megatron_a2d.checkpoint.model_state_dict import dequantise, fill_model, state_to_load, state_to_save
-from megatron_a2d.checkpoint.optimizer_state_dict import OptimizerState, adam_step
-from megatron_a2d.checkpoint.reader import read_common
 from megatron_a2d.checkpoint.save import CollectiveSave
+from megatron_a2d.checkpoint.state_dict import (
+    CONTENT_METADATA,
+    OptimizerState,
+    adam_step,
+    dequantise,
+    models_to_save,
+    sharding_metadata,
+)
 from megatron_a2d.config.settings import RunConfig, TrainingConfig
 from megatron_a2d.conversion.torch_dist_writer import FORMAT
 from megatron_a2d.distributed.hang_watchdog import note_progress
 from megatron_a2d.distributed.process_groups import from_first_rank
 from megatron_a2d.megatron_compat.device import device
-from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.terminal.console import human
 from megatron_a2d.training.logger import RunLog
-from megatron_a2d.training.optimizer import frozen_roles, role_of
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.utils.atomic_write import fsync_path, new_file, write_json
-from megatron_a2d.utils.errors import SaveError, UserError
+from megatron_a2d.utils.errors import SaveError
 from megatron_a2d.utils.partial_files import partial_path, remove_abandoned
 from megatron_a2d.utils.printable import print_line
-
-# Optimizer state that any other layout can load, without a prefix that depends on the number of chained optimizers.
-_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 _WARNED: set[str] = set()  # warnings that were printed; each is printed once
 
 
-class Save:
-    """One save: the checkpoint `--save`/iter_NNNNNNN of the state at construction, complete when `finish` returns.
-
-    `hf_files` holds the source model's configuration and tokenizer. All methods are collective. The constructor and
-    `finish` raise SaveError on all ranks if any rank cannot write; earlier checkpoints are then unchanged.
-    """
-
-    def __init__(self, state: TrainState, config: RunConfig, hf_files: Path):
-        assert config.training.save is not None
-        self._config, self._hf_files, self.iteration = config, hf_files, state.iteration
-        self._root = Path(config.training.save)
-        self._final = self._root / directory_name(state.iteration)
-        # A random suffix: a writer process that outlives a killed run must not touch the next run's files.
-        partial = partial_path(self._root / f"{self._final.name}.{secrets.token_hex(4)}")
-        self._partial = self._root / from_first_rank(partial.name)
-        self._saving = CollectiveSave()
-        with self._all_or_nothing():
-            if dist.get_rank() == 0:
-                self._saving.attempt(_make_room, self._root, self._partial)
-            self._saving.agree()
-            self._saving.start_writing(_sharded_state(state), self._partial, dict(_FORMAT))
-
-    def is_written(self) -> bool:
-        """Whether all ranks have written their files, so that `finish` does not wait for a disk."""
-        written = torch.tensor(int(self._saving.is_written()), device=device())
-        dist.all_reduce(written, op=dist.ReduceOp.MIN)
-        return bool(written)
-
-    def finish(self) -> Path:
-        """Wait for the files, write the manifest, rename; returns the checkpoint's final path."""
-        with self._all_or_nothing():
-            known = self._saving.finish_writing()
-            if dist.get_rank() == 0:
-                self._saving.attempt(
-                    _complete, self._partial, self._final, self._config, self._hf_files, known, self.iteration
-                )
-            self._saving.agree()
-        return self._final
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        try:
-            yield
-        except SaveError as error:
-            root = self._root
-            free = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
-            dist.barrier()  # every rank has looked at the disk before rank 0 removes files
-            if dist.get_rank() == 0:
-                shutil.rmtree(self._partial, ignore_errors=True)
-            earlier = [iteration for iteration in list_iterations(root) if iteration != self.iteration]
-            is_full = any(text in str(error) for text in ("No space left", "Disk quota", "file write failed"))
-            raise SaveError(
-                f"--save {root}: the checkpoint of iteration {self.iteration} could not be written ({error}; "
-                f"{human(free, 'B')} were free); the newest checkpoint is "
-                + (f"that of iteration {earlier[-1]}" if earlier else "what the run started from")
-                + f". {'Free disk space' if is_full else 'Fix the cause'}, then run the same command again"
-            ) from None
-
-
-def remove_old(training: TrainingConfig, newest: int) -> None:
-    """Remove old checkpoints from --save; --keep-latest-k and --save-retain-interval say which stay, `newest` does.
-
-    Iterations after `newest` come from a part of the run that was abandoned: they are neither counted nor removed.
-    """
-    if not training.keep_latest_k:
-        return
-    assert training.save is not None
-    root = Path(training.save)
-    for iteration in [other for other in list_iterations(root) if other <= newest][: -training.keep_latest_k]:
-        if training.save_retain_interval and iteration % training.save_retain_interval == 0:
-            continue
-        # Renamed first, so that a kill during the removal leaves no half checkpoint under a checkpoint's name.
-        doomed = partial_path(root / directory_name(iteration))
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(root / directory_name(iteration), doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_unfinished(root: Path, besides: Path | None = None) -> None:
-    """Remove the partial directories that killed runs left in --save: saves, removals or replacements cut short.
-
-    Each takes as much disk space as a checkpoint. `besides` stays. A directory that another host may still be writing
-    stays too, with a warning that is printed once.
-    """
-    for line in remove_abandoned(root, ".iter_*.partial*", besides):
-        if line not in _WARNED:
-            print_line(f"warning: {line}", sys.stderr)
-            _WARNED.add(line)
-
-
-def _make_room(root: Path, partial: Path) -> None:
-    """Create the empty directory `partial`, and remove what interrupted saves left."""
-    partial.mkdir(parents=True)
-    remove_unfinished(root, besides=partial)
-
-
-def _complete(
-    partial: Path, final: Path, config: RunConfig, hf_files: Path, known: dict[str, Entry], iteration: int
-) -> None:
-    """Write the remaining files, the manifest last, flush everything to disk, rename, update the tracker."""
-    (partial / HF_FILES).mkdir()
-    copy_hf_files(hf_files, partial / HF_FILES)
-    write_json(partial / RUN_CONFIG, config.to_dict())
-    write_json(partial / "metadata.json", FORMAT)
-    write_manifest(partial, known)
-    for entry in partial.rglob("*"):
-        fsync_path(entry)
-    fsync_path(partial)
-    replaced = partial_path(final.with_name(f"{final.name}.replaced"))
-    if final.exists():  # a run that resumed from an earlier iteration writes it again
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-    os.rename(partial, final)
-    fsync_path(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-    with new_file(final.parent / TRACKER) as tracker:
-        tracker.write_text(f"{iteration}\n")
-
-
-def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> None:
-    """Load the iteration directory `directory` into `state`: model, optimizer, schedule and counters. Collective.
-
-    `weights_only` loads the model alone and leaves the rest as built. UserError on all ranks for a damaged or foreign
-    checkpoint.
-    """
-    if weights_only:
-        loaded = load_state(_wanted_model(state), directory)
-        _load_model(state, loaded)
-        if state.has_fp8_weights:
-            state.take_main_weights(loaded)
-        else:
-            state.optimizer.reload_model_params()
-        return
-    model = _sharded_model(state)
-    common = read_common(directory)
-    if missing := {"optimizer_step", "scheduler", "iteration", "consumed_samples"} - common.keys():
-        raise UserError(
-            f"{directory}: its optimizer state is in an unknown format (it has no "
-            f"{', '.join(sorted(missing))}); load only its weights with --finetune"
-        )
-    step: int = common["optimizer_step"]
-    scheduler = {name: common["scheduler"].get(name) for name in state.scheduler.state_dict()}
-    if any(type(value) not in (int, float, str, bool) for value in scheduler.values()):
-        raise UserError(f"{directory}: the schedule in common.pt is damaged; use another iteration")
-    # If every step so far was skipped (step 0), there is no optimizer state yet.
-    begins = _had_no_state(directory, tied=state.models[0].share_embeddings_and_output_weights)
-    optimizer = (
-        OptimizerState(state.optimizer, model, is_loading=True, metadata=_metadata(), begins=begins) if step else None
-    )
-    loaded = load_state({**_wanted_model(state), "optimizer": optimizer.tensors if optimizer else {}}, directory)
-    _load_model(state, loaded)
-    if optimizer:
-        optimizer.load(loaded["optimizer"], step)
-        if state.has_fp8_weights:
-            state.restore_weights()
-    else:
-        state.optimizer.reload_model_params()
-    state.scheduler.load_state_dict(scheduler)
-    state.iteration = common["iteration"]
-    state.consumed_samples = common["consumed_samples"]
-
-
-def _had_no_state(directory: Path, tied: bool) -> Callable[[str], bool]:
-    """Predicate on parameter names: frozen when the checkpoint was written, so it has no optimizer state there."""
-    frozen = frozen_roles(read_run_settings(directory))
-    return lambda name: role_of(name, tied) in frozen
-
-
-def _metadata() -> dict[str, Any]:
-    return {**_FORMAT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-
-
-def _models(state: TrainState) -> dict[str, DiffusionLM]:
-    """This rank's models by the keys that megatron's optimizers expect: "model", or "model0", ... (virtual stages)."""
-    models = state.models
-    return {"model": models[0]} if len(models) == 1 else {f"model{n}": model for n, model in enumerate(models)}
-
-
-def _sharded_model(state: TrainState) -> dict[str, Any]:
-    """The models' sharded state as it is saved; the optimizer matches its parameters against it."""
-    return {name: state_to_save(model, _metadata()) for name, model in _models(state).items()}
-
-
-def _wanted_model(state: TrainState) -> dict[str, Any]:
-    """The models' sharded state as it is requested from a checkpoint."""
-    return {name: state_to_load(model, _metadata()) for name, model in _models(state).items()}
-
-
-def _sharded_state(state: TrainState) -> dict[str, Any]:
-    """Everything that a checkpoint stores: models, optimizer, schedule, counters."""
-    state.gather_parameters()
-    model, step = _sharded_model(state), adam_step(state.optimizer)
-    optimizer = OptimizerState(state.optimizer, model, is_loading=False, metadata=_metadata()) if step else None
-    dequantise(model)  # only now: the optimizer matches the original tensors
-    return {
-        **model,
-        "optimizer": optimizer.tensors if optimizer else {},
-        "optimizer_step": step,
-        "scheduler": state.scheduler.state_dict(),
-        "iteration": state.iteration,
-        "consumed_samples": state.consumed_samples,
-    }
-
-
-def _load_model(state: TrainState, loaded: dict[str, Any]) -> None:
-    for name, model in _models(state).items():
-        fill_model(model, loaded[name])
-
-
-class SaveSchedule:
+class CheckpointManager:
     """The run's saves, at most one of them in progress. All methods are collective.
 
     A failed save ends the run with SaveError unless --on-save-error is continue; a failure of the last one always does.
@@ -278,18 +69,18 @@ class SaveSchedule:
 
     def __init__(self, config: RunConfig, hf_files: Path, log: RunLog):
         self._config, self._hf_files, self._log = config, hf_files, log
-        self._running: Save | None = None
+        self._running: CheckpointWriter | None = None
         self._seconds = 0.0
         # Even if this run saves nothing more: a completed run may have been killed while it removed an old checkpoint.
         if config.training.save and dist.get_rank() == 0:
             remove_unfinished(Path(config.training.save))
 
     def save(self, state: TrainState, last: bool) -> None:
-        """Save this iteration; with --async-save only start to, unless it is the run's `last` checkpoint."""
+        """Save this iteration; with --async-save only start the save, unless it is the run's `last` checkpoint."""
         self.finish(last=False)
         try:
             begin = time.perf_counter()
-            self._running = Save(state, self._config, self._hf_files)
+            self._running = CheckpointWriter(state, self._config, self._hf_files)
             self._seconds = time.perf_counter() - begin
         except SaveError as error:
             self._failed(error, state.iteration, last)
@@ -329,3 +120,140 @@ class SaveSchedule:
         if last or self._config.training.on_save_error == "stop":
             raise error
         self._log.say(f"error: {error}")
+
+
+class CheckpointWriter:
+    """One save: the checkpoint `--save`/iter_NNNNNNN of the state at construction, complete when `finish` returns.
+
+    `hf_files` holds the source model's configuration and tokenizer. All methods are collective. The constructor and
+    `finish` raise SaveError on all ranks if any rank cannot write; earlier checkpoints are then unchanged.
+    """
+
+    def __init__(self, state: TrainState, config: RunConfig, hf_files: Path):
+        assert config.training.save is not None
+        self._config, self._hf_files, self.iteration = config, hf_files, state.iteration
+        self._root = Path(config.training.save)
+        self._final = self._root / directory_name(state.iteration)
+        # A random suffix: a writer process that outlives a killed run must not touch the next run's files.
+        partial = partial_path(self._root / f"{self._final.name}.{secrets.token_hex(4)}")
+        self._partial = self._root / from_first_rank(partial.name)
+        self._save = CollectiveSave()
+        with self._all_or_nothing():
+            if dist.get_rank() == 0:
+                self._save.attempt(_make_room, self._root, self._partial)
+            self._save.raise_on_failure()
+            self._save.start_writing(_sharded_state(state), self._partial, dict(CONTENT_METADATA))
+
+    def is_written(self) -> bool:
+        """Whether all ranks have written their files, so that `finish` does not wait for a disk."""
+        written = torch.tensor(int(self._save.is_written()), device=device())
+        dist.all_reduce(written, op=dist.ReduceOp.MIN)
+        return bool(written)
+
+    def finish(self) -> Path:
+        """Wait for the files, write the manifest, rename; returns the checkpoint's final path."""
+        with self._all_or_nothing():
+            known = self._save.finish_writing()
+            if dist.get_rank() == 0:
+                self._save.attempt(
+                    _complete, self._partial, self._final, self._config, self._hf_files, known, self.iteration
+                )
+            self._save.raise_on_failure()
+        return self._final
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except SaveError as error:
+            root = self._root
+            free = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
+            dist.barrier()  # every rank has looked at the disk before rank 0 removes files
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            earlier = [iteration for iteration in list_iterations(root) if iteration != self.iteration]
+            is_full = any(text in str(error) for text in ("No space left", "Disk quota", "file write failed"))
+            raise SaveError(
+                f"--save {root}: the checkpoint of iteration {self.iteration} could not be written ({error}; "
+                f"{human(free, 'B')} were free); the newest checkpoint is "
+                + (f"that of iteration {earlier[-1]}" if earlier else "what the run started from")
+                + f". {'Free disk space' if is_full else 'Fix the cause'}, then run the same command again"
+            ) from None
+
+
+def _sharded_state(state: TrainState) -> dict[str, Any]:
+    """Everything that a checkpoint stores: models, optimizer, schedule, counters."""
+    state.gather_parameters()
+    model, step = models_to_save(state.models), adam_step(state.optimizer)
+    optimizer = None
+    if step:  # otherwise every step so far was skipped, and there is no optimizer state yet
+        optimizer = OptimizerState(state.optimizer, model, is_loading=False, metadata=sharding_metadata())
+    dequantise(model)  # only now: the optimizer matches the original tensors
+    return {
+        **model,
+        "optimizer": optimizer.tensors if optimizer else {},
+        "optimizer_step": step,
+        "scheduler": state.scheduler.state_dict(),
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+    }
+
+
+def _make_room(root: Path, partial: Path) -> None:
+    """Create the empty directory `partial`, and remove the partial directories of interrupted saves."""
+    partial.mkdir(parents=True)
+    remove_unfinished(root, besides=partial)
+
+
+def _complete(
+    partial: Path, final: Path, config: RunConfig, hf_files: Path, known: dict[str, Entry], iteration: int
+) -> None:
+    """Write the remaining files, the manifest last, flush everything to disk, rename, update the tracker."""
+    (partial / HF_FILES).mkdir()
+    copy_hf_files(hf_files, partial / HF_FILES)
+    write_json(partial / RUN_CONFIG, config.to_dict())
+    write_json(partial / "metadata.json", FORMAT)
+    write_manifest(partial, known)
+    for entry in partial.rglob("*"):
+        fsync_path(entry)
+    fsync_path(partial)
+    replaced = partial_path(final.with_name(f"{final.name}.replaced"))
+    if final.exists():  # a run that resumed from an earlier iteration writes it again
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    fsync_path(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    with new_file(final.parent / TRACKER) as tracker:
+        tracker.write_text(f"{iteration}\n")
+
+
+def remove_old(training: TrainingConfig, newest: int) -> None:
+    """Remove old checkpoints from --save by --keep-latest-k and --save-retain-interval; `newest` is always kept.
+
+    Iterations after `newest` come from a part of the run that was abandoned: they are neither counted nor removed.
+    """
+    if not training.keep_latest_k:
+        return
+    assert training.save is not None
+    root = Path(training.save)
+    for iteration in [other for other in list_iterations(root) if other <= newest][: -training.keep_latest_k]:
+        if training.save_retain_interval and iteration % training.save_retain_interval == 0:
+            continue
+        # Renamed first, so that a kill during the removal leaves no incomplete checkpoint under a checkpoint's name.
+        doomed = partial_path(root / directory_name(iteration))
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(root / directory_name(iteration), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_unfinished(root: Path, besides: Path | None = None) -> None:
+    """Remove the partial directories that killed runs left in --save: saves, removals or replacements cut short.
+
+    Each takes as much disk space as a checkpoint. Kept are `besides` and, with a warning that is printed once, those
+    that another host may still be writing.
+    """
+    for line in remove_abandoned(root, ".iter_*.partial*", besides):
+        if line not in _WARNED:
+            print_line(f"warning: {line}", sys.stderr)
+            _WARNED.add(line)

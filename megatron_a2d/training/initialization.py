@@ -1,8 +1,9 @@
-"""Initial state of a run: a loaded checkpoint, or random weights (--conversion random).
+"""Initialisation of a run: model, optimizer and schedule are built, then filled from a checkpoint or randomly.
 
-    initialize_state -> load_checkpoint (checkpointing.py)      resume, or the weights of a converted checkpoint
-                     -> draw_weights                            --conversion random
-                     -> set_to_mean                             --mask-token-init mean: the mask token's embedding
+    build_train_state -> build_model for each virtual pipeline stage        weights uninitialised
+    initialize_state  -> load_checkpoint      resume, or the weights of a converted checkpoint
+                      -> draw_weights         --conversion random
+                      -> set_to_mean          --mask-token-init mean: the mask token's embedding
 
 Random weights are the same in every layout: each element is a pure function of (seed, the tensor's name in the
 checkpoint, the element's index in the full tensor), so a rank draws only what it holds. As in Hugging Face's Qwen3,
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,209 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 
-from megatron_a2d.checkpoint.directory import iteration_of, resolve
+from megatron_a2d.checkpoint.directory import iteration_of, read_run_settings, resolve
+from megatron_a2d.checkpoint.load import load_state
+from megatron_a2d.checkpoint.reader import read_common
+from megatron_a2d.checkpoint.state_dict import (
+    OptimizerState,
+    fill_models,
+    models_to_load,
+    models_to_save,
+    sharding_metadata,
+)
+from megatron_a2d.config.fp8_recipe import choose_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
-from megatron_a2d.training.checkpointing import load_checkpoint
+from megatron_a2d.config.validate_performance import isolates_documents
+from megatron_a2d.megatron_compat.device import compute_capability, cuda_version, device
+from megatron_a2d.megatron_compat.versions import allow_schedule_plans, mark_expert_parameters
+from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.model.layer_specs import build_block_spec, choose_implementation
+from megatron_a2d.model.transformer_config import build_transformer_config
 from megatron_a2d.training.grafting import Grafting
+from megatron_a2d.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    freeze_roles,
+    frozen_roles,
+    reuses_gradient_buffer,
+    role_of,
+)
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.utils.errors import UserError
 
 _MAX_DRAW = 1 << 22  # elements drawn at once: bounds memory
+
+
+def build_train_state(model_config: ModelConfig, config: RunConfig) -> TrainState:
+    """Model, optimizer and schedule at iteration 0."""
+    if config.performance.overlap_moe_expert_parallel_comm:
+        allow_schedule_plans()
+    virtual = config.parallel.virtual_pipeline_size
+    models = [build_model(model_config, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
+    performance, scaling = (
+        config.performance,
+        choose_scaling(config.performance.fp8_recipe, compute_capability(), cuda_version()),
+    )
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=performance.grad_reduce_in_fp32,
+        fp8_param_gather=performance.fp8_param_gather,
+        reuse_grad_buf_for_mxfp8_param_ag=reuses_gradient_buffer(config, scaling),
+        delay_wgrad_compute=performance.delay_wgrad_compute,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        # Gradients are summed; the one division is by the global number of maskable tokens.
+        average_in_collective=False,
+    )
+    chunks = []
+    for number, model in enumerate(models):
+        mark_expert_parameters(model)
+        freeze_roles(model, config.optimization.lr_mult, model_config.tie_word_embeddings)
+        # Buckets are for overlap with the backward pass; later chunks' gradients are ready when the first one's are.
+        chunks.append(DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=number > 0))
+    optimizer = build_optimizer(config, chunks, tied=model_config.tie_word_embeddings)
+    for model in models:
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = optimizer.scale_loss
+        if config.parallel.overlap_grad_reduce:
+            model.config.no_sync_func = [chunk.no_sync for chunk in chunks] if virtual else chunks[0].no_sync
+    return TrainState(chunks, optimizer, build_scheduler(config, optimizer))
+
+
+def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
+    """This rank's pipeline stage of the model, or one of its virtual stages; the weights are uninitialised."""
+    transformer_config = build_transformer_config(model_config, config)
+    implementation = choose_implementation(config)
+    spec = build_block_spec(
+        transformer_config,
+        implementation,
+        causal=config.diffusion.objective == "ar",
+        vp_stage=vp_stage,
+        grafts=config.diffusion.conversion == "grafting",
+    )
+    return DiffusionLM(
+        transformer_config,
+        model_config,
+        spec,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
+        packs_documents=implementation == "transformer_engine" and isolates_documents(config),
+    ).to(device())
+
+
+def initialize_state(
+    state: TrainState, config: RunConfig, model_config: ModelConfig, directory: Path, weights_only: bool
+) -> Grafting:
+    """Fill `state` from the checkpoint `directory`, or with random weights if a new run has --conversion random.
+
+    Returns the stages of --conversion grafting (none for other conversions). UserError if a run that resumes during
+    grafting has no --load. Collective.
+    """
+    diffusion = config.diffusion
+    if weights_only and diffusion.conversion == "random":
+        draw_weights(state, config.data.seed, model_config.initializer_range)
+        grafting = Grafting()
+    else:
+        grafting = _load(state, config, model_config, directory, weights_only)
+    if weights_only and diffusion.mask_token_init == "mean":
+        assert model_config.mask_token_id is not None
+        set_to_mean(state, model_config.mask_token_id)
+    return grafting
+
+
+def _load(
+    state: TrainState, config: RunConfig, model_config: ModelConfig, directory: Path, weights_only: bool
+) -> Grafting:
+    diffusion, source = config.diffusion, config.training.load
+    grafting = Grafting(diffusion.grafting_iters, model_config.num_layers)
+    unfinished = grafting.is_active(0 if weights_only else iteration_of(directory))
+    if unfinished and not weights_only:
+        if not source:
+            raise UserError(
+                f"--load: is missing; {directory} is from before the end of --grafting-iters "
+                f"{diffusion.grafting_iters}, which needs the checkpoint that the run started from; pass it again"
+            )
+        load_checkpoint(state, resolve(source), weights_only=True)
+        grafting.remember(state)
+    load_checkpoint(state, directory, weights_only)
+    if unfinished and weights_only:
+        grafting.remember(state)
+    return grafting
+
+
+def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> None:
+    """Load the iteration directory `directory` into `state`: model, optimizer, schedule and counters. Collective.
+
+    `weights_only` loads only the model and leaves the rest as built. UserError on all ranks if the checkpoint is
+    damaged or does not fit the run.
+    """
+    if weights_only:
+        loaded = load_state(models_to_load(state.models), directory)
+        fill_models(state.models, loaded)
+        if state.has_fp8_weights:
+            state.take_main_weights(loaded)
+        else:
+            state.optimizer.reload_model_params()
+        return
+    common = read_common(directory)
+    if missing := {"optimizer_step", "scheduler", "iteration", "consumed_samples"} - common.keys():
+        raise UserError(
+            f"{directory}: its optimizer state is in an unknown format (it has no "
+            f"{', '.join(sorted(missing))}); load only its weights with --finetune"
+        )
+    step: int = common["optimizer_step"]
+    scheduler = {name: common["scheduler"].get(name) for name in state.scheduler.state_dict()}
+    if any(type(value) not in (int, float, str, bool) for value in scheduler.values()):
+        raise UserError(f"{directory}: the schedule in common.pt is damaged; use another iteration")
+    optimizer = None
+    if step:  # otherwise every step was skipped, and there is no optimizer state yet
+        model, metadata = models_to_save(state.models), sharding_metadata()
+        was_frozen = _was_frozen(directory, tied=state.models[0].share_embeddings_and_output_weights)
+        optimizer = OptimizerState(state.optimizer, model, is_loading=True, metadata=metadata, has_no_state=was_frozen)
+    wanted = {**models_to_load(state.models), "optimizer": optimizer.tensors if optimizer else {}}
+    loaded = load_state(wanted, directory)
+    fill_models(state.models, loaded)
+    if optimizer:
+        optimizer.load(loaded["optimizer"], step)
+        if state.has_fp8_weights:
+            state.restore_weights()
+    else:
+        state.optimizer.reload_model_params()
+    state.scheduler.load_state_dict(scheduler)
+    state.iteration = common["iteration"]
+    state.consumed_samples = common["consumed_samples"]
+
+
+def _was_frozen(directory: Path, tied: bool) -> Callable[[str], bool]:
+    """Predicate on parameter names: frozen when the checkpoint was written, so it has no optimizer state there."""
+    frozen = frozen_roles(read_run_settings(directory))
+    return lambda name: role_of(name, tied) in frozen
+
+
+@torch.no_grad()
+def set_to_mean(state: TrainState, mask_token_id: int) -> None:
+    """Set the mask token's embedding to the mean of all embeddings; a tied LM head follows. Collective."""
+    for model in state.models:
+        tables = [model.embedding.word_embeddings.weight] if model.pre_process else []
+        if model.share_embeddings_and_output_weights and model.post_process and not model.pre_process:
+            tables.append(model.output_layer.weight)  # the last stage holds its own copy
+        for table in tables:
+            rows = len(table)
+            mean = table.double().sum(0)
+            dist.all_reduce(mean, group=parallel_state.get_tensor_model_parallel_group())
+            mean /= rows * parallel_state.get_tensor_model_parallel_world_size()
+            row = mask_token_id - rows * parallel_state.get_tensor_model_parallel_rank()
+            if 0 <= row < rows:
+                table[row] = mean.to(table)
+    state.optimizer.reload_model_params()
 
 
 @torch.no_grad()
@@ -90,61 +284,3 @@ def _contiguous_runs(shard: ShardedTensor) -> Iterator[tuple[torch.Tensor, int]]
         run = view[index].view(-1)
         first = [*index, *([0] * (len(shape) - outer))]
         yield run, sum((a + o) * s for a, o, s in zip(first, shard.global_offset, strides, strict=True))
-
-
-def initialize_state(
-    state: TrainState, config: RunConfig, model_config: ModelConfig, directory: Path, weights_only: bool
-) -> Grafting:
-    """Fill `state` from the checkpoint `directory`, or with random weights if a new run has --conversion random.
-
-    Returns the stages of --conversion grafting (none for other conversions). UserError if a run that resumes during
-    grafting has no --load. Collective.
-    """
-    diffusion = config.diffusion
-    if weights_only and diffusion.conversion == "random":
-        draw_weights(state, config.data.seed, model_config.initializer_range)
-        grafting = Grafting()
-    else:
-        grafting = _load(state, config, model_config, directory, weights_only)
-    if weights_only and diffusion.mask_token_init == "mean":
-        assert model_config.mask_token_id is not None
-        set_to_mean(state, model_config.mask_token_id)
-    return grafting
-
-
-def _load(
-    state: TrainState, config: RunConfig, model_config: ModelConfig, directory: Path, weights_only: bool
-) -> Grafting:
-    diffusion, source = config.diffusion, config.training.load
-    grafting = Grafting(diffusion.grafting_iters, model_config.num_layers)
-    unfinished = grafting.is_active(0 if weights_only else iteration_of(directory))
-    if unfinished and not weights_only:
-        if not source:
-            raise UserError(
-                f"--load: is missing; {directory} is from before the end of --grafting-iters "
-                f"{diffusion.grafting_iters}, which needs the checkpoint that the run started from; pass it again"
-            )
-        load_checkpoint(state, resolve(source), weights_only=True)
-        grafting.remember(state)
-    load_checkpoint(state, directory, weights_only)
-    if unfinished and weights_only:
-        grafting.remember(state)
-    return grafting
-
-
-@torch.no_grad()
-def set_to_mean(state: TrainState, mask_token_id: int) -> None:
-    """Set the mask token's embedding to the mean of all embeddings; a tied LM head follows. Collective."""
-    for model in state.models:
-        tables = [model.embedding.word_embeddings.weight] if model.pre_process else []
-        if model.share_embeddings_and_output_weights and model.post_process and not model.pre_process:
-            tables.append(model.output_layer.weight)  # the last stage holds its own copy
-        for table in tables:
-            rows = len(table)
-            mean = table.double().sum(0)
-            dist.all_reduce(mean, group=parallel_state.get_tensor_model_parallel_group())
-            mean /= rows * parallel_state.get_tensor_model_parallel_world_size()
-            row = mask_token_id - rows * parallel_state.get_tensor_model_parallel_rank()
-            if 0 <= row < rows:
-                table[row] = mean.to(table)
-    state.optimizer.reload_model_params()

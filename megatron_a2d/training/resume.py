@@ -1,24 +1,30 @@
-"""Where a run starts: the checkpoint to take, whether its files are whole, and whether its settings are this run's.
+"""Start or resume of a run: the checkpoint it is taken from, and every check before the process group is formed.
 
-A resumed run must be the run that was stopped. Its settings fall in three kinds:
+    check_early -> settings against the model's shape: takes a moment, imports neither torch nor numpy
+    check_run   -> find_start: newest intact checkpoint in --save, else --load
+                -> settings, memory, tensors of the checkpoint, data
 
-bound    what decides samples and noise (seed, seq_length, reset_attention_mask, reset_position_ids, random_length_prob,
-         eod_mask_loss, global_batch_size, and what the tokens are: train_data_fingerprint), the objective (all
-         diffusion settings), and the numbers' type (bf16): another value is an error.
-noted    the optimizer's settings, fp8_recipe and the layers that are kept in bf16, routing that is forced to be even,
-         and train_iters hold from now on, as the learning rate of a run that is mended must; a change is told. Where a
-         role was frozen (--lr-mult ROLE=0) and is not any longer, its moments begin at zero: the checkpoint has none.
+A resumed run must be the run that was stopped. Its settings are of three kinds:
+
+bound    what determines samples and noise (seed, seq_length, reset_attention_mask, reset_position_ids,
+         random_length_prob, eod_mask_loss, global_batch_size, and the tokens: train_data_fingerprint), the objective
+         (all diffusion settings), and the dtype (bf16): another value is an error.
+noted    the optimizer's settings, fp8_recipe and the layers that are kept in bf16, forced even routing, and train_iters
+         may change, as the learning rate of a run that is repaired must; the change is reported. If a role was frozen
+         (--lr-mult ROLE=0) and no longer is, its moments start at zero: the checkpoint has none.
 free     the layout, micro_batch_size, intervals, paths, workers, what is verified.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_a2d.checkpoint.directory import (
+    HF_FILES,
     directory_name,
     iteration_of,
     latest_iteration,
@@ -28,16 +34,22 @@ from megatron_a2d.checkpoint.directory import (
 )
 from megatron_a2d.checkpoint.manifest import MANIFEST, check_manifest
 from megatron_a2d.checkpoint.training_facts import contradictions, read_trained
+from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import (
     DataConfig,
     DiffusionConfig,
     OptimizationConfig,
     RunConfig,
+    TrainingConfig,
     flag,
     settings,
 )
-from megatron_a2d.config.validate import NO_START
+from megatron_a2d.config.validate import NO_START, find_problems, missing_inputs
+from megatron_a2d.conversion.qwen3_shapes import shape_problems
+from megatron_a2d.planner.cluster import Cluster
+from megatron_a2d.planner.memory import check_memory
 from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import print_line
 
 _FREE = {"train_data_path", "valid_data_path", "data_mixture", "verify_tokenizer", "num_workers"}
 BOUND = (
@@ -64,68 +76,181 @@ class Start(NamedTuple):
     weights_only: bool
 
 
-def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: None) -> Start:
-    """The checkpoint that a run starts from; one in --save comes before --load.
+def check_early(config: RunConfig, processes: int) -> None:
+    """UserError with every problem of the settings themselves, and against the shape of the model."""
+    if problems := missing_inputs(config) + find_problems(config, _shape(config), processes):
+        raise UserError(problems)
 
-    In --save the newest whole one is taken, and `report` is told what is wrong with newer ones. A checkpoint that was
-    asked for must be whole. UserError when there is none, or when its settings differ from `config`.
-    Reads the candidates' files whole: one rank does it and tells the others.
+
+def _shape(config: RunConfig) -> ModelConfig | None:
+    """Shape of the run's model. None if it cannot be read: `check_run` reports that. UserError if there is none."""
+    save, load = config.training.save, config.training.load
+    if load and not Path(load).exists() and not (save and list_iterations(save)):
+        resolve(load)  # raises
+    for directory in (save, load):
+        try:
+            if directory:
+                return read_model_config(resolve(Path(directory)) / HF_FILES)
+        except (UserError, OSError):
+            continue
+    return None
+
+
+class Checked(NamedTuple):
+    """Where a run starts, and its settings after all checks."""
+
+    start: Start
+    model_config: ModelConfig
+    config: RunConfig  # with the fingerprint of the data
+    epochs: dict[str, float]  # of the run over its data, by source
+
+
+def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None) -> Checked:
+    """Every check that one process can make, of checkpoint and data too; UserError with the problems."""
+    from megatron_a2d.checkpoint.reader import check_pickles
+    from megatron_a2d.conversion.mask_token import choose_mask_token
+    from megatron_a2d.conversion.sources import open_checkpoint
+    from megatron_a2d.data.diffusion_samples import make_sample
+    from megatron_a2d.training.data_setup import open_datasets
+
+    start = find_start(config, report=_warn)
+    model_config = read_model_config(start.directory / HF_FILES)
+    problems = shape_problems(config.training.model, model_config) if config.training.model else []
+    if problems := problems + find_problems(config, model_config, processes):
+        raise UserError(problems)
+    check_memory(config, model_config, processes, cluster)
+    check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
+    with open_checkpoint(start.directory):
+        pass  # raises unless it has exactly the model's tensors, in their shapes
+    if config.diffusion.objective != "ar":
+        choose_mask_token(start.directory / HF_FILES, model_config.vocab_size, None, model_config.mask_token_id)
+    train_data, _ = open_datasets(config, model_config, start.directory / HF_FILES)
+    data = dataclasses.replace(config.data, train_data_fingerprint=train_data.fingerprint())
+    config = dataclasses.replace(config, data=data)
+    if not start.weights_only and (problems := differences(config, start.directory)):
+        raise UserError(problems)
+    make_sample(config, model_config, train_data, data.seed)
+    epochs = train_data.epochs(config.training.train_iters * config.training.global_batch_size)
+    return Checked(start, model_config, config, epochs)
+
+
+def input_files(config: RunConfig, start: Path) -> list[Path]:
+    """The files that every node must see: the tokens, and those of the checkpoint directory `start`."""
+    from megatron_a2d.data.blended_dataset import read_mixture
+
+    data = config.data
+    prefixes = [data.train_data_path, data.valid_data_path]
+    if data.data_mixture:
+        prefixes = [
+            path for source in read_mixture(data.data_mixture) for path in (source.train_path, source.valid_path)
+        ]
+    files = [Path(f"{prefix}{suffix}") for prefix in prefixes if prefix for suffix in (".bin", ".idx")]
+    return files + sorted(path for path in start.iterdir() if path.is_file())
+
+
+def _warn(line: str) -> None:
+    print_line(f"warning: {line}", sys.stderr)
+
+
+def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: None) -> Start:
+    """The checkpoint that a run starts from: the newest intact one in --save, or else --load.
+
+    `report` receives a line for each damaged checkpoint that is skipped. A checkpoint that --ckpt-step or --load names
+    must be intact. UserError if there is none, or if a bound setting differs from `config`. Reads the candidates' files
+    completely: one rank does it and sends the others the result.
     """
     training = config.training
-
-    def damage(directory: Path) -> list[str]:
-        return _damage(directory, training.verify_checkpoint)
-
     if own := list_iterations(training.save) if training.save else []:
-        assert training.save is not None
-        directory = _own_start(Path(training.save), own, training.ckpt_step, damage, report)
-        weights_only = False
-        # Until grafting ends the attention that it replaces is read from --load too.
-        grafts = iteration_of(directory) < config.diffusion.grafting_iters
-        if training.load and grafts and (problems := damage(resolve(training.load))):
-            raise UserError(f"{problem}; restore the file" for problem in problems)
+        start = Start(_find_in_save(config, own, report), weights_only=False)
     elif training.load:
-        wanted = Path(training.load)
-        if training.ckpt_step is not None:
-            _need_iteration("--load", wanted, list_iterations(wanted), training.ckpt_step)
-            wanted /= directory_name(training.ckpt_step)
-        directory = resolve(wanted)
-        if problems := damage(directory):
-            raise UserError(f"{problem}; restore the file, or use another iteration" for problem in problems)
-        # --conversion random takes not even those.
-        is_drawn = config.diffusion.conversion == "random"
-        weights_only = training.finetune or is_drawn or iteration_of(directory) == 0
-        if weights_only and not is_drawn:
-            _check_training(config, directory, report)
+        start = _find_in_load(config, report)
     else:
         raise UserError(NO_START)
-    if not weights_only:
-        if problems := differences(config, directory):
+    if not start.weights_only:
+        if problems := differences(config, start.directory):
             raise UserError(problems)
-        for name, was, now in _changes(config, directory, NOTED):
-            report(f"{flag(name)} {now}: was {was} until iteration {iteration_of(directory)}, and holds from now on")
+        for name, was, now in _changes(config, start.directory, NOTED):
+            iteration = iteration_of(start.directory)
+            report(f"{flag(name)} {now}: was {was} until iteration {iteration}, and applies from now on")
+    return start
+
+
+def _find_in_save(config: RunConfig, iterations: list[int], report: Callable[[str], None]) -> Path:
+    """The directory in --save that the run resumes from: --ckpt-step, or the newest intact one."""
+    training = config.training
+    assert training.save is not None
+    save = Path(training.save)
+    if training.ckpt_step is not None:
+        directory = _iteration("--save", save, iterations, training.ckpt_step)
+        if problems := _damage(directory, training):
+            raise UserError(f"{problem}; leave out --ckpt-step {training.ckpt_step}" for problem in problems)
+    else:
+        directory = _newest_intact(save, iterations, training, report)
+    # Until grafting ends, the causal attention that it replaces is read from --load.
+    grafts = iteration_of(directory) < config.diffusion.grafting_iters
+    if training.load and grafts and (problems := _damage(resolve(training.load), training)):
+        raise UserError(f"{problem}; restore the file" for problem in problems)
+    return directory
+
+
+def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, report: Callable[[str], None]) -> Path:
+    """The newest checkpoint in --save whose files match its manifest."""
+    latest = latest_iteration(save)
+    # Without a tracker the run ended before its first one was written. Iterations beyond it were set aside by hand.
+    candidates = [iteration for iteration in iterations if latest is None or iteration <= latest]
+    if latest is not None and latest not in iterations:
+        report(f"{save / directory_name(latest)}: is missing")
+    skipped: list[str] = []
+    for iteration in reversed(candidates):
+        directory = save / directory_name(iteration)
+        problems = _damage(directory, training)
+        if not problems:
+            return directory
+        skipped += problems
+        for problem in problems:
+            report(f"{problem}; {directory.name} is skipped")
+    raise UserError([*skipped, f"--save {save}: contains no intact checkpoint; empty it to start from --load again"])
+
+
+def _find_in_load(config: RunConfig, report: Callable[[str], None]) -> Start:
+    """The checkpoint in --load that the run starts from, or resumes from if it was written in training."""
+    training = config.training
+    assert training.load is not None
+    path = Path(training.load)
+    if training.ckpt_step is not None:
+        path = _iteration("--load", path, list_iterations(path), training.ckpt_step)
+    directory = resolve(path)
+    if problems := _damage(directory, training):
+        raise UserError(f"{problem}; restore the file, or use another iteration" for problem in problems)
+    is_random = config.diffusion.conversion == "random"  # not even the weights are taken
+    weights_only = training.finetune or is_random or iteration_of(directory) == 0
+    if weights_only and not is_random:
+        _check_weights(config, directory, report)
     return Start(directory, weights_only)
 
 
-def _check_training(config: RunConfig, directory: Path, report: Callable[[str], None]) -> None:
-    """A new run may teach the weights another objective or schedule, and is told so; that rows stand for other tokens
-    than they were trained for is an error unless --finetune says that it is meant."""
+def _check_weights(config: RunConfig, directory: Path, report: Callable[[str], None]) -> None:
+    """Report what the weights were trained for if this run trains them for something else.
+
+    Another objective or noise schedule is what such a run is for. Another label shift changes which token a position
+    predicts: a UserError, unless --finetune confirms it.
+    """
     for line in contradictions(config, read_trained(directory), directory):
         if line.startswith(flag("label_shift")) and not config.training.finetune:
-            raise UserError(f"{line}; leave the flag out, or teach it the other one with --finetune")
-        report(f"{line}, and this run goes on from it otherwise")
+            raise UserError(f"{line}; leave the flag out, or confirm the change with --finetune")
+        report(f"{line}; this run changes that")
 
 
 def differences(config: RunConfig, directory: Path) -> list[str]:
-    """A line for each bound setting in which `config` is not the run that wrote `directory`."""
+    """A line for each bound setting in which `config` differs from the run that wrote `directory`."""
     remedy = f"start a new run from its weights: --load {directory} --finetune and another --save"
     lines = []
     for name, was, now in _changes(config, directory, BOUND):
         if name == "train_data_fingerprint":
             source = "train_data_path" if config.data.train_data_path else "data_mixture"
             lines.append(
-                f"{flag(source)} {getattr(config.data, source)}: holds other tokens, other weights, or its sources in "
-                f"another order, than {directory} was trained on; give it what that run had, or {remedy}"
+                f"{flag(source)} {getattr(config.data, source)}: holds other tokens, other weights or another order "
+                f"of sources than {directory} was trained on; restore them, or {remedy}"
             )
         else:
             lines.append(f"{flag(name)} {now}: {directory} was trained with {was}; resume with that, or {remedy}")
@@ -135,7 +260,7 @@ def differences(config: RunConfig, directory: Path) -> list[str]:
 def _changes(config: RunConfig, directory: Path, names: tuple[str, ...]) -> list[tuple[str, str, str]]:
     """(name, value then, value now) where they differ.
 
-    A setting that the checkpoint does not know is younger than it and had the default's effect.
+    A setting that the checkpoint does not record was added later; the run behaved as with its default.
     """
     recorded = read_run_settings(directory)
     now = config.to_dict()
@@ -143,51 +268,24 @@ def _changes(config: RunConfig, directory: Path, names: tuple[str, ...]) -> list
     return [
         (name, _text(was), _text(value))
         for name, was, value in pairs
-        # The data's fingerprint may be older than the setting, or not looked at yet.
+        # The fingerprint is empty if it was not recorded, or is not computed yet.
         if was != value and (name != "train_data_fingerprint" or (was and value))
     ]
 
 
-def _own_start(
-    save: Path,
-    iterations: list[int],
-    wanted: int | None,
-    damage: Callable[[Path], list[str]],
-    report: Callable[[str], None],
-) -> Path:
-    """The directory in --save that the run resumes from."""
-    if wanted is not None:
-        _need_iteration("--save", save, iterations, wanted)
-        if problems := damage(save / directory_name(wanted)):
-            raise UserError(f"{problem}; leave out --ckpt-step {wanted}" for problem in problems)
-        return save / directory_name(wanted)
-    latest = latest_iteration(save)
-    # Without a tracker the run ended before its first one was written. What lies beyond it was set aside by hand.
-    candidates = [iteration for iteration in iterations if latest is None or iteration <= latest]
-    if latest is not None and latest not in iterations:
-        report(f"{save / directory_name(latest)}: is missing")
-    passed_over: list[str] = []
-    for iteration in reversed(candidates):
-        directory = save / directory_name(iteration)
-        problems = damage(directory)
-        if not problems:
-            return directory
-        passed_over += problems
-        for problem in problems:
-            report(f"{problem}; {directory.name} is passed over")
-    raise UserError([*passed_over, f"--save {save}: holds no whole checkpoint; empty it to start from --load again"])
-
-
-def _need_iteration(name: str, root: Path, there: list[int], wanted: int) -> None:
+def _iteration(name: str, root: Path, there: list[int], wanted: int) -> Path:
+    """The directory of iteration `wanted` in the flag's directory `root`; UserError if it is not there."""
     if wanted not in there:
         held = ", ".join(map(str, there)) or "no iteration"
-        raise UserError(f"--ckpt-step {wanted}: {name} {root} holds {held}; choose one of its iterations")
+        raise UserError(f"--ckpt-step {wanted}: {name} {root} contains {held}; choose one of its iterations")
+    return root / directory_name(wanted)
 
 
-def _damage(directory: Path, checksums: bool) -> list[str]:
-    if not checksums and not (directory / MANIFEST).exists():
-        return []  # written by something else; the user has said not to look
-    return check_manifest(directory, checksums)
+def _damage(directory: Path, training: TrainingConfig) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line each."""
+    if not training.verify_checkpoint and not (directory / MANIFEST).exists():
+        return []  # written by another program, and --no-verify-checkpoint is set
+    return check_manifest(directory, training.verify_checkpoint)
 
 
 def _text(value: Any) -> str:

@@ -16,17 +16,17 @@ from megatron_a2d.distributed import environment, process_groups
 from megatron_a2d.distributed.hang_watchdog import CHECKPOINTS, mark
 from megatron_a2d.distributed.step_timers import phase
 from megatron_a2d.model.layer_specs import notes
-from megatron_a2d.training.checkpointing import SaveSchedule
+from megatron_a2d.training.checkpointing import CheckpointManager
 from megatron_a2d.training.cuda_graphs import LayerGraphs
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
-from megatron_a2d.training.initialization import initialize_state
+from megatron_a2d.training.initialization import build_train_state, initialize_state
 from megatron_a2d.training.interval_metrics import IntervalMetrics
 from megatron_a2d.training.logger import RunLog
 from megatron_a2d.training.manual_gc import ManualGC
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.profiler import Profile
 from megatron_a2d.training.stop_conditions import SkippedSteps, SpikeDetector, StopRequests
-from megatron_a2d.training.train_state import TrainState, build_train_state
+from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import train_step
 from megatron_a2d.training.validation import run_validation
 from megatron_a2d.utils.errors import UserError
@@ -38,7 +38,7 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
 
     `weights_only`: begin a new run from its weights instead of resuming it. Collective.
     """
-    # The first rank scanned the files before the launch (prelaunch_checks.py); reads check every token again.
+    # The first rank scanned the files before the launch (resume.py); reads check every token again.
     train_data, valid_data = open_datasets(config, model_config, start / HF_FILES, scan=False)
     state = build_train_state(model_config, config)
     training = config.training
@@ -52,7 +52,7 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
         monitor.remember_start()
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, model_config, train_data, config.data.seed, state.consumed_samples)
-    saves = SaveSchedule(config, start / HF_FILES, log)
+    saves = CheckpointManager(config, start / HF_FILES, log)
     # Files with checksums are verified at every read; the others are scanned once in the background.
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and file.needs_scan])

@@ -104,8 +104,8 @@ def test_settings_that_are_bound(trained: dict[str, Any]) -> None:
     mended = {**settings, "lr": 5e-3, "lr_mult": {"mlp": 0.5}}
     assert find_start(build(mended), report=told.append).directory == directory
     assert told == [
-        "--lr 0.005: was 0.01 until iteration 4, and holds from now on",
-        "--lr-mult mlp=0.5: was mlp=0.5 embedding=0.25 until iteration 4, and holds from now on",
+        "--lr 0.005: was 0.01 until iteration 4, and applies from now on",
+        "--lr-mult mlp=0.5: was mlp=0.5 embedding=0.25 until iteration 4, and applies from now on",
     ]
 
 

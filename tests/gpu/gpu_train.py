@@ -67,8 +67,9 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     from megatron_a2d.config.settings import build
     from megatron_a2d.config.validate import find_problems
     from megatron_a2d.distributed import environment, process_groups
-    from megatron_a2d.training import cuda_graphs, data_setup, train_state, train_step
-    from megatron_a2d.training.checkpointing import Save, load_checkpoint
+    from megatron_a2d.training import cuda_graphs, data_setup, initialization, train_step
+    from megatron_a2d.training.checkpointing import CheckpointWriter
+    from megatron_a2d.training.initialization import load_checkpoint
 
     settings = without_engine(model.settings | changes) | ({"save": str(save)} if save else {})
     config = build(settings)
@@ -78,7 +79,7 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     assert not (problems := find_problems(config, model_config, process_groups.world_size())), problems
     free_memory()  # of the run before, and its process groups
     process_groups.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
-    state = train_state.build_train_state(model_config, config)
+    state = initialization.build_train_state(model_config, config)
     load_checkpoint(state, start, weights_only=iteration_of(start) == 0)
     data, _ = data_setup.open_datasets(config, model_config)
     graphs = cuda_graphs.LayerGraphs(state, config)
@@ -97,7 +98,7 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
             state.iteration += 1
             state.consumed_samples += config.training.global_batch_size
     if save:
-        Save(state, config, start / "hf").finish()
+        CheckpointWriter(state, config, start / "hf").finish()
     return Run(losses, norms)
 
 

@@ -28,13 +28,13 @@ from megatron_a2d.distributed import process_groups
 from megatron_a2d.inference.parallel_model import load_parallel_model
 from megatron_a2d.model import experts
 from megatron_a2d.model.local_layers import CoreAttention
-from megatron_a2d.training.checkpointing import Save, load_checkpoint
+from megatron_a2d.training.checkpointing import CheckpointWriter
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
-from megatron_a2d.training.initialization import initialize_state, set_to_mean
+from megatron_a2d.training.initialization import build_train_state, initialize_state, load_checkpoint, set_to_mean
 from megatron_a2d.training.interval_metrics import IntervalMetrics
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
-from megatron_a2d.training.train_state import TrainState, build_train_state
+from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import forward_backward, loss_totals, train_step
 from megatron_a2d.training.validation import run_validation
 from tests.tiny import MASK_TOKEN_ID
@@ -191,7 +191,7 @@ def convert_layout(checkpoint: str, settings: dict[str, Any]) -> None:
     """
     config, state, batches = _start(checkpoint, settings | {"lr": 1e-30})
     _step(config, state, batches)
-    Save(state, config, resolve(checkpoint) / "hf").finish()
+    CheckpointWriter(state, config, resolve(checkpoint) / "hf").finish()
 
 
 def logits(

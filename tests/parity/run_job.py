@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_a2d import megatron_compat
-from megatron_a2d.checkpoint import async_writer
+from megatron_a2d.checkpoint import save as checkpoint_save
 from megatron_a2d.checkpoint.directory import iteration_of, latest_iteration
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import build
@@ -90,15 +90,15 @@ class Faults:
     kill_writer: int | None = None
     losses: list[float] = field(default_factory=list)
     newest: list[int | None] = field(default_factory=list)
-    _schedules: list[Any] = field(default_factory=list)
+    _managers: list[Any] = field(default_factory=list)
     _num_saves: int = 0
     _originals: dict[str, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         replacements = [
-            (train_loop, "train_step", self._train_step), (train_loop, "SaveSchedule", self._remember_schedule),
-            (checkpointing, "Save", self._count_save), (async_writer, "_write", self._write),
+            (train_loop, "train_step", self._train_step), (train_loop, "CheckpointManager", self._remember_manager),
+            (checkpointing, "CheckpointWriter", self._count_save), (checkpoint_save, "_write", self._write),
             (checkpointing, "_make_room", self._make_room),
         ]  # fmt: skip
         with contextlib.ExitStack() as stack:
@@ -111,7 +111,7 @@ class Faults:
         number = len(self.losses) + 1
         if number - 1 == self.stop_at:
             if self.finish_saves:
-                self._schedules[-1].finish(last=False)
+                self._managers[-1].finish(last=False)
             raise _StoppedError
         if self.hold_writer and self.hold_writer[1] == number and dist.get_rank() == 0:
             self.newest.append(latest_iteration(str(self.save)))
@@ -125,13 +125,13 @@ class Faults:
         self.losses.append(float(totals[0] / totals[4]))
         return result
 
-    def _remember_schedule(self, *arguments: Any) -> Any:
-        self._schedules.append(self._originals["SaveSchedule"](*arguments))
-        return self._schedules[-1]
+    def _remember_manager(self, *arguments: Any) -> Any:
+        self._managers.append(self._originals["CheckpointManager"](*arguments))
+        return self._managers[-1]
 
     def _count_save(self, *arguments: Any) -> Any:
         self._num_saves += 1
-        return self._originals["Save"](*arguments)
+        return self._originals["CheckpointWriter"](*arguments)
 
     def _write(self, *arguments: Any) -> None:
         if self.kill_writer == dist.get_rank() and self._num_saves == 1:

@@ -144,7 +144,7 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("no metadata", lambda root: damaged(root, no_metadata), "incomplete"),
     ("file is gone", lambda root: damaged(root, no_tokenizer, intact=False), "tokenizer.json: is missing"),
     ("bit is flipped", lambda root: damaged(root, flipped_bit, intact=False), "__0_0.distcp: is damaged"),
-    ("no such iteration", lambda root: {"ckpt_step": 3}, "holds no iteration"),
+    ("no such iteration", lambda root: {"ckpt_step": 3}, "contains no iteration"),
     ("no data given", lambda root: {"train_data_path": None}, "--train-data-path: is missing"),
     ("data are missing", lambda root: {"train_data_path": root / "none"}, "none"),
     (".bin without .idx", drop_idx, "alone.idx is missing"),

@@ -12,9 +12,9 @@ from megatron_a2d import megatron_compat
 from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
+from megatron_a2d.training.initialization import build_train_state
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.param_shards import owned_shards, squares_by_role
-from megatron_a2d.training.train_state import build_train_state
 from tests.tiny import hub_config
 
 megatron_compat.install()

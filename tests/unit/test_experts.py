@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from megatron_a2d.checkpoint.model_state_dict import state_to_load, state_to_save
+from megatron_a2d.checkpoint.state_dict import state_to_load, state_to_save
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups

@@ -10,11 +10,12 @@ import torch
 from megatron.core import fp8_utils
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_a2d.checkpoint.model_state_dict import dequantise
+from megatron_a2d.checkpoint.state_dict import dequantise
 from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.training.train_state import TrainState, build_train_state
+from megatron_a2d.training.initialization import build_train_state
+from megatron_a2d.training.train_state import TrainState
 from tests.tiny import hub_config
 
 

@@ -128,7 +128,7 @@ def test_the_newest_whole_checkpoint_is_taken(run: Path) -> None:
     (run / "iter_0000020" / "__0_0.distcp").unlink()
     assert started(save=run) == "iter_0000010"
     shutil.rmtree(run / "iter_0000010")
-    with pytest.raises(UserError, match="holds no whole checkpoint") as error:
+    with pytest.raises(UserError, match="contains no intact checkpoint") as error:
         started(save=run, load=run)
     assert len(error.value.problems) == 3
 
@@ -156,9 +156,9 @@ def test_a_checkpoint_that_was_asked_for_must_be_whole(run: Path, tmp_path: Path
     ):
         with pytest.raises(UserError, match=r"common.pt: is damaged"):
             started(**settings)
-    with pytest.raises(UserError, match=r"--ckpt-step 7: --save .* holds 10, 20, 30"):
+    with pytest.raises(UserError, match=r"--ckpt-step 7: --save .* contains 10, 20, 30"):
         started(save=run, ckpt_step=7)
-    with pytest.raises(UserError, match=r"--ckpt-step 7: --load .* holds 10, 20, 30"):
+    with pytest.raises(UserError, match=r"--ckpt-step 7: --load .* contains 10, 20, 30"):
         started(load=run, ckpt_step=7)
 
 
@@ -245,7 +245,7 @@ def test_what_is_passed_over_is_told(run: Path) -> None:
     start, lines = told(save=run)
     assert start.directory.name == "iter_0000020" and len(lines) == 2
     assert lines[0] == f"{run / 'iter_0000040'}: is missing"
-    assert "common.pt: is damaged" in lines[1] and lines[1].endswith("; iter_0000030 is passed over")
+    assert "common.pt: is damaged" in lines[1] and lines[1].endswith("; iter_0000030 is skipped")
     with pytest.raises(UserError, match="leave out --ckpt-step 30"):
         told(save=run, ckpt_step=30)
     with pytest.raises(UserError, match="restore the file, or use another iteration"):
@@ -256,11 +256,11 @@ def test_changes_that_hold_from_now_on_are_told(run: Path) -> None:
     _, lines = told(load=run, lr=1e-5, train_iters=77, lr_mult={"mlp": 0.5, "norm": 2.0}, num_workers=9)
     before = build({})
     assert lines == [
-        f"--train-iters 77: was {before.training.train_iters} until iteration 30, and holds from now on",
-        f"--lr 1e-05: was {before.optimization.lr} until iteration 30, and holds from now on",
+        f"--train-iters 77: was {before.training.train_iters} until iteration 30, and applies from now on",
+        f"--lr 1e-05: was {before.optimization.lr} until iteration 30, and applies from now on",
         "--lr-mult mlp=0.5 norm=2.0: was "
         + (" ".join(f"{role}={factor}" for role, factor in before.optimization.lr_mult.items()) or "no factors")
-        + " until iteration 30, and holds from now on",
+        + " until iteration 30, and applies from now on",
     ]
 
 

@@ -16,7 +16,16 @@ from bench.train_step_variants import Batches
 from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.training import data_setup, monitor, optimizer, param_gather, train_state, train_step, validation
+from megatron_a2d.training import (
+    data_setup,
+    initialization,
+    monitor,
+    optimizer,
+    param_gather,
+    train_state,
+    train_step,
+    validation,
+)
 from tests.tiny import MASK_TOKEN_ID, hub_config
 
 SHAPE = (4, 64)
@@ -47,10 +56,10 @@ def _sharing() -> Iterator[pytest.MonkeyPatch]:
                 "copy_tensor_to_quantized_param",
                 lambda p, data: p.data.copy_(data.view(p.shape)),
             )
-        for module in (train_state, optimizer):
+        for module in (initialization, optimizer):
             patch.setattr(module, "reuses_gradient_buffer", lambda *_: True)
         patch.setattr(
-            train_state,
+            initialization,
             "DistributedDataParallelConfig",
             lambda **fields: ORDINARY(**{**fields, "fp8_param_gather": True}),
         )
@@ -63,7 +72,7 @@ def shared() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-ORDINARY = train_state.DistributedDataParallelConfig
+ORDINARY = initialization.DistributedDataParallelConfig
 
 
 def _run() -> Seen:
@@ -78,7 +87,7 @@ def _run() -> Seen:
     process_groups.initialize(config.parallel)
     try:
         torch.manual_seed(1)
-        state = train_state.build_train_state(model_config, config)
+        state = initialization.build_train_state(model_config, config)
         state.optimizer.reload_model_params()
         watch = monitor.Monitor(config, model_config, state)
         losses, norms, bounds = [], [], []

@@ -27,7 +27,7 @@ from megatron_a2d.inference.arguments import SAMPLING
 from megatron_a2d.megatron_compat.device import has_cuda
 from megatron_a2d.model import transformer_config
 from megatron_a2d.planner.workload import Job, job_of
-from megatron_a2d.training import optimizer, train_state
+from megatron_a2d.training import initialization, optimizer
 from tests.unit.test_validate_performance import _recording
 
 megatron_compat.install()
@@ -155,12 +155,12 @@ def test_data_parallelism(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.update(fields)
         raise SeenError
 
-    monkeypatch.setattr(train_state, "build_model", lambda *_: None)
-    monkeypatch.setattr(train_state, "DistributedDataParallelConfig", record)
+    monkeypatch.setattr(initialization, "build_model", lambda *_: None)
+    monkeypatch.setattr(initialization, "DistributedDataParallelConfig", record)
     found = []
     for value in (False, True):
         with pytest.raises(SeenError):
-            train_state.build_train_state(MOE, build({name: value}))
+            initialization.build_train_state(MOE, build({name: value}))
         found.append(dict(seen))
     assert {key for key in seen if found[0][key] != found[1][key]} == {name} and found[1][name] is True
     assert seen["average_in_collective"] is False

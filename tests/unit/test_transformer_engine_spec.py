@@ -15,13 +15,13 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_a2d.checkpoint.model_state_dict import state_to_load, state_to_save
+from megatron_a2d.checkpoint.state_dict import state_to_load, state_to_save
 from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.model import transformer_config
-from megatron_a2d.training import train_state
+from megatron_a2d.training import initialization
 from tests.tiny import KINDS, hub_config
 
 try:
@@ -44,13 +44,13 @@ def test_same_checkpoint(kind: str, grouped: bool, monkeypatch: pytest.MonkeyPat
     model_config = model_config_from_hf(hub_config(kind), kind)
     seen = []
     for implementation in ("local", "transformer_engine"):
-        for module in (train_state, transformer_config):
+        for module in (initialization, transformer_config):
             monkeypatch.setattr(module, "choose_implementation", lambda _, chosen=implementation: chosen)
         with monkeypatch.context() as pretended:
             if implementation == "transformer_engine":  # its modules ask for a GPU when they are made
                 pretended.setattr(torch.cuda, "is_available", lambda: True)
                 pretended.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-            model = train_state.build_model(model_config, config)
+            model = initialization.build_model(model_config, config)
         masks = {layer.self_attention.attn_mask_type for layer in model.decoder.layers}
         assert masks == {AttnMaskType.no_mask}
         names = {type(module).__name__ for module in model.modules()}
@@ -96,11 +96,11 @@ def test_every_flag_builds(kind: str, more: dict[str, Any], monkeypatch: pytest.
     model_config = model_config_from_hf(hub_config(kind, mask_token_id=250, **SIZES[kind]), kind)
     assert not find_problems(config, model_config, 1)
     process_groups.initialize(config.parallel)
-    for module in (train_state, transformer_config):
+    for module in (initialization, transformer_config):
         monkeypatch.setattr(module, "choose_implementation", lambda _: "transformer_engine")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    state = train_state.build_train_state(model_config, config)
+    state = initialization.build_train_state(model_config, config)
     model = state.models[0].config
     assert (model.fp8, model.fp8_recipe, model.apply_rope_fusion) == ("hybrid", "tensorwise", True)
     assert type(state.models[0].output_layer).__name__ == "OutputLayer"

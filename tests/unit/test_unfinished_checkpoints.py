@@ -9,7 +9,7 @@ import pytest
 
 from megatron_a2d.config.settings import build
 from megatron_a2d.training import checkpointing
-from megatron_a2d.training.checkpointing import SaveSchedule, remove_old
+from megatron_a2d.training.checkpointing import CheckpointManager, remove_old
 from megatron_a2d.utils.partial_files import partial_path
 
 # As a killed save, a killed replacement and a killed removal leave them.
@@ -34,10 +34,10 @@ def test_a_start_removes_them(rank: int, root: Path, monkeypatch: pytest.MonkeyP
     """The first rank alone, once; also that of a run which is complete and saves nothing more."""
     monkeypatch.setattr(checkpointing.dist, "get_rank", lambda: rank)
     log: Any = None
-    SaveSchedule(build({"save": str(root)}), root, log)
+    CheckpointManager(build({"save": str(root)}), root, log)
     assert names(root) == set(KEPT) | (set(LEFT) if rank else set())
-    SaveSchedule(build({}), root, log)
-    SaveSchedule(build({"save": str(root / "not there yet")}), root, log)
+    CheckpointManager(build({}), root, log)
+    CheckpointManager(build({"save": str(root / "not there yet")}), root, log)
     assert not (root / "not there yet").exists()
 
 
