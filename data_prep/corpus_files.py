@@ -20,23 +20,23 @@ Identity = tuple[int, int]  # device and inode: one file, whatever it is called
 
 
 class Inputs(NamedTuple):
-    """What was found."""
+    """The corpus files that were found, and those that were skipped."""
 
     paths: list[Path]  # the files to read
     passed_over: list[str]  # the others below a directory: "path: reason"
 
     def show_passed_over(self) -> None:
-        """The first of them, as lines of the command's output."""
+        """Print the first skipped files, one per line."""
         for line in self.passed_over[:SHOWN]:
-            console.print(f"passed over: {line}", markup=False, soft_wrap=True)
+            console.print(f"skipped: {line}", markup=False, soft_wrap=True)
         if (more := len(self.passed_over) - SHOWN) > 0:
-            console.print(f"passed over: {more:,} more files", markup=False, soft_wrap=True)
+            console.print(f"skipped: {more:,} more files", markup=False, soft_wrap=True)
 
 
 def kind_of(path: Path) -> str | None:
-    """The reader of a file (a key of READERS) by its ending in any case; None where there is none.
+    """The reader of a file (a key of READERS) by its suffix, case-insensitive; None for an unknown suffix.
 
-    A compressed .json is taken for JSON Lines, as datasets of the hub have it; a plain one may hold anything.
+    A compressed .json is read as JSON Lines, the convention on the Hugging Face hub; a plain .json may hold anything.
     """
     *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
     if last in _COMPRESSED:
@@ -47,10 +47,10 @@ def kind_of(path: Path) -> str | None:
 
 
 def find_inputs(patterns: Sequence[Path | str], skip_invalid: bool = False) -> Inputs:
-    """Files, directories (with all below them, through links too) and globs; a directory's files in their paths' order.
+    """Expand files, directories (recursively, following links) and globs; a directory's files are sorted by path.
 
-    UserError with every one that is missing or named twice, that no reader knows though it was named, that cannot be
-    opened, or that is empty (unless `skip_invalid`).
+    UserError lists every path that is missing, given twice, given explicitly but of an unknown format, unreadable, or
+    empty (unless `skip_invalid`).
     """
     problems: list[str] = []
     found = Inputs([], [])
@@ -65,7 +65,7 @@ def find_inputs(patterns: Sequence[Path | str], skip_invalid: bool = False) -> I
             named, missing = [], "does not exist; check the path"
         mine: dict[Identity, Path] = {}
         nowhere = [name for name in named if not name.exists()]
-        problems += [f"--input {name}: is a link that leads nowhere; mend it, or leave it out" for name in nowhere]
+        problems += [f"--input {name}: is a broken link; repair it, or leave it out" for name in nowhere]
         for name in (name for name in named if name not in nowhere):
             for path in _below(name, found.passed_over, problems) if name.is_dir() else [name]:
                 first = mine.setdefault(_identity(path.stat()), path)
@@ -75,7 +75,7 @@ def find_inputs(patterns: Sequence[Path | str], skip_invalid: bool = False) -> I
             problems.append(f"--input {pattern}: {missing}")
         problems += [line for path in mine.values() for line in _problems(path, skip_invalid)]
         problems += [
-            f"--input {path}: is named twice{'' if taken[key] == path else f', as {taken[key]} too'}; name it once"
+            f"--input {path}: is given twice{'' if taken[key] == path else f', also as {taken[key]}'}; give it once"
             for key, path in mine.items()
             if key in taken
         ]
@@ -87,27 +87,27 @@ def find_inputs(patterns: Sequence[Path | str], skip_invalid: bool = False) -> I
 
 
 def _problems(path: Path, skip_invalid: bool) -> Iterator[str]:
-    """What is wrong with a file that is to be read."""
+    """Problems of a file that is to be read."""
     if not path.is_file():
         yield f"--input {path}: is not a file; name a file, a directory or a glob"
     elif kind_of(path) is None:
-        yield f"--input {path}: unknown kind of file; give {' or '.join(READERS)}"
+        yield f"--input {path}: unknown file format; give {' or '.join(READERS)}"
     elif path.stat().st_size == 0 and not skip_invalid:
-        yield f"--input {path}: is empty; leave it out, or pass over such with --on-error skip"
+        yield f"--input {path}: is empty; leave it out, or skip such files with --on-error skip"
     elif not os.access(path, os.R_OK):
         yield f"--input {path}: cannot be read (no permission); change that, or leave it out"
 
 
 def _below(root: Path, passed_over: list[str], problems: list[str]) -> Iterator[Path]:
-    """The files below a directory that have a reader. Directories that are links come last: what they lead back to has
-    then been read, and so a loop ends."""
+    """The files below a directory that have a reader. Linked directories come last: by then the directory that a link
+    loops back to has been visited, so the walk terminates."""
     seen: set[Identity] = set()
     waiting, links = [root], list[Path]()
     while waiting or links:
         directory = waiting.pop() if waiting else links.pop(0)
         real = directory.resolve()
         if _identity(real.stat()) in seen:
-            passed_over.append(f"{directory}: leads to {real}, whose files are read already")
+            passed_over.append(f"{directory}: links to {real}, which has been read already")
             continue
         seen.add(_identity(real.stat()))
         try:
@@ -119,19 +119,21 @@ def _below(root: Path, passed_over: list[str], problems: list[str]) -> Iterator[
             try:
                 mode = path.stat().st_mode
             except OSError:
-                passed_over.append(f"{path}: is a link that leads nowhere")
+                passed_over.append(f"{path}: is a broken link")
                 continue
             if stat.S_ISDIR(mode):
                 if not path.is_symlink():
                     waiting.append(path)
                 elif real.is_relative_to(path.resolve()):
-                    passed_over.append(f"{path}: is a link to a directory that it lies in")
+                    passed_over.append(f"{path}: links to a directory that contains it")
                 else:
                     links.append(path)
             elif not stat.S_ISREG(mode):
-                passed_over.append(f"{path}: is no regular file")
+                passed_over.append(f"{path}: is not a regular file")
             elif kind_of(path) is None:
-                passed_over.append(f"{path}: there is no reader for {''.join(path.suffixes[-2:]) or 'no ending'}")
+                passed_over.append(
+                    f"{path}: there is no reader for {''.join(path.suffixes[-2:]) or 'files without a suffix'}"
+                )
             else:
                 yield path
 

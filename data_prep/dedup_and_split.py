@@ -1,6 +1,6 @@
 """Merge of tokenised shards: drops exact duplicates, splits off the validation documents, writes the token files.
 
-Exact de-duplication keeps the first document of each text. Digests are compared in groups of
+Exact de-duplication keeps the first document with each text. Digests are compared in groups of
 equal remainder, so that memory is one byte per document plus one group.
 """
 
@@ -20,7 +20,7 @@ _CHUNK = 1 << 24  # tokens held at a time
 
 
 def is_held_out(digests: np.ndarray, valid_fraction: float) -> np.ndarray:
-    """[documents] bool: a stable draw by the document's text, the same on every machine and for every tokenizer."""
+    """[documents] bool: held out by a hash of the text, the same on every machine and for every tokenizer."""
     return digests[:, 0] < np.uint64(min(int(valid_fraction * 2.0**64), 2**64 - 1))
 
 
@@ -79,7 +79,7 @@ def _write(
     path, dtype = job.path(number, ".tokens"), writers[0].dtype
     total = int(ends[-1]) if len(ends) else 0
     if path.stat().st_size != total * dtype.itemsize:
-        raise UserError(f"{path}: is not as it was written; remove {job.directory} and run again")
+        raise UserError(f"{path}: has changed since it was written; remove {job.directory} and run again")
     with open(path, "rb", buffering=0) as stream:
         begin = 0
         while begin < len(lengths):

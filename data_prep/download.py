@@ -28,7 +28,7 @@ STATE = "download.json"
 
 
 class HubSource(NamedTuple):
-    """What to stream."""
+    """A dataset of the Hugging Face hub to stream."""
 
     dataset: str
     name: str | None = None  # configuration of the dataset
@@ -37,7 +37,7 @@ class HubSource(NamedTuple):
 
 
 def stream(source: HubSource, skip: int) -> Iterator[dict[str, Any]]:
-    """The rows from number `skip` on. UserError with the library's own words when that fails."""
+    """The rows of the dataset, without the first `skip`. UserError with the library's message when that fails."""
     try:
         import datasets
     except ImportError:
@@ -51,16 +51,16 @@ def stream(source: HubSource, skip: int) -> Iterator[dict[str, Any]]:
         words = without_passwords(" ".join(str(error).split()))[:300]
         raise UserError(
             f"--dataset {source.dataset}: cannot be read ({type(error).__name__}: {words}); check its name, --name, "
-            "--split and the network, and run the same command again to go on"
+            "--split and the network, and run the same command again to resume"
         ) from None
 
 
 def _as_written(datasets: Any, rows: Any, source: HubSource) -> Any:
-    """The rows with every text of JSON files as the file has it.
+    """The rows, with strings of JSON files exactly as they are in the file.
 
-    datasets 5.2.0 guesses a column's type from the first 10 MB. Where that is text, a number further on becomes text
-    too, and all other texts of its 10 MB come in quotation marks. As JSON values they are left alone, and what is
-    no text is found wherever it stands.
+    datasets 5.2.0 infers a column's type from the first 10 MB. If that is a string, a number in a later chunk becomes
+    a string too, and all other strings of that chunk come in quotation marks. Read as JSON values they are not
+    changed, and a value that is not a string is detected anywhere in the file.
     """
     json_values, features = getattr(datasets, "Json", None), rows.features
     builder = datasets.load_dataset_builder(source.dataset, source.name)
@@ -72,7 +72,7 @@ def _as_written(datasets: Any, rows: Any, source: HubSource) -> Any:
 
 
 def download(source: HubSource, out: Path, shard_bytes: int, max_documents: int | None) -> dict[str, Any]:
-    """Write shards until the dataset, or `max_documents`, ends; returns the state."""
+    """Write shards until the dataset ends or `max_documents` is reached; returns the state."""
     try:
         import zstandard
     except ImportError:
@@ -122,19 +122,19 @@ def _text(row: dict[str, Any], source: HubSource, number: int) -> str:
     """The text of row `number`, counted from 1; of a .jsonl file that is its line."""
     if source.text_key not in row:
         hint = nearest(source.text_key, row) or f"; it has {', '.join(list(row)[:8])}"
-        raise UserError(f"--dataset {source.dataset}: no column {source.text_key!r}{hint}; name it with --text-key")
+        raise UserError(f"--dataset {source.dataset}: no column {source.text_key!r}{hint}; set it with --text-key")
     text = row[source.text_key]
     if text is not None and not isinstance(text, str):
         raise UserError(
             f"--dataset {source.dataset}: row {number}: {source.text_key!r} holds {type(text).__name__}, not text; "
-            "correct the dataset, or name the text's column with --text-key"
+            "correct the dataset, or choose the text column with --text-key"
         )
     try:
         (text or "").encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"--dataset {source.dataset}: row {number}: {source.text_key!r} holds half of a surrogate pair, no text; "
-            "correct the dataset"
+            f"--dataset {source.dataset}: row {number}: {source.text_key!r} holds an unpaired surrogate, "
+            "which is not valid text; correct the dataset"
         ) from None
     return text or ""
 
@@ -145,7 +145,7 @@ def _read_state(source: HubSource, out: Path) -> dict[str, Any]:
         return {"source": wanted, "shards": [], "documents": 0, "complete": False}
     state = read_json(out / STATE, "the state of the download")
     if state.get("source") != wanted:
-        raise UserError(f"--out {out}: holds another dataset, {state.get('source')}; name another directory")
+        raise UserError(f"--out {out}: holds another dataset, {state.get('source')}; choose another directory")
     damaged = UserError(f"{out / STATE}: is damaged; remove the directory and download it again")
     shards = state.get("shards")
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
@@ -160,7 +160,7 @@ def _read_state(source: HubSource, out: Path) -> dict[str, Any]:
         raise damaged
     missing = [file for file in files if not (out / file).exists()]
     if missing:
-        raise UserError(f"--out {out}: {missing[0]} is missing; remove the directory and fetch it again")
+        raise UserError(f"--out {out}: {missing[0]} is missing; remove the directory and download it again")
     return state
 
 
@@ -169,7 +169,7 @@ def _shard(number: int) -> str:
 
 
 def sources_of(arguments: argparse.Namespace) -> dict[Path, HubSource]:
-    """What to fetch, by its directory."""
+    """Output directory -> dataset to download into it."""
     if not arguments.data_mixture:
         hub = HubSource(arguments.dataset, arguments.name, arguments.split, arguments.text_key)
         return {arguments.out: hub}
@@ -185,9 +185,9 @@ def sources_of(arguments: argparse.Namespace) -> dict[Path, HubSource]:
         settings = sources[name].hub if name in sources else {"dataset": ""}
         if "dataset" not in settings or not set(settings) <= set(fields):
             others = ", ".join(fields[1:])
-            problems.append(f"--data-mixture: {name}: hub must hold `dataset`, and of {others} what differs")
+            problems.append(f"--data-mixture: {name}: hub must hold `dataset`, and may hold {others}")
         elif wrong := [key for key, value in settings.items() if not isinstance(value, str)]:
-            problems.append(f"--data-mixture: {name}: hub: {wrong[0]} {settings[wrong[0]]}: must be text; quote it")
+            problems.append(f"--data-mixture: {name}: hub: {wrong[0]} {settings[wrong[0]]}: must be a string; quote it")
     if problems:
         raise UserError(problems)
     return {arguments.out / name: HubSource(**sources[name].hub) for name in wanted}
@@ -196,18 +196,20 @@ def sources_of(arguments: argparse.Namespace) -> dict[Path, HubSource]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="data_prep.download", description="Stream a dataset of the Hugging Face hub to local shards.")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--dataset", help="its name on the hub, or a directory of data files")
-    which.add_argument("--data-mixture", type=Path, help="a mixture whose sources say where they come from (hub)")
-    parser.add_argument("--sources", nargs="+", help="with --data-mixture: only these; default: all")
-    parser.add_argument("--name", help="the dataset's configuration")
-    parser.add_argument("--split", default="train", help="the dataset's split")
-    parser.add_argument("--text-key", default="text", help="the column of the text")
-    parser.add_argument("--out", required=True, type=Path, help="directory of the shards; of a mixture: of directories")
-    parser.add_argument("--shard-megabytes", type=float, default=256, help="text in a shard, before compression")
-    parser.add_argument("--max-documents", type=int, help="end after so many; default: all")
+    which.add_argument("--dataset", help="name on the Hugging Face hub, or a directory of data files")
+    which.add_argument("--data-mixture", type=Path, help="mixture file whose sources have a `hub` entry")
+    parser.add_argument("--sources", nargs="+", help="with --data-mixture: only these sources; default: all")
+    parser.add_argument("--name", help="configuration of the dataset")
+    parser.add_argument("--split", default="train", help="split of the dataset")
+    parser.add_argument("--text-key", default="text", help="name of the text column")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="output directory; a mixture's sources are subdirectories"
+    )
+    parser.add_argument("--shard-megabytes", type=float, default=256, help="text per shard, before compression")
+    parser.add_argument("--max-documents", type=int, help="stop after this many documents; default: all")
     arguments = parser.parse_args(argv)
-    if arguments.shard_megabytes * 1e6 < 1:  # shards of nothing would have no end
-        raise UserError(f"--shard-megabytes {arguments.shard_megabytes}: must be positive, and a byte or more")
+    if arguments.shard_megabytes * 1e6 < 1:  # empty shards would never end
+        raise UserError(f"--shard-megabytes {arguments.shard_megabytes}: must be at least one byte")
     if arguments.max_documents is not None and arguments.max_documents < 1:
         raise UserError(f"--max-documents {arguments.max_documents}: give 1 or more")
     for out, source in sources_of(arguments).items():

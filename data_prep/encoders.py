@@ -19,14 +19,14 @@ from megatron_a2d.utils.tokenizer import read_tokenizer
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """megatron.core's choice for a token file: two bytes where every id fits."""
+    """The dtype that megatron.core chooses for a token file: two bytes if every id fits."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class Encoded(NamedTuple):
-    """A batch of documents."""
+    """A batch of encoded documents."""
 
-    ids: np.ndarray  # [tokens of all documents], of the type that token files have
+    ids: np.ndarray  # [tokens of all documents], in the dtype of the token file
     lengths: np.ndarray  # [documents] int64, end-of-document tokens included
 
     @classmethod
@@ -38,16 +38,16 @@ class Encoded(NamedTuple):
 
 
 class Encoder(Protocol):
-    name: str  # of the library
-    vocab_size: int  # ids that the tokenizer can give are 0 .. vocab_size - 1
-    eod_token_id: int | None  # appended to each document, where it is not None
+    name: str  # of the tokenizer library
+    vocab_size: int  # the tokenizer's ids are 0 .. vocab_size - 1
+    eod_token_id: int | None  # appended to each document unless None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, end-of-document token included."""
         ...
 
     def encode_batch(self, texts: list[bytes]) -> Encoded:
-        """The same for UTF-8, all in one array of the file's type."""
+        """The same for UTF-8 texts, all in one array of the token file's dtype."""
         ...
 
     def decode(self, token_ids: list[int]) -> str:
@@ -61,11 +61,11 @@ class HFEncoder:
     name = "tokenizers"
 
     def __init__(self, path: Path, append_eod: bool, workers: int):
-        # The library's threads start on its first batch, and are never fewer or more from then on.
+        # The library starts its threads with the first batch; their number is fixed from then on.
         os.environ["RAYON_NUM_THREADS"] = str(workers)
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         self._tokenizer = read_tokenizer(path, f"--tokenizer {path}")
-        # Some files were saved with settings of the day's inference. A corpus is neither cut nor padded.
+        # Some tokenizer.json files were saved with truncation or padding enabled; a corpus must have neither.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -103,7 +103,7 @@ class SentencePieceEncoder:
         try:
             self._processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(f"--tokenizer {path}: cannot be read ({error}); fetch it again") from None
+            raise UserError(f"--tokenizer {path}: cannot be read ({error}); download it again") from None
         self._workers = workers
         self.vocab_size = self._processor.vocab_size()
         self.eod_token_id = self._processor.eos_id() if append_eod else None
@@ -122,7 +122,7 @@ class SentencePieceEncoder:
 
 
 def tokenizer_file(tokenizer: Path) -> Path:
-    """The tokenizer.json or sentencepiece .model that `tokenizer`, a file or a directory, stands for."""
+    """The tokenizer.json or sentencepiece .model file of `tokenizer`, which is that file or its directory."""
     path = tokenizer
     if path.is_dir():
         models = sorted(path.glob("*.model"))
@@ -130,7 +130,7 @@ def tokenizer_file(tokenizer: Path) -> Path:
     if not path.is_file():
         raise UserError(
             f"--tokenizer {tokenizer}: {path} does not exist; "
-            "give a tokenizer.json, a sentencepiece .model or the directory of one"
+            "give a tokenizer.json, a sentencepiece .model or a directory that holds one"
         )
     if path.suffix not in (".json", ".model"):
         raise UserError(f"--tokenizer {tokenizer}: is neither a .json nor a .model file; give one of these")

@@ -1,7 +1,7 @@
 """Readers of corpus files, one per format: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt.
 
-A reader yields a `Document` or a `Problem` for each line or row. It raises UserError for what is wrong with a
-whole file: a missing key or column, a missing package.
+A reader yields a `Document` or a `Problem` for each line or row. It raises UserError for problems of the file as a
+whole: a missing key or column, a missing package.
 A small file may decompress to any size: a reader's memory is bounded by `Limits`, not by the file.
 """
 
@@ -21,9 +21,9 @@ from data_prep.memory_limits import MEGABYTE, Limits
 from megatron_a2d.utils.errors import UserError, nearest
 
 BUFFER = 1 << 20
-_ZSTD_INPUT = 1 << 9  # unpacks to 16 MiB at most: a block of 4 bytes may stand for 128 KiB
-_LARGEST_EXPANSION = 200  # of a parquet column by its compression; text comes to a tenth of that
-_ROWS_BYTES = 16 * MEGABYTE  # of the parquet rows that are held at a time
+_ZSTD_INPUT = 1 << 9  # decompresses to 16 MiB at most: a block of 4 bytes may expand to 128 KiB
+_LARGEST_EXPANSION = 200  # accepted compression ratio of a parquet column; text has about a tenth of that
+_ROWS_BYTES = 16 * MEGABYTE  # parquet rows held in memory at a time
 
 
 class FileRange(NamedTuple):
@@ -37,10 +37,10 @@ class FileRange(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text, UTF-8."""
+    """A document's text as UTF-8 bytes."""
 
     data: bytes
-    num_bytes: int  # of the file that it took, for progress
+    num_bytes: int  # bytes of the file that it occupies, for the progress bar
 
     @property
     def text(self) -> str:
@@ -48,12 +48,12 @@ class Document(NamedTuple):
 
     @property
     def is_blank(self) -> bool:
-        # The first characters nearly always tell; white space of all alphabets counts.
+        # The first characters nearly always decide; Unicode white space counts.
         return not (self.data[:64].decode("utf-8", "ignore").strip() or self.text.strip())
 
 
 class Problem(NamedTuple):
-    """Something that is no document."""
+    """A line, row or file without a valid document."""
 
     where: str  # file and line
     reason: str
@@ -64,7 +64,7 @@ Reader = Callable[[FileRange, str, Limits], Iterator[Item]]
 
 
 def parse_line(line: bytes, json_key: str) -> bytes | str | None:
-    """The text of one JSON line as bytes; the reason why there is none; None for a blank line."""
+    """The text of one JSON line as bytes; a str that says why the line is invalid; None for a blank line."""
     if line.isspace():
         return None
     try:
@@ -72,7 +72,7 @@ def parse_line(line: bytes, json_key: str) -> bytes | str | None:
         if isinstance(text, str):
             return text.encode("utf-8")
     except (ValueError, LookupError, TypeError):
-        pass  # the standard library judges what orjson refuses, and says why
+        pass  # the standard library decides about what orjson refuses, with a better message
     try:
         content = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,20 +81,20 @@ def parse_line(line: bytes, json_key: str) -> bytes | str | None:
         value = json.loads(content)
     except (json.JSONDecodeError, RecursionError) as error:
         return f"not valid JSON ({error})" if content.strip() else None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         return f"not valid JSON ({error})"
     if not isinstance(value, dict):
         return f"holds a JSON {type(value).__name__}, not an object"
     if json_key not in value:
         hint = nearest(json_key, value) or f"; the line has {', '.join(list(value)[:8]) or 'none'}"
-        return f"no key {json_key!r}{hint} (--json-keys names the text's key)"
+        return f"no key {json_key!r}{hint} (set the text's key with --json-keys)"
     text = value[json_key]
     if not isinstance(text, str):
         return f"{json_key!r} is {type(text).__name__}, not a string"
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
-        return f"{json_key!r} holds half of a surrogate pair, no text"
+        return f"{json_key!r} holds an unpaired surrogate, which is not valid text"
 
 
 def read_jsonl(file_range: FileRange, json_key: str, limits: Limits) -> Iterator[Item]:
@@ -118,7 +118,7 @@ def read_jsonl(file_range: FileRange, json_key: str, limits: Limits) -> Iterator
 
 
 def _skip_line(stream: IO[bytes]) -> int:
-    """Read to the end of a line of any length; returns the bytes."""
+    """Skip to the end of a line of any length; returns the number of bytes."""
     size = 0
     while part := stream.readline(BUFFER):
         size += len(part)
@@ -151,7 +151,7 @@ def _read_lines(
     broken: tuple[type[Exception], ...],
     limits: Limits,
 ) -> Iterator[Item]:
-    """The lines of a compressed stream; where it breaks off, a problem and the end."""
+    """The lines of a compressed stream; if it is truncated or damaged, a Problem, after which reading stops."""
     number = position = 0
     while True:
         try:
@@ -185,15 +185,15 @@ def read_jsonl_zst(file_range: FileRange, json_key: str, limits: Limits) -> Iter
 
 
 class _Zstandard(io.RawIOBase):
-    """The contents of a .zst file. The library takes a file that ends within a frame for a whole one, and unpacks all
-    that it is given at once; this tells, and gives it little."""
+    """The contents of a .zst file. The library accepts a file that is truncated within a frame, and decompresses all
+    its input at once; this class raises for the former, and feeds the library small chunks."""
 
     def __init__(self, package: Any, raw: IO[bytes], limits: Limits):
         self._package, self._raw, self._limits = package, raw, limits
         self._decoder: Any = None
         self._packed = memoryview(b"")
         self._text = memoryview(b"")
-        self._error: Exception | None = None  # raised after what came before it
+        self._error: Exception | None = None  # raised once the data before it has been returned
 
     def readable(self) -> bool:
         return True
@@ -280,15 +280,17 @@ def _check_column(file: Any, path: str, json_key: str) -> None:
     names = file.schema_arrow.names
     if json_key not in names:
         hint = nearest(json_key, names) or f"; it has {', '.join(names[:8])}"
-        raise UserError(f"{path}: no column {json_key!r}{hint}; name the text's column with --json-keys")
+        raise UserError(f"{path}: no column {json_key!r}{hint}; choose the text column with --json-keys")
     kind = file.schema_arrow.field(json_key).type
     plain = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(plain) or types.is_large_string(plain) or types.is_string_view(plain)):
-        raise UserError(f"{path}: column {json_key!r} holds {kind}, not strings; name the text's column")
+        raise UserError(
+            f"{path}: column {json_key!r} holds {kind}, not strings; choose the text column with --json-keys"
+        )
 
 
 def _unpacked_size(file: Any, group: int, json_key: str, limits: Limits) -> tuple[int, str]:
-    """(bytes of the texts of a row group, why they are not unpacked or '')."""
+    """(uncompressed bytes of the texts of a row group, why they are not decompressed or '')."""
     metadata = file.metadata.row_group(group)
     columns = (metadata.column(number) for number in range(metadata.num_columns))
     column = next(column for column in columns if column.path_in_schema == json_key)
@@ -296,13 +298,13 @@ def _unpacked_size(file: Any, group: int, json_key: str, limits: Limits) -> tupl
     if size <= max(limits.document_bytes, _LARGEST_EXPANSION * packed):
         return size, ""
     return size, (
-        f"row group {group} unpacks {packed:,} bytes to {size:,}, as no text does; raise --max-document-megabytes "
-        "if it is sound"
+        f"row group {group} decompresses {packed:,} bytes to {size:,}, a ratio that text does not reach; raise "
+        "--max-document-megabytes if the file is intact"
     )
 
 
 def _values(arrow: Any, column: Any) -> Iterator[bytes | None]:
-    """The texts of a column; one that many rows share is held once."""
+    """The texts of a column; one that is shared by many rows is held once."""
     if not arrow.types.is_dictionary(column.type):
         yield from column.cast(arrow.large_binary()).to_pylist()
         return
@@ -330,7 +332,9 @@ def _open_parquet(path: str, file_range: FileRange | None = None) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (OSError, arrow.ArrowException) as error:
-        raise UserError(f"{path}: is no parquet file or is damaged ({_first_line(error)}); fetch it again") from None
+        raise UserError(
+            f"{path}: is not a parquet file or is damaged ({_first_line(error)}); download it again"
+        ) from None
 
 
 def read_text(file_range: FileRange, json_key: str, limits: Limits) -> Iterator[Item]:
@@ -356,7 +360,7 @@ READERS: dict[str, Reader] = {
 
 
 def num_units(path: Path, kind: str) -> int:
-    """Of what a span counts: bytes, row groups, or 1 for files that cannot be entered in their middle."""
+    """Number of units that a span counts: bytes, row groups, or 1 for a format that can only be read from the start."""
     if kind == ".jsonl":
         return path.stat().st_size
     if kind == ".parquet":

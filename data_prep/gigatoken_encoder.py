@@ -36,11 +36,11 @@ PROBES = (
 
 
 class GigatokenEncoder:
-    """The fast encoder; `reference` opens the one whose ids it must give, without end-of-document tokens.
+    """The gigatoken encoder; `reference` opens the encoder whose ids it must reproduce, without end-of-document tokens.
 
-    Documents that Unicode's normal form NFC would change, or may change by a newer Unicode than Python's, go to the
-    reference: the two libraries know different versions, put some combining marks in different orders (U+07F3 before
-    U+07FD), and compose different letters (gigatoken 0.10.0 those of Unicode 16, as U+16D67 U+16D67).
+    Documents that Unicode normal form NFC would change, or may change under a newer Unicode than Python's, are encoded
+    by the reference: the two libraries implement different Unicode versions, order some combining marks differently
+    (U+07F3 before U+07FD), and compose different letters (gigatoken 0.10.0 those of Unicode 16, as U+16D67 U+16D67).
     """
 
     name = "gigatoken"
@@ -87,7 +87,7 @@ class GigatokenEncoder:
 
 
 def is_normal(text: bytes) -> bool:
-    """Whether NFC leaves a text as it is, for all that Python's version of Unicode knows of its characters."""
+    """Whether a text is in NFC, and has only characters that Python's version of Unicode knows."""
     if text.isascii():
         return True
     characters = text.decode("utf-8")
@@ -95,7 +95,7 @@ def is_normal(text: bytes) -> bool:
 
 
 def _holds_unknown(characters: str) -> bool:
-    """Whether there is a code point that Python's Unicode has not assigned: a newer one may compose it with others."""
+    """Whether a code point is unassigned in Python's Unicode version: a newer version may compose it with others."""
     codes = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
     return bool(_unknown()[codes].any())
 
@@ -110,33 +110,33 @@ class Chosen(NamedTuple):
     """The outcome of a comparison."""
 
     name: str  # "gigatoken" or "reference"
-    reason: str  # a line for the report
+    reason: str  # one line for the report
 
 
 def choose(tokenizer: Path, reference: Encoder, wish: Choice, texts: Sequence[bytes]) -> Chosen:
     """Whether gigatoken may encode a corpus of which `texts` are a sample."""
     if wish == "reference":
-        return Chosen("reference", f"{reference.name}, as asked for")
+        return Chosen("reference", f"{reference.name}, as requested")
     problem, compared = _compare(tokenizer, reference, [*map(str.encode, PROBES), *texts])
     if problem and wish == "gigatoken":
-        raise UserError(f"--encoder gigatoken: {problem}; leave the flag out, and {reference.name} encodes")
+        raise UserError(f"--encoder gigatoken: {problem}; leave the flag out to encode with {reference.name}")
     if problem:
-        return Chosen("reference", f"{reference.name}, for {problem}")
-    return Chosen("gigatoken", f"gigatoken: the ids of {reference.name} in {compared}")
+        return Chosen("reference", f"{reference.name}, because {problem}")
+    return Chosen("gigatoken", f"gigatoken, with the ids of {reference.name} on {compared}")
 
 
 def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[str, str]:
-    """(what stands against gigatoken, '' for nothing; what was compared)."""
+    """(why gigatoken cannot be used, or ''; what was compared)."""
     plain = open_encoder(tokenizer, append_eod=False, workers=1)
     try:
         fast = GigatokenEncoder(tokenizer_file(tokenizer), reference.vocab_size, None, 1, lambda: plain)
     except ImportError:
         return "gigatoken is not installed (in the clone, pip install --editable '.[data]')", ""
-    # Its Rust code may also end in a panic, which is no Exception.
+    # Its Rust code may also panic, which is not an Exception.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return f"gigatoken does not read this tokenizer ({' '.join(str(error).split())[:120]})", ""
+        return f"gigatoken does not support this tokenizer ({' '.join(str(error).split())[:120]})", ""
     expected, found = plain.encode_batch(texts), fast.encode_batch(texts)
     if not np.array_equal(expected.lengths, found.lengths) or not np.array_equal(expected.ids, found.ids):
         bounds = np.cumsum(expected.lengths)[:-1]
@@ -144,8 +144,8 @@ def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[s
             texts, np.split(expected.ids, bounds), np.split(found.ids, np.cumsum(found.lengths)[:-1]), strict=True
         )
         text = next(text for text, ours, theirs in pairs if not np.array_equal(ours, theirs))
-        return f"gigatoken gives other ids, for instance to {text[:40].decode('utf-8', 'ignore')!r}", ""
-    return "", f"{len(texts)} texts, {len(expected.ids):,} tokens, of this corpus"
+        return f"gigatoken gives different ids, for instance for {text[:40].decode('utf-8', 'ignore')!r}", ""
+    return "", f"{len(texts)} texts, {len(expected.ids):,} tokens of this corpus"
 
 
 def corpus_sample(shards: Sequence[Shard], json_key: str, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:

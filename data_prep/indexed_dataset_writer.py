@@ -1,7 +1,7 @@
-"""Writer of token files: Megatron's .bin and .idx, byte for byte as megatron.core writes them, with our description and
+"""Writer of token files: Megatron's .bin and .idx, byte-identical to megatron.core's, with our description and
 checksums (megatron_a2d/data/checksums.py). Memory does not grow with the number of documents.
 
-Without megatron.core, whose import alone takes seconds; a test compares the bytes.
+It does without megatron.core, whose import alone takes seconds; a test compares the bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CHUNK = 1 << 20
 
 
 class TokenWriter:
-    """One token file while it is written, under temporary names."""
+    """A token file that is being written, under temporary names."""
 
     def __init__(self, prefix: str, partial: dict[str, Path], vocab_size: int, description: dict[str, Any]):
         self.prefix, self.dtype = prefix, token_dtype(vocab_size)
@@ -41,16 +41,16 @@ class TokenWriter:
         self._files = {path: open(path, "wb") for path in (partial[".bin"], partial[".sums"], self._lengths)}  # noqa: SIM115
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: `ids` of all, one after another, in this file's type."""
+        """Append documents: `ids` of all of them, concatenated, in this file's dtype."""
         assert ids.dtype == self.dtype and len(ids) == lengths.sum()
         data = memoryview(ids).cast("B")  # type: ignore[arg-type]
         self._files[self._partial[".bin"]].write(data)
         self._files[self._partial[".sums"]].write(self._hasher.update(data))
         self._files[self._lengths].write(lengths.astype("<i4").tobytes())
         if len(ids) and (self._largest is None or ids.max() > self._largest[0]):
-            place = int((ids == ids.max()).argmax())  # of booleans: ends at the first
-            document = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
-            self._largest = int(ids[place]), self.num_documents + document
+            offset = int((ids == ids.max()).argmax())  # of booleans: ends at the first
+            document = int(np.searchsorted(np.cumsum(lengths), offset, side="right"))
+            self._largest = int(ids[offset]), self.num_documents + document
         self.num_documents += len(lengths)
         self.num_tokens += len(ids)
 
@@ -78,7 +78,7 @@ class TokenWriter:
         self._lengths.unlink(missing_ok=True)
 
     def _write_index(self) -> None:
-        """Lengths, byte offsets and document marks, each document one sequence."""
+        """Write the .idx: lengths, byte offsets and document boundaries, each document one sequence."""
         with open(self._partial[".idx"], "wb") as index, open(self._lengths, "rb") as lengths:
             header = (b"MMIDIDX\x00\x00", 1, _DTYPE_CODES[self.dtype], self.num_documents, self.num_documents + 1)
             index.write(struct.pack("<9sQBQQ", *header))
@@ -94,17 +94,17 @@ class TokenWriter:
 
 
 def check_free(prefixes: Sequence[str]) -> None:
-    """UserError if one of the files to write is there."""
+    """UserError if one of the files to write exists."""
     taken = [prefix + suffix for prefix in prefixes for suffix in SUFFIXES if os.path.exists(prefix + suffix)]
     if taken:
-        raise UserError(f"--output-prefix: {taken[0]} already exists; remove it or name another prefix")
+        raise UserError(f"--output-prefix: {taken[0]} already exists; remove it or choose another prefix")
 
 
 @contextmanager
 def open_writers(prefixes: Sequence[str], vocab_size: int, description: dict[str, Any]) -> Iterator[list[TokenWriter]]:
     """Writers whose files get their final names together, when the block ends without an error."""
     check_free(prefixes)
-    for prefix in prefixes:  # what a process that was killed has left, as large as the corpus
+    for prefix in prefixes:  # leftovers of a killed process, as large as the corpus
         directory, name = os.path.split(prefix)
         for suffix in SUFFIXES:
             for leftover in glob.glob(os.path.join(glob.escape(directory), f".{glob.escape(name + suffix)}.partial-*")):
@@ -112,7 +112,7 @@ def open_writers(prefixes: Sequence[str], vocab_size: int, description: dict[str
     with ExitStack() as stack:
         writers = []
         for prefix in prefixes:
-            # Leaving the stack renames in the reverse order of entering.
+            # The stack exits, and so renames, in reverse order.
             partial = {suffix: stack.enter_context(new_file(prefix + suffix)) for suffix in reversed(SUFFIXES)}
             writers.append(TokenWriter(prefix, partial, vocab_size, description))
             stack.callback(writers[-1].discard)

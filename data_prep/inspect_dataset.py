@@ -3,7 +3,7 @@
     python -m data_prep.inspect_dataset --data-path data/corpus_train [--tokenizer tokenizer] [--show 2]
 
 Samples are shown as a masked diffusion model is trained on them: shuffled, packed, masked (▒, in colour). `--times 0.2
-0.8` shows each at these diffusion times; without it each sample has a time of its own, as in training. Every token is
+0.8` shows each at these diffusion times; without it each sample has its own time, as in training. Every token is
 read: a checksum mismatch, or a document without its end-of-document token, ends with exit code 2. `--plot out.png`
 draws document lengths and token frequencies (needs the extra `plot`).
 """
@@ -44,7 +44,7 @@ class Contents(NamedTuple):
 
 
 def read_contents(file: TokenFile) -> Contents:
-    """One pass over all tokens, which their checksums are compared with where there are any."""
+    """One pass over all tokens, which also verifies their checksums if the file has any."""
     counts = np.zeros(1, dtype=np.int64)
     lengths = file.document_lengths()
     ends = np.cumsum(lengths)
@@ -57,7 +57,7 @@ def read_contents(file: TokenFile) -> Contents:
             if tokens.max() >= MAX_VOCABULARY:
                 document = file.document_of(start + int(tokens.argmax()))
                 raise UserError(
-                    f"{file.prefix}: document {document} holds token id {tokens.max()}, more than any vocabulary has; "
+                    f"{file.prefix}: document {document} holds token id {tokens.max()}, larger than any vocabulary; "
                     "the file is damaged, write it again"
                 )
             more = np.bincount(tokens, minlength=len(counts))
@@ -74,10 +74,10 @@ def read_contents(file: TokenFile) -> Contents:
 
 
 def integrity(file: TokenFile, contents: Contents) -> str:
-    """What was found about the whole of the documents."""
-    sums = "every checksum holds" if file.has_checksums else "no checksums (no .json, .sums)"
+    """One line on checksums, end-of-document tokens and empty documents."""
+    sums = "all checksums match" if file.has_checksums else "no checksums (no .json, .sums)"
     empty = int((contents.lengths == 0).sum())
-    closed = f"; all closed by token {file.eod_token_id}" if file.eod_token_id is not None else ""
+    closed = f"; all end with token {file.eod_token_id}" if file.eod_token_id is not None else ""
     return sums + (closed if not contents.num_unclosed else "") + (f"; {empty:,} empty" if empty else "")
 
 
@@ -92,9 +92,9 @@ def summary(file: TokenFile, contents: Contents) -> Table:
         "tokens": f"{file.num_tokens:,}",
         "size": f"{human(file.num_tokens * file.dtype.itemsize, 'B')} ({file.dtype.name})",
         "largest token id": f"{len(contents.counts) - 1:,}",
-        "different tokens": f"{len(probabilities):,}",
-        "unigram entropy": f"{-(probabilities * np.log(probabilities)).sum():.3f} nats a token",
-        "tokens a document, mean": f"{contents.lengths.mean():,.1f}",
+        "distinct tokens": f"{len(probabilities):,}",
+        "unigram entropy": f"{-(probabilities * np.log(probabilities)).sum():.3f} nats/token",
+        "mean tokens per document": f"{contents.lengths.mean():,.1f}",
         "percentiles " + " ".join(map(str, PERCENTILES)): "  ".join(f"{value:,.0f}" for value in percentiles),
     }
     rows["integrity"] = integrity(file, contents)
@@ -104,8 +104,8 @@ def summary(file: TokenFile, contents: Contents) -> Table:
 
 
 def histogram(lengths: np.ndarray) -> Table:
-    """Documents by length, each row twice as long as the one before."""
-    table = Table(title="tokens a document", box=None, show_header=False)
+    """Histogram of document lengths; each bucket's bounds are twice the previous one's."""
+    table = Table(title="tokens per document", box=None, show_header=False)
     buckets = np.frexp(lengths.astype(np.float64))[1]  # length in [2^(k-1), 2^k), 0 for an empty document
     counts = np.bincount(buckets)
     for bucket in range(int(buckets.min()), len(counts)):
@@ -117,7 +117,7 @@ def histogram(lengths: np.ndarray) -> Table:
 
 
 def masked_text(tokens: np.ndarray, masked: np.ndarray, encoder: Encoder) -> Text:
-    """The sample's text, every masked character a coloured block."""
+    """The sample's text, with a coloured block for every masked character."""
     text = Text()
     for hidden, run in groupby(range(len(tokens)), key=lambda position: bool(masked[position])):
         part = encoder.decode([int(tokens[position]) for position in run])
@@ -126,14 +126,14 @@ def masked_text(tokens: np.ndarray, masked: np.ndarray, encoder: Encoder) -> Tex
 
 
 def samples(arguments: argparse.Namespace, encoder: Encoder, num_tokens: int) -> list[Panel]:
-    """The first samples, each masked at every chosen time, or at the time that its index has in training."""
+    """The first samples, each masked at every given time, or at the time that its index has in training."""
     dataset = PackedDataset(arguments.data_path, min(arguments.seq_length, num_tokens), vocab_size=encoder.vocab_size)
     noise = Noise(seed=0, mask_token_id=encoder.vocab_size)
     panels = []
     for index in range(min(arguments.show, dataset.num_samples)):
         tokens = dataset.tokens(index)
         for time in arguments.times or [noise.time(index)]:
-            # The same uniforms for every time: what is hidden early stays hidden later, as in the process itself.
+            # The same uniforms for every time: a token masked at some t stays masked at larger t, as in the process.
             masked = noise.uniforms(index, len(tokens)) < noise.functions.mask_probability(time)
             masked[0] = False
             title = f"sample {index}: t = {time:.3f}, {int(masked.sum())} of {len(tokens)} tokens masked"
@@ -149,21 +149,21 @@ def plot(path: Path, contents: Contents, title: str) -> None:
             f"--plot {path}: matplotlib is not installed; in the clone, pip install --editable '.[plot]'"
         ) from None
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot {path}: unknown kind of picture; name it .png, .pdf or .svg")
+        raise UserError(f"--plot {path}: unknown image format; use .png, .pdf or .svg")
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes: Any = figure.subplots(1, 2)
     lengths = np.maximum(contents.lengths, 1)
     axes[0].hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 40))
-    axes[0].set(xscale="log", xlabel="tokens a document", ylabel="documents")
+    axes[0].set(xscale="log", xlabel="tokens per document", ylabel="documents")
     axes[1].loglog(np.arange(1, len(contents.counts) + 1), np.sort(contents.counts)[::-1])
-    axes[1].set(xlabel="rank of the token", ylabel="occurrences")
+    axes[1].set(xlabel="token rank", ylabel="occurrences")
     figure.suptitle(one_line(title).replace("$", r"\$"))
     with new_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=150)
 
 
 def find_tokenizer(arguments: argparse.Namespace) -> Path | None:
-    """The tokenizer to show text with: the flag's, else the one that the tokens' description names."""
+    """The tokenizer to show text with: --tokenizer, else the one in the token file's description."""
     if arguments.tokenizer is not None or not arguments.show:
         return arguments.tokenizer
     path = Path((read_metadata(arguments.data_path) or {}).get("tokenizer") or "")
@@ -171,22 +171,22 @@ def find_tokenizer(arguments: argparse.Namespace) -> Path | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="data_prep.inspect_dataset", description="Look into .bin/.idx token files.")
+    parser = Parser(prog="data_prep.inspect_dataset", description="Inspect .bin/.idx token files.")
     parser.add_argument("--data-path", required=True, help="path without .bin and .idx")
-    parser.add_argument("--tokenizer", type=Path, help="to show text; default: the one that made the tokens")
-    parser.add_argument("--show", type=int, default=2, help="how many samples to show")
-    parser.add_argument("--seq-length", type=int, default=256, help="tokens of a sample")
+    parser.add_argument("--tokenizer", type=Path, help="to decode text; default: the one that made the tokens")
+    parser.add_argument("--show", type=int, default=2, help="number of samples to show")
+    parser.add_argument("--seq-length", type=int, default=256, help="tokens per sample")
     parser.add_argument(
         "--times", type=float, nargs="+", metavar="T",
-        help="show each sample as it is at these diffusion times, 0 (clear) to 1 (hidden); default: as in training",
+        help="show each sample at these diffusion times, from 0 (clean) to 1 (all masked); default: as in training",
     )  # fmt: skip
     parser.add_argument("--plot", type=Path, help="draw lengths and frequencies into this .png, .pdf or .svg")
     arguments = parser.parse_args(argv)
     for time in arguments.times or ():
         if not 0 <= time <= 1:
-            raise UserError(f"--times {time}: is no diffusion time; give 0 to 1")
+            raise UserError(f"--times {time}: is not a diffusion time; give 0 to 1")
     if arguments.show < 0:
-        raise UserError(f"--show {arguments.show}: cannot show fewer than no samples; give 0 or more")
+        raise UserError(f"--show {arguments.show}: must not be negative; give 0 or more")
     if arguments.seq_length < 1:
         raise UserError(f"--seq-length {arguments.seq_length}: a sample needs tokens; give 1 or more")
     file = TokenFile(arguments.data_path)
@@ -201,12 +201,12 @@ def main(argv: list[str] | None = None) -> None:
         for panel in samples(arguments, encoder, file.num_tokens):
             console.print(panel)
     elif arguments.show:
-        console.print("no tokenizer to show samples with; name it with --tokenizer")
+        console.print("no tokenizer to show samples with; set it with --tokenizer")
     if arguments.plot is not None:
         plot(arguments.plot, contents, arguments.data_path)
     if contents.num_unclosed:
         raise UserError(
-            f"{arguments.data_path}: document {contents.first_unclosed} is not closed by the end-of-document token "
+            f"{arguments.data_path}: document {contents.first_unclosed} does not end with the end-of-document token "
             f"{file.eod_token_id}, nor are {contents.num_unclosed - 1:,} others; {REWRITE}"
         )
 

@@ -11,13 +11,13 @@ MEGABYTE = 1_000_000
 
 
 class Limits(NamedTuple):
-    """What a reader holds in memory at most."""
+    """Upper bounds on what a reader holds in memory."""
 
-    document_bytes: int  # of a document as its file has it: a line of JSON, a row, a .txt
-    window_bytes: int  # how far back the compression of a .zst may refer
+    document_bytes: int  # of one uncompressed document: a line of JSON, a parquet row, a .txt file
+    window_bytes: int  # of a .zst: how far back its compressed data may refer
 
 
-# The reference encoder takes 0.15 GB for each megabyte of a document. The window is the zstd tool's own limit.
+# The reference encoder needs 0.15 GB per megabyte of a document. The window is the zstd tool's own default limit.
 DEFAULT_LIMITS = Limits(document_bytes=16 * MEGABYTE, window_bytes=1 << 27)
 
 
@@ -33,7 +33,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def read_limits(arguments: argparse.Namespace) -> Limits:
-    """Of the flags that `add_limits` has added."""
+    """The limits from the flags that `add_limits` has added."""
     for name, least, most in (("max_document_megabytes", 1, 2000), ("max_window_megabytes", 1, 2048)):
         if not least <= getattr(arguments, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must lie in {least} .. {most}")

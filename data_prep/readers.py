@@ -22,7 +22,7 @@ MAX_PROBLEMS = 1000  # that are kept of a shard; all are counted
 
 @dataclass
 class Counts:
-    """Counts what `read_documents` has met."""
+    """Counts of what `read_documents` has read and skipped."""
 
     documents: int = 0
     empty: int = 0
@@ -83,7 +83,7 @@ def read_file_range(
         if isinstance(item, Problem):
             if not skip_invalid:
                 raise UserError(
-                    f"{item.where}: {item.reason}; correct or remove it, or pass over such with --on-error skip"
+                    f"{item.where}: {item.reason}; correct or remove it, or skip such documents with --on-error skip"
                 )
             counts.invalid += 1
             if len(counts.problems) < MAX_PROBLEMS:

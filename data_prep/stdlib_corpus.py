@@ -24,8 +24,8 @@ from megatron_a2d.utils.errors import UserError
 
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
-# Where a text may be cut, the best places first; a cut goes before the match. Decorators and comments
-# stand above their definition and stay with it.
+# Where a text may be cut, best first; the cut is before the match. Decorators and comments above a definition
+# stay with it.
 _DEFINITION = r"(?:[@#].*\n(?:{0}[@#].*\n)*{0})?(?:async def|def|class) "
 CUTS = (
     re.compile("^" + _DEFINITION.format(""), re.MULTILINE),
@@ -36,26 +36,26 @@ CUTS = (
 
 
 def split_text(text: str, max_chars: int, cuts: Sequence[re.Pattern[str]] = CUTS) -> list[str]:
-    """Cut `text` into pieces of at most `max_chars` characters; "".join(pieces) == text.
+    """Split `text` into chunks of at most `max_chars` characters; "".join(chunks) == text.
 
-    A single line is never cut, so a longer line is a longer piece.
+    A single line is never split, so a longer line is a longer chunk.
     """
     if len(text) <= max_chars or not cuts:
         return [text] if text else []
     starts = sorted({0, len(text), *(match.start() for match in cuts[0].finditer(text))})
-    pieces: list[str] = []
-    room = False  # may the last piece still grow?
+    chunks: list[str] = []
+    may_grow = False  # whether the next part may be appended to the last chunk
     for start, stop in pairwise(starts):
         part = text[start:stop]
         if len(part) > max_chars:
-            pieces += split_text(part, max_chars, cuts[1:])
-            room = False
-        elif room and len(pieces[-1]) + len(part) <= max_chars:
-            pieces[-1] += part
+            chunks += split_text(part, max_chars, cuts[1:])
+            may_grow = False
+        elif may_grow and len(chunks[-1]) + len(part) <= max_chars:
+            chunks[-1] += part
         else:
-            pieces.append(part)
-            room = True
-    return pieces
+            chunks.append(part)
+            may_grow = True
+    return chunks
 
 
 def source_files(root: Path) -> list[Path]:
@@ -65,18 +65,18 @@ def source_files(root: Path) -> list[Path]:
 
 
 def read_documents(root: Path, files: Sequence[Path], max_chars: int) -> Iterator[tuple[int, list[dict[str, str]]]]:
-    """For each file its size in bytes and its documents; (size, []) where it is not UTF-8."""
+    """Size in bytes and documents of each file; (size, []) if it is not UTF-8."""
     for path in files:
         data = path.read_bytes()
         try:
-            # As Python itself reads a module: without the byte order mark, with "\n" as line end.
+            # As Python itself reads a module: without a byte order mark, with "\n" line ends.
             text = data.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError:
             yield len(data), []
             continue
         source = path.relative_to(root).as_posix()
-        pieces = (piece for piece in split_text(text, max_chars) if piece.strip())
-        yield len(data), [{"text": piece, "source": source} for piece in pieces]
+        chunks = (chunk for chunk in split_text(text, max_chars) if chunk.strip())
+        yield len(data), [{"text": chunk, "source": source} for chunk in chunks]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,11 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-chars", type=int, default=4000, help="longest document, in characters")
     arguments = parser.parse_args(argv)
     if arguments.max_chars < 1:
-        raise UserError(f"--max-chars {arguments.max_chars}: a document needs characters; give 1 or more")
+        raise UserError(f"--max-chars {arguments.max_chars}: must be positive; give 1 or more")
     root = Path(sysconfig.get_paths()["stdlib"])
     files = source_files(root)
     if not files:
-        raise UserError(f"{root}: holds no .py files, this Python has no readable standard library; use another Python")
+        raise UserError(f"{root}: holds no .py files: this Python has no readable standard library; use another Python")
 
     num_documents = num_characters = num_skipped = 0
     size = sum(path.stat().st_size for path in files)

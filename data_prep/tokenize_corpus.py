@@ -49,7 +49,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 @contextmanager
 def _progress(total: int, done: int) -> Iterator[Any]:
-    """A bar with bytes and tokens a second; yields `advance(num_bytes, num_tokens)`."""
+    """A progress bar with B/s and tokens/s; yields `advance(num_bytes, num_tokens)`."""
     columns = (
         TextColumn("tokenise"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[speed]}", style="cyan"),
@@ -70,7 +70,7 @@ def _progress(total: int, done: int) -> Iterator[Any]:
 
 
 def prefixes_of(arguments: argparse.Namespace, json_key: str) -> tuple[str, list[str]]:
-    """The prefix for one key, and those of its token files."""
+    """The prefix for one JSON key, and the prefixes of its token files."""
     prefix = arguments.output_prefix if len(arguments.json_keys) == 1 else f"{arguments.output_prefix}_{json_key}"
     return prefix, [f"{prefix}_train", f"{prefix}_valid"] if arguments.valid_fraction else [prefix]
 
@@ -78,7 +78,7 @@ def prefixes_of(arguments: argparse.Namespace, json_key: str) -> tuple[str, list
 def tokenize(
     arguments: argparse.Namespace, reference: Encoder, shards: list[Shard], passed_over: list[str], json_key: str
 ) -> None:
-    """Read, encode and write everything under one key of the documents."""
+    """Read, encode and write the texts under one JSON key."""
     prefix, _ = prefixes_of(arguments, json_key)
     limits = read_limits(arguments)
     chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(shards, json_key, limits))
@@ -105,7 +105,7 @@ def _tokenize(
             tokenize_shards(job, todo, arguments.workers, advance)
     except UserError:
         if not list(job.directory.glob("*.npz")):
-            shutil.rmtree(job.directory, ignore_errors=True)  # nothing to go on from
+            shutil.rmtree(job.directory, ignore_errors=True)  # there is nothing to resume from
         raise
     description = {"tokenizer": str(arguments.tokenizer), "eod_token_id": reference.eod_token_id}
     if vocabulary := vocabulary_of(tokenizer_file(arguments.tokenizer)):
@@ -135,7 +135,7 @@ def missing_shards(job: Job, shards: list[Shard]) -> dict[int, Shard]:
 
 
 def _nothing_left(writers: list[TokenWriter], counts: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """Why a file would be empty; '' where none is."""
+    """The reason why a token file would be empty; '' if none is."""
     if counts["documents"] == 0:
         invalid = f" ({counts['invalid']:,} invalid, the first: {counts['problems'][0]})" if counts["invalid"] else ""
         return f"--input {' '.join(map(str, arguments.input))}: holds no text at all{invalid}; give documents"
@@ -145,11 +145,11 @@ def _nothing_left(writers: list[TokenWriter], counts: dict[str, Any], arguments:
             f"--valid-fraction {arguments.valid_fraction}: {empty.prefix} gets no token of the {counts['documents']} "
             "documents; give more documents or another fraction (0: hold out none)"
         )
-    return "--min-tokens, --max-tokens: leave no document at all; widen them" if empty else ""
+    return "--min-tokens, --max-tokens: exclude every document; widen them" if empty else ""
 
 
 def report(writers: list[TokenWriter], counts: dict[str, Any], path: str) -> None:
-    """What was read, left out and written."""
+    """Print what was read, skipped and written."""
     table = Table()
     for heading in ("file", "documents", "tokens", "bytes"):
         table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
@@ -171,34 +171,37 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="data_prep.tokenize_corpus", description="Tokenise text into Megatron's .bin/.idx files.")
     parser.add_argument(
         "--input", required=True, nargs="+", action="append",
-        help=".jsonl (one object in each line), .jsonl.gz, .jsonl.zst, .parquet and .txt (one document each) files, "
-        "directories and globs of them",
+        help=".jsonl (one object per line), .jsonl.gz, .jsonl.zst, .parquet and .txt (one document each): files, "
+        "directories or globs",
     )  # fmt: skip
     parser.add_argument(
         "--json-keys", nargs="+", default=["text"],
-        help="the key or column of a document's text; each of several becomes files of its own, PREFIX_KEY",
+        help="key or column of the text; with several, each gets its own files, PREFIX_KEY",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", required=True, type=Path,
-        help="a Hugging Face directory, a tokenizer.json or a sentencepiece .model",
+        help="Hugging Face directory, tokenizer.json or sentencepiece .model",
     )  # fmt: skip
     parser.add_argument(
         "--encoder", choices=("auto", "gigatoken", "reference"), default="auto",
-        help="auto: gigatoken where it gives the ids of the tokenizer's own library on a sample of this corpus",
+        help="auto: gigatoken if it gives the same ids as the tokenizer's own library on a sample of this corpus",
     )  # fmt: skip
     parser.add_argument("--output-prefix", required=True, help="path without .bin and .idx")
-    parser.add_argument("--valid-fraction", type=float, default=0.02, help="part of the documents to hold out; 0: none")
+    parser.add_argument("--valid-fraction", type=float, default=0.02, help="fraction of documents to hold out; 0: none")
     parser.add_argument(
-        "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end each document with its own token"
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="append the end-of-document token to each document",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read and encode")
-    parser.add_argument("--deduplicate", action="store_true", help="keep only the first of documents with equal text")
-    parser.add_argument("--min-tokens", type=int, default=1, help="leave out shorter documents")
-    parser.add_argument("--max-tokens", type=int, help="leave out longer documents; default: none is too long")
+    parser.add_argument("--deduplicate", action="store_true", help="keep only the first of identical documents")
+    parser.add_argument("--min-tokens", type=int, default=1, help="skip shorter documents")
+    parser.add_argument("--max-tokens", type=int, help="skip longer documents; default: no limit")
     parser.add_argument(
         "--on-error", choices=("fatal", "skip"), default="fatal",
-        help="what a line that is not UTF-8, not JSON or has no text does, and a file that is empty or cannot be "
-        "opened: end the job, or be reported and passed over",
+        help="what to do with a line that is not UTF-8, not JSON or has no text, and with a file that is empty or "
+        "cannot be opened: end the job, or report and skip it",
     )  # fmt: skip
     add_limits(parser)
     arguments = parser.parse_args(argv)
@@ -206,10 +209,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not 0 <= arguments.valid_fraction < 1:
         raise UserError(f"--valid-fraction {arguments.valid_fraction}: must be at least 0 and below 1")
     if not 1 <= arguments.workers <= MAX_WORKERS:
-        raise UserError(f"--workers {arguments.workers}: must lie in 1 .. {MAX_WORKERS}; one for each CPU is best")
+        raise UserError(f"--workers {arguments.workers}: must lie in 1 .. {MAX_WORKERS}; one per CPU is best")
     read_limits(arguments)
     if arguments.min_tokens < 1:
-        raise UserError(f"--min-tokens {arguments.min_tokens}: a document has tokens; give 1 or more")
+        raise UserError(f"--min-tokens {arguments.min_tokens}: must be positive; give 1 or more")
     if arguments.max_tokens is not None and arguments.max_tokens < arguments.min_tokens:
         raise UserError(f"--max-tokens {arguments.max_tokens}: is below --min-tokens {arguments.min_tokens}; raise it")
     return arguments
@@ -219,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     prefix = arguments.output_prefix
     if prefix.endswith("/") or Path(prefix).is_dir():
-        raise UserError(f"--output-prefix {prefix}: is a directory; add the beginning of the files' names")
+        raise UserError(f"--output-prefix {prefix}: is a directory; append a file name prefix")
     reference = open_encoder(arguments.tokenizer, arguments.append_eod, arguments.workers)
     check_free([name for key in arguments.json_keys for name in prefixes_of(arguments, key)[1]])
     skip_invalid = arguments.on_error == "skip"
@@ -233,8 +236,8 @@ def main(argv: list[str] | None = None) -> None:
             if error.errno not in DISK_ERRORS:
                 raise
             raise UserError(
-                f"--output-prefix {prefix}: cannot be written ({error.strerror}); make room for twice the tokens, and "
-                "run the same command again to go on"
+                f"--output-prefix {prefix}: cannot be written ({error.strerror}); free disk space for twice the "
+                "tokens, and run the same command again to resume"
             ) from None
 
 

@@ -37,13 +37,13 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import parse_json
 from megatron_a2d.utils.partial_files import open_lock
 
-# A batch is what is encoded at a time. By bytes, so that long documents do not make it large.
+# Bytes of text encoded at a time. Not a number of documents, so that long documents do not make a batch large.
 BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker must know."""
+    """Settings that the workers share."""
 
     directory: Path
     tokenizer: Path
@@ -71,17 +71,17 @@ class Job:
 
 @contextmanager
 def hold(directory: Path) -> Iterator[None]:
-    """Make `directory` and keep it for this process; UserError if another one on this machine works there."""
+    """Create and lock `directory`; UserError if another process on this machine holds it."""
     make_parent(directory / "x")
     with open_lock(directory / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"--output-prefix: another process writes {directory}; wait for it, or name another prefix"
+                f"--output-prefix: another process is writing {directory}; wait for it, or choose another prefix"
             ) from None
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system has no locks
         yield
 
 
@@ -106,12 +106,12 @@ class PieceResult(NamedTuple):
 
 
 def digest(data: bytes) -> bytes:
-    """128 bits that stand for a document's text: which side it falls on, and whether it was there before."""
+    """128-bit hash of a document's text, for the train/validation split and de-duplication."""
     return xxhash.xxh3_128_digest(data)
 
 
 def batches(documents: Iterator[Document], num_bytes: int = BATCH_BYTES) -> Iterator[list[Document]]:
-    """Consecutive documents of about so many bytes in all."""
+    """Batches of consecutive documents, about `num_bytes` each."""
     batch: list[Document] = []
     filled = 0
     for document in documents:
@@ -167,7 +167,7 @@ def read_result(job: Job, number: int) -> PieceResult:
     try:
         with open(job.path(number, ".npz"), "rb", opener=regular) as stream, np.load(stream) as arrays:
             said = parse_json(arrays["counts"].tobytes())
-            return PieceResult(arrays["lengths"], arrays["digests"], said["counts"], said["key"])
+            return ShardResult(arrays["lengths"], arrays["digests"], said["counts"], said["key"])
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{job.path(number, '.npz')}: cannot be read ({error}); remove it and run again") from None
 
@@ -195,7 +195,7 @@ def tokenize_shards(job: Job, todo: dict[int, Shard], workers: int, advance: Cal
         return
     context = multiprocessing.get_context("spawn")
     shared = context.Array("q", 3)  # bytes, tokens, stop
-    # Longest first would be faster at the end; in order, an interrupted job has a whole beginning.
+    # Longest first would finish sooner; in order, an interrupted job has a complete beginning.
     waiting = iter(todo.items())
     seen = [0, 0]
     with ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (job, shared)) as pool:
@@ -214,34 +214,34 @@ def tokenize_shards(job: Job, todo: dict[int, Shard], workers: int, advance: Cal
                     future.result()
         except BrokenProcessPool:
             raise UserError(
-                "--workers: a worker was killed, most likely for want of memory; run the same command again to go on, "
-                "with fewer --workers"
+                "--workers: a worker was killed, most likely out of memory; run the same command again with fewer "
+                "--workers to resume"
             ) from None
         finally:
-            shared[2] = 1  # whoever is still at work ends with its batch
+            shared[2] = 1  # workers that are still busy stop after their batch
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_worker: Any = None  # of this process: job, encoder, what it shares with the first one
+_worker: Any = None  # of this process: job, encoder, the array shared with the main process
 
 
 def _start_worker(job: Job, shared: Any) -> None:
     global _worker
-    # Ctrl-C reaches every process; the first one tells the others.
+    # Ctrl-C reaches every process; only the main one handles it, and stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = job, job.open_encoder(threads=1), shared
 
 
 def _end_with_parent() -> None:
-    """A worker whose first process was killed would wait for work for ever."""
+    """Exit with the main process: a worker would otherwise wait for work forever once that was killed."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
 
 class _StoppedError(Exception):
-    """The first process wants no more."""
+    """The main process has asked the workers to stop."""
 
 
 def _work(number: int, shard: Shard) -> None:

@@ -2,8 +2,8 @@
 
     python -m data_prep.train_tokenizer --input corpus.jsonl --vocab-size 4096 --out tokenizer
 
-`--vocab-size` counts the rows of the model's embedding. As in Qwen3, the trained tokens come first, the
-special tokens after them, and the last `--reserved-tokens` rows belong to no token: conversion makes the
+`--vocab-size` is the number of rows of the model's embedding. As in Qwen3, the trained tokens come first, then the
+special tokens, and the last `--reserved-tokens` rows belong to no token: conversion makes the
 first of them the mask token. The output is a Hugging Face tokenizer directory. The same input gives the
 same bytes.
 """
@@ -40,9 +40,9 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Qwen3's added tokens in the order of their ids. Control tokens vanish when text is decoded without
-# special tokens; markup tokens do not, for they are part of what the model says.
-LARGEST_VOCABULARY = 4_194_304  # ten times the largest models'
+# Qwen3's added tokens in the order of their ids. Control tokens are dropped when text is decoded without
+# special tokens; markup tokens are kept, because they are part of the model's output.
+LARGEST_VOCABULARY = 4_194_304  # ten times that of the largest models
 CONTROL_TOKENS = (
     END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -79,7 +79,7 @@ def train(texts: Iterator[str], num_tokens: int) -> Tokenizer:
             f"--input: this text yields only {tokenizer.get_vocab_size()} of {num_trained} trained tokens; "
             "give more text or a smaller --vocab-size"
         )
-    # Added one by one: the ids follow the order.
+    # Added one at a time, so that the ids follow the order.
     for token in CONTROL_TOKENS:
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     for token in MARKUP_TOKENS:
@@ -116,12 +116,12 @@ def hf_configuration(tokenizer: Tokenizer) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer of Qwen3's kind.")
     parser.add_argument(
-        "--input", required=True, nargs="+", action="extend", type=Path, help="files, directories, globs"
+        "--input", required=True, nargs="+", action="extend", type=Path, help="files, directories or globs"
     )
-    parser.add_argument("--json-key", default="text", help="the key of a document's text in .jsonl")
+    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
     parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the model's embedding")
-    parser.add_argument("--reserved-tokens", type=int, default=8, help="rows at the end that no token uses")
-    parser.add_argument("--out", required=True, type=Path, help="the directory to write")
+    parser.add_argument("--reserved-tokens", type=int, default=8, help="unused rows at the end")
+    parser.add_argument("--out", required=True, type=Path, help="output directory")
     add_limits(parser)
     arguments = parser.parse_args(argv)
     limits = read_limits(arguments)
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--vocab-size {arguments.vocab_size}: too small for {smallest} bytes and special tokens and "
             f"{arguments.reserved_tokens} reserved rows; give {smallest + arguments.reserved_tokens} or more"
         )
-    if arguments.vocab_size > LARGEST_VOCABULARY:  # the trainer sets memory aside for all of it, or aborts the process
+    if arguments.vocab_size > LARGEST_VOCABULARY:  # the trainer allocates memory for all of it, or aborts the process
         raise UserError(f"--vocab-size {arguments.vocab_size}: must be at most {LARGEST_VOCABULARY:,}")
     with new_directory(arguments.out, "--out") as partial:
         counts = Counts()

@@ -1,8 +1,8 @@
-"""The whole way on two CPU cores, without a network: `make demo`.
+"""The entire pipeline on two CPU cores, without a network: `make demo`.
 
-A corpus that every machine has (Python's own standard library), a small tokenizer, a tiny Qwen3-MoE that is
-pretrained autoregressively and then stands for a downloaded model; from there on, exactly the
-commands that turn a real Qwen3-30B-A3B into a diffusion language model.
+A corpus that every machine has (Python's own standard library), a small tokenizer, and a tiny Qwen3-MoE that is
+pretrained autoregressively in place of a downloaded model; then exactly the commands that convert a real
+Qwen3-30B-A3B to a diffusion language model.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ SHAPE: dict[str, Any] = dict(
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", default="demo_run", help="directory for everything that the demo writes; made anew")
+    parser.add_argument("--out", default="demo_run", help="output directory; an earlier demo's is replaced")
     out = Path(parser.parse_args(argv).out)
     if out.exists() and any(out.iterdir()) and not (out / "demo.json").exists():
-        raise UserError(f"--out {out}: holds files that are not a demo's; name another directory")
+        raise UserError(f"--out {out}: holds files that are not a demo's; choose another directory")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "demo.json").write_text(json.dumps({"started": time.time()}))
@@ -115,16 +115,16 @@ def _title(text: str) -> None:
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None, stdout: Path | None = None) -> None:
-    """Show a command as a person would type it, and run it; its output goes to `stdout` if one is given."""
+    """Print a command as one would type it, and run it; its output goes to `stdout` if given."""
     shown = " ".join(_quote(word) for word in command) + (f" > {stdout}" if stdout else "")
     console.print(Text("$", style="bold green"), Text(shown), soft_wrap=True)
-    # The variables of the outer make are not meant for the inner ones.
+    # The variables of the outer make must not reach the inner ones.
     outer = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")
     inherited = {name: value for name, value in os.environ.items() if name not in outer}
     with stdout.open("wb") if stdout else contextlib.nullcontext() as file:
         result = subprocess.run(command, env={**inherited, **(environment or {})}, stdout=file)
     if result.returncode:
-        raise UserError(f"`{shown}` ended with exit code {result.returncode}; its message is above")
+        raise UserError(f"`{shown}` failed with exit code {result.returncode}; its message is above")
 
 
 def _module(name: str, *arguments: Any) -> None:
@@ -157,12 +157,12 @@ def _fill(model: Path, holes: Path, out: Path) -> None:
 
 
 def _python() -> str:
-    """The interpreter, as short as a person would write it."""
+    """The interpreter's path, as short as one would type it."""
     return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
 
 
 def _quote(word: str) -> str:
-    """As a person would type it in bash: only values with line breaks need $'...'."""
+    """Quoted as one would type it in bash: only values with line breaks need $'...'."""
     if "\n" not in word:
         return shlex.quote(word)
     name, _, value = word.partition("=")
@@ -170,7 +170,7 @@ def _quote(word: str) -> str:
 
 
 def _hole_panel(hole: Filled, num_holes: int) -> Panel:
-    """Truth and both answers in their context; `prefix` and `suffix` are cut to a few lines."""
+    """The original text and both models' infills in their context; `prefix` and `suffix` are cut to a few lines."""
     before, after = hole.prefix.rsplit("\n", 4)[-4:], hole.suffix.split("\n", 3)[:3]
 
     def in_context(text: str, style: str) -> Text:
@@ -178,12 +178,12 @@ def _hole_panel(hole: Filled, num_holes: int) -> Panel:
 
     rows: list[RenderableType] = []
     for title, text, style in (
-        ("the text", hole.truth, "bold green"),
+        ("original text", hole.truth, "bold green"),
         (f"before conversion: {hole.right_before} of {HOLE_LENGTH} tokens right", hole.before, "bold red"),
         (f"after conversion: {hole.right_after} of {HOLE_LENGTH} tokens right", hole.after, "bold cyan"),
     ):
         rows += [Rule(Text(title), align="left"), in_context(text, style)]
-    rule = f"of {num_holes} held-out holes, the most improved one"
+    rule = f"the most improved of {num_holes} held-out holes"
     return Panel(Group(*rows), title=Text("a hole in held-out text"), subtitle=Text(rule), title_align="left")
 
 

@@ -1,12 +1,12 @@
-"""Holes in held-out text, filled by a model before and after conversion: what `make demo` ends with.
+"""Holes in held-out text, filled by a model before and after conversion: the last part of `make demo`.
 
     python -m launch.held_out_holes --data demo_run/corpus_valid --tokenizer demo_run/tokenizer --out demo_run/holes
     python -m megatron_a2d.generate --model MODEL --input demo_run/holes/holes.jsonl --jsonl --greedy > after.jsonl
 
-OUT/holes.jsonl is what generate reads, OUT/truth.jsonl what it is not shown.
+OUT/holes.jsonl is the input of generate, OUT/truth.jsonl the original text of the holes.
 
-A hole is HOLE_LENGTH tokens of a held-out document with its context on both sides. Which tokens is decided by the
-document alone: the middle of it. Documents are taken in the order of the file.
+A hole is the middle HOLE_LENGTH tokens of a held-out document, with context on both sides. Documents are taken in the
+order of the file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOLE_LENGTH, CONTEXT, NUM_HOLES = 6, 48, 100
 
 
 class Filled(NamedTuple):
-    """One hole as two models fill it; `right_...` are token positions equal to the truth's, of HOLE_LENGTH."""
+    """A hole as two models fill it; `right_...` counts the positions, of HOLE_LENGTH, that equal the original text."""
 
     prefix: str
     truth: str
@@ -42,9 +42,9 @@ class Filled(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m launch.held_out_holes", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", required=True, help="prefix of held-out tokens")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer that made them")
-    parser.add_argument("--out", type=Path, required=True, help="directory of holes.jsonl and truth.jsonl, made")
+    parser.add_argument("--data", required=True, help="prefix of the held-out token file")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of its tokenizer")
+    parser.add_argument("--out", type=Path, required=True, help="output directory of holes.jsonl and truth.jsonl")
     options = parser.parse_args(argv)
     tokenizer = read_tokenizer(options.tokenizer / "tokenizer.json", "--tokenizer")
     options.out.mkdir(parents=True)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_holes(file: TokenFile, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """{"prefix", "truth", "suffix", "hole_length"} of the first NUM_HOLES documents that are long enough."""
+    """{"prefix", "truth", "suffix", "hole_length"} for the first NUM_HOLES documents that are long enough."""
     made = 0
     for number in range(file.num_documents):
         tokens = file.document(number)
@@ -65,7 +65,7 @@ def make_holes(file: TokenFile, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
         borders = (start - CONTEXT, start, start + HOLE_LENGTH, start + HOLE_LENGTH + CONTEXT)
         parts = [tokenizer.decode(tokens[a:b].tolist()) for a, b in itertools.pairwise(borders)]
         if any("\ufffd" in part or not part for part in parts):
-            continue  # cut inside a character
+            continue  # the cut is inside a character
         yield dict(zip(("prefix", "truth", "suffix"), parts, strict=True), hole_length=HOLE_LENGTH)
         made += 1
         if made == NUM_HOLES:
@@ -89,7 +89,7 @@ def compare(truth: Path, before: Path, after: Path, tokenizer: Tokenizer) -> lis
 
 
 def most_improved(filled: list[Filled]) -> Filled:
-    """The hole of which conversion set the most tokens right; of several, the first."""
+    """The hole with the largest gain in correct tokens through conversion; the first of several."""
     return max(filled, key=lambda hole: hole.right_after - hole.right_before)
 
 

@@ -1,11 +1,11 @@
-"""What small studies start from, on any machine and offline: data, and a tiny Qwen3-MoE with some AR training.
+"""Starting point of small studies, on any machine and offline: data, and a tiny Qwen3-MoE pretrained autoregressively.
 
-    python -m launch.pretrain_tiny_ar --out study_base # about ten minutes of one core; goes on where it was interrupted
+    python -m launch.pretrain_tiny_ar --out study_base # about ten minutes on one core; resumes if interrupted
 
-OUT/corpus_train, OUT/corpus_valid    Python's own standard library as tokens, documents held out by a hash of the text
-OUT/ar                                the pretraining run; its last checkpoint stands for the model that is converted
+OUT/corpus_train, OUT/corpus_valid    Python's own standard library as tokens, split by a hash of the document text
+OUT/ar                                the pretraining run; its last checkpoint is the model that the study converts
 
-A study of a real model takes that model's converted checkpoint and its data instead.
+A study of a real model uses that model's converted checkpoint and its data instead.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ RECIPE = "launch/recipes/study_ar.yaml"
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m launch.pretrain_tiny_ar", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory for all of it")
-    parser.add_argument("--train-iters", type=int, help="iterations of pretraining, instead of the recipe's")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory")
+    parser.add_argument("--train-iters", type=int, help="pretraining iterations; default: the recipe's")
     options = parser.parse_args(argv)
     out: Path = options.out
     corpus, tokenizer = out / "corpus.jsonl", out / "tokenizer"
@@ -55,13 +55,13 @@ def main(argv: list[str] | None = None) -> None:
         "megatron_a2d.train", "--config", RECIPE, "--load", out / "untrained_checkpoint", "--save", out / "ar",
         "--train-data-path", out / "corpus_train", "--valid-data-path", out / "corpus_valid", *length,
     )  # fmt: skip
-    console.print(f"{out}: a study starts with --load {out / 'ar'}")
+    console.print(f"{out}: start a study with --load {out / 'ar'}")
 
 
 def _run(module: str, *arguments: Any) -> None:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     if code := subprocess.run(command).returncode:
-        raise UserError(f"`python -m {' '.join(command[2:])}` ended with exit code {code}; its message is above")
+        raise UserError(f"`python -m {' '.join(command[2:])}` failed with exit code {code}; its message is above")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An ordinary Hugging Face Qwen3-MoE directory with random weights, for a tokenizer that was just trained."""
+"""Hugging Face Qwen3-MoE directory with random weights, for a newly trained tokenizer."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""torchrun whose exit code is its workers' own, that lets them end by themselves, and ends a run that stands still.
+"""torchrun with the exit code of its workers, signals forwarded to them, and hang detection.
 
-    python -m launch.torchrun TORCHRUN-ARGUMENTS...         launch/train.sh does it
+    python -m launch.torchrun TORCHRUN-ARGUMENTS...         # as launch/train.sh does
 
-torchrun makes a 1 of every exit code, kills workers 30 seconds after a SIGTERM, dies of a SIGUSR1, and waits for a
-rank that hangs. Here both signals reach the workers, which save and end; the first node watches all ranks' heartbeats;
-and the first node to end with something else than 0 writes the reason into $A2D_ATTEMPT/outcome, one line: exit code,
-"again" or "stay" (megatron_a2d/utils/exit_codes.py), and words.
+torchrun itself turns every failure into exit code 1, kills workers 30 seconds after a SIGTERM, dies of a SIGUSR1, and
+waits for a rank that hangs. Here both signals reach the workers, which save and exit; the first node watches all
+ranks' heartbeats; and the first node to exit with a code other than 0 writes the reason to $A2D_ATTEMPT/outcome, one
+line: exit code, "again" or "stay" (requeue or not; megatron_a2d/utils/exit_codes.py), and a message.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ OUTCOME = "outcome"
 
 
 def main() -> NoReturn:
-    logging.disable(logging.ERROR)  # torchrun's own words about an exit code; the workers have said why
-    # Those that torchrun shall still end its workers for; it reads each of its options from PET_... too.
+    logging.disable(logging.ERROR)  # torchrun's own report of an exit code; the workers have logged the reason
+    # The signals on which torchrun still stops its workers; it also reads each of its options from PET_...
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
     for number in FORWARDED:
         signal.signal(number, _forward)
@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> Ending:
 
 @contextlib.contextmanager
 def _attempt() -> Iterator[None]:
-    """One machine alone needs no directory of the user's for its heartbeats."""
+    """A temporary directory for the heartbeats of a single-node run that has no $A2D_ATTEMPT."""
     if ATTEMPT in os.environ or os.environ.get("NNODES", "1") != "1":
         yield
         return
@@ -79,7 +79,7 @@ def _workers() -> list[psutil.Process]:
 
 def _forward(number: int, frame: FrameType | None) -> None:
     workers = _workers()
-    if not workers:  # none has begun
+    if not workers:  # none has been started yet
         sys.exit(KILLED + number)
     for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -101,7 +101,7 @@ def _watch() -> None:
 
 
 def _tell(reason: Ending, words: str) -> None:
-    """Leave the reason for whoever started this; the first one counts, the others are its consequences."""
+    """Write the reason for the parent process; only the first one counts, the others are its consequences."""
     if directory := os.environ.get(ATTEMPT):
         try:
             with open(Path(directory) / OUTCOME, "x") as file:

@@ -3,14 +3,14 @@
 #
 #   launch/train.sh --config launch/recipes/NAME.yaml --load CKPT --save RUN
 #
-# Several machines: run the same line on each with NNODES, NODE_RANK and MASTER_ADDR set, and A2D_ATTEMPT naming a new
-# directory that all of them see (launch/train.sbatch does that under Slurm). NPROC is the number of processes of a
-# machine: one a GPU, 1 without. PREFLIGHT=0 leaves the checks out. Exit codes: docs/cluster.md.
+# Several machines: run the same line on each with NNODES, NODE_RANK and MASTER_ADDR set, and A2D_ATTEMPT set to a new
+# directory that all of them share (launch/train.sbatch does that under Slurm). NPROC is the number of processes per
+# machine: one per GPU, or 1 without GPUs. PREFLIGHT=0 skips the checks. Exit codes: docs/cluster.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ -z "${BIN:-}" ]; then
-  # NVIDIA's container has torch and all that was built against it, whatever lies in a .venv that is mounted.
+  # NVIDIA's container brings torch and everything built against it, so a mounted .venv is ignored there.
   if [ -z "${NVIDIA_PYTORCH_VERSION:-}" ] && [ -x .venv/bin/python ]; then
     BIN=.venv/bin
   else
@@ -25,31 +25,31 @@ if [ -z "${NPROC:-}" ]; then
 fi
 export NNODES=${NNODES:-1}
 export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would choose the same, with a banner
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would choose the same, but print a banner
 port=${MASTER_PORT:-29500}
 
 refuse() {
   echo "error: $*; correct it, or leave it out" >&2
   exit 2
 }
-[[ $NPROC =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NPROC=$NPROC: is no number of processes"
-[[ $NNODES =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NNODES=$NNODES: is no number of nodes"
-[[ $NODE_RANK =~ ^[0-9]{1,5}$ ]] || refuse "NODE_RANK=$NODE_RANK: is no number from 0 on"
-[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || refuse "MASTER_PORT=$port: is no port"
+[[ $NPROC =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NPROC=$NPROC: is not a number of processes"
+[[ $NNODES =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NNODES=$NNODES: is not a number of nodes"
+[[ $NODE_RANK =~ ^[0-9]{1,5}$ ]] || refuse "NODE_RANK=$NODE_RANK: is not a number of 0 or more"
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || refuse "MASTER_PORT=$port: is not a port"
 [[ $NNODES = 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$NNODES: needs MASTER_ADDR, the first node's name"
 
 torchrun=("$python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
 if [ "$NNODES" = 1 ]; then
   here=(--standalone) there=(--standalone)
 else
-  # Two ports: a node that is quick must not meet the check of one that is slow.
+  # Two ports, so that a fast node's training does not connect to a slow node's preflight check.
   here=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$((port + 1))")
   there=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$port")
 fi
 for word in "$@"; do
   case $word in -h | --help | --print-config) exec "$python" -m megatron_a2d.train "$@" ;; esac
 done
-# Leaves the reason where launch/torchrun.py leaves it; the first node's counts, the others are its consequences.
+# Writes the reason where launch/torchrun.py does; only the first node's counts, the others are its consequences.
 refused() {
   local verdict=again
   if [ "$1" = 2 ]; then verdict=stay; fi
@@ -58,11 +58,11 @@ refused() {
   fi
   exit "$1"
 }
-# What can be wrong is found here, before the model is built: exit code 2 and a line for each problem. What settings alone
-# show comes first, before torch is imported.
+# Problems are found here, before the model is built: exit code 2 and one line per problem. Checks that need only the
+# settings come first, before torch is imported.
 if [ "${PREFLIGHT:-1}" != 0 ]; then
   WORLD_SIZE=$((NNODES * NPROC)) "$python" -m megatron_a2d.preflight --settings-only "$@" || refused $?
   "${torchrun[@]}" "${here[@]}" -m megatron_a2d.preflight "$@"
 fi
-# Environment variables that depend on settings and GPU are computed inside, by the processes themselves.
+# Environment variables that depend on the settings and the GPU are set by the processes themselves.
 exec "${torchrun[@]}" "${there[@]}" -m megatron_a2d.train "$@"

@@ -86,7 +86,7 @@ def test_a_user_error_is_never_requeued(cluster: Cluster, material: Material, tm
     job = Job(cluster, material, tmp_path, tensor_model_parallel_size=3)
     job.wait_until_over()
     assert job.state() == "FAILED" and job.restarts() == 0, job.story()
-    assert "exit code 2: " in job.log() and "not requeued: it would end so again" in job.log(), job.story()
+    assert "exit code 2: " in job.log() and "not requeued: the same error would occur again" in job.log(), job.story()
     errors = [line for line in job.log().splitlines() if line.startswith("error: ")]
     assert len(errors) == len(set(errors)) and not job.save.exists(), job.story()
     assert any(line.startswith("error: --tensor-model-parallel-size 3 x ") for line in errors), job.story()

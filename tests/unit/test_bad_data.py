@@ -302,7 +302,7 @@ def test_a_wild_id_does_not_take_the_memory(tmp_path):
     for number in range(100):
         builder.add_document(np.full(50, 9 if number != 77 else 0x7F000009), [50])
     builder.finalize(str(tmp_path / "t.idx"))
-    with pytest.raises(UserError, match="document 77 holds token id 2130706441, more than any vocabulary has"):
+    with pytest.raises(UserError, match="document 77 holds token id 2130706441, larger than any vocabulary"):
         inspect_dataset.read_contents(TokenFile(tmp_path / "t"))
 
 

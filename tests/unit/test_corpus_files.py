@@ -59,13 +59,13 @@ def test_every_file_below_a_directory_is_read_or_listed(tmp_path):
     listed = {Path(line.split(": ")[0]).relative_to(root).as_posix(): line.split(": ")[1] for line in found.passed_over}
     assert listed == {
         "deep/README.md": "there is no reader for .md", "d.json": "there is no reader for .json",
-        "plain": "there is no reader for no ending", "again/g.csv": "there is no reader for .csv",
+        "plain": "there is no reader for files without a suffix", "again/g.csv": "there is no reader for .csv",
         "link/e.txt": f"is the same file as {root / 'h.jsonl'}", "b2.jsonl": f"is the same file as {root / 'b.jsonl'}",
-        "nowhere.jsonl": "is a link that leads nowhere", "self": "is a link that leads nowhere",
-        "again/up": "is a link to a directory that it lies in",
-        "deep/loop": "is a link to a directory that it lies in",
-        "link/below": f"leads to {elsewhere / 'below'}, whose files are read already",
-        "pipe.jsonl": "is no regular file",
+        "nowhere.jsonl": "is a broken link", "self": "is a broken link",
+        "again/up": "links to a directory that contains it",
+        "deep/loop": "links to a directory that contains it",
+        "link/below": f"links to {elsewhere / 'below'}, which has been read already",
+        "pipe.jsonl": "is not a regular file",
     }  # fmt: skip
 
 
@@ -75,28 +75,26 @@ def test_globs_take_directories_and_no_file_twice(tmp_path):
     for pattern in ("*", "**", "**/*"):
         assert find_inputs([tmp_path / pattern]) == (every, [])
     (tmp_path / "c.jsonl").symlink_to(tmp_path / "deep/er/c.jsonl")
-    with pytest.raises(UserError, match=r"deep/er/c.jsonl: is named twice, as .*/c.jsonl too"):
+    with pytest.raises(UserError, match=r"deep/er/c.jsonl: is given twice, also as .*/c.jsonl"):
         find_inputs([tmp_path / "c.jsonl", tmp_path / "deep"])
     with pytest.raises(UserError, match=r"none\*: matches no file"):
         find_inputs([tmp_path / "none*"])
     (tmp_path / "lost.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(UserError) as error:
         find_inputs([tmp_path / "*.jsonl"])
-    assert error.value.problems == [
-        f"--input {tmp_path / 'lost.jsonl'}: is a link that leads nowhere; mend it, or leave it out"
-    ]
+    assert error.value.problems == [f"--input {tmp_path / 'lost.jsonl'}: is a broken link; repair it, or leave it out"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: holds no \.jsonl"):
         find_inputs([tmp_path / "empty"])
 
 
-def test_what_was_passed_over_is_told(tmp_path, capsys, monkeypatch):
+def test_skipped_files_are_listed(tmp_path, capsys, monkeypatch):
     fill(tmp_path / "c", "a.jsonl", *(f"{n}.csv" for n in range(12)))
     found = find_inputs([tmp_path / "c"])
     found.show_passed_over()
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 11 and said[0] == f"passed over: {tmp_path}/c/0.csv: there is no reader for .csv"
-    assert said[-1] == "passed over: 2 more files"
+    assert len(said) == 11 and said[0] == f"skipped: {tmp_path}/c/0.csv: there is no reader for .csv"
+    assert said[-1] == "skipped: 2 more files"
 
 
 # ---- bounds
@@ -194,7 +192,9 @@ def test_parquet_without_a_dictionary(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(arrow.table({"text": ["a" * 1_000_000] * 20}), path, compression="zstd", use_dictionary=False)
     (problem,) = read(path, DEFAULT_LIMITS)
-    assert problem.startswith(f"{path}: row 1: row group 0 unpacks") and "raise --max-document-megabytes" in problem
+    assert (
+        problem.startswith(f"{path}: row 1: row group 0 decompresses") and "raise --max-document-megabytes" in problem
+    )
     assert read(path, Limits(30_000_000, 1)) == ["a" * 8] * 20
     parquet.write_table(arrow.table({"text": [f"text {n}" for n in range(600)]}), path, use_dictionary=False)
     assert read(path, DEFAULT_LIMITS) == [f"text {n}" for n in range(600)]

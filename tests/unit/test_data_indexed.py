@@ -230,19 +230,19 @@ def test_unigram_entropy(group, tmp_path, monkeypatch):
     valid = TokenFile(write(tmp_path / "valid", [[0, 1, 0, 0, 2, 2, 1]]))
     assert unigram_counts(train, 3).tolist() == [3, 1, 0]
     cost = -np.log(np.array([4, 2, 1]) / 7)  # add-one smoothing over three tokens
-    pieces = np.array([cost[0] + cost[1], 2 * cost[0], 2 * cost[2]]) / 2  # the seventh token fills no piece
-    estimate = unigram_entropy(train, valid, vocab_size=3, piece_length=2)
+    pieces = np.array([cost[0] + cost[1], 2 * cost[0], 2 * cost[2]]) / 2  # the seventh token fills no sample
+    estimate = unigram_entropy(train, valid, vocab_size=3, sample_length=2)
     assert estimate.mean == pytest.approx(pieces.mean(), abs=1e-12)
     assert estimate.standard_error == pytest.approx(pieces.std(ddof=1) / np.sqrt(3), abs=1e-12)
-    with pytest.raises(UserError, match="do not fill one piece of 8"):
-        unigram_entropy(train, valid, vocab_size=3, piece_length=8)
+    with pytest.raises(UserError, match="do not fill one sample of 8"):
+        unigram_entropy(train, valid, vocab_size=3, sample_length=8)
 
 
 def test_unigram_entropy_of_uniform_tokens_is_log_vocabulary(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 50, size=200_000)
     train = TokenFile(write(tmp_path / "train", [tokens[:150_000].tolist()]))
     valid = TokenFile(write(tmp_path / "valid", [tokens[150_000:].tolist()]))
-    estimate = unigram_entropy(train, valid, vocab_size=50, piece_length=100)
+    estimate = unigram_entropy(train, valid, vocab_size=50, sample_length=100)
     assert estimate.mean == pytest.approx(np.log(50), abs=1e-3)
     assert estimate.standard_error < 1e-3
 

@@ -352,11 +352,11 @@ def test_sentencepiece(texts, tmp_path):
     [
         (b"{oops", "not valid JSON"),
         (b"[1]", "holds a JSON list"),
-        (b'{"txt": "a"}', "no key 'text' (did you mean txt?) (--json-keys names the text's key)"),
+        (b'{"txt": "a"}', "no key 'text' (did you mean txt?) (set the text's key with --json-keys)"),
         (b'{"body": "a", "id": 1}', "no key 'text'; the line has body, id"),
         (b'{"text": 5}', "'text' is int, not a string"),
         (b'{"text": null}', "'text' is NoneType, not a string"),
-        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"text": "\\ud800"}', "an unpaired surrogate"),
         (b'{"text": "\xff"}', "not UTF-8 (byte 10 is 0xff)"),
     ],
 )
@@ -382,7 +382,7 @@ def test_bad_inputs(corpus, tokenizer, tmp_path):
     assert "does not exist" in line(tmp_path / "missing.jsonl")
     assert "is empty" in line(tmp_path / "empty.jsonl")
     assert "holds no text at all" in line(tmp_path / "blank.jsonl")
-    assert "unknown kind of file" in line(tmp_path / "table.csv")
+    assert "unknown file format" in line(tmp_path / "table.csv")
     (tmp_path / "hollow").mkdir()
     assert "holds no .jsonl, .jsonl.gz" in line(tmp_path / "hollow")
     assert "matches no file" in line(tmp_path / "x*.jsonl")
@@ -462,10 +462,10 @@ def test_inspect_shows_contents_and_masked_samples(corpus, texts, tokenizer, tmp
     assert few < 60 < 180 < many
     inspect_dataset.main(["--data-path", str(prefix), "--show", "0"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "every checksum holds; all closed by token" in out
+    assert "all checksums match; all end with token" in out
     (tmp_path / "c.json").unlink()
     inspect_dataset.main(["--data-path", str(prefix)])
-    assert "name it with --tokenizer" in capsys.readouterr().out
+    assert "set it with --tokenizer" in capsys.readouterr().out
 
 
 def test_masked_text_hides_exactly_the_masked_tokens(tokenizer):
@@ -499,4 +499,4 @@ def test_inspect_plots(tmp_path):
     prefix = ["--data-path", str(tmp_path / "t"), "--show", "0"]
     inspect_dataset.main([*prefix, "--plot", str(tmp_path / "p.png")])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert "unknown kind of picture" in problem(inspect_dataset.main, *prefix, "--plot", tmp_path / "p.jpg")
+    assert "unknown image format" in problem(inspect_dataset.main, *prefix, "--plot", tmp_path / "p.jpg")

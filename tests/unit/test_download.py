@@ -150,7 +150,7 @@ def test_shards_of_nothing_are_refused(dataset, tmp_path):
 
 def test_half_a_character_is_no_text():
     source = download.HubSource("name", None, "train", "text")
-    with pytest.raises(UserError, match="row 7: 'text' holds half of a surrogate pair"):
+    with pytest.raises(UserError, match="row 7: 'text' holds an unpaired surrogate"):
         download._text({"text": "a\ud800"}, source, 7)
 
 

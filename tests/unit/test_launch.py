@@ -31,12 +31,12 @@ def test_the_documented_table_is_the_one_in_use() -> None:
 @pytest.mark.parametrize(
     ("script", "given", "words"),
     [
-        ("train.sh", {"NPROC": "8x"}, "NPROC=8x: is no number of processes"),
-        ("train.sh", {"NPROC": "0"}, "NPROC=0: is no number of processes"),
-        ("train.sh", {"NNODES": "two"}, "NNODES=two: is no number of nodes"),
+        ("train.sh", {"NPROC": "8x"}, "NPROC=8x: is not a number of processes"),
+        ("train.sh", {"NPROC": "0"}, "NPROC=0: is not a number of processes"),
+        ("train.sh", {"NNODES": "two"}, "NNODES=two: is not a number of nodes"),
         ("train.sh", {"NNODES": "2"}, "needs MASTER_ADDR"),
-        ("train.sh", {"NODE_RANK": "-1"}, "NODE_RANK=-1: is no number"),
-        ("train.sh", {"MASTER_PORT": "x"}, "MASTER_PORT=x: is no port"),
+        ("train.sh", {"NODE_RANK": "-1"}, "NODE_RANK=-1: is not a number"),
+        ("train.sh", {"MASTER_PORT": "x"}, "MASTER_PORT=x: is not a port"),
         ("train.sbatch", {}, "is for Slurm; submit it with sbatch"),
         ("train.sbatch", {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": "/usr"}, "/usr has no launch/train.sh; submit from"),
         ("node.sh", {}, "is for Slurm; start it with srun"),
@@ -247,14 +247,14 @@ def test_what_is_requeued(code: int, tmp_path: Path) -> None:
 
 def test_what_else_decides(tmp_path: Path) -> None:
     said, calls, code = submit(tmp_path, 0, PROGRESS)
-    assert code == 0 and "requeue" not in calls and "the run is over" in said
+    assert code == 0 and "requeue" not in calls and "the run is complete" in said
     # The launcher was killed before it could say why.
     said, calls, code = submit(tmp_path, 137, PROGRESS)
     assert "scontrol requeue 17" in calls and code == 137
     # Somebody cancelled the job, or Slurm requeues it itself.
     for during, state in ((f"{PROGRESS} kill -TERM $PPID;", "RUNNING"), (PROGRESS, "COMPLETING")):
         said, calls, code = submit(tmp_path, 3, outcome(3) + during, state=state)
-        assert "requeue" not in calls and "Slurm ends this attempt" in said
+        assert "requeue" not in calls and "Slurm has cancelled or requeued the job" in said
     # The controller does not answer: nothing says that the job has ended.
     _, calls, _ = submit(tmp_path, 3, outcome(3) + PROGRESS, state="no-answer")
     assert "scontrol requeue 17" in calls

@@ -226,9 +226,9 @@ def test_files_of_which_nothing_can_be_read(tokenizer, tmp_path):
     empty.touch()
     inputs = ("--input", good, damaged, empty)
     assert f"{empty}: is empty" in problem(tokenizer, tmp_path / "c", *inputs)
-    assert f"{damaged}: is no parquet file" in problem(tokenizer, tmp_path / "c", "--input", good, damaged)
+    assert f"{damaged}: is not a parquet file" in problem(tokenizer, tmp_path / "c", "--input", good, damaged)
     prefix = run(tokenizer, tmp_path / "c", *inputs, "--on-error", "skip")
-    problems = [f"{damaged}: is no parquet file or is damaged", f"{empty}: is empty"]
+    problems = [f"{damaged}: is not a parquet file or is damaged", f"{empty}: is empty"]
     assert json.loads(Path(f"{prefix}.report.json").read_text())["problems"] == problems
     assert contents(prefix) == contents(run(tokenizer, tmp_path / "clean", "--input", good))
 
@@ -268,7 +268,7 @@ def test_one_writer_at_a_time_and_nothing_left_behind(tokenizer, tmp_path, monke
     for path in (*abandoned, other):
         path.write_text("left by SIGKILL")
     with tokenize_shards.hold(tmp_path / "c.parts"):
-        assert "another process writes" in problem(tokenizer, tmp_path / "c", "--input", corpus)
+        assert "another process is writing" in problem(tokenizer, tmp_path / "c", "--input", corpus)
     run(tokenizer, tmp_path / "c", "--input", corpus)
     assert not any(path.exists() for path in abandoned) and other.exists() and not (tmp_path / "c.parts").exists()
 
@@ -372,7 +372,7 @@ def test_length_filters_count_tokens_of_the_text(tokenizer, tmp_path):
     report = json.loads((tmp_path / "c.report.json").read_text())
     assert report["too_short"] == sum(length < low for length in lengths) > 0
     assert report["too_long"] == sum(length > high for length in lengths) > 0
-    assert "leave no document" in problem(tokenizer, tmp_path / "e", "--input", path, "--min-tokens", 10**6)
+    assert "exclude every document" in problem(tokenizer, tmp_path / "e", "--input", path, "--min-tokens", 10**6)
     assert not list(tmp_path.glob("e*"))
 
 
@@ -386,7 +386,7 @@ def test_inputs_are_files_directories_and_globs(tmp_path):
         tmp_path / "deep/c.txt",
         tmp_path / "a.jsonl",
     ]
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="given twice"):
         find_inputs([tmp_path / "a.jsonl", tmp_path])
 
 
@@ -433,8 +433,8 @@ def test_gigatoken_is_not_used_where_one_id_differs(tokenizer, tmp_path, monkeyp
     monkeypatch.setattr(gigatoken_encoder.GigatokenEncoder, "encode_batch", wrong)
     run(tokenizer, tmp_path / "d", "--input", corpus)
     assert contents(tmp_path / "d") == expected
-    assert "tokenizers, for gigatoken gives other ids" in (tmp_path / "d.report.json").read_text()
-    assert "gives other ids" in problem(tokenizer, tmp_path / "e", "--input", corpus, "--encoder", "gigatoken")
+    assert "tokenizers, because gigatoken gives different ids" in (tmp_path / "d.report.json").read_text()
+    assert "gives different ids" in problem(tokenizer, tmp_path / "e", "--input", corpus, "--encoder", "gigatoken")
 
 
 def test_without_gigatoken_the_reference_encodes(tokenizer, tmp_path, monkeypatch):

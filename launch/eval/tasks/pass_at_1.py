@@ -1,4 +1,4 @@
-"""pass@1 of a program: its tests run in a subprocess under limits."""
+"""pass@1 of generated programs: the tests run in a subprocess with resource limits."""
 
 from __future__ import annotations
 
