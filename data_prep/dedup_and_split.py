@@ -25,7 +25,7 @@ def is_held_out(digests: np.ndarray, valid_fraction: float) -> np.ndarray:
 
 
 def find_copies(job: Job, num_shards: int) -> np.ndarray:
-    """[all documents] bool, True where the same text came before."""
+    """[all documents] bool, True where the same text has occurred before."""
     sizes = [len(read_result(job, number).lengths) for number in range(num_shards)]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     copies = np.zeros(starts[-1], dtype=bool)
@@ -52,7 +52,7 @@ def merge(
     deduplicate: bool,
     advance: Callable[[int], Any],
 ) -> dict[str, Any]:
-    """Write every shard in order; the second writer, if any, takes what is held out. Returns the counts of all."""
+    """Write every shard in order; the second writer, if any, gets the held-out documents. Returns the total counts."""
     copies = find_copies(job, num_shards) if deduplicate else None
     totals: dict[str, Any] = {"duplicates": 0, "problems": []}
     first = 0
@@ -74,7 +74,7 @@ def merge(
 def _write(
     job: Job, number: int, lengths: np.ndarray, chosen: list[np.ndarray], writers: Sequence[TokenWriter]
 ) -> None:
-    """A shard's documents to their writers, some at a time."""
+    """Write a shard's documents to their writers, in chunks."""
     ends = np.cumsum(lengths)
     path, dtype = job.path(number, ".tokens"), writers[0].dtype
     total = int(ends[-1]) if len(ends) else 0

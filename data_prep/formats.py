@@ -27,7 +27,7 @@ _ROWS_BYTES = 16 * MEGABYTE  # parquet rows held in memory at a time
 
 
 class FileRange(NamedTuple):
-    """A part of a file: bytes start .. stop - 1 of .jsonl, row groups of .parquet, else all of it."""
+    """A range of a file: bytes start .. stop - 1 of .jsonl, row groups of .parquet, otherwise the entire file."""
 
     path: str
     kind: str
@@ -98,9 +98,9 @@ def parse_line(line: bytes, json_key: str) -> bytes | str | None:
 
 
 def read_jsonl(file_range: FileRange, json_key: str, limits: Limits) -> Iterator[Item]:
-    """One JSON object in each line that begins within the span; blank lines are passed over."""
+    """One JSON object per line that begins within the range; blank lines are skipped."""
     with open(file_range.path, "rb", buffering=BUFFER) as stream:
-        if file_range.start:  # the line that runs into the span belongs to the one before
+        if file_range.start:  # a line that began earlier belongs to the previous range
             stream.seek(file_range.start - 1)
             _skip_line(stream)
         position = stream.tell()
@@ -132,7 +132,7 @@ def _too_long(what: str, limits: Limits) -> str:
 
 
 def _lines_before(file_range: FileRange) -> int:
-    """Lines that begin before the span. Counted only when something is to be reported."""
+    """Number of lines that begin before the range. Counted only when a problem is reported."""
     if file_range.start == 0:
         return 0
     count, left, last = 0, file_range.start, b""
@@ -235,14 +235,14 @@ class _Zstandard(io.RawIOBase):
 
 
 def read_parquet(file_range: FileRange, json_key: str, limits: Limits) -> Iterator[Item]:
-    """One document in each row, the text in the column `json_key`."""
+    """One document per row, with the text in the column `json_key`."""
     arrow = _package("pyarrow", file_range)
     try:
         file = _open_parquet(file_range.path, file_range)
     except UserError:
         if file_range.stop:
             raise
-        yield Problem(file_range.path, "is no parquet file or is damaged")
+        yield Problem(file_range.path, "is not a parquet file or is damaged")
         return
     _check_column(file, file_range.path, json_key)
     file = arrow.parquet.ParquetFile(file_range.path, metadata=file.metadata, read_dictionary=[json_key])
@@ -360,7 +360,7 @@ READERS: dict[str, Reader] = {
 
 
 def num_units(path: Path, kind: str) -> int:
-    """Number of units that a span counts: bytes, row groups, or 1 for a format that can only be read from the start."""
+    """Units that a range counts: bytes, row groups, or 1 for a format that can only be read from the start."""
     if kind == ".jsonl":
         return path.stat().st_size
     if kind == ".parquet":

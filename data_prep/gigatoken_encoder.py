@@ -23,7 +23,7 @@ from data_prep.readers import Counts, Shard, read_file_range
 from megatron_a2d.utils.errors import UserError
 
 Choice = Literal["auto", "gigatoken", "reference"]
-SAMPLE_SHARDS, SAMPLE_BYTES = 32, 1 << 19  # so many shards at most, and so much text of all
+SAMPLE_SHARDS, SAMPLE_BYTES = 32, 1 << 19  # at most this many shards, and this much text in all
 # Special tokens, normal forms, white space, digits, contractions, control characters, scripts, emoji, lengths.
 PROBES = (
     "", " ", "\n\n\n", "  \n \t x", f"a{END_OF_TEXT}b", "<|im_start|>user\n<|im_end|>", "<think>x</think>",
@@ -149,13 +149,13 @@ def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[s
 
 
 def corpus_sample(shards: Sequence[Shard], json_key: str, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:
-    """The beginnings of shards that are spread evenly over the corpus."""
+    """The first documents of shards that are spread evenly over the corpus."""
     sample: list[bytes] = []
     count = min(len(shards), SAMPLE_SHARDS)
     for number in range(count):
         left = SAMPLE_BYTES // count
         for document in _documents(shards[number * len(shards) // count], json_key, limits):
-            # Whole characters: a sequence that the cut breaks is dropped.
+            # Complete characters only: a UTF-8 sequence that was cut is dropped.
             sample.append(document[:left].decode("utf-8", "ignore").encode("utf-8"))
             left -= len(document)
             if left <= 0:

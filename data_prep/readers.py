@@ -17,7 +17,7 @@ from data_prep.memory_limits import DEFAULT_LIMITS, Limits
 from megatron_a2d.utils.errors import UserError
 
 SHARD_BYTES = 1 << 25
-MAX_PROBLEMS = 1000  # that are kept of a shard; all are counted
+MAX_PROBLEMS = 1000  # kept per shard; all are counted
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Counts:
 
 
 class Shard(NamedTuple):
-    """Consecutive parts of the corpus."""
+    """Consecutive ranges of the corpus files."""
 
     file_ranges: list[FileRange]
 
@@ -41,7 +41,7 @@ class Shard(NamedTuple):
 
 
 def plan_shards(paths: Sequence[Path], shard_bytes: int = SHARD_BYTES, skip_invalid: bool = False) -> list[Shard]:
-    """The corpus in shards: large files are cut where their kind allows it, small ones put together.
+    """Divide the corpus into shards: large files are split if their format allows it, small ones combined.
 
     UserError for a .parquet file that cannot be opened; with `skip_invalid` its reader reports it.
     """
@@ -59,7 +59,7 @@ def plan_shards(paths: Sequence[Path], shard_bytes: int = SHARD_BYTES, skip_inva
 
 
 def _file_ranges(path: Path, shard_bytes: int, skip_invalid: bool) -> Iterator[FileRange]:
-    """Lines of .jsonl by bytes, .parquet by row groups; other kinds are read from their beginning alone."""
+    """Ranges of a file: byte ranges of .jsonl, row groups of .parquet; other formats are one range."""
     kind, size = kind_of(path), path.stat().st_size
     assert kind is not None
     try:
@@ -77,7 +77,7 @@ def _file_ranges(path: Path, shard_bytes: int, skip_invalid: bool) -> Iterator[F
 def read_file_range(
     file_range: FileRange, json_key: str, counts: Counts, skip_invalid: bool = False, limits: Limits = DEFAULT_LIMITS
 ) -> Iterator[Document]:
-    """Every document of a span that has text. What cannot be read is a UserError, or counted and passed over."""
+    """Every non-blank document of a range. What cannot be read is a UserError, or counted and skipped."""
     empty = Problem(file_range.path, "is empty")
     for item in READERS[file_range.kind](file_range, json_key, limits) if file_range.num_bytes else [empty]:
         if isinstance(item, Problem):
@@ -98,7 +98,7 @@ def read_file_range(
 def read_documents(
     patterns: Sequence[Path], json_key: str, counts: Counts, limits: Limits = DEFAULT_LIMITS
 ) -> Iterator[Document]:
-    """Every document that has text, in the order of the files; UserError where there is none at all."""
+    """Every non-blank document, in the order of the files; UserError if there is none."""
     for shard in plan_shards(find_inputs(patterns).paths):
         for file_range in shard.file_ranges:
             yield from read_file_range(file_range, json_key, counts, limits=limits)

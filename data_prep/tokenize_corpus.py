@@ -125,12 +125,12 @@ def _tokenize(
 
 
 def missing_shards(job: Job, shards: list[Shard]) -> dict[int, Shard]:
-    """The shards that are not done, by number: all of them, unless an earlier command was interrupted."""
+    """The shards that are not yet tokenised, by number: all of them, unless an earlier command was interrupted."""
     for partial in job.directory.glob(".*.partial-*"):
         partial.unlink()
     missing = {number: shard for number, shard in enumerate(shards) if not is_done(job, number, shard)}
     if len(missing) < len(shards):
-        console.print(f"going on: {len(shards) - len(missing)} of {len(shards)} shards are done")
+        console.print(f"resuming: {len(shards) - len(missing)} of {len(shards)} shards are done")
     return missing
 
 

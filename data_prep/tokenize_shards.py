@@ -1,9 +1,10 @@
 """Tokenisation of the shards of a corpus, each independently, into files that dedup_and_split.py combines.
 
 PREFIX.parts/00042.tokens  the tokens of a shard's documents, concatenated
-PREFIX.parts/00042.npz     lengths, digests of the texts, what was counted, and of which text and settings; written last
+PREFIX.parts/00042.npz     lengths, digests of the texts, counts, and a key of the input and settings; written last
 
-A shard's files depend on its text alone: neither the number of workers nor an interruption changes a byte.
+A shard's files depend only on its text and the settings: neither the number of workers nor an interruption changes a
+byte.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def hold(directory: Path) -> Iterator[None]:
 
 
 def _key(job: Job, shard: Shard) -> str:
-    """Everything that a shard's tokens follow from."""
+    """Identifies the input and settings that determine a shard's tokens."""
     files = [
         (*file_range, *(os.stat(file_range.path).st_size, os.stat(file_range.path).st_mtime_ns))
         for file_range in shard.file_ranges
@@ -96,8 +97,8 @@ def _key(job: Job, shard: Shard) -> str:
     return digest(repr((files, settings)).encode()).hex()
 
 
-class PieceResult(NamedTuple):
-    """A finished shard."""
+class ShardResult(NamedTuple):
+    """Metadata of a tokenised shard."""
 
     lengths: np.ndarray  # [documents] int64, tokens, end-of-document token included
     digests: np.ndarray  # [documents, 2] uint64, XXH3 of the text, 128 bits
@@ -125,7 +126,7 @@ def batches(documents: Iterator[Document], num_bytes: int = BATCH_BYTES) -> Iter
 
 
 def tokenize_shard(job: Job, number: int, shard: Shard, encoder: Encoder, report: Callable[[int, int], Any]) -> None:
-    """Write the files of one shard. `report(bytes read, tokens)` after each batch."""
+    """Write the files of one shard. Calls `report(bytes read, tokens)` after each batch."""
     counts = Counts()
     lengths: list[np.ndarray] = []
     digests: list[bytes] = []
@@ -162,8 +163,8 @@ def tokenize_shard(job: Job, number: int, shard: Shard, encoder: Encoder, report
         )
 
 
-def read_result(job: Job, number: int) -> PieceResult:
-    """What `tokenize_shard` wrote, beside the tokens."""
+def read_result(job: Job, number: int) -> ShardResult:
+    """The metadata that `tokenize_shard` wrote next to the tokens."""
     try:
         with open(job.path(number, ".npz"), "rb", opener=regular) as stream, np.load(stream) as arrays:
             said = parse_json(arrays["counts"].tobytes())
@@ -173,7 +174,7 @@ def read_result(job: Job, number: int) -> PieceResult:
 
 
 def is_done(job: Job, number: int, shard: Shard) -> bool:
-    """Whether an earlier command has tokenised this very text in this very way."""
+    """Whether an earlier command has tokenised the same input with the same settings."""
     if not job.path(number, ".npz").exists():
         return False
     try:
@@ -186,7 +187,7 @@ def is_done(job: Job, number: int, shard: Shard) -> bool:
 
 
 def tokenize_shards(job: Job, todo: dict[int, Shard], workers: int, advance: Callable[[int, int], Any]) -> None:
-    """All shards of `todo`, by so many processes; one alone works here, with so many threads."""
+    """Tokenise all shards of `todo` in `workers` processes; a single shard is tokenised here, by as many threads."""
     if workers == 1 or len(todo) <= 1:
         if todo:
             encoder = job.open_encoder(workers)

@@ -194,7 +194,7 @@ def _closing_table(out: Path, filled: list[Filled], seconds: float) -> Table:
 
     model_config = read_model_config(out / "exported")
     entropy = unigram_entropy(
-        TokenFile(out / "corpus_train"), TokenFile(out / "corpus_valid"), model_config.vocab_size, piece_length=128
+        TokenFile(out / "corpus_train"), TokenFile(out / "corpus_valid"), model_config.vocab_size, sample_length=128
     )
     records = read_log(out / "run")
     before, after = (

@@ -87,7 +87,7 @@ def _forward(number: int, frame: FrameType | None) -> None:
 
 
 def _watch() -> None:
-    """End the run when it stands still; the other nodes notice that this one is gone."""
+    """Kill this node's workers when the run hangs; the other nodes then notice that this one is gone."""
     watchdog = Watchdog(os.environ[ATTEMPT])
     while True:
         threading.Event().wait(watchdog.pause)

@@ -129,7 +129,7 @@ def test_long_lines_are_problems_and_what_follows_is_read(kind, tmp_path):
     assert read(path, SMALL) == ["one", "two", "three", *too_long]
     path.write_bytes(compress(kind, [fits]))
     assert read(path, SMALL) == ["fitsxxxx"]
-    if kind == ".jsonl":  # a span that begins within a long line
+    if kind == ".jsonl":  # a range that begins within a long line
         path.write_bytes(b"".join(lines) + b'{"text": "five"}\n')
         for step in (100, 2500):
             file_ranges = [

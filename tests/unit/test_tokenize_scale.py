@@ -276,7 +276,7 @@ def test_one_writer_at_a_time_and_nothing_left_behind(tokenizer, tmp_path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tokenize_corpus, "tokenize_shards", full)
-    assert "No space left on device); make room" in problem(tokenizer, tmp_path / "d", "--input", corpus)
+    assert "No space left on device); free disk space" in problem(tokenizer, tmp_path / "d", "--input", corpus)
     assert "cannot be written" in problem(tokenizer, corpus / "e", "--input", corpus)
 
 
