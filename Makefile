@@ -48,7 +48,7 @@ NAME ?=
 .PHONY: help setup demo test test-latest test-parity test-faults test-slurm test-mutants fuzz check data convert-hf train plan export \
   verify inspect publish generate evaluate study bench bench-convert gpu
 
-help:  ## this list
+help:  ## list of targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 ifneq ($(MADE),)
@@ -94,10 +94,10 @@ $(VENV)/installed: $(PINNED)
 	$(call install,$(PYTHON),$(VENV))
 endif
 
-demo: setup  ## the whole way on two CPU cores, offline, in minutes
+demo: setup  ## end to end on two CPU cores, offline, in minutes
 	@$(PY) -m launch.demo $(ARGS)
 
-test: setup  ## the tests: all but the full matrices
+test: setup  ## tests, without the slow suites
 	$(TESTS) $(ARGS)
 
 ifneq ($(MADE),)
@@ -112,7 +112,7 @@ endif
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes tests/parity/RESULTS.md
 	$(TESTS) tests/parity -m "" --exactness tests/parity/RESULTS.md $(ARGS)
 
-test-faults: setup  ## kill, damage, fill, poison; prints what was lost and writes it to tests/parity/RESULTS.md
+test-faults: setup  ## kills, damaged files, full disks, non-finite losses; writes tests/parity/RESULTS.md
 	$(TESTS) tests/faults -m "" --exactness tests/parity/RESULTS.md $(ARGS)
 
 test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLURM=1 installs it (Debian, root)
@@ -120,10 +120,10 @@ test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLU
 
 SEED ?= 1
 N ?= 1000
-fuzz: setup  ## N odd inputs over all commands, drawn by SEED: a line and an exit code each, no traceback
+fuzz: setup  ## N malformed inputs over all commands, by SEED: one error line and exit code each, no traceback
 	$(TESTS:pytest=tests.fuzz.commands) --n $(N) --seed $(SEED) $(ARGS)
 
-test-mutants: setup  ## small changes to the core, 150 by SEED, that some test should notice; stopped, it resumes
+test-mutants: setup  ## mutation testing of the core: 150 mutants by SEED; resumable
 ifneq ($(MADE),)
 	@$(PY) -c 'import coverage, mutmut' 2>/dev/null || $(PY) -m pip --disable-pip-version-check --quiet install \
 	  --constraint constraints/mutants.txt --editable '.[mutants]'
@@ -160,12 +160,12 @@ verify: setup  ## compare the tensors of HF_MODEL and CHECKPOINT
 	$(call needs,HF_MODEL CHECKPOINT)
 	$(PY) -m checkpoints_tools.verify --hf-model $(HF_MODEL) --checkpoint $(CHECKPOINT) $(ARGS)
 
-inspect: setup  ## what CHECKPOINT holds: sizes, norms by role, iteration, tokens, recipe
+inspect: setup  ## contents of CHECKPOINT: sizes, norms by role, iteration, tokens, recipe
 	$(call needs,CHECKPOINT)
 	@$(PY) -m checkpoints_tools.inspect --checkpoint $(CHECKPOINT) $(ARGS)
 
 publish: HF_MODEL := $(or $(HF_MODEL),$(MODEL))
-publish: setup  ## push HF_MODEL to the hub as REPO (ARGS=--dry-run shows what would go)
+publish: setup  ## push HF_MODEL to the hub as REPO (ARGS=--dry-run shows what would be uploaded)
 	$(call needs,HF_MODEL REPO)
 	$(PY) -m checkpoints_tools.publish --hf-model $(HF_MODEL) --repo $(REPO) $(ARGS)
 

@@ -91,12 +91,12 @@ def main(argv: list[str] | None = None) -> None:
             f"--gpus {options.gpus}: no layout fits into the {cluster.memory_gib:.1f} GiB of {cluster.gpu} ({need}); "
             "use more GPUs or another batch"
         )
-    console.print(f"the best one's flags: {plan_table.layout_flags(found.fitting[0], config)}", soft_wrap=True)
+    console.print(f"flags of the best: {plan_table.layout_flags(found.fitting[0], config)}", soft_wrap=True)
     known, unknown = plan_table.worst_errors()
     console.print(
-        f"Times are modelled: at most {known:.0%} off published runs, {unknown:.0%} off one that it was not fitted to; "
-        "see --calibration.", style="dim",
-    )  # fmt: skip
+        f"Modelled times: largest error {known:.0%} on published runs, {unknown:.0%} leave-one-out (--calibration).",
+        style="dim",
+    )
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:

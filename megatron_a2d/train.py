@@ -85,7 +85,7 @@ def _run(config: RunConfig, options: Options) -> None:
     processes, cluster = options.processes, options.cluster
     if options.settings_only:
         model_config = _check_settings(config, processes, cluster)
-        print_text(describe(config, model_config, f"{config.training.model}, its shape alone", processes, cluster))
+        print_text(describe(config, model_config, f"{config.training.model} (shape only)", processes, cluster))
         return
     environment.apply(config)  # before anything touches CUDA
     hide_noise()
@@ -163,7 +163,7 @@ def describe(
         ("data", ", ".join(f"{count:.3g} epochs of {name}" for name, count in (epochs or {}).items())),
         (
             "memory",
-            f"{need.total / 2**30:.3g} GiB a process on GPUs{f', of {cluster.memory_gib}' if cluster else ''}: {parts}",
+            f"{need.total / 2**30:.3g} GiB/GPU{f' of {cluster.memory_gib}' if cluster else ''}: {parts}",
         ),
         ("environ", environment.as_text(environment.environment(config, environment.find_gpu()))),
     ]

@@ -27,10 +27,10 @@ LAYOUT = {
 }  # fmt: skip
 PARTS = {
     "fp8_copies": "FP8 copies", "logits": "masked logits", "dispatcher": "dispatcher, imbalance",
-    "communication": "NCCL, CUDA", "matmul": "matrix products", "memory": "norms, activations, permutation",
-    "head": "head and loss", "expert_nvlink": "all-to-all in NVLink", "expert_network": "all-to-all across it",
-    "tensor": "tensor parallelism", "context": "context parallelism", "host": "waiting for the host",
-    "bubble": "pipeline bubble", "pipeline": "pipeline transfers", "data": "gradients and weights",
+    "communication": "NCCL, CUDA", "matmul": "GEMMs", "memory": "norms, activations, permutation",
+    "head": "LM head and loss", "expert_nvlink": "all-to-all, NVLink", "expert_network": "all-to-all, network",
+    "tensor": "tensor parallelism", "context": "context parallelism", "host": "host launches and syncs",
+    "bubble": "pipeline bubble", "pipeline": "pipeline transfers", "data": "data-parallel communication",
 }  # fmt: skip
 
 
@@ -81,9 +81,9 @@ def summary(plans: dict[str, Plan]) -> Table:
 
 def parts(plans: dict[str, Plan]) -> tuple[Table, Table]:
     """Memory by part in GiB, and the step by part in percent of its time."""
-    memory = _parts("memory, GiB a GPU", plans, {title: _scaled(plan.memory, 1 / GIB) for title, plan in plans.items()})
+    memory = _parts("memory, GiB/GPU", plans, {title: _scaled(plan.memory, 1 / GIB) for title, plan in plans.items()})
     shares = {title: _scaled(plan.time, 100 / plan.time.total) for title, plan in plans.items()}
-    return memory, _parts("time, % of a step", plans, shares)
+    return memory, _parts("time, % of step", plans, shares)
 
 
 def _scaled(values: Memory | StepTime, factor: float) -> dict[str, float]:
@@ -103,7 +103,7 @@ def _parts(heading: str, plans: Iterable[str], values: dict[str, dict[str, float
 
 def why_others_fall(found: Search) -> Table:
     """How many layouts fall for which reason, with the best of them as an example."""
-    table = Table("why", "layouts", "the best of them")
+    table = Table("why not", "layouts", "best of them")
     table.columns[1].justify = "right"
     slower: dict[str, list[Plan]] = {}
     best = found.fitting[0] if found.fitting else None
@@ -120,9 +120,9 @@ def why_others_fall(found: Search) -> Table:
         large.setdefault(why_too_large(plan), []).append(plan)
     for part, plans in sorted(large.items(), key=lambda item: -len(item[1])):
         example = f"{layout_name(plans[0].job)}: {plans[0].memory.total / GIB:.1f} GiB"
-        table.add_row(f"too large, most of it {PARTS.get(part, part)}", f"{len(plans):,}", example)
+        table.add_row(f"out of memory, mostly {PARTS.get(part, part)}", f"{len(plans):,}", example)
     for problem, count in found.refusals.most_common(4):
-        table.add_row("not allowed, such as", f"{count:,}", problem.partition(";")[0])
+        table.add_row("invalid, such as", f"{count:,}", problem.partition(";")[0])
     return table
 
 
