@@ -1,8 +1,7 @@
-"""The environment of a process: its rank as torchrun sets it; the variables and processor cores that it sets itself.
+"""Environment of a process: its rank as set by torchrun, and the variables and CPU affinity that it sets itself.
 
-CUDA, NCCL and torch's allocator read most variables once, when they start. `apply` therefore runs before CUDA is
-initialised, and asks the driver (NVML) for the GPU. Nothing is left to the user: what is computed here overrides what
-was set.
+CUDA, NCCL and torch's allocator read most variables once, at initialisation. `apply` therefore runs before CUDA is
+initialised, and queries the GPU through the driver (NVML). The values computed here override those that were set.
 """
 
 from __future__ import annotations
@@ -24,51 +23,51 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process's number among all of them; 0 without torchrun."""
+    """Global rank of this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def check_launch() -> None:
-    """UserError if Slurm started several processes that would each train alone."""
+    """UserError if Slurm started several processes that would each run alone."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and tasks != "1":
         raise UserError(
             f"SLURM_NTASKS {tasks}: srun started this process {tasks} times without a RANK, and each would run alone; "
-            "let torchrun number them: `srun --ntasks-per-node 1 launch/node.sh -m megatron_a2d.train ...`"
+            "let torchrun start them: `srun --ntasks-per-node 1 launch/node.sh -m megatron_a2d.train ...`"
         )
 
 
 class Gpu(NamedTuple):
-    """The first GPU of this machine; the others are taken to be alike."""
+    """The first GPU of this machine; the others are assumed to be the same."""
 
     name: str
     capability: tuple[int, int]  # 8.0 Ampere, 9.0 Hopper, 10.0 Blackwell
 
     @property
     def nvlink_domain(self) -> int:
-        """GPUs that NVLink connects: 72 in the racks with Grace processors, 8 in other servers."""
+        """GPUs connected by NVLink: 72 in GB200 NVL72 racks, 8 in other servers."""
         return 72 if self.name.removeprefix("NVIDIA ").startswith(("GB200", "GB300")) else 8
 
 
 def environment(config: RunConfig, gpu: Gpu | None) -> dict[str, str]:
-    """The variables of a training process on `gpu`; none without one."""
+    """Environment variables of a training process on `gpu`; empty without one."""
     if gpu is None:
         return {}
     parallel, performance = config.parallel, config.performance
     values = {
-        # Buffers of varying size, such as those of routed tokens, leave no unusable holes.
+        # Avoids fragmentation by buffers of varying size, such as those of routed tokens.
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        # Memory of tensors that were sent is free as soon as the sender drops them.
+        # The memory of sent tensors is free as soon as the sender drops them.
         "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
     }
     if performance.overlap_moe_expert_parallel_comm:
-        values["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # its two streams must not queue behind one another
+        values["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # the two streams must not serialise
     elif gpu.capability < (10, 0) and max(parallel.tensor_model_parallel_size, parallel.context_parallel_size) > 1:
-        values["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # kernels start in the order of the calls: communication first
+        values["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # kernels start in the order of launch: communication first
     if gpu.capability >= (10, 0):
-        values["NCCL_NVLS_ENABLE"] = "0"  # NVLink SHARP takes memory that the model needs
+        values["NCCL_NVLS_ENABLE"] = "0"  # NVLink SHARP needs memory that the model can use
     if performance.cuda_graph_impl != "none":
-        values["NCCL_GRAPH_REGISTER"] = "0"  # registered buffers and expandable segments fault
+        values["NCCL_GRAPH_REGISTER"] = "0"  # registered buffers fault with expandable segments
     if parallel.moe_token_dispatcher_type == "flex" and performance.moe_flex_dispatcher_backend != "deepep":
         domain = gpu.nvlink_domain
         values["NVLINK_DOMAIN_SIZE"] = str(domain)
@@ -84,11 +83,10 @@ def own_cores(
     local_rank: int,
     first_thread: Mapping[int, int] | None = None,
 ) -> list[int]:
-    """This process's cores: its share of those that are near its GPU, with the processes whose GPUs have the same ones.
+    """Cores of this process: its share of the cores near its GPU, divided among the processes near the same cores.
 
-    `near[r]`: the cores on the side of the machine where rank r's GPU is; empty if that is not known, and then nothing
-    is bound. `first_thread`: of each core (hardware thread) the first one that shares its execution units; they stay
-    together.
+    `near[r]`: the cores on the NUMA node of rank r's GPU; empty if unknown, in which case nothing is bound.
+    `first_thread`: logical core -> first logical core on the same physical one; these are kept together.
     """
     mine = frozenset(near[local_rank])
     sharers = [rank for rank, cores in enumerate(near) if frozenset(cores) == mine]
@@ -101,9 +99,9 @@ def own_cores(
 
 
 def find_near_cores(num_gpus: int) -> list[list[int]]:
-    """For each of this machine's first GPUs, as CUDA_VISIBLE_DEVICES orders them, the cores on its side of the machine.
+    """The cores on the NUMA node of each of this machine's first GPUs, in the order of CUDA_VISIBLE_DEVICES.
 
-    By the driver and the kernel (local_cpulist of the GPU's PCI device); empty where either does not say.
+    From the driver and the kernel (local_cpulist of the GPU's PCI device); empty where either does not provide it.
     """
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     names = visible or [str(number) for number in range(num_gpus)]
@@ -111,7 +109,7 @@ def find_near_cores(num_gpus: int) -> list[list[int]]:
 
 
 def _near_cores(gpu: str) -> list[int]:
-    """`gpu`: its number or its UUID."""
+    """`gpu`: its index or its UUID."""
     nvml = _nvml()
     device, pci = ctypes.c_void_p(), _PciInfo()
     if nvml is None:
@@ -130,7 +128,7 @@ def _near_cores(gpu: str) -> list[int]:
 
 
 def parse_cpu_list(text: str) -> list[int]:
-    """The kernel's notation: 0-55,112-167."""
+    """The cores of a list in the kernel's notation: 0-55,112-167."""
     cores: list[int] = []
     for part in text.strip().split(",") if text.strip() else []:
         first, _, last = part.partition("-")
@@ -166,7 +164,7 @@ def _nvml() -> ctypes.CDLL | None:
 
 
 def find_gpu() -> Gpu | None:
-    """Asked of the driver, without starting CUDA; None on a machine without an NVIDIA GPU."""
+    """The first GPU, queried through the driver without initialising CUDA; None without an NVIDIA GPU."""
     nvml = _nvml()
     if nvml is None:
         return None
@@ -187,7 +185,7 @@ def as_text(values: dict[str, str]) -> str:
 
 
 def apply(config: RunConfig) -> dict[str, str]:
-    """Set what `environment` says in this process, and bind it to its cores; returns the variables."""
+    """Set the variables of `environment` in this process, and bind it to its cores; returns the variables."""
     values = environment(config, gpu := find_gpu())
     os.environ.update(values)
     if gpu is not None and hasattr(os, "sched_setaffinity"):

@@ -1,9 +1,9 @@
 """Hang detection: one heartbeat file per rank, and a watchdog that names the hung ranks.
 
 A rank that hangs in a read, a lock or a driver is alive to distributed/rank_failure.py, and its peers wait for it
-inside a collective. So the training loop leaves marks as it goes (`mark`), and a thread writes the last one into
-$A2D_ATTEMPT/heartbeat/rank_N every few seconds, with the place in the program where the main thread is. `Watch` reads
-them all (launch/torchrun.py, on the first node). Of the hung ranks, those that do not wait for a peer are the
+inside a collective. The training loop therefore records its progress (`mark`), and a thread writes the last mark into
+$A2D_ATTEMPT/heartbeat/rank_N every few seconds, with the innermost stack frames of the main thread. `Watchdog` reads
+all of these files (launch/torchrun.py, on the first node). Of the hung ranks, those that do not wait for a peer are the
 cause, and among them those that are furthest behind.
 """
 
@@ -23,19 +23,19 @@ from typing import NamedTuple
 
 from megatron_a2d.utils.printable import print_line
 
-ATTEMPT = "A2D_ATTEMPT"  # names the directory of this start of the run, on a file system that all nodes share
+ATTEMPT = "A2D_ATTEMPT"  # variable with the directory of this attempt of the run, on a file system that all nodes share
 HEARTBEATS, PROGRESS = "heartbeat", "progress"
-# Checkpoints are read and written for as long as that takes.
+# Limit while a checkpoint is read or written, in seconds.
 CHECKPOINTS = 2 * 3600.0
-LONGEST_PAUSE = 10.0  # seconds between two beats
+LONGEST_PAUSE = 10.0  # seconds between two heartbeats
 
-# Where a rank that waits for another one is.
+# Source paths of the frames in which a rank waits for a peer.
 _WAITING = ("torch/distributed/", "megatron/core/distributed/", "megatron/core/pipeline_parallel/", "tensor_parallel/")
 
 
 class _Mark(NamedTuple):
     iteration: int
-    place: int  # grows within an iteration
+    place: int  # increases within an iteration
     doing: str
     limit: float  # seconds within which the next mark must come
     time: float
@@ -45,7 +45,7 @@ _last = _Mark(0, 0, "starting", CHECKPOINTS, time.monotonic())
 
 
 def mark(doing: str, iteration: int | None = None, limit: float | None = None) -> None:
-    """Note that the main thread has come to `doing`; a new iteration or limit holds for the marks that follow."""
+    """Record that the main thread has reached `doing`; a given iteration or limit also applies to later marks."""
     global _last
     iteration = _last.iteration if iteration is None else iteration
     place = _last.place + 1 if iteration == _last.iteration else 0
@@ -53,18 +53,18 @@ def mark(doing: str, iteration: int | None = None, limit: float | None = None) -
 
 
 def note_progress(iteration: int) -> None:
-    """This attempt has written a checkpoint: it may be followed by another one."""
+    """Record that this attempt has written a checkpoint, so that the job may be requeued."""
     if directory := os.environ.get(ATTEMPT):
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
             (Path(directory) / PROGRESS).write_text(f"{iteration}\n")
         except OSError as error:
-            print_line(f"warning: {directory}: {error.strerror}: progress is not noted", sys.stderr)
+            print_line(f"warning: {directory}: {error.strerror}: cannot record progress", sys.stderr)
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank's file says."""
+    """Contents of a rank's heartbeat file."""
 
     rank: int
     host: str
@@ -76,7 +76,7 @@ class Beat:
     still: float  # seconds since the last mark
     limit: float
     where: str  # "file:line function" of the main thread, innermost first
-    waits: bool  # `where` is a collective, or another wait for a peer
+    waits: bool  # whether `where` is a collective or another wait for a peer
 
     def __str__(self) -> str:
         who = f"rank {self.rank} ({self.host}, pid {self.pid})"
@@ -84,7 +84,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes this rank's file while the block runs: `with Heartbeat(rank): train()`. Nothing without $A2D_ATTEMPT."""
+    """Writes this rank's heartbeat file: `with Heartbeat(rank): train()`. Does nothing without $A2D_ATTEMPT."""
 
     def __init__(self, rank: int):
         directory = os.environ.get(ATTEMPT)
@@ -106,18 +106,18 @@ class Heartbeat:
         if self._path:
             self._leaving.set()
             self._thread.join()
-            self._path.unlink(missing_ok=True)  # whoever has left holds nobody up
+            self._path.unlink(missing_ok=True)  # a rank that has finished is not hung
 
     def _run(self) -> None:
         written = -LONGEST_PAUSE
-        while not self._leaving.wait(min(0.5, pause(_last.limit))):  # a mark may bring a shorter limit
+        while not self._leaving.wait(min(0.5, pause(_last.limit))):  # a mark may shorten the limit
             if time.monotonic() - written < pause(_last.limit):
                 continue
             written = time.monotonic()
             try:
                 self._write()
             except OSError as error:
-                print_line(f"warning: {self._path}: {error.strerror}: no heartbeat now", sys.stderr)
+                print_line(f"warning: {self._path}: {error.strerror}: cannot write the heartbeat", sys.stderr)
 
     def _write(self) -> None:
         assert self._path is not None
@@ -135,7 +135,7 @@ class Heartbeat:
 
 
 def pause(limit: float) -> float:
-    """Seconds between two beats, or two looks at them."""
+    """Seconds between two heartbeats, or between two checks of them."""
     return min(LONGEST_PAUSE, limit / 10)
 
 
@@ -144,11 +144,11 @@ class Watchdog:
 
     def __init__(self, attempt: str | Path):
         self._directory = Path(attempt) / HEARTBEATS
-        self._seen: dict[int, tuple[int, float]] = {}  # by rank: the number of its last beat, and when that was new
+        self._seen: dict[int, tuple[int, float]] = {}  # rank -> number of its last heartbeat, when first seen
         self.pause = LONGEST_PAUSE
 
     def look(self) -> str | None:
-        """None if all is well, else a line that names the ranks that hold the others up."""
+        """None if no rank hangs, otherwise a line that names the ranks that do."""
         now = time.monotonic()
         beats = list(read_beats(self._directory))
         silent: dict[int, float] = {}
@@ -161,16 +161,16 @@ class Watchdog:
 
 
 def read_beats(directory: Path) -> Iterable[Beat]:
-    """The beats of all ranks that have begun and not left."""
+    """Heartbeats of all ranks that have started and not finished."""
     for path in sorted(directory.glob("rank_?????")):
         try:
             yield Beat(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
-            continue  # it has left, or the file system shows half of it
+            continue  # the rank has finished, or the file is incomplete
 
 
 def judge(beats: list[Beat], silent: dict[int, float]) -> str | None:
-    """`silent`: seconds since a rank's file last changed, by rank."""
+    """A line that names the hung ranks, or None. `silent`: rank -> seconds since its file last changed."""
     late = [beat for beat in beats if max(beat.still, silent[beat.rank] - LONGEST_PAUSE) > beat.limit]
     if not late:
         return None
@@ -180,12 +180,12 @@ def judge(beats: list[Beat], silent: dict[int, float]) -> str | None:
     culprits = [beat for beat in suspects if (beat.iteration, beat.place) == behind]
     named = "; ".join(map(str, culprits[:4])) + (f"; and {len(culprits) - 4} more" if len(culprits) > 4 else "")
     others = len(beats) - len(culprits)
-    waiting = f", and {others} other{'s' if others > 1 else ''} cannot go on" if others else ""
-    return f"stood still for {late[0].limit:.0f} s: {named}{waiting}"
+    waiting = f", and {others} other{'s' if others > 1 else ''} waiting" if others else ""
+    return f"hung for {late[0].limit:.0f} s: {named}{waiting}"
 
 
 def _where(frame: FrameType | None) -> tuple[str, bool]:
-    """The three innermost places of a stack; whether the innermost of them waits for a peer."""
+    """The three innermost frames of a stack, and whether the innermost one waits for a peer."""
     places: list[str] = []
     waits = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING)
     while frame is not None and len(places) < 3:

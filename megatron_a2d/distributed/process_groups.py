@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed, then megatron.core's layout on top of it."""
+"""Process groups: initialisation of torch.distributed and of megatron.core's parallel groups."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _STARTING = timedelta(hours=2)
 
 
 def initialize(config: ParallelConfig, replays_graphs: bool = False) -> None:
-    """Join the process group and lay the model out. A second call changes the layout.
+    """Initialise torch.distributed and megatron.core's groups. A second call changes the layout.
 
-    `replays_graphs`: --cuda-graph-impl is on; generators must then be ones that can be recorded.
+    `replays_graphs`: --cuda-graph-impl is on, which needs random number generators that can be captured.
     """
     megatron_compat.install()
     if has_cuda():
         torch.cuda.set_device(device())
     if not dist.is_initialized():
-        # Long: the others wait here while the first rank reads checksums. distributed/rank_failure.py says who is dead.
+        # Long: the others wait here while rank 0 verifies checksums; distributed/rank_failure.py finds dead ranks.
         dist.init_process_group(
             communication_backend(), store=meet(_STARTING, "training"), rank=rank(), world_size=world_size(),
             timeout=_STARTING,
@@ -44,46 +44,46 @@ def initialize(config: ParallelConfig, replays_graphs: bool = False) -> None:
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tensor_parallel_size,
-        # On GPUs nothing speaks gloo, whose mesh of connections costs time and needs names that resolve everywhere.
+        # Gloo is not used on GPUs: its mesh of connections takes time and needs host names that resolve everywhere.
         create_gloo_process_groups=not has_cuda(),
-        # A rank that hangs is found before a collective gives up on it, and then it has a name.
+        # Longer than the hang limit, so that the watchdog names a hung rank before a collective times out.
         distributed_timeout_minutes=config.distributed_timeout_minutes + 1,
     )
-    # Weights come from checkpoints and there is no dropout; megatron.core still wants its generators.
+    # Weights come from checkpoints and there is no dropout, but megatron.core requires its generators.
     model_parallel_cuda_manual_seed(1, te_rng_tracker=replays_graphs, force_reset_rng=replays_graphs)
 
 
 def meet(timeout: timedelta, purpose: str) -> dist.Store:
-    """The store that all processes share, with keys of its own for each purpose and each of torchrun's restarts."""
+    """The store shared by all processes, with a key prefix per purpose and per torchrun restart."""
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives it
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store survives a restart
     return dist.PrefixStore(f"{purpose}_{attempt}", store)
 
 
 def finalize() -> None:
-    """Leave the process group."""
+    """Destroy the process groups."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def from_first_rank(value: T) -> T:
-    """What rank 0 passed, on every rank; collective."""
+    """Broadcast rank 0's value; collective."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def union(values: list[int]) -> list[int]:
-    """All ranks' values, sorted, each once; collective."""
+    """Sorted union of all ranks' values; collective."""
     box: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(box, values)
     return sorted(set().union(*box))
 
 
 def owns_loss() -> bool:
-    """True on the ranks that report losses: each row of the global batch is on exactly one of them."""
+    """True on the ranks that report losses: each sample of the global batch is on exactly one of them."""
     is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     return is_last and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -1,9 +1,9 @@
 """Detection of dead ranks: heartbeats in the process group's store, so that the remaining ranks name it and exit.
 
-Without them a dead process is a connection error on some ranks and endless waiting on others. Every rank sets its
-beat each second and watches the next rank's. Where a beat stands still, all others are looked at once, and the verdict
-goes into the store, where every rank reads it within a second, prints it and ends, even in the middle of a collective.
-A rank that fails by itself leaves its own verdict. One write and two reads a second and rank: the store does not mind.
+Otherwise a dead process shows as a connection error on some ranks and a hang on others. Every rank updates its
+heartbeat each second and watches the next rank's. When one stops, all ranks are checked once, and the verdict
+is written to the store, where every rank reads it within a second, prints it and exits, even inside a collective.
+A rank that fails by itself writes its own verdict. The store's load is one write and two reads per second and rank.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from megatron_a2d.utils.exit_codes import PEER_LOST
 from megatron_a2d.utils.printable import print_line
 
 BEAT = 1.0  # seconds
-# A beat that stands still so long is a dead rank, once a connection broke somewhere. Before, patience is --distributed-
-# timeout-minutes: a machine may be slow.
+# Seconds without a heartbeat after which a rank is dead, once a connection has failed somewhere. Otherwise the limit is
+# --distributed-timeout-minutes: a machine may be slow.
 SUSPICION = 3.0 * BEAT
-JUDGEMENT = 4  # beats over which the judge sees a rank stand still
-# A broken connection waits so long for a verdict, which ends the process; without one it is this rank's own failure.
+JUDGEMENT = 4  # heartbeats for which a rank must stop to be judged dead
+# Seconds to wait for a verdict after a connection error; the verdict ends the process. Without one, the failure is this
+# rank's own.
 ANSWER = 25.0 * BEAT
 
-# A rank that ends with an error for the user leaves it; where all have the same one, all have left by then.
+# Seconds to wait after a rank exited with a user error; if all ranks have the same error, all have exited by then.
 COMPANY = 10.0 * BEAT
 
-# What a broken connection or a collective without an answer calls itself, in gloo and NCCL.
+# Messages of a broken connection or a timed-out collective, in gloo and NCCL.
 _CONNECTION = re.compile(r"connect|timed out|time-?out|broken pipe|gloo|nccl", re.IGNORECASE)
 
 _VERDICT, _SUSPECT, _ENDED = "a2d/verdict", "a2d/suspect", "a2d/ended"
 
 
 class PeerMonitor:
-    """Detection of lost ranks while the block runs: `with PeerMonitor(patience): train()`. `patience` in seconds.
+    """Context manager that detects dead ranks: `with PeerMonitor(patience): train()`. `patience` in seconds.
 
-    When a rank is lost the process prints one line that names it and ends with PEER_LOST.
+    When a rank is dead, the process prints one line that names it and exits with PEER_LOST.
     """
 
     def __init__(self, patience: float):
@@ -53,7 +54,7 @@ class PeerMonitor:
 
     def __enter__(self) -> PeerMonitor:
         if self._size > 1:
-            # Connections of their own: a collective may wait inside the other one.
+            # A separate connection: the main one may be blocked by a collective.
             self._store = _own_connection()
             self._store.set(f"a2d/who/{self._rank}", f"rank {self._rank} ({socket.gethostname()}, pid {os.getpid()})")
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -78,12 +79,12 @@ class PeerMonitor:
         self._thread.join()
 
     def _failed(self, error: BaseException) -> None:
-        """An error of this rank, or what the death of another looks like from here: the watchers know which."""
+        """Handle an error of this rank, which may be caused by another rank's death; the watchers know which."""
         store = _own_connection()
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _CONNECTION.search(str(error))):
             store.set(_SUSPECT, "1")
-            time.sleep(ANSWER)  # a verdict ends the process before this does
-        self._leave()  # before its own verdict ends it, without a traceback
+            time.sleep(ANSWER)  # a verdict ends the process during this
+        self._leave()  # otherwise its own verdict would end it, without a traceback
         reason = " ".join(str(error).split())[:200]
         _give_verdict(
             store, f"{_who(store, self._rank)} failed with {type(error).__name__}: {reason}; see its traceback"
@@ -115,10 +116,10 @@ class PeerMonitor:
                 self._end(f"the store of the process group is gone, and with it rank 0's node ({error})")
 
     def _judge(self, store: dist.Store) -> None:
-        """Name every rank whose beat stands still."""
+        """Write a verdict that names every rank without a heartbeat."""
         before = [_beat(store, rank) for rank in range(self._size)]
         number = 10**9
-        for _ in range(JUDGEMENT):  # others may be judging too, and must see this rank alive
+        for _ in range(JUDGEMENT):  # other ranks may be checking too, and must see this one alive
             number += 1
             store.set(f"a2d/beat/{self._rank}", str(number))
             time.sleep(BEAT)
@@ -128,11 +129,11 @@ class PeerMonitor:
             if _beat(store, rank) == before[rank] and rank != self._rank and not store.check([f"a2d/left/{rank}"])
         ]
         if lost:
-            remedy = "start the same command again, it goes on from the newest checkpoint"
-            _give_verdict(store, f"{', '.join(lost)} gave no sign of life; {remedy}")
+            remedy = "run the same command again, it resumes from the newest checkpoint"
+            _give_verdict(store, f"{', '.join(lost)}: no heartbeat; {remedy}")
 
     def _end(self, verdict: str) -> None:
-        print_line(f"error: {verdict} (rank {self._rank} ends with it)", sys.stderr)  # one piece: all ranks do it
+        print_line(f"error: {verdict} (rank {self._rank} exits)", sys.stderr)  # one write: all ranks print it
         sys.stderr.flush()
         os._exit(PEER_LOST)
 
@@ -152,6 +153,6 @@ def _who(store: dist.Store, rank: int) -> str:
 
 
 def _give_verdict(store: dist.Store, text: str) -> None:
-    """The first one counts."""
+    """Write a verdict to the store; only the first one counts."""
     if not store.check([_VERDICT]):
         store.set(_VERDICT, text)

@@ -1,14 +1,14 @@
-"""Step timers: the phases of a training step, marked in the code and measured while a profile is taken.
+"""Step timers: the phases of a training step, marked in the code and measured while profiling.
 
-    with phase("data"): ...                                     a part of the code
-    both_ways("head", function, hidden, ...)                    a part of the model, and of its backward pass
+    with phase("data"): ...                                     a block of code
+    both_ways("head", function, hidden, ...)                    a part of the model, forward and backward
 
-A phase inside another one is not counted in that one. What megatron.core does is told by itself: its schedules report
-to `config.timers`. Each phase is a scope of the same name in torch's profiler as well, around them one called step.
+A nested phase is not counted in the enclosing one. megatron.core's own phases come from its schedules, which report
+to `config.timers`. Each phase is also a scope of the same name in torch's profiler, within one called step.
 
-While nothing is measured, a mark is a function call that returns one shared object without effect, `config.timers` is
-None, and no hook is on any tensor. On a GPU the time between two marks is that of the stream on which the step runs,
-so nothing waits for a mark; what other streams do beside it is seen in the trace alone.
+Without profiling, `phase` returns a shared no-op context, `config.timers` is None, and no tensor has a hook. On a GPU
+the times are measured by events on the step's stream, so nothing is synchronised; work on other streams is visible
+only in the trace.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_a2d.megatron_compat.device import has_cuda
 
 PHASES = ("data", "forward", "head", "backward", "all-to-all", "pipeline", "grad_sync", "optimizer", "other")
 
-# What megatron.core calls its parts. Waiting for another stage's tensors ends in -recv or -send.
+# Phases by the names of megatron.core's timers. Those that wait for another stage's tensors end in -recv or -send.
 _TIMERS = {
     "forward-compute": "forward",
     "backward-compute": "backward",
@@ -40,12 +40,12 @@ _recorder: Recorder | None = None
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """What is done in this context is phase `name` of PHASES."""
+    """Context manager whose body is the phase `name` of PHASES."""
     return _OFF if _recorder is None else _recorder.span(name)
 
 
 def both_ways(name: str, function: Callable[..., Any], tensor: torch.Tensor, *arguments: Any) -> Any:
-    """function(tensor, *arguments) as phase `name`, its backward pass from the (first) result to `tensor` too."""
+    """function(tensor, *arguments) as phase `name`, including its backward pass from the (first) result to `tensor`."""
     recorder = _recorder
     if recorder is None:
         return function(tensor, *arguments)
@@ -59,18 +59,18 @@ def both_ways(name: str, function: Callable[..., Any], tensor: torch.Tensor, *ar
 
 
 class Recorder:
-    """Measures the phases of the steps that run inside `measuring`."""
+    """Timer of the phases of all steps that run inside `measuring`."""
 
     def __init__(self, configs: list[Any]):
         """`configs`: megatron.core's configurations of this rank's model chunks."""
         self._configs = configs
         self._scopes: list[tuple[str, Any]] = []
-        self._changes: list[tuple[Any, str | None]] = []  # from this moment on, time belongs to that phase
-        self._stream: Any = None  # the step's; not the default one, where kernels are recorded
+        self._changes: list[tuple[Any, str | None]] = []  # (time or event, the phase that begins there)
+        self._stream: Any = None  # the step's stream; not the default one if kernels are captured
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """One step."""
+        """Context manager around one step."""
         global _recorder
         assert _recorder is None
         self._stream = torch.cuda.current_stream() if has_cuda() else None
@@ -108,7 +108,7 @@ class Recorder:
         self._changes.append((_now(self._stream), name))
 
     def leave(self, name: str) -> None:
-        """End this phase, and what was begun in it and not ended."""
+        """End this phase, and any unfinished phases within it."""
         while True:
             inner, scope = self._scopes.pop()
             scope.__exit__(None, None, None)
@@ -117,7 +117,7 @@ class Recorder:
         self._changes.append((_now(self._stream), self._scopes[-1][0] if self._scopes else None))
 
     def milliseconds(self) -> dict[str, float]:
-        """All measured steps' time by phase; on a GPU it waits for the last of them to end."""
+        """Time of all measured steps by phase; on a GPU it synchronises with the last of them."""
         if has_cuda():
             torch.cuda.synchronize()
         total = dict.fromkeys(PHASES, 0.0)
@@ -127,13 +127,13 @@ class Recorder:
         return total
 
     def _timer(self, name: str, log_level: int | None = None) -> _Timer:
-        """In the place of megatron.core's Timers."""
+        """Stands in for megatron.core's Timers."""
         is_waiting = name.endswith(("-recv", "-send"))
         return _Timer(self, "pipeline" if is_waiting else _TIMERS.get(name))
 
 
 class _Timer:
-    """In the place of one of megatron.core's timers."""
+    """Stands in for one of megatron.core's timers."""
 
     def __init__(self, recorder: Recorder, name: str | None):
         self._recorder, self._name = recorder, name

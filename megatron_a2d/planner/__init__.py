@@ -1,1 +1,1 @@
-"""Which layout to train in: memory and time of every legal one, before a GPU is reserved (docs/planning.md)."""
+"""Planner of parallel layouts: modelled memory and time of every valid layout, without a GPU (docs/planning.md)."""

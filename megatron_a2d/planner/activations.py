@@ -1,7 +1,7 @@
 """Activation memory of a layer: the tensors kept for the backward pass, per micro-batch and rank.
 
-Counted as Korthikanti et al. (2022) count a GPT layer. Two lists: the local layers, where each tensor was measured on a
-CPU, and Transformer Engine's, whose norms and rotary embeddings keep less and whose products may keep FP8.
+Counted as in Korthikanti et al. (2022). There are two lists: the local layers', in which each tensor was measured on a
+CPU, and Transformer Engine's, whose norms and rotary embeddings keep less and whose GEMMs may keep FP8 inputs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ FLOAT = 4
 
 
 class LayerActivations(NamedTuple):
-    """Bytes by the name of the tensor."""
+    """Bytes by name of the tensor."""
 
     attention: dict[str, float]
-    mlp: dict[str, float]  # a dense MLP; the router and what surrounds the experts
-    experts: dict[str, float]  # rows that the experts received, all ranks alike
+    mlp: dict[str, float]  # a dense MLP, or the router and the token permutation of a MoE layer
+    experts: dict[str, float]  # tensors of the tokens routed to the rank's experts, with balanced routing
 
     @property
     def total(self) -> float:
@@ -31,7 +31,7 @@ class LayerActivations(NamedTuple):
 
 
 def layer_activations(job: Job) -> LayerActivations:
-    """Of the layers that --transformer-impl chooses on a GPU."""
+    """Activations of a layer of the implementation that --transformer-impl chooses on a GPU."""
     if job.transformer_impl == "local":
         return LayerActivations(
             _portable_attention(job), _portable_norm(job, "pre_mlp_layernorm") | _mlp(job), _experts(job)
@@ -40,23 +40,23 @@ def layer_activations(job: Job) -> LayerActivations:
 
 
 def _heads(job: Job) -> tuple[float, float]:
-    """Values of a token's queries, and of its keys, on one rank."""
+    """Numbers per token in the queries, and in the keys, on one rank."""
     a, tp = job.model_config, job.tensor_model_parallel_size
     return a.num_attention_heads * a.head_dim / tp, a.num_key_value_heads * a.head_dim / tp
 
 
 def _cuts_queries(job: Job) -> bool:
-    """The product lays queries, keys and values of each group side by side; those of one group need no copy."""
+    """Whether queries are copied out of the QKV tensor, which interleaves the groups; a single group needs no copy."""
     return job.model_config.num_key_value_heads > job.tensor_model_parallel_size
 
 
 def _input_bytes(job: Job) -> int:
-    """Of a value that goes into a matrix product: FP8 products keep one byte."""
+    """Bytes per number of a GEMM's saved input: FP8 GEMMs save one byte."""
     return 1 if job.fp8_recipe != "none" else job.number_bytes
 
 
 def _norm(job: Job, name: str) -> dict[str, float]:
-    """Input and output; the output is what the next product keeps."""
+    """Input and output of a norm; the output is the saved input of the next GEMM."""
     values = job.tokens_between_layers * job.model_config.hidden_size
     kept = {f"{name}, input": values * job.number_bytes}
     return kept if job.recomputes("layernorm") else kept | {f"{name}, output": values * _input_bytes(job)}
@@ -67,7 +67,7 @@ def _attention(job: Job) -> dict[str, float]:
     rows, number = job.tokens, job.number_bytes
     kept = _norm(job, "input_layernorm") | {
         "queries, keys, values": rows * (queries + 2 * keys) * number,
-        "queries, cut out": rows * queries * number if _cuts_queries(job) else 0.0,
+        "queries, copied": rows * queries * number if _cuts_queries(job) else 0.0,
         "queries, normed and rotated": rows * queries * number,
         "keys, normed and rotated": rows * keys * number,
         "attention, log-sum-exp": rows * queries / job.model_config.head_dim * FLOAT,
@@ -77,7 +77,7 @@ def _attention(job: Job) -> dict[str, float]:
 
 
 def _portable_norm(job: Job, name: str) -> dict[str, float]:
-    """torch's norm on a CPU computes in fp32, and keeps what it computed."""
+    """Tensors of torch's norm on a CPU, which computes in fp32 and saves its intermediate results."""
     rows, hidden = job.tokens_between_layers, job.model_config.hidden_size
     return {
         f"{name}, input": rows * hidden * FLOAT,
@@ -93,13 +93,13 @@ def _portable_attention(job: Job) -> dict[str, float]:
     rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
     kept = _portable_norm(job, "input_layernorm") | {
         "queries, keys, values": rows * (queries + 2 * keys) * number,
-        # In fp32 that is the copy which cutting them out makes.
+        # In an fp32 run this is the copy out of the QKV tensor.
         "queries, in fp32": rows * queries * FLOAT if job.bf16 or _cuts_queries(job) else 0.0,
         "queries, scale": rows * queries / a.head_dim * FLOAT,
         "queries, normed": rows * queries * FLOAT,
         "keys, scale": rows * keys / a.head_dim * FLOAT,
         "keys, normed": rows * keys * FLOAT,
-        # The same angles for all samples, each of the four used once for queries or keys.
+        # The same angles for all samples; sine and cosine, each saved for queries and for keys.
         "sines and cosines": 4 * rows / job.micro_batch_size * a.head_dim * number,
         "queries, rotated": rows * queries * number,
         "keys, rotated and gathered": rows * keys * number * cp,
@@ -107,7 +107,7 @@ def _portable_attention(job: Job) -> dict[str, float]:
         "attention, output": rows * queries * number,
     }
     if job.bf16:
-        kept["keys, in fp32"] = rows * keys * FLOAT  # in fp32 they are the ones before the norm
+        kept["keys, in fp32"] = rows * keys * FLOAT  # in an fp32 run they are the input of the norm
     if cp > 1:
         kept["values, gathered"] = rows * keys * number * cp
     return kept
@@ -120,7 +120,7 @@ def _mlp(job: Job) -> dict[str, float]:
         return {
             "router, chosen experts": rows * chosen * (INDEX + FLOAT),
             "router, map and probabilities": rows * a.num_experts * (1 + FLOAT),
-            "router, order of rows": rows * chosen * INDEX,
+            "router, permutation": rows * chosen * INDEX,
         }
     if job.recomputes("mlp"):
         return {}

@@ -1,7 +1,7 @@
 """Calibration of the time model: efficiencies fitted to published runs, and the error for each run.
 
 `python -m megatron_a2d.plan --calibration` prints the table. All runs have equal weight; the fit minimises the
-sum of squared logarithms of (predicted / published). Leave-one-out errors are those of a run after a fit to the others.
+sum of squared logarithms of (predicted / published). A leave-one-out error is that of a run after a fit to the others.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ EFFICIENCIES = Efficiencies(
     launch_moe=4e-3,
     launch_dense=1.5e-3,
 )
-# The largest error of a run after a fit to all others. (--calibration computes it anew, which takes a while.)
+# The largest leave-one-out error. (--calibration recomputes it, which takes a while.)
 LARGEST_LEFT_OUT_ERROR = 0.244
-# The others are assumed: too few rows say anything about them. No fitted one may exceed what is physically likely.
+# The other efficiencies are assumed: too few runs depend on them. The bounds are what is physically plausible.
 FITTED = {
     "matmul_bf16": 0.85, "matmul_fp8": 0.85, "memory": 0.9, "nvlink": 0.85, "network": 0.9, "blackwell": 1.0,
     "moe_sync": 1e-2,
@@ -46,38 +46,38 @@ FITTED = {
 
 
 class Row(NamedTuple):
-    """A published run."""
+    """Throughput of a published run."""
 
     name: str
     source: str
     cluster: Cluster
     job: Job
-    tokens_per_second: float  # a GPU
-    peak_memory_gib: float | None  # where that is published too
+    tokens_per_second: float  # per GPU
+    peak_memory_gib: float | None  # if it was published
 
     def predict(self, efficiency: Efficiencies = EFFICIENCIES) -> float:
-        """Tokens a second and GPU."""
+        """Modelled tokens/s/GPU."""
         tokens = self.job.global_batch_size * self.job.seq_length
         return tokens / self.job.world_size / step_time(self.job, self.cluster, efficiency).total
 
     @property
     def modelled_memory_gib(self) -> float:
-        """What PyTorch allocates: neither NCCL's nor CUDA's own."""
+        """Modelled memory allocated by PyTorch, without that of NCCL and CUDA."""
         parts = memory(self.job)
         return (parts.total - parts.communication) / 2**30
 
 
 @functools.cache
 def published_rows() -> tuple[Row, ...]:
-    """All rows of published_throughput.yaml."""
+    """All runs of published_throughput.yaml."""
     content = yaml.safe_load(ROWS.read_text(encoding="utf-8"))
     return tuple(_row(row) for row in content["rows"])
 
 
 def _row(row: dict[str, Any]) -> Row:
     model_config = _shape(row["model"])
-    # What is true of all of them: Megatron's distributed optimizer with its overlaps, bf16 gradients, all logits at
-    # once, balanced routing.
+    # Common to all runs: Megatron's distributed optimizer with its overlaps, bf16 gradients, unchunked logits,
+    # balanced routing.
     common = {
         "objective": "ar", "bf16": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
         "overlap_param_gather": True, "grad_reduce_in_fp32": False, "imbalance": 1.0, "overlap_p2p_comm": True,
@@ -106,12 +106,12 @@ def error(row: Row, efficiency: Efficiencies = EFFICIENCIES) -> float:
 
 
 def left_out_error(row: Row) -> float:
-    """The row's error after a fit to all others."""
+    """The run's error after a fit to all others."""
     return error(row, fit([other for other in published_rows() if other != row]))
 
 
 def fit(rows: Sequence[Row], start: Efficiencies = EFFICIENCIES, step: float = 0.1) -> Efficiencies:
-    """The efficiencies that fit `rows` best, by a pattern search over the logarithms of those in FITTED."""
+    """The efficiencies that best fit `rows`, by a pattern search over the logarithms of those in FITTED."""
 
     def cost(efficiency: Efficiencies) -> float:
         return sum(math.log(row.predict(efficiency) / row.tokens_per_second) ** 2 for row in rows)

@@ -17,9 +17,9 @@ DIRECTORY = Path(__file__).resolve().parents[2] / "launch" / "clusters"
 
 @dataclass(frozen=True)
 class Cluster:
-    """One GPU and what connects it to the others; bandwidths are each way and a GPU's own.
+    """A GPU type and its interconnect; bandwidths are per GPU and direction.
 
-    The matrix rates, dense peaks, and the compute capability are those of gpus.py unless the file gives others.
+    The dense peak rates and the compute capability are taken from gpus.py unless the file overrides them.
     """
 
     gpu: str
@@ -50,7 +50,9 @@ class Cluster:
 
 
 def add_cluster(parser: Parser) -> None:
-    parser.add_argument("--cluster", metavar="NAME", help="refuse what does not fit into these GPUs (launch/clusters)")
+    parser.add_argument(
+        "--cluster", metavar="NAME", help="refuse runs that do not fit into these GPUs (launch/clusters)"
+    )
 
 
 def cluster_names() -> list[str]:
@@ -64,7 +66,9 @@ def read_cluster(name: str) -> Cluster:
         path = Path(name)
     elif name not in cluster_names():
         known = ", ".join(cluster_names())
-        raise UserError(f"--cluster {name}: is none of {known}{nearest(name, cluster_names())}; name one, or a file")
+        raise UserError(
+            f"--cluster {name}: is none of {known}{nearest(name, cluster_names())}; choose one, or give a file"
+        )
     content = read_yaml(path, f"--cluster {name}")
     return _check(name, content)
 
@@ -80,7 +84,7 @@ def _check(name: str, content: dict[str, Any]) -> Cluster:
             problems.append(f"--cluster {name}: {field} is missing; launch/clusters/h100.yaml has an example")
         elif kind == "str":
             if not isinstance(value, str):
-                problems.append(f"--cluster {name}: {field} is {value!r}, not a name; write it in quotes")
+                problems.append(f"--cluster {name}: {field} is {value!r}, not a string; quote it")
         elif isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float) or value <= 0:
             whole = "whole " if kind == "int" else ""
             problems.append(f"--cluster {name}: {field} is {value!r}, not a positive {whole}number; correct it")

@@ -1,7 +1,7 @@
 """Memory per rank in bytes by component, for the pipeline stage that needs most.
 
-Weights, gradients and optimizer state are exact, to the padding of a buffer (parameters.py). Activations are those of
-activations.py, times the micro-batches that a stage holds at once. The rest are assumptions, named below.
+Weights, gradients and optimizer state are exact, including the buffers' padding (parameters.py). Activations are those
+of activations.py, times the number of micro-batches in flight. The rest are assumptions, stated below.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from megatron_a2d.planner.parameters import stage_values
 from megatron_a2d.planner.workload import Job, job_of
 from megatron_a2d.utils.errors import UserError
 
-# What a process takes before it trains: CUDA's context, workspaces of cuBLAS and Transformer Engine. An assumption.
+# Memory of a process before training: CUDA context, workspaces of cuBLAS and Transformer Engine. An assumption.
 CONTEXT_BYTES = 2.0 * 2**30
-# NCCL's buffers and channels, for each group of processes that talk to one another. An assumption.
+# NCCL's buffers and channels, per communicator. An assumption.
 COMMUNICATOR_BYTES = 0.25 * 2**30
-# The part of a GPU's memory that stays free for the allocator's gaps. An assumption.
+# Fraction of a GPU's memory left free for the allocator's fragmentation. An assumption.
 HEADROOM = 0.04
-# Of a logit where all are made at once: fp32, from which the loss is computed in place, and its gradient in bf16.
+# Bytes per logit when all are materialised: fp32, in which the loss is computed in place, and its gradient in bf16.
 WHOLE_LOGIT_BYTES = 6
 
 
 class Memory(NamedTuple):
-    """Bytes of one rank."""
+    """Bytes on one rank, by component."""
 
     weights: float
     fp8_copies: float
     gradients: float
     optimizer: float
     activations: float
-    logits: float  # of a few rows at a time, with those rows and the head's gradient
-    dispatcher: float  # rows on their way to experts, and what the busiest rank receives beyond its share
+    logits: float  # of one chunk, with the loss positions' hidden states and the LM head's gradient
+    dispatcher: float  # tokens in flight to and from experts, and the busiest rank's excess over the mean
     communication: float  # NCCL, CUDA's context, workspaces
     headroom: float
 
@@ -46,13 +46,13 @@ class Memory(NamedTuple):
 
     @property
     def state(self) -> float:
-        """What does not depend on the batch."""
+        """Components that do not depend on the batch."""
         return self.weights + self.fp8_copies + self.gradients + self.optimizer
 
 
 def memory(job: Job, cluster: Cluster | None = None) -> Memory:
-    """The parts of the fullest stage; without a cluster no headroom is counted."""
-    # The first has the embedding and holds the most micro-batches, the last has the head; those between have less.
+    """Memory of the pipeline stage that needs most; without a cluster no headroom is counted."""
+    # The first stage has the embedding and the most micro-batches in flight, the last the LM head; others need less.
     stages = {0, job.pipeline_model_parallel_size - 1}
     headroom = HEADROOM * cluster.memory_bytes if cluster else 0.0
     kept = layer_activations(job)
@@ -65,7 +65,7 @@ def _stage_memory(job: Job, stage: int, kept: LayerActivations, headroom: float)
     parameter_bytes = job.number_bytes
     per_microbatch = kept.total * (job.layers_per_stage - job.recomputed_layers)
     per_microbatch += job.tokens_between_layers * job.model_config.hidden_size * parameter_bytes * job.recomputed_layers
-    # A layer that is computed again keeps everything while its own backward pass runs.
+    # A recomputed layer holds all its activations while its own backward pass runs.
     activations = per_microbatch * in_flight + (kept.total if job.recomputed_layers else 0.0)
     is_last = stage == job.pipeline_model_parallel_size - 1
     return Memory(
@@ -84,13 +84,13 @@ def _stage_memory(job: Job, stage: int, kept: LayerActivations, headroom: float)
 def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
     """Weights, gradients and optimizer state of a rank.
 
-    Its shard of a buffer is counted with the padding in it, for which the optimizer has no state: `Buffer.shard_numel`
-    is what a given rank has, here stands what none exceeds.
+    Its shard of a buffer is counted with the padding, for which the optimizer has no state: `Buffer.shard_numel` is
+    the exact number of a given rank, this is an upper bound for all ranks.
     """
     number = job.number_bytes
     values = stage_values(job, stage)
     gradients = values.in_buffers * (4 if job.grad_reduce_in_fp32 else number)
-    # With the distributed optimizer weights are views into the buffer, which is padded.
+    # With the distributed optimizer the weights are views into the padded buffer.
     weights, owned = (
         (values.in_buffers, values.in_shards) if job.use_distributed_optimizer else (values.of_parameters,) * 2
     )
@@ -99,7 +99,7 @@ def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
 
 
 def microbatches_in_flight(job: Job, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at once: 1F1B, or interleaved (Narayanan et al. 2021)."""
+    """Micro-batches in flight, whose activations a stage holds: 1F1B, or interleaved (Narayanan et al. 2021)."""
     pp, virtual = job.pipeline_model_parallel_size, job.num_virtual_stages_per_pipeline_rank
     if virtual == 1:
         return min(job.num_microbatches, pp - stage)
@@ -108,11 +108,12 @@ def microbatches_in_flight(job: Job, stage: int) -> float:
 
 
 def logit_bytes(job: Job) -> float:
-    """The most that head and loss hold of a micro-batch in which every position is masked: times near 1 are drawn.
+    """Peak memory of LM head and loss for a micro-batch with every position masked, as for t near 1.
 
-    model/chunked_cross_entropy.py, tensor by tensor. The rows are kept for the backward pass and get a gradient. A
-    chunk's logits turn into their gradient in place, and the next chunk's follow them there. The weight's gradient is
-    summed in megatron's buffer if that is fp32, else in one of its own, and handed to autograd after the last chunk.
+    Follows model/chunked_cross_entropy.py, tensor by tensor. The hidden states are saved for the backward pass and get
+    a gradient. A chunk's logits are overwritten by their gradient, and their memory is reused by the next chunk. The
+    weight's gradient is accumulated in megatron's buffer if that is fp32, otherwise in a separate one that is returned
+    to autograd after the last chunk.
     """
     a, rows, number = job.model_config, job.tokens, job.number_bytes
     vocabulary = a.vocab_size // job.tensor_model_parallel_size
@@ -126,10 +127,10 @@ def logit_bytes(job: Job) -> float:
 
 
 def fp8_copy_bytes(job: Job) -> float:
-    """FP8 weights of the layers, kept by rows and by columns beside the bf16 ones for all micro-batches of a step."""
+    """FP8 copies of the layers' weights, row- and column-wise, kept next to the bf16 ones for all micro-batches."""
     if job.fp8_recipe == "none":
         return 0.0
-    # With FP8 parameters the copies are the weights: bf16 ones are not held beside them.
+    # With FP8 parameters the copies are the weights: there are no bf16 ones.
     return stage_values(job, 0).of_matrices * (2 - (job.number_bytes if job.fp8_param_gather else 0))
 
 
@@ -139,7 +140,7 @@ def _dispatcher_bytes(job: Job, expert_activations: float, in_flight: float) -> 
         return 0.0
     row = a.hidden_size * job.number_bytes
     sent, received = job.routed_rows, job.routed_rows * job.imbalance
-    moving = 2 * (sent + received) * row  # rows and their gradient, at both ends
+    moving = 2 * (sent + received) * row  # tokens and their gradient, sent and received
     layers = job.layers_per_stage - job.recomputed_layers
     return moving + (job.imbalance - 1) * expert_activations * max(1, layers) * in_flight
 
@@ -153,7 +154,7 @@ def _num_communicators(job: Job) -> int:
 
 
 def check_memory(config: RunConfig, model_config: ModelConfig, processes: int, cluster: Cluster | None) -> None:
-    """UserError when the plan's memory exceeds a GPU of the cluster, before a job waits for one."""
+    """UserError if the modelled memory exceeds that of the cluster's GPUs, before a job is queued."""
     if cluster is None:
         return
     need = memory(job_of(config, model_config, processes, cluster), cluster)

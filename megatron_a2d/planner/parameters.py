@@ -1,8 +1,8 @@
-"""The tensors that a rank holds: weights by name, megatron.core's gradient buffers, and the optimizer's shards.
+"""Sizes of the tensors on a rank: weights by name, megatron.core's gradient buffers, and the optimizer's shards.
 
-The layout of a buffer is that of megatron.core's `_ParamAndGradBuffer`: parameters in reverse order, each at a multiple
-of 64 values and each bucket padded to a multiple of lcm(replicas, 128) when the optimizer is distributed.
-tests/unit/test_planner_memory.py compares every figure with what the training code allocates.
+The layout of a buffer is that of megatron.core's `_ParamAndGradBuffer`: parameters in reverse order, and with the
+distributed optimizer each parameter aligned to 64 elements and each bucket padded to a multiple of lcm(replicas, 128).
+tests/unit/test_planner_memory.py compares every number with what the training code allocates.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from megatron_a2d.planner.workload import Job
 
 
 class Parameter(NamedTuple):
-    """A weight of one rank: its name in the model chunk, its number of values, and whether an expert owns it.
+    """A weight on one rank: its name in the model chunk, its number of elements, and whether it belongs to an expert.
 
-    The experts of a layer are one entry for each of their two matrices: `local_experts.*` in `copies`, or one stack.
+    The experts of a layer have one entry per matrix (two): `local_experts.*` in `copies`, or a stacked tensor.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Parameter(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """A part of a buffer that is reduced in one operation; offsets count values from the buffer's start."""
+    """A part of a buffer that is reduced in one collective; offsets count elements from the buffer's start."""
 
     start: int
     end: int
@@ -41,7 +41,7 @@ class Bucket(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """What decides the tensors of a rank."""
+    """Settings that determine the tensors of a rank; hashable, so that they can be cached."""
 
     model_config: ModelConfig
     tensor: int
@@ -49,7 +49,7 @@ class _Sizes(NamedTuple):
     virtual: int
     expert: int
     expert_tensor: int
-    stacked_experts: bool  # the portable layers hold a layer's experts as two tensors when they are multiplied at once
+    stacked_experts: bool  # local layers hold a layer's experts as two stacked tensors if they use one batched GEMM
 
 
 def stage_parameters(job: Job, stage: int) -> tuple[tuple[Parameter, ...], ...]:
@@ -71,7 +71,7 @@ def _sizes(job: Job) -> _Sizes:
 
 
 def _ends(sizes: _Sizes, stage: int, chunk: int) -> tuple[bool, bool]:
-    """Whether a chunk is the model's first, and its last; the others are alike."""
+    """Whether a chunk is the model's first, and whether it is its last."""
     return stage == chunk == 0, stage == sizes.pipeline - 1 and chunk == sizes.virtual - 1
 
 
@@ -87,7 +87,7 @@ def _chunk_parameters(sizes: _Sizes, is_first: bool, is_last: bool) -> tuple[Par
         found += _layer_parameters(sizes, f"decoder.layers.{layer}")
     if is_last:
         found.append(Parameter("decoder.final_layernorm.weight", a.hidden_size))
-    if is_last and not (tied and is_first):  # the last stage of a tied model has a copy of its own
+    if is_last and not (tied and is_first):  # the last stage of a model with tied embeddings has its own copy
         found.append(Parameter("output_layer.weight", embedding, False, tied))
     return tuple(found)
 
@@ -128,17 +128,17 @@ def _layer_parameters(sizes: _Sizes, prefix: str) -> list[Parameter]:
 
 
 class Buffer(NamedTuple):
-    """One contiguous buffer of gradients, and of weights with the distributed optimizer."""
+    """A contiguous buffer of gradients and, with the distributed optimizer, of weights."""
 
     buckets: tuple[Bucket, ...]
-    replicas: int  # ranks that it is reduced over
+    replicas: int  # ranks over which it is reduced
 
     @property
     def numel(self) -> int:
         return self.buckets[-1].end
 
     def shard_numel(self, rank: int) -> int:
-        """Values of parameters in the part that `rank` of the replicas updates, padding not counted."""
+        """Parameter elements in the shard that replica `rank` updates, without padding."""
         total = 0
         for bucket in self.buckets:
             size = (bucket.end - bucket.start) // self.replicas
@@ -151,39 +151,39 @@ class Buffer(NamedTuple):
 
 
 class Values(NamedTuple):
-    """How many numbers a rank of a stage holds."""
+    """Numbers of elements that a rank of a stage holds."""
 
     of_parameters: int
-    of_matrices: int  # the layers' linear ones, which FP8 has copies of
-    in_buffers: int  # with their padding
-    in_shards: int  # what it updates of the buffers when the optimizer is distributed
+    of_matrices: int  # the layers' linear weights, of which FP8 keeps copies
+    in_buffers: int  # including padding
+    in_shards: int  # of the buffers, updated by this rank with the distributed optimizer
 
 
 def stage_buffers(job: Job, stage: int) -> tuple[Buffer, ...]:
-    """The buffers of a stage, one for the dense weights of each chunk and one for its experts."""
+    """The buffers of a stage: one for the dense weights of each chunk, and one for its experts."""
     return tuple(buffer for key in _chunk_keys(job, stage) for buffer in _chunk_buffers(key))
 
 
 def stage_values(job: Job, stage: int) -> Values:
-    """The sums over a stage's parameters and buffers."""
+    """Sums over a stage's parameters and buffers."""
     chunks = [_chunk_values(key) for key in _chunk_keys(job, stage)]
     return Values(*map(sum, zip(*chunks, strict=True)))
 
 
 class _ChunkKey(NamedTuple):
-    """What decides the buffers of a chunk: jobs and stages that differ elsewhere share them."""
+    """Cache key: the settings that determine the buffers of a chunk, shared by jobs and stages that agree on them."""
 
     sizes: _Sizes
     is_first: bool
     is_last: bool
     replicas: tuple[int, int]  # of dense weights, of experts
     distributed: bool
-    limit: int | None  # numbers after which a bucket is full
+    limit: int | None  # elements after which a bucket is full
 
 
 def _chunk_keys(job: Job, stage: int) -> list[_ChunkKey]:
     sizes, replicas = _sizes(job), (job.dense_replicas, job.expert_replicas)
-    # megatron.core takes the dense group's size for both kinds, and cuts no bucket on later stages and chunks.
+    # megatron.core uses the dense group's size for both kinds, and one bucket on all stages and chunks but the first.
     limit = max(40_000_000, 1_000_000 * replicas[0]) if job.overlap_grad_reduce and stage == 0 else None
     return [
         _ChunkKey(sizes, *_ends(sizes, stage, chunk), replicas, job.use_distributed_optimizer, None if chunk else limit)

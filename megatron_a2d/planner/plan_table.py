@@ -35,14 +35,14 @@ PARTS = {
 
 
 def layout_name(job: Job) -> str:
-    """TP 1, PP 1, EP 8, MBS 4: sizes above one, and the micro-batch."""
+    """Name of a layout, as "EP 8, DP 8, MBS 4": the sizes above one, and the micro-batch size."""
     sizes = [f"{short} {getattr(job, name)}" for name, short in LAYOUT.items() if getattr(job, name) > 1]
     again = ["recompute"] if job.recomputed_layers else []
     return ", ".join([*sizes, f"DP {job.data_parallel_size}", f"MBS {job.micro_batch_size}", *again])
 
 
 def layout_flags(plan: Plan, config: RunConfig) -> str:
-    """The flags that give the run of `config` this layout."""
+    """Command-line flags that change `config` to this layout."""
     job, words = plan.job, []
     for name in LAYOUT:
         words += [flag(name), str(getattr(job, name))]
@@ -59,7 +59,7 @@ def layout_flags(plan: Plan, config: RunConfig) -> str:
 
 
 def summary(plans: dict[str, Plan]) -> Table:
-    """A line for each plan, by its title."""
+    """Summary table, one line per plan."""
     table = Table()
     for name in ("", "layout"):
         table.add_column(name)
@@ -80,7 +80,7 @@ def summary(plans: dict[str, Plan]) -> Table:
 
 
 def parts(plans: dict[str, Plan]) -> tuple[Table, Table]:
-    """Memory by part in GiB, and the step by part in percent of its time."""
+    """Two tables by component: memory in GiB, and time in percent of the step."""
     memory = _parts("memory, GiB/GPU", plans, {title: _scaled(plan.memory, 1 / GIB) for title, plan in plans.items()})
     shares = {title: _scaled(plan.time, 100 / plan.time.total) for title, plan in plans.items()}
     return memory, _parts("time, % of step", plans, shares)
@@ -102,7 +102,7 @@ def _parts(heading: str, plans: Iterable[str], values: dict[str, dict[str, float
 
 
 def why_others_fall(found: Search) -> Table:
-    """How many layouts fall for which reason, with the best of them as an example."""
+    """Table of the rejected layouts: their number by reason, each with its best layout."""
     table = Table("why not", "layouts", "best of them")
     table.columns[1].justify = "right"
     slower: dict[str, list[Plan]] = {}
@@ -127,7 +127,7 @@ def why_others_fall(found: Search) -> Table:
 
 
 def all_layouts(found: Search) -> Table:
-    """A line for each legal layout, with its parts: memory in GiB, time in percent of the step."""
+    """Table of all valid layouts by component: memory in GiB, time in percent of the step."""
     memory, time = Memory._fields, StepTime._fields
     table = Table("layout", "GiB", *memory, "tokens/s/GPU", "MFU", *time)
     for plan in [*found.fitting, *found.too_large]:
@@ -143,11 +143,11 @@ def all_layouts(found: Search) -> Table:
 
 
 def calibration() -> Table:
-    """Every published run with what the model says of it."""
+    """Table of the published runs, with the model's prediction and error for each."""
     rows = published_rows()
     table = Table(
-        "published run", "source", "tokens/s/GPU", "model", "error", "left out", "memory",
-        title=f"{len(rows)} published runs, {len(FITTED)} fitted efficiencies",
+        "published run", "source", "tokens/s/GPU", "model", "error", "LOO error", "memory",
+        title=f"{len(rows)} published runs, {len(FITTED)} fitted efficiencies; LOO: leave-one-out",
     )  # fmt: skip
     for column in table.columns[2:]:
         column.justify = "right"
@@ -164,22 +164,22 @@ def _memory_error(published: float | None, modelled: float) -> str:
 
 
 def worst_errors() -> tuple[float, float]:
-    """The largest error of a published run, and the largest of one that the fit did not know."""
+    """The largest error on a published run, and the largest leave-one-out error."""
     return max(abs(error(row)) for row in published_rows()), LARGEST_LEFT_OUT_ERROR
 
 
 def check_plot(path: Path) -> None:
-    """UserError if `draw` could not write it; to be asked before the work."""
+    """UserError if `draw` could not write the file; called before the search."""
     if path.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot {path}: unknown kind of picture; name it .png, .pdf or .svg")
+        raise UserError(f"--plot {path}: unknown image format; use .png, .pdf or .svg")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--plot {path}: its directory does not exist; make it, or name another")
+        raise UserError(f"--plot {path}: its directory does not exist; create it, or choose another")
     if find_spec("matplotlib") is None:
         raise UserError(f"--plot {path}: matplotlib is not installed; in the clone, pip install --editable '.[plot]'")
 
 
 def draw(path: Path, plans: dict[str, Plan], title: str) -> None:
-    """Memory and time by part as bars, a bar for each plan."""
+    """Plot memory and time by component as stacked bars, one per plan."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3 + 1.2 * len(plans)), layout="constrained")
@@ -187,9 +187,9 @@ def draw(path: Path, plans: dict[str, Plan], title: str) -> None:
     labels = [f"{name}\n{layout_name(plan.job)}" for name, plan in plans.items()]
     _bars(above, labels, [_scaled(plan.memory, 1 / GIB) for plan in plans.values()])
     above.axvline(next(iter(plans.values())).cluster.memory_gib, color="black", linestyle="--")
-    above.set(xlabel="GiB of a GPU (dashed: what it has)")
+    above.set(xlabel="GiB per GPU (dashed: available)")
     _bars(below, labels, [_scaled(plan.time, 1.0) for plan in plans.values()])
-    below.set(xlabel="seconds of a step")
+    below.set(xlabel="seconds per step")
     figure.suptitle(title)
     with new_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=150)

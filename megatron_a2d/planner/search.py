@@ -26,7 +26,7 @@ from megatron_a2d.planner.workload import Job, job_of
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 LARGEST_CONTEXT_PARALLEL = 8
 SECONDS_A_DAY = 86400
-# The settings that a search varies; nothing is divided where they are 1.
+# The settings that a search varies; 1 means no parallelism of that kind.
 SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
     "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "micro_batch_size",
@@ -34,7 +34,7 @@ SIZES = (
 
 
 class Plan(NamedTuple):
-    """One layout: what it needs, and how long it takes."""
+    """A layout with its modelled memory and step time."""
 
     config: RunConfig
     job: Job
@@ -48,12 +48,12 @@ class Plan(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU."""
+        """Tokens/s/GPU."""
         return self.job.global_batch_size * self.job.seq_length / self.job.world_size / self.time.total
 
     @property
     def mfu(self) -> float:
-        """Part of the bf16 peak, by the operations that the model needs: recomputation does not count."""
+        """Model FLOPs utilisation: fraction of the bf16 peak, recomputation not counted."""
         job = self.job
         rows = job.input_length / job.seq_length
         head = (1.0 if job.is_causal else MASKED_FRACTION) / rows
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
     @property
     def days(self) -> float:
-        """For all of --train-iters."""
+        """Duration of all --train-iters."""
         return self.config.training.train_iters * self.time.total / SECONDS_A_DAY
 
     @property
@@ -71,25 +71,25 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: RunConfig, model_config: ModelConfig, cluster: Cluster, world_size: int, **changes: Any) -> Plan:
-    """Memory and time of the layout that `config` has; `changes` are fields of `Job`."""
+    """The plan of `config`'s own layout; `changes` are fields of `Job`."""
     job = job_of(config, model_config, world_size, cluster, **changes)
     return Plan(config, job, cluster, memory(job, cluster), step_time(job, cluster, EFFICIENCIES))
 
 
 class Search(NamedTuple):
-    """All layouts that were looked at."""
+    """Result of a search over layouts."""
 
-    fitting: list[Plan]  # the fastest first
-    too_large: list[Plan]  # the smallest first
+    fitting: list[Plan]  # fastest first
+    too_large: list[Plan]  # smallest first
     num_illegal: int
-    refusals: Counter[str]  # what validate.py said of them, one example of each kind -> how many
+    refusals: Counter[str]  # one example of each kind of validation error -> number of layouts
 
 
 def search(config: RunConfig, model_config: ModelConfig, cluster: Cluster, world_size: int, **changes: Any) -> Search:
-    """Lay the run of `config` out in every way; its own layout and micro-batch size do not matter."""
+    """Try every layout for the run of `config`, regardless of its own layout and micro-batch size."""
     fitting: list[Plan] = []
     too_large: list[Plan] = []
-    kinds: dict[str, str] = {}  # the first line of each kind
+    kinds: dict[str, str] = {}  # kind of error -> its first message
     num_illegal, refusals = 0, Counter[str]()
     always = find_general_problems(config)
     apart = _without_overlap_of_experts(config)
@@ -103,7 +103,7 @@ def search(config: RunConfig, model_config: ModelConfig, cluster: Cluster, world
             continue
         plan = make_plan(candidate, model_config, cluster, world_size, **changes)
         (fitting if plan.fits else too_large).append(plan)
-        if plan.fits:  # computing anything again would only take longer
+        if plan.fits:  # more recomputation would only be slower
             continue
         candidate, problems = _first_legal([_laid_out(again, **layout)], model_config, world_size)
         if not problems:
@@ -117,7 +117,7 @@ def search(config: RunConfig, model_config: ModelConfig, cluster: Cluster, world
 def _first_legal(
     candidates: list[RunConfig], model_config: ModelConfig, world_size: int
 ) -> tuple[RunConfig, list[str]]:
-    """The first of the candidates that nothing is wrong with; else the last one, and what is wrong with it."""
+    """The first valid candidate with ''; if there is none, the last one and its validation error."""
     problems: list[str] = []
     for candidate in candidates:
         if not (problems := find_layout_problems(candidate, model_config, world_size)):
@@ -129,11 +129,11 @@ def _layouts(
     config: RunConfig, model_config: ModelConfig, cluster: Cluster, world_size: int
 ) -> Iterator[dict[str, Any]]:
     plain = _laid_out(config, **dict.fromkeys(SIZES, 1), sequence_parallel=False, global_batch_size=world_size)
-    # What is wrong with nothing divided may be right with something else divided (an overlap that needs EP).
+    # A setting that is invalid without parallelism may be valid with it (an overlap that needs EP).
     accepted = {_without_numbers(problem) for problem in find_layout_problems(plain, model_config, 1)}
 
     def legal_alone(sizes: list[int], name: str, **more: Any) -> list[int]:
-        """Those sizes to which validate.py has nothing new to say, on as many processes as they need."""
+        """Sizes that by themselves cause no new validation error, on as many processes as they need."""
         return [
             size
             for size in sizes
@@ -163,12 +163,12 @@ def _layouts(
 
 
 def _without_overlap_of_experts(config: RunConfig) -> RunConfig:
-    """For layouts that cannot have it, such as a pipeline without virtual stages."""
+    """For layouts that do not support it, such as a pipeline without virtual stages."""
     return _laid_out(config, overlap_moe_expert_parallel_comm=False, delay_wgrad_compute=False)
 
 
 def _without_full_recomputation(config: RunConfig) -> RunConfig:
-    """Of single modules it stays."""
+    """Recomputation of selected modules is kept."""
     if config.performance.recompute_granularity == "selective":
         return config
     return _laid_out(config, recompute_granularity="none", recompute_method="uniform", recompute_num_layers=1)
@@ -181,7 +181,7 @@ def _with_full_recomputation(config: RunConfig) -> RunConfig:
 
 
 def _laid_out(config: RunConfig, **values: Any) -> RunConfig:
-    """`config` with other values of some settings, in whatever groups they are."""
+    """`config` with some settings replaced, looked up in all setting groups."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         groups.setdefault(settings()[name].group, {})[name] = value
@@ -194,12 +194,12 @@ def _without_numbers(problem: str) -> str:
 
 
 def why_slower(plan: Plan, best: Plan) -> str:
-    """The part of the step that costs `plan` most beside `best`."""
+    """The component of the step that costs `plan` most compared with `best`."""
     losses = {name: mine - its for name, mine, its in zip(plan.time._fields, plan.time, best.time, strict=True)}
     return max(losses, key=lambda name: losses[name])
 
 
 def why_too_large(plan: Plan) -> str:
-    """The largest part of its memory."""
+    """The largest component of its memory."""
     parts = plan.memory._asdict()
     return max(parts, key=lambda name: parts[name])

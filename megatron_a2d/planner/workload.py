@@ -49,16 +49,16 @@ class Job:
     grad_reduce_in_fp32: bool = True
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"
-    # Not settings of a run: what is published of others, and what is assumed.
-    fused_kernels: bool = False  # casts to FP8 and activations inside the experts' matrix products
-    whole_logits: bool = False  # the head makes the logits of all rows at once
+    # Not settings of a run: needed for the published runs, or assumed.
+    fused_kernels: bool = False  # FP8 casts and activation functions fused into the experts' GEMMs
+    whole_logits: bool = False  # the LM head materialises the logits of all positions
     overlap_p2p_comm: bool = False
     tp_comm_overlap: bool = False
     imbalance: float = IMBALANCE
 
     @property
     def data_parallel_size(self) -> int:
-        """Ranks that hold the same dense weights and read other samples."""
+        """Ranks with the same dense weights and different samples."""
         model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         return self.world_size // model
 
@@ -79,7 +79,7 @@ class Job:
 
     @property
     def layers_per_stage(self) -> int:
-        """Of the fullest stage; our own layouts divide the layers evenly, those of others may not."""
+        """Layers of the largest stage; our layouts divide the layers evenly, those of published runs may not."""
         return -(-self.model_config.num_layers // self.pipeline_model_parallel_size)
 
     @property
@@ -99,7 +99,7 @@ class Job:
 
     @property
     def routed_rows(self) -> float:
-        """Token copies that the experts of a rank receive in a micro-batch with balanced routing."""
+        """Routed tokens (one per chosen expert) that a rank receives in a micro-batch with balanced routing."""
         rows = self.tokens_between_layers * self.model_config.num_experts_per_tok
         return rows * self.expert_tensor_parallel_size
 
@@ -113,14 +113,14 @@ class Job:
         return self.objective == "ar"
 
     def recomputes(self, module: str) -> bool:
-        """Whether the backward pass computes this part of a layer again: a name of --recompute-modules, or `layer`."""
+        """Whether the backward pass recomputes this part of a layer: a name of --recompute-modules, or `layer`."""
         if self.recompute_granularity == "full":
             return module == "layer"
         return self.recompute_granularity == "selective" and module in self.recompute_modules
 
     @property
     def recomputed_layers(self) -> int:
-        """Layers of a stage that keep nothing but their input."""
+        """Layers of a stage that are fully recomputed, and save only their input."""
         if self.recompute_granularity != "full":
             return 0
         return (
@@ -133,9 +133,9 @@ class Job:
 def job_of(
     config: RunConfig, model_config: ModelConfig, world_size: int, cluster: Cluster | None = None, **changes: Any
 ) -> Job:
-    """The job that a run's settings describe; `changes` are fields of `Job`. --fp8-recipe auto is the cluster's kind.
+    """The job described by a run's settings; `changes` are fields of `Job`. --fp8-recipe auto depends on the cluster.
 
-    UserError where the cluster's GPUs lack what --fp8-recipe names.
+    UserError if the cluster's GPUs do not support --fp8-recipe.
     """
     known = {
         name: getattr(getattr(config, settings()[name].group), name)
@@ -143,7 +143,7 @@ def job_of(
         if name in settings()
     }
     job = Job(model_config=model_config, world_size=world_size, **(known | changes))
-    # As model/transformer_config.py has it.
+    # As in model/transformer_config.py.
     job = dataclasses.replace(job, overlap_p2p_comm=job.num_virtual_stages_per_pipeline_rank > 1)
     if cluster is None:
         return dataclasses.replace(job, fp8_recipe="mxfp8") if job.fp8_recipe == "auto" else job

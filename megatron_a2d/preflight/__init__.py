@@ -1,1 +1,1 @@
-"""The checks before a run: versions, GPUs, network, disk, files, on all nodes; names the bad one."""
+"""Preflight checks of all nodes before a run: versions, GPUs, network, disk and files; problems name the node."""

@@ -1,13 +1,13 @@
-"""The checks before a run, on all its nodes: what cannot work is found before a model is built, and the node is named.
+"""Preflight checks on all nodes of a run: problems are found before the model is built, and name the node.
 
-    torchrun ... -m megatron_a2d.preflight ARGUMENTS OF THE TRAINING       launch/train.sh does it
+    torchrun ... -m megatron_a2d.preflight ARGUMENTS OF THE TRAINING       as launch/train.sh does
     python -m megatron_a2d.preflight ARGUMENTS OF THE TRAINING             this machine, one process
-    python -m megatron_a2d.preflight --settings-only ARGUMENTS...          what needs neither torch nor files: at once
+    python -m megatron_a2d.preflight --settings-only ARGUMENTS...          only the settings, without torch: instant
 
-Settings, dataset and checkpoint; the same versions and the same files on all nodes; --save shared and with room; GPUs
-there, free and as fast as the others; all-reduces inside nodes, between neighbours and over all (NCCL, or gloo without
-GPUs). A table at the end; exit code 2 and a line for each problem. --full also compares checksums and moves larger
-messages.
+Checked are: settings, dataset and checkpoint; equal versions and files on all nodes; --save shared, with enough free
+space; GPUs present, unused and as fast as the others; all-reduces inside nodes, between neighbours and over all nodes
+(NCCL, or gloo without GPUs). Prints a table; exit code 2 and one line per problem. --full also compares checksums and
+sends larger messages.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> None:
         parser = Parser(
             prog="megatron_a2d.preflight", description="Check nodes, network, data and checkpoint of a run."
         )
-        parser.add_argument("--full", action="store_true", help="compare checksums, and move larger messages")
+        parser.add_argument("--full", action="store_true", help="also compare checksums and send larger messages")
         parser.add_argument(
-            "--settings-only", action="store_true", help="check the settings alone, for WORLD_SIZE processes, and end"
+            "--settings-only", action="store_true", help="check only the settings, for WORLD_SIZE processes"
         )
         add_cluster(parser)
         config, options = parse_run(parser, argv, inherited)
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         check_early(config, world_size())
     except UserError:
         if rank() > 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the first rank says it, and torchrun then ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 reports the error, and torchrun then stops this rank
             time.sleep(10)
             sys.exit(USER_ERROR)
         raise

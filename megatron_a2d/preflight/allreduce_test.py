@@ -1,7 +1,7 @@
-"""All-reduces of growing reach: inside each node, between neighbouring nodes, over all. Speeds are bus bandwidths.
+"""All-reduce test: inside each node, between neighbouring nodes, and over all nodes. Speeds are bus bandwidths.
 
-Each stage runs in a thread with a deadline: a communicator that hangs would take the process with it otherwise. A node
-is told from its neighbours by the pairs: a sick one is in every pair that fails or crawls.
+Each stage runs in a thread with a deadline, so that a hung communicator does not hang the process. The pairs identify
+a bad node: it is in every pair that fails or is slow.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import torch.distributed as dist
 
 from megatron_a2d.megatron_compat.device import communication_backend, device
 
-# Longer than any stage may take: NCCL would end the process when it comes to it.
+# Longer than any stage may take: NCCL would end the process at its timeout.
 _NEVER = timedelta(hours=1)
 IN_NODE, IN_PAIR, IN_ALL = "node", "pair", "all"
 
 
 class Stage(NamedTuple):
-    """An all-reduce among `ranks`; `name` is what its result is called."""
+    """An all-reduce among `ranks`; `name` is the key of its result."""
 
     name: str
     ranks: list[int]
 
 
 def rounds(node_of: list[int], rank: int) -> list[Stage | None]:
-    """What `rank` does in each round, None where it looks on. `node_of`: the node of each rank, 0 to N - 1."""
+    """The stage of `rank` in each round, None where it is idle. `node_of`: the node of each rank, 0 to N - 1."""
     members: dict[int, list[int]] = {}
     for other, node in enumerate(node_of):
         members.setdefault(node, []).append(other)
     pairs = pairs_of(len(members))
-    # Even pairs together, then odd ones; in a ring of odd length the pair that closes it has a round of its own.
+    # Even pairs first, then odd ones; in a ring of odd length the closing pair has its own round.
     closing = pairs[-1:] if len(members) % 2 else []
     rest = pairs[: len(pairs) - len(closing)]
     plan: list[list[Stage]] = [[Stage(IN_NODE, ranks) for ranks in members.values()]]
@@ -50,7 +50,7 @@ def rounds(node_of: list[int], rank: int) -> list[Stage | None]:
 
 
 def pairs_of(num_nodes: int) -> list[tuple[int, int]]:
-    """Neighbours on a ring, each node in two of them; none where a single pair would be all there is."""
+    """Pairs of neighbours on a ring, each node in two of them; none for fewer than three nodes."""
     return [(node, (node + 1) % num_nodes) for node in range(num_nodes)] if num_nodes > 2 else []
 
 
@@ -61,7 +61,7 @@ def pair_name(one: int, other: int) -> str:
 def measure(
     store: dist.Store, rank: int, node_of: list[int], num_bytes: int, repeats: int, deadline: float
 ) -> dict[str, float | str]:
-    """Bytes a second by name of this rank's stages, or what went wrong. A stage has `deadline` seconds."""
+    """Bytes/s, or an error message, by name of this rank's stages. A stage has `deadline` seconds."""
     if len(node_of) == 1:
         return {}
 
@@ -74,7 +74,7 @@ def measure(
         return {IN_ALL: failure}
     results: dict[str, float | str] = {}
     for number, stage in enumerate(rounds(node_of, rank)):
-        # All begin a round together: who waited for a sick node in the last one is not late for this.
+        # All start a round together, so that a rank that waited for a bad node is not late for the next round.
         wait_for_all(store, f"round_{number}", len(node_of), 2 * deadline)
         if stage:
             results[stage.name] = within(deadline, partial(_all_reduce, stage, num_bytes, repeats))
@@ -82,7 +82,7 @@ def measure(
 
 
 def wait_for_all(store: dist.Store, key: str, size: int, patience: float) -> None:
-    """Until all ranks have come here, or `patience` seconds."""
+    """Wait until all ranks are here, at most `patience` seconds."""
     store.add(key, 1)
     end = time.monotonic() + patience
     while store.add(key, 0) < size and time.monotonic() < end:
@@ -90,7 +90,7 @@ def wait_for_all(store: dist.Store, key: str, size: int, patience: float) -> Non
 
 
 def within(deadline: float, work: Callable[[], float]) -> float | str:
-    """What `work` returns, or a line about why it does not."""
+    """The result of `work`, or an error message."""
     box: list[float | str] = []
 
     def run() -> None:
@@ -102,19 +102,19 @@ def within(deadline: float, work: Callable[[], float]) -> float | str:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(deadline)
-    return box[0] if box else f"no answer within {deadline:.0f} s"
+    return box[0] if box else f"no result within {deadline:.0f} s"
 
 
 def _all_reduce(stage: Stage, num_bytes: int, repeats: int) -> float:
     if torch.cuda.is_available():
-        torch.cuda.set_device(device())  # a thread begins with the first one
-    # Its members alone meet for it.
+        torch.cuda.set_device(device())  # a new thread starts with device 0
+    # Only the group's members rendezvous for it.
     group = dist.new_group(stage.ranks, timeout=_NEVER, use_local_synchronization=True)
     best = float("inf")
     size = len(stage.ranks)
-    for _ in range(1 + repeats):  # the first one makes the connections
+    for _ in range(1 + repeats):  # the first one sets up the connections
         values = torch.full((num_bytes // 4,), float(dist.get_rank() + 1), device=device())
-        values[:1].item()  # waits
+        values[:1].item()  # synchronises
         begin = time.perf_counter()
         dist.all_reduce(values, group=group)
         ends = values[[0, -1]].tolist()

@@ -1,4 +1,4 @@
-"""What is wrong, from all processes' reports: pure, and so is the table."""
+"""Diagnosis of all processes' node reports: a list of problems and a table (pure functions)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_a2d.terminal.console import human
 
 Who = TypeVar("Who")
 
-# Below this part of the median, a GPU or a link is not fit for a run in which all wait for the slowest.
+# A GPU or a link below this fraction of the median is a problem: a run waits for the slowest.
 SLOW = 0.6
-# A GPU with less of its memory free serves somebody else.
+# A GPU with a smaller fraction of its memory free is used by another program.
 FREE = 0.9
 
 
 def find_problems(facts: list[Facts], checkpoint_bytes: float) -> list[str]:
-    """A line for each problem, with the node that has it. `checkpoint_bytes`: the size of the run's checkpoints."""
+    """One line per problem, which names the node. `checkpoint_bytes`: size of a checkpoint of the run."""
     hosts = host_names(facts)
     problems = _versions(facts, hosts) + _gpus(facts, hosts) + _network(facts, hosts)
     seen: dict[str, list[str]] = defaultdict(list)
@@ -33,22 +33,22 @@ def find_problems(facts: list[Facts], checkpoint_bytes: float) -> list[str]:
     for fact in facts:
         if 0 < fact.disk_free < checkpoint_bytes:
             problems.append(
-                f"{hosts[fact.node]}: --save has {human(fact.disk_free, 'B')} left, and a checkpoint of this run takes "
-                f"about {human(checkpoint_bytes, 'B')}; make room"
+                f"{hosts[fact.node]}: --save has {human(fact.disk_free, 'B')} free, and a checkpoint of this run needs "
+                f"about {human(checkpoint_bytes, 'B')}; free disk space"
             )
             break
     return problems
 
 
 def host_names(facts: list[Facts]) -> dict[int, str]:
-    """A name for each node, by number; nodes that call themselves the same are told apart by their number."""
+    """Node number -> host name; nodes with the same host name also get their number."""
     names = {fact.node: fact.host for fact in facts}
     twice = Counter(names.values())
     return {node: f"{name} (node {node})" if twice[name] > 1 else name for node, name in names.items()}
 
 
 def missing(num_ranks: int, arrived: dict[int, Facts], per_node: int) -> list[str]:
-    """A line for each node of which processes have not reported."""
+    """One line per node with processes that have not reported."""
     lost: dict[int, list[int]] = defaultdict(list)
     for rank in range(num_ranks):
         if rank not in arrived:
@@ -71,7 +71,7 @@ def _versions(facts: list[Facts], hosts: dict[int, str]) -> list[str]:
             if version != usual:
                 names = _these([hosts[node] for node in sorted(those)])
                 problems.append(
-                    f"{names}: {name} is {version} there and {usual} elsewhere; install the same everywhere"
+                    f"{names}: {name} is {version} there and {usual} elsewhere; install the same version everywhere"
                 )
     return problems
 
@@ -85,28 +85,28 @@ def _gpus(facts: list[Facts], hosts: dict[int, str]) -> list[str]:
     for node, fact in sorted(firsts.items()):
         if fact.num_gpus < fact.num_processes:
             problems.append(
-                f"{hosts[node]}: has {fact.num_gpus} GPUs for {fact.num_processes} processes; check its driver, or ask "
-                "for fewer processes a node"
+                f"{hosts[node]}: has {fact.num_gpus} GPUs for {fact.num_processes} processes; check its driver, or "
+                "start fewer processes per node"
             )
     usual = Counter(fact.gpu for fact in with_gpu).most_common(1)[0][0]
     median = statistics.median(fact.flops for fact in with_gpu)
     for fact in with_gpu:
         which = f"{hosts[fact.node]}, rank {fact.rank}"
         if fact.gpu and fact.gpu != usual:
-            problems.append(f"{which}: its GPU is {fact.gpu}, the others' {usual}; use nodes of one kind")
+            problems.append(f"{which}: its GPU is {fact.gpu}, the others' {usual}; use nodes with the same GPUs")
         if fact.memory and fact.memory_free < FREE * fact.memory:
             used = human(fact.memory - fact.memory_free, "B")
-            problems.append(f"{which}: {used} of its GPU's memory are in use; end what uses it")
+            problems.append(f"{which}: {used} of its GPU's memory are in use; stop the program that uses it")
         if fact.gpu and fact.flops < SLOW * median:
             problems.append(
-                f"{which}: its GPU multiplies matrices at {human(fact.flops, 'FLOP/s')}, the others at "
-                f"{human(median, 'FLOP/s')}; leave the node out"
+                f"{which}: its GPU reaches {human(fact.flops, 'FLOP/s')} in a matrix product, the others "
+                f"{human(median, 'FLOP/s')}; exclude the node"
             )
     return problems
 
 
 def _network(facts: list[Facts], hosts: dict[int, str]) -> list[str]:
-    """Nodes inside which, then nodes between which, all-reduces fail or (on GPUs) crawl; last, what only all show."""
+    """Failed or (on GPUs) slow all-reduces: inside nodes, then between nodes, then those that only fail over all."""
     problems = []
     on_gpus = any(fact.gpu for fact in facts)
     figures: dict[str, dict[int, float | str]] = defaultdict(dict)  # by stage, then node
@@ -117,12 +117,12 @@ def _network(facts: list[Facts], hosts: dict[int, str]) -> list[str]:
                 figures[stage][fact.node] = speed
     inside = figures.get(IN_NODE, {})
     for node, why in _bad(inside, on_gpus).items():
-        problems.append(f"{hosts[node]}: all-reduce inside the node: {why}; leave the node out")
+        problems.append(f"{hosts[node]}: all-reduce inside the node: {why}; exclude the node")
     pairs: dict[tuple[int, int], float | str] = {}
     for stage, by_node in figures.items():
         if stage.startswith(IN_PAIR):
             one, other = map(int, stage.split()[1:])
-            # A failure of either end, else the slower one.
+            # A failure at either end, otherwise the slower one.
             pairs[one, other] = min(by_node.values(), key=lambda speed: -1.0 if isinstance(speed, str) else speed)
     bad = _bad(pairs, on_gpus)
     sick = {node for pair in bad for node in pair if all(other in bad for other in pairs if node in other)}
@@ -130,7 +130,7 @@ def _network(facts: list[Facts], hosts: dict[int, str]) -> list[str]:
         named = [node for node in pair if node in sick] or list(pair)
         where = " or ".join(hosts[node] for node in named)
         ends = " and ".join(hosts[node] for node in pair)
-        problems.append(f"{where}: all-reduce between {ends}: {why}; leave the node out")
+        problems.append(f"{where}: all-reduce between {ends}: {why}; exclude the node")
     failed = {node: why for node, why in figures.get(IN_ALL, {}).items() if isinstance(why, str)}
     if failed and not problems:
         names = _these([hosts[node] for node in sorted(failed)])
@@ -139,7 +139,7 @@ def _network(facts: list[Facts], hosts: dict[int, str]) -> list[str]:
 
 
 def _bad(speeds: Mapping[Who, float | str], on_gpus: bool) -> dict[Who, str]:
-    """Those that failed, or are slow for their kind, with the reason. On CPUs speeds say too little."""
+    """Those that failed or are much slower than the median, with the reason. CPU speeds vary too much to compare."""
     good = [speed for speed in speeds.values() if not isinstance(speed, str)]
     median = statistics.median(good) if good else 0.0
     found = {}
@@ -157,7 +157,7 @@ def _these(names: list[str]) -> str:
 
 
 def table(facts: list[Facts]) -> Table:
-    """A row for each node: the worst of its processes."""
+    """Table with one line per node: the worst of its processes."""
     hosts = host_names(facts)
     result = Table(title=f"preflight: {len(hosts)} nodes, {len(facts)} processes", title_justify="left")
     for name in (

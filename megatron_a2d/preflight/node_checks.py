@@ -1,4 +1,4 @@
-"""The checks of all nodes together: facts from each, judged by the first, and all-reduces between them."""
+"""Checks across all nodes: a report from each process, all-reduces between them, and the diagnosis on rank 0."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.exit_codes import USER_ERROR
 from megatron_a2d.utils.printable import print_line
 
-_CHECKING = timedelta(hours=2)  # the first rank may read checksums of a large checkpoint or corpus
+_CHECKING = timedelta(hours=2)  # rank 0 may verify the checksums of a large checkpoint or corpus
 _ARRIVAL = 120.0  # seconds; torchrun starts all processes at about the same time
-_FAREWELL = 60.0  # seconds for all that have come to read what was found; the store goes with the first node
-_STAGE = 90.0  # seconds for one all-reduce with all it takes to connect
+_FAREWELL = 60.0  # seconds for all ranks to read the result, since the store ends with the first node
+_STAGE = 90.0  # seconds for one all-reduce, including the connection setup
 _MESSAGE, _THOROUGH_MESSAGE = 64 << 20, 1 << 30  # bytes
 
 
@@ -43,7 +43,7 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
         inputs, checkpoint_bytes, problems = _check_run(config, size, cluster)
         if not problems:
             arrived = _wait_for(store, "arrived", size)
-            # Where there are GPUs on one node and none on another, the network is not worth a try.
+            # If some nodes have no GPUs, the network is not tested.
             problems = diagnose.missing(size, arrived, mine.num_processes)
             problems += diagnose.find_problems(list(arrived.values()), 0.0)
         if problems and arrived:
@@ -51,7 +51,7 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
         probe = None
         if not problems:
             probe, problems = _make_probe(config.training.save)
-        readers = len(arrived) or size  # nobody waits for a rank that is missing
+        readers = len(arrived) or size  # missing ranks are not waited for
         nodes = [] if problems else [arrived[other].node for other in range(size)]
         store.set(
             "plan",
@@ -63,7 +63,7 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
         _end(rank, plan["problems"])
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_files(mine, plan["inputs"], config.training.save, plan["probe"])
-    # Small without GPUs: loopback and Ethernet need no more to show what they are.
+    # Small without GPUs: enough for loopback and Ethernet.
     num_bytes = _THOROUGH_MESSAGE if thorough else _MESSAGE if mine.gpu else _MESSAGE // 16
     mine.speeds = allreduce_test.measure(store, rank, plan["nodes"], num_bytes, 10 if thorough else 3, _STAGE)
     store.set(f"report/{rank}", json.dumps(dataclasses.asdict(mine)))
@@ -81,14 +81,14 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
 
 
 def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[dict[str, int], float, list[str]]:
-    """Sizes of what the run reads, the size of its checkpoints, and what is wrong with either."""
+    """Sizes of the run's input files, the size of its checkpoints, and problems with the settings."""
     from megatron_a2d.training.resume import check_run, input_files
 
     try:
         checked = check_run(config, size, cluster)
     except UserError as error:
         return {}, 0.0, error.problems
-    # Weights in the type of training, and Adam's state and main weights in fp32.
+    # Weights in the training dtype, and Adam's state and main weights in fp32.
     bytes_per_parameter = 14 if config.training.bf16 else 12
     return (
         sizes(input_files(config, checked.start.directory)),
@@ -98,7 +98,7 @@ def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[d
 
 
 def _make_probe(save: str | None) -> tuple[str | None, list[str]]:
-    """A file in --save that the other nodes must see, or what keeps it from being made."""
+    """A file in --save that the other nodes must see, or the problem with creating it."""
     if save is None:
         return None, []
     directory = Path(save).absolute()
@@ -107,12 +107,12 @@ def _make_probe(save: str | None) -> tuple[str | None, list[str]]:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
     except OSError as error:
-        return None, [f"--save {save}: no checkpoint can be written there ({error.strerror}); choose another directory"]
+        return None, [f"--save {save}: cannot write checkpoints there ({error.strerror}); choose another directory"]
     return str(probe), []
 
 
 def _wait_for(store: dist.Store, stage: str, size: int) -> dict[int, Facts]:
-    """The reports of all ranks that come in time."""
+    """The reports of all ranks that arrive in time."""
     patience = _ARRIVAL if stage == "arrived" else 10 * _STAGE
     end = time.monotonic() + patience
     found: dict[int, Facts] = {}
@@ -127,12 +127,12 @@ def _wait_for(store: dist.Store, stage: str, size: int) -> dict[int, Facts]:
 
 
 def _show(table: Table) -> None:
-    """A log is as wide as a table needs."""
+    """Print the table, wide enough if the output is a log."""
     (console if console.is_terminal else PlainConsole(stderr=True, width=150)).print(table)
 
 
 def _end(rank: int, problems: list[str]) -> None:
-    """Without farewells: a communicator that hangs would not let go."""
+    """Exit without cleanup, which a hung communicator would block."""
     if rank == 0:
         for problem in problems:
             print_line(f"error: {problem}", sys.stderr)

@@ -26,26 +26,26 @@ _PACKAGES = {
 
 @dataclass
 class Facts:
-    """A process's report; it travels as JSON."""
+    """Node report of a process; sent as JSON."""
 
     rank: int
     node: int
     host: str
     versions: dict[str, str]
-    num_processes: int  # of this node
-    num_gpus: int  # that this process could choose from
-    gpu: str = ""  # none
+    num_processes: int  # on this node
+    num_gpus: int  # visible to this process
+    gpu: str = ""  # empty: none
     memory: int = 0  # bytes of the GPU
     memory_free: int = 0
-    flops: float = 0.0  # a matrix product's rate, operations a second
+    flops: float = 0.0  # FLOP/s of a matrix product
     disk_free: int = 0  # bytes at --save
     problems: list[str] = field(default_factory=list)
-    # by stage of allreduce_test.py: bytes a second, or why there is no such figure
+    # stage of allreduce_test.py -> bytes/s, or an error message
     speeds: dict[str, float | str] = field(default_factory=dict)
 
 
 def gather_facts(rank: int) -> Facts:
-    """Of this process; the files come later, in `check_files`."""
+    """Report of this process; `check_files` adds the files later."""
     facts = Facts(
         rank=rank,
         node=int(os.environ.get("GROUP_RANK", "0")),
@@ -55,7 +55,7 @@ def gather_facts(rank: int) -> Facts:
         num_gpus=torch.cuda.device_count(),
     )
     if has_cuda() and int(os.environ.get("LOCAL_RANK", "0")) >= facts.num_gpus:
-        return facts  # there is none for this process, which judge.py says
+        return facts  # no GPU for this process, which diagnose.py reports
     try:
         if has_cuda():
             torch.cuda.set_device(device())
@@ -69,7 +69,7 @@ def gather_facts(rank: int) -> Facts:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same everywhere, by name; what is not installed is left out."""
+    """Versions that must be equal on all nodes, by name, without packages that are not installed."""
     found = {"Python": platform.python_version(), "megatron_a2d": f"{megatron_a2d.__version__} {_source_digest()}"}
     for name, package in _PACKAGES.items():
         try:
@@ -86,7 +86,7 @@ def versions() -> dict[str, str]:
 
 
 def _source_digest() -> str:
-    """Of the program itself: nodes may have copies of their own."""
+    """Digest of this program's source: nodes may have separate copies."""
     root = Path(megatron_a2d.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -95,35 +95,37 @@ def _source_digest() -> str:
 
 
 def matrix_rate() -> float:
-    """Operations a second of one matrix product, the best of three: a rough figure that finds a throttled GPU."""
+    """FLOP/s of a matrix product, the best of three: a rough number that reveals a throttled GPU."""
     size, dtype = (8192, torch.bfloat16) if has_cuda() else (512, torch.float32)
     matrix = torch.randn(size, size, dtype=dtype, device=device())
     best = np.inf
     for _ in range(4):  # the first one warms up
         begin = time.perf_counter()
         product = matrix @ matrix
-        product[0, 0].item()  # waits
+        product[0, 0].item()  # synchronises
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
 
 
 def check_files(facts: Facts, inputs: dict[str, int], save: str | None, probe: str | None) -> None:
-    """Compare what the first node sees with what this one does. `inputs`: sizes by path; `probe`: a file in --save."""
+    """Compare this node's files with the first node's. `inputs`: path -> size; `probe`: a file in --save."""
     for path, size in inputs.items():
         try:
             mine = Path(path).stat().st_size
         except OSError as error:
-            facts.problems.append(f"{path}: cannot be read there ({error.strerror}); mount it on all nodes alike")
+            facts.problems.append(f"{path}: cannot be read there ({error.strerror}); mount it on all nodes")
             continue
         if mine != size:
-            facts.problems.append(f"{path}: has {mine} bytes there and {size} on the first node; make them the same")
+            facts.problems.append(
+                f"{path}: has {mine} bytes there and {size} on the first node; make the files identical"
+            )
     if save and probe:
         if not Path(probe).exists():
-            facts.problems.append(f"--save {save}: is another directory there; name one that all nodes share")
+            facts.problems.append(f"--save {save}: is a different directory there; choose one that all nodes share")
         else:
             facts.disk_free = shutil.disk_usage(save).free
 
 
 def sizes(paths: list[Path]) -> dict[str, int]:
-    """By absolute path."""
+    """Absolute path -> size in bytes."""
     return {str(path.absolute()): path.stat().st_size for path in paths}

@@ -82,8 +82,8 @@ def start(fault: str, patience: float = PATIENCE) -> tuple[list[int | None], lis
 @pytest.mark.parametrize(
     ("fault", "word"),
     [
-        ("dies", "gave no sign of life"),
-        pytest.param("hangs", "gave no sign of life", marks=pytest.mark.full),
+        ("dies", "no heartbeat"),
+        pytest.param("hangs", "no heartbeat", marks=pytest.mark.full),
         pytest.param("raises", "failed with ValueError", marks=pytest.mark.full),
         pytest.param("has bad input", "ended: --x: is bad", marks=pytest.mark.full),
     ],
@@ -93,7 +93,7 @@ def test_a_lost_rank_is_named(fault: str, word: str, exactness: Exactness) -> No
     for rank in set(range(SIZE)) - {VICTIM}:
         assert codes[rank] == PEER_LOST, said[rank]
         (line,) = [line for line in said[rank].splitlines() if line.startswith("error: ")]
-        assert f"rank {VICTIM} (" in line and word in line and f"(rank {rank} ends with it)" in line
+        assert f"rank {VICTIM} (" in line and word in line and f"(rank {rank} exits)" in line
         assert not any(f"rank {other} (" in line for other in range(SIZE) if other != VICTIM), "an innocent is named"
     if fault == "raises":
         assert "ValueError: no such thing" in said[VICTIM] and codes[VICTIM] == 1

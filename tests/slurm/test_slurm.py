@@ -64,8 +64,8 @@ def test_a_rank_stands_still(cluster: Cluster, material: Material, unbroken: Job
     job.wait_until_over()
     assert job.state() == "COMPLETED" and job.restarts() == 1, job.story()
     (line,) = [line for line in job.log().splitlines() if "exit code 6: " in line]
-    assert "exit code 6: stood still for 12 s: rank 1 (n2, pid" in line and "rank 0" not in line, job.story()
-    assert "in iteration 4, reading samples, at sitecustomize.py" in line and "1 other cannot go on" in line
+    assert "exit code 6: hung for 12 s: rank 1 (n2, pid" in line and "rank 0" not in line, job.story()
+    assert "in iteration 4, reading samples, at sitecustomize.py" in line and "1 other waiting" in line
     assert job.starts() == [0, 2], job.story()
     assert not differences(final(job.save), final(unbroken.save))
 

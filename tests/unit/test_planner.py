@@ -312,7 +312,7 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "search", lambda *_, **__: pytest.fail("it searches"))
-    for name, words in (("x.gif", "unknown kind of picture"), ("nowhere/x.png", "its directory does not exist")):
+    for name, words in (("x.gif", "unknown image format"), ("nowhere/x.png", "its directory does not exist")):
         with pytest.raises(UserError, match=words):
             plan.main(
                 ["--model", "Qwen/Qwen3-8B-Base", "--cluster", "h100", "--gpus", "8", "--plot", str(tmp_path / name)]

@@ -50,9 +50,9 @@ def test_nothing_is_found_where_all_is_well() -> None:
         ({"num_gpus": 0, "gpu": "", "memory": 0, "flops": 0.0}, ["n2: has 0 GPUs for 2 processes"]),
         ({"gpu": "H100"}, ["n2, rank 4: its GPU is H100, the others' H200", "n2, rank 5: "]),
         ({"memory_free": int(80 * GB)}, ["n2, rank 4: 61 GB of its GPU's memory are in use", "n2, rank 5: "]),
-        ({"flops": 3e14}, ["n2, rank 4: its GPU multiplies matrices at 300 TFLOP/s", "n2, rank 5: "]),
+        ({"flops": 3e14}, ["n2, rank 4: its GPU reaches 300 TFLOP/s", "n2, rank 5: "]),
         ({"problems": ["/data/x.bin: cannot be read there"]}, ["n2: /data/x.bin: cannot be read there"]),
-        ({"disk_free": int(1e11)}, ["n2: --save has 100 GB left, and a checkpoint of this run takes about 1 TB"]),
+        ({"disk_free": int(1e11)}, ["n2: --save has 100 GB free, and a checkpoint of this run needs about 1 TB"]),
     ],
 )
 def test_the_node_is_named(changes: dict[str, Any], said: list[str]) -> None:
@@ -73,8 +73,8 @@ def test_a_sick_node_is_told_from_its_neighbours() -> None:
     facts = cluster(5)
     for pair in pairs_of(5):
         if 3 in pair:
-            spoil(facts, pair_name(*pair), "no answer within 90 s")
-    spoil(facts, IN_ALL, "no answer within 90 s")
+            spoil(facts, pair_name(*pair), "no result within 90 s")
+    spoil(facts, IN_ALL, "no result within 90 s")
     problems = find_problems(facts, 0.0)
     assert len(problems) == 2 and all(problem.startswith("n3: all-reduce between ") for problem in problems), problems
     # One pair alone: it may be the cable.
@@ -90,9 +90,9 @@ def test_inside_a_node_and_over_all() -> None:
     (problem,) = find_problems(facts, 0.0)
     assert problem.startswith("n1: all-reduce inside the node: ArithmeticError")
     facts = cluster(2, 1)
-    spoil(facts, IN_ALL, "no answer within 90 s")
+    spoil(facts, IN_ALL, "no result within 90 s")
     (problem,) = find_problems(facts, 0.0)
-    assert problem.startswith("n0, n1: all-reduce over all nodes: no answer")
+    assert problem.startswith("n0, n1: all-reduce over all nodes: no result")
 
 
 def test_speeds_of_cpus_say_too_little() -> None:
@@ -126,7 +126,7 @@ def test_what_hangs_is_left_behind() -> None:
     import time
 
     assert within(300.0, lambda: 3.0) == 3.0
-    assert within(0.1, lambda: time.sleep(30) or 0.0) == "no answer within 0 s"
+    assert within(0.1, lambda: time.sleep(30) or 0.0) == "no result within 0 s"
 
     def broken() -> float:
         raise RuntimeError("no\nroute")
@@ -141,17 +141,19 @@ def test_files_that_differ_and_a_directory_that_is_not_shared(tmp_path: Any) -> 
     probe = tmp_path / "probe"
     check_files(facts, inputs, str(tmp_path), str(probe))
     assert len(facts.problems) == 2 and "b.bin: cannot be read there" in facts.problems[0]
-    assert f"--save {tmp_path}: is another directory there" in facts.problems[1]
+    assert f"--save {tmp_path}: is a different directory there" in facts.problems[1]
     facts.problems.clear()
     probe.touch()
     inputs = {str(tmp_path / "a.bin"): 6}
     check_files(facts, inputs, str(tmp_path), str(probe))
-    assert facts.problems == [f"{tmp_path / 'a.bin'}: has 5 bytes there and 6 on the first node; make them the same"]
+    assert facts.problems == [
+        f"{tmp_path / 'a.bin'}: has 5 bytes there and 6 on the first node; make the files identical"
+    ]
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     probe, problems = _make_probe(str(tmp_path / "file" / "sub"))
-    assert probe is None and len(problems) == 1 and "file/sub: no checkpoint can be written there" in problems[0]
+    assert probe is None and len(problems) == 1 and "file/sub: cannot write checkpoints there" in problems[0]
     probe, problems = _make_probe(str(tmp_path / "new"))
     assert probe is not None and Path(probe).exists() and problems == []
