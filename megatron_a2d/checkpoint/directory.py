@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_a2d.checkpoint.model_files import check_model_files
-from megatron_a2d.config.settings import recorded_settings
+from megatron_a2d.config.renamed import recorded_settings
 from megatron_a2d.utils.atomic_write import read_json, read_text
 from megatron_a2d.utils.errors import UserError
 

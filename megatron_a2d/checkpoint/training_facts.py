@@ -20,8 +20,8 @@ from megatron_a2d.checkpoint.directory import (
     list_iterations,
     resolve,
 )
-from megatron_a2d.config.renamed import modernise_record, name_in
-from megatron_a2d.config.settings import RunConfig, flag, recorded_settings, settings
+from megatron_a2d.config.renamed import modernise_record, name_in, recorded_settings
+from megatron_a2d.config.settings import RunConfig, flag, settings
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 

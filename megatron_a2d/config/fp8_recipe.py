@@ -1,54 +1,105 @@
-"""Which FP8 scaling a GPU gets, and in which format.
+"""Which FP8 or FP4 scaling a GPU gets, in which format, and whether it is emulated.
 
 mxfp8      a scale for each block of 32, in hardware of 10.x and 11.x; e4m3 both ways
 blockwise  a scale for each 128 x 128 block of a weight and 1 x 128 of an activation (DeepSeek-V3); e4m3 both ways
 tensorwise a scale for each tensor, from its present values; e4m3, gradients e5m2
 delayed    a scale for each tensor, from the history of its largest values; e4m3, gradients e5m2
+nvfp4      FP4 (e2m1) with a scale for each block of 16 and one for the tensor, in hardware from 10.0 on
 
 What a GPU lacks is what Transformer Engine refuses it: its products of mxfp8 stop at 12.0 (GeForce's Blackwell), those
-of blockwise begin with CUDA 12.9.
+of blockwise begin with CUDA 12.9. With --transformer-impl local a recipe is emulated (model/emulated_layers.py).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.utils.errors import UserError
 
 
 class Scaling(NamedTuple):
-    """megatron.core's names: TransformerConfig.fp8_recipe and .fp8."""
+    """megatron.core's names: TransformerConfig.fp8_recipe and .fp8, or .fp4_recipe and .fp4."""
 
     recipe: str
     format: str
 
+    @property
+    def is_fp8(self) -> bool:
+        return self.format != "e2m1"
 
-_FORMATS = {"mxfp8": "e4m3", "blockwise": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid"}
+
+class Emulation(NamedTuple):
+    """A recipe whose products are emulated, and where."""
+
+    recipe: str
+    layers_at_start_in_bf16: int = 0
+    layers_at_end_in_bf16: int = 0
+    head: bool = False
+
+    def of_layer(self, number: int, num_layers: int) -> str | None:
+        """The recipe of a layer, counted from 0; None: the layer is kept in bf16."""
+        kept = number < self.layers_at_start_in_bf16 or number >= num_layers - self.layers_at_end_in_bf16
+        return None if kept else self.recipe
+
+    def __str__(self) -> str:
+        return (
+            f"precision: {self.recipe} is emulated: operands are rounded as Transformer Engine rounds them, products "
+            "summed in fp32; slow, and a study of precision, not of speed"
+        )
+
+
+_FORMATS = {"mxfp8": "e4m3", "blockwise": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid", "nvfp4": "e2m1"}
 # Compute capabilities: the least, and the first that has it no more.
 _CAPABILITIES = {
     "mxfp8": ((10, 0), (12, 0)), "blockwise": ((9, 0), None), "tensorwise": ((8, 9), None), "delayed": ((8, 9), None),
+    "nvfp4": ((10, 0), None),
 }  # fmt: skip
 _BLOCKWISE_CUDA = (12, 9)
+
+
+def chosen_recipe(config: RunConfig) -> str:
+    """The value of --fp4-recipe or --fp8-recipe; none: all products are in the parameters' type."""
+    performance = config.performance
+    return performance.fp8_recipe if performance.fp4_recipe == "none" else performance.fp4_recipe
+
+
+def emulation_of(config: RunConfig) -> Emulation | None:
+    """What is emulated in a run, if anything is."""
+    performance, recipe = config.performance, chosen_recipe(config)
+    if recipe == "none" or config.training.transformer_impl != "local":
+        return None
+    ends = (0, 0)
+    if performance.first_last_layers_bf16:
+        ends = performance.num_layers_at_start_in_bf16, performance.num_layers_at_end_in_bf16
+    return Emulation(recipe, *ends, performance.fp8_output_proj)
+
+
+def engine_scaling(
+    config: RunConfig, capability: tuple[int, int] | None, cuda: tuple[int, int] | None = None
+) -> Scaling | None:
+    """The scaling of Transformer Engine's products in a run; None: they are in bf16, or emulated."""
+    return None if emulation_of(config) else choose_scaling(chosen_recipe(config), capability, cuda)
 
 
 def choose_scaling(
     wish: str, capability: tuple[int, int] | None, cuda: tuple[int, int] | None = None
 ) -> Scaling | None:
-    """The scaling of --fp8-recipe on a GPU of this compute capability (None: no GPU) and CUDA release; None: no FP8."""
+    """The scaling of --fp8-recipe or --fp4-recipe on a GPU of this compute capability (None: no GPU) and CUDA release;
+    None: no FP8 or FP4."""
     if wish == "none":
         return None
+    name = f"--fp4-recipe {wish}" if wish == "nvfp4" else f"--fp8-recipe {wish}"
     if capability is None:
-        raise UserError(f"--fp8-recipe {wish}: this machine has no CUDA device; use none")
+        raise UserError(f"{name}: this machine has no CUDA device; use none, or emulate it: --transformer-impl local")
     recipe = wish
     if wish == "auto":
         recipe = "mxfp8" if _lacks("mxfp8", capability) is None else "tensorwise"
     if lacking := _lacks(recipe, capability):
-        remedy = "use none" if _lacks("tensorwise", capability) else "use auto"
-        raise UserError(f"--fp8-recipe {wish}: a GPU of compute capability {_dotted(capability)} {lacking}; {remedy}")
+        remedy = "use none" if recipe == "nvfp4" or _lacks("tensorwise", capability) else "use auto"
+        raise UserError(f"{name}: a GPU of compute capability {_dotted(capability)} {lacking}; {remedy}")
     if recipe == "blockwise" and cuda is not None and cuda < _BLOCKWISE_CUDA:
-        raise UserError(
-            f"--fp8-recipe {wish}: needs CUDA {_dotted(_BLOCKWISE_CUDA)}, and torch has {_dotted(cuda)}; use auto"
-        )
+        raise UserError(f"{name}: needs CUDA {_dotted(_BLOCKWISE_CUDA)}, and torch has {_dotted(cuda)}; use auto")
     return Scaling(recipe, _FORMATS[recipe])
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from megatron_a2d.config.settings import Setting, settings
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
@@ -29,6 +30,7 @@ SETTINGS = {
     "keep_last": Renamed("keep_latest_k"),
     "keep_every": Renamed("save_retain_interval"),
     "fp8": Renamed("fp8_recipe"),
+    "fp4": Renamed("fp4_recipe"),
     "transformer_impl": Renamed("transformer_impl", {"portable": "local"}),
     "attention_annealing_steps": Renamed("attention_annealing_iters"),
     "grafting_steps": Renamed("grafting_iters"),
@@ -85,6 +87,34 @@ def modernise_record(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a run has recorded, in today's names; where both are there, the new one counts."""
     modern = [(name, *modernise(name, value)) for name, value in values.items()]
     return {now: value for name, now, value in modern if now == name or now not in values}
+
+
+def recorded_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings that a run's record (run.json) holds, and the names of those whose values none can have.
+
+    A name that is not known is left out: it is of an older or a newer version.
+    """
+    known = {name: value for name, value in modernise_record(values).items() if name in settings()}
+    wrong = [name for name, value in known.items() if not _can_be(settings()[name], value)]
+    return {name: value for name, value in known.items() if name not in wrong}, wrong
+
+
+def _can_be(item: Setting, value: Any) -> bool:
+    if value is None:
+        return item.optional
+    if isinstance(item.kind, tuple):
+        return isinstance(value, str) and value in item.kind
+    if item.kind is list:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if item.kind is dict:
+        return isinstance(value, dict) and all(_is_number(factor) for factor in value.values())
+    if item.kind in (bool, str):
+        return isinstance(value, item.kind)
+    return _is_number(value) and (item.kind is float or isinstance(value, int))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def name_in(values: Mapping[str, Any], name: str) -> str:

@@ -12,11 +12,8 @@ import functools
 import inspect
 import itertools
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-from megatron_a2d.config.renamed import modernise_record
 
 ROLES = ("attention", "mlp", "router", "norm", "embedding", "head")
 
@@ -223,9 +220,14 @@ class PerformanceConfig:
     """The same training, faster or in less memory; most of it needs Transformer Engine on a GPU."""
 
     fp8_recipe: Literal["none", "auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
-    """scaling of the layers' matrix products in FP8; auto: mxfp8 on Blackwell, tensorwise on Hopper"""
+    """scaling of the layers' matrix products in FP8; auto: mxfp8 on Blackwell, tensorwise on Hopper; with
+    --transformer-impl local it is emulated, on any device"""
+    fp4_recipe: Literal["none", "nvfp4"] = "none"
+    """the layers' matrix products in FP4, on Blackwell; with --transformer-impl local it is emulated, on any device"""
+    fp8_output_proj: bool = False
+    """the LM head's products in FP8 too; emulated alone"""
     first_last_layers_bf16: bool = False
-    """keep the first and last layers in bf16 where the others compute in FP8"""
+    """keep the first and last layers in bf16 where the others compute in FP8 or FP4"""
     num_layers_at_start_in_bf16: int = 1
     """with first_last_layers_bf16: how many layers at the start"""
     num_layers_at_end_in_bf16: int = 1
@@ -338,34 +340,6 @@ def settings() -> dict[str, Setting]:
             choices = item.metadata.get("choices", ())
             result[item.name] = Setting(item.name, group, kind, default, docs[item.name], optional, choices)
     return result
-
-
-def recorded_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings that a run's record (run.json) holds, and the names of those whose values none can have.
-
-    A name that is not known is left out: it is of an older or a newer version.
-    """
-    known = {name: value for name, value in modernise_record(values).items() if name in settings()}
-    wrong = [name for name, value in known.items() if not _can_be(settings()[name], value)]
-    return {name: value for name, value in known.items() if name not in wrong}, wrong
-
-
-def _can_be(item: Setting, value: Any) -> bool:
-    if value is None:
-        return item.optional
-    if isinstance(item.kind, tuple):
-        return isinstance(value, str) and value in item.kind
-    if item.kind is list:
-        return isinstance(value, list) and all(isinstance(part, str) for part in value)
-    if item.kind is dict:
-        return isinstance(value, dict) and all(_is_number(factor) for factor in value.values())
-    if item.kind in (bool, str):
-        return isinstance(value, item.kind)
-    return _is_number(value) and (item.kind is float or isinstance(value, int))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_a2d.config.fp8_recipe import chosen_recipe, emulation_of
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, flag, settings
 
 # What exists in Transformer Engine alone, or in megatron.core on top of it.
 _NEEDS_TRANSFORMER_ENGINE = (
-    "fp8_recipe", "moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "gradient_accumulation_fusion",
-    "use_precision_aware_optimizer", "cuda_graph_impl", "delay_wgrad_compute",
+    "fp8_recipe", "fp4_recipe", "moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion",
+    "gradient_accumulation_fusion", "use_precision_aware_optimizer", "cuda_graph_impl", "delay_wgrad_compute",
 )  # fmt: skip
 _FOR_EXPERTS = (
     "moe_permute_fusion", "moe_router_fusion", "moe_router_force_load_balancing", "overlap_moe_expert_parallel_comm",
@@ -23,8 +24,8 @@ _FOR_EXPERTS = (
 def find_performance_problems(config: RunConfig, model_config: ModelConfig | None) -> list[str]:
     """A line for each problem: flag and value, why, what to do."""
     problems = [
-        *_without_effect(config), *_fp8_problems(config), *_memory_problems(config), *_overlap_problems(config),
-        *_graph_problems(config), *_engine_problems(config),
+        *_without_effect(config), *_fp8_problems(config), *_gathered_fp8_problems(config), *_emulation_problems(config),
+        *_memory_problems(config), *_overlap_problems(config), *_graph_problems(config), *_engine_problems(config),
     ]  # fmt: skip
     if model_config is not None:
         problems += [*_expert_problems(config, model_config), *_size_problems(config, model_config)]
@@ -68,8 +69,9 @@ def refuses_transformer_engine(config: RunConfig) -> str | None:
 
 
 def needs_transformer_engine(config: RunConfig) -> list[str]:
-    """The flags that were set and that only Transformer Engine serves."""
-    return [name for name in _NEEDS_TRANSFORMER_ENGINE if _is_set(config, name)]
+    """The flags that were set and that only Transformer Engine serves; FP8 and FP4 are emulated on local layers."""
+    emulated = ("fp8_recipe", "fp4_recipe") if emulation_of(config) else ()
+    return [name for name in _NEEDS_TRANSFORMER_ENGINE if _is_set(config, name) and name not in emulated]
 
 
 def _is_set(config: RunConfig, name: str) -> bool:
@@ -84,7 +86,8 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
     full, selective = (performance.recompute_granularity == kind for kind in ("full", "selective"))
     precise = performance.use_precision_aware_optimizer
     for name, effective, needed in (
-        ("first_last_layers_bf16", performance.fp8_recipe != "none", "--fp8-recipe"),
+        ("first_last_layers_bf16", chosen_recipe(config) != "none", "--fp8-recipe or --fp4-recipe"),
+        ("fp8_output_proj", performance.fp8_recipe != "none", "--fp8-recipe"),
         ("num_layers_at_start_in_bf16", performance.first_last_layers_bf16, "--first-last-layers-bf16"),
         ("num_layers_at_end_in_bf16", performance.first_last_layers_bf16, "--first-last-layers-bf16"),
         (
@@ -106,34 +109,66 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
 
 
 def _fp8_problems(config: RunConfig) -> Iterator[str]:
-    performance, parallel = config.performance, config.parallel
-    if performance.fp8_recipe == "none":
-        if performance.fp8_param_gather:
-            yield "--fp8-param-gather: needs --fp8-recipe; set that too"
-        return
-    if not config.training.bf16:
-        yield f"--fp8-recipe {performance.fp8_recipe}: needs --bf16, in which all else is computed; add it"
+    performance = config.performance
+    for name in ("fp8_recipe", "fp4_recipe"):
+        if _is_set(config, name) and not config.training.bf16:
+            yield f"{_shown(config, name)}: needs --bf16, in which all else is computed; add it"
+    if performance.fp4_recipe != "none" and performance.fp8_recipe != "none":
+        yield f"{_shown(config, 'fp4_recipe')}: not with {_shown(config, 'fp8_recipe')}; choose one"
+    if performance.fp4_recipe != "none" and performance.overlap_moe_expert_parallel_comm:
+        yield (
+            "--overlap-moe-expert-parallel-comm: with --fp4-recipe megatron-core 0.16.1's interleaved schedule never "
+            "enters FP4, and all layers would compute in bf16; drop one"
+        )
     if performance.fp8_recipe == "delayed" and performance.first_last_layers_bf16:
         yield (
             "--first-last-layers-bf16: delayed scaling collects its history over all layers alike (megatron.core "
             "refuses the pair); use --fp8-recipe tensorwise, blockwise or mxfp8"
         )
-    if performance.fp8_param_gather and not parallel.use_distributed_optimizer:
+
+
+def _gathered_fp8_problems(config: RunConfig) -> Iterator[str]:
+    performance, parallel = config.performance, config.parallel
+    if not performance.fp8_param_gather:
+        return
+    if performance.fp8_recipe == "none":
+        yield "--fp8-param-gather: needs --fp8-recipe; set that too"
+        return
+    if not parallel.use_distributed_optimizer:
         yield "--fp8-param-gather: needs --use-distributed-optimizer, which holds the fp32 weights; add it"
     overlaps = parallel.overlap_grad_reduce and parallel.overlap_param_gather
-    if performance.fp8_param_gather and performance.fp8_recipe in ("auto", "mxfp8") and not overlaps:
+    if performance.fp8_recipe in ("auto", "mxfp8") and not overlaps:
         yield (
             f"--fp8-param-gather: with --fp8-recipe {performance.fp8_recipe} the gathered weights lie in the "
             "gradients' buffer, and without --overlap-grad-reduce and --overlap-param-gather that gives NaN; add both"
         )
-    if performance.fp8_param_gather and performance.use_precision_aware_optimizer:
+    if performance.use_precision_aware_optimizer:
         yield "--fp8-param-gather: not with --use-precision-aware-optimizer, whose main weights it reads; drop one"
     for setting, sets_weights in (
         ("--mask-token-init mean", config.diffusion.mask_token_init == "mean"),
         ("--conversion random", config.diffusion.conversion == "random"),
     ):
-        if performance.fp8_param_gather and sets_weights:
+        if sets_weights:
             yield f"--fp8-param-gather: not with {setting}, after which all main weights would be FP8's; drop one"
+
+
+def _emulation_problems(config: RunConfig) -> Iterator[str]:
+    performance, emulation = config.performance, emulation_of(config)
+    if emulation is None:
+        if performance.fp8_output_proj and performance.fp8_recipe != "none":
+            yield "--fp8-output-proj: the LM head is in FP8 in emulation alone; add --transformer-impl local"
+        return
+    if emulation.recipe == "auto":
+        yield "--fp8-recipe auto: is a GPU's choice, and --transformer-impl local emulates a recipe by name; name one"
+    if performance.fp8_param_gather:
+        yield "--fp8-param-gather: with --transformer-impl local FP8 is emulated, and weights stay in bf16; remove it"
+    if emulation.recipe == "delayed" and performance.recompute_granularity != "none":
+        yield (
+            f"--recompute-granularity {performance.recompute_granularity}: not where --fp8-recipe delayed is emulated, "
+            "whose scales would advance with what is computed again; remove one"
+        )
+    if "moe_act" in performance.recompute_modules:
+        yield "--recompute-modules moe_act: has no effect where FP8 or FP4 is emulated; recompute moe"
 
 
 def _memory_problems(config: RunConfig) -> Iterator[str]:
@@ -249,7 +284,8 @@ def _single_expert_problems(config: RunConfig, model_config: ModelConfig) -> Ite
     performance, parallel = config.performance, config.parallel
     size, whole = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size == 1
     interleaves = performance.overlap_moe_expert_parallel_comm and parallel.moe_token_dispatcher_type == "alltoall"
-    if interleaves and size == model_config.num_experts and whole and performance.fp8_recipe == "none":
+    in_bf16 = chosen_recipe(config) == "none" or emulation_of(config)
+    if interleaves and size == model_config.num_experts and whole and in_bf16:
         yield (
             f"--overlap-moe-expert-parallel-comm: with --expert-model-parallel-size {size} a process has one expert, "
             "whose input megatron.core 0.16 frees too early; use a smaller one, or flex"
@@ -261,8 +297,10 @@ def _size_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str
     stage = max(1, model_config.num_layers // max(1, parallel.pipeline_model_parallel_size))
     if performance.recompute_granularity == "full" and performance.recompute_num_layers > stage:
         yield f"--recompute-num-layers {performance.recompute_num_layers}: a stage has {stage} layers; choose fewer"
-    if performance.fp8_recipe == "none":
+    recipe = chosen_recipe(config)
+    if recipe == "none":
         return
+    shown = _shown(config, "fp4_recipe" if recipe == "nvfp4" else "fp8_recipe")
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         count = getattr(performance, name)
         if performance.first_last_layers_bf16 and not 0 <= count <= stage:
@@ -276,8 +314,9 @@ def _size_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str
                     f"{performance.fp8_recipe} weights would be read at wrong offsets of the gradients' buffer; drop "
                     "it, or choose another --fp8-recipe"
                 )
-    # Transformer Engine's FP8 products want multiples of 16 on every side; MXFP8 scales blocks of 32.
-    block = 32 if performance.fp8_recipe in ("auto", "mxfp8") else 16
+    # Transformer Engine's FP8 products want multiples of 16 on every side; MXFP8 scales blocks of 32, and FP4 products
+    # read 16 bytes, which are 32 numbers.
+    block = 32 if recipe in ("auto", "mxfp8", "nvfp4") else 16
     tp, etp = (max(1, n) for n in (parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size))
     pieces = max(1, parallel.context_parallel_size) * (tp if parallel.sequence_parallel else 1)
     tokens = config.training.micro_batch_size * config.data.seq_length // pieces
@@ -285,7 +324,7 @@ def _size_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str
     mlp = model_config.moe_intermediate_size // etp if model_config.is_moe else model_config.intermediate_size // tp
     # What sequence parallelism gathers must be whole blocks of 128 x 128 (Transformer Engine 2.12,
     # Float8BlockQuantizer.is_quantizable, asserted by its column-parallel layers).
-    gathers_blocks = performance.fp8_recipe == "blockwise" and parallel.sequence_parallel
+    gathers_blocks = recipe == "blockwise" and parallel.sequence_parallel
     gathered = 128 if gathers_blocks else block
     for what, size, multiple in (
         ("tokens of a micro-batch on a process", tokens, gathered),
@@ -295,10 +334,7 @@ def _size_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str
     ):
         if size % multiple:
             remedy = "leave out --sequence-parallel, or " if gathers_blocks and size % block == 0 else ""
-            yield (
-                f"--fp8-recipe {performance.fp8_recipe}: the {what}, {size}, is no multiple of {multiple}; "
-                f"{remedy}choose other sizes or none"
-            )
+            yield f"{shown}: the {what}, {size}, is no multiple of {multiple}; {remedy}choose other sizes or none"
 
 
 def _shown(config: RunConfig, name: str) -> str:

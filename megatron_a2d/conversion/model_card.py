@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from megatron_a2d.config.settings import ROLES, recorded_settings
+from megatron_a2d.config.renamed import recorded_settings
+from megatron_a2d.config.settings import ROLES
 from megatron_a2d.conversion.hf_config import Exported, Format, objective_mismatch
 from megatron_a2d.terminal.console import human
 from megatron_a2d.utils.printable import one_line

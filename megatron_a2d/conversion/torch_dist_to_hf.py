@@ -15,7 +15,7 @@ from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, copy_hf_file
 from megatron_a2d.checkpoint.reader import read_common
 from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, num_bytes
 from megatron_a2d.checkpoint.training_facts import read_trained
-from megatron_a2d.config.settings import recorded_settings
+from megatron_a2d.config.renamed import recorded_settings
 from megatron_a2d.conversion.compare_weights import Check, Comparison, compare_weights
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import Exported, Format, config_json, generation_json, refusals

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from torch import Tensor
 
 from megatron_a2d.model.logits_chunks import rows_per_chunk
@@ -39,6 +39,15 @@ class OutputLayer(ColumnParallelLinear):
         weight = self.weight if weight is None else weight
         rows = rows_per_chunk(len(weight), hidden.device.type)
         return _MaskedHead.apply(hidden, weight, labels_N, self.tp_group, rows)
+
+
+def losses_of_logits(logits_NV: Tensor, labels_N: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """As `OutputLayer` returns them, of all logits at once; differentiable."""
+    with torch.no_grad():
+        own_4N = _statistics(logits_NV.to(torch.float32, copy=True), labels_N - group.rank() * logits_NV.size(1))
+        index_N = _over_ranks(own_4N, logits_NV.size(1), group)[3]
+    losses_N = vocab_parallel_cross_entropy(logits_NV.to(torch.float32, copy=True), labels_N)
+    return losses_N, index_N.long() == labels_N
 
 
 class _MaskedHead(torch.autograd.Function):

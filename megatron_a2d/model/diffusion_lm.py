@@ -103,6 +103,7 @@ class DiffusionLM(LanguageModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         packs_documents: bool = False,
+        output_layer: type[OutputLayer] = OutputLayer,
     ):
         super().__init__(config=config)
         self.packs_documents = packs_documents
@@ -124,7 +125,7 @@ class DiffusionLM(LanguageModule):
             head_config = copy.copy(config)
             # megatron's own fusion needs apex; this head accumulates gradients in any case.
             head_config.gradient_accumulation_fusion = False
-            self.output_layer = OutputLayer(
+            self.output_layer = output_layer(
                 config.hidden_size,
                 model_config.vocab_size,
                 config=head_config,

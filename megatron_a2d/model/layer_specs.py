@@ -21,13 +21,25 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
+from megatron_a2d.config.fp8_recipe import Emulation, emulation_of
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, flag
 from megatron_a2d.config.validate_performance import needs_transformer_engine, refuses_transformer_engine
 from megatron_a2d.megatron_compat.device import has_cuda
 from megatron_a2d.megatron_compat.versions import missing_router_product
+from megatron_a2d.model.chunked_cross_entropy import OutputLayer
+from megatron_a2d.model.emulated_layers import (
+    EmulatedColumnParallelLinear,
+    EmulatedOutputLayer,
+    EmulatedRowParallelLinear,
+    emulated,
+)
 from megatron_a2d.model.experts import GroupedExperts, can_group
 from megatron_a2d.model.grafted_attention import GraftedSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention, RMSNorm
@@ -58,7 +70,8 @@ def notes(config: RunConfig, model_config: ModelConfig) -> list[str]:
     """What is computed otherwise than one would think of the layers that were chosen; lines for the log."""
     uses_engine = choose_implementation(config) == "transformer_engine"
     missing = missing_router_product() if uses_engine and model_config.is_moe else None
-    return [missing] if missing else []
+    emulation = emulation_of(config)
+    return [line for line in (missing, emulation and str(emulation)) if line]
 
 
 def build_block_spec(
@@ -67,23 +80,31 @@ def build_block_spec(
     causal: bool,
     vp_stage: int | None = None,
     grafts: bool = False,
+    emulation: Emulation | None = None,
 ) -> TransformerBlockSubmodules:
     """The spec of the layers that this (virtual) pipeline stage builds, and of the final norm.
 
-    `grafts`: attention can be regressed on its causal form (local layers only).
+    `grafts`: attention can be regressed on its causal form. `emulation`: of FP8 or FP4. (Local layers only, both.)
     """
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, final_norm = _transformer_engine_layer(config, mask_type), TENorm
+        layers, final_norm = [_transformer_engine_layer(config, mask_type)] * num_layers, TENorm
     else:
-        layer, final_norm = _portable_layer(config, mask_type), RMSNorm
-        if grafts:
+        first = get_transformer_layer_offset(config, vp_stage) if emulation else 0
+        recipes = [emulation and emulation.of_layer(first + n, config.num_layers) for n in range(num_layers)]
+        specs = {recipe: _portable_layer(config, mask_type, recipe) for recipe in dict.fromkeys(recipes)}
+        layers, final_norm = [specs[recipe] for recipe in recipes], RMSNorm
+        for layer in specs.values() if grafts else ():
             layer.submodules.self_attention.module = GraftedSelfAttention
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=final_norm
-    )
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+
+
+def output_layer(emulation: Emulation | None) -> type[OutputLayer]:
+    """The class of the LM head."""
+    return emulated(EmulatedOutputLayer, emulation.recipe) if emulation and emulation.head else OutputLayer
 
 
 def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType) -> ModuleSpec:
@@ -94,8 +115,11 @@ def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType
     return layer
 
 
-def _portable_layer(config: TransformerConfig, mask_type: AttnMaskType) -> ModuleSpec:
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def _portable_layer(config: TransformerConfig, mask_type: AttnMaskType, recipe: str | None = None) -> ModuleSpec:
+    """`recipe`: that of the FP8 or FP4 products that are emulated; None: they are in the parameters' type."""
+    column = emulated(EmulatedColumnParallelLinear, recipe) if recipe else ColumnParallelLinear
+    row = emulated(EmulatedRowParallelLinear, recipe) if recipe else RowParallelLinear
+    linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     # Transformer Engine fuses a norm into the linear layer that follows. The local layer's norms are stored
     # under those names, so that one checkpoint serves both.
     stored_as = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -103,16 +127,16 @@ def _portable_layer(config: TransformerConfig, mask_type: AttnMaskType) -> Modul
         mlp = ModuleSpec(module=MLP, submodules=linears)
         stored_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
-        grouped = config.moe_grouped_gemm and can_group(config)
+        grouped = config.moe_grouped_gemm and can_group(config) and recipe is None
         experts = ModuleSpec(module=GroupedExperts if grouped else SequentialMLP, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask_type},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column,
             core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=row,
             q_layernorm=RMSNorm,
             k_layernorm=RMSNorm,
         ),

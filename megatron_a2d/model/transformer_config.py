@@ -14,8 +14,9 @@ import megatron.core
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import get_te_version, is_te_min_version
 
-from megatron_a2d.config.fp8_recipe import choose_scaling
+from megatron_a2d.config.fp8_recipe import engine_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate_performance import find_performance_problems
@@ -28,6 +29,7 @@ from megatron_a2d.utils.printable import print_line
 
 # Steps that run as usual before a layer's kernels are recorded: allocator, autotuning and FP8 scales have settled.
 GRAPH_WARMUP_STEPS = 3
+_FP4_ENGINE = "2.7.0"  # the first release with NVFP4 (megatron.core, fp4_utils.py)
 
 
 def build_transformer_config(model_config: ModelConfig, config: RunConfig) -> TransformerConfig:
@@ -115,10 +117,15 @@ def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any
         apply_rope_fusion=performance.apply_rope_fusion,
         moe_grouped_gemm=grouped,
     )
-    if scaling := choose_scaling(performance.fp8_recipe, compute_capability(), cuda_version()):
+    if scaling := engine_scaling(config, compute_capability(), cuda_version()):
+        kind = "fp8" if scaling.is_fp8 else "fp4"
+        if kind == "fp4" and not is_te_min_version(_FP4_ENGINE):
+            raise UserError(
+                f"--fp4-recipe {scaling.recipe}: needs Transformer Engine from {_FP4_ENGINE} on, and it is "
+                f"{get_te_version()} here; update it, or use --fp8-recipe auto"
+            )
         fields.update(
-            fp8=scaling.format,
-            fp8_recipe=scaling.recipe,
+            {kind: scaling.format, f"{kind}_recipe": scaling.recipe},
             fp8_param=performance.fp8_param_gather,
             first_last_layers_bf16=performance.first_last_layers_bf16,
             num_layers_at_start_in_bf16=performance.num_layers_at_start_in_bf16,
@@ -143,7 +150,7 @@ def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any
             cuda_graph_warmup_steps=GRAPH_WARMUP_STEPS,
             **versions.graphed_parts(performance.cuda_graph_scope),
         )
-    if performance.cuda_graph_impl != "none" and performance.fp8_recipe == "none":
+    if performance.cuda_graph_impl != "none" and not scaling:
         # Else a graph is recorded as that of a step's first micro-batch, and every later one, with fused accumulation,
         # replaces the gradients of those before it (Transformer Engine's pull request 2715).
         fields["disable_parameter_transpose_cache"] = True

@@ -39,14 +39,15 @@ from megatron_a2d.checkpoint.state_dict import (
     models_to_save,
     sharding_metadata,
 )
-from megatron_a2d.config.fp8_recipe import choose_scaling
+from megatron_a2d.config.fp8_recipe import emulation_of, engine_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate_performance import isolates_documents
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version, device
 from megatron_a2d.megatron_compat.versions import allow_schedule_plans, mark_expert_parameters
 from megatron_a2d.model.diffusion_lm import DiffusionLM
-from megatron_a2d.model.layer_specs import build_block_spec, choose_implementation
+from megatron_a2d.model.emulated_layers import follow_batches
+from megatron_a2d.model.layer_specs import build_block_spec, choose_implementation, output_layer
 from megatron_a2d.model.transformer_config import build_transformer_config
 from megatron_a2d.training.grafting import Grafting
 from megatron_a2d.training.optimizer import (
@@ -69,10 +70,7 @@ def build_train_state(model_config: ModelConfig, config: RunConfig) -> TrainStat
         allow_schedule_plans()
     virtual = config.parallel.virtual_pipeline_size
     models = [build_model(model_config, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
-    performance, scaling = (
-        config.performance,
-        choose_scaling(config.performance.fp8_recipe, compute_capability(), cuda_version()),
-    )
+    performance, scaling = config.performance, engine_scaling(config, compute_capability(), cuda_version())
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=performance.grad_reduce_in_fp32,
         fp8_param_gather=performance.fp8_param_gather,
@@ -90,6 +88,7 @@ def build_train_state(model_config: ModelConfig, config: RunConfig) -> TrainStat
         freeze_roles(model, config.optimization.lr_mult, model_config.tie_word_embeddings)
         # Buckets are for overlap with the backward pass; later chunks' gradients are ready when the first one's are.
         chunks.append(DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=number > 0))
+        follow_batches(chunks[-1])
     optimizer = build_optimizer(config, chunks, tied=model_config.tie_word_embeddings)
     for model in models:
         model.config.finalize_model_grads_func = finalize_model_grads
@@ -102,13 +101,14 @@ def build_train_state(model_config: ModelConfig, config: RunConfig) -> TrainStat
 def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
     """This rank's pipeline stage of the model, or one of its virtual stages; the weights are uninitialised."""
     transformer_config = build_transformer_config(model_config, config)
-    implementation = choose_implementation(config)
+    implementation, emulation = choose_implementation(config), emulation_of(config)
     spec = build_block_spec(
         transformer_config,
         implementation,
         causal=config.diffusion.objective == "ar",
         vp_stage=vp_stage,
         grafts=config.diffusion.conversion == "grafting",
+        emulation=emulation,
     )
     return DiffusionLM(
         transformer_config,
@@ -118,6 +118,7 @@ def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | No
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         vp_stage=vp_stage,
         packs_documents=implementation == "transformer_engine" and isolates_documents(config),
+        output_layer=output_layer(emulation),
     ).to(device())
 
 

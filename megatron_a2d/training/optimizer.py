@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import nn
 
-from megatron_a2d.config.fp8_recipe import Scaling, choose_scaling
+from megatron_a2d.config.fp8_recipe import Scaling, engine_scaling
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version
 
@@ -46,7 +46,7 @@ def role_of(name: str, tied: bool = False) -> str:
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], tied: bool) -> MegatronOptimizer:
     """The optimizer over all of this rank's model chunks."""
     settings, performance = config.optimization, config.performance
-    scaling = choose_scaling(performance.fp8_recipe, compute_capability(), cuda_version())
+    scaling = engine_scaling(config, compute_capability(), cuda_version())
     precise = performance.use_precision_aware_optimizer
     scales = _tag_learning_rates(chunks, settings.lr_mult, tied)
     return get_megatron_optimizer(
@@ -63,7 +63,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
             params_dtype=chunks[0].config.params_dtype,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_param_gather=config.parallel.overlap_param_gather,
-            fp8_recipe=scaling.recipe if scaling else None,
+            fp8_recipe=scaling.recipe if scaling and scaling.is_fp8 else None,
             reuse_grad_buf_for_mxfp8_param_ag=reuses_gradient_buffer(config, scaling),
             use_precision_aware_optimizer=precise,
             main_grads_dtype=torch.bfloat16 if precise and not performance.grad_reduce_in_fp32 else torch.float32,

@@ -9,7 +9,7 @@ A resumed run must be the run that was stopped. Its settings are of three kinds:
 bound    what determines samples and noise (seed, seq_length, reset_attention_mask, reset_position_ids,
          random_length_prob, eod_mask_loss, global_batch_size, and the tokens: train_data_fingerprint), the objective
          (all diffusion settings), and the dtype (bf16): another value is an error.
-noted    the optimizer's settings, fp8_recipe and the layers that are kept in bf16, forced even routing, and train_iters
+noted    the optimizer's settings, FP8 or FP4 and the layers that are kept in bf16, forced even routing, and train_iters
          may change, as the learning rate of a run that is repaired must; the change is reported. If a role was frozen
          (--lr-mult ROLE=0) and no longer is, its moments start at zero: the checkpoint has none.
 free     the layout, micro_batch_size, intervals, paths, workers, what is verified.
@@ -63,8 +63,8 @@ BOUND = (
 )  # fmt: skip
 # train_iters is the length of the learning rate's decay.
 NOTED = (
-    "train_iters", "fp8_recipe", "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
-    "moe_router_force_load_balancing",
+    "train_iters", "fp8_recipe", "fp4_recipe", "fp8_output_proj", "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
     *(item.name for item in dataclasses.fields(OptimizationConfig)),
 )  # fmt: skip
 

@@ -57,13 +57,15 @@ def train_steps(
     relative: bool = False,
     pieces: int = 1,
     reverse: bool = False,
+    in_fp32: bool = False,
 ) -> dict[str, Any]:
     """Train a few steps; returns losses, gradient norms and the largest differences from `reference`.
 
     relative: the worst tensor's root mean square difference over its root mean square, instead of the largest absolute
     one. pieces: matrix products sum their contraction in so many pieces. reverse: the samples of a batch backwards.
+    in_fp32: what is refused without bf16 is done all the same.
     """
-    config, state, batches = _start(checkpoint, settings, fix_experts)
+    config, state, batches = _start(checkpoint, settings, fix_experts, {"bf16": True} if in_fp32 else {})
     if reverse:
         batches = _Reversed(batches)
     losses, norms, gradients = [], [], {}
@@ -266,12 +268,16 @@ def batch_fingerprints(checkpoint: str, settings: dict[str, Any], num_batches: i
     return result
 
 
-def _start(checkpoint: str, settings: dict[str, Any], fix_experts: bool = True) -> tuple[RunConfig, TrainState, Any]:
+def _start(
+    checkpoint: str, settings: dict[str, Any], fix_experts: bool = True, checked_as: dict[str, Any] | None = None
+) -> tuple[RunConfig, TrainState, Any]:
+    """`checked_as`: settings that the checks, and they alone, find instead."""
     megatron_compat.install()
     config = build(SETTINGS | settings)
     start = resolve(checkpoint)
     model_config = read_model_config(start / "hf")
-    problems = find_problems(config, model_config, dist.get_world_size())
+    checked = build(SETTINGS | settings | (checked_as or {}))
+    problems = find_problems(checked, model_config, dist.get_world_size())
     assert not problems, problems
     process_groups.initialize(config.parallel)
     if not fix_experts:

@@ -16,7 +16,8 @@ from checkpoints_tools import verify
 from megatron_a2d.checkpoint.directory import read_license, read_run_settings, resolve
 from megatron_a2d.checkpoint.training_facts import Trained
 from megatron_a2d.config.model_config import ModelConfig
-from megatron_a2d.config.settings import RunConfig, recorded_settings, settings
+from megatron_a2d.config.renamed import recorded_settings
+from megatron_a2d.config.settings import RunConfig, settings
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.conversion.hf_config import Exported
 from megatron_a2d.conversion.model_card import RECIPE, Origin, model_card

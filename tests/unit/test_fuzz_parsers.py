@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_a2d.checkpoint.directory import read_license
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.model_config import model_config_from_hf
-from megatron_a2d.config.settings import recorded_settings
+from megatron_a2d.config.renamed import recorded_settings
 from megatron_a2d.conversion.mask_token import read_tokens
 from megatron_a2d.conversion.safetensors_files import open_safetensors
 from megatron_a2d.data.blended_dataset import read_mixture

@@ -6,13 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_a2d import megatron_compat
+from megatron_a2d.config.fp8_recipe import Emulation
 from megatron_a2d.config.settings import build
 from megatron_a2d.model import layer_specs
+from megatron_a2d.model.chunked_cross_entropy import OutputLayer
+from megatron_a2d.model.emulated_layers import EmulatedOutputLayer
 from megatron_a2d.model.grafted_attention import GraftedSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
@@ -53,6 +58,35 @@ def test_the_mask_is_part_of_the_spec(
             grafted = layer_specs.build_block_spec(config, implementation, causal, grafts=True).layer_specs[0]
             assert grafted.submodules.self_attention.module is GraftedSelfAttention
     assert not asked
+
+
+@pytest.mark.parametrize(("num_experts", "experts"), [(None, None), (8, SequentialMLP)])
+def test_emulated_layers(num_experts: int | None, experts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second stage of a model with 2 layers kept in bf16 at the start and 1 at the end, of 5."""
+    monkeypatch.setattr(layer_specs, "get_num_layers_to_build", lambda config, vp_stage: 4)
+    monkeypatch.setattr(layer_specs, "get_transformer_layer_offset", lambda config, vp_stage: 1)
+    config = transformer(num_experts, moe_grouped_gemm=num_experts is not None)
+    config.num_layers = 5
+    emulation = Emulation("mxfp8", 2, 1)
+    for layer, recipe in zip(
+        layer_specs.build_block_spec(config, "local", False, emulation=emulation).layer_specs,
+        (None, "mxfp8", "mxfp8", None),
+        strict=True,
+    ):
+        mlp = layer.submodules.mlp
+        if experts and recipe:
+            assert mlp.submodules.experts.module is experts, "one expert at a time"
+        linears = mlp.submodules.experts.submodules if experts else mlp.submodules
+        attention = layer.submodules.self_attention.submodules
+        found = (attention.linear_qkv, linears.linear_fc1, attention.linear_proj, linears.linear_fc2)
+        assert [getattr(linear, "recipe", None) for linear in found] == [recipe] * 4
+        assert [issubclass(linear, ColumnParallelLinear) for linear in found] == [True, True, False, False]
+    assert layer_specs.output_layer(emulation) is layer_specs.output_layer(None) is OutputLayer
+    head = layer_specs.output_layer(emulation._replace(head=True))
+    assert issubclass(head, EmulatedOutputLayer) and head.recipe == "mxfp8"
+    config_with = build({"bf16": True, "fp8_recipe": "mxfp8", "transformer_impl": "local"})
+    (line,) = layer_specs.notes(config_with, QWEN3_8B)
+    assert line.startswith("precision: mxfp8 is emulated") and "\n" not in line
 
 
 def test_a_portable_attention_obeys_its_mask() -> None:

@@ -187,7 +187,7 @@ FREE = {
 }  # fmt: skip
 NOTED_ONES = {
     "lr", "min_lr", "lr_mult", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_eps", "clip_grad", "train_iters", "fp8_recipe", "first_last_layers_bf16",
+    "adam_beta2", "adam_eps", "clip_grad", "train_iters", "fp8_recipe", "fp4_recipe", "fp8_output_proj", "first_last_layers_bf16",
     "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
 }  # fmt: skip
 BOUND_ONES = {

@@ -11,8 +11,16 @@ import yaml
 
 from megatron_a2d import evaluate
 from megatron_a2d.config.cli import Parser, parse_run
-from megatron_a2d.config.renamed import FLAGS, METRICS, MOE_METRICS, SETTINGS, modernise_flags, modernise_record
-from megatron_a2d.config.settings import recorded_settings, settings
+from megatron_a2d.config.renamed import (
+    FLAGS,
+    METRICS,
+    MOE_METRICS,
+    SETTINGS,
+    modernise_flags,
+    modernise_record,
+    recorded_settings,
+)
+from megatron_a2d.config.settings import settings
 from megatron_a2d.report.plots import read_log
 from megatron_a2d.utils.errors import UserError
 
@@ -26,6 +34,7 @@ OLD: list[tuple[str, Any, list[str], str, Any]] = [
     ("keep_last", 3, ["--keep-last=3"], "keep_latest_k", 3),
     ("keep_every", 50, ["--keep-every", "50"], "save_retain_interval", 50),
     ("fp8", "mxfp8", ["--fp8", "mxfp8"], "fp8_recipe", "mxfp8"),
+    ("fp4", "nvfp4", ["--fp4", "nvfp4"], "fp4_recipe", "nvfp4"),
     ("transformer_impl", "portable", ["--transformer-impl", "portable"], "transformer_impl", "local"),
     ("attention_annealing_steps", 9, ["--attention-annealing-steps", "9"], "attention_annealing_iters", 9),
     ("grafting_steps", 9, ["--grafting-steps", "9"], "grafting_iters", 9),

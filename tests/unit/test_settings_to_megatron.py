@@ -58,7 +58,9 @@ def test_the_optimizer(distributed: bool, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(optimizer, "get_megatron_optimizer", record)
     monkeypatch.setattr(optimizer, "MegatronOptimizerConfig", lambda **fields: SimpleNamespace(**fields))
     monkeypatch.setattr(
-        optimizer, "choose_scaling", lambda fp8, *_: Scaling("mxfp8", "e4m3") if fp8 != "none" else None
+        optimizer,
+        "engine_scaling",
+        lambda config, *_: Scaling("mxfp8", "e4m3") if config.performance.fp8_recipe != "none" else None,
     )
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     chunk: Any = SimpleNamespace(
@@ -191,6 +193,7 @@ def test_every_way_of_sampling_is_a_flag() -> None:
 def test_every_setting_is_read() -> None:
     """By the code that builds or runs, not only where settings are checked or planned with."""
     files = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in JUDGES]
+    files.append(PACKAGE / "config" / "fp8_recipe.py")  # chooses, and does not judge
     read = {
         node.attr
         for path in files

@@ -29,6 +29,7 @@ EP = {"expert_model_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True, "bf16": True}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 BLOCKS_OVER_TP = {"bf16": True, "fp8_recipe": "blockwise", "tensor_model_parallel_size": 2, "sequence_parallel": True}
+EMULATED = {"bf16": True, "fp8_recipe": "mxfp8", "transformer_impl": "local"}
 QWEN3_8B = dataclasses.replace(QWEN3_8B, mask_token_id=1)
 QWEN3_30B_A3B = dataclasses.replace(QWEN3_30B_A3B, mask_token_id=1)
 
@@ -54,7 +55,24 @@ PAIRS: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
     (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4160}, "--fp8-recipe blockwise: the tokens of a micro-batch on a process, 2080", {"fp8_recipe": "mxfp8"}),
     (dataclasses.replace(QWEN3_8B, hidden_size=4160), BLOCKS_OVER_TP, "--fp8-recipe blockwise: the hidden size, 4160, is no multiple of 128; leave", {"sequence_parallel": False}),
     (QWEN3_8B, {**BLOCKS_OVER_TP, "seq_length": 4112, "sequence_parallel": False, "context_parallel_size": 2}, "--fp8-recipe blockwise: the tokens of a micro-batch on a process, 2056, is no multiple of 16; choose", {"context_parallel_size": 1}),
-    (QWEN3_8B, {"bf16": True, "fp8_recipe": "auto", "transformer_impl": "local"}, "--fp8-recipe auto: only Transformer Engine", {"transformer_impl": "auto"}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "auto", "transformer_impl": "local"}, "--fp8-recipe auto: is a GPU's choice", {"fp8_recipe": "mxfp8"}),
+    (QWEN3_8B, {**EMULATED, "bf16": False}, "--fp8-recipe mxfp8: needs --bf16", {"bf16": True}),
+    (QWEN3_8B, {**EMULATED, **OVERLAPPED, "fp8_param_gather": True}, "--fp8-param-gather: with --transformer-impl local", {"fp8_param_gather": False}),
+    (QWEN3_8B, {**EMULATED, "gradient_accumulation_fusion": True}, "--gradient-accumulation-fusion: only Transformer Engine", {"gradient_accumulation_fusion": False}),
+    (QWEN3_8B, {**EMULATED, "fp8_recipe": "delayed", "recompute_granularity": "full"}, "--recompute-granularity full: not where --fp8-recipe delayed", {"fp8_recipe": "tensorwise"}),
+    (QWEN3_30B_A3B, {**EMULATED, "recompute_granularity": "selective", "recompute_modules": ("moe_act",)}, "--recompute-modules moe_act: has no effect where", {"recompute_modules": ("moe",)}),
+    (QWEN3_8B, {**EMULATED, "seq_length": 4112}, "--fp8-recipe mxfp8: the tokens of a micro-batch", {"seq_length": 4128}),
+    (QWEN3_8B, {**EMULATED, "fp8_recipe": "none", "fp8_output_proj": True}, "--fp8-output-proj: has no effect without --fp8-recipe", {"fp8_recipe": "blockwise"}),
+    (QWEN3_8B, {"bf16": True, "fp8_recipe": "mxfp8", "fp8_output_proj": True}, "--fp8-output-proj: the LM head is in FP8 in emulation alone", {"transformer_impl": "local"}),
+    (dataclasses.replace(QWEN3_30B_A3B, num_experts=2, num_experts_per_tok=1), {**EMULATED, "overlap_moe_expert_parallel_comm": True, **EP}, "--overlap-moe-expert-parallel-comm: with --expert-model-parallel-size 2 a pr", {"overlap_moe_expert_parallel_comm": False}),
+    (QWEN3_8B, {"fp4_recipe": "nvfp4"}, "--fp4-recipe nvfp4: needs --bf16", {"bf16": True}),
+    (QWEN3_8B, {"bf16": True, "fp4_recipe": "nvfp4", "fp8_recipe": "mxfp8"}, "--fp4-recipe nvfp4: not with --fp8-recipe mxfp8", {"fp8_recipe": "none"}),
+    (QWEN3_8B, {**OVERLAPPED, "fp4_recipe": "nvfp4", "fp8_param_gather": True}, "--fp8-param-gather: needs --fp8-recipe", {"fp8_param_gather": False}),
+    (QWEN3_8B, {"bf16": True, "fp4_recipe": "nvfp4", "transformer_impl": "local", "fp8_output_proj": True}, "--fp8-output-proj: has no effect without --fp8-recipe", {"fp8_output_proj": False}),
+    (QWEN3_30B_A3B, {"bf16": True, "fp4_recipe": "nvfp4", "overlap_moe_expert_parallel_comm": True, **EP}, "--overlap-moe-expert-parallel-comm: with --fp4-recipe", {"overlap_moe_expert_parallel_comm": False}),
+    (QWEN3_8B, {"bf16": True, "fp4_recipe": "nvfp4", "seq_length": 4112}, "--fp4-recipe nvfp4: the tokens of a micro-batch on a process, 4112, is no multiple of 32", {"seq_length": 4128}),
+    (QWEN3_8B, {"bf16": True, "fp4_recipe": "nvfp4", "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 40}, "--num-layers-at-end-in-bf16 40: must lie", {"num_layers_at_end_in_bf16": 4}),
+    (QWEN3_8B, {"bf16": True, "fp4_recipe": "nvfp4", "objective": "block", "block_length": 32}, "--fp4-recipe nvfp4: needs Transformer Engine, which does not go with --objective block", {"transformer_impl": "local"}),
     (QWEN3_8B, {"bf16": True, "fp8_recipe": "auto", "reset_attention_mask": True, "micro_batch_size": 2}, "--fp8-recipe auto: needs Transformer Engine, which", {"micro_batch_size": 1}),
     (QWEN3_8B, {"apply_rope_fusion": True, "transformer_impl": "local"}, "--apply-rope-fusion: only Transformer", {"transformer_impl": "auto"}),
     (QWEN3_8B, {"moe_permute_fusion": True}, "--moe-permute-fusion: the model is dense", {"moe_permute_fusion": False}),
@@ -212,6 +230,8 @@ def test_cores_that_the_job_was_given() -> None:
         ("auto", (8, 9), Scaling("tensorwise", "hybrid")),
         ("blockwise", (9, 0), Scaling("blockwise", "e4m3")),
         ("delayed", (8, 9), Scaling("delayed", "hybrid")),
+        ("nvfp4", (10, 0), Scaling("nvfp4", "e2m1")),
+        ("nvfp4", (12, 0), Scaling("nvfp4", "e2m1")),
     ],
 )
 def test_scaling_by_gpu(wish: str, capability: tuple[int, int] | None, expected: Scaling | None) -> None:
@@ -230,7 +250,13 @@ def test_scaling_by_gpu(wish: str, capability: tuple[int, int] | None, expected:
         ("blockwise", (8, 9), "needs 9.0; use auto"),
         ("auto", (8, 0), "needs 8.9; use none"),
         ("mxfp8", (8, 0), "needs 10.0; use none"),
-        ("tensorwise", None, "has no CUDA device"),
+        ("tensorwise", None, "--fp8-recipe tensorwise: this machine has no CUDA device; use none, or emulate it"),
+        ("nvfp4", None, "--fp4-recipe nvfp4: this machine has no CUDA device"),
+        (
+            "nvfp4",
+            (9, 0),
+            "--fp4-recipe nvfp4: a GPU of compute capability 9.0 has no nvfp4, which needs 10.0; use none",
+        ),
     ],
 )
 def test_scaling_that_a_gpu_lacks(wish: str, capability: tuple[int, int] | None, words: str) -> None:
@@ -269,6 +295,33 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
                  "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "gradient_accumulation_fusion"):  # fmt: skip
         expected[name] = True
     assert {name: seen[name] for name in expected} == expected
+
+
+def test_fp4_reaches_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Blackwell GPU; an engine without it is told so."""
+    megatron_compat.install()
+    monkeypatch.setattr(transformer_config, "compute_capability", lambda: (10, 0))
+    monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
+    monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: True)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(transformer_config, "TransformerConfig", _recording(transformer_config.TransformerConfig, seen))
+    config = build(dict(bf16=True, fp4_recipe="nvfp4", first_last_layers_bf16=True, num_layers_at_end_in_bf16=4))
+    transformer_config.build_transformer_config(QWEN3_8B, config)
+    assert (seen["fp4"], seen["fp4_recipe"], seen["fp8"], seen["fp8_param"]) == ("e2m1", "nvfp4", None, False)
+    assert (seen["first_last_layers_bf16"], seen["num_layers_at_end_in_bf16"]) == (True, 4)
+    monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: False)
+    monkeypatch.setattr(transformer_config, "get_te_version", lambda: "2.6.0")
+    with pytest.raises(
+        UserError, match=r"--fp4-recipe nvfp4: needs Transformer Engine from 2\.7\.0 on, and it is 2\.6\.0"
+    ):
+        transformer_config.build_transformer_config(QWEN3_8B, config)
+
+
+@pytest.mark.parametrize("given", [{"fp8_recipe": "mxfp8"}, {"fp4_recipe": "nvfp4"}])
+def test_emulation_is_no_setting_of_megatrons(given: dict[str, Any]) -> None:
+    config = build({"bf16": True, "transformer_impl": "local", **given})
+    fields = transformer_config._speed_fields(QWEN3_8B, config)
+    assert not {"fp8", "fp4", "first_last_layers_bf16"} & fields.keys() and fields["transformer_impl"] == "local"
 
 
 @pytest.mark.parametrize(("fp8", "transposes_are_kept"), [("none", False), ("tensorwise", True)])

@@ -1,0 +1,217 @@
+"""Linear layers whose matrix products are those of Transformer Engine's FP8 and NVFP4 recipes, emulated in fp32.
+
+Each of a layer's three products reads two matrices that are rounded along its contraction (fake_quantization.py), and
+is summed in fp32 and rounded once, to the layer's type:
+
+fprop   y  = x @ W.T      input, weight          along the input features
+dgrad   dx = dy @ W       gradient, weight       along the output features
+wgrad   dW = dy.T @ x     gradient, input        along the tokens
+
+Which format an operand gets is in `_ROUNDINGS`, and for delayed scaling in `_DelayedScales`, as Transformer Engine 2.12
+and 2.20 have it (common/recipe, pytorch/quantization.py, pytorch/module/linear.py). Under sequence parallelism the
+gathered tensor is rounded, which gives the numbers of Transformer Engine, whose processes round their pieces and share
+the largest value. Weights and outputs that tensor parallelism divides are rounded by themselves on each process, as
+there: with one scale for a matrix (tensorwise, nvfp4) that depends on the layout.
+
+Not emulated: the order in which a kernel sums, partial sums kept in fewer bits (the FP8 products of Hopper), the
+random bits of stochastic rounding, and norms whose output goes to FP8 without being rounded to bf16 first.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, Protocol
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+from megatron_a2d.model.chunked_cross_entropy import OutputLayer, losses_of_logits
+from megatron_a2d.model.fake_quantization import (
+    E4M3,
+    E5M2,
+    amax_of,
+    blockwise,
+    encode_scale,
+    generator_of,
+    hadamard,
+    mxfp8,
+    nvfp4,
+    per_tensor,
+)
+
+Role = Literal["input", "weight", "gradient"]
+Product = Literal["fprop", "dgrad", "wgrad"]
+
+
+class Rounding(Protocol):
+    """What the products of one forward pass and its backward pass do to their operands.
+
+    In: a matrix [rows, contraction], fp32. Out: the matrix in the recipe's numbers; its contraction may be longer.
+    """
+
+    def __call__(self, matrix: Tensor, role: Role, product: Product) -> Tensor: ...
+
+
+def _tensorwise(matrix: Tensor, role: Role, product: Product) -> Tensor:
+    return per_tensor(matrix, _hybrid(role))
+
+
+def _blockwise(matrix: Tensor, role: Role, product: Product) -> Tensor:
+    return blockwise(matrix, square=role == "weight")
+
+
+def _mxfp8(matrix: Tensor, role: Role, product: Product) -> Tensor:
+    return mxfp8(matrix)
+
+
+def _nvfp4(matrix: Tensor, role: Role, product: Product, stochastic: bool = True) -> Tensor:
+    if product == "wgrad":
+        matrix = hadamard(matrix)
+    generator = generator_of(matrix) if role == "gradient" and stochastic else None
+    return nvfp4(matrix, square=role == "weight", generator=generator)
+
+
+def _hybrid(role: Role) -> torch.dtype:
+    return E5M2 if role == "gradient" else E4M3
+
+
+_ROUNDINGS: dict[str, Rounding] = {
+    "tensorwise": _tensorwise, "blockwise": _blockwise, "mxfp8": _mxfp8, "nvfp4": _nvfp4,
+}  # fmt: skip
+
+
+class _DelayedScales:
+    """A layer's scales under delayed scaling: those of the largest values of the micro-batch before, over the ranks
+    that hold the same layers (megatron.core's history of length 1). A run begins with scales of 1, and so does a
+    resumed one."""
+
+    def __init__(self) -> None:
+        self._scales: dict[Role, Tensor] = {}
+        self._amax: dict[Role, Tensor] = {}  # since the last update; validation leaves its own for the next one
+
+    def take(self, role: Role, matrix: Tensor, update: bool) -> Tensor:
+        """The scale for `matrix`, whose largest value becomes the next scale. Collective if `update`."""
+        amax = amax_of(matrix)
+        scale = self._scales.setdefault(role, torch.ones_like(amax))
+        amax = torch.maximum(amax, self._amax.get(role, amax))
+        if update:
+            group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
+            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=group)
+            if amax.isfinite() and amax > 0:
+                self._scales[role] = encode_scale(amax, _hybrid(role))
+            amax = torch.zeros_like(amax)
+        self._amax[role] = amax
+        return scale
+
+    def now(self, role: Role) -> Tensor:
+        return self._scales[role]
+
+
+class _DelayedRounding:
+    """Delayed scaling in one micro-batch: both products that read a tensor use one scale."""
+
+    def __init__(self, scales: _DelayedScales, weight_scale: Tensor | None):
+        self._all, self._updates = scales, torch.is_grad_enabled()
+        self._taken: dict[Role, Tensor] = {} if weight_scale is None else {"weight": weight_scale}
+
+    def __call__(self, matrix: Tensor, role: Role, product: Product) -> Tensor:
+        if role not in self._taken:
+            self._taken[role] = self._all.take(role, matrix, self._updates)
+        return per_tensor(matrix, _hybrid(role), self._taken[role])
+
+    @property
+    def weight_scale(self) -> Tensor:
+        return self._taken["weight"]
+
+
+class EmulatedProduct(torch.autograd.Function):
+    """x @ W.T with its gradients, the operands of each product rounded. x [..., i], W [o, i]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rounding: Rounding) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        ctx.rounding = rounding
+        product = rounding(_matrix(x), "input", "fprop") @ rounding(weight.float(), "weight", "fprop").T
+        return product.view(*x.shape[:-1], len(weight)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        rounding, matrix = ctx.rounding, _matrix(gradient)
+        x_gradient = weight_gradient = None
+        if ctx.needs_input_grad[0]:
+            product = rounding(matrix, "gradient", "dgrad") @ rounding(weight.float().T, "weight", "dgrad").T
+            x_gradient = product.view(x.shape).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            product = rounding(matrix.T, "gradient", "wgrad") @ rounding(_matrix(x).T, "input", "wgrad").T
+            weight_gradient = product.to(weight.dtype)
+        return x_gradient, weight_gradient, None
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.size(-1)).float()
+
+
+class _Emulated:
+    """What the linear layers below share; `recipe` is set by their subclasses (`emulated`)."""
+
+    recipe: str
+    is_first_microbatch = True  # of a batch: only then delayed scaling rounds the weight anew (`follow_batches`)
+
+    def _forward_impl(
+        self, input: Tensor, weight: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any, **_: Any
+    ) -> Tensor:
+        """Called by megatron.core's linear layers as their matrix product."""
+        if sequence_parallel:
+            input = tensor_parallel.gather_from_sequence_parallel_region(input, group=tp_group)
+        elif allreduce_dgrad:
+            input = tensor_parallel.copy_to_tensor_model_parallel_region(input, group=tp_group)
+        if self.recipe != "delayed":
+            return EmulatedProduct.apply(input, weight, _ROUNDINGS[self.recipe])
+        return self._delayed_product(input, weight)
+
+    def _delayed_product(self, input: Tensor, weight: Tensor) -> Tensor:
+        if "_scales" not in vars(self):
+            self._scales, self._weight_scale = _DelayedScales(), torch.ones((), device=input.device)
+        rounding = _DelayedRounding(self._scales, None if self.is_first_microbatch else self._weight_scale)
+        output = EmulatedProduct.apply(input, weight, rounding)
+        self._weight_scale, self.is_first_microbatch = rounding.weight_scale, False
+        return output
+
+
+class EmulatedColumnParallelLinear(_Emulated, ColumnParallelLinear):
+    """megatron.core's column-parallel linear layer with emulated products."""
+
+
+class EmulatedRowParallelLinear(_Emulated, RowParallelLinear):
+    """megatron.core's row-parallel linear layer with emulated products."""
+
+
+class EmulatedOutputLayer(_Emulated, OutputLayer):
+    """The LM head with emulated products: the whole logits, not a chunk at a time."""
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, weight: Tensor | None = None, labels_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        logits, bias = super().forward(hidden, weight=weight)
+        return (logits, bias) if labels_N is None else losses_of_logits(logits, labels_N, self.tp_group)
+
+
+@functools.cache
+def emulated(layer: type, recipe: str) -> Any:
+    """The emulating layer class `layer` for one recipe."""
+    return type(f"{recipe.capitalize()}{layer.__name__}", (layer,), {"recipe": recipe})
+
+
+def follow_batches(chunk: nn.Module) -> None:
+    """Let megatron.core's schedules tell the emulated layers of a model chunk which micro-batch is a batch's first, as
+    they tell Transformer Engine's when TransformerConfig has FP8."""
+    layers = [module for module in chunk.modules() if isinstance(module, _Emulated)]
+
+    def set_is_first_microbatch() -> None:
+        for layer in layers:
+            layer.is_first_microbatch = True
+
+    chunk.set_is_first_microbatch = set_is_first_microbatch  # type: ignore[assignment]
