@@ -10,7 +10,8 @@ MADE := $(if $(filter undefined,$(origin BIN)),$(VENV))# the environment that is
 BIN ?= $(VENV)/bin
 PY := $(firstword $(wildcard $(BIN)/python3 $(BIN)/python) $(BIN)/python3)
 # One thread a process: tests and demo run several processes on few cores.
-tests_of = OMP_NUM_THREADS=1 $(if $(MADE),A2D_TRANSFORMERS4=$(CURDIR)/$(1)/transformers4) $(2) -m pytest
+tests_of = OMP_NUM_THREADS=1 $(if $(MADE),A2D_TRANSFORMERS4=$(CURDIR)/$(1)/transformers4 \
+  A2D_TRANSFORMER_ENGINE=$(CURDIR)/$(1)/transformer_engine) $(2) -m pytest
 TESTS := $(call tests_of,$(VENV),$(PY))
 
 # What the environment is built with: its own Python if it is there, else any from 3.11 on, under any name. Each name is
@@ -45,7 +46,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-parity test-faults test-slurm test-mutants fuzz check data convert-hf train plan export \
+.PHONY: help setup demo test test-latest test-parity test-te test-faults test-slurm test-mutants fuzz check data convert-hf train plan export \
   verify inspect publish generate evaluate study bench bench-convert gpu
 
 help:  ## list of targets
@@ -81,12 +82,13 @@ later is needed" % v[:2])'
   pip() { $(2)/bin/python3 -m pip --disable-pip-version-check --quiet install "$$@"; } && \
   pip --constraint constraints/$$pins.txt torch && \
   pip --constraint constraints/$$pins.txt --editable '.[dev,plot]' && \
-  pip --no-deps --upgrade --target $(2)/transformers4 --requirement constraints/transformers4.txt
+  pip --no-deps --upgrade --target $(2)/transformers4 --requirement constraints/transformers4.txt && \
+  pip --no-deps --upgrade --target $(2)/transformer_engine --requirement constraints/transformer_engine.txt
 @touch $@
 endef
 
 # torch for Python 3.12 and later is on the public index with CUDA alone: 5 GB.
-PINNED := setup.py constraints/py311.txt constraints/py312.txt constraints/transformers4.txt
+PINNED := setup.py $(addprefix constraints/,py311.txt py312.txt transformers4.txt transformer_engine.txt)
 .venv312/installed: $(PINNED)
 	$(call install,$(PYTHON312),.venv312)
 ifneq ($(MADE),)
@@ -111,6 +113,9 @@ endif
 
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes tests/parity/RESULTS.md
 	$(TESTS) tests/parity -m "" --exactness tests/parity/RESULTS.md $(ARGS)
+
+test-te: setup  ## Transformer Engine's layers on a CPU against the local ones, every case
+	$(TESTS) tests/transformer_engine -m "" $(ARGS)
 
 test-faults: setup  ## kills, damaged files, full disks, non-finite losses; writes tests/parity/RESULTS.md
 	$(TESTS) tests/faults -m "" --exactness tests/parity/RESULTS.md $(ARGS)

@@ -63,6 +63,7 @@ def apply_fixes() -> None:
     _define_te_general_gemm()
     _recompute_norms_without_te()
     _recompute_without_compiling()
+    _permute_no_tokens_unfused()
 
 
 def _define_te_general_gemm() -> None:
@@ -102,6 +103,29 @@ def _copy_storage(target: Tensor, source: Tensor) -> None:
     with torch.no_grad():
         target.untyped_storage().resize_(source.untyped_storage().nbytes())
         target.untyped_storage().copy_(source.untyped_storage())
+
+
+def _permute_no_tokens_unfused() -> None:
+    """--moe-permute-fusion where no token of a step goes to a process's experts, which the allgather dispatcher allows.
+
+    Transformer Engine (2.12) gives back the empty rows in the place of as many zeros as there are tokens, and in its
+    backward pass reads what it has not kept: the run ends in the step's next collective.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    permute, unpermute = token_dispatcher.permute, token_dispatcher.unpermute
+
+    def permute_some(
+        tokens: Tensor, *arguments: Any, num_out_tokens: Any = None, fused: bool = False, **more: Any
+    ) -> Any:
+        on_device = torch.is_tensor(num_out_tokens) and not num_out_tokens.is_cpu  # the other dispatchers', never 0
+        some = on_device or num_out_tokens != 0
+        return permute(tokens, *arguments, num_out_tokens=num_out_tokens, fused=fused and bool(some), **more)
+
+    def unpermute_some(rows: Tensor, *arguments: Any, fused: bool = False, **more: Any) -> Any:
+        return unpermute(rows, *arguments, fused=fused and rows.size(0) > 0, **more)
+
+    token_dispatcher.permute, token_dispatcher.unpermute = permute_some, unpermute_some
 
 
 def missing_router_product() -> str | None:

@@ -21,10 +21,9 @@ from megatron_a2d.terminal.console import human, progress
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.tokenizer import read_tokenizer
+from megatron_a2d.verification.fp32_rounding import rounding_tolerance
 from megatron_a2d.verification.reference_forward import StreamedModel
 
-# Summing a few thousand fp32 products in another order changes logits by about 1e-6 of the largest.
-RELATIVE_TOLERANCE = 1e-5
 NUM_POSITIONS = 64
 FEW_POSITIONS = 8  # for a large model
 AUTOREGRESSIVE = ("qwen3", "qwen3_moe")
@@ -75,9 +74,14 @@ def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
         with progress(f"logits of {hf.name}", ran.num_bytes(), "B") as advance:
             expected_BLV = StreamedModel(ran, causal, advance).logits(tokens_BL)
     with progress(f"logits of {other.directory.name}", other.num_bytes(), "B") as advance:
-        actual_BLV = StreamedModel(other, causal, advance).logits(tokens_BL)
+        streamed = StreamedModel(other, causal, advance)
+        actual_BLV = streamed.logits(tokens_BL)
+    tolerance = 0.0
+    if not torch.equal(expected_BLV, actual_BLV):
+        with progress(f"rounding of {other.directory.name}", other.num_bytes(), "B") as advance:
+            tolerance = rounding_tolerance(other, tokens_BL, streamed, actual_BLV, advance)
     mask = "causal" if causal else "bidirectional"
-    line = f"{mask} {compare_logits(expected_BLV, actual_BLV, hf, other.directory)}"
+    line = f"{mask} {compare_logits(expected_BLV, actual_BLV, hf, other.directory, tolerance)}"
     if not by_transformers:
         size = f"transformers would take {human(needed, 'B')}: verify --logits runs it"
         return f"{line}; both streamed, {'types are mixed' if is_mixed else size}"
@@ -91,19 +95,20 @@ def compare_logits(
     actual_BLV: torch.Tensor,
     expected_in: Path,
     actual_in: Path,
-    tolerance: float = RELATIVE_TOLERANCE,
+    tolerance: float,
 ) -> str:
-    """A line on the differences per position; UserError if one exceeds `tolerance` times the largest logit."""
+    """A line on the differences per position; UserError if one exceeds `tolerance`."""
     if not (expected_BLV.isfinite().all() or actual_BLV.isfinite().all()):
         return "logits: not finite on either side, there is nothing to compare"
     per_position = (actual_BLV - expected_BLV).abs().amax(-1).amax(0)
-    scale = max(1.0, float(expected_BLV.abs().max()))
+    scale = float(expected_BLV.abs().max())
     largest, position = float(per_position.max()), int(per_position.argmax())
-    if not largest <= tolerance * scale:
-        bad = int((~(per_position <= tolerance * scale)).sum())
+    if not largest <= tolerance:
+        bad = int((~(per_position <= tolerance)).sum())
         raise UserError(
             f"{actual_in}: its logits differ from those of {expected_in} by up to {largest:.3g} (largest logit "
-            f"{scale:.3g}), at {bad} of {len(per_position)} positions; the two are not the same model"
+            f"{scale:.3g}; rounding in fp32 explains {tolerance:.1g}), at {bad} of {len(per_position)} positions; the "
+            "two are not the same model"
         )
     return (
         f"logits of {actual_BLV.shape[0]} x {len(per_position)} positions in fp32: largest difference {largest:.3g}, "

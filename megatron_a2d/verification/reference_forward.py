@@ -24,8 +24,9 @@ class StreamedModel:
     """A model whose weights (under HF names) are streamed from disk in every forward pass."""
 
     def __init__(self, weights: Weights, causal: bool = False, advance: Advance = lambda amount: None):
-        self._tensors, self._causal, self._advance = weights.tensors, causal, advance
+        self._tensors, self.causal, self._advance = weights.tensors, causal, advance
         self._shape = weights.model_config
+        self.chosen: list[torch.Tensor] = []  # experts [N, k] of each layer's tokens, of all forward passes so far
 
     @torch.no_grad()
     def hidden(self, tokens_BL: torch.Tensor) -> torch.Tensor:
@@ -89,8 +90,12 @@ class StreamedModel:
         key, value = (t.repeat_interleave(a.num_attention_heads // a.num_key_value_heads, dim=2) for t in (key, value))
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         scale = a.yarn.attention_factor**2 if a.yarn else 1.0
-        mixed = F.scaled_dot_product_attention(scale * query, key, value, is_causal=self._causal)
+        mixed = self._mix(scale * query, key, value)
         return self._linear(mixed.transpose(1, 2).flatten(2), prefix + "o_proj.weight")
+
+    def _mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of queries, keys and values [B, heads, L, d]."""
+        return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of x [B, L, heads, d] as complex numbers: j real, j + d / 2 imaginary."""
@@ -128,7 +133,9 @@ class StreamedModel:
     def _experts(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
         x_ND = x.flatten(0, -2)
         probabilities = self._linear(x_ND, prefix + "gate.weight").softmax(-1)
-        weights, chosen = probabilities.topk(self._shape.num_experts_per_tok, dim=-1)
+        chosen = self._choose(probabilities)
+        self.chosen.append(chosen)
+        weights = probabilities.gather(-1, chosen)
         if self._shape.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         out_ND = torch.zeros_like(x_ND)
@@ -137,3 +144,6 @@ class StreamedModel:
             output = self._mlp(x_ND[tokens], f"{prefix}experts.{expert}.")
             out_ND[tokens] += output * weights[tokens, slots, None]
         return out_ND.view_as(x)
+
+    def _choose(self, probabilities: torch.Tensor) -> torch.Tensor:
+        return probabilities.topk(self._shape.num_experts_per_tok, dim=-1).indices

@@ -20,6 +20,12 @@ SETTINGS: dict[str, Any] = dict(
 _SIZES: dict[str, Any] = dict(
     vocab_size=512, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=512
 )
+# Kind and sizes. All experts for every token: where the router chooses, a last bit decides, and nothing bounds what follows.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", _SIZES),
+    "dense_tied": ("dense_tied", _SIZES),
+    "moe": ("moe", {**_SIZES, "moe_intermediate_size": 128, "num_experts_per_tok": 8}),
+}
 
 
 class Model(NamedTuple):
@@ -36,10 +42,8 @@ def write_models(root: Path) -> dict[str, Model]:
         write_tokens(root / name, documents, 250, seed=len(name))
     settings = SETTINGS | {"train_data_path": str(root / "train"), "valid_data_path": str(root / "valid")}
     models = {}
-    for kind in ("dense", "dense_tied", "moe"):
-        # All experts for every token: where the router chooses, a last bit decides, and nothing bounds what follows.
-        experts = {"moe_intermediate_size": 128, "num_experts_per_tok": 8} if kind == "moe" else {}
-        write_hf(root / kind, kind, **_SIZES, **experts)
+    for kind, (_, sizes) in MODELS.items():
+        write_hf(root / kind, kind, **sizes)
         convert_hf.main(["--hf-model", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
         models[kind] = Model(str(root / f"{kind}_checkpoint"), settings)
     return models

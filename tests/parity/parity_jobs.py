@@ -34,6 +34,7 @@ from megatron_a2d.training.initialization import build_train_state, initialize_s
 from megatron_a2d.training.interval_metrics import IntervalMetrics
 from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
+from megatron_a2d.training.param_gather import zero_gradients
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import forward_backward, loss_totals, train_step
 from megatron_a2d.training.validation import run_validation
@@ -298,9 +299,7 @@ def _one_iteration(batches: Any) -> list[Any]:
 
 def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, float, dict[str, ShardedTensor]]:
     state.scheduler.step(1)
-    for chunk in state.chunks:
-        chunk.zero_grad_buffer()
-    state.optimizer.zero_grad()
+    zero_gradients(state.chunks, state.optimizer)
     grafting = state.grafting  # type: ignore[attr-defined]
     with grafting.step(state):
         totals = loss_totals(forward_backward(state.chunks, _one_iteration(batches), forward_only=False))

@@ -78,7 +78,8 @@ def test_any_python_makes_the_environment(pythons: dict[str, int], chosen: str, 
     assert code == 0, said
     venv, *installs = called
     assert venv.endswith(f"{chosen} -m venv .venv")
-    assert [f"--constraint constraints/{pins}.txt" in line for line in installs] == [True, True, False]
+    # The other two are older or other packages, which tests put in front of the environment (transformers, TE).
+    assert [f"--constraint constraints/{pins}.txt" in line for line in installs] == [True, True, False, False]
     assert machine.make("setup")[2] == [], "it is made once"
     # What is there is kept when its pins change, also where an earlier name appears on PATH.
     machine.python("python3.11", 11)

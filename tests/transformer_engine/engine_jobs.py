@@ -1,0 +1,91 @@
+"""Jobs of tests/parity with Transformer Engine's layers, each on ranks of engine_pool.py that end with it.
+
+What a job changes in its process (the answers about the GPU, how gloo is called) is therefore never taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
+from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
+
+from megatron_a2d import megatron_compat
+from megatron_a2d.config.settings import build
+from megatron_a2d.model import layer_specs, transformer_config
+from megatron_a2d.training import optimizer, train_state
+from tests.parity import parity_jobs
+from tests.transformer_engine.install import CUDA, HOPPER, use_gpu
+from tests.transformer_engine.stand_in.extension import CALLS
+
+
+def train_steps(settings: dict[str, Any], capability: tuple[int, int] = HOPPER, **options: Any) -> dict[str, Any]:
+    """parity_jobs.train_steps with Transformer Engine's layers; also how often each kernel was called."""
+    as_on_a_gpu(capability)
+    assert layer_specs.choose_implementation(build(parity_jobs.SETTINGS | settings)) == "transformer_engine"
+    return {**parity_jobs.train_steps(settings=settings, **options), "calls": dict(CALLS)}
+
+
+def as_on_a_gpu(capability: tuple[int, int]) -> None:
+    """Choose layers and precision as on that GPU; weights are made as there, not by megatron.core's way for CPUs, which
+    would quantise memory that holds nothing yet."""
+    megatron_compat.install()
+    use_gpu(capability)
+    for module in (layer_specs, transformer_config):
+        module.has_cuda = lambda: True  # type: ignore[attr-defined]
+    for module in (train_state, transformer_config, optimizer):
+        module.compute_capability = lambda: capability  # type: ignore[attr-defined]
+        module.cuda_version = lambda: CUDA  # type: ignore[attr-defined]
+    _call_gloo_as_nccl()
+
+
+def _call_gloo_as_nccl() -> None:
+    """gloo sends tensors that are coalesced as one of the first one's type, and its requests can be waited for once."""
+    param_and_grad_buffer._coalescing_manager = dist._coalescing_manager = _one_by_one
+    send_and_receive = context_parallel.flash_attn_p2p_communicate
+    context_parallel.flash_attn_p2p_communicate = lambda *arguments: [
+        _Request(request) for request in send_and_receive(*arguments)
+    ]
+
+
+class _Request:
+    """A request that can be waited for twice, as NCCL's."""
+
+    def __init__(self, request: Any):
+        self._request = request
+
+    def wait(self, *arguments: Any) -> bool:
+        request, self._request = self._request, None
+        return True if request is None else request.wait(*arguments)
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _one_by_one(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[_Done]:
+    """In the place of torch's coalescing manager: everything in it is sent by itself, and waited for."""
+    places = [
+        (param_and_grad_buffer, "dist_all_gather_func"), (param_and_grad_buffer, "dist_reduce_scatter_func"),
+        (dist, "all_reduce"), (dist, "all_gather_into_tensor"),
+    ]  # fmt: skip
+    originals = [getattr(owner, name) for owner, name in places]
+
+    def waited_for(function: Any) -> Any:
+        def call(*arguments: Any, async_op: bool = False, **options: Any) -> None:
+            function(*arguments, **options)
+
+        return call
+
+    for (owner, name), original in zip(places, originals, strict=True):
+        setattr(owner, name, waited_for(original))
+    try:
+        yield _Done()
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)

@@ -1,0 +1,35 @@
+"""Transformer Engine's layers compute what the local layers of one process compute, in fp32.
+
+Its real Python runs over kernels in plain torch (stand_in/). Compared are, as in tests/parity/test_layouts.py, losses,
+gradient norms, every gradient by its place in the global model and every parameter after two optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.cases import Case
+from tests.parity.test_layouts import compare
+from tests.transformer_engine.engine_cases import CASES, QUICK, EngineCase
+from tests.transformer_engine.engine_pool import EnginePool
+
+TOLERANCE = 1e-6
+Reference = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=() if str(case) in QUICK else pytest.mark.full) for case in CASES]
+)
+def test_equal_to_local_layers(
+    case: EngineCase, cases: dict[str, Case], reference: Reference, engine_pool: EnginePool
+) -> None:
+    layout = case.layout
+    settings = case.shared | layout.settings
+    differences = compare(
+        engine_pool, cases[layout.case], reference(layout.case, **case.shared), layout.ranks, settings
+    )
+    assert case.kernels <= engine_pool.calls.keys()
+    assert all(value < TOLERANCE for value in differences.values()), differences
