@@ -67,7 +67,7 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
     environment.apply(config)
     process_groups.initialize(config.parallel, replays_graphs=config.performance.cuda_graph_impl != "none")
     state = initialization.build_train_state(model_config, config)
-    graphs = cuda_graphs.LayerGraphs(state, config)
+    graphs = cuda_graphs.CudaGraphs(state, config)
     samples = data_setup.micro_batches(config, model_config, batches, 1, 0)  # type: ignore[arg-type]
     rows: list[torch.Tensor] = []
 

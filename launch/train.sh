@@ -38,6 +38,8 @@ refuse() {
 [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || refuse "MASTER_PORT=$port: is not a port"
 [[ $NNODES = 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$NNODES: needs MASTER_ADDR, the first node's name"
 
+# Warnings about the settings (old names) are printed once: by the first node, and by the first process that reads them.
+if [ "$NODE_RANK" != 0 ]; then export A2D_SETTINGS_READ=1; fi
 torchrun=("$python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
 if [ "$NNODES" = 1 ]; then
   here=(--standalone) there=(--standalone)
@@ -62,6 +64,7 @@ refused() {
 # settings come first, before torch is imported.
 if [ "${PREFLIGHT:-1}" != 0 ]; then
   WORLD_SIZE=$((NNODES * NPROC)) "$python" -m megatron_a2d.preflight --settings-only "$@" || refused $?
+  export A2D_SETTINGS_READ=1
   "${torchrun[@]}" "${here[@]}" -m megatron_a2d.preflight "$@"
 fi
 # Environment variables that depend on the settings and the GPU are set by the processes themselves.

@@ -35,7 +35,7 @@ from megatron_a2d.utils.printable import one_line, print_text
 
 
 class Options(NamedTuple):
-    """What the command line says beside the settings."""
+    """Options besides the settings."""
 
     dry_run: bool
     settings_only: bool
@@ -50,16 +50,16 @@ def main(argv: list[str] | None = None) -> None:
         if "megatron_a2d.distributed.process_groups" in sys.modules:
             sys.modules["megatron_a2d.distributed.process_groups"].finalize()
         if rank() > 0:
-            # Rank 0 says the same, and torchrun then ends the others: one message, not one from each.
+            # Rank 0 reports the same error, and torchrun then ends the others: one message instead of one per rank.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
         raise
 
 
 def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
-    """Settings and options; UserError with all that they show to be wrong by themselves, before torch is imported."""
+    """Settings and options. UserError with every problem that shows before torch is imported."""
     parser = Parser(prog="megatron_a2d.train", description="Train a masked diffusion or autoregressive Qwen3.")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and end")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to check for")
     parser.add_argument(
         "--settings-only", action="store_true", help="with --dry-run: for the shape of --model; no checkpoint, no data"
@@ -67,9 +67,9 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
     add_cluster(parser)
     config, given = parse_run(parser, argv, inherited)
     if given.world_size is not None and not given.dry_run:
-        raise UserError("--world-size: only goes with --dry-run; torchrun decides the number of processes")
+        raise UserError("--world-size: is only valid with --dry-run; torchrun decides the number of processes")
     if given.settings_only and not given.dry_run:
-        raise UserError("--settings-only: only goes with --dry-run; a run needs weights and data")
+        raise UserError("--settings-only: is only valid with --dry-run; a run needs weights and data")
     processes = world_size() if given.world_size is None else given.world_size
     if not 1 <= processes <= MOST_PROCESSES:
         raise UserError(f"--world-size {processes}: a run needs at least 1 process, and at most {MOST_PROCESSES:,}")
@@ -95,7 +95,7 @@ def _run(config: RunConfig, options: Options) -> None:
     from megatron_a2d.training import train_loop
     from megatron_a2d.training.resume import check_run
 
-    # The first rank alone looks into files; while it does, the others wait for it to join the process group.
+    # Only the first rank reads files; meanwhile the others wait for it to join the process group.
     if rank() == 0 and config.training.save and not options.dry_run:
         hold_directory(config.training.save, "--save")
     first = check_run(config, processes, cluster) if rank() == 0 else None
@@ -115,9 +115,9 @@ def _run(config: RunConfig, options: Options) -> None:
 
 
 def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) -> ModelConfig:
-    """What can be wrong with settings alone; UserError with all of it. Returns the shape of --model."""
+    """Check the settings alone; returns the shape of --model. UserError with all problems."""
     if not config.training.model:
-        raise UserError("--settings-only: needs --model, whose shape the settings are checked for; name it")
+        raise UserError("--settings-only: needs --model, against whose shape the settings are checked; add it")
     model_config = named_model_config(config.training.model)
     if problems := find_problems(config, model_config, processes):
         raise UserError(problems)
@@ -133,7 +133,7 @@ def describe(
     cluster: Cluster | None = None,
     epochs: dict[str, float] | None = None,
 ) -> str:
-    """The sizes of a run, and the environment that it sets here, as it and --dry-run print them."""
+    """The sizes of a run and the environment variables that it sets, as printed at its start and by --dry-run."""
     parallel, training, data = config.parallel, config.training, config.data
     tp, pp, cp, ep, etp = (
         parallel.tensor_model_parallel_size,

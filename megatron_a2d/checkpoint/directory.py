@@ -1,4 +1,4 @@
-"""The checkpoint directory: which iteration to read, and the Hugging Face files that travel inside it.
+"""The checkpoint directory: its iterations, and the Hugging Face files stored in each.
 
 CKPT/latest_checkpointed_iteration.txt      "release" (converted weights) or the number of an iteration
 CKPT/release/ or CKPT/iter_0000100/         .metadata  __*.distcp  common.pt  metadata.json
@@ -25,7 +25,7 @@ HF_FILES = "hf"
 RUN_CONFIG = "run.json"
 LONGEST_FRONT_MATTER = 1 << 16  # characters
 
-# What makes an iteration complete; metadata.json is written last. megatron.core from 0.17 on writes no common.pt.
+# The files of a complete iteration; metadata.json is written last. megatron.core from 0.17 on writes no common.pt.
 REQUIRED_FILES = (".metadata", "common.pt", "metadata.json")
 
 HF_PATTERNS = (
@@ -55,44 +55,46 @@ def iteration_of(directory: str | Path) -> int:
 
 
 def list_iterations(root: str | Path) -> list[int]:
-    """The iterations that the checkpoint `root` holds, whole or not, ascending; empty when there is none."""
+    """The iterations in the checkpoint `root`, complete or not, ascending."""
     root = Path(root)
     names = [entry.name for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
     return sorted(iteration_of(name) for name in names if re.fullmatch(r"iter_\d+", name))
 
 
 def latest_iteration(root: str | Path) -> int | None:
-    """The iteration that the tracker of `root` names; None without a tracker, and when it names a release."""
+    """The iteration that the tracker of `root` names; None without a tracker, or if it names a release."""
     tracker = Path(root) / TRACKER
     name = _latest(tracker) if tracker.exists() else RELEASE
     return None if name == RELEASE else iteration_of(name)
 
 
 def resolve(path: str | Path) -> Path:
-    """The iteration's directory that `path` means: the one itself, or the latest of a checkpoint."""
+    """An iteration's directory: `path` itself, or the latest iteration of the checkpoint `path`."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give a checkpoint, or one of its iterations")
     if (path / TRACKER).exists():
         directory = path / _latest(path / TRACKER)
         if not directory.is_dir():
-            raise UserError(f"{path / TRACKER}: names {directory.name}, which is not there; name an iteration yourself")
+            raise UserError(
+                f"{path / TRACKER}: names {directory.name}, which does not exist; give the directory of an iteration"
+            )
     elif path.name == RELEASE or re.fullmatch(r"iter_\d+", path.name):
         directory = path
     else:
         inside = sorted(entry.name for entry in path.iterdir() if re.fullmatch(r"release|iter_\d+", entry.name))
         remedy = f"give {path / inside[-1]}" if inside else "give a directory written by convert_hf or by training"
-        raise UserError(f"{path}: holds no {TRACKER}; {remedy}")
+        raise UserError(f"{path}: contains no {TRACKER}; {remedy}")
     check_model_files(directory)
     _check_complete(directory)
     return directory
 
 
 def _check_complete(directory: Path) -> None:
-    """UserError unless the directory holds a whole iteration in the format torch_dist."""
+    """UserError unless the directory is a complete iteration in torch_dist format."""
     missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
     if missing == ["common.pt"] and "common_backend" not in read_json(directory / "metadata.json", "the format"):
-        return  # as megatron.core from 0.17 on has it: what common.pt held is a stored object
+        return  # from megatron.core 0.17 on: the contents of common.pt are a stored object
     if not missing:
         return
     other = None
@@ -115,11 +117,11 @@ def _check_complete(directory: Path) -> None:
 
 
 def read_run_settings(directory: Path) -> dict[str, Any]:
-    """The settings of the run that wrote an iteration's `directory`; UserError when they are missing or unusable."""
+    """The settings of the run that wrote an iteration's `directory`; UserError if they are missing or invalid."""
     path = directory / RUN_CONFIG
     found, wrong = recorded_settings(read_json(path, "the settings of the run that wrote the checkpoint"))
     if wrong:
-        raise UserError(f"{path}: holds no usable {', '.join(wrong)}; restore the file, or use another iteration")
+        raise UserError(f"{path}: has no usable {', '.join(wrong)}; restore the file, or use another iteration")
     return found
 
 
@@ -153,5 +155,5 @@ def _latest(tracker: Path) -> str:
     if text == RELEASE:
         return RELEASE
     if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise UserError(f"{tracker}: holds {text[:40]!r}, no iteration; name an iteration's directory instead")
+        raise UserError(f"{tracker}: contains {text[:40]!r}, not an iteration; give an iteration's directory instead")
     return directory_name(int(text))

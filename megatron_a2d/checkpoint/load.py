@@ -1,9 +1,9 @@
 """Loading a checkpoint so that every byte is read once: by one rank, and only where it is needed.
 
-megatron.core's default load reads whole chunks, however little of them a rank's slice needs; what several ranks hold is
-read by each; and torch, which it reads through, unpickles whatever lies in .metadata. Here its steps are taken one by
-one, the slices are read by the project's own reader (checkpoint/reader.py), which unpickles nothing, and of
-equal slices one rank reads each and gives it to the others (megatron.core's FullyParallelLoadStrategyWrapper).
+megatron.core's default load reads complete chunks even if a rank needs a small slice; replicated slices are read by
+every rank; and torch unpickles .metadata. Here its steps are taken one by one, the slices are read by the project's own
+reader (checkpoint/reader.py), which unpickles nothing, and each replicated slice is read by one rank, which sends it to
+the others (megatron.core's FullyParallelLoadStrategyWrapper).
 """
 
 from __future__ import annotations
@@ -32,44 +32,46 @@ from megatron_a2d.utils.errors import UserError
 def load_state(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     """`wanted` with its sharded tensors read from the iteration's directory. Collective.
 
-    UserError, on all ranks, when the checkpoint is damaged, lacks a tensor, or has one in another shape.
+    UserError on all ranks if the checkpoint is damaged, lacks a tensor, or has one of another shape.
     """
     force_all_tensors_to_non_fp8(wanted)
     problems = _Problems()
     with ExitStack() as stack, _receiving_on(device()):
         stored = problems.attempt(lambda: stack.enter_context(open_torch_dist(directory)))
-        problems.agree()
+        problems.raise_on_failure()
         wanted, local, factories = load_preprocess(wanted)
         sharded, _ = extract_sharded_base(wanted)
         _, shards_of_all = determine_global_metadata(sharded)
         validate_sharding_integrity(shards_of_all)
         for shard in nested_values(sharded):
             if shard.data is not None and not shard.data.is_contiguous():
-                shard.data = None  # what is exchanged must be contiguous: a tensor of its own receives it
+                shard.data = None  # exchanged tensors must be contiguous: a new tensor receives this one
         slices = _Slices(stored, directory, problems)
         loaded = FullyParallelLoadStrategyWrapper(slices).load(sharded, directory)
-        problems.agree()
+        problems.raise_on_failure()
     state: dict[str, Any] = apply_factory_merges(merge(loaded, local), factories)
     return state
 
 
 class _Problems:
-    """What this rank could not read. It is remembered until all ranks have exchanged their slices, for a rank that
-    raised at once would leave the others waiting."""
+    """This rank's read errors, kept until all ranks have exchanged their slices.
+
+    A rank that raised at once would leave the others waiting.
+    """
 
     def __init__(self) -> None:
         self._problems: list[str] = []
 
     def attempt(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns; None after a UserError."""
+        """function(), or None if it raises a UserError, which is recorded."""
         try:
             return function()
         except UserError as error:
             self._problems += error.problems
             return None
 
-    def agree(self) -> None:
-        """UserError on all ranks when there is a problem on one. Collective."""
+    def raise_on_failure(self) -> None:
+        """UserError on all ranks if an attempt failed on any of them. Collective."""
         problems: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(problems, self._problems)
         if any(problems):
@@ -77,7 +79,7 @@ class _Problems:
 
 
 class _Slices:
-    """A rank's slices, as megatron.core's strategies load them: every sharded tensor is replaced by a plain one."""
+    """Load strategy for megatron.core: replaces every sharded tensor of this rank by the tensor read for it."""
 
     def __init__(self, stored: TorchDistCheckpoint, directory: Path, problems: _Problems):
         self._stored, self._directory, self._problems = stored, directory, problems
@@ -88,7 +90,9 @@ class _Slices:
 
     def _receive(self, shard: ShardedTensor) -> torch.Tensor:
         if not isinstance(shard, ShardedTensor):
-            raise TypeError(f"{shard} is asked of a checkpoint; only tensors are read, objects would be unpickled")
+            raise TypeError(
+                f"{shard} is requested from a checkpoint; only tensors are read, objects would be unpickled"
+            )
         shard.init_data(device())
         assert shard.data is not None
         target = shard.data.detach()
@@ -111,7 +115,7 @@ class _Slices:
 
 @contextmanager
 def _receiving_on(place: torch.device) -> Iterator[None]:
-    """megatron.core makes what receives others' slices on "cuda", by a torch.empty bound before runtime.install()."""
+    """Make megatron.core receive slices on this device: it names "cuda", and binds torch.empty at its import."""
     original = ShardedTensor.init_data
     ShardedTensor.init_data = lambda self, _, init_fn=torch.empty: original(self, place, init_fn)
     try:

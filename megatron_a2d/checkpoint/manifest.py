@@ -1,8 +1,8 @@
 """manifest.json: the size and checksum of every file of a checkpoint's directory, to find damage before a load.
 
 The checksum is CRC-32. It finds every flip of up to 32 neighbouring bits, other damage but for one case in 2^32, and
-costs little beside reading the file. It is no protection against an attacker, who could write the manifest
-anew: that is what the allow-lists of torch_dist_reader are for.
+costs little compared with reading the file. It does not protect against an attacker, who could rewrite the manifest;
+reader.py does, by unpickling nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _THREADS = 8  # zlib releases the interpreter's lock
 
 
 class Entry(NamedTuple):
-    """What is known of a file."""
+    """Size and checksum of a file."""
 
     size: int  # bytes
     crc32: str  # 8 hexadecimal digits
@@ -37,14 +37,14 @@ def measure(directory: Path, names: Iterable[str]) -> dict[str, Entry]:
 
 
 def write_manifest(directory: Path, known: dict[str, Entry] | None = None) -> None:
-    """Write `directory`/manifest.json. The last file to be written; `known` files are not read again."""
+    """Write `directory`/manifest.json, the last of its files; files in `known` are not read again."""
     entries = dict(known or {})
     entries |= measure(directory, [name for name in list_files(directory) if name not in entries])
     write_json(directory / MANIFEST, {"files": {name: entries[name]._asdict() for name in sorted(entries)}})
 
 
 def check_manifest(directory: Path, checksums: bool = True) -> list[str]:
-    """What is wrong with the files of `directory`, a line each; without `checksums`, by their sizes alone."""
+    """A line for each file of `directory` that differs from the manifest, without `checksums` in its size."""
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
         return [f"{directory / MANIFEST}: is missing; the files cannot be checked"]
@@ -54,7 +54,7 @@ def check_manifest(directory: Path, checksums: bool = True) -> list[str]:
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{directory / MANIFEST}: is damaged ({error!r})"
         return [reason]
-    problems, whole = [], []
+    problems, same_size = [], []
     for name, entry in expected.items():
         path = directory / name
         if ".." in PurePath(name).parts or PurePath(name).is_absolute():
@@ -64,8 +64,8 @@ def check_manifest(directory: Path, checksums: bool = True) -> list[str]:
         elif (size := path.stat().st_size) != entry.size:
             problems.append(f"{path}: has {size} bytes, not {entry.size}")
         else:
-            whole.append(name)
-    for name, found in measure(directory, whole).items() if checksums else ():
+            same_size.append(name)
+    for name, found in measure(directory, same_size).items() if checksums else ():
         if found.crc32 != expected[name].crc32:
             problems.append(f"{directory / name}: is damaged (CRC-32 {found.crc32}, not {expected[name].crc32})")
     return problems

@@ -1,7 +1,7 @@
-"""What a torch_dist checkpoint's `.metadata` says: the chunks of every tensor, and where each lies.
+"""Index of a torch_dist checkpoint, from its `.metadata`: the chunks of every tensor, and where each is stored.
 
 The file is a pickle of torch's planner. It is read as data (plain_pickle.py), and every value that is used is checked:
-types to be exact, sizes and places within what there is. Nothing of it is handed on to torch.
+exact types, sizes and offsets within bounds. None of it is passed to torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LARGEST_NUMBER = 1 << 62
 
 
 class Place(NamedTuple):
-    """A part of a file of the checkpoint."""
+    """A byte range in a file of the checkpoint."""
 
     file: str
     offset: int
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A stored box of a tensor, and the part of a file that holds it."""
+    """A stored box of a tensor, and the byte range that contains it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -58,7 +58,7 @@ class Chunk(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor's type and shape, and the chunks that it was cut into."""
+    """Dtype, shape and chunks of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -66,14 +66,14 @@ class StoredTensor(NamedTuple):
 
 
 class Index(NamedTuple):
-    """All that is stored, by name: tensors, and pickled objects."""
+    """Everything that is stored, by name: tensors and pickled objects."""
 
     tensors: dict[str, StoredTensor]
     objects: dict[str, Place]
 
 
 def read_index(directory: Path) -> Index:
-    """The index of an iteration's directory; UserError when it is not one that a torch_dist checkpoint has."""
+    """The index of an iteration's directory; UserError if it is damaged or not that of a torch_dist checkpoint."""
     path = directory / ".metadata"
     try:
         with open(path, "rb", opener=regular) as file:
@@ -120,7 +120,7 @@ def _chunk(item: Any, name: str, shape: tuple[int, ...], places: dict[Any, Place
 
 
 def _place(info: Any) -> Place:
-    """In a file of this very directory, and as it is."""
+    """Location of a chunk: in a file of the same directory, uncompressed."""
     fields = _fields(info, "filesystem", "_StorageInfo")
     file = _text(fields["relative_path"])
     if PurePath(file).name != file or not file.endswith(".distcp"):
@@ -158,7 +158,7 @@ def _size(value: Any) -> tuple[int, ...]:
 
 def _number(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _LARGEST_NUMBER:
-        # Not the value itself: of lists that hold one another it would have no end.
+        # Not the value itself: the text of lists that contain one another would be endless.
         found = str(value)[:40] if type(value) is int else f"a {type(value).__name__}"
         raise ValueError(f"it holds {found} where a size or a position belongs")
     return value
@@ -194,8 +194,8 @@ class Box(NamedTuple):
 def are_disjoint(boxes: Sequence[Box], axis: int = 0, uncut: int = 0) -> bool:
     """Whether no two boxes share an element.
 
-    Cuts them apart along one axis after the other, because to hold each against each would take hours for the
-    hundred thousand that a small file may list. Boxes that no cut tells apart are held against each other.
+    The boxes are separated along one axis after another: comparing all pairs would take hours for the hundred thousand
+    that a small file may list. Only boxes that no cut separates are compared pairwise.
     """
     if len(boxes) < 2:
         return True

@@ -1,7 +1,7 @@
-"""Whether the files of a model's or a checkpoint's directory are its own.
+"""Checks of untrusted model and checkpoint directories: no links that leave them, no pipes, no devices.
 
-They come from other people, are copied into checkpoints and exports, and those are published: a link to a file
-elsewhere would take a private file along, and a pipe would be waited for without end.
+Their files are copied into checkpoints and exports, which are published: a link that leaves the directory would publish
+a private file, and reading a pipe would block forever.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_a2d.utils.errors import UserError
 
-# What is read of such a directory, or copied; whatever else lies there is nobody's concern.
+# The files that are read or copied; others are ignored.
 _READ = (
     "*.json", "*.jinja", "*.safetensors", "*.distcp", "*.pt", "*.model", "*.txt", "*.md", "LICENSE*", ".metadata",
     "chat_template*", "additional_chat_templates", "hf",
@@ -22,8 +22,10 @@ _READ = (
 
 
 def check_model_files(directory: Path) -> None:
-    """UserError when a file of `directory`, or of a directory in it that is read, is a link that leaves it, or is no
-    regular file. The hub's cache, whose files are links to the blobs beside it, is as it must be."""
+    """UserError if a file in `directory` is a link that leaves it, or not a regular file.
+
+    The files of the hub's cache are links to the blobs next to it, and allowed.
+    """
     root = Path(os.path.realpath(directory))
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     problems = []
@@ -38,7 +40,7 @@ def check_model_files(directory: Path) -> None:
 
 
 def check_plain_files(directory: Path) -> None:
-    """UserError unless all that lies below `directory` are files and directories, with no link among them."""
+    """UserError unless `directory` contains only files and directories, at any depth, and no links."""
     problems = [
         f"{path}: is {'a link' if path.is_symlink() else 'no regular file'}; put the file itself there"
         for path in sorted(directory.rglob("*"))

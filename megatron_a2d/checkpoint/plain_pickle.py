@@ -1,8 +1,8 @@
-"""A pickle read as data: what it would call and build is written down, and nothing is called or built.
+"""Pickle reader that executes nothing: calls and objects are recorded as data.
 
-A pickle is a small program, and an unpickler that is told which names are allowed still runs it. Here its instructions
-make only numbers, texts, bytes, lists, tuples, dicts, and `Record`s of what would have been an object; no class
-is imported and no function called, whatever the bytes say. Instructions: the standard library's pickletools.
+A pickle is a small program, and an unpickler with an allow-list of names still runs it. Here its instructions produce
+only numbers, strings, bytes, lists, tuples, dicts, and `Record`s in place of objects; no class is imported and no
+function called, whatever the bytes are. Instructions: the standard library's pickletools.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Allowed = Mapping[str, Collection[str]]  # module -> names
 
 
 class PickleError(ValueError):
-    """The bytes are no pickle of plain data, or name something that is not allowed."""
+    """The bytes are not a pickle of plain data, or name something that is not allowed."""
 
 
 class Name(NamedTuple):
@@ -39,7 +39,7 @@ PERSISTENT = Name("pickle", "persistent_load")  # of a Record with the persisten
 
 
 def read_pickle(data: bytes, allowed: Allowed) -> Any:
-    """The value of a pickle in protocol 2 to 5. PickleError unless it is whole and names only what is `allowed`."""
+    """The value of a pickle in protocol 2 to 5. PickleError unless it is complete and names only what is `allowed`."""
     machine = _Machine(data, allowed)
     try:
         return machine.run()
@@ -233,7 +233,7 @@ def _set_all(machine: _Machine, items: list[Any]) -> None:
     if type(target) is not dict:
         raise PickleError(f"it sets items of a {type(target).__name__}")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # To hash nested tuples may take for ever.
+        # Hashing nested tuples could take forever.
         if type(key) not in _KEYS:
             raise PickleError(f"it has a {type(key).__name__} as the key of a dict")
         target[key] = value

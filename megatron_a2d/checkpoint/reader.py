@@ -1,8 +1,8 @@
 """Reading a torch_dist checkpoint of any layout without megatron.core, a box of a tensor at a time.
 
-`.metadata` lists, for every tensor, its chunks and where each lies (metadata_index.py). A chunk is an uncompressed
-torch.save archive (torch_save_zip.py). Both are read as data, here and nowhere else in the project: a checkpoint from
-a stranger can be wrong but cannot run code.
+`.metadata` lists the chunks of every tensor and where each is stored (metadata_index.py). A chunk is an uncompressed
+torch.save archive (torch_save_zip.py). Both are read as data, here and nowhere else in the project: an untrusted
+checkpoint can be wrong but cannot run code.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from megatron_a2d.checkpoint.torch_save_zip import DAMAGED, DTYPES_OF_STORAGES, 
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
-# Besides the weights a trained checkpoint holds optimizer state and random generators.
+# Besides the weights a training checkpoint has optimizer state and RNG states.
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
-# Where megatron.core from 0.17 on keeps what is in no tensor; before, and here under every version, it is common.pt.
+# Where megatron.core from 0.17 on stores values outside of tensors; before, and here in any version, it is common.pt.
 COMMON_OBJECT = "common_state/shard_0_1"
-# Runs of a box that are shorter (bytes) are read together with what lies between them: calls cost more than bytes.
+# Shorter runs of a box (bytes) are read together with the gaps between them: calls cost more than bytes.
 _SHORTEST_RUN = 256
 
 
@@ -44,7 +44,7 @@ class TorchDistCheckpoint:
         tensors, self._objects = read_index(directory)
         self._tensors = {name: _Grid(tensor) for name, tensor in tensors.items()}
         self.all_shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
-        """With those of the optimizer's state."""
+        """Including the optimizer's state."""
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: shape for name, shape in self.all_shapes.items() if not name.startswith(NOT_WEIGHTS)
         }
@@ -53,7 +53,7 @@ class TorchDistCheckpoint:
     def dtype(self, name: str) -> torch.dtype:
         dtype = self._tensors[name].dtype
         if dtype not in DTYPES_OF_STORAGES.values():
-            raise UserError(f"{self._directory}: {name} is of the type {dtype}, which weights do not have")
+            raise UserError(f"{self._directory}: {name} has the dtype {dtype}, which weights do not have")
         return dtype
 
     def read(self, row_range: RowRange) -> torch.Tensor:
@@ -66,23 +66,23 @@ class TorchDistCheckpoint:
         return self.read_box(row_range.name, box).reshape(row_range.stop - row_range.start, *rest)
 
     def read_box(self, name: str, box: Box) -> torch.Tensor:
-        """Part of a tensor, put together from all chunks that overlap; every element must be stored exactly once."""
-        dtype, pieces = self.dtype(name), []
+        """A box of a tensor, assembled from all overlapping chunks; every element must be stored exactly once."""
+        dtype, overlaps = self.dtype(name), []
         for chunk in self._tensors[name].near(box):
             whole = Box(chunk.offsets, tuple(map(sum, zip(chunk.offsets, chunk.sizes, strict=True))))
             if overlap := box.intersect(whole):
-                pieces.append((chunk, overlap))
-        self._check_cover(name, box, [overlap for _, overlap in pieces])
-        if len(pieces) == 1:
-            return self._read_piece(name, *pieces[0], dtype)
+                overlaps.append((chunk, overlap))
+        self._check_cover(name, box, [overlap for _, overlap in overlaps])
+        if len(overlaps) == 1:
+            return self._read_overlap(name, *overlaps[0], dtype)
         result = torch.empty(tuple(b - a for a, b in zip(box.start, box.stop, strict=True)), dtype=dtype)
-        for chunk, overlap in pieces:
+        for chunk, overlap in overlaps:
             target = [slice(a - b, c - b) for a, b, c in zip(overlap.start, box.start, overlap.stop, strict=True)]
-            result[tuple(target)] = self._read_piece(name, chunk, overlap, dtype)
+            result[tuple(target)] = self._read_overlap(name, chunk, overlap, dtype)
         return result
 
     def read_common(self) -> Any:
-        """What is stored in no tensor, by megatron.core from 0.17 on. Raises one of DAMAGED, or UserError."""
+        """The values stored outside of tensors (megatron.core from 0.17 on). Raises one of DAMAGED, or UserError."""
         if COMMON_OBJECT not in self._objects:
             raise UserError(f"{self._directory}: has no common.pt, nor {COMMON_OBJECT}; the checkpoint is incomplete")
         file, offset, length = self._objects[COMMON_OBJECT]
@@ -93,7 +93,7 @@ class TorchDistCheckpoint:
         self._files.close()
 
     def _check_objects(self) -> None:
-        """None of them is used but the common one. A checkpoint that hides code in another is none to go on with."""
+        """Refuse a checkpoint in which an object contains code, although only the common one is used."""
         places = {place: name for name, place in self._objects.items()}
         if missing := sorted({place.file for place in places if not (self._directory / place.file).exists()}):
             raise UserError(f"{self._directory / missing[0]}: is missing; restore the file, or use another iteration")
@@ -109,7 +109,7 @@ class TorchDistCheckpoint:
                 read_value(partial(self._files.read_bytes, path), offset, length)
             except DAMAGED as error:
                 raise UserError(
-                    f"{path}: {name} is refused ({error}); it is damaged or no plain data, use another one"
+                    f"{path}: {name} is refused ({error}); it is damaged or not plain data, use another one"
                 ) from None
 
     def _check_cover(self, name: str, box: Box, overlaps: list[Box]) -> None:
@@ -121,8 +121,8 @@ class TorchDistCheckpoint:
                 f"{missing or 'some elements are stored twice'}; the checkpoint is damaged, use another iteration"
             )
 
-    def _read_piece(self, name: str, chunk: Chunk, box: Box, dtype: torch.dtype) -> torch.Tensor:
-        """The part `box` (of the whole tensor) of a chunk."""
+    def _read_overlap(self, name: str, chunk: Chunk, box: Box, dtype: torch.dtype) -> torch.Tensor:
+        """The part of a chunk in `box`, whose indices are those of the full tensor."""
         path, place = self._directory / chunk.place.file, chunk.place
         try:
             if place not in self._payloads:
@@ -150,7 +150,7 @@ class _Grid:
             self._chunks.setdefault(chunk.offsets[: self._num_lead_axes], []).append(chunk)
 
     def near(self, box: Box) -> list[Chunk]:
-        """The chunks among which those lie that overlap with `box`."""
+        """A few chunks, among them all that overlap with `box`."""
         ends = zip(box.start[: self._num_lead_axes], box.stop[: self._num_lead_axes], strict=True)
         leads = itertools.product(*(range(start, stop) for start, stop in ends))
         return [chunk for lead in leads for chunk in self._chunks.get(lead, ())]
@@ -165,13 +165,13 @@ def read_box(
     offsets: tuple[int, ...],
     lengths: tuple[int, ...],
 ) -> torch.Tensor:
-    """The box of `lengths` at `offsets` of a contiguous tensor of `sizes`, whose values begin at byte `begin`."""
+    """The box of `lengths` at `offsets` of a contiguous tensor of `sizes`, whose values start at byte `begin`."""
     axes = len(sizes)
     inner = axes  # from this axis on a run is contiguous
     while inner > 0 and all(offsets[i] == 0 and lengths[i] == sizes[i] for i in range(inner, axes)):
         inner -= 1
     run = math.prod(lengths[inner:]) * dtype.itemsize
-    if inner > 0 and run < _SHORTEST_RUN:  # whole inner rows, then cut
+    if inner > 0 and run < _SHORTEST_RUN:  # complete inner rows, then cut
         whole = (*offsets[:inner], *(0 for _ in sizes[inner:])), (*lengths[:inner], *sizes[inner:])
         rows = read_box(files, path, begin, sizes, dtype, *whole)
         cut: list[slice] = [slice(a, a + n) for a, n in zip(offsets[inner:], lengths[inner:], strict=True)]
@@ -200,7 +200,7 @@ def open_torch_dist(directory: Path) -> Iterator[TorchDistCheckpoint]:
 
 
 def read_common(directory: Path) -> dict[str, Any]:
-    """What a checkpoint stores in no tensor: iteration, consumed_samples and so on."""
+    """The values that a checkpoint stores outside of tensors: iteration, consumed_samples and so on."""
     path = directory / "common.pt"
     try:
         if path.exists():
@@ -216,14 +216,14 @@ def read_common(directory: Path) -> dict[str, Any]:
     if type(common) is not dict:
         raise UserError(f"{path}: holds a {type(common).__name__}, not a dict; use another iteration")
     if wrong := [name for name, is_right in _COMMON.items() if name in common and not is_right(common[name])]:
-        raise UserError(f"{path}: its {', '.join(wrong)} cannot be what it says; use another iteration")
+        raise UserError(f"{path}: its {', '.join(wrong)} is invalid; use another iteration")
     return common
 
 
 def check_pickles(directory: Path) -> None:
-    """UserError unless all that is pickled in the checkpoint is data: .metadata, the stored objects, the common values.
+    """UserError unless everything pickled in the checkpoint is data: .metadata, stored objects, common values.
 
-    What is read later is read as data too; this says before a run what would stop it then.
+    Later reads refuse the same; this finds it before the run starts.
     """
     read_common(directory)
     with open_torch_dist(directory):
@@ -234,7 +234,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-# What is read of it here, and what it must be.
+# The values that are read, and when each is valid.
 _COMMON: dict[str, Callable[[Any], bool]] = {
     "iteration": _is_count,
     "consumed_samples": lambda value: value is None or _is_count(value),

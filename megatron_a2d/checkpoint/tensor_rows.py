@@ -1,7 +1,7 @@
-"""Row ranges of tensors: the one unit in which weights are located, read and moved.
+"""Row ranges of tensors: the unit in which weights are located, read and moved.
 
-A weight is a matrix (or vector) found at `lead`, an index into its tensor's leading axes (layer, expert).
-Everything that is converted is a run of whole rows of such matrices.
+A weight is a matrix (or vector) at `lead`, an index into its tensor's leading axes (layer, expert).
+Conversion moves ranges of complete rows of such matrices.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from megatron_a2d.utils.atomic_write import regular
 from megatron_a2d.utils.errors import UserError
 
-# What is read at once: it stays in the processor's cache between its reading, its checks and its writing, and the
-# allocator hands the same memory out again.
+# Read at once: it stays in the processor's cache while it is read, checked and written, and the allocator reuses the
+# same memory.
 SLAB_BYTES = 4 << 20
-_BLOCK_BYTES = 4 << 20  # what is written at once
-_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has no such thing
+_BLOCK_BYTES = 4 << 20  # written at once
+_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system does not have it
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -50,12 +50,12 @@ class RowSource(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, row_range: RowRange) -> torch.Tensor:
-        """The rows of `span`, [stop - start, *rest]."""
+        """The rows of `row_range`, [stop - start, *rest]."""
 
 
 class Remapped:
-    """`source` under other names: a tensor of `shapes` is put together from the rows that `locate` names,
-    and cast to its type in `dtypes`."""
+    """`source` under other names: each tensor of `shapes` is assembled from the rows that `locate` returns, and cast to
+    its dtype in `dtypes`."""
 
     def __init__(
         self,
@@ -71,13 +71,13 @@ class Remapped:
         return self._dtypes[name]
 
     def read(self, row_range: RowRange) -> torch.Tensor:
-        pieces = [self._source.read(piece) for piece in self._locate(row_range)]
-        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        parts = [self._source.read(part) for part in self._locate(row_range)]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return cast(rows, self._dtypes[row_range.name], row_range.name)
 
 
 def cast(rows: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """`rows` in `dtype`; UserError when a finite value of tensor `name` has no finite counterpart."""
+    """`rows` in `dtype`; UserError if a finite value of tensor `name` overflows."""
     if rows.dtype == dtype:
         return rows
     result = rows.to(dtype)
@@ -87,7 +87,7 @@ def cast(rows: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 class FiniteCheck:
-    """`source`, remembering in `non_finite` the tensors in which a NaN or an infinity was read."""
+    """`source`, recording in `non_finite` the tensors in which a NaN or an infinity was read."""
 
     def __init__(self, source: RowSource):
         self.shapes, self.dtype = source.shapes, source.dtype
@@ -111,7 +111,7 @@ class FiniteCheck:
 
 
 def is_finite(rows: torch.Tensor) -> bool:
-    """No NaN and no infinity. The extremes show both, and cost one pass at the speed of memory."""
+    """Whether there is no NaN and no infinity. The extremes show both, in one pass at memory bandwidth."""
     if not rows.numel():
         return True
     low, high = rows.aminmax()
@@ -137,13 +137,13 @@ def num_bytes(source: RowSource) -> int:
     return sum(math.prod(shape) * source.dtype(name).itemsize for name, shape in source.shapes.items())
 
 
-# As many tensors of one kind, over layers and experts, get one line.
+# More tensors of one kind than this, over layers and experts, share a line.
 _SAME_KIND = 8
 
 
 def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: str) -> list[str]:
-    """Every difference between the tensors a model must have and those that are `found`: a line each, or one for all
-    whose names differ by numbers alone."""
+    """Every difference between the tensors `expected` of a model and those `found`: one line per tensor, or one for all
+    whose names differ only in numbers."""
     missing = [name for name in expected if name not in found]
     problems = [
         f"{where}: {_tensors(names)} missing; fetch or write the model again, completely" for names in _by_kind(missing)
@@ -164,7 +164,7 @@ def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: st
 
 
 def _by_kind(names: Sequence[str]) -> list[list[str]]:
-    """`names` one by one, but those together of which there are many that differ in their numbers alone."""
+    """`names` one by one, except that many names which differ only in numbers form one group."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
@@ -178,7 +178,7 @@ def _tensors(names: Sequence[str], shape: list[int] | None = None) -> str:
 
 
 class StreamedFile:
-    """A file that is written once, from its beginning to its end, past the system's page cache where that is possible.
+    """A file that is written once, from its beginning to its end, bypassing the system's page cache where possible.
 
     Copying through the cache costs as much processor time as hashing, and pushes everything else out of memory.
     """
@@ -188,10 +188,10 @@ class StreamedFile:
         try:
             self._descriptor = os.open(path, flags | _DIRECT, 0o666)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system that knows only the cache
+            if error.errno != errno.EINVAL:  # the file system does not support direct I/O
                 raise
             self._descriptor = os.open(path, flags, 0o666)
-        self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # it lies at a page's border, as such writes must
+        self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # page-aligned, as direct I/O requires
         self._filled = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -227,21 +227,21 @@ class StreamedFile:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self._use_cache()  # the end of the file fills no page
+                self._use_cache()  # the end of the file does not fill a page
                 self._flush()
         finally:
             os.close(self._descriptor)
 
 
 class OpenFiles:
-    """Descriptors of files that are read here and there, by several threads, closed together."""
+    """Descriptors of files that several threads read at random positions, closed together."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     def read_bytes(self, path: Path, offset: int, length: int) -> bytes:
-        """Not more than there is, whatever `length` a damaged file names: a buffer is made for all of it."""
+        """`length` bytes at `offset`; UserError, before a buffer is allocated, if the file ends earlier."""
         descriptor = self._descriptor(path)
         data = os.pread(descriptor, max(0, min(length, os.fstat(descriptor).st_size - offset)), offset)
         if len(data) != length:
@@ -255,7 +255,7 @@ class OpenFiles:
         return tensor
 
     def read_into(self, path: Path, offset: int, rest: memoryview) -> None:
-        """Fill `rest` with what lies at `offset`."""
+        """Fill `rest` with the bytes at `offset`."""
         while rest:
             count = os.preadv(self._descriptor(path), [rest], offset)
             if count <= 0:

@@ -1,4 +1,4 @@
-"""Where the values of one tensor lie inside a torch.save archive, so that any rows can be read or written alone.
+"""Location of a tensor's values inside a torch.save archive, so that any rows can be read or written separately.
 
 The archive is an uncompressed zip: `data.pkl` describes the tensor, `data/0` is its storage. The pickle is read as data
 (plain_pickle.py): neither torch nor Python unpickles it.
@@ -37,7 +37,7 @@ _ORDERED = Name("collections", "OrderedDict")
 _IN_TENSORS: Allowed = {
     _REBUILD.module: {_REBUILD.name}, _ORDERED.module: {_ORDERED.name}, "torch": set(DTYPES_OF_STORAGES),
 }  # fmt: skip
-# What Megatron-LM puts beside its plain values (megatron.core.safe_globals): written down, never built.
+# Objects that Megatron-LM saves next to plain values (megatron.core.safe_globals): recorded, never constructed.
 _IN_VALUES: Allowed = {
     **_IN_TENSORS,
     "torch": {

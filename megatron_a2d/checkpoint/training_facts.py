@@ -1,8 +1,8 @@
-"""How a model was trained, which no tensor shows and every later use must know.
+"""How a model was trained: settings that later uses must know and that no tensor shows.
 
-A run writes it into run.json, an export into config.json under the names of version 0.1, which other tools read, and a
-conversion takes config.json along: so it survives every way round. A run that starts from the checkpoint has it as its
-defaults (`inherited`), and hears of what it contradicts (`contradictions`).
+A run writes them to run.json, an export to config.json under the names of version 0.1, which other tools read, and a
+conversion copies config.json: they survive any sequence of these. A run that starts from the checkpoint has them as
+defaults (`inherited`), and is warned where it differs (`contradictions`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from megatron_a2d.config.settings import RunConfig, flag, settings
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
-# The model types that are read as masked diffusion when nothing else is written.
+# The model types that are masked diffusion models unless their config.json says otherwise.
 DIFFUSION_TYPES = ("a2d", "rnd1")
 
 
 class Trained(NamedTuple):
-    """Settings (settings.py) of the run that made the weights."""
+    """Settings (settings.py) of the run that produced the weights."""
 
-    objective: str | None = None  # None: nothing is recorded, the weights are as they came
+    objective: str | None = None  # None: not recorded, the weights are those of the original model
     label_shift: bool = True
     block_length: int = 0
     ar_loss_weight: float = 0.0
@@ -40,7 +40,7 @@ class Trained(NamedTuple):
     reset_attention_mask: bool = False
 
     def as_exported(self) -> dict[str, Any]:
-        """As an export's config.json says it."""
+        """The fields of an export's config.json."""
         facts = self._asdict()
         isolated = facts.pop("reset_attention_mask")
         return facts | {"document_attention": "isolated" if isolated else "open"}
@@ -51,12 +51,12 @@ class Trained(NamedTuple):
 
     @property
     def is_causal(self) -> bool:
-        """Whether next tokens under causal attention were taught, alone or beside blocks."""
+        """Whether next tokens were trained under causal attention, alone or next to block diffusion."""
         return self.objective == "ar" or (self.objective == "block" and self.ar_loss_weight > 0)
 
 
 def read_trained(directory: str | Path) -> Trained:
-    """Of an iteration's directory of a checkpoint, or of a Hugging Face directory. UserError for senseless values."""
+    """How the model in an iteration's or a Hugging Face directory was trained. UserError for invalid values."""
     directory = Path(directory)
     if (directory / RUN_CONFIG).is_file() and iteration_of(directory) > 0:
         return _of_run(directory)
@@ -76,14 +76,15 @@ def _from(values: Mapping[str, Any], path: Path, objective: str | None) -> Train
     found, wrong = recorded_settings(given)
     if wrong:
         names = ", ".join(name_in(values, name) for name in wrong)
-        raise UserError(f"{path}: holds no usable {names}; write what the model was trained with into it")
-    # An export of a model that was never trained says null.
+        raise UserError(f"{path}: has no usable {names}; write what the model was trained with into it")
+    # null in the export of a model that was not trained.
     return Trained(**{"objective": values.get("objective", objective), **found})
 
 
 def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of a run with the settings `values` (those that were given): how the checkpoint was trained that it
-    starts or resumes from. Empty where there is none yet, or none that can be read: what starts the run says so.
+    """Defaults of a run with the given settings `values`: how the checkpoint that it starts from was trained.
+
+    Empty if there is no checkpoint yet, or none that can be read, which the start of the run reports.
     """
     trained = _of_start(values)
     if trained is None:
@@ -115,7 +116,7 @@ def _of_start(values: Mapping[str, Any]) -> Trained | None:
 
 
 def contradictions(config: RunConfig, trained: Trained, where: Path) -> list[str]:
-    """A line for each way in which a run from the weights of `where` reads them otherwise than they were trained."""
+    """A line for each setting in which a run differs from how the weights in `where` were trained."""
     if not trained.is_diffusion:
         return []
     now, names = config.to_dict(), list(Trained._fields)

@@ -187,5 +187,6 @@ def _yaml(value: Any) -> str:
 
 
 def _warn(old: str, new: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    """Once per run: on the first rank, and in the first process of launch/train.sh that reads the settings."""
+    if os.environ.get("RANK", "0") == "0" and "A2D_SETTINGS_READ" not in os.environ:
         print_line(f"warning: {old} is now {new}; the next version will not know the old name", sys.stderr)

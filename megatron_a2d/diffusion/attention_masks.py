@@ -48,7 +48,8 @@ def annealed(annealing_B2: Tensor, queries_Q: Tensor, num_keys: int) -> Tensor:
 def block_causal_mask(own_BQ: Tensor, levels_BK: Tensor) -> Tensor:
     """[B, Q, K] bool: a query attends to keys of its own level and to clean (odd) keys of lower levels.
 
-    The levels are explained in block_diffusion.py.
+    The level of a position of block diffusion (block_diffusion.py sets it) is 2 * start of its block if it is noised,
+    2 * start + 1 if it is clean, or 2 * position + 1 if the clean copy is causal.
     """
     queries, keys = own_BQ[:, :, None], levels_BK[:, None, :]
     return (keys == queries) | ((keys % 2 == 1) & (keys < queries))

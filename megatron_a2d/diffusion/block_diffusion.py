@@ -8,10 +8,8 @@ pass gives every block the context that it has when text is generated block by b
 Label shift: the position before predicts token i. For the first token of a block that is clean position i - 1, which
 has seen all earlier blocks and nothing of this one; for the others it is noised position i - 1.
 
-Attention is encoded as one number per position, its level: 2 * start of its block for noised positions, 2 * start + 1
-for clean ones (2 * position + 1 where the clean copy is causal). A position attends to positions of its own level and
-to clean positions of lower levels (attention_masks.py). In sampling there is no noised copy, and `BlockModel.levels`
-numbers the positions of the text itself.
+Attention is encoded as one number per position, its level (attention_masks.py). In sampling there is no noised copy,
+and `BlockModel.levels` numbers the positions of the text itself.
 """
 
 from __future__ import annotations

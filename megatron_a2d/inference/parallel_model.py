@@ -142,9 +142,9 @@ def _forward_step(request: Request, reduce: Reduce, batches: Any, model: Diffusi
     """megatron's `forward_step_func`: hidden states between stages, those of the needed positions on the last."""
     # Padding is masked off as a separate document.
     documents = None if bool(request.visible.all()) else (~request.visible).long()
-    hidden = model(
+    hidden = model.hidden_states(
         request.tokens,
-        rows_N=request.needed.flatten().nonzero()[:, 0],
+        indices_N=request.needed.flatten().nonzero()[:, 0],
         documents=documents,
         positions=request.positions,
         levels=request.levels,

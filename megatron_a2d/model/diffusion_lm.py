@@ -134,7 +134,7 @@ class DiffusionLM(LanguageModule):
                 gather_output=False,
                 skip_weight_param_allocation=pre_process and model_config.tie_word_embeddings,
             )
-            # `_output` gathers from the sequence-parallel region, not the layer.
+            # `_full_sequence` gathers from the sequence-parallel region, not the layer.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
         if pre_process or post_process:
@@ -144,27 +144,72 @@ class DiffusionLM(LanguageModule):
         """The hidden states of the previous stage; called by megatron's schedules."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
+    # Three methods run the stage, one for each kind of output of the last pipeline stage. Any other stage returns its
+    # hidden states [s, b, h] for the next one from all of them. Their common arguments:
+    #   tokens_bs   [b, s]
+    #   indices_N   the loss positions, as indices into the flattened (b, s)
+    #   documents   [b, full sequence], on the host: attention stays within documents, by a mask or, with
+    #               `packs_documents`, by packed sequences
+    #   positions   [b, full sequence], those of the rotary embedding; None: 0, 1, ...
+    #   annealing   [b, 2]: causal attention plus random later entries (diffusion/attention_masks.py)
+    #   levels      [b, full sequence]: block-causal attention (ditto)
+
     def forward(
         self,
         tokens_bs: Tensor,
-        labels_N: Tensor | None = None,
-        rows_N: Tensor | None = None,
+        labels_N: Tensor,
+        indices_N: Tensor,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         annealing: Tensor | None = None,
         levels: Tensor | None = None,
-    ) -> Tensor | TokenLosses:
-        """What a stage returns: hidden states [s, b, h], or on the last stage
+    ) -> TokenLosses | Tensor:
+        """Training and validation: losses of the loss positions.
 
-            TokenLosses                   with `labels_N` and `rows_N`, the loss positions as indices into (b, s)
-            hidden states [N, h]          with `rows_N` alone; `head` makes logits of them
-            logits [b, s, V / tp]         with neither
-
-        `documents` [b, full sequence], on the host, restricts attention to within documents, by a mask or, with
-        `packs_documents`, by packed sequences. `positions` [b, full sequence] are the rotary embedding's; None: 0, 1,
-        ... `annealing` [b, 2]: causal attention plus random entries. `levels` [b, full sequence]: block-causal
-        attention (both: diffusion/attention_masks.py).
+        It is `forward` because megatron's pipeline schedules call the model through DistributedDataParallel, which
+        forwards only that method. They also pass the hidden states between stages: hence two return types.
         """
+        hidden_sbh = self._decode(tokens_bs, documents, positions, annealing, levels)
+        return self._losses(hidden_sbh, labels_N, indices_N) if self.post_process else hidden_sbh
+
+    def hidden_states(
+        self,
+        tokens_bs: Tensor,
+        indices_N: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> Tensor:
+        """Inference: hidden states [N, h] of the chosen positions, of which `head` makes logits."""
+        hidden_sbh = self._decode(tokens_bs, documents, positions, None, levels)
+        return self._select(self._full_sequence(hidden_sbh), indices_N) if self.post_process else hidden_sbh
+
+    def logits(
+        self,
+        tokens_bs: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of all positions, [b, s, V / tp]: materialised, so for comparisons of small models only."""
+        hidden_sbh = self._decode(tokens_bs, documents, positions, None, levels)
+        if not self.post_process:
+            return hidden_sbh
+        return self._local_logits(self._full_sequence(hidden_sbh).transpose(0, 1))
+
+    def head(self, hidden_Nh: Tensor) -> Tensor:
+        """LM head: logits over the full vocabulary, [N, V], on every tensor-parallel rank; last stage only."""
+        return tensor_parallel.gather_from_tensor_model_parallel_region(self._local_logits(hidden_Nh))
+
+    def _decode(
+        self,
+        tokens_bs: Tensor,
+        documents: Tensor | None,
+        positions: Tensor | None,
+        annealing: Tensor | None,
+        levels: Tensor | None,
+    ) -> Tensor:
+        """Embedding (first stage) and transformer layers: the stage's hidden states [s, b, h]."""
         if self.watch_tokens is not None:
             self.watch_tokens(tokens_bs)
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None
@@ -172,12 +217,7 @@ class DiffusionLM(LanguageModule):
             hidden.requires_grad_()  # all of a first stage may be frozen; the schedule wants a gradient of each stage
         mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)
         rotary = self._rotary(hidden, positions)
-        hidden = self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary, packed_seq_params=packed)
-        return self._output(hidden, labels_N, rows_N) if self.post_process else hidden
-
-    def head(self, hidden_Nh: Tensor) -> Tensor:
-        """LM head: logits over the full vocabulary, [N, V], on every tensor-parallel rank; last stage only."""
-        return tensor_parallel.gather_from_tensor_model_parallel_region(self._logits(hidden_Nh))
+        return self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary, packed_seq_params=packed)
 
     # For --overlap-moe-expert-parallel-comm, megatron.core interleaves the forward pass of one micro-batch with the
     # backward pass of another, layer by layer, so that the all-to-all of one overlaps with the computation of the
@@ -187,8 +227,8 @@ class DiffusionLM(LanguageModule):
     def build_schedule_plan(
         self,
         tokens_bs: Tensor,
-        labels_N: Tensor | None,
-        rows_N: Tensor | None,
+        labels_N: Tensor,
+        indices_N: Tensor,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         annealing: Tensor | None = None,
@@ -200,7 +240,7 @@ class DiffusionLM(LanguageModule):
         mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)
         # megatron passes loss_mask through to _postprocess, so it carries the loss positions.
         return TransformerModelChunkSchedulePlan(
-            self, tokens_bs, positions, mask, labels=labels_N, packed_seq_params=packed, loss_mask=rows_N
+            self, tokens_bs, positions, mask, labels=labels_N, packed_seq_params=packed, loss_mask=indices_N
         )
 
     def correct_of(self, plan: TransformerModelChunkSchedulePlan) -> Tensor:
@@ -225,8 +265,7 @@ class DiffusionLM(LanguageModule):
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_: Any) -> Tensor:
         """Losses [N] of the loss positions."""
-        output = self._output(hidden_states, labels, loss_mask)
-        assert isinstance(output, TokenLosses)
+        output = self._losses(hidden_states, labels, loss_mask)
         self._correct = output.correct
         return output.losses
 
@@ -265,26 +304,30 @@ class DiffusionLM(LanguageModule):
             return cp_slice(angles, dim=0)
         return angles[cp_slice(positions, dim=1).T, 0]
 
-    def _output(self, hidden: Tensor, labels_N: Tensor | None, rows_N: Tensor | None) -> Tensor | TokenLosses:
-        """What `forward` returns on the last stage, from the decoder's output [s, b, h]."""
-        if self.config.sequence_parallel:
-            # All tensor-parallel ranks now hold the same hidden states, so the gradient is split, not summed.
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        if rows_N is None:
-            return self._logits(hidden.transpose(0, 1))
-        length, batch = hidden.shape[:2]
-        sample_N, position_N = rows_N // length, rows_N % length
+    def _full_sequence(self, hidden_sbh: Tensor) -> Tensor:
+        """The decoder's output gathered from the sequence-parallel region."""
+        if not self.config.sequence_parallel:
+            return hidden_sbh
+        # All tensor-parallel ranks then hold the same hidden states, so the gradient is split, not summed.
+        return tensor_parallel.gather_from_sequence_parallel_region(hidden_sbh, tensor_parallel_output_grad=False)
+
+    def _select(self, hidden_sbh: Tensor, indices_N: Tensor) -> Tensor:
+        """Hidden states [N, h] of the given positions."""
+        length, batch = hidden_sbh.shape[:2]
+        sample_N, position_N = indices_N // length, indices_N % length
         # Hidden states are [s, b, h]: position p of sample i is at index p * b + i of the flattened tensor.
-        hidden_Nh = hidden.flatten(0, 1).index_select(0, position_N * batch + sample_N)
-        if labels_N is None:
-            return hidden_Nh
+        return hidden_sbh.flatten(0, 1).index_select(0, position_N * batch + sample_N)
+
+    def _losses(self, hidden_sbh: Tensor, labels_N: Tensor, indices_N: Tensor) -> TokenLosses:
+        """Losses of the loss positions, from the decoder's output."""
 
         def token_losses(hidden_Nh: Tensor, labels_N: Tensor) -> TokenLosses:
             return TokenLosses(*self.output_layer(hidden_Nh, weight=self._tied_weight(), labels_N=labels_N))
 
-        return both_ways("head", token_losses, hidden_Nh, labels_N)
+        return both_ways("head", token_losses, self._select(self._full_sequence(hidden_sbh), indices_N), labels_N)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _local_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V / tp] over this tensor-parallel rank's part of the vocabulary."""
         return self.output_layer(hidden, weight=self._tied_weight())[0]
 
     def _tied_weight(self) -> Tensor | None:

@@ -1,9 +1,9 @@
 """Grouped-GEMM experts: a rank's experts as two stacked weights, multiplied in one kernel by torch's grouped matmul.
 
-One expert at a time (megatron.core's SequentialMLP) launches a kernel for each of many small products. The
-checkpoint is the same: expert e is row e of `experts.experts.linear_fc1.weight` [experts, 2 f, h], gate and up apart,
-and of `experts.experts.linear_fc2.weight` [experts, h, f]. Shapes: T tokens sorted by expert, E this rank's experts,
-h hidden, f this rank's rows of an expert.
+megatron.core's SequentialMLP runs one expert after another, a kernel for each of many small products. The checkpoint
+is the same: expert e is at index e of `experts.experts.linear_fc1.weight` [experts, 2 f, h], gate and up as separate
+shards, and of `experts.experts.linear_fc2.weight` [experts, h, f]. Shapes: T tokens sorted by expert, E this rank's
+experts, h hidden, f this rank's rows of an expert.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm
 
 @functools.cache
 def has_grouped_products(dtype: torch.dtype) -> bool:
-    """Whether this torch multiplies groups of this type on this device: tried, on a few numbers."""
+    """Whether this torch has a grouped matmul for `dtype` on this device, found by trying it."""
     if _grouped_mm is None:
         return False
     tokens, weight = (torch.ones(shape, dtype=dtype, device=device()) for shape in ((16, 16), (1, 16, 16)))
@@ -43,14 +43,14 @@ def has_grouped_products(dtype: torch.dtype) -> bool:
 
 
 def can_group(config: TransformerConfig) -> bool:
-    """Whether a layer's experts can be one grouped product here: its rows must begin at multiples of 16 bytes."""
+    """Whether a layer's experts can be one grouped product here: its rows must be aligned to 16 bytes."""
     rows = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
     aligned = all(size * config.params_dtype.itemsize % 16 == 0 for size in (config.hidden_size, rows))
     return aligned and has_grouped_products(config.params_dtype)
 
 
 def grouped_product(tokens_Ti: Tensor, weight_Eoi: Tensor, ends_E: Tensor) -> Tensor:
-    """[T, o]: row t times the matrix of its expert; expert e has the rows up to ends_E[e] (int32, on the device)."""
+    """[T, o]: each token times its expert's matrix. Expert e's tokens end before ends_E[e] (int32, on the device)."""
     return _grouped_mm(tokens_Ti, weight_Eoi.transpose(1, 2), offs=ends_E)
 
 
@@ -85,7 +85,7 @@ class GroupedExperts(MegatronModule):
             (self.weight2, 2, config.output_layer_init_method),
         ):
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
-            # As megatron's own; megatron_compat/versions.py says why that is not enough, and mends it for both.
+            # As in megatron's own experts; megatron_compat/versions.py says why that is not enough, and corrects both.
             weight.allreduce = pg_collection.ep.size() == 1  # type: ignore[attr-defined]
             if config.perform_initialization:
                 with torch.no_grad():
@@ -93,7 +93,7 @@ class GroupedExperts(MegatronModule):
 
     def forward(self, tokens_Th: Tensor, tokens_per_expert_E: Tensor, probs_T: Tensor) -> tuple[Tensor, None]:
         """The weighted outputs [T, h] and no bias."""
-        if not len(tokens_Th):  # the gradient still has to reach the parameters, as zeros
+        if not len(tokens_Th):  # the parameters still need a gradient, zeros
             nothing = (tokens_Th @ self.weight1[0].T)[:, : self.weight2.size(2)] * probs_T[:, None].to(tokens_Th.dtype)
             return nothing @ self.weight2[0].T, None
         ends_E = tokens_per_expert_E.to(tokens_Th.device, non_blocking=True).cumsum(0).int()
@@ -106,22 +106,22 @@ class GroupedExperts(MegatronModule):
         return output_Th, None
 
     def backward_dw(self) -> None:
-        """Weight gradients are not delayed here."""
+        """Nothing: weight gradients are not delayed here."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The keys and shapes of SequentialMLP, in fewer pieces."""
+        """The keys and shapes of SequentialMLP, in fewer shards."""
         axes, groups = len(sharded_offsets), self.groups
         replica = (0, 0, groups.expt_dp.rank())
         experts = (axes, groups.ep.rank(), groups.ep.size())
         tp_rank, tp_size = groups.expt_tp.rank(), groups.expt_tp.size()
 
-        def shard(key: str, data: Tensor, replica_id: Any, pieces: tuple[int, int, int]) -> ShardedTensor:
-            offsets = (*sharded_offsets, experts, pieces)
+        def shard(key: str, data: Tensor, replica_id: Any, partition: tuple[int, int, int]) -> ShardedTensor:
+            offsets = (*sharded_offsets, experts, partition)
             return ShardedTensor.from_rank_offsets(key, data, *offsets, replica_id=replica_id, prepend_axis_num=axes)
 
-        # The optimizer calls it with its own tensors and keys.
+        # The optimizer calls this with its own tensors and keys.
         def gate_and_up(key: str, data: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
             halves = enumerate(data.chunk(2, dim=1))
             return [

@@ -18,18 +18,18 @@ from megatron_a2d.megatron_compat.versions import is_recomputed
 
 
 class GraftedSelfAttention(SelfAttention):
-    """An ordinary bidirectional SelfAttention until `start_grafting`."""
+    """SelfAttention that is bidirectional, and regressed on the causal operator after `start_grafting`."""
 
     _old_weights: dict[str, Tensor] | None = None
     _feeds_new = False
     _runs_old = False
 
     def remember_old(self) -> dict[str, Tensor]:
-        """A copy of the weights as they are now, for `start_grafting`."""
+        """A copy of the current weights, for `start_grafting`."""
         return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
 
     def start_grafting(self, old_weights: dict[str, Tensor], feeds_new: bool) -> None:
-        """From now on regress on the operator of `old_weights`; `feeds_new`: the stream takes the new one's output."""
+        """Regress on the operator with `old_weights`; `feeds_new`: the residual stream takes the new output."""
         self._old_weights, self._feeds_new = old_weights, feeds_new
         self._error = torch.zeros((), dtype=torch.float64, device=self.linear_proj.weight.device)
 
@@ -37,7 +37,7 @@ class GraftedSelfAttention(SelfAttention):
         self._old_weights = None
 
     def take_error(self) -> Tensor:
-        """The sum over tokens of this layer's part of the loss since it was last taken."""
+        """This layer's part of the loss, summed over tokens since the last call."""
         error, self._error = self._error, torch.zeros_like(self._error)
         return error
 
@@ -65,15 +65,15 @@ class GraftedSelfAttention(SelfAttention):
 
 
 def relative_errors(new: Tensor, old: Tensor) -> Tensor:
-    """|new - old|^2 / |old|^2 of each token's output, in fp32: 0 is a perfect match, 1 is no better than silence."""
+    """|new - old|^2 / |old|^2 of each token's output, in fp32: 0 is a perfect match, 1 the error of predicting zero."""
     new, old = new.float(), old.float()
     return (new - old).square().sum(-1) / old.square().sum(-1).clamp(min=1e-12)
 
 
 class _WithLoss(torch.autograd.Function):
-    """Gives `stream` on; the backward pass begins that of `loss`, and tells `read` that its gradient is zero.
+    """Identity on `stream`; its backward pass starts that of `loss`, and gives `read` a zero gradient.
 
-    Every parameter then has a gradient, which --overlap-grad-reduce waits for.
+    So every parameter has a gradient, which --overlap-grad-reduce waits for.
     """
 
     @staticmethod

@@ -67,7 +67,7 @@ def choose_implementation(config: RunConfig) -> Implementation:
 
 
 def notes(config: RunConfig, model_config: ModelConfig) -> list[str]:
-    """What is computed otherwise than one would think of the layers that were chosen; lines for the log."""
+    """Log lines: where the chosen layers compute something in an unexpected way."""
     uses_engine = choose_implementation(config) == "transformer_engine"
     missing = missing_router_product() if uses_engine and model_config.is_moe else None
     emulation = emulation_of(config)
@@ -95,7 +95,7 @@ def build_block_spec(
     else:
         first = get_transformer_layer_offset(config, vp_stage) if emulation else 0
         recipes = [emulation and emulation.of_layer(first + n, config.num_layers) for n in range(num_layers)]
-        specs = {recipe: _portable_layer(config, mask_type, recipe) for recipe in dict.fromkeys(recipes)}
+        specs = {recipe: _local_layer(config, mask_type, recipe) for recipe in dict.fromkeys(recipes)}
         layers, final_norm = [specs[recipe] for recipe in recipes], RMSNorm
         for layer in specs.values() if grafts else ():
             layer.submodules.self_attention.module = GraftedSelfAttention
@@ -115,7 +115,7 @@ def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType
     return layer
 
 
-def _portable_layer(config: TransformerConfig, mask_type: AttnMaskType, recipe: str | None = None) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, mask_type: AttnMaskType, recipe: str | None = None) -> ModuleSpec:
     """`recipe`: that of the FP8 or FP4 products that are emulated; None: they are in the parameters' type."""
     column = emulated(EmulatedColumnParallelLinear, recipe) if recipe else ColumnParallelLinear
     row = emulated(EmulatedRowParallelLinear, recipe) if recipe else RowParallelLinear

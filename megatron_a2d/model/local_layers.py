@@ -23,15 +23,15 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # Under sequence parallelism each rank sees other tokens: its gradient must be summed over the ranks.
+        # Under sequence parallelism each rank has other tokens: the gradient must be summed over the ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class CoreAttention(MegatronModule):
     """Scaled dot-product attention, bidirectional or causal. [s, b, n, d] in, [s, b, n * d] out.
 
-    Context parallelism: each rank has a contiguous piece of the sequence, and gathers the keys and values of
-    all. Without a causal mask all pieces cost the same, so no other order of them is needed.
+    Context parallelism: each rank has a contiguous slice of the sequence, and gathers the keys and values of all ranks.
+    Without a causal mask all slices cost the same, so the load needs no balancing.
     """
 
     def __init__(
@@ -54,24 +54,24 @@ class CoreAttention(MegatronModule):
             self.context_parallel_group = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """`attention_mask` [b, 1, s, all positions] is True where attention is forbidden, as in megatron."""
+        """`attention_mask` [b, 1, s, all positions] is True where attention is masked, as in megatron."""
         if self.context_parallel_group is not None:
-            # Backward sums the ranks' gradients of each piece and gives it back to its owner.
+            # Backward sums the ranks' gradients of each slice and returns the sum to its owner.
             key, value = (
                 gather_from_sequence_parallel_region(tensor, group=self.context_parallel_group)
                 for tensor in (key, value)
             )
-        visible = None if attention_mask is None else ~attention_mask
+        allowed = None if attention_mask is None else ~attention_mask
         is_causal = self.is_causal
-        if is_causal and (visible is not None or self.context_parallel_group is not None):
+        if is_causal and (allowed is not None or self.context_parallel_group is not None):
             past = self._past(query.size(0), key.size(0), query.device)
-            visible, is_causal = past if visible is None else past & visible, False
+            allowed, is_causal = past if allowed is None else past & allowed, False
         query_bnsd, key_bnsd, value_bnsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context_bnsd = F.scaled_dot_product_attention(
             query_bnsd,
             key_bnsd,
             value_bnsd,
-            attn_mask=visible,
+            attn_mask=allowed,
             is_causal=is_causal,
             scale=self.softmax_scale,
             enable_gqa=True,
@@ -79,7 +79,7 @@ class CoreAttention(MegatronModule):
         return context_bnsd.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
     def _past(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        """[queries, keys], True where a key is not after its query; queries are this rank's piece."""
+        """[queries, keys], True where a key is not after its query; the queries are this rank's slice."""
         group = self.context_parallel_group
         first = 0 if group is None else torch.distributed.get_rank(group) * num_queries
         queries = torch.arange(first, first + num_queries, device=device)

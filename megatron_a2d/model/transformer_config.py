@@ -27,7 +27,7 @@ from megatron_a2d.model.layer_specs import choose_implementation
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
-# Steps that run as usual before a layer's kernels are recorded: allocator, autotuning and FP8 scales have settled.
+# Eager steps before CUDA graphs are captured, after which allocator, autotuning and FP8 scales have settled.
 GRAPH_WARMUP_STEPS = 3
 _FP4_ENGINE = "2.7.0"  # the first release with NVFP4 (megatron.core, fp4_utils.py)
 
@@ -70,16 +70,16 @@ def build_transformer_config(model_config: ModelConfig, config: RunConfig) -> Tr
         use_cpu_initialization=not has_cuda(),
         # The loss is divided once, by the global number of maskable tokens (see diffusion/loss.py).
         calculate_per_token_loss=True,
-        # What comes from apex alone stays off: a norm of its own, a fused softmax.
+        # These need apex: its norm, its fused softmax.
         persist_layer_norm=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=True,
         masked_softmax_fusion=False,
-        # A send that goes on beside the computation still reads what it sends.
+        # A send that overlaps with computation still reads its tensor.
         deallocate_pipeline_outputs=not interleaved,
         variable_seq_lengths=False,
         batch_p2p_comm=False,
-        overlap_p2p_comm=interleaved,  # the plain schedule has nothing to compute meanwhile
+        overlap_p2p_comm=interleaved,  # the plain schedule has nothing to overlap with
     )
     if model_config.yarn:
         # Queries and keys times the attention factor are scores times its square. megatron.core has its own way, which
@@ -151,8 +151,8 @@ def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any
             **versions.graphed_parts(performance.cuda_graph_scope),
         )
     if performance.cuda_graph_impl != "none" and not scaling:
-        # Else a graph is recorded as that of a step's first micro-batch, and every later one, with fused accumulation,
-        # replaces the gradients of those before it (Transformer Engine's pull request 2715).
+        # Otherwise a graph is captured as that of a step's first micro-batch, and every later one, with fused
+        # accumulation, replaces the gradients of those before it (Transformer Engine's pull request 2715).
         fields["disable_parameter_transpose_cache"] = True
     if performance.recompute_granularity == "full":
         fields.update(
@@ -166,7 +166,7 @@ def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any
 
 
 def _flex_backend(wish: str) -> str | None:
-    """The flex dispatcher's kernels here; None where auto finds none, UserError where those named are missing."""
+    """The flex dispatcher's backend here. None if auto finds none, UserError if the requested one is missing."""
     for backend in ("hybridep", "deepep") if wish == "auto" else (wish,):
         try:
             _need_dispatcher(backend)
@@ -178,25 +178,25 @@ def _flex_backend(wish: str) -> str | None:
 
 
 def _all_to_all(model_config: ModelConfig, config: RunConfig) -> dict[str, Any]:
-    """The dispatcher that needs no kernels of its own, instead of flex; UserError if it does not go with the run."""
+    """The fields of the alltoall dispatcher, which needs no extra kernels; UserError if it does not fit the run."""
     parallel = dataclasses.replace(config.parallel, moe_token_dispatcher_type="alltoall")
     if problems := find_performance_problems(dataclasses.replace(config, parallel=parallel), model_config):
         raise UserError(problems)
     if rank() == 0:
         print_line(
             "warning: --moe-token-dispatcher-type flex: its kernels, the package deep_ep, are not installed; tokens "
-            "travel by alltoall, which is slower (launch/container/Dockerfile says how to install them)",
+            "are dispatched by alltoall, which is slower (launch/container/Dockerfile says how to install them)",
             sys.stderr,
         )
     return {"moe_token_dispatcher_type": "alltoall"}
 
 
 def _need_dispatcher(backend: str) -> None:
-    """The flex dispatcher's kernels are no part of megatron.core; UserError where they are missing."""
+    """UserError if the flex dispatcher's kernels, which are not part of megatron.core, are missing."""
     from megatron.core.transformer.moe import fused_a2a
 
     if not getattr(fused_a2a, {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}[backend], False):
         raise UserError(
-            f"--moe-flex-dispatcher-backend {backend}: its package, deep_ep, is missing or has it not; "
+            f"--moe-flex-dispatcher-backend {backend}: the package deep_ep is not installed or lacks it; "
             "install it from DeepEP's repository, or use --moe-token-dispatcher-type alltoall"
         )

@@ -1,6 +1,6 @@
 """CUDA graphs of Transformer Engine layers (--cuda-graph-impl transformer_engine): captured after a few steps.
 
-(--cuda-graph-impl local needs nothing here: megatron.core's schedule records them itself.)
+(With --cuda-graph-impl local megatron.core's schedule captures them itself.)
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from megatron_a2d.model.transformer_config import GRAPH_WARMUP_STEPS
 from megatron_a2d.training.train_state import TrainState
 
 
-class LayerGraphs:
-    """Does nothing unless Transformer Engine's graphs are asked for."""
+class CudaGraphs:
+    """CUDA graphs of a run's layers; does nothing without --cuda-graph-impl transformer_engine."""
 
     def __init__(self, state: TrainState, config: RunConfig):
         self._state, self._steps = state, 0
@@ -42,11 +42,11 @@ class LayerGraphs:
     def before_step(self) -> None:
         """To be called before each training step."""
         if self._helper is not None and self._steps == GRAPH_WARMUP_STEPS:
-            self._record()
+            self._capture()
         self._steps += 1
 
-    def _record(self) -> None:
-        # Hooks that wait for gathered weights cannot be recorded; they are called by hand before a replay.
+    def _capture(self) -> None:
+        # Hooks that wait for gathered weights cannot be captured; they are called manually before a replay.
         for chunk in self._state.chunks if self._hooks else ():
             chunk.disable_forward_pre_hook(param_sync=False)
         self._helper.create_cudagraphs()

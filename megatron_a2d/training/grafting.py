@@ -1,12 +1,12 @@
-"""The stages of --conversion grafting, as a function of the iteration alone.
+"""Stages of --conversion grafting, as a function of the iteration alone.
 
-    0 .. N-1   on clean text, every layer's bidirectional attention is regressed on the causal one's outputs. The stream
-               takes the new operator in the first floor(layers * iteration / N) layers, the old one in the others: one
-               layer after the other is swapped in, and those behind it regress on what they will be fed.
-    N ..       the model is bidirectional, and is trained as any other.
+    0 .. N-1   on clean text, each layer's bidirectional attention is regressed on the outputs of the causal one. The
+               residual stream uses the new operator in the first floor(layers * iteration / N) layers and the old one
+               in the others: the layers are swapped in one after another, and each regresses on its later inputs.
+    N ..       the model is bidirectional and is trained like any other.
 
-N is --grafting-iters. The old operators' weights are those of the checkpoint in --load: a run that resumes before N
-reads them there again, so that checkpoints hold nothing but the model.
+N is --grafting-iters. The weights of the old operators are those of the checkpoint in --load: a run that resumes before
+N reads them from there again, so checkpoints contain only the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_a2d.training.train_state import TrainState
 
 
 class Grafting:
-    """Of a run; with `num_steps` 0 it does nothing."""
+    """Grafting of a run; does nothing with `num_steps` 0."""
 
     def __init__(self, num_steps: int = 0, num_layers: int = 0):
         self._num_steps, self._num_layers = num_steps, num_layers
@@ -32,18 +32,18 @@ class Grafting:
         self._has_own_tokens = False
 
     def remember(self, state: TrainState) -> None:
-        """Take the model's present weights for those of the old operators."""
+        """Use the model's current weights as those of the old operators."""
         modules = [module for model in state.models for module in model.modules()]
         self._old = {module: module.remember_old() for module in modules if isinstance(module, GraftedSelfAttention)}
         self._has_own_tokens = bool(state.models[0].config.sequence_parallel)
 
     def is_active(self, iteration: int) -> bool:
-        """Whether the step after so many iterations regresses."""
+        """Whether the step that follows `iteration` completed ones regresses attention."""
         return iteration < self._num_steps
 
     @contextmanager
     def step(self, state: TrainState) -> Iterator[None]:
-        """Around a step, after the scheduler's."""
+        """Around a training step, after the step of the scheduler."""
         if not self.is_active(state.iteration):
             self._old = {}
             yield
@@ -51,7 +51,7 @@ class Grafting:
         swapped = self._num_layers * state.iteration // self._num_steps
         for module, weights in self._old.items():
             module.start_grafting(weights, feeds_new=module.layer_number <= swapped)
-        # Only attention learns: the rest has gradients of zero, and no decay may move it.
+        # Only attention is trained: other gradients are zero, and weight decay must not change those weights.
         for group in state.optimizer.param_groups:
             group["weight_decay"] = 0.0
         try:

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: a line in the terminal, a JSONL file, TensorBoard. Rank 0 alone writes.
+"""Run log: lines in the terminal, log.jsonl and TensorBoard; only rank 0 writes.
 
-SAVE/log.jsonl      one JSON object a line, {"kind": "start" | "train" | "validation" | "checkpoint" | "end", ...}
-SAVE/tensorboard/   the same curves
+SAVE/log.jsonl      one JSON object per line, {"kind": "start" | "train" | "validation" | "checkpoint" | "end", ...}
+SAVE/tensorboard/   the same metrics as curves
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_a2d.utils.partial_files import open_log
 
 
 class RunLog:
-    """Does nothing on ranks other than 0 (`enabled=False`)."""
+    """The three outputs of a run's metrics and events; does nothing with `enabled=False` (ranks other than 0)."""
 
     def __init__(self, config: RunConfig, iteration: int, enabled: bool):
         self._enabled = enabled
@@ -38,7 +38,7 @@ class RunLog:
         self._begin = (iteration, time.monotonic())
         root = Path(training.save) if training.save else None
         tensorboard = training.tensorboard_dir or (root / "tensorboard" if root else None)
-        # A resumed run writes its iterations again: TensorBoard is told to forget what lies beyond.
+        # A resumed run repeats iterations: TensorBoard drops the older records from `purge_step` on.
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=iteration) if tensorboard else None
         if self._tensorboard:
             self._tensorboard.add_custom_scalars(layout(config))
@@ -55,15 +55,15 @@ class RunLog:
         )
         self._progress.start()
         if tensorboard:
-            self.say(f"watch it: python -m megatron_a2d.study watch {root or tensorboard}")
+            self.say(f"curves: python -m megatron_a2d.report {root or tensorboard} --tensorboard")
 
     def say(self, message: str) -> None:
-        """One line for the person who watches."""
+        """Print one line."""
         if self._enabled:
             self._progress.console.print(message, soft_wrap=True)
 
     def event(self, kind: str, **values: Any) -> None:
-        """One line of log.jsonl. A full disk does not end the run: what is not written now is written with the next."""
+        """Add a line to log.jsonl. A full disk does not end the run: the line is written with the next one."""
         if self._enabled and self._jsonl:
             record = {"kind": kind, "time": time.time(), **finite(values)}
             try:
@@ -73,7 +73,7 @@ class RunLog:
                 self.say(f"warning: {self._jsonl.name}: cannot be written now ({error.strerror})")
 
     def train(self, iteration: int, values: dict[str, Any]) -> None:
-        """A log interval's means; `values` go to all three places."""
+        """Log the means of a log interval to all three outputs."""
         if not self._enabled:
             return
         self.event("train", iteration=iteration, **values)
@@ -88,13 +88,13 @@ class RunLog:
             f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
         )
         self._progress.update(self._task, completed=iteration, numbers=numbers)
-        if not console.is_terminal:  # a file wants lines, not a bar
+        if not console.is_terminal:  # lines instead of a progress bar
             elapsed = time.monotonic() - self._begin[1]
             eta = elapsed / (iteration - self._begin[0]) * (self._total - iteration)
             self.say(f"iteration {iteration:>{len(str(self._total))}}/{self._total}  {numbers}  eta {eta:.0f} s")
 
     def validation(self, iteration: int, result: ValidationResult, source: str | None = None) -> None:
-        """One validation; `source` is the part of a mixture that it was made on."""
+        """Log a validation; `source`: the source of a mixture whose held-out data it used."""
         values = result.to_dict()
         where = {"source": source} if source else {}
         self.event("validation", iteration=iteration, **values, **result.tables(), **where)
@@ -110,18 +110,18 @@ class RunLog:
     def skipped(
         self, iteration: int, first_sample: int, end_sample: int, culprits: list[int], skipped: SkippedSteps
     ) -> None:
-        """A step without an update. `culprits`: the samples whose loss is not finite; their noise follows from them."""
+        """Log a step without an update. `culprits`: the indices of the samples whose loss is not finite."""
         samples = [first_sample, end_sample]
         self.event("skipped", iteration=iteration, samples=samples, not_finite=culprits, total=skipped.total)
         shown = ", ".join(map(str, culprits[:8])) + (" ..." if len(culprits) > 8 else "")
         cause = f"the loss of samples {shown}" if culprits else "the losses are finite, their gradient"
         self.say(
             f"iteration {iteration}: {cause} is not finite, no rank updated its weights "
-            f"({skipped.in_a_row} in a row, {skipped.total} in all; samples {first_sample} to {end_sample - 1})"
+            f"({skipped.in_a_row} in a row, {skipped.total} in total; samples {first_sample} to {end_sample - 1})"
         )
 
     def spike(self, iteration: int, loss: float) -> None:
-        """A loss far above the recent ones."""
+        """Log a loss far above the recent ones."""
         self.event("spike", iteration=iteration, loss=loss)
         self.say(f"iteration {iteration}: the loss {loss:.4f} is far above the recent ones")
 
@@ -133,10 +133,10 @@ class RunLog:
                     if sink:
                         sink.close()
                 except OSError as error:
-                    self.say(f"warning: the log is not complete ({error.strerror})")
+                    self.say(f"warning: the log is incomplete ({error.strerror})")
 
     def _curves(self, group: str, iteration: int, values: dict[str, Any]) -> None:
-        """Numbers become curves, those of a dictionary side by side; lists are for the JSONL file alone."""
+        """TensorBoard curves of all numbers, nested ones by path; lists are only in log.jsonl."""
         if self._tensorboard:
             for name, value in values.items():
                 if isinstance(value, dict):

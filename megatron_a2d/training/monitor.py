@@ -16,6 +16,7 @@ and backward pass before the step costs at most a quarter of a step per log inte
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -41,6 +42,7 @@ from megatron_a2d.training.router_metrics import RouterCounts
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import forward_backward
 from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import print_line
 
 _EMA_DECAY = 0.9  # per log interval
 
@@ -77,8 +79,7 @@ class Monitor:
 
         They are loaded into the model; the caller then loads the checkpoint to resume from over them.
         """
-        load = config.training.load
-        found = _find(load, self._model_config) if load and dist.get_rank() == 0 else None
+        found = _find_reference(config.training.load, self._model_config) if dist.get_rank() == 0 else None
         directory = from_first_rank(found)
         if directory is not None:
             initialize_state(self._state, config, self._model_config, directory, weights_only=True)
@@ -150,15 +151,22 @@ class Monitor:
         return {"tr_sigma": noise, "grad_norm_sq": signal, "grad_noise_scale": scale}
 
 
-def _find(load: str, model_config: ModelConfig) -> Path | None:
-    """The checkpoint that the run began with; None (no drift is logged) if it is gone, damaged or another model's."""
+def _find_reference(load: str | None, model_config: ModelConfig) -> Path | None:
+    """The checkpoint that the run began with; None, with a warning, if it is missing, damaged or another model's."""
     try:
+        if not load:
+            raise UserError("--load: is missing")
         directory = resolve(load)
         check_pickles(directory)
-        fits = read_model_config(directory / HF_FILES) == model_config
-        return directory if fits and not check_manifest(directory, checksums=False) else None
-    except UserError:
+        if read_model_config(directory / HF_FILES) != model_config:
+            raise UserError(f"{directory}: is another model")
+        if problems := check_manifest(directory, checksums=False):
+            raise UserError(problems)
+    except UserError as error:
+        needed = "the checkpoint that the run began with (--load)"
+        print_line(f"warning: relative_weight_change is not logged; it needs {needed}: {error.problems[0]}", sys.stderr)
         return None
+    return directory
 
 
 def _small_batch(config: RunConfig) -> tuple[int, int] | None:

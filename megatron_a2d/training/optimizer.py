@@ -1,8 +1,7 @@
-"""AdamW with a learning rate for each role of parameter, and its schedule.
+"""AdamW with a learning rate per parameter role, its schedule, and the update.
 
-RND1 gives attention a high learning rate and the rest a low one: attention must learn to look ahead, the
-MLPs keep what they know. A parameter's role is read from its name; each role's factor becomes one
-parameter group.
+RND1 gives attention a high learning rate and all other parameters a low one: attention must learn to use later tokens,
+the MLPs keep what they know. A parameter's role follows from its name; each role's factor becomes one parameter group.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
 
 
 def reuses_gradient_buffer(config: RunConfig, scaling: Scaling | None) -> bool:
-    """MXFP8 weights are gathered into the gradients' buffer, which is free then."""
+    """Whether MXFP8 weights are gathered through the gradient buffer, which is free at that time."""
     return config.performance.fp8_param_gather and scaling is not None and scaling.recipe == "mxfp8"
 
 
@@ -104,9 +103,9 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
 
 
 def update_parameters(optimizer: MegatronOptimizer) -> float:
-    """Clip and step; returns the global gradient norm. If that is not finite, no rank steps.
+    """Clip the gradient and update; returns the global gradient norm. If that is not finite, no rank updates.
 
-    The norm is a sum over all ranks, so all of them see the same and decide the same.
+    The norm is a sum over all ranks, so all of them take the same decision.
     """
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
@@ -126,14 +125,14 @@ def update_parameters(optimizer: MegatronOptimizer) -> float:
 
 
 def frozen_roles(settings: dict[str, Any]) -> set[str]:
-    """Of a run's settings."""
+    """The roles that a run's settings freeze (--lr-mult ROLE=0)."""
     return {role for role, factor in (settings.get("lr_mult") or {}).items() if factor == 0}
 
 
 def freeze_roles(model: nn.Module, factors: dict[str, float], tied: bool) -> None:
-    """Take the roles with factor 0 out of training: no gradient, no moments, no decay.
+    """Freeze the roles with factor 0: no gradient, no moments, no decay.
 
-    To be called before DistributedDataParallel makes room for gradients.
+    To be called before DistributedDataParallel allocates the gradient buffers.
     """
     for name, parameter in model.named_parameters():
         if factors.get(role_of(name, tied)) == 0:

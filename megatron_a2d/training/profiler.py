@@ -1,10 +1,10 @@
 """--profile: a trace of a few iterations for Perfetto, and how their time divides into phases.
 
 SAVE/profile/iterations_10-12_rank_0.json.gz    torch's trace of a rank; open it at ui.perfetto.dev or chrome://tracing
-SAVE/profile/iterations_10-12.json              milliseconds a step by phase, of every profiled rank; printed as a table
+SAVE/profile/iterations_10-12.json              milliseconds per step by phase and profiled rank; printed as a table
 
-One rank of each pipeline stage is profiled, the first. torch's profiler takes time itself, on a CPU a good part: shares
-are worth more than milliseconds.
+The first rank of each pipeline stage is profiled. The profiler itself takes time, on a CPU a considerable share: trust
+the shares more than the milliseconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_a2d.utils.atomic_write import new_file, write_json
 
 
 class Profile:
-    """Without --profile all of it does nothing."""
+    """Profile of a run; does nothing without --profile."""
 
     def __init__(self, config: RunConfig, state: TrainState, log: RunLog):
         training = config.training
@@ -38,8 +38,8 @@ class Profile:
         self._profiler: torch.profiler.profile | None = None
         self._error: str | None = None
         self._recorder: Recorder | None = None
-        if training.profile and not self._is_on:  # no error: a job that is queued again has the same flags
-            log.say(f"--profile: iterations {self._first} to {self._last} have begun before; nothing is profiled")
+        if training.profile and not self._is_on:  # no error: a requeued job has the same flags
+            log.say(f"--profile: iterations {self._first} to {self._last} are already past; nothing is profiled")
         if self._is_on:
             assert training.save is not None
             self._name = f"iterations_{self._first}-{self._last}"
@@ -52,7 +52,7 @@ class Profile:
         if self._recorder is None or not self._first - 1 <= iteration <= self._last:
             return nullcontext()
         if self._profiler is None:
-            # The profiler's own start falls into the iteration before, where there is one.
+            # The profiler starts up in the iteration before, if there is one.
             self._profiler = torch.profiler.profile(
                 activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_cuda() else [])],
                 schedule=torch.profiler.schedule(
@@ -64,7 +64,7 @@ class Profile:
         return self._recorder.measuring() if iteration >= self._first else nullcontext()
 
     def after(self, iteration: int, log: RunLog) -> None:
-        """After that step, outside what is timed; after the last one: the files and the table. Collective."""
+        """To be called after the step, outside the timed part; the last one writes files and table. Collective."""
         if self._profiler is not None:
             self._profiler.step()
         if self._is_on and iteration == self._last:
@@ -72,7 +72,7 @@ class Profile:
             self._is_on, self._profiler, self._recorder = False, None, None
 
     def close(self, log: RunLog) -> None:
-        """At the end of the run; a profile that is not complete is given up."""
+        """To be called at the end of the run; an incomplete profile is discarded."""
         if self._profiler is not None:
             self._profiler.on_trace_ready = None
             self._profiler.stop()
@@ -89,7 +89,7 @@ class Profile:
                         shutil.copyfileobj(source, target)
                 finally:
                     plain.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:  # a full disk ends no run
+        except (OSError, RuntimeError) as error:  # a full disk does not end the run
             self._error = f"{self._directory}: the trace of rank {dist.get_rank()} could not be written ({error})"
 
     def _report(self, log: RunLog) -> None:
@@ -117,14 +117,14 @@ class Profile:
 
 
 def as_table(result: dict[str, Any]) -> str:
-    """Milliseconds a step and shares by phase, a pair of columns for each profiled rank."""
+    """Milliseconds per step and shares by phase, a pair of columns for each profiled rank."""
     ranks = result["ranks"]
     total = [sum(item["ms_per_step"].values()) for item in ranks]
     head = [f"profile of iterations {result['first_iteration']} to {result['last_iteration']}"]
     if len(ranks) > 1:
         names = (f"stage {item['stage']}, rank {item['rank']}" for item in ranks)
         head.append(" " * 12 + "".join(f"  {name:>18}" for name in names))
-    head.append(f"{'phase':<12}" + f"  {'ms a step':>11}{'share':>7}" * len(ranks))
+    head.append(f"{'phase':<12}" + f"  {'ms per step':>11}{'share':>7}" * len(ranks))
     rows = [(name, [item["ms_per_step"][name] for item in ranks]) for name in PHASES]
     lines = [
         f"{name:<12}" + "".join(f"  {value:>11.2f}{value / whole:>7.1%}" for value, whole in zip(v, total, strict=True))

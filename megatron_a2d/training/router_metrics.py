@@ -1,4 +1,4 @@
-"""Router metrics, for masked and for visible tokens: expert load, entropy, dropped and overflowing tokens.
+"""Router metrics, for masked and for unmasked tokens: expert load, entropy, dropped and overflowing tokens.
 
 Counts are sums over all tokens of an iteration, over ranks and micro-batches: the same under every layout.
 """
@@ -19,12 +19,12 @@ from megatron_a2d.megatron_compat.versions import is_recomputed
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.param_shards import over_ranks
 
-_VISIBLE, _MASKED = 0, 1
-KINDS = {"masked": _MASKED, "unmasked": _VISIBLE}
+_UNMASKED, _MASKED = 0, 1
+KINDS = {"masked": _MASKED, "unmasked": _UNMASKED}
 
 
 class RouterCounts:
-    """Hooks on the routers of this rank's model chunks; they cost nothing outside `counting`."""
+    """Counters of the routers of this rank's model chunks; their hooks do nothing outside `counting`."""
 
     def __init__(self, models: list[DiffusionLM], mask_token_id: int | None):
         config = models[0].config
@@ -42,7 +42,7 @@ class RouterCounts:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what is forwarded inside, and nothing else."""
+        """Count the forward passes inside this context."""
         self._table.zero_()
         self._active = True
         try:
@@ -56,8 +56,8 @@ class RouterCounts:
             return
         masked_sb = (tokens_bs == (-1 if self._mask_token_id is None else self._mask_token_id)).T
         if self._sequence_parallel:
-            pieces = parallel_state.get_tensor_model_parallel_world_size()
-            masked_sb = masked_sb.chunk(pieces)[parallel_state.get_tensor_model_parallel_rank()]
+            tp_size = parallel_state.get_tensor_model_parallel_world_size()
+            masked_sb = masked_sb.chunk(tp_size)[parallel_state.get_tensor_model_parallel_rank()]
         self._is_masked_sb = masked_sb
 
     @torch.no_grad()
@@ -73,12 +73,12 @@ class RouterCounts:
         self._table[router.layer_number - 1].index_add_(0, masked_N.long(), columns.to(self._table))
 
     def read(self) -> dict[str, Any]:
-        """Numbers of the last `counting`; collective.
+        """Metrics of the last `counting`. Collective.
 
         load_imbalance: max load / mean load, mean over layers; entropy: of a token's distribution over experts, nats;
         load_tv_distance: total variation distance between the loads of masked and unmasked tokens; dropped_token_frac:
-        share of assignments that no expert served; over_mean_load_frac: share above the mean load, which a capacity
-        factor of 1 would drop. by_layer: lists.
+        share of token-expert assignments that were dropped; over_mean_load_frac: share above the mean load, which a
+        capacity factor of 1 would drop. by_layer: lists.
         """
         table = over_ranks(self._table).cpu()
         counts, tokens, entropy = table[..., : self._num_experts], table[..., -2], table[..., -1]
@@ -92,7 +92,7 @@ class RouterCounts:
             by_layer[f"load_imbalance_{name}"], by_layer[f"entropy_{name}"] = load.tolist(), mean_entropy.tolist()
             values[f"load_imbalance_{name}"], values[f"entropy_{name}"] = float(load.mean()), float(mean_entropy.mean())
         if len(present) == 2:
-            difference = (shares[:, _MASKED] - shares[:, _VISIBLE]).abs().sum(-1) / 2
+            difference = (shares[:, _MASKED] - shares[:, _UNMASKED]).abs().sum(-1) / 2
             by_layer["load_tv_distance"] = difference.tolist()
             values["load_tv_distance"] = float(difference.mean())
         wanted = tokens.sum() * self._top_k

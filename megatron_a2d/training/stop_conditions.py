@@ -1,8 +1,7 @@
 """Stop conditions of a run before its last iteration: signals, limits, too many skipped steps.
 
-Every rank decides the same at the same iteration: a signal may reach one rank alone, and clocks differ.
-
-In all these cases a checkpoint is written first. The exit codes are those of exit_codes.py.
+All ranks reach the same decision at the same iteration, although a signal may reach only one of them and clocks differ.
+In each case a checkpoint is written first. Exit codes: utils/exit_codes.py.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequests:
-    """Asked once after each step: is it time to save and end? Collective."""
+    """Requests to save and exit: SIGTERM, SIGUSR1, --exit-duration-in-mins, --exit-interval."""
 
     def __init__(self, config: TrainingConfig):
         self._config = config
@@ -38,7 +37,7 @@ class StopRequests:
         self._signal = number
 
     def reason(self, iteration: int) -> tuple[str, int] | None:
-        """Why the run should end after this iteration, and the exit code; None to go on."""
+        """Why the run should exit after this iteration, and the exit code; None to continue. Collective."""
         limit = self._config.exit_duration_in_mins
         is_late = limit > 0 and time.monotonic() - self._begin >= 60 * limit
         mine = torch.tensor([self._signal, int(is_late)], device=device())
@@ -47,7 +46,7 @@ class StopRequests:
         if number:
             return f"{signal.Signals(number).name} received", SIGNALLED
         if late:
-            return f"--exit-duration-in-mins {limit:g} is over", 0
+            return f"--exit-duration-in-mins {limit:g} have passed", 0
         interval = self._config.exit_interval
         if interval and iteration % interval == 0:
             return f"--exit-interval {interval}", 0
@@ -55,13 +54,13 @@ class StopRequests:
 
 
 class SkippedSteps:
-    """Counts steps that were skipped because their gradient was not finite."""
+    """Counter of skipped steps: those whose gradient was not finite."""
 
     def __init__(self, limit: int):
         self.limit, self.total, self.in_a_row = limit, 0, 0
 
     def add(self, grad_norm: float) -> bool:
-        """Note a step; True if it was skipped."""
+        """Count a step; True if it was skipped."""
         skipped = not math.isfinite(grad_norm)
         self.total += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
@@ -73,14 +72,14 @@ class SkippedSteps:
 
 
 class SpikeDetector:
-    """Flags a loss far above the recent ones: more than `factor` median absolute deviations over their median."""
+    """Detector of losses far above the recent ones: more than `factor` median absolute deviations over their median."""
 
     def __init__(self, window: int = 50, factor: float = 8.0, warm_up: int = 10):
         self._recent: deque[float] = deque(maxlen=window)
         self._factor, self._warm_up = factor, warm_up
 
     def is_spike(self, loss: float) -> bool:
-        """Judge a loss against those before it, and remember it."""
+        """Compare a loss with the recent ones, and add it to them."""
         recent = list(self._recent)
         if not math.isfinite(loss):
             return True
@@ -88,6 +87,6 @@ class SpikeDetector:
         if len(recent) < self._warm_up:
             return False
         median = statistics.median(recent)
-        # A floor of one percent: losses that hardly move would otherwise flag each other.
+        # A floor of one percent: otherwise the noise of a flat loss curve would count as spikes.
         deviation = max(statistics.median(abs(value - median) for value in recent), 0.01 * abs(median))
         return loss > median + self._factor * deviation

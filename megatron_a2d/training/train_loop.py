@@ -17,7 +17,7 @@ from megatron_a2d.distributed.hang_watchdog import CHECKPOINTS, mark
 from megatron_a2d.distributed.step_timers import phase
 from megatron_a2d.model.layer_specs import notes
 from megatron_a2d.training.checkpointing import CheckpointManager
-from megatron_a2d.training.cuda_graphs import LayerGraphs
+from megatron_a2d.training.cuda_graphs import CudaGraphs
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import build_train_state, initialize_state
 from megatron_a2d.training.interval_metrics import IntervalMetrics
@@ -59,7 +59,7 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
     interval_metrics, spikes = IntervalMetrics(config, model_config), SpikeDetector()
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     profile = Profile(config, state, log)
-    graphs, manual_gc = LayerGraphs(state, config), ManualGC(config.performance)
+    graphs, manual_gc = CudaGraphs(state, config), ManualGC(config.performance)
     hang_timeout = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
     try:
@@ -131,13 +131,15 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
 
 
 def is_logged(training: TrainingConfig, iteration: int) -> bool:
-    """Whether the iteration ends a log interval; known before it is run."""
+    """Whether the iteration ends a log interval."""
     return iteration == training.train_iters or iteration % training.log_interval == 0
 
 
 def _write_last_batch(training: TrainingConfig, batches: MicroBatches, state: TrainState, log: RunLog) -> None:
-    """Write the last global batch to SAVE/not_finite_iter_NNNNNNN.npz: with the checkpoint's weights it reproduces the
-    step whose gradient was not finite."""
+    """Write the last global batch to SAVE/not_finite_iter_NNNNNNN.npz.
+
+    With the checkpoint's weights it reproduces the step whose gradient was not finite.
+    """
     if not training.save or dist.get_rank() > 0:
         return
     size = training.global_batch_size

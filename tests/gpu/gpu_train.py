@@ -86,7 +86,7 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     state = initialization.build_train_state(model_config, config)
     load_checkpoint(state, start, weights_only=iteration_of(start) == 0)
     data, _ = data_setup.open_datasets(config, model_config)
-    graphs = cuda_graphs.LayerGraphs(state, config)
+    graphs = cuda_graphs.CudaGraphs(state, config)
     losses, norms = [], []
     with data_setup.micro_batches(config, model_config, data, config.data.seed, state.consumed_samples) as batches:
         for _ in range(steps):

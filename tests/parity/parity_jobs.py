@@ -213,7 +213,7 @@ def logits(
     CoreAttention.forward = _packed_attention if packed else original
     try:
         with torch.no_grad():
-            return state.models[0](tokens, documents=documents, positions=positions).float()
+            return state.models[0].logits(tokens, documents=documents, positions=positions).float()
     finally:
         CoreAttention.forward = original
 

@@ -348,9 +348,9 @@ def test_a_failed_verification_leaves_no_export(models: Path, tmp_path: Path, mo
     ("content", "message"),
     [
         ("release\n", None),
-        ("300", "iter_0000300, which is not there"),
-        ("latest", "no iteration"),
-        ("", "no iteration"),
+        ("300", "iter_0000300, which does not exist"),
+        ("latest", "not an iteration"),
+        ("", "not an iteration"),
     ],
 )
 def test_trackers(content: str, message: str | None, models: Path, tmp_path: Path) -> None:

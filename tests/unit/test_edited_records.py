@@ -46,7 +46,7 @@ def test_no_setting_has_any_type_but_its_own(name: str, tmp_path: Path) -> None:
             continue
         assert recorded_settings({name: value, "min_lr": 0.5}) == ({"min_lr": 0.5}, [name])
         (tmp_path / "run.json").write_text(json.dumps({name: value if value != 2**70 else [value // 2**70]}))
-        with pytest.raises(UserError, match=rf"run\.json: holds no usable {name}"):
+        with pytest.raises(UserError, match=rf"run\.json: has no usable {name}"):
             read_run_settings(tmp_path)
 
 

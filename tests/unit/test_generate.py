@@ -294,7 +294,7 @@ def test_bad_models(exports, tmp_path):
     assert "no such directory" in refusal(tmp_path / "absent")
     assert "config.json" in refusal(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    assert "names release, which is not there" in refusal(tmp_path)
+    assert "names release, which does not exist" in refusal(tmp_path)
     assert "'qwen3'" in refusal(copy_of(export, tmp_path / "ar", model_type="qwen3"))
     assert "mask_token_id is None" in refusal(copy_of(export, tmp_path / "mask", mask_token_id=None))
     assert "mask_token_id is 300" in refusal(copy_of(export, tmp_path / "range", mask_token_id=VOCAB))

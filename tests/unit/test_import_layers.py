@@ -100,6 +100,13 @@ def test_files_have_between_40_and_400_lines() -> None:
     assert short == set(SHORT_FILES), "merge it with its neighbour, or give the reason"
 
 
+def test_six_questions_are_answered_by_four_files_each() -> None:
+    section = (ROOT / "docs" / "architecture.md").read_text().partition("## Six questions\n")[2].partition("\n## ")[0]
+    rows = [re.findall(r"`([\w/]+\.py)`", row) for row in section.splitlines() if row.startswith("| ")][2:]
+    assert len(rows) == 6 and all(0 < len(row) <= 4 for row in rows)
+    assert not [name for row in rows for name in row if not (PACKAGE / name).is_file()]
+
+
 def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upward = PACKAGE / "diffusion" / "rng.py"
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: "from megatron_a2d.training import loop\n")

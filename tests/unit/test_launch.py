@@ -59,6 +59,23 @@ def test_refused_settings_leave_their_reason_for_the_batch_script(tmp_path: Path
         assert (tmp_path / "outcome").read_text() == "2 stay the settings were refused\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, 1), ({"PREFLIGHT": "0"}, 1), ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "x"}, 0)]
+)
+def test_an_old_flag_is_warned_of_once(given: dict[str, str], count: int, tmp_path: Path) -> None:
+    """Three processes read the settings, on each node. In their place stands one that reads the flags alone."""
+    read = (
+        "import sys; from megatron_a2d.config.renamed import modernise_flags as read; read(sys.argv, ['--fp8-recipe'])"
+    )
+    (tmp_path / "python3").write_text(f'#!/bin/sh\necho "$@"\nexec {sys.executable} -c "{read}" "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "BIN": str(tmp_path), "NPROC": "1", **given}
+    command = ["bash", ROOT / "launch" / "train.sh", "--fp8", "mxfp8"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.count("--fp8 mxfp8") == (1 if "PREFLIGHT" in given else 3), done.stdout
+    assert done.stderr.count("warning: --fp8 is now --fp8-recipe") == count, done.stderr
+
+
 @pytest.mark.parametrize("num_gpus", [0, 3])
 def test_a_process_for_each_gpu(num_gpus: int, tmp_path: Path) -> None:
     """NPROC unset; 1 without a GPU. Stand-ins for the driver's tool and for Python, which says what it is told."""

@@ -41,7 +41,7 @@ def test_the_mask_is_part_of_the_spec(
 
     def engine_spec(**arguments: Any) -> Any:
         asked.append(arguments)
-        return layer_specs._portable_layer(transformer(arguments["num_experts"]), AttnMaskType.causal)
+        return layer_specs._local_layer(transformer(arguments["num_experts"]), AttnMaskType.causal)
 
     monkeypatch.setattr(layer_specs, "get_gpt_layer_with_transformer_engine_spec", engine_spec)
     monkeypatch.setattr(layer_specs, "get_num_layers_to_build", lambda config, vp_stage: 2)

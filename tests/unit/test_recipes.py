@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_settings_only_needs_a_model_and_a_dry_run() -> None:
     with pytest.raises(UserError, match="needs --model"):
         train.main(["--dry-run", "--settings-only"])
-    with pytest.raises(UserError, match="only goes with --dry-run"):
+    with pytest.raises(UserError, match="is only valid with --dry-run"):
         train.main(["--settings-only", "--model", "Qwen/Qwen3-8B"])
     with pytest.raises(UserError, match=r"--model Qwen/Qwen3-7B: is neither .*did you mean Qwen/Qwen3-"):
         train.main(["--dry-run", "--settings-only", "--model", "Qwen/Qwen3-7B"])

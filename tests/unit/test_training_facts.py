@@ -126,7 +126,7 @@ def test_exports_written_before_are_diffusion_models(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_senseless_values_are_one_line(key: str, value: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "a2d", key: value}))
-    with pytest.raises(UserError, match=f"config.json: holds no usable {key}; write what the model was trained with"):
+    with pytest.raises(UserError, match=f"config.json: has no usable {key}; write what the model was trained with"):
         read_trained(tmp_path)
 
 
@@ -263,7 +263,7 @@ def whole_rows(opened: Any, batch: Any, needed: torch.Tensor) -> torch.Tensor:
     model = getattr(opened.forward, "_model", opened.forward).model
     rows = needed.flatten().nonzero()[:, 0]
     with torch.no_grad():
-        hidden = model(
-            batch.tokens, rows_N=rows, documents=batch.documents, positions=batch.positions, levels=batch.levels
+        hidden = model.hidden_states(
+            batch.tokens, indices_N=rows, documents=batch.documents, positions=batch.positions, levels=batch.levels
         )
         return label_losses(hidden, model.head, batch.labels[needed][:, None])[0][:, 0]
