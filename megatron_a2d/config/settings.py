@@ -239,6 +239,15 @@ class PerformanceConfig:
     moe_flex_dispatcher_backend: Literal["auto", "deepep", "hybridep"] = "auto"
     """kernels of the flex dispatcher, of the package deep_ep; auto: hybridep, else deepep, and where both are missing
     the alltoall dispatcher, with a line in the log"""
+    moe_hybridep_num_sms: int | None = None
+    """streaming multiprocessors of hybridep's dispatch and combine; default: megatron.core's (0.16) or DeepEP's"""
+    moe_hybridep_num_sms_preprocessing: int | None = None
+    """streaming multiprocessors of hybridep's scan of the routing map; megatron-core 0.19, whose default is 108"""
+    use_transformer_engine_op_fuser: bool = False
+    """experts of Transformer Engine's fusible operations, which read the experts' group sizes on the device"""
+    moe_expert_rank_capacity_factor: float | None = None
+    """with hybridep and use_transformer_engine_op_fuser: room for so many times the mean number of tokens on each
+    rank, so that the host need not wait for their number; a step that exceeds it is repeated without"""
     moe_permute_fusion: bool = False
     """sort tokens by expert in one kernel"""
     moe_router_fusion: bool = False

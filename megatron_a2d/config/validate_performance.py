@@ -15,9 +15,11 @@ from megatron_a2d.config.settings import RunConfig, flag, settings
 _NEEDS_TRANSFORMER_ENGINE = (
     "fp8_recipe", "fp4_recipe", "moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion",
     "gradient_accumulation_fusion", "use_precision_aware_optimizer", "cuda_graph_impl", "delay_wgrad_compute",
+    "use_transformer_engine_op_fuser",
 )  # fmt: skip
 _FOR_EXPERTS = (
     "moe_permute_fusion", "moe_router_fusion", "moe_router_force_load_balancing", "overlap_moe_expert_parallel_comm",
+    "use_transformer_engine_op_fuser",
 )  # fmt: skip
 
 
@@ -25,7 +27,8 @@ def find_performance_problems(config: RunConfig, model_config: ModelConfig | Non
     """A line for each problem: flag and value, why, what to do."""
     problems = [
         *_without_effect(config), *_fp8_problems(config), *_gathered_fp8_problems(config), *_emulation_problems(config),
-        *_memory_problems(config), *_overlap_problems(config), *_graph_problems(config), *_engine_problems(config),
+        *_memory_problems(config), *_overlap_problems(config), *_hybridep_problems(config), *_graph_problems(config),
+        *_engine_problems(config),
     ]  # fmt: skip
     if model_config is not None:
         problems += [*_expert_problems(config, model_config), *_size_problems(config, model_config)]
@@ -83,6 +86,9 @@ def _is_set(config: RunConfig, name: str) -> bool:
 def _without_effect(config: RunConfig) -> Iterator[str]:
     """Settings that say how, where that what they say it of is off."""
     performance = config.performance
+    flex = config.parallel.moe_token_dispatcher_type == "flex"
+    hybridep = flex and performance.moe_flex_dispatcher_backend != "deepep"
+    needs_hybridep = "--moe-token-dispatcher-type flex and its backend hybridep"
     full, selective = (performance.recompute_granularity == kind for kind in ("full", "selective"))
     precise = performance.use_precision_aware_optimizer
     for name, effective, needed in (
@@ -90,10 +96,9 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
         ("fp8_output_proj", performance.fp8_recipe != "none", "--fp8-recipe"),
         ("num_layers_at_start_in_bf16", performance.first_last_layers_bf16, "--first-last-layers-bf16"),
         ("num_layers_at_end_in_bf16", performance.first_last_layers_bf16, "--first-last-layers-bf16"),
-        (
-            "moe_flex_dispatcher_backend", config.parallel.moe_token_dispatcher_type == "flex",
-            "--moe-token-dispatcher-type flex",
-        ),
+        ("moe_flex_dispatcher_backend", flex, "--moe-token-dispatcher-type flex"),
+        ("moe_hybridep_num_sms", hybridep, needs_hybridep),
+        ("moe_hybridep_num_sms_preprocessing", hybridep, needs_hybridep),
         ("delay_wgrad_compute", performance.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm"),
         ("cuda_graph_scope", performance.cuda_graph_impl != "none", "--cuda-graph-impl"),
         ("recompute_method", full, "--recompute-granularity full"),
@@ -222,6 +227,40 @@ def _overlap_problems(config: RunConfig) -> Iterator[str]:
         yield f"{name}: not with --cuda-graph-scope mlp; remove one"
     if performance.cuda_graph_impl == "local":
         yield f"{name}: not with --cuda-graph-impl local; use transformer_engine"
+
+
+def _hybridep_problems(config: RunConfig) -> Iterator[str]:
+    performance, parallel = config.performance, config.parallel
+    for name in ("moe_hybridep_num_sms", "moe_hybridep_num_sms_preprocessing"):
+        if (sms := getattr(performance, name)) is not None and sms < 1:
+            yield f"{flag(name)} {sms}: must be at least 1"
+    if performance.use_transformer_engine_op_fuser:
+        name = "--use-transformer-engine-op-fuser"
+        if not config.training.bf16:
+            yield f"{name}: Transformer Engine's grouped products are in bf16 or FP8; add --bf16"
+        if not performance.moe_grouped_gemm:
+            yield f"{name}: not with --no-moe-grouped-gemm, which computes expert by expert; drop one"
+        if parallel.expert_tensor_parallel_size > 1:
+            yield f"{name}: not with --expert-tensor-parallel-size above 1; use 1"
+    if (factor := performance.moe_expert_rank_capacity_factor) is None:
+        return
+    name = f"--moe-expert-rank-capacity-factor {factor:g}"
+    if not 1 <= factor < float("inf"):
+        yield f"{name}: must be at least 1, the mean; every step would exceed less"
+    if parallel.moe_token_dispatcher_type != "flex" or performance.moe_flex_dispatcher_backend != "hybridep":
+        yield (
+            f"{name}: the buffers are HybridEP's; add --moe-token-dispatcher-type flex and "
+            "--moe-flex-dispatcher-backend hybridep"
+        )
+    if not performance.use_transformer_engine_op_fuser:
+        yield f"{name}: other experts wait for their group sizes; add --use-transformer-engine-op-fuser"
+    if (recipe := chosen_recipe(config)) not in ("none", "auto", "mxfp8"):
+        yield f"{name}: with {recipe} Transformer Engine may read group sizes on the host; use mxfp8, or neither FP8 nor FP4"
+    if performance.cuda_graph_impl != "none" and "moe_preprocess" in performance.cuda_graph_scope:
+        yield (
+            f"{name}: not with --cuda-graph-scope moe_preprocess, whose replays do not pass the buffers' size on "
+            "(megatron-core 0.19, token_dispatcher.py); remove one"
+        )
 
 
 def _graph_problems(config: RunConfig) -> Iterator[str]:

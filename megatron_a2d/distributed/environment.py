@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.validate_performance import refuses_transformer_engine
 from megatron_a2d.utils.errors import UserError
 
 
@@ -64,8 +65,16 @@ def environment(config: RunConfig, gpu: Gpu | None) -> dict[str, str]:
         values["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # the two streams must not serialise
     elif gpu.capability < (10, 0) and max(parallel.tensor_model_parallel_size, parallel.context_parallel_size) > 1:
         values["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # kernels start in the order of launch: communication first
+    if _communicates_beside_norms(config):
+        # Norms leave multiprocessors to the communication that runs beside them (NVIDIA's recipes: 20 of 132 or 148).
+        values["NVTE_FWD_LAYERNORM_SM_MARGIN"] = values["NVTE_BWD_LAYERNORM_SM_MARGIN"] = "20"
     if gpu.capability >= (10, 0):
         values["NCCL_NVLS_ENABLE"] = "0"  # NVLink SHARP needs memory that the model can use
+        if performance.fp8_recipe in ("auto", "mxfp8"):
+            # Norms whose output is MXFP8 (NVIDIA's recipe for B200: "marginal").
+            values["NVTE_NORM_FWD_USE_CUDNN"] = values["NVTE_NORM_BWD_USE_CUDNN"] = "1"
+    if performance.use_transformer_engine_op_fuser:
+        values["NVTE_CUTEDSL_FUSED_GROUPED_MLP"] = "1"  # megatron.core has SwiGLU experts of fusible operations only so
     if performance.cuda_graph_impl != "none":
         values["NCCL_GRAPH_REGISTER"] = "0"  # registered buffers fault with expandable segments
     if parallel.moe_token_dispatcher_type == "flex" and performance.moe_flex_dispatcher_backend != "deepep":
@@ -74,7 +83,21 @@ def environment(config: RunConfig, gpu: Gpu | None) -> dict[str, str]:
         values["USE_MNNVL"] = "1" if domain > 8 else "0"
         ranks = min(domain, parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
         values["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] = str(ranks)
+        if gpu.capability >= (10, 0):
+            values["NUM_OF_TOKENS_PER_CHUNK_COMBINE_API"] = "128"  # as in all of NVIDIA's recipes for Blackwell
     return values
+
+
+def _communicates_beside_norms(config: RunConfig) -> bool:
+    parallel, performance = config.parallel, config.performance
+    if config.training.transformer_impl == "local" or refuses_transformer_engine(config):
+        return False  # the variables are Transformer Engine's
+    return (
+        parallel.overlap_grad_reduce
+        or parallel.overlap_param_gather
+        or performance.overlap_moe_expert_parallel_comm
+        or parallel.virtual_pipeline_size is not None
+    )
 
 
 def own_cores(

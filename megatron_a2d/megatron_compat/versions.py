@@ -8,7 +8,9 @@ What 0.19.2 does otherwise than 0.16.1, where this project meets it:
   one asks for megatron.core's own (save.py, `async_save_options`). Ours have one form under both: common.pt is read.
 - Readers of checkpoints are made in another way, and keep metadata by path for good (loading.py).
 - Adam is given `capturable` (fused_adam.py).
-- The parts of a layer that CUDA graphs replay are given under another name (`graphed_parts`).
+- The parts of a layer that CUDA graphs replay are given under another name (`graphed_parts`), and so are the streaming
+  multiprocessors of the flex dispatcher (`hybridep_sms`).
+- Experts can be fusible operations of Transformer Engine, with a budget of tokens (config/installed_versions.py).
 - Modules are told their names when they are built (model/experts.py takes its own and leaves it).
 - Process groups that are not passed are taken from the global state, as before, with a DeprecationWarning.
 """
@@ -57,6 +59,11 @@ def async_save_options() -> dict[str, str]:
 def graphed_parts(parts: Sequence[str]) -> dict[str, list[str]]:
     """TransformerConfig's field for the parts of a layer that CUDA graphs replay."""
     return {"cuda_graph_scope" if is_before(0, 17) else "cuda_graph_modules": list(parts)}
+
+
+def hybridep_sms(number: int) -> dict[str, int]:
+    """TransformerConfig's field for the streaming multiprocessors of HybridEP's dispatch and combine kernels."""
+    return {"moe_hybridep_num_sms" if is_before(0, 17) else "moe_flex_dispatcher_num_sms": number}
 
 
 def apply_fixes() -> None:

@@ -18,7 +18,7 @@ from megatron.core.utils import get_te_version, is_te_min_version
 
 from megatron_a2d.config.fp8_recipe import engine_scaling
 from megatron_a2d.config.model_config import ModelConfig
-from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.settings import PerformanceConfig, RunConfig
 from megatron_a2d.config.validate_performance import find_performance_problems
 from megatron_a2d.distributed.environment import rank
 from megatron_a2d.megatron_compat import versions
@@ -139,9 +139,11 @@ def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any
             overlap_moe_expert_parallel_comm=performance.overlap_moe_expert_parallel_comm,
             delay_wgrad_compute=performance.delay_wgrad_compute,
         )
+        if performance.use_transformer_engine_op_fuser:
+            fields["use_transformer_engine_op_fuser"] = True
     if config.parallel.moe_token_dispatcher_type == "flex":
         if backend := _flex_backend(performance.moe_flex_dispatcher_backend):
-            fields.update(moe_flex_dispatcher_backend=backend)
+            fields.update(moe_flex_dispatcher_backend=backend, **_hybridep_fields(performance, backend))
         else:
             fields.update(_all_to_all(model_config, config))
     if performance.cuda_graph_impl != "none":
@@ -165,6 +167,19 @@ def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any
     return fields
 
 
+def _hybridep_fields(performance: PerformanceConfig, backend: str) -> dict[str, Any]:
+    """Nothing where --moe-flex-dispatcher-backend auto found another backend, for which the numbers are not meant."""
+    if backend != "hybridep":
+        return {}
+    sms, preprocessing = performance.moe_hybridep_num_sms, performance.moe_hybridep_num_sms_preprocessing
+    fields: dict[str, Any] = {} if sms is None else dict(versions.hybridep_sms(sms))
+    if preprocessing is not None:
+        fields["moe_hybridep_num_sms_preprocessing"] = preprocessing
+    if performance.moe_expert_rank_capacity_factor is not None:
+        fields["moe_expert_rank_capacity_factor"] = performance.moe_expert_rank_capacity_factor
+    return fields
+
+
 def _flex_backend(wish: str) -> str | None:
     """The flex dispatcher's backend here. None if auto finds none, UserError if the requested one is missing."""
     for backend in ("hybridep", "deepep") if wish == "auto" else (wish,):
@@ -180,7 +195,11 @@ def _flex_backend(wish: str) -> str | None:
 def _all_to_all(model_config: ModelConfig, config: RunConfig) -> dict[str, Any]:
     """The fields of the alltoall dispatcher, which needs no extra kernels; UserError if it does not fit the run."""
     parallel = dataclasses.replace(config.parallel, moe_token_dispatcher_type="alltoall")
-    if problems := find_performance_problems(dataclasses.replace(config, parallel=parallel), model_config):
+    performance = dataclasses.replace(
+        config.performance, moe_hybridep_num_sms=None, moe_hybridep_num_sms_preprocessing=None
+    )
+    config = dataclasses.replace(config, parallel=parallel, performance=performance)
+    if problems := find_performance_problems(config, model_config):
         raise UserError(problems)
     if rank() == 0:
         print_line(

@@ -139,10 +139,10 @@ def _dispatcher_bytes(job: Job, expert_activations: float, in_flight: float) -> 
     if not a.is_moe:
         return 0.0
     row = a.hidden_size * job.number_bytes
-    sent, received = job.routed_rows, job.routed_rows * job.imbalance
+    sent, received = job.routed_rows, job.received_rows
     moving = 2 * (sent + received) * row  # tokens and their gradient, sent and received
     layers = job.layers_per_stage - job.recomputed_layers
-    return moving + (job.imbalance - 1) * expert_activations * max(1, layers) * in_flight
+    return moving + (received / sent - 1) * expert_activations * max(1, layers) * in_flight
 
 
 def _num_communicators(job: Job) -> int:

@@ -297,8 +297,8 @@ def _host_time(job: Job, efficiency: Efficiencies, busy: float) -> float:
     """Seconds per layer that the GPU, busy for `busy` seconds, waits for the host.
 
     Nothing if the whole step is one CUDA graph. Otherwise the host launches ahead of the GPU unless it is slower, and
-    MoE layers wait for the sync of tokens per expert. Per-layer graphs cover a dense layer entirely, and a MoE layer up
-    to the experts.
+    MoE layers wait for the sync of tokens per expert, unless nothing on the host depends on it. Per-layer graphs cover
+    a dense layer entirely, and a MoE layer up to the experts.
     """
     if job.cuda_graph_impl == "full":
         return 0.0
@@ -307,7 +307,8 @@ def _host_time(job: Job, efficiency: Efficiencies, busy: float) -> float:
     if job.cuda_graph_impl != "none":
         launches *= LAUNCHES_OUTSIDE_GRAPHS if is_moe else 0.0
     recompute = 1 + job.recomputed_layers / job.layers_per_stage / PASSES
-    return max(0.0, launches * recompute - busy) + (efficiency.moe_sync * recompute if is_moe else 0.0)
+    sync = efficiency.moe_sync * recompute if job.waits_for_group_sizes else 0.0
+    return max(0.0, launches * recompute - busy) + sync
 
 
 def _head_time(job: Job, cluster: Cluster, efficiency: Efficiencies) -> float:

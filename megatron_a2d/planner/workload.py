@@ -45,6 +45,8 @@ class Job:
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
     cuda_graph_impl: str = "none"
+    use_transformer_engine_op_fuser: bool = False
+    moe_expert_rank_capacity_factor: float | None = None
     overlap_moe_expert_parallel_comm: bool = False
     grad_reduce_in_fp32: bool = True
     exp_avg_dtype: str = "fp32"
@@ -102,6 +104,20 @@ class Job:
         """Routed tokens (one per chosen expert) that a rank receives in a micro-batch with balanced routing."""
         rows = self.tokens_between_layers * self.model_config.num_experts_per_tok
         return rows * self.expert_tensor_parallel_size
+
+    @property
+    def waits_for_group_sizes(self) -> bool:
+        """Whether the host waits in each MoE layer for the number of tokens that it is sent.
+
+        Not where HybridEP's buffers have a fixed size and the experts' products read their group sizes on the device.
+        """
+        fixed = self.use_transformer_engine_op_fuser and self.moe_expert_rank_capacity_factor is not None
+        return self.model_config.is_moe and not fixed
+
+    @property
+    def received_rows(self) -> float:
+        """Token copies that the buffers of the busiest rank have room for."""
+        return self.routed_rows * (self.moe_expert_rank_capacity_factor or self.imbalance)
 
     @property
     def number_bytes(self) -> int:

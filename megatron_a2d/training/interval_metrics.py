@@ -32,6 +32,7 @@ class IntervalMetrics:
         self._rows_per_token = config.input_length / config.data.seq_length
         self._causal = config.diffusion.objective == "ar"
         self._ar_loss_weight = config.diffusion.ar_loss_weight
+        self._has_budget = config.performance.moe_expert_rank_capacity_factor is not None
         self._peak = peak_flops()
         self.restart()
 
@@ -40,6 +41,7 @@ class IntervalMetrics:
         self._totals = torch.zeros(2, len(Totals._fields), dtype=torch.float64, device=device())
         self._buckets = torch.zeros(2 * NUM_BUCKETS, _NUM_COLUMNS, dtype=torch.float64, device=device())
         self._grad_norm, self._steps, self._updates, self._seconds = 0.0, 0, 0, 0.0
+        self._repeated = 0
         self.resume()
 
     def resume(self) -> None:
@@ -51,6 +53,7 @@ class IntervalMetrics:
         self._seconds += now - self._begin
         self._begin = now
         self._steps += 1
+        self._repeated += result.repeated
         if math.isfinite(result.grad_norm):  # a step that was skipped is no part of the means
             totals = self._totals[0 if grafting_error is None else 1]
             totals += result.totals
@@ -84,6 +87,8 @@ class IntervalMetrics:
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_samples * self._seq_length,
         }
+        if self._has_budget:
+            values["repeated_step_frac"] = self._repeated / self._steps
         if grafting.num_maskable:
             values["grafting_error"] = grafting.weighted_loss / grafting.num_maskable
         if self._ar_loss_weight:

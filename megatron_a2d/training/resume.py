@@ -34,6 +34,7 @@ from megatron_a2d.checkpoint.directory import (
 )
 from megatron_a2d.checkpoint.manifest import MANIFEST, check_manifest
 from megatron_a2d.checkpoint.training_facts import contradictions, read_trained
+from megatron_a2d.config.installed_versions import find_version_problems
 from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import (
     DataConfig,
@@ -78,7 +79,8 @@ class Start(NamedTuple):
 
 def check_early(config: RunConfig, processes: int) -> None:
     """UserError with every problem of the settings themselves, and against the shape of the model."""
-    if problems := missing_inputs(config) + find_problems(config, _shape(config), processes):
+    problems = missing_inputs(config) + find_version_problems(config)
+    if problems := problems + find_problems(config, _shape(config), processes):
         raise UserError(problems)
 
 

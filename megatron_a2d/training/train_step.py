@@ -27,6 +27,7 @@ from megatron_a2d.distributed.hang_watchdog import mark
 from megatron_a2d.distributed.step_timers import phase
 from megatron_a2d.megatron_compat.device import device, send
 from megatron_a2d.model.diffusion_lm import TokenLosses, cp_slice
+from megatron_a2d.training.expert_budget import exceeded_budget, without_budget
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.param_gather import zero_gradients
 
@@ -79,6 +80,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     not_finite: list[int]
     losses: list[SampleLosses]
+    repeated: bool = False  # tokens exceeded a rank's budget, and the passes were repeated without (expert_budget.py)
 
 
 class Observer(Protocol):
@@ -99,27 +101,36 @@ def train_step(
     with observer.step(micro_batches) if observer else nullcontext():
         with phase("optimizer"):
             zero_gradients(chunks, optimizer)
-        losses = forward_backward(chunks, micro_batches, forward_only=False)
+        losses = forward_backward(chunks, micro_batches, forward_only=False, within_budget=True)
+        if repeated := exceeded_budget(chunks):
+            zero_gradients(chunks, optimizer)
+            losses = forward_backward(chunks, micro_batches, forward_only=False)
     mark("update")
     with observer.update() if observer else nullcontext(), phase("optimizer"):
         grad_norm = update_parameters(optimizer)
     not_finite = [] if math.isfinite(grad_norm) else _not_finite(losses)
-    return StepResult(loss_totals(losses), grad_norm, not_finite, losses)
+    return StepResult(loss_totals(losses), grad_norm, not_finite, losses, repeated)
 
 
-def forward_backward(chunks: list[nn.Module], micro_batches: list[Batch], forward_only: bool) -> list[SampleLosses]:
-    """Run megatron's pipeline schedule; returns one item per micro-batch on the last stage, elsewhere none."""
+def forward_backward(
+    chunks: list[nn.Module], micro_batches: list[Batch], forward_only: bool, within_budget: bool = False
+) -> list[SampleLosses]:
+    """Run megatron's pipeline schedule; returns one item per micro-batch on the last stage, elsewhere none.
+
+    `within_budget`: tokens beyond a rank's budget are dropped, if the run has one; ask `exceeded_budget` afterwards.
+    """
     micro_batch_size, seq_length = micro_batches[0].tokens.shape
-    return get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        # Each virtual stage reads all micro-batches for itself.
-        data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
-        model=chunks,
-        num_microbatches=len(micro_batches),
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
-    )
+    with nullcontext() if within_budget else without_budget(chunks):
+        return get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            # Each virtual stage reads all micro-batches for itself.
+            data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
+            model=chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )
 
 
 def _forward_step(batches: Iterator[Batch], model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:

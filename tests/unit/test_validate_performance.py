@@ -30,6 +30,10 @@ SHARDED = {"use_distributed_optimizer": True, "bf16": True}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 BLOCKS_OVER_TP = {"bf16": True, "fp8_recipe": "blockwise", "tensor_model_parallel_size": 2, "sequence_parallel": True}
 EMULATED = {"bf16": True, "fp8_recipe": "mxfp8", "transformer_impl": "local"}
+OVER_TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+HYBRIDEP = {"bf16": True, **EP, "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
+FUSED_EXPERTS = {"bf16": True, "use_transformer_engine_op_fuser": True}
+BUDGETED = {**HYBRIDEP, **FUSED_EXPERTS, "moe_expert_rank_capacity_factor": 1.5}
 QWEN3_8B = dataclasses.replace(QWEN3_8B, mask_token_id=1)
 QWEN3_30B_A3B = dataclasses.replace(QWEN3_30B_A3B, mask_token_id=1)
 
@@ -85,6 +89,22 @@ PAIRS: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
     (QWEN3_30B_A3B, {"recompute_granularity": "selective", "recompute_modules": ("moe_act",), "moe_grouped_gemm": False}, "--recompute-modules moe_act: needs", {"moe_grouped_gemm": True}),
     (QWEN3_30B_A3B, {"moe_token_dispatcher_type": "flex", "bf16": True}, "--moe-token-dispatcher-type flex: needs --expert", EP),
     (QWEN3_30B_A3B, {"moe_flex_dispatcher_backend": "deepep"}, "--moe-flex-dispatcher-backend deepep: has no effect", {"moe_token_dispatcher_type": "flex", "bf16": True, **EP}),
+    (QWEN3_30B_A3B, {"moe_hybridep_num_sms": 64, "bf16": True, **EP}, "--moe-hybridep-num-sms 64: has no effect", {"moe_token_dispatcher_type": "flex"}),
+    (QWEN3_30B_A3B, {**HYBRIDEP, "moe_flex_dispatcher_backend": "deepep", "moe_hybridep_num_sms": 64}, "--moe-hybridep-num-sms 64: has no effect", {"moe_flex_dispatcher_backend": "auto"}),
+    (QWEN3_30B_A3B, {**HYBRIDEP, "moe_flex_dispatcher_backend": "deepep", "moe_hybridep_num_sms_preprocessing": 32}, "--moe-hybridep-num-sms-preprocessing 32: has no effect", {"moe_flex_dispatcher_backend": "hybridep"}),
+    (QWEN3_30B_A3B, {**HYBRIDEP, "moe_hybridep_num_sms": 0}, "--moe-hybridep-num-sms 0: must be at least 1", {"moe_hybridep_num_sms": 1}),
+    (QWEN3_8B, {"use_transformer_engine_op_fuser": True, "bf16": True}, "--use-transformer-engine-op-fuser: the model is dense", {"use_transformer_engine_op_fuser": False}),
+    (QWEN3_30B_A3B, {"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser: Transformer Engine's grouped", {"bf16": True}),
+    (QWEN3_30B_A3B, {**FUSED_EXPERTS, "moe_grouped_gemm": False}, "--use-transformer-engine-op-fuser: not with --no-moe-grouped-gemm", {"moe_grouped_gemm": True}),
+    (QWEN3_30B_A3B, {**FUSED_EXPERTS, **OVER_TP, "moe_token_dispatcher_type": "allgather", "expert_tensor_parallel_size": 2}, "--use-transformer-engine-op-fuser: not with --expert-tensor", {"expert_tensor_parallel_size": 1}),
+    (QWEN3_30B_A3B, {**FUSED_EXPERTS, "transformer_impl": "local"}, "--use-transformer-engine-op-fuser: only Transformer Engine", {"transformer_impl": "auto"}),
+    (QWEN3_30B_A3B, {**BUDGETED, "moe_expert_rank_capacity_factor": 0.9}, "--moe-expert-rank-capacity-factor 0.9: must be", {"moe_expert_rank_capacity_factor": 1.0}),
+    (QWEN3_30B_A3B, {**BUDGETED, "moe_flex_dispatcher_backend": "auto"}, "--moe-expert-rank-capacity-factor 1.5: the buffers are HybridEP's", {"moe_flex_dispatcher_backend": "hybridep"}),
+    (QWEN3_30B_A3B, {**FUSED_EXPERTS, **EP, "moe_expert_rank_capacity_factor": 1.5}, "--moe-expert-rank-capacity-factor 1.5: the buffers are HybridEP's", HYBRIDEP),
+    (QWEN3_30B_A3B, {**BUDGETED, "use_transformer_engine_op_fuser": False}, "--moe-expert-rank-capacity-factor 1.5: other experts wait", {"use_transformer_engine_op_fuser": True}),
+    (QWEN3_30B_A3B, {**BUDGETED, "fp8_recipe": "tensorwise"}, "--moe-expert-rank-capacity-factor 1.5: with tensorwise", {"fp8_recipe": "mxfp8"}),
+    (QWEN3_30B_A3B, {**BUDGETED, "fp4_recipe": "nvfp4"}, "--moe-expert-rank-capacity-factor 1.5: with nvfp4", {"fp4_recipe": "none"}),
+    (QWEN3_30B_A3B, {**BUDGETED, "cuda_graph_impl": "transformer_engine", "cuda_graph_scope": ("attn", "moe_router", "moe_preprocess")}, "--moe-expert-rank-capacity-factor 1.5: not with --cuda-graph-scope", {"cuda_graph_scope": ("attn", "moe_router")}),
     (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "bf16": True}, "--overlap-moe-expert-parallel-comm: without", EP),
     (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, **EP}, "--overlap-moe-expert-parallel-comm: megatron.core has it for bf16", {"bf16": True}),
     (QWEN3_30B_A3B, {"overlap_moe_expert_parallel_comm": True, "bf16": True, **EP, "moe_token_dispatcher_type": "allgather"}, "--overlap-moe-expert-parallel-comm: not with --moe-token", {"moe_token_dispatcher_type": "alltoall"}),
@@ -127,6 +147,8 @@ def test_recipes_are_possible(name: str) -> None:
 
 HOPPER, BLACKWELL, RACK = Gpu("NVIDIA H200", (9, 0)), Gpu("NVIDIA B200", (10, 0)), Gpu("NVIDIA GB200", (10, 0))
 ALWAYS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"}
+MARGINS = {"NVTE_FWD_LAYERNORM_SM_MARGIN": "20", "NVTE_BWD_LAYERNORM_SM_MARGIN": "20"}
+CUDNN = {"NVTE_NORM_FWD_USE_CUDNN": "1", "NVTE_NORM_BWD_USE_CUDNN": "1"}
 ORDERED = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 FLEX = {"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 16}
 
@@ -138,11 +160,21 @@ FLEX = {"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 16}
         ({"tensor_model_parallel_size": 2}, HOPPER, ORDERED),
         ({"context_parallel_size": 2}, HOPPER, ORDERED),
         ({"tensor_model_parallel_size": 2}, BLACKWELL, {"NCCL_NVLS_ENABLE": "0"}),
-        ({"overlap_moe_expert_parallel_comm": True}, BLACKWELL, {"NCCL_NVLS_ENABLE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}),
-        ({"overlap_moe_expert_parallel_comm": True, "tensor_model_parallel_size": 2}, HOPPER, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}),
+        ({"overlap_moe_expert_parallel_comm": True}, BLACKWELL, {"NCCL_NVLS_ENABLE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "32", **MARGINS}),
+        ({"overlap_moe_expert_parallel_comm": True, "tensor_model_parallel_size": 2}, HOPPER, {"CUDA_DEVICE_MAX_CONNECTIONS": "32", **MARGINS}),
+        ({"overlap_grad_reduce": True}, HOPPER, MARGINS),
+        ({"overlap_param_gather": True}, HOPPER, MARGINS),
+        ({"num_virtual_stages_per_pipeline_rank": 2}, HOPPER, MARGINS),
+        ({"overlap_grad_reduce": True, "transformer_impl": "local"}, HOPPER, {}),
+        ({"overlap_grad_reduce": True, "objective": "block"}, HOPPER, {}),
+        ({"fp8_recipe": "mxfp8"}, BLACKWELL, {"NCCL_NVLS_ENABLE": "0", **CUDNN}),
+        ({"fp8_recipe": "auto"}, BLACKWELL, {"NCCL_NVLS_ENABLE": "0", **CUDNN}),
+        ({"fp8_recipe": "auto"}, HOPPER, {}),
+        ({"fp8_recipe": "tensorwise"}, BLACKWELL, {"NCCL_NVLS_ENABLE": "0"}),
+        (FUSED_EXPERTS, HOPPER, {"NVTE_CUTEDSL_FUSED_GROUPED_MLP": "1"}),
         ({"cuda_graph_impl": "transformer_engine"}, HOPPER, {"NCCL_GRAPH_REGISTER": "0"}),
         (FLEX, HOPPER, {"NVLINK_DOMAIN_SIZE": "8", "USE_MNNVL": "0", "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": "8"}),
-        (FLEX, RACK, {"NCCL_NVLS_ENABLE": "0", "NVLINK_DOMAIN_SIZE": "72", "USE_MNNVL": "1", "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": "16"}),
+        (FLEX, RACK, {"NCCL_NVLS_ENABLE": "0", "NVLINK_DOMAIN_SIZE": "72", "USE_MNNVL": "1", "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": "16", "NUM_OF_TOKENS_PER_CHUNK_COMBINE_API": "128"}),
         ({**FLEX, "moe_flex_dispatcher_backend": "deepep"}, HOPPER, {}),
     ],
 )  # fmt: skip
@@ -284,12 +316,13 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
         moe_router_force_load_balancing=True, overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True,
         apply_rope_fusion=True, gradient_accumulation_fusion=True, cuda_graph_impl="transformer_engine",
         cuda_graph_scope=("attn", "moe_router"), recompute_granularity="selective", recompute_modules=("moe_act",),
-        moe_token_dispatcher_type="flex", **EP,
+        moe_token_dispatcher_type="flex", moe_hybridep_num_sms=64, **EP,
     )  # fmt: skip
     transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
     expected = dict(
         fp8="e4m3", fp8_recipe="mxfp8", fp8_param=False, first_last_layers_bf16=True, recompute_modules=["moe_act"],
         moe_flex_dispatcher_backend="hybridep", moe_grouped_gemm=True, **versions.graphed_parts(("attn", "moe_router")),
+        **versions.hybridep_sms(64),
     )  # fmt: skip
     for name in ("moe_permute_fusion", "moe_router_fusion", "moe_router_force_load_balancing", "apply_rope_fusion",
                  "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "gradient_accumulation_fusion"):  # fmt: skip
@@ -400,9 +433,10 @@ def test_without_its_kernels_the_recipes_dispatcher_is_alltoall(capsys: pytest.C
     """And a line says so, once for all ranks."""
     recipe = Path(__file__).parents[2] / "launch" / "recipes" / "rnd1_30b_a3b_64xb200.yaml"
     own = {**yaml.safe_load(recipe.read_text()), "gradient_accumulation_fusion": False, "apply_rope_fusion": False,
-           "moe_permute_fusion": False, "moe_router_fusion": False}  # fmt: skip
+           "moe_permute_fusion": False, "moe_router_fusion": False, "moe_hybridep_num_sms_preprocessing": 32}  # fmt: skip
     assert own["moe_token_dispatcher_type"] == "flex"
-    del own["delay_wgrad_compute"], own["overlap_moe_expert_parallel_comm"]
+    for name in ("delay_wgrad_compute", "overlap_moe_expert_parallel_comm", "cuda_graph_impl", "cuda_graph_scope"):
+        del own[name]
     made = transformer_config.build_transformer_config(QWEN3_30B_A3B, build(own))
     assert made.moe_token_dispatcher_type == "alltoall"
     (line,) = capsys.readouterr().err.splitlines()

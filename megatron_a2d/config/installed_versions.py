@@ -1,0 +1,60 @@
+"""Settings that the installed megatron-core or Transformer Engine is too old for, found before either is imported.
+
+Planning, and `--dry-run --settings-only`, are for another machine and do not ask.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from megatron_a2d.config.settings import RunConfig, flag
+
+MEGATRON, ENGINE = "megatron-core", "transformer-engine"
+# Setting, package, the first version that has it (by their sources; megatron-core checks Transformer Engine's itself).
+_FIRST_VERSIONS = (
+    ("moe_hybridep_num_sms_preprocessing", MEGATRON, (0, 19)),
+    ("use_transformer_engine_op_fuser", MEGATRON, (0, 19)),  # 0.16 has it for dense layers alone
+    ("use_transformer_engine_op_fuser", ENGINE, (2, 14)),
+    ("moe_expert_rank_capacity_factor", MEGATRON, (0, 19)),
+)
+
+
+def find_version_problems(config: RunConfig) -> list[str]:
+    """A line for each setting that needs a newer package. Packages that are missing are not judged here."""
+    return [
+        f"{_shown(config, name)}: needs {package} {_dotted(first)}, and {_dotted(found)} is installed; remove it, or "
+        f"install {package} {_dotted(first)} or later"
+        for name, package, first in _needs(config)
+        if (found := installed(package)) is not None and found < first
+    ]
+
+
+def installed(package: str) -> tuple[int, ...] | None:
+    """The installed release of a package, as (0, 16, 1); None where it is not installed."""
+    try:
+        release = re.match(r"\d+(\.\d+)*", version(package))
+    except PackageNotFoundError:
+        return None
+    return tuple(int(part) for part in release[0].split(".")) if release else None
+
+
+def _needs(config: RunConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    performance = config.performance
+    for name, package, first in _FIRST_VERSIONS:
+        if getattr(performance, name) not in (None, False):
+            yield name, package, first
+    if performance.delay_wgrad_compute and performance.cuda_graph_impl == "transformer_engine":
+        yield "delay_wgrad_compute", ENGINE, (2, 10)  # with graphs (transformer_config.py of both megatron-cores)
+
+
+def _shown(config: RunConfig, name: str) -> str:
+    value = getattr(config.performance, name)
+    if name == "delay_wgrad_compute":
+        return f"{flag(name)} with --cuda-graph-impl transformer_engine"
+    return flag(name) if value is True else f"{flag(name)} {value}"
+
+
+def _dotted(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
