@@ -255,7 +255,7 @@ def _hybridep_problems(config: RunConfig) -> Iterator[str]:
     if not performance.use_transformer_engine_op_fuser:
         yield f"{name}: other experts wait for their group sizes; add --use-transformer-engine-op-fuser"
     if (recipe := chosen_recipe(config)) not in ("none", "auto", "mxfp8"):
-        yield f"{name}: with {recipe} Transformer Engine may read group sizes on the host; use mxfp8, or neither FP8 nor FP4"
+        yield f"{name}: with {recipe} Transformer Engine may read group sizes on the host; use mxfp8, or bf16 alone"
     if performance.cuda_graph_impl != "none" and "moe_preprocess" in performance.cuda_graph_scope:
         yield (
             f"{name}: not with --cuda-graph-scope moe_preprocess, whose replays do not pass the buffers' size on "

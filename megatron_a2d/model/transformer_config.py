@@ -18,7 +18,8 @@ from megatron.core.utils import get_te_version, is_te_min_version
 
 from megatron_a2d.config.fp8_recipe import engine_scaling
 from megatron_a2d.config.model_config import ModelConfig
-from megatron_a2d.config.settings import PerformanceConfig, RunConfig
+from megatron_a2d.config.performance_config import PerformanceConfig
+from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate_performance import find_performance_problems
 from megatron_a2d.distributed.environment import rank
 from megatron_a2d.megatron_compat import versions

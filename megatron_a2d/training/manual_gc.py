@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 
-from megatron_a2d.config.settings import PerformanceConfig
+from megatron_a2d.config.performance_config import PerformanceConfig
 
 
 class ManualGC:

@@ -182,7 +182,8 @@ FREE = {
         "gradient_accumulation_fusion", "cuda_graph_impl", "cuda_graph_scope", "recompute_granularity",
         "recompute_method", "recompute_num_layers", "recompute_modules", "grad_reduce_in_fp32",
         "use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype", "manual_gc", "manual_gc_interval",
-        "fp8_param_gather",
+        "fp8_param_gather", "moe_hybridep_num_sms", "moe_hybridep_num_sms_preprocessing", "use_transformer_engine_op_fuser",
+        "moe_expert_rank_capacity_factor",
     ),
 }  # fmt: skip
 NOTED_ONES = {
