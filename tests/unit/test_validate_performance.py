@@ -425,7 +425,9 @@ def test_garbage_is_collected_when_said() -> None:
 @pytest.mark.parametrize("backend", ["deepep", "hybridep"])
 def test_missing_kernels_of_the_flex_dispatcher(backend: str) -> None:
     given = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend, "bf16": True, **EP}
-    with pytest.raises(UserError, match=f"backend {backend}: its package, .*use --moe-token-dispatcher-type alltoall"):
+    with pytest.raises(
+        UserError, match=f"backend {backend}: the package deep_ep .*use --moe-token-dispatcher-type alltoall"
+    ):
         transformer_config.build_transformer_config(QWEN3_30B_A3B, build(given))
 
 
