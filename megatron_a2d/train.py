@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 8 -m megatron_a2d.train --config launch/recipes/NAME.yaml --load CKPT --save RUN
     python -m megatron_a2d.train --config ... --load CKPT --dry-run --world-size 64     # check, on any machine
     python -m megatron_a2d.train --config ... --dry-run --settings-only --world-size 64 --cluster h100    # no weights
+    python -m megatron_a2d.train --config ... --rehearse --world-size 512       # a step of real ranks, without GPUs
 
 How a run starts, in reading order: this file; training/resume.py, the checkpoint and all checks;
 training/train_loop.py, the loop; training/initialization.py, which builds and loads model and optimizer. Exit codes:
@@ -39,6 +40,8 @@ class Options(NamedTuple):
 
     dry_run: bool
     settings_only: bool
+    rehearse: bool
+    rank: int | None
     processes: int
     cluster: Cluster | None
 
@@ -60,29 +63,43 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
     """Settings and options. UserError with every problem that shows before torch is imported."""
     parser = Parser(prog="megatron_a2d.train", description="Train a masked diffusion or autoregressive Qwen3.")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and exit")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: the number of processes to check for")
+    parser.add_argument("--world-size", type=int, help="with --dry-run, --rehearse: the number of processes")
     parser.add_argument(
         "--settings-only", action="store_true", help="with --dry-run: for the shape of --model; no checkpoint, no data"
     )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="take a step of each pipeline stage's first rank without GPUs, and exit"
+    )
+    parser.add_argument("--rank", type=int, help="with --rehearse: the rank to rehearse")
     add_cluster(parser)
     config, given = parse_run(parser, argv, inherited)
-    if given.world_size is not None and not given.dry_run:
-        raise UserError("--world-size: is only valid with --dry-run; torchrun decides the number of processes")
+    if given.world_size is not None and not (given.dry_run or given.rehearse):
+        raise UserError(
+            "--world-size: is only valid with --dry-run and --rehearse; torchrun decides the number of processes"
+        )
+    if given.rank is not None and not given.rehearse:
+        raise UserError("--rank: is only valid with --rehearse; torchrun numbers the processes of a run")
     if given.settings_only and not given.dry_run:
         raise UserError("--settings-only: is only valid with --dry-run; a run needs weights and data")
     processes = world_size() if given.world_size is None else given.world_size
     if not 1 <= processes <= MOST_PROCESSES:
         raise UserError(f"--world-size {processes}: a run needs at least 1 process, and at most {MOST_PROCESSES:,}")
-    if not given.dry_run:
+    if not (given.dry_run or given.rehearse):
         check_launch()
     cluster = read_cluster(given.cluster) if given.cluster else None
-    if not given.settings_only:
+    if not (given.settings_only or given.rehearse):
         check_early(config, processes)
-    return config, Options(given.dry_run, given.settings_only, processes, cluster)
+    return config, Options(given.dry_run, given.settings_only, given.rehearse, given.rank, processes, cluster)
 
 
 def _run(config: RunConfig, options: Options) -> None:
     processes, cluster = options.processes, options.cluster
+    if options.rehearse:
+        hide_noise()
+        from megatron_a2d.rehearsal.rehearse import rehearse
+
+        rehearse(config, _check_settings(config, processes, cluster), processes, options.rank, cluster)
+        return
     if options.settings_only:
         model_config = _check_settings(config, processes, cluster)
         print_text(describe(config, model_config, f"{config.training.model} (shape only)", processes, cluster))
@@ -117,7 +134,9 @@ def _run(config: RunConfig, options: Options) -> None:
 def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) -> ModelConfig:
     """Check the settings alone; returns the shape of --model. UserError with all problems."""
     if not config.training.model:
-        raise UserError("--settings-only: needs --model, against whose shape the settings are checked; add it")
+        raise UserError(
+            "--settings-only, --rehearse: need --model, against whose shape the settings are checked; add it"
+        )
     model_config = named_model_config(config.training.model)
     if problems := find_problems(config, model_config, processes):
         raise UserError(problems)

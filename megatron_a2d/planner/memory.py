@@ -59,6 +59,11 @@ def memory(job: Job, cluster: Cluster | None = None) -> Memory:
     return max((_stage_memory(job, stage, kept, headroom) for stage in stages), key=lambda parts: parts.total)
 
 
+def stage_memory(job: Job, stage: int) -> Memory:
+    """The parts of one pipeline stage, without headroom."""
+    return _stage_memory(job, stage, layer_activations(job), 0.0)
+
+
 def _stage_memory(job: Job, stage: int, kept: LayerActivations, headroom: float) -> Memory:
     weights, gradients, optimizer = state_bytes(job, stage)
     in_flight = microbatches_in_flight(job, stage)

@@ -21,7 +21,7 @@ LAYERS = (
     ("checkpoint", "conversion", "model"),
     ("planner", "verification", "report"),
     ("training",),
-    ("inference", "evaluation", "preflight", "study"),
+    ("inference", "evaluation", "preflight", "study", "rehearsal"),
     ("train", "generate", "evaluate", "plan"),
 )
 ORDER = {package: (number, place) for number, layer in enumerate(LAYERS) for place, package in enumerate(layer)}

@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_settings_only_needs_a_model_and_a_dry_run() -> None:
-    with pytest.raises(UserError, match="needs --model"):
+    with pytest.raises(UserError, match="need --model"):
         train.main(["--dry-run", "--settings-only"])
     with pytest.raises(UserError, match="is only valid with --dry-run"):
         train.main(["--settings-only", "--model", "Qwen/Qwen3-8B"])

@@ -1,0 +1,100 @@
+"""`train --rehearse`: one rank of every pipeline stage, or the one that is asked for, and what they show together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_a2d.config.model_config import ModelConfig
+from megatron_a2d.config.settings import PerformanceConfig, RunConfig, flag, settings
+from megatron_a2d.config.validate_performance import needs_transformer_engine, refuses_transformer_engine
+from megatron_a2d.planner.cluster import Cluster
+from megatron_a2d.rehearsal import dataless_gpu, engine_kernels
+from megatron_a2d.terminal.console import PlainConsole, console
+from megatron_a2d.utils.errors import UserError
+
+ASSUMED = "H100", (9, 0)  # without --cluster
+
+
+class Layers(NamedTuple):
+    """The implementation of the layers that is rehearsed, and what it leaves out of the run's."""
+
+    implementation: str
+    config: RunConfig
+    notes: list[str]
+
+
+def prepare(config: RunConfig, cluster: Cluster | None) -> Layers:
+    """Give this process a GPU of the cluster that holds no data; once, before megatron.core is imported."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a real GPU is left alone
+    name, capability = (cluster.gpu, cluster.capability) if cluster else ASSUMED
+    dataless_gpu.install(name, capability)
+    layers = _layers(config, engine_kernels.find())
+    if layers.implementation == "transformer_engine":
+        directory = engine_kernels.find()
+        assert directory
+        engine_kernels.install(directory)
+    else:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # its libraries want a GPU
+    return layers
+
+
+def _layers(config: RunConfig, engine: Path | None) -> Layers:
+    wish, notes = config.training.transformer_impl, []
+    performance = config.performance
+    if (performance.fp8_recipe, performance.fp4_recipe) != ("none", "none"):
+        notes.append("--fp8-recipe, --fp4-recipe: rehearsed in bf16")
+        performance = _without(performance, [name for name in settings() if re.search("fp8|fp4|_in_bf16|_bf16", name)])
+        config = dataclasses.replace(config, performance=performance)
+    if performance.cuda_graph_impl != "none":
+        notes.append("--cuda-graph-impl: a step before the graphs are recorded")
+    if wish != "local" and not refuses_transformer_engine(config):
+        if engine:
+            return Layers("transformer_engine", config, notes)
+        off = needs_transformer_engine(config)
+        performance = _without(performance, off)
+        without = f", without {', '.join(map(flag, off))}" if off else ""
+        notes.append(
+            f"the local layers for Transformer Engine's{without}: they keep other tensors for the backward pass. "
+            "Its Python is not installed (pip install --no-deps transformer-engine==2.12.0)"
+        )
+    training = dataclasses.replace(config.training, transformer_impl="local")
+    return Layers("local", dataclasses.replace(config, training=training, performance=performance), notes)
+
+
+def _without(performance: PerformanceConfig, names: list[str]) -> PerformanceConfig:
+    """With the defaults of these settings."""
+    defaults: dict[str, Any] = {name: settings()[name].default for name in names if hasattr(performance, name)}
+    return dataclasses.replace(performance, **defaults)
+
+
+def rehearse(
+    config: RunConfig, model_config: ModelConfig, processes: int, rank: int | None, cluster: Cluster | None
+) -> None:
+    """Print what a step of the run does; UserError where its sends and receives do not pair up."""
+    if rank is not None and not 0 <= rank < processes:
+        raise UserError(f"--rank {rank}: is none of the {processes} of --world-size; the last one is {processes - 1}")
+    layers = prepare(config, cluster)
+    from megatron_a2d.rehearsal import rehearsal_report
+    from megatron_a2d.rehearsal.pipeline_pairing import pair
+    from megatron_a2d.rehearsal.rank_rehearsal import rehearse_rank
+
+    ranks = ranks_of_stages(config, processes) if rank is None else [rank]
+    with console.status("") as status:
+        done = [rehearse_rank(layers.config, model_config, number, processes, status.update) for number in ranks]
+    pairing = pair({item.rank: item.events for item in done}) if len(done) > 1 else None
+    output = PlainConsole(width=None if sys.stdout.isatty() else 120)
+    rehearsal_report.show(output, layers, model_config, processes, done, pairing, cluster)
+    if pairing and pairing.problems:
+        raise UserError([f"--rehearse: {problem}" for problem in pairing.problems])
+
+
+def ranks_of_stages(config: RunConfig, processes: int, place: int = 0) -> list[int]:
+    """The rank at this place of every pipeline stage; they exchange activations with one another."""
+    stages = config.parallel.pipeline_model_parallel_size
+    per_stage = processes // stages
+    return [stage * per_stage + place for stage in range(stages)]
