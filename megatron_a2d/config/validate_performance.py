@@ -120,7 +120,8 @@ def _fp8_problems(config: RunConfig) -> Iterator[str]:
             yield f"{_shown(config, name)}: needs --bf16, in which all else is computed; add it"
     if performance.fp4_recipe != "none" and performance.fp8_recipe != "none":
         yield f"{_shown(config, 'fp4_recipe')}: not with {_shown(config, 'fp8_recipe')}; choose one"
-    if performance.fp4_recipe != "none" and performance.overlap_moe_expert_parallel_comm:
+    uses_fp4 = performance.fp4_recipe != "none" and not emulation_of(config)
+    if uses_fp4 and performance.overlap_moe_expert_parallel_comm:
         yield (
             "--overlap-moe-expert-parallel-comm: with --fp4-recipe megatron-core 0.16.1's interleaved schedule never "
             "enters FP4, and all layers would compute in bf16; drop one"

@@ -207,8 +207,11 @@ def emulated(layer: type, recipe: str) -> Any:
 
 def follow_batches(chunk: nn.Module) -> None:
     """Let megatron.core's schedules tell the emulated layers of a model chunk which micro-batch is a batch's first, as
-    they tell Transformer Engine's when TransformerConfig has FP8."""
+    they tell Transformer Engine's when TransformerConfig has FP8 (and go on telling those: their weights are rounded
+    once a batch)."""
     layers = [module for module in chunk.modules() if isinstance(module, _Emulated)]
+    if not layers:
+        return
 
     def set_is_first_microbatch() -> None:
         for layer in layers:

@@ -160,6 +160,13 @@ def test_delayed_scaling_rounds_a_weight_once_a_batch(alone: list[float]) -> Non
     torch.testing.assert_close(found, per_tensor(x, E4M3, x_scale) @ expected.T, rtol=1e-5, atol=1e-4)
 
 
+def test_other_layers_are_told_as_before() -> None:
+    """Transformer Engine's layers round a weight anew when megatron.core's own method says that a batch begins."""
+    chunk = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    emulated_layers.follow_batches(chunk)
+    assert "set_is_first_microbatch" not in vars(chunk)
+
+
 class OneRank:
     rank, size = staticmethod(lambda: 0), staticmethod(lambda: 1)
 
