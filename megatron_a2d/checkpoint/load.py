@@ -114,10 +114,10 @@ class _Slices:
 
 
 @contextmanager
-def _receiving_on(place: torch.device) -> Iterator[None]:
+def _receiving_on(target: torch.device) -> Iterator[None]:
     """Make megatron.core receive slices on this device: it names "cuda", and binds torch.empty at its import."""
     original = ShardedTensor.init_data
-    ShardedTensor.init_data = lambda self, _, init_fn=torch.empty: original(self, place, init_fn)
+    ShardedTensor.init_data = lambda self, _, init_fn=torch.empty: original(self, target, init_fn)
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ _LARGEST_FILE = 2 << 30  # bytes; a checkpoint of 235B parameters and their opti
 _LARGEST_NUMBER = 1 << 62
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """A byte range in a file of the checkpoint."""
 
     file: str
@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    place: Place
+    location: Location
 
 
 class StoredTensor(NamedTuple):
@@ -69,7 +69,7 @@ class Index(NamedTuple):
     """Everything that is stored, by name: tensors and pickled objects."""
 
     tensors: dict[str, StoredTensor]
-    objects: dict[str, Place]
+    objects: dict[str, Location]
 
 
 def read_index(directory: Path) -> Index:
@@ -93,33 +93,33 @@ def read_index(directory: Path) -> Index:
 
 
 def _index(metadata: dict[Any, Any]) -> Index:
-    places: dict[tuple[str, tuple[int, ...] | None], Place] = {}
+    locations: dict[tuple[str, tuple[int, ...] | None], Location] = {}
     for index, info in metadata["storage_data"].items():
         key = _fields(index, "metadata", "MetadataIndex")
         offset = key.get("offset")
-        places[_text(key["fqn"]), None if offset is None else _size(offset)] = _place(info)
+        locations[_text(key["fqn"]), None if offset is None else _size(offset)] = _location(info)
     tensors: dict[str, StoredTensor] = {}
-    objects: dict[str, Place] = {}
+    objects: dict[str, Location] = {}
     for name, item in metadata["state_dict_metadata"].items():
         if _is(item, "metadata", "BytesStorageMetadata"):
-            objects[_text(name)] = places[name, None]
+            objects[_text(name)] = locations[name, None]
             continue
         fields = _fields(item, "metadata", "TensorStorageMetadata")
         shape = _size(fields["size"])
-        chunks = [_chunk(chunk, name, shape, places) for chunk in _list(fields["chunks"])]
+        chunks = [_chunk(chunk, name, shape, locations) for chunk in _list(fields["chunks"])]
         tensors[_text(name)] = StoredTensor(_dtype(fields["properties"]), shape, chunks)
     return Index(tensors, objects)
 
 
-def _chunk(item: Any, name: str, shape: tuple[int, ...], places: dict[Any, Place]) -> Chunk:
+def _chunk(item: Any, name: str, shape: tuple[int, ...], locations: dict[Any, Location]) -> Chunk:
     fields = _fields(item, "metadata", "ChunkStorageMetadata")
     offsets, sizes = _size(fields["offsets"]), _size(fields["sizes"])
     if any(n < 1 or a + n > m for a, n, m in zip(offsets, sizes, shape, strict=True)):
         raise ValueError(f"a chunk at {offsets} of size {sizes} lies outside the shape {shape}")
-    return Chunk(offsets, sizes, places[name, offsets])
+    return Chunk(offsets, sizes, locations[name, offsets])
 
 
-def _place(info: Any) -> Place:
+def _location(info: Any) -> Location:
     """Location of a chunk: in a file of the same directory, uncompressed."""
     fields = _fields(info, "filesystem", "_StorageInfo")
     file = _text(fields["relative_path"])
@@ -127,7 +127,7 @@ def _place(info: Any) -> Place:
         raise ValueError(f"the path {file!r} lies outside the checkpoint")
     if fields.get("transform_descriptors"):
         raise ValueError("chunks are compressed or encrypted")
-    return Place(file, _number(fields["offset"]), _number(fields["length"]))
+    return Location(file, _number(fields["offset"]), _number(fields["length"]))
 
 
 def _dtype(properties: Any) -> torch.dtype:

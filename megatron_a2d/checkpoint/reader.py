@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_a2d.checkpoint.metadata_index import Box, Chunk, Place, StoredTensor, are_disjoint, read_index
+from megatron_a2d.checkpoint.metadata_index import Box, Chunk, Location, StoredTensor, are_disjoint, read_index
 from megatron_a2d.checkpoint.tensor_rows import OpenFiles, RowRange, bytes_of
 from megatron_a2d.checkpoint.torch_save_zip import DAMAGED, DTYPES_OF_STORAGES, find_values, read_value
 from megatron_a2d.utils.atomic_write import read_json
@@ -37,7 +37,7 @@ class TorchDistCheckpoint:
     def __init__(self, directory: Path):
         self._directory = directory
         self._files = OpenFiles()
-        self._payloads: dict[Place, int] = {}
+        self._payloads: dict[Location, int] = {}
         backend = read_json(directory / "metadata.json", "the checkpoint's format").get("sharded_backend")
         if backend != "torch_dist":
             raise UserError(f"{directory}: is in the format {backend!r}; only torch_dist can be read")
@@ -69,8 +69,8 @@ class TorchDistCheckpoint:
         """A box of a tensor, assembled from all overlapping chunks; every element must be stored exactly once."""
         dtype, overlaps = self.dtype(name), []
         for chunk in self._tensors[name].near(box):
-            whole = Box(chunk.offsets, tuple(map(sum, zip(chunk.offsets, chunk.sizes, strict=True))))
-            if overlap := box.intersect(whole):
+            stored = Box(chunk.offsets, tuple(map(sum, zip(chunk.offsets, chunk.sizes, strict=True))))
+            if overlap := box.intersect(stored):
                 overlaps.append((chunk, overlap))
         self._check_cover(name, box, [overlap for _, overlap in overlaps])
         if len(overlaps) == 1:
@@ -94,16 +94,18 @@ class TorchDistCheckpoint:
 
     def _check_objects(self) -> None:
         """Refuse a checkpoint in which an object contains code, although only the common one is used."""
-        places = {place: name for name, place in self._objects.items()}
-        if missing := sorted({place.file for place in places if not (self._directory / place.file).exists()}):
+        locations = {location: name for name, location in self._objects.items()}
+        if missing := sorted(
+            {location.file for location in locations if not (self._directory / location.file).exists()}
+        ):
             raise UserError(f"{self._directory / missing[0]}: is missing; restore the file, or use another iteration")
         stored = sum(path.stat().st_size for path in self._directory.glob("*.distcp"))
-        if (listed := sum(place.length for place in places)) > stored:  # each would be read
+        if (listed := sum(location.length for location in locations)) > stored:  # each would be read
             raise UserError(
                 f"{self._directory / '.metadata'}: lists objects of {listed} bytes in files of {stored}; it is "
                 "damaged, use another iteration"
             )
-        for (file, offset, length), name in places.items():
+        for (file, offset, length), name in locations.items():
             path = self._directory / file
             try:
                 read_value(partial(self._files.read_bytes, path), offset, length)
@@ -123,17 +125,19 @@ class TorchDistCheckpoint:
 
     def _read_overlap(self, name: str, chunk: Chunk, box: Box, dtype: torch.dtype) -> torch.Tensor:
         """The part of a chunk in `box`, whose indices are those of the full tensor."""
-        path, place = self._directory / chunk.place.file, chunk.place
+        path, location = self._directory / chunk.location.file, chunk.location
         try:
-            if place not in self._payloads:
-                self._payloads[place] = find_values(self._files, path, place.offset, place.length, dtype, chunk.sizes)
+            if location not in self._payloads:
+                self._payloads[location] = find_values(
+                    self._files, path, location.offset, location.length, dtype, chunk.sizes
+                )
         except DAMAGED as error:
             raise UserError(
                 f"{path}: the chunk of {name} is refused ({error}); it is damaged, use another iteration"
             ) from None
         offsets = tuple(a - b for a, b in zip(box.start, chunk.offsets, strict=True))
         lengths = tuple(b - a for a, b in zip(box.start, box.stop, strict=True))
-        return read_box(self._files, path, self._payloads[place], chunk.sizes, dtype, offsets, lengths)
+        return read_box(self._files, path, self._payloads[location], chunk.sizes, dtype, offsets, lengths)
 
 
 class _Grid:
@@ -172,8 +176,8 @@ def read_box(
         inner -= 1
     run = math.prod(lengths[inner:]) * dtype.itemsize
     if inner > 0 and run < _SHORTEST_RUN:  # complete inner rows, then cut
-        whole = (*offsets[:inner], *(0 for _ in sizes[inner:])), (*lengths[:inner], *sizes[inner:])
-        rows = read_box(files, path, begin, sizes, dtype, *whole)
+        full_rows = (*offsets[:inner], *(0 for _ in sizes[inner:])), (*lengths[:inner], *sizes[inner:])
+        rows = read_box(files, path, begin, sizes, dtype, *full_rows)
         cut: list[slice] = [slice(a, a + n) for a, n in zip(offsets[inner:], lengths[inner:], strict=True)]
         return rows[(slice(None),) * inner + tuple(cut)]
     strides = [math.prod(sizes[i + 1 :]) for i in range(axes)]

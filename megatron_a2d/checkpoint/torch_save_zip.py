@@ -116,7 +116,7 @@ class _Archive:
     def is_compressed(self, name: str) -> bool:
         return name in self.records and self.records[name].compress_type != zipfile.ZIP_STORED
 
-    def place(self, name: str) -> tuple[int, int]:
+    def location(self, name: str) -> tuple[int, int]:
         """Absolute position and length."""
         # A record's own header may be padded differently from its entry in the zip's directory.
         start = self._offset + self.records[name].header_offset
@@ -127,7 +127,7 @@ class _Archive:
         return begin, size
 
     def content(self, name: str, limit: int) -> bytes:
-        begin, size = self.place(name)
+        begin, size = self.location(name)
         if size > limit:
             raise ValueError(f"its {name} has {size} bytes, more than {limit}")
         return self._read_bytes(begin, size)
@@ -144,7 +144,7 @@ def _find(read_bytes: ReadBytes, offset: int, length: int, dtype: torch.dtype, s
     strides = (math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     if any(n > 1 and a != b for n, a, b in zip(shape, strides, tensor.stride, strict=True)):
         raise ValueError(f"it is not contiguous (strides {tensor.stride})")
-    begin, size = archive.place("data/0")
+    begin, size = archive.location("data/0")
     if size != num_elements * dtype.itemsize:
         raise ValueError("it is cut short")
     return begin

@@ -31,7 +31,7 @@ class SampleSums(NamedTuple):
 
     weighted_loss: Tensor  # sum of weight * cross-entropy, nats
     cross_entropy: Tensor  # sum of cross-entropy over loss positions, nats
-    num_rows: Tensor  # loss positions: those with a weight above 0
+    num_positions: Tensor  # loss positions: those with a weight above 0
     num_correct: Tensor  # loss positions whose most likely token is the label
 
 

@@ -72,14 +72,14 @@ class ValidationResult(NamedTuple):
 def summarise(columns: SampleTable) -> ValidationResult:
     """The result of all samples of `columns`."""
     table = columns.table.cpu()
-    weighted_loss, cross_entropy, num_rows, num_correct, num_maskable, times = table.T
+    weighted_loss, cross_entropy, num_positions, num_correct, num_maskable, times = table.T
     return ValidationResult(
         nelbo=ratio_estimate(weighted_loss, num_maskable),
-        cross_entropy=ratio_estimate(cross_entropy, num_rows),
-        accuracy=ratio_estimate(num_correct, num_rows),
+        cross_entropy=ratio_estimate(cross_entropy, num_positions),
+        accuracy=ratio_estimate(num_correct, num_positions),
         num_samples=len(table),
         nelbo_by_time=_buckets(times, weighted_loss, num_maskable),
-        accuracy_by_mask_ratio=_buckets(num_rows / num_maskable.clamp(min=1), num_correct, num_rows),
+        accuracy_by_mask_ratio=_buckets(num_positions / num_maskable.clamp(min=1), num_correct, num_positions),
     )
 
 

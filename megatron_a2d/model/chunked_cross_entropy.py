@@ -136,9 +136,9 @@ def _become_softmax(logits_nV: Tensor, log_denominator_n: Tensor, gradient_n: Te
 
 def _put(delta_nV: Tensor, labels_n: Tensor, values_n: Tensor) -> None:
     """Set the entry of each position's label, where it is on this rank, to the position's value."""
-    place = labels_n.clamp(0, delta_nV.size(1) - 1)[:, None]
-    kept_n1 = delta_nV.gather(1, place)
-    delta_nV.scatter_(1, place, torch.where(place == labels_n[:, None], values_n[:, None].to(kept_n1), kept_n1))
+    column_n1 = labels_n.clamp(0, delta_nV.size(1) - 1)[:, None]
+    kept_n1 = delta_nV.gather(1, column_n1)
+    delta_nV.scatter_(1, column_n1, torch.where(column_n1 == labels_n[:, None], values_n[:, None].to(kept_n1), kept_n1))
 
 
 _compiled: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}

@@ -1,4 +1,4 @@
-"""The language model: embedding, transformer block, and an LM head that sees only loss positions.
+"""The language model: embedding, transformer block, and an LM head at the loss positions only.
 
 About half of a diffusion batch's positions are not masked and have no loss. At a vocabulary of 152k the logits are the
 model's largest tensor, so the hidden states of the loss positions are gathered before the head, which processes them in

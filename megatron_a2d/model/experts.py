@@ -139,7 +139,7 @@ class GroupedExperts(MegatronModule):
         for local in range(self.num_local_experts):
             number = groups.ep.rank() * self.num_local_experts + local
             offsets = [*sharded_offsets, (axes, number, groups.ep.size() * self.num_local_experts)]
-            shape, index = tuple(size for _, _, size in offsets), tuple(place for _, place, _ in offsets)
+            shape, index = tuple(size for _, _, size in offsets), tuple(index for _, index, _ in offsets)
             for layer in (1, 2):
                 extra = ShardedObject(f"{key}{layer}._extra_state", None, shape, index, (0, tp_rank, replica[2]))
                 state[f"{prefix}linear_fc{layer}._extra_state{local}"] = extra

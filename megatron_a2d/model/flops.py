@@ -14,7 +14,7 @@ def train_flops_per_token(
 ) -> float:
     """Forward and backward operations for one token of a sample of `seq_length` tokens.
 
-    `head_fraction` is the share of positions whose rows reach the head: about one half for a linear schedule.
+    `head_fraction` is the share of positions that reach the LM head: about one half for a linear schedule.
     """
     a = model_config
     query_size, key_value_size = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim

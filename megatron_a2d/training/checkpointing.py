@@ -168,7 +168,7 @@ class CheckpointWriter:
         except SaveError as error:
             root = self._root
             free = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
-            dist.barrier()  # every rank has looked at the disk before rank 0 removes files
+            dist.barrier()  # every rank has read the free space before rank 0 removes files
             if dist.get_rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             earlier = [iteration for iteration in list_iterations(root) if iteration != self.iteration]

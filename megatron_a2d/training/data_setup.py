@@ -18,7 +18,7 @@ from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.tokenizer_fingerprint import find_foreign_tokens, vocabulary_of
 from megatron_a2d.utils.errors import UserError
 
-# Seed of validation's masks and sample order, whatever --seed the run has: every validation sees the same.
+# Seed of validation's masks and sample order, independent of --seed: every validation uses the same samples.
 VALIDATION_SEED = 0
 
 

@@ -1,4 +1,4 @@
-"""A log interval's means, over all of its steps and all ranks: losses by time, accuracy by mask ratio, speed."""
+"""Metrics of a log interval, means over its steps and all ranks: losses by time, accuracy by mask ratio, speed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import SampleLosses, StepResult, Totals
 
-_NUM_COLUMNS = 5  # of a bucket: weighted loss, cross-entropy, rows, correct rows, maskable tokens
+_NUM_COLUMNS = 5  # of a bucket: weighted loss, cross-entropy, positions, correct positions, maskable tokens
 
 
 class IntervalMetrics:
@@ -29,7 +29,7 @@ class IntervalMetrics:
         self._seq_length = config.data.seq_length
         self._tokens_per_step = config.training.global_batch_size * config.data.seq_length
         self._model_config, self._input_length = model_config, config.input_length
-        self._rows_per_token = config.input_length / config.data.seq_length
+        self._positions_per_token = config.input_length / config.data.seq_length
         self._causal = config.diffusion.objective == "ar"
         self._ar_loss_weight = config.diffusion.ar_loss_weight
         self._has_budget = config.performance.moe_expert_rank_capacity_factor is not None
@@ -54,7 +54,7 @@ class IntervalMetrics:
         self._begin = now
         self._steps += 1
         self._repeated += result.repeated
-        if math.isfinite(result.grad_norm):  # a step that was skipped is no part of the means
+        if math.isfinite(result.grad_norm):  # skipped steps are not part of the means
             totals = self._totals[0 if grafting_error is None else 1]
             totals += result.totals
             if grafting_error is not None:
@@ -67,19 +67,19 @@ class IntervalMetrics:
     def _add_buckets(self, losses: list[SampleLosses]) -> None:
         for segments in (item.segments for item in losses if item.segments):
             columns = torch.stack([*segments.sums, segments.num_maskable.to(self._buckets)], dim=1)
-            for first, positions in ((0, segments.times), (NUM_BUCKETS, segments.mask_ratios)):
-                self._buckets.index_add_(0, first + _bucket(positions).to(self._buckets.device), columns)
+            for first, values in ((0, segments.times), (NUM_BUCKETS, segments.mask_ratios)):
+                self._buckets.index_add_(0, first + _bucket(values).to(self._buckets.device), columns)
 
     def read(self, state: TrainState) -> dict[str, Any]:
-        """The interval's numbers, global; collective. Starts the next interval."""
+        """The interval's metrics over all ranks, by name; starts the next interval. Collective."""
         dist.all_reduce(self._totals)
         dist.all_reduce(self._buckets)
         totals, grafting = (Totals(*row) for row in self._totals.tolist())
         tokens_per_second = self._steps * self._tokens_per_step / self._seconds
         values: dict[str, Any] = {
             "loss": _ratio(totals.weighted_loss, totals.num_maskable),
-            "cross_entropy": _ratio(totals.masked_cross_entropy, totals.masked_rows),
-            "accuracy": _ratio(totals.masked_correct, totals.masked_rows),
+            "cross_entropy": _ratio(totals.masked_cross_entropy, totals.masked_positions),
+            "accuracy": _ratio(totals.masked_correct, totals.masked_positions),
             "mask_ratio": _ratio(totals.num_masked, totals.num_maskable),
             "grad_norm": self._grad_norm / max(self._updates, 1),
             "lr": max(group["lr"] for group in state.optimizer.param_groups),
@@ -96,12 +96,12 @@ class IntervalMetrics:
             values["diffusion_loss"] = _ratio(totals.masked_loss, totals.num_maskable)
             values["ar_loss"] = _ratio(ar_loss, totals.num_maskable)
         if self._peak:
-            judged = totals.num_rows / max(totals.num_maskable + grafting.num_maskable, 1)
-            flops = self._rows_per_token * train_flops_per_token(
+            supervised = totals.num_positions / max(totals.num_maskable + grafting.num_maskable, 1)
+            flops = self._positions_per_token * train_flops_per_token(
                 self._model_config,
                 self._input_length,
                 self._causal,
-                head_fraction=judged / self._rows_per_token,
+                head_fraction=supervised / self._positions_per_token,
             )
             values["mfu"] = tokens_per_second * flops / (self._peak * dist.get_world_size())
         if not self._causal:
@@ -117,13 +117,13 @@ def _ratio(above: float, below: float) -> float:
     return above / below if below else math.nan
 
 
-def _bucket(positions: Tensor) -> Tensor:
-    """Of numbers in [0, 1], as validation's tables cut them."""
-    return (positions * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
+def _bucket(values: Tensor) -> Tensor:
+    """Bucket numbers of values in [0, 1], as in validation's tables."""
+    return (values * NUM_BUCKETS).long().clamp(max=NUM_BUCKETS - 1)
 
 
 def _by_bucket(sums: list[list[float]], above: int, below: int) -> dict[str, float]:
-    """The ratio of two columns by a bucket's lower end; buckets that nothing fell into are left out."""
+    """The ratio of two columns by a bucket's lower end; empty buckets are omitted."""
     return {
         f"{number / NUM_BUCKETS:.1f}": columns[above] / columns[below]
         for number, columns in enumerate(sums)

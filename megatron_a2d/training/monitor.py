@@ -3,7 +3,7 @@
 Monitoring does not change what the run computes. All numbers are summed over ranks before they are divided: none of
 them depends on the layout, except the gradient noise scale, whose two batch sizes do.
 
-Gradient noise scale (McCandlish et al. 2018, appendix A): with |g_b|^2 of a small and |g_B|^2 of the whole batch,
+Gradient noise scale (McCandlish et al. 2018, appendix A): with |g_b|^2 of a small batch and |g_B|^2 of the full one,
 
     tr S  = (|g_b|^2 - |g_B|^2) / (1/b - 1/B)     |G|^2 = (B |g_B|^2 - b |g_b|^2) / (B - b)     B_noise = tr S / |G|^2
 
@@ -89,7 +89,7 @@ class Monitor:
     def step(self, micro_batches: list[Batch]) -> Iterator[None]:
         """Around the forward and backward passes of a training step.
 
-        Before them it runs a forward and backward pass of its own on the small batch; the step zeroes the gradients.
+        Before them it runs an extra forward and backward pass on the small batch; the step zeroes the gradients.
         """
         self._values = {}
         # During grafting the gradient is that of the regression, not of the objective.

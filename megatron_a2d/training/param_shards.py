@@ -1,7 +1,7 @@
 """Owned parameter shards: a partition of the model's parameters in which each element is on exactly one rank.
 
-Sums over shards, summed over all ranks, are then those of one process: whatever is replicated (data parallelism, norms
-and routers under tensor parallelism, tied embeddings) or sharded (the distributed optimizer) counts once.
+Sums over shards, added over all ranks, equal those of one process: replicated parameters (data parallelism, norms and
+routers under tensor parallelism, tied embeddings) and sharded ones (the distributed optimizer) count once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megatron_a2d.training.train_state import TrainState
 
 
 class ParamShard(NamedTuple):
-    """A part of a flattened parameter."""
+    """A range of a flattened parameter."""
 
     role: str
     parameter: nn.Parameter
     start: int
     stop: int
-    main: Tensor | None  # this part in fp32, where the optimizer keeps a copy of its own (bf16)
+    main: Tensor | None  # this range of the optimizer's fp32 main copy, if there is one (bf16)
 
     def weight(self) -> Tensor:
         """The values that the optimizer updates, flat."""
@@ -38,14 +38,14 @@ class ParamShard(NamedTuple):
         return self.parameter.detach().view(-1)[self.start : self.stop]
 
     def gradient(self) -> Tensor:
-        """After the backward pass and its reduction over ranks, flat, before clipping; one zero where it is frozen."""
+        """The reduced gradient before clipping, flat; a single zero if the parameter is frozen."""
         if not self.parameter.requires_grad:
             return torch.zeros(1, device=self.parameter.device)
         return self.parameter.main_grad.view(-1)[self.start : self.stop]  # type: ignore[attr-defined]
 
 
 def owned_shards(state: TrainState) -> list[ParamShard]:
-    """The shards of this rank; none where others hold all of its parameters too."""
+    """This rank's shards; empty if other ranks own all of its parameters."""
     ranges: dict[nn.Parameter, tuple[int, int]] = {}
     mains: dict[nn.Parameter, Tensor] = {}
     is_sharded = False
@@ -65,7 +65,7 @@ def owned_shards(state: TrainState) -> list[ParamShard]:
     for model in state.models:
         tied = model.share_embeddings_and_output_weights
         for name, parameter in model.named_parameters():
-            splits = is_sharded and parameter.requires_grad  # what is frozen is in no optimizer
+            splits = is_sharded and parameter.requires_grad  # frozen parameters are in no optimizer
             if not _counts_here(parameter, splits):
                 continue
             start, stop = ranges.get(parameter, (0, 0)) if splits else (0, parameter.numel())
@@ -75,7 +75,7 @@ def owned_shards(state: TrainState) -> list[ParamShard]:
 
 
 def _counts_here(parameter: nn.Parameter, is_sharded: bool) -> bool:
-    """Whether this rank is the one, of those with the same values, that counts them."""
+    """Whether this rank owns the parameter, among the ranks that have the same values."""
     if not param_is_not_shared(parameter):
         return False
     is_expert = not getattr(parameter, "allreduce", True)

@@ -38,7 +38,7 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
 
     `weights_only`: begin a new run from its weights instead of resuming it. Collective.
     """
-    # The first rank scanned the files before the launch (resume.py); reads check every token again.
+    # What the run consists of. The first rank has scanned the data files (resume.py); reads check every token again.
     train_data, valid_data = open_datasets(config, model_config, start / HF_FILES, scan=False)
     state = build_train_state(model_config, config)
     training = config.training
@@ -63,6 +63,7 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
     hang_timeout = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
     try:
+        # The log's head, and the validation that later ones are compared with.
         variables = environment.environment(config, environment.find_gpu())
         log.event("start", iteration=state.iteration, settings=config.to_dict(), environment=variables)
         if variables:
@@ -78,7 +79,9 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
         interval_metrics.restart()
         while state.iteration < training.train_iters and end is None:
             mark("reading samples", state.iteration + 1, limit=hang_timeout)
-            scan.check()
+            scan.check()  # raises what the background scan has found
+
+            # One step: learning rate, micro-batches, forward and backward passes, update.
             # megatron's scheduler has a learning rate of 0 before its first step. Stepped before the update, iteration
             # n trains at warm-up's n-th rate; skipped updates count, so the schedule depends on the iteration alone.
             state.scheduler.step(1)
@@ -87,14 +90,16 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
             observer = monitor if is_logged(training, state.iteration + 1) else None
             with profile.measure(state.iteration + 1), grafting.step(state):
                 with phase("data"):
-                    iteration = [next(batches) for _ in range(batches.num_microbatches)]
-                result = train_step(state.chunks, state.optimizer, iteration, observer)
+                    step_batches = [next(batches) for _ in range(batches.num_microbatches)]
+                result = train_step(state.chunks, state.optimizer, step_batches, observer)
             interval_metrics.add(result, grafting.take_error() if grafts else None)
             first_sample = state.consumed_samples
             state.iteration += 1
             state.consumed_samples += training.global_batch_size
             profile.after(state.iteration, log)
             manual_gc.after_step(state.iteration)
+
+            # A gradient that is not finite: no rank has updated its weights, and too many such steps end the run.
             if skipped.add(result.grad_norm):
                 culprits = process_groups.union(result.not_finite)
                 log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
@@ -102,6 +107,8 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
             if skipped.too_many:
                 end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", NOT_FINITE
             last = state.iteration == training.train_iters or end is not None
+
+            # Log, validate, save, each at its interval.
             if last or is_logged(training, state.iteration):
                 values = interval_metrics.read(state) | (observer.read() if observer else {})
                 log.train(state.iteration, values)

@@ -39,13 +39,13 @@ class Totals(NamedTuple, Generic[Number]):
 
     weighted_loss: Number
     cross_entropy: Number
-    num_rows: Number  # loss positions
+    num_positions: Number  # loss positions
     num_correct: Number
     num_maskable: Number  # tokens; the loss's denominator
     num_masked: Number  # tokens, whether or not they have a loss weight
     masked_loss: Number  # the weighted loss without the autoregressive co-loss
     masked_cross_entropy: Number
-    masked_rows: Number  # masked tokens that have a loss weight
+    masked_positions: Number  # masked tokens that have a loss weight
     masked_correct: Number
 
 
@@ -234,12 +234,12 @@ def loss_totals(losses: list[SampleLosses]) -> Tensor:
             masked = segments.sums if segments else item.sums
             totals.weighted_loss.add_(item.sums.weighted_loss.sum())
             totals.cross_entropy.add_(item.sums.cross_entropy.sum())
-            totals.num_rows.add_(item.sums.num_rows.sum())
+            totals.num_positions.add_(item.sums.num_positions.sum())
             totals.num_correct.add_(item.sums.num_correct.sum())
             totals.num_maskable.add_(item.num_maskable.sum())
-            totals.num_masked.add_(segments.num_masked.sum() if segments else item.sums.num_rows.sum())
+            totals.num_masked.add_(segments.num_masked.sum() if segments else item.sums.num_positions.sum())
             totals.masked_loss.add_(masked.weighted_loss.sum())
             totals.masked_cross_entropy.add_(masked.cross_entropy.sum())
-            totals.masked_rows.add_(masked.num_rows.sum())
+            totals.masked_positions.add_(masked.num_positions.sum())
             totals.masked_correct.add_(masked.num_correct.sum())
     return table

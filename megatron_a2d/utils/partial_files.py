@@ -88,6 +88,6 @@ def _open_own(path: Path, flags: int, mode: str, what: str) -> IO[str]:
 
 
 def make_empty(partial: Path) -> None:
-    """Create the file `partial` anew; a symbolic link of that name is not followed."""
+    """Create the file `partial`, removing an older one; a symbolic link of that name is not followed."""
     partial.unlink(missing_ok=True)
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))

@@ -85,7 +85,7 @@ def test_sample_sums_group_rows() -> None:
         num_samples=3,
     )
     assert sums.weighted_loss.tolist() == [1, 0, 8] and sums.cross_entropy.tolist() == [1, 0, 6]
-    assert sums.num_rows.tolist() == [1, 0, 2] and sums.num_correct.tolist() == [1, 0, 1]
+    assert sums.num_positions.tolist() == [1, 0, 2] and sums.num_correct.tolist() == [1, 0, 1]
 
 
 def test_errors_of_ratios_are_the_delta_methods() -> None:

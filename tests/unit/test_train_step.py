@@ -162,7 +162,7 @@ def test_totals_are_the_sums_over_micro_batches(spans: bool, monkeypatch: pytest
     assert list(totals[:4]) == sums
     assert totals.num_maskable == sum(int(item.num_maskable.sum()) for item in items)
     if not spans:
-        assert totals.num_masked == totals.num_rows and list(totals[6:]) == sums
+        assert totals.num_masked == totals.num_positions and list(totals[6:]) == sums
     else:
         assert totals.num_masked == sum(float(item.segments.num_masked.sum()) for item in items if item.segments)
         assert list(totals[6:]) == [
