@@ -1,16 +1,16 @@
-"""Head and loss on the masked rows alone, in chunks, against the two simpler ways of doing it.
+"""Benchmark of LM head and loss at masked positions in chunks, against two simpler implementations.
 
     python -m bench.chunked_head [--rounds 5] [--out bench/results/masked_head_cpu.json]
     python -m bench.chunked_head --device cuda --out FILE.json
 
-Forward and backward of the vocabulary projection and the cross-entropy, at Qwen3's vocabulary. Half of the rows are
-masked, the mean of a linear schedule.
+Forward and backward pass of LM head and cross-entropy with Qwen3's vocabulary. Half of the positions are masked, the
+mean of a linear schedule.
 
-chunks       the masked rows, their logits a few rows at a time (model/chunked_cross_entropy.py)
-masked rows  the masked rows, all logits at once, megatron.core's vocab_parallel_cross_entropy
-all rows     every row, all logits at once
+chunks       masked positions, logits in chunks (model/chunked_cross_entropy.py)
+masked rows  masked positions, all logits materialised, megatron.core's vocab_parallel_cross_entropy
+all rows     all positions, all logits materialised
 
-Times are taken in turns; peak memory is, on a CPU, that of a process of its own for each, above what it held before.
+Timed runs alternate; on a CPU, peak memory is the increase in a separate process for each.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CPU_SIZES, GPU_SIZES, SMALL_SIZES = (151_936, 256, 2_048), (151_936, 4096, 16_38
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each after one warm-up")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each, after one warm-up")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def head_and_loss(kind: str, sizes: tuple[int, int, int]) -> Callable[[], Any]:
-    """One forward and backward; on a GPU in bf16, gradients summed in fp32 as in training."""
+    """One forward and backward pass; on a GPU in bf16, with gradients accumulated in fp32 as in training."""
     from megatron.core import parallel_state, tensor_parallel
 
     from megatron_a2d.config.settings import build
@@ -123,7 +123,7 @@ def _resident_growth(kind: str, sizes: tuple[int, int, int]) -> int:
 
 
 def gpu_peak_bytes(kind: str, sizes: tuple[int, int, int]) -> int:
-    """Of the second run: the first one compiles."""
+    """Peak memory of the second run, since the first one compiles."""
     run = head_and_loss(kind, sizes)
     run()
     torch.cuda.reset_peak_memory_stats()

@@ -1,13 +1,13 @@
-"""convert_hf and export_hf against `cp` of the same bytes on the same disk: time, and peak memory.
+"""Benchmark of convert_hf and export_hf against `cp` of the same bytes on the same disk: time and peak memory.
 
     python -m bench.convert [--work DIR] [--rounds 3] [--out bench/results/convert_cpu.json]
 
-A synthetic checkpoint (at least 8 GB; Qwen3-30B-A3B's true shape, 6 layers of 48) is converted and copied in turns,
-then its conversion exported and copied in turns; the disk is synced before each, and the order of the two changes with
-every round. Times are of whole commands, interpreter and imports included; ours end flushed to the disk, cp does not
-(its time with `sync` is given too). What runs by default after both, reading back and the report, is timed on its own.
-Peak memory is also measured where the number of tensors is that of the whole 30B and 235B models, with narrow matrices.
-Needs about 18 GB of disk.
+A synthetic checkpoint (at least 8 GB; Qwen3-30B-A3B's shape with 6 of 48 layers) is converted and copied alternately,
+then the converted one is exported and copied; the disk is synced before each run, and the order alternates between
+rounds. Times are of complete commands, including interpreter start and imports; ours flush to disk, cp does not
+(its time with `sync` is also given). Verification and the report, which run by default, are timed separately.
+Peak memory is also measured with the number of tensors of the full 30B and 235B models, with narrow matrices.
+Needs about 18 GB of disk space.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("."), metavar="DIR", help="a directory on the disk to measure"
     )
-    parser.add_argument("--num-hidden-layers", type=int, default=6, help="of the 30B-A3B shape; 6 are 8.7 GB")
+    parser.add_argument("--num-hidden-layers", type=int, default=6, help="layers of the 30B-A3B shape; 6 are 8.7 GB")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs")
     parser.add_argument("--workers", type=int, default=DEFAULT_WORKERS, help="threads of the converters")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def against_cp(command: list[str], source: Path, work: Path, rounds: int) -> dict[str, Any]:
-    """Times in turns, ratios of their medians, and one run with everything that happens by default."""
+    """Times of alternating runs, ratios of their medians, and one run with the default verification and report."""
     name = command[0].rpartition(".")[2]
     ours, copies, synced = [], [], []
     for number in range(rounds):
@@ -107,7 +107,7 @@ def against_cp(command: list[str], source: Path, work: Path, rounds: int) -> dic
 
 
 def peak_with_all_tensors(size: str, work: Path, workers: list[str]) -> dict[str, int]:
-    """Peak memory of both directions, of a model with as many tensors as `size`."""
+    """Peak memory of both directions for a model with the number of tensors of `size`."""
     write_synthetic(work / "narrow", hub_config(size, **NARROW))
     checkpoint, out = work / "checkpoint", work / "out"
     peaks = {
@@ -130,7 +130,7 @@ def describe(figures: dict[str, Any]) -> str:
     )
 
 
-# Not getrusage: its peak begins with that of the process that started this one.
+# Not getrusage: its peak includes that of the parent process.
 RUN = """
 import runpy, sys
 out, sys.argv = sys.argv[1], sys.argv[2:]
@@ -141,7 +141,7 @@ open(out, "w").write(peak.split()[1])
 
 
 def run(command: list[str]) -> Measured:
-    """A command of this project, in a process of its own."""
+    """Run a command of this project in a separate process."""
     with NamedTemporaryFile("r") as peak:
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-c", RUN, peak.name, *command], stdout=subprocess.DEVNULL, check=True)

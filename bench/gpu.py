@@ -1,11 +1,11 @@
-"""Everything that needs a GPU, as one command of ten minutes and one result file: `make gpu`.
+"""All GPU tests and benchmarks, as one command of ten minutes with one result file: `make gpu`.
 
     python -m bench.gpu --out bench/results/gpu_h200.json                 # tests/gpu, then the benchmarks
-    python -m bench.gpu --rehearse --out /tmp/rehearsal.json              # the same way, tiny, on a CPU
+    python -m bench.gpu --rehearse --out /tmp/rehearsal.json              # the same code with tiny shapes on a CPU
 
-Each part is a process of its own with a limit on its time. The file is written again after each: a part that fails or
-runs too long is there with its last lines, and what it had measured until then is kept. Parts for which no time is left
-are listed as skipped. Most wanted first. A rehearsal has four times the time.
+Each part is a separate process with a time limit. The file is rewritten after each part: one that fails or
+times out is listed with its last lines, and its measurements so far are kept. Parts for which no time is left
+are listed as skipped. The most important parts come first. A rehearsal has four times the time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_a2d.utils.errors import UserError
 
 
 class Part(NamedTuple):
-    """`command` writes JSON to the file that stands for OUT in it."""
+    """A part of the measurement; `command` writes JSON to the file that replaces OUT in it."""
 
     name: str
     command: list[str]
@@ -37,12 +37,12 @@ class Part(NamedTuple):
 
 
 def parts(rehearse: bool) -> list[Part]:
-    """In the order in which they run."""
+    """All parts, in the order in which they run."""
     step = [sys.executable, "-m", "bench.train_step_vs_hf", "--out", "OUT"]
     step += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", "--rounds", "5"]
     head = [sys.executable, "-m", "bench.chunked_head", "--out", "OUT"]
     head += ["--rehearse"] if rehearse else ["--device", "cuda"]
-    shapes = list(SHAPES)  # the two with targets come first
+    shapes = list(SHAPES)  # the two shapes with targets come first
     tests = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-m", "gpu", "-vv"]
     return [
         Part("tests", [*tests, "--gpu-report", "OUT"], 180),
@@ -55,14 +55,12 @@ def parts(rehearse: bool) -> list[Part]:
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the result file")
-    parser.add_argument(
-        "--budget", type=float, default=570, help="seconds in all; a part is skipped when none are left"
-    )
-    parser.add_argument("--parts", nargs="+", default=None, help="names of parts, or beginnings of names; default: all")
+    parser.add_argument("--budget", type=float, default=570, help="total seconds; a part is skipped when none are left")
+    parser.add_argument("--parts", nargs="+", default=None, help="names of parts, or prefixes of names; default: all")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU, to try every line")
     options = parser.parse_args()
     _check(options)
-    slack = 4 if options.rehearse else 1  # how long a CPU takes, says nothing
+    slack = 4 if options.rehearse else 1  # times on a CPU are not meaningful
     chosen = [
         part._replace(limit=slack * part.limit)
         for part in parts(options.rehearse)
@@ -95,20 +93,20 @@ def main() -> None:
 def _check(options: argparse.Namespace) -> None:
     names = [part.name for part in parts(options.rehearse)]
     problems = [
-        f"--parts {asked}: no part's name begins so; there are {', '.join(names)}"
+        f"--parts {asked}: no part has a name with this prefix; there are {', '.join(names)}"
         for asked in options.parts or []
         if not any(name.startswith(asked) for name in names)
     ]
     if not options.budget > 0:
         problems.append(f"--budget {options.budget:g}: must be above 0 seconds")
     if not options.out.absolute().parent.is_dir() or options.out.is_dir():
-        problems.append(f"--out {options.out}: is no file in a directory that exists; name one")
+        problems.append(f"--out {options.out}: is not a file in an existing directory; give one")
     if problems:
         raise UserError(problems)
 
 
 def run(part: Part, limit: float, rehearse: bool) -> dict[str, Any]:
-    """One part: status, what it wrote, and its last lines where it did not end well."""
+    """Run a part: its status, its result, and its last lines unless it succeeded."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         out, log = Path(directory, "out.json"), Path(directory, "log.txt")

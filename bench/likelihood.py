@@ -1,11 +1,11 @@
-"""Log-likelihoods of many requests, sorted and batched, against one request at a time.
+"""Benchmark of log-likelihoods: requests sorted and batched, against one request at a time.
 
     python -m bench.likelihood [--rounds 3] [--questions 24] [--out bench/results/likelihood_cpu.json]
 
-Questions with contexts of 20 to 120 tokens and four choices each, at most 128 forward passes a choice. `letters`:
-choices of one token, as in MMLU; `texts`: choices of 1 to 8 tokens, as in ARC (exact up to 7 tokens). Three ways, in
-turns, the same numbers from all: one masked sequence at a time; one request at a time, its draws as one batch; and
-everything sorted, batched, and equal sequences run once.
+Questions with contexts of 20 to 120 tokens and four choices each, at most 128 forward passes per choice. `letters`:
+choices of one token, as in MMLU; `texts`: choices of 1 to 8 tokens, as in ARC (exact up to 7 tokens). Three methods
+with equal results, run alternately: one masked sequence at a time; one request at a time, with its draws as one batch;
+and all requests sorted, batched and deduplicated.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Scorer:
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each way, after one warm-up")
-    parser.add_argument("--questions", type=int, default=24, help="questions of a run, each with four choices")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each method, after one warm-up")
+    parser.add_argument("--questions", type=int, default=24, help="questions per run, each with four choices")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -83,7 +83,7 @@ def draw_requests(kind: str, num_questions: int) -> list[tuple[list[int], list[i
 
 
 def measure(scorer: Scorer, kind: str, num_questions: int, rounds: int) -> dict[str, Any]:
-    """Times of the three ways, and their ratios to the last one."""
+    """Times of the three methods, and their ratios to the last one."""
     requests = draw_requests(kind, num_questions)
     whole = ScoringOptions(mc_num=MC_NUM, batch_tokens=BATCH_TOKENS)
     loaded: Any = scorer
@@ -106,7 +106,7 @@ def measure(scorer: Scorer, kind: str, num_questions: int, rounds: int) -> dict[
             forwards[way] = scorer.num_forwards
         for way, found in results.items():
             largest = max(abs(a[0] - b[0]) for a, b in zip(found, results["sorted and batched"], strict=True))
-            assert largest < 1e-3, f"{way} gives other numbers: {largest}"
+            assert largest < 1e-3, f"{way} gives different results: {largest}"
     ratios = {
         way: statistics.median(a / b for a, b in zip(times, seconds["sorted and batched"], strict=True))
         for way, times in seconds.items()

@@ -1,12 +1,12 @@
-"""Samples a second: what one core makes, corruption included, and whether a training step ever waits for them.
+"""Benchmark of the data loader: samples/s of one core, including corruption, and waiting times of a training step.
 
     python -m bench.loader [--seconds 5] [--out bench/results/loader_cpu.json]
 
 Token files with checksums (uint16, documents of 50 to 1,500 tokens), samples of 4,096, micro-batches of 4. First one
-thread makes batches as fast as it can: tokens a second and core, for the plain masked diffusion objective and with
-everything on (a mixture of three sources, isolated documents, positions anew, 1% cut). Then batches are made ahead,
-as in training, while the first thread sleeps the time of a step on an accelerator: how long it waits for one, and which
-part of the time that is at steps of 100 ms.
+thread prepares batches as fast as it can: tokens/s/core, for the plain masked diffusion objective and with
+all options (a mixture of three sources, document masking, positions reset, 1% random lengths). Then batches are
+prefetched, as in training, while the main thread sleeps for the time of a step on an accelerator: the time that it
+waits for a batch, and its share of the total at steps of 100 ms.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EVERYTHING = {"reset_attention_mask": True, "reset_position_ids": True, "random_
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench.loader", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=5, help="for each measurement")
+    parser.add_argument("--seconds", type=float, default=5, help="seconds per measurement")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
@@ -74,7 +74,7 @@ def _speed(batches: Any, seconds: float) -> float:
     while time.perf_counter() - begin < seconds:
         next(batches)
         count += 1
-    # Time of this thread, not of the wall: other work on the machine is no part of it.
+    # CPU time of this thread, not wall time, so that other work on the machine does not count.
     return count * SIZE * LENGTH / (time.thread_time() - spent)
 
 

@@ -1,17 +1,17 @@
-"""Start-up and cost of a sample: our mixture against megatron.core's GPTDataset and BlendedDataset, on the same files.
+"""Benchmark of our mixture against megatron.core's GPTDataset and BlendedDataset on the same files: start-up, samples.
 
     python -m bench.mixing [--samples 100000000] [--out bench/results/mixing_cpu.json]
 
 Three sources with weights 0.5, 0.3, 0.2, of uint16 tokens in documents of 50 to 1,500. megatron.core builds its
 document, sample and shuffle indices for the samples that the run asks for, writes them to a cache, and a blending index
-over them; the cache is empty at the start, as on the first start of a run. Ours opens the files, checks their indices
-and descriptions, and computes the rest. `--samples` is the whole blend; start-up is timed with samples of 64 tokens (so
-that 100 million of them are a number of epochs of files that fit everywhere), in turns, each in a process of its own,
-without the imports, which both need alike.
+over them; the cache is empty at the start, as on the first start of a run. Ours opens the files, validates their
+indices and descriptions, and computes the rest on the fly. `--samples`: size of the blend. Start-up is timed with
+samples of 64 tokens (100 million of them are several epochs of small files), alternating, in separate processes,
+without the imports, which are the same for both.
 
-A sample: random access over a run of a million samples, 2,048 tokens each, all in the page cache; theirs gives tokens,
-labels, loss mask and positions, ours tokens, labels and weights of the autoregressive objective. `corrupted`: ours with
-the masks of the diffusion objective. Of the choice of sources: how far the realised shares are from the weights.
+Time per sample: random access over a run of a million samples, 2,048 tokens each, all in the page cache; theirs returns
+tokens, labels, loss mask and positions, ours tokens, labels and weights of the autoregressive objective. `corrupted`:
+ours with the masks of the diffusion objective. Also measured: how far the realised shares are from the weights.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ START_LENGTH, SAMPLE_LENGTH, VOCABULARY = 64, 2048, 50_000
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench.mixing", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--samples", type=int, default=100_000_000, help="of the blend")
-    parser.add_argument("--tokens", type=int, default=200_000_000, help="in all three sources")
+    parser.add_argument("--samples", type=int, default=100_000_000, help="samples of the blend")
+    parser.add_argument("--tokens", type=int, default=200_000_000, help="tokens in all three sources")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs")
-    parser.add_argument("--reads", type=int, default=2000, help="samples that are read in a round")
-    parser.add_argument("--job", help="what a process of its own does")
-    parser.add_argument("--directory", type=Path, help="with --job: of the files")
+    parser.add_argument("--reads", type=int, default=2000, help="samples read per round")
+    parser.add_argument("--job", help="measurement to run in this process (internal)")
+    parser.add_argument("--directory", type=Path, help="with --job: directory of the files")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
@@ -97,7 +97,7 @@ def measure(directory: Path, options: Any) -> dict[str, Any]:
 
 
 def write_sources(directory: Path, num_tokens: int) -> None:
-    """Random tokens, in files as data_prep.tokenize_corpus writes them."""
+    """Random tokens in files of data_prep.tokenize_corpus's format."""
     from data_prep.indexed_dataset_writer import open_writers
 
     generator = np.random.default_rng(0)
@@ -131,7 +131,7 @@ def theirs(directory: Path, length: int, num_samples: int, cache: Path) -> Any:
 
 
 class _Tokenizer:
-    """What GPTDataset asks of one."""
+    """The part of a tokenizer that GPTDataset uses."""
 
     eod, pad, vocab_size = 0, 0, VOCABULARY
     unique_identifiers: dict[str, str] = {"class": "none"}  # noqa: RUF012
@@ -174,7 +174,7 @@ def start_ours(directory: Path, num_samples: int, reads: int) -> dict[str, float
 
 
 def _warm() -> int:
-    """Imports are not timed; returns the largest resident size so far, in KiB."""
+    """Import everything before timing; returns the peak resident size so far, in KiB."""
 
     import megatron_a2d.data.blended_dataset  # noqa: F401
 

@@ -1,9 +1,9 @@
-"""What monitoring costs: a training step that is watched against one that is not.
+"""Benchmark of the monitor's overhead: a training step with diagnostics against one without.
 
     python -m bench.monitoring [--rounds 15] [--out bench/results/monitoring_cpu.json]
 
-The model and batch of bench.train_step_vs_hf (MoE); both kinds of steps in turns, in one process. A run computes its
-diagnostics in one step per --log-interval, so their cost there is divided by that.
+The model and batch of bench.train_step_vs_hf (MoE); both kinds of steps alternate in one process. A run computes its
+diagnostics in one step per --log-interval, so their overhead is divided by that.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
         "log_interval": interval,
         "seconds": times,
     }
-    print(f"a watched step takes {ratio:.2f}x the time; one in {interval}: {result['overhead']:.1%} of a run")
+    print(f"a step with diagnostics takes {ratio:.2f}x the time; one in {interval}: {result['overhead']:.1%} of a run")
     if options.out:
         write_json(options.out, result)
 

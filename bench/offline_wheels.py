@@ -1,14 +1,14 @@
-"""Collect what a GPU machine without a network needs for `make gpu`, in one folder that travels with the checkout.
+"""Offline packages of `make gpu` for a GPU machine without a network, in one folder to copy with the checkout.
 
     python -m bench.offline_wheels --out .gpu --python 3.12 [--torch 2.11.0] [--te 2.12.0] [--sm 90] [--megatron 0.16.1]
 
     on that machine:  bash .gpu/use.sh python3 -m bench.gpu --out result.json
 
-The folder then holds megatron-core (both releases, unless one is named), the packages that this project, its tests and
+The folder then holds megatron-core (both releases by default), the packages that this project, its tests and
 Transformer Engine import and that such an image may lack (all but torch and numpy), and Transformer Engine itself: its
-Python part, its core library, and its torch extension, which is published as source only and is built here, for the
-Python and the torch that run this command; they must be those of the GPU machine. `--sm 90` keeps the core library's
-machine code for that architecture alone: the other parts are filled with zeros, which compress well (0: keep all).
+Python part, its core library, and its torch extension, which is published only as source and is built here, for the
+Python and torch that run this command; these must be the GPU machine's. `--sm 90` keeps the core library's
+machine code only for that architecture: the rest is zeroed, which compresses well (0: keep all).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.errors import UserError
 
 MEGATRON = ("0.16.1", "0.19.2")
-# Imported by this project, its tests and benchmarks (transformers, pytest, ...) with what they need, or by Transformer
-# Engine (einops, pydantic, ...). torch and numpy are that machine's own.
+# Imported by this project, its tests and benchmarks (transformers, pytest, ...), with their dependencies, or by
+# Transformer Engine (einops, pydantic, ...). torch and numpy are those of the GPU machine.
 SMALL = (
     "transformers", "tokenizers", "safetensors", "huggingface_hub", "hf-xet", "httpx2", "httpcore2", "truststore",
     "anyio", "idna", "h11", "click", "typer", "shellingham", "annotated-doc", "filelock", "fsspec", "tqdm", "regex",
@@ -36,7 +36,7 @@ SMALL = (
     "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "nvdlfw-inspect", "packaging",
 )  # fmt: skip
 _USE = """#!/usr/bin/env bash
-# Unpack the carried packages beside one another and run the command that follows with them.
+# Unpack the packages into one directory and run the given command with them.
 #   bash .gpu/use.sh python3 -m bench.gpu --out result.json        (MEGATRON=0.19.2 for the newest lane)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -52,20 +52,24 @@ export PYTHONPATH="$packages:$PWD"
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="the folder; new, or empty")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; new or empty")
     parser.add_argument(
-        "--python", default=f"{sys.version_info.major}.{sys.version_info.minor}", help="of that machine"
+        "--python",
+        default=f"{sys.version_info.major}.{sys.version_info.minor}",
+        help="the GPU machine's Python version",
     )
-    parser.add_argument("--torch", default=None, help="that machine's; default: the one installed here")
-    parser.add_argument("--te", default="2.12.0", help="release of Transformer Engine; empty: leave it out")
+    parser.add_argument(
+        "--torch", default=None, help="torch version of the GPU machine; default: the one installed here"
+    )
+    parser.add_argument("--te", default="2.12.0", help="release of Transformer Engine; empty: omit it")
     parser.add_argument("--cuda", type=int, default=13, help="major version of CUDA")
     parser.add_argument("--sm", type=int, default=90, help="architecture whose machine code is kept; 0: all")
     parser.add_argument("--megatron", nargs="+", default=list(MEGATRON), help="releases of megatron-core")
     options = parser.parse_args()
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(
-            f"--out {options.out}: is there and is not an empty folder; what was collected for other versions would be "
-            "installed too. Remove it, or name another"
+            f"--out {options.out}: exists and is not an empty folder; packages of other versions in it would be "
+            "installed too. Remove it, or choose another"
         )
     options.out.mkdir(parents=True, exist_ok=True)
     for release in options.megatron:
@@ -80,7 +84,7 @@ def main() -> None:
 
 
 def download(out: Path, python: str, *packages: str) -> None:
-    """Wheels for that Python on x86-64 Linux, without what they depend on."""
+    """Download wheels for that Python on x86-64 Linux, without dependencies."""
     tag = python.replace(".", "")
     pins = Path(__file__).resolve().parents[1] / "constraints" / f"py{tag}.txt"
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 24, 17)] + [
@@ -102,7 +106,7 @@ def engine(out: Path, python: str, torch_version: str | None, release: str, cuda
         here = f"Python {sys.version_info.major}.{sys.version_info.minor} and torch {installed}"
         raise UserError(
             f"--python {python} --torch {torch_version}: the torch extension is built for {here}, which run this; "
-            "run it with that machine's, or leave Transformer Engine out: --te ''"
+            "run it with the GPU machine's versions, or omit Transformer Engine: --te ''"
         )
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory, "packages")
@@ -129,8 +133,8 @@ _MACHINE_CODE = 2
 def prune(library: Path, sm: int) -> int:
     """Zero the machine code (cubins) of other architectures inside a library's fat binaries; returns the bytes zeroed.
 
-    A fat binary begins with magic, version, header size and length; its entries each with kind (1: PTX, 2: machine
-    code), version, header size, length, and, 28 bytes on, the architecture as a number. Headers stay as they are.
+    A fat binary starts with magic, version, header size and length; each entry with kind (1: PTX, 2: machine
+    code), version, header size, length, and, at byte 28, the architecture as a number. Headers are not changed.
     """
     content = bytearray(library.read_bytes())
     zeroed, at = 0, content.find(_FATBIN)
@@ -156,7 +160,7 @@ def _pip(*arguments: str, extra: dict[str, str] | None = None) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     if subprocess.run(command, env={**os.environ, **(extra or {})}).returncode:
         raise UserError(
-            f"pip {' '.join(arguments[:2])} ...: failed, as it says above; check the network and the versions"
+            f"pip {' '.join(arguments[:2])} ...: failed, see its output above; check the network and the versions"
         )
 
 

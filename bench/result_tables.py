@@ -1,4 +1,4 @@
-"""What a result must say about where it was measured."""
+"""Machine description and measured peak rate, for benchmark results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def matrix_rate(seconds: float = 1.0) -> float:
-    """Operations a second of this device's bf16 matrix product: the best of a few sizes, each for `seconds`."""
+    """Measured bf16 GEMM rate of this device in FLOP/s: the best of a few sizes, each for `seconds`."""
     gpu = torch.cuda.is_available()
     best = 0.0
     for size in (4096, 8192, 16384) if gpu else (512,):
@@ -33,7 +33,7 @@ def matrix_rate(seconds: float = 1.0) -> float:
 
 
 def can_compile() -> bool:
-    """triton, and with it torch.compile, wants a C compiler; without one functions run as they are, which is slower."""
+    """Whether triton, and so torch.compile, has the C compiler that it needs; otherwise functions run uncompiled."""
     return any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
@@ -45,7 +45,7 @@ def version_of(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions, without anything that names the machine itself."""
+    """Hardware and versions, without anything that identifies the machine."""
     from megatron_a2d.megatron_compat.versions import release
 
     cpu = platform.processor() or platform.machine()

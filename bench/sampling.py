@@ -1,13 +1,13 @@
-"""Samplers against a plain reimplementation of the published loop: tokens a second, at equal output or a stated cost.
+"""Benchmark of the samplers against a plain reimplementation of the published loop: tokens/s and output quality.
 
     python -m bench.sampling [--rounds 4] [--out bench/results/sampling_cpu.json]
     python -m bench.sampling --model demo_run/exported --data demo_run/corpus_valid --texts 8 --out ...
 
-The plain loop does what the published one does: the head, a full-vocabulary log-softmax, entropies and argmax on all
-positions, at every step. First, `rnd1` at equal output on an untrained model with Qwen3's vocabulary. With --model, an
-export such as the demo's, all samplers continue held-out texts: beside the speed, what they cost, as the bound on the
-written text's negative log-likelihood under the model (64 forward passes a text, nats a token), and as the share of
-tokens that are those of the held-out text. One text at a time, all in turns.
+The plain loop does what the published one does: LM head, full-vocabulary log-softmax, entropies and argmax at all
+positions, in every step. First, `rnd1` with equal output on a random model with Qwen3's vocabulary. With --model, an
+export such as the demo's, all samplers continue held-out texts, and their quality is measured too: as the bound on the
+generated text's negative log-likelihood under the model (64 forward passes per text, nats/token), and as the fraction
+of tokens that equal the held-out text. One text at a time, samplers alternating.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SAMPLERS = {
 
 
 class Measured(NamedTuple):
-    """Of one sampler, by text."""
+    """Measurements of one sampler, per text."""
 
     seconds: list[float]
     texts: list[list[int]]
@@ -75,9 +75,9 @@ class Measured(NamedTuple):
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=4, help="texts of the untrained model, after one warm-up")
-    parser.add_argument("--model", default=None, help="an export that all samplers are compared on")
+    parser.add_argument("--model", default=None, help="exported model to compare all samplers on")
     parser.add_argument("--data", default=None, help="prefix of its held-out tokens")
-    parser.add_argument("--texts", type=int, default=8, help="texts that are continued, after one warm-up")
+    parser.add_argument("--texts", type=int, default=8, help="texts to continue, after one warm-up")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def untrained(rounds: int) -> dict[str, Any]:
-    """`rnd1` and the plain loop, Qwen3's vocabulary; a quarter of the steps, which changes neither's cost of a step."""
+    """`rnd1` and the plain loop with Qwen3's vocabulary; a quarter of the steps, as the time per step is constant."""
     torch.manual_seed(0)
     config = A2DConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -170,7 +170,7 @@ def our_loop(model: A2DForMaskedLM, prompt: list[int], mask: int, options: Sampl
 
 @torch.no_grad()
 def plain_loop(model: A2DForMaskedLM, prompt: list[int], mask: int, num_steps: int) -> tuple[list[int], int]:
-    """The published schedule, greedy, as it is written; but for the mask token, which it would predict."""
+    """The published schedule, greedy; unlike the published loop it never predicts the mask token."""
     tokens = torch.tensor([prompt + [mask] * NEW_TOKENS])
     maskable = tokens == mask
     total = maskable.sum(1, keepdim=True)

@@ -1,7 +1,7 @@
-"""Shapes of the Qwen3 models, as their config.json on the hub has them, cut to fewer layers where memory asks.
+"""Shapes of the Qwen3 models from their config.json on the hub, with fewer layers where memory requires it.
 
-A layer, the embedding and the head are the real ones. With fewer layers head and embedding weigh more than in the whole
-model: bench.train_step_vs_hf therefore measures half of the layers too, and the difference is the layers' own.
+Layers, embedding and LM head have their real sizes. With fewer layers LM head and embedding have a larger share than in
+the full model: bench.train_step_vs_hf therefore also measures half of the layers, and reports the difference.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ VOCABULARY, MASK_TOKEN_ID = 151_936, 151_669
 
 
 class Shape(NamedTuple):
-    """A model's configuration under Hugging Face's names, and what of it is measured on one GPU of 141 GB."""
+    """A model's configuration with Hugging Face's keys, and the part that is measured on one GPU of 141 GB."""
 
     model: dict[str, Any]
     layers: int  # of num_hidden_layers
     micro_batch_size: int
-    num_microbatches: int = 1  # of a step; where memory does not suffice, more and smaller ones
+    num_microbatches: int = 1  # per step; with too little memory, more and smaller ones
     seq_length: int = 4096
 
     @property
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
         return "num_experts" in self.model
 
     def config(self) -> dict[str, Any]:
-        """The config.json of what is measured."""
+        """The config.json of the measured model."""
         kind = {"model_type": "qwen3_moe", "norm_topk_prob": True} if self.is_moe else {"model_type": "qwen3"}
         return {**_COMMON, **self.model, **kind, "num_hidden_layers": self.layers}
 
@@ -64,7 +64,7 @@ SHAPES = {
 
 
 def rehearsal(shape: Shape) -> Shape:
-    """The same model so small that a CPU runs every line of the measurement in a second or two."""
+    """A tiny version with which a CPU runs every line of the measurement in a second or two."""
     small = dict(
         shape.model, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=128,
         vocab_size=512, mask_token_id=511, max_position_embeddings=256,

@@ -1,23 +1,23 @@
-"""data_prep.tokenize_corpus against Megatron-LM's classic way, and against the bare speed of the tokenizer library.
+"""Benchmark of data_prep.tokenize_corpus against Megatron-LM's preprocessing and against the bare tokenizer library.
 
     python -m bench.tokenize [--megabytes 640] [--workers 2] [--rounds 3] [--out bench/results/tokenize_cpu.json]
 
-The corpus is what every installation has: the source code and documentation of Python's standard library and of the
-installed packages (.py, .pyi, .md, .rst, .txt), one document a file, at most 20,000 characters each. It is gone through
-again until there is enough, and in every pass but the first one word in eight is spelt anew, by letters drawn from the
-file's name, the pass and the word: new words reach the tokenizer all the time, so that remembering old ones does not
-make its work trivial. The tokenizer is trained on the first pass, a vocabulary of 16,384 with Qwen's splitting pattern.
+The corpus is available in every installation: source code and documentation of Python's standard library and of the
+installed packages (.py, .pyi, .md, .rst, .txt), one document per file, at most 20,000 characters each. It is repeated
+up to the requested size, and in every pass but the first one word in eight is respelt, with letters derived from the
+file's name, the pass and the word, so that the tokenizer always meets new words and its cache does not make the work
+trivial. The tokenizer is trained on the first pass, with a vocabulary of 16,384 and Qwen's splitting pattern.
 
 classic    the loop of preprocess_data.py: lines of the file go through a multiprocessing pool, 32 at a time; a worker
            parses one and calls the Hugging Face tokenizer on it; the first process adds it to megatron.core's builder
-ours       the whole command, start to end, in a process of its own: reading, parsing, checking, encoding, writing
-raw        encode_batch of gigatoken on a list that lies in memory, as many threads, nothing read and nothing written
+ours       the complete command in a separate process: reading, parsing, validating, encoding, writing
+raw        encode_batch of gigatoken on a list in memory, with as many threads, without reading and writing
 
-Text is counted in bytes of the documents' UTF-8, without JSON. Classic and ours: the first 208 MB. Ours and raw: the
-whole corpus, in turns, on the same cores; raw does not count its start, so `part_of_raw` carries all of ours, and
-`part_of_raw_further` is the speed at which text is added to a job (whole corpus less the first 208 MB).
+Text is counted in UTF-8 bytes of the documents, without JSON. Classic and ours: the first 208 MB. Ours and raw: the
+entire corpus, alternately, on the same cores; raw does not include its start-up, so `part_of_raw` includes all of ours,
+and `part_of_raw_further` is the marginal speed (the corpus after the first 208 MB).
 
-Memory: the resident memory of all processes of a job together, looked at ten times a second, once for each size.
+Memory: total resident memory of all processes of a job, sampled ten times per second, once for each size.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from megatron_a2d.utils.errors import UserError
 
 KINDS, MAX_CHARS = {".py", ".pyi", ".md", ".rst", ".txt"}, 20_000
 VOCABULARY = 16_384
-BEGINNING = 208_000_000  # bytes that the classic way goes through
+BEGINNING = 208_000_000  # bytes that the classic method processes
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench.tokenize", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=640, help="size of the corpus")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, or threads")
-    parser.add_argument("--rounds", type=int, default=3, help="of each, in turns")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes or threads")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating runs of each")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench_tokenize") as directory:
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, peak in result["peak_bytes"].items():
         console.print(f"{name:14} {peak / 1e6:8.0f} MB of memory")
     if not result["same_bytes_as_classic"]:
-        raise UserError("bench.tokenize: ours and classic wrote different files; the comparison means nothing")
+        raise UserError("bench.tokenize: ours and classic wrote different files; the comparison is invalid")
     if options.out:
         write_json(options.out, {"machine": machine(), **result})
 
@@ -115,7 +115,7 @@ def measure(directory: Path, size: int, workers: int, rounds: int) -> dict[str, 
 
 
 def write_corpus(path: Path, beginning: Path, training: Path, size: int) -> tuple[dict[str, int], int]:
-    """Write all documents, the first of them, and some to train a tokenizer; returns bytes of text, and documents."""
+    """Write all documents, the first ones, and some to train a tokenizer; returns bytes of text, and documents."""
     num_documents = trained = 0
     sizes = {"all": 0, "beginning": 0}
     with ExitStack() as stack:
@@ -157,7 +157,7 @@ def texts() -> Iterator[str]:
 
 
 def respell(text: str, key: str) -> str:
-    """One word in eight with other letters, the same ones wherever it occurs in the text."""
+    """Replace one word in eight by other letters, the same ones wherever the word occurs."""
     salt = hashlib.blake2b(key.encode()).digest()
 
     def other(match: re.Match[str]) -> str:
@@ -171,7 +171,7 @@ def respell(text: str, key: str) -> str:
 
 
 class Encoder:
-    """What a worker of the classic way does."""
+    """Worker of the classic method."""
 
     tokenizer: Any = None
 
@@ -199,7 +199,7 @@ def classic(corpus: Path, tokenizer: Path, out: Path, workers: int) -> None:
 
 
 def _peak_memory(module: object, *arguments: object) -> int:
-    """Most bytes that a command and the processes it starts hold at once; what they share counts for each."""
+    """Peak total memory of a command and its processes in bytes; shared memory counts for each."""
     peak = 0
     with subprocess.Popen(_command(module, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
         while job.poll() is None:
@@ -210,7 +210,7 @@ def _peak_memory(module: object, *arguments: object) -> int:
             peak = max(peak, held)
             time.sleep(0.1)
     if job.returncode:
-        raise RuntimeError(f"{module} ended with {job.returncode}")
+        raise RuntimeError(f"{module} failed with exit code {job.returncode}")
     return peak
 
 

@@ -1,4 +1,4 @@
-"""Seconds that gigatoken takes for the documents of a .jsonl file that lie in memory; part of bench/tokenize.py.
+"""Seconds that gigatoken takes for the documents of a .jsonl file in memory; part of bench/tokenize.py.
 
 python -m bench.tokenize_raw corpus.jsonl tokenizer THREADS
 """

@@ -1,6 +1,6 @@
-"""The two training steps that are compared: the training loop's own, and a short script's on Hugging Face's model.
+"""The two training steps to compare: that of the training loop, and a short script's with Hugging Face's model.
 
-Both learn the same objective from the same batches of random tokens.
+Both train the same objective on the same batches of random tokens.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ LEARNING_RATE = 1e-4
 
 
 class Batches(NamedTuple):
-    """Of what size, and of which tokens: 0 .. mask_token_id - 1."""
+    """Size of the batches, and their random tokens 0 .. mask_token_id - 1."""
 
     micro_batch_size: int
     seq_length: int
     mask_token_id: int
-    num_microbatches: int = 1  # of a step
+    num_microbatches: int = 1  # per step
 
     @property
     def global_batch_size(self) -> int:
@@ -41,7 +41,7 @@ class Batches(NamedTuple):
 
 
 class Step(NamedTuple):
-    """`run` takes one step and waits for nothing; `head_fraction` says which share of the rows reached the head."""
+    """`run` takes one step without synchronising; `head_fraction`: share of positions that reach the LM head."""
 
     run: Callable[[], None]
     head_fraction: Callable[[], float]
@@ -52,7 +52,7 @@ def model_config_of(model: dict[str, Any]) -> ModelConfig:
 
 
 def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) -> Step:
-    """The training loop's own step, on random weights."""
+    """The training loop's step, with random weights."""
     from megatron_a2d.config.settings import build
     from megatron_a2d.config.validate import find_problems
     from megatron_a2d.distributed import environment, process_groups
@@ -85,10 +85,10 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
 def hugging_face_step(
     model: dict[str, Any], batches: Batches, device: torch.device, bf16: bool, experts: str | None = None
 ) -> Step:
-    """What a user would write first: transformers' model, made bidirectional, logits of all positions, torch's AdamW.
+    """The obvious script: transformers' model, made bidirectional, logits of all positions, torch's AdamW.
 
-    bf16: fp32 weights under autocast, the usual recipe. experts: transformers' own name of how it computes them
-    ("eager", "grouped_mm"), its default without.
+    bf16: fp32 weights under autocast, the usual recipe. experts: transformers' implementation of the experts
+    ("eager", "grouped_mm"), or its default.
     """
     import transformers
 
@@ -131,8 +131,8 @@ def hugging_face_step(
 
 @contextmanager
 def grouped_products_autocast() -> Iterator[None]:
-    """Under autocast torch computes all products in bf16 but the grouped one, for which it has no rule: transformers'
-    experts would be computed in fp32, and a comparison with them would flatter."""
+    """Make autocast cover torch's grouped GEMM, for which it has no rule: transformers' experts would otherwise be
+    computed in fp32, and the comparison would be unfair to them."""
     try:
         from transformers.integrations import moe
     except ImportError:  # transformers 4 computes one expert after the other
@@ -153,7 +153,7 @@ def grouped_products_autocast() -> Iterator[None]:
 
 
 def bidirectional_mask(network: Any, batches: Batches, device: torch.device) -> torch.Tensor | None:
-    """Make the model bidirectional, without a mask if it can be: a mask keeps torch from its fastest attention."""
+    """Make the model bidirectional, if possible without a mask: a mask disables torch's fastest attention."""
     for module in network.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
@@ -162,7 +162,7 @@ def bidirectional_mask(network: Any, batches: Batches, device: torch.device) -> 
         changed = probe.clone()
         changed[0, -1] = 1
         first, second = (network(tokens, use_cache=False).logits[0, 0] for tokens in (probe, changed))
-    if (first - second).abs().max() > 1e-4 * first.abs().max():  # the first token's output has seen the last token
+    if (first - second).abs().max() > 1e-4 * first.abs().max():  # the first token's output depends on the last token
         return None
     length = batches.seq_length
     return torch.ones(batches.micro_batch_size, 1, length, length, dtype=torch.bool, device=device)

@@ -1,21 +1,21 @@
-"""Our training step against the plain one: Hugging Face's model, torch's AdamW, the same shape and batch.
+"""Benchmark of our training step against a plain one: Hugging Face's model, torch's AdamW, the same shape and batch.
 
     python -m bench.train_step_vs_hf [--rounds 9] [--out bench/results/train_step_cpu.json] # a CPU, two small shapes
     python -m bench.train_step_vs_hf --device cuda --shapes qwen3_8b qwen3_30b_a3b --out FILE.json
-    python -m bench.train_step_vs_hf --device cpu --rehearse --out FILE.json # the GPU's way, on a CPU
+    python -m bench.train_step_vs_hf --device cpu --rehearse --out FILE.json # the GPU measurement, on a CPU
 
-On a CPU both take whole steps in turns, so that a change of the machine's speed meets both; the figure is the median of
-the ratios. On a GPU, where two models do not fit, one variant follows the other, each for --rounds steps: Transformer
-Engine and portable layers, bf16 and FP8, routing as it falls and force-balanced. A variant that fails is recorded with
-its error, and the next one begins; what is known is in --out after each. All variants of a shape have the same batch:
-one that needs more memory takes it in more and smaller micro-batches.
+On a CPU the steps of both alternate, so that changes of the machine's speed affect both; the result is the median of
+the ratios. On a GPU, where two models do not fit, the variants run one after another, --rounds steps each: Transformer
+Engine and local layers, bf16 and FP8, natural and force-balanced routing. A variant that fails is recorded with
+its error, and the next one runs; --out is rewritten after each. All variants of a shape have the same batch:
+one that needs more memory splits it into more and smaller micro-batches.
 
 tokens/s   of the step: data, forward, backward, update
-TFLOP/s    by the bidirectional formula (model/flops.py), with the rows that reached the head
-MFU        of the bf16 matrix rate measured on this very card in this run
-layer MFU  the same of the difference between all layers and half of them: neither head nor embedding. Where a shape has
-           fewer layers than its model, this is what compares with the model
-ratios     of tokens/s, to the fastest of Hugging Face's variants and, of FP8, to bf16
+TFLOP/s    by the bidirectional formula (model/flops.py), with the positions that reached the LM head
+MFU        relative to the bf16 GEMM rate measured on this GPU in this run
+layer MFU  MFU of the difference between all layers and half of them, without LM head and embedding. For a shape with
+           fewer layers than its model, this is the number that applies to the model
+ratios     of tokens/s, to the fastest of Hugging Face's variants and, for FP8, to bf16
 """
 
 from __future__ import annotations
@@ -56,31 +56,31 @@ CPU_BATCHES = Batches(micro_batch_size=8, seq_length=256, mask_token_id=4088)
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each, after the warm-up")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the true shapes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the full shapes")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="with --device cuda")
-    parser.add_argument("--variants", nargs="+", default=None, help="with --device cuda: these alone, by name")
-    parser.add_argument("--rehearse", action="store_true", help="the GPU's measurement with tiny shapes on a CPU")
+    parser.add_argument("--variants", nargs="+", default=None, help="with --device cuda: only these variants")
+    parser.add_argument("--rehearse", action="store_true", help="the GPU measurement with tiny shapes on a CPU")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; leave it out, or use --rehearse")
     if options.rounds < 1:
-        raise UserError(f"--rounds {options.rounds}: at least 1 step is to be timed")
+        raise UserError(f"--rounds {options.rounds}: must be at least 1")
     if options.device == "cpu" and not options.rehearse:
         if options.variants:
-            raise UserError("--variants: the CPU's comparison has none; add --rehearse, or use --device cuda")
+            raise UserError("--variants: the CPU comparison has no variants; add --rehearse, or use --device cuda")
         in_turns(options.rounds, options.out)
         return
     shapes = {name: rehearsal(SHAPES[name]) if options.rehearse else SHAPES[name] for name in options.shapes}
     known = {name for shape in shapes.values() for on_gpu in (True, False) for name in variants(shape, on_gpu, on_gpu)}
     if unknown := [name for name in options.variants or [] if name not in known]:
-        raise UserError([f"--variants {name}: is none of {'; '.join(sorted(known))}" for name in unknown])
+        raise UserError([f"--variants {name}: is not one of {'; '.join(sorted(known))}" for name in unknown])
     one_by_one(shapes, options.variants, options.rounds, options.out)
 
 
 def in_turns(rounds: int, out: Path | None) -> None:
-    """The CPU's comparison."""
+    """The comparison on a CPU."""
     result: dict[str, Any] = {
         "machine": machine(),
         "settings": COMMON | {"seq_length": CPU_BATCHES.seq_length, "batch": CPU_BATCHES.micro_batch_size},
@@ -115,7 +115,7 @@ _HUGGING_FACE = "hugging_face"
 
 
 def variants(shape: Shape, transformer_engine: bool, gpu: bool) -> dict[str, dict[str, Any]]:
-    """Settings by name, in the order of measurement; those of Hugging Face's model are `hugging_face_step`'s."""
+    """Variant -> settings, in the order of measurement; for Hugging Face's model, arguments of `hugging_face_step`."""
     experts = _FUSED_EXPERTS if can_compile() else {"moe_router_fusion": True}  # permutation is triton's
     engine = _FUSED | (experts if shape.is_moe else {})
     theirs: dict[str, dict[str, Any]] = {_HUGGING_FACE: {}}
@@ -145,13 +145,13 @@ def variants(shape: Shape, transformer_engine: bool, gpu: bool) -> dict[str, dic
 
 
 def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, out: Path | None) -> None:
-    """Every variant of every shape; `out` is written again after each."""
+    """Measure every variant of every shape; `out` is rewritten after each."""
     from importlib.util import find_spec
 
     from megatron_a2d.config.settings import build
     from megatron_a2d.distributed import environment
 
-    environment.apply(build({}))  # read when CUDA starts, which the next line makes it do
+    environment.apply(build({}))  # read at CUDA's initialisation, in the next line
     gpu = torch.cuda.is_available()
     peak = matrix_rate()
     result: dict[str, Any] = {"machine": machine(), "matrix_tflops": peak / 1e12, "rows": []}
@@ -182,7 +182,7 @@ def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, 
         write_json(out, result)
 
 
-# Of which the layers alone are measured too: those that targets are set for, and the portable ones beside them.
+# Variants whose layers are also measured separately: those with targets, and the local layers for comparison.
 _OF_LAYERS = ("bf16", "bf16, force-balanced", "bf16, portable")
 
 
@@ -191,21 +191,21 @@ def _sizes(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_layers(whole: dict[str, Any], half: dict[str, Any], peak: float) -> dict[str, Any]:
-    """What a row says of its layers alone, by the row with half of them and the same batch."""
+    """Results of the layers alone, from a row and the row with half of the layers and the same batch."""
     if "error" in half or _sizes(half) != _sizes(whole):
         return {"half": half}
     tokens = whole["micro_batch_size"] * whole["num_microbatches"] * whole["seq_length"]
     longer = statistics.median(whole["seconds"]) - statistics.median(half["seconds"])
-    if longer <= 0:  # a rehearsal's steps take as long as the machine likes
+    if longer <= 0:  # times of a rehearsal are arbitrary
         return {"half": half}
     operations = tokens * (whole["flops_per_token"] - half["flops_per_token"])
     return {"half": half, "layer_tflops": operations / longer / 1e12, "layer_mfu": operations / longer / peak}
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By shape and variant, how many times the tokens/s of Hugging Face's fastest; and of FP8, those of bf16.
+    """Ratios by shape and variant: tokens/s over Hugging Face's fastest variant, and FP8 over bf16.
 
-    Their router cannot be force-balanced: what is, has no ratio to theirs.
+    Their router cannot be force-balanced, so variants that are have no ratio to theirs.
     """
     speed = {(row["shape"], row["variant"]): row["tokens_per_second"] for row in rows if "error" not in row}
     found: dict[str, dict[str, float]] = {}
@@ -221,9 +221,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def largest_that_fits(shape: Shape, variant: str, settings: dict[str, Any], rounds: int, peak: float) -> dict[str, Any]:
-    """`measure` with the shape's micro-batches, or, where memory does not suffice, with more and smaller ones.
+    """`measure` with the shape's micro-batches, or, if memory does not suffice, with more and smaller ones.
 
-    Whatever else goes wrong is returned as "error": the other variants are worth having without this one.
+    Any other failure is returned as "error", so that the other variants are still measured.
     """
     size, count = shape.micro_batch_size, shape.num_microbatches
     while True:
@@ -235,7 +235,7 @@ def largest_that_fits(shape: Shape, variant: str, settings: dict[str, Any], roun
         except Exception as problem:
             traceback.print_exc()
             return {"error": _one_line(problem)}
-        free_memory()  # here the exception, and with it the frames that hold the model, is gone
+        free_memory()  # the exception, whose frames hold the model, has been released here
         if size == 1:
             return {"error": error}
         size, count = size // 2, count * 2
@@ -246,7 +246,7 @@ def _one_line(problem: Exception) -> str:
 
 
 def measure(shape: Shape, variant: str, settings: dict[str, Any], rounds: int, peak: float) -> dict[str, Any]:
-    """Build one variant, take its steps, and say how fast they were."""
+    """Build one variant, run its steps, and return their speed."""
     from megatron_a2d.model.flops import train_flops_per_token
 
     model = shape.config()
@@ -259,7 +259,7 @@ def measure(shape: Shape, variant: str, settings: dict[str, Any], rounds: int, p
         step = hugging_face_step(model, batches, device, bf16=True, **settings)
     else:
         step = our_step(model, batches, {"bf16": True, **settings})
-    # Autotuning, compilation, and the recording of graphs, which follows the third step.
+    # Warm-up: autotuning, compilation, and graph capture, which happens after the third step.
     warm_up = [seconds(step.run) for _ in range(6 if "cuda_graph_impl" in settings else 3)]
     times = [seconds(step.run) for _ in range(rounds)]
     tokens_per_second = batches.global_batch_size * shape.seq_length / statistics.median(times)
@@ -281,9 +281,9 @@ def measure(shape: Shape, variant: str, settings: dict[str, Any], rounds: int, p
 
 
 def free_memory() -> None:
-    """Of the variant before. megatron's DistributedDataParallel keeps itself alive through autograd's hooks.
+    """Free the previous variant. megatron's DistributedDataParallel is kept alive by its autograd hooks.
 
-    Its process groups go as well: each has a thread, which never quite sleeps.
+    Its process groups are destroyed as well: each has a thread that is never entirely idle.
     """
     from megatron.core.distributed import DistributedDataParallel
 

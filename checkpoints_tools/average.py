@@ -24,7 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must be new")
     parser.add_argument(
-        "--ema-decay", type=float, metavar="D", help="oldest first, mean <- D mean + (1 - D) next; by default all alike"
+        "--ema-decay",
+        type=float,
+        metavar="D",
+        help="oldest first, mean <- D mean + (1 - D) next; default: uniform",
     )
     add_workers(parser)
     options = parser.parse_args(argv)

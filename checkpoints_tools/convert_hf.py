@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         "--mask-token-id",
         type=int,
         metavar="ID",
-        help="token that stands for a masked position; by default the first that the tokenizer leaves unused",
+        help="id of the mask token; default: the first id that the tokenizer does not use",
     )
     parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="type to store")
     add_streaming_options(parser)

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def shape_facts(a: ModelConfig) -> dict[str, str]:
-    kind = f"{a.num_experts} experts, {a.num_experts_per_tok} a token" if a.is_moe else "dense"
+    kind = f"{a.num_experts} experts, {a.num_experts_per_tok} per token" if a.is_moe else "dense"
     return {
         "model": f"{a.num_layers} layers of {a.hidden_size}, {kind}, vocabulary {a.vocab_size}"
         + (", head tied" if a.tie_word_embeddings else ""),

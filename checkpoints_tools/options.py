@@ -39,5 +39,5 @@ def parse_size(flag: str, text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), flags=re.IGNORECASE)
     size = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if size < 1:
-        raise UserError(f"{flag} {text}: is no size; write a number and KB, MB, GB or TB, such as 5GB")
+        raise UserError(f"{flag} {text}: is not a size; give a number and KB, MB, GB or TB, such as 5GB")
     return size

@@ -3,7 +3,7 @@
     python -m checkpoints_tools.publish --hf-model exports/rnd1 --repo me/rnd1 --dry-run
     python -m checkpoints_tools.publish --hf-model exports/rnd1 --repo me/rnd1 --private
 
-The token comes from HF_TOKEN or from `hf auth login` and is never shown; HF_ENDPOINT names another hub.
+The token comes from HF_TOKEN or from `hf auth login` and is never shown; HF_ENDPOINT selects another hub.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything and show what would go; send nothing")
     options = parser.parse_args(argv)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
-        raise UserError(f"--repo {options.repo}: is no repository; write owner/name")
+        raise UserError(f"--repo {options.repo}: is not a repository; give owner/name")
     files = check_export(options.hf_model)
 
     from huggingface_hub import constants, get_token
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     if not token:
         raise UserError("no token for the hub: set HF_TOKEN, or run hf auth login")
     if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would show it in its error message
-        raise UserError("the token for the hub holds a character that no token has; set HF_TOKEN anew")
+        raise UserError("the hub token contains an invalid character; set HF_TOKEN again")
     print_line(f"{options.repo}: {push(options.hf_model, options.repo, options.private, options.message, token)}")
 
 

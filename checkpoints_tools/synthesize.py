@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="type to store")
     parser.add_argument("--fused", action="store_true", help="store all experts of a layer in one tensor")
     parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest weight file, such as 500MB")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a directory whose tokenizer travels along")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory whose tokenizer is copied")
     options = parser.parse_args(argv)
 
     from megatron_a2d.checkpoint.tensor_rows import DTYPES

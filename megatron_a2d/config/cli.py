@@ -1,7 +1,7 @@
 """Command line and recipes: defaults < --config recipe.yaml (several: the later one) < flags.
 
-A recipe is a flat YAML mapping of the same names, with underscores or dashes. Unknown names are errors,
-answered by the nearest known one.
+A recipe is a flat YAML mapping of the same names, with underscores or dashes. Unknown names are errors that
+suggest the nearest known one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from megatron_a2d.config.settings import RunConfig, Setting, build, flag, settin
 from megatron_a2d.utils.atomic_write import read_yaml
 from megatron_a2d.utils.errors import UserError, nearest
 
-LARGEST = 2**64 - 1  # whole number of a flag or a setting: more than the tokens, bytes and steps of any run
+LARGEST = 2**64 - 1  # largest integer of a flag or a setting: above the tokens, bytes and steps of any run
 
 
 class Parser(argparse.ArgumentParser):
-    """Problems become UserErrors, so that they look like all others; abbreviated flags are refused."""
+    """ArgumentParser that raises UserError for invalid arguments, and accepts no abbreviated flags."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         known = self._option_string_actions
         words = modernise_flags(words, known)
-        # Before argparse looks: a mistyped flag is a better message than the required one that is then missing.
+        # Checked before argparse does: a mistyped flag is a better message than the required one that is then missing.
         flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
         unknown = [] if self._subparsers else [word for word in flags if word not in known]
         if not unknown:
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _impossible_values(options: argparse.Namespace) -> list[str]:
-    """Values that no flag of any command can have, and that arithmetic or the operating system would stumble over."""
+    """Problems of values that no flag can have, since arithmetic or the operating system cannot handle them."""
     problems = []
     for name, given in vars(options).items():
         for value in given if isinstance(given, list) else [given]:
@@ -62,7 +62,7 @@ def _impossible_values(options: argparse.Namespace) -> list[str]:
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
-    """A flag for every setting, or for those of `names`. What is not given stays away, so that a recipe can decide."""
+    """Add a flag for every setting, or for those of `names`. Flags have no defaults, so that a recipe can set them."""
     groups: dict[str, Any] = {}
     for item in settings().values() if names is None else (settings()[name] for name in names):
         group = groups.setdefault(item.group, parser.add_argument_group(item.group))
@@ -84,14 +84,18 @@ def parse_run(
     argv: list[str] | None,
     inherit: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
 ) -> tuple[RunConfig, argparse.Namespace]:
-    """Read a run's configuration; with --print-config print it and end. Reports all problems together.
+    """Read a run's configuration; with --print-config print it and exit. Reports all problems together.
 
     `inherit` gives defaults that depend on the given settings: those of the checkpoint that a run starts from.
     """
     parser.add_argument(
-        "--config", nargs="+", default=[], metavar="RECIPE", help="YAML files of settings; later ones and flags win"
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="RECIPE",
+        help="YAML files of settings; later files override, flags too",
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and end")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
     add_settings(parser)
     options = parser.parse_args(argv)
     problems: list[str] = []
@@ -109,7 +113,7 @@ def parse_run(
 
 
 def given_settings(options: argparse.Namespace, names: Iterable[str], problems: list[str]) -> dict[str, Any]:
-    """Those settings of `names` that were given as flags; what is wrong with them is added to `problems`."""
+    """The settings of `names` that were given as flags; invalid ones are added to `problems`."""
     values: dict[str, Any] = {}
     for name in names:
         if hasattr(options, name):
@@ -163,7 +167,7 @@ def _convert(item: Setting, given: Any) -> Any:
 
 def _convert_text(given: Any) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int):
-        raise ValueError("must be text; write it in quotes")
+        raise ValueError("must be a string; quote it")
     if "\0" in str(given):
         raise ValueError("holds a NUL character, which no name or path can")
     return str(given)
@@ -182,7 +186,7 @@ def _convert_number(kind: type, given: Any) -> int | float:
 
 
 def _unusable(number: int | float) -> str:
-    """Why nothing can be set to `number`, or ''."""
+    """Why no setting can have the value `number`, or ''."""
     if isinstance(number, int):
         return "" if abs(number) <= LARGEST else "must be below 2**64"
     return "" if math.isfinite(number) else "must be a finite number"

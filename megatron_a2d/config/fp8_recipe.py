@@ -1,13 +1,13 @@
 """Which FP8 or FP4 scaling a GPU gets, in which format, and whether it is emulated.
 
-mxfp8      a scale for each block of 32, in hardware of 10.x and 11.x; e4m3 both ways
-blockwise  a scale for each 128 x 128 block of a weight and 1 x 128 of an activation (DeepSeek-V3); e4m3 both ways
-tensorwise a scale for each tensor, from its present values; e4m3, gradients e5m2
-delayed    a scale for each tensor, from the history of its largest values; e4m3, gradients e5m2
+mxfp8      one scale per block of 32, in hardware on 10.x and 11.x; e4m3 forward and backward
+blockwise  one scale per 128 x 128 block of a weight and 1 x 128 of an activation (DeepSeek-V3); e4m3 both
+tensorwise one scale per tensor, from its current values; e4m3, gradients e5m2
+delayed    one scale per tensor, from its amax history; e4m3, gradients e5m2
 nvfp4      FP4 (e2m1) with a scale for each block of 16 and one for the tensor, in hardware from 10.0 on
 
-What a GPU lacks is what Transformer Engine refuses it: its products of mxfp8 stop at 12.0 (GeForce's Blackwell), those
-of blockwise begin with CUDA 12.9. With --transformer-impl local a recipe is emulated (model/emulated_layers.py).
+The limits are Transformer Engine's: it has no MXFP8 GEMMs from compute capability 12.0 on (GeForce Blackwell), and
+blockwise GEMMs need CUDA 12.9. With --transformer-impl local a recipe is emulated (model/emulated_layers.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Emulation(NamedTuple):
 
 
 _FORMATS = {"mxfp8": "e4m3", "blockwise": "e4m3", "tensorwise": "hybrid", "delayed": "hybrid", "nvfp4": "e2m1"}
-# Compute capabilities: the least, and the first that has it no more.
+# Compute capabilities: the first that supports the recipe, and the first that no longer does (None: no limit).
 _CAPABILITIES = {
     "mxfp8": ((10, 0), (12, 0)), "blockwise": ((9, 0), None), "tensorwise": ((8, 9), None), "delayed": ((8, 9), None),
     "nvfp4": ((10, 0), None),
@@ -108,7 +108,7 @@ def _lacks(recipe: str, capability: tuple[int, int]) -> str | None:
     if capability < least:
         return f"has no {recipe}, which needs {_dotted(least)}"
     if end and capability >= end:
-        return f"has no {recipe} in Transformer Engine, which has it below {_dotted(end)}"
+        return f"has no {recipe} in Transformer Engine, which supports it below {_dotted(end)}"
     return None
 
 

@@ -1,5 +1,4 @@
-"""GPUs by NVIDIA's data sheets: dense matrix rates (MFU is measured against them, the planner divides by them), and the
-compute capability, which says what they can compute in."""
+"""GPU data sheet values: dense peak FLOP/s, which MFU and the planner are based on, and compute capability."""
 
 from __future__ import annotations
 
@@ -7,10 +6,10 @@ from typing import NamedTuple
 
 
 class Rates(NamedTuple):
-    """Teraflop/s without sparsity."""
+    """Peak TFLOP/s without sparsity."""
 
     bf16_tflops: float
-    fp8_tflops: float | None  # None: it computes nothing in FP8
+    fp8_tflops: float | None  # None: no FP8 support
     compute_capability: float
 
 
@@ -22,6 +21,6 @@ RATES = {
 
 
 def rates_of(name: str) -> Rates | None:
-    """Of the GPU that is in `name`, such as NVIDIA H100 80GB HBM3; None where it is none of these."""
+    """Rates of the GPU in `name`, such as NVIDIA H100 80GB HBM3; None for an unknown GPU."""
     known = [gpu for gpu in RATES if gpu in name]
     return RATES[max(known, key=len)] if known else None  # GB200 is not B200

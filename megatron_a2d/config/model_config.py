@@ -1,8 +1,8 @@
-"""The shape of a Qwen3 or Qwen3-MoE model, read from a Hugging Face `config.json`.
+"""Architecture of a Qwen3 or Qwen3-MoE model, read from a Hugging Face `config.json`.
 
-This is the only place that knows the names of Hugging Face's configuration keys. Both spellings are
+Only this module knows the names of Hugging Face's configuration keys. Both spellings are
 read: the hub's (`rope_theta`, `num_experts`) and those of transformers 5 (`rope_parameters`,
-`num_local_experts`). Whatever this code does not implement is an error, never ignored.
+`num_local_experts`). Anything that is not implemented is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from megatron_a2d.config.rotary import YarnScaling, agreed, is_positive, read_ro
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
-# model_type -> is it a mixture of experts? (None: the keys tell)
+# model_type -> whether it is a mixture of experts (None: depends on the keys)
 MODEL_TYPES = {"qwen3": False, "qwen3_moe": True, "rnd1": True, "a2d": None}
 
-# What the classes of these models take when config.json lacks a key: transformers 4.57 to 5.24, and RND1's own code.
-# (Of a qwen3_moe they take hidden_size / num_attention_heads as head_dim.)
+# Defaults of these models' classes for keys missing from config.json: transformers 4.57 to 5.24, and RND1's own code.
+# (For qwen3_moe they use hidden_size / num_attention_heads as head_dim.)
 ABSENT = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "qwen3_moe": {"num_key_value_heads": 4},
     "rnd1": {"num_key_value_heads": 4, "head_dim": 128},
 }
 
-# A hundred times what any published model has. A few bytes could else ask for names and layers without end.
+# A hundred times the sizes of any published model. Otherwise a few bytes could request unlimited names and layers.
 MOST = {"num_hidden_layers": 10_000, "num_experts": 65_536}
 MOST_EXPERTS = 1_000_000  # of all layers together
 
@@ -56,7 +56,7 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """Positions that the model knows; YaRN's where `max_position_embeddings` was left as it was."""
+        """Maximum number of positions; that of YaRN if `max_position_embeddings` was not raised."""
         extended = round(self.yarn.factor * self.yarn.original_max_position_embeddings) if self.yarn else 0
         return max(self.max_position_embeddings, extended)
 
@@ -65,15 +65,15 @@ class ModelConfig:
         return self.num_experts > 0
 
     def has_role(self, role: str) -> bool:
-        """Whether the model has parameters of this role (config.ROLES); a tied head is the embedding."""
+        """Whether the model has parameters of this role (config.ROLES); a tied LM head counts as embedding."""
         return {"router": self.is_moe, "head": not self.tie_word_embeddings}.get(role, True)
 
     def num_parameters(self) -> int:
-        """All weights, a tied output head counted once."""
+        """All parameters, with a tied LM head counted once."""
         return self._weights(self.num_experts)
 
     def num_active_parameters(self) -> int:
-        """Weights that a token passes through: `num_experts_per_tok` of the experts."""
+        """Parameters active for a token: `num_experts_per_tok` of the experts."""
         return self._weights(self.num_experts_per_tok)
 
     def _weights(self, experts: int) -> int:
@@ -111,7 +111,7 @@ def model_config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
         if found:
             return agreed(found, where, problems)
         if default is None:
-            problems.append(f"{where}: {names[0]} is missing; take the config.json that belongs to the weights")
+            problems.append(f"{where}: {names[0]} is missing; use the config.json that belongs to the weights")
             return 1
         return default
 
@@ -182,10 +182,10 @@ def model_config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
 
 
 def quantised(how: str) -> str:
-    """What to say of a model whose weights are not plain floating-point numbers."""
+    """Error text for a model whose weights are quantised by the method `how`."""
     return (
         f"its weights are quantised ({how}), and only bfloat16, float16 and float32 can be converted and trained; "
-        "take the unquantised model that it was made from, or save it dequantised"
+        "use the original unquantised model, or save it dequantised"
     )
 
 
@@ -200,7 +200,7 @@ def _unsupported(config: dict[str, Any], model_config: ModelConfig, where: str) 
     mask = model_config.mask_token_id
     if mask is not None and (not isinstance(mask, int) or not 0 <= mask < model_config.vocab_size):
         problems.append(
-            f"{where}: mask_token_id is {mask!r}, not a row of the embedding (0 to {model_config.vocab_size - 1}); "
+            f"{where}: mask_token_id is {mask!r}, not a token id (0 to {model_config.vocab_size - 1}); "
             "convert the model again with checkpoints_tools.convert_hf"
         )
     if model_config.num_attention_heads % model_config.num_key_value_heads:
@@ -209,9 +209,7 @@ def _unsupported(config: dict[str, Any], model_config: ModelConfig, where: str) 
             f"num_key_value_heads {model_config.num_key_value_heads}; correct the file"
         )
     if (experts := model_config.num_layers * model_config.num_experts) > MOST_EXPERTS:
-        problems.append(
-            f"{where}: names {experts:,} experts, more than the {MOST_EXPERTS:,} supported; correct the file"
-        )
+        problems.append(f"{where}: has {experts:,} experts, more than the {MOST_EXPERTS:,} supported; correct the file")
     if model_config.num_experts_per_tok > model_config.num_experts:
         problems.append(
             f"{where}: num_experts_per_tok {model_config.num_experts_per_tok} exceeds "
@@ -230,7 +228,7 @@ def _unsupported(config: dict[str, Any], model_config: ModelConfig, where: str) 
         problems.append(f"{where}: layer_types is {str(layers)[:60]}, and only full_attention in each of the "
                         f"{model_config.num_layers} layers is supported; use an unmodified Qwen3")  # fmt: skip
     if config.get("per_layer_config"):
-        problems.append(f"{where}: per_layer_config gives layers settings of their own; use an unmodified Qwen3")
+        problems.append(f"{where}: per_layer_config sets individual layers differently; use an unmodified Qwen3")
     types = {key: str(config[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)}
     agreed(types, where, problems)
     return problems

@@ -1,7 +1,7 @@
-"""Settings, flags and metrics that version 0.1 knew under other names, and how their values are written now.
+"""Renamed settings, flags and metrics: the names of version 0.1, and their current names and values.
 
-For one version flags and recipes may use the old names: a warning tells the new one. What a run has recorded (run.json,
-log.jsonl) is read under either.
+For one version flags and recipes may use the old names, with a warning that gives the new one. A run's records
+(run.json, log.jsonl) are read with either.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_a2d.utils.printable import print_line
 
 
 class Renamed(NamedTuple):
-    """What a setting is called now, and its new values by the old ones; a value that is not among them is kept."""
+    """A setting's current name, and old value -> new value; other values are unchanged."""
 
     name: str
     values: Mapping[Any, Any] = {}
@@ -39,7 +39,7 @@ SETTINGS = {
     "loss_weights": Renamed("loss_weighting"),
     "mask_embedding": Renamed("mask_token_init", {"as_is": "pretrained"}),
 }
-# Flags that are no settings. Only those of a command that has the new flag and not the old one are replaced.
+# Flags that are not settings. Replaced only for a command that has the new flag and not the old one.
 FLAGS = {
     "--beside": "--compare-with",
     "--guidance": "--cfg-scale",
@@ -47,7 +47,7 @@ FLAGS = {
     "--hf": "--hf-model",
     "--export": "--hf-model",
 }
-# Of log.jsonl. Those of "router" are under "moe" now.
+# Metrics of log.jsonl. Those of "router" are now under "moe".
 METRICS = {
     "router": "moe",
     "noise_scale": "grad_noise_scale",
@@ -68,7 +68,7 @@ MOE_METRICS = {
 
 
 def modernise_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of log.jsonl in today's names."""
+    """A record of log.jsonl with current names."""
     result = {METRICS.get(name, name): value for name, value in record.items()}
     if isinstance(result.get("moe"), dict):
         result["moe"] = {MOE_METRICS.get(name, name): value for name, value in result["moe"].items()}
@@ -76,7 +76,7 @@ def modernise_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def modernise(name: str, value: Any) -> tuple[str, Any]:
-    """A setting's name and value as they are written now."""
+    """A setting's current name and value."""
     if name not in SETTINGS:
         return name, value
     now, values = SETTINGS[name]
@@ -84,7 +84,7 @@ def modernise(name: str, value: Any) -> tuple[str, Any]:
 
 
 def modernise_record(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run has recorded, in today's names; where both are there, the new one counts."""
+    """A run's recorded settings with current names; if both names are present, the new one counts."""
     modern = [(name, *modernise(name, value)) for name, value in values.items()]
     return {now: value for name, now, value in modern if now == name or now not in values}
 
@@ -123,7 +123,7 @@ def name_in(values: Mapping[str, Any], name: str) -> str:
 
 
 def modernise_flags(words: Sequence[str], known: Collection[str]) -> list[str]:
-    """A command line in today's flags, for a command whose flags are `known`; warns of each old one."""
+    """A command line with current flags, for a command whose flags are `known`; warns about each old one."""
     result: list[str] = []
     pending = list(words)
     while pending:
@@ -157,7 +157,7 @@ def modernise_flags(words: Sequence[str], known: Collection[str]) -> list[str]:
 
 
 def _flag(given: str, known: Collection[str]) -> tuple[str, Mapping[Any, Any]] | None:
-    """The new flag and its values for an old one; None where there is nothing to replace."""
+    """The new flag and its values for an old one; None if the flag has not been renamed."""
     if given in FLAGS:
         return (FLAGS[given], {}) if FLAGS[given] in known and given not in known else None
     old = given.removeprefix("--no-" if given.startswith("--no-") else "--").replace("-", "_")
@@ -175,7 +175,7 @@ def _switch(flag: str, on: bool) -> str:
 
 
 def warn_of_key(where: str, old: tuple[str, Any], new: tuple[str, Any]) -> None:
-    """Of a recipe's (name, value) in the old spelling."""
+    """Warn about a recipe's (name, value) in the old spelling."""
     if old[1] == new[1]:
         _warn(f"{where}: {old[0]}", new[0])
     else:
@@ -189,4 +189,4 @@ def _yaml(value: Any) -> str:
 def _warn(old: str, new: str) -> None:
     """Once per run: on the first rank, and in the first process of launch/train.sh that reads the settings."""
     if os.environ.get("RANK", "0") == "0" and "A2D_SETTINGS_READ" not in os.environ:
-        print_line(f"warning: {old} is now {new}; the next version will not know the old name", sys.stderr)
+        print_line(f"warning: {old} is now {new}; the old name will be removed in the next version", sys.stderr)

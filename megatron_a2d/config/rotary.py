@@ -35,7 +35,7 @@ class YarnScaling:
     truncate: bool = True
 
     def to_rope_scaling(self) -> dict[str, Any]:
-        """`rope_scaling` of a config.json as Qwen's model cards spell it, without what has its default value."""
+        """`rope_scaling` of a config.json as in Qwen's model cards, without default values."""
         optional = {
             "attention_factor": (self.attention_factor, attention_factor(self.factor)),
             "beta_fast": (self.beta_fast, 32.0),
@@ -51,7 +51,7 @@ class YarnScaling:
 
 
 class Rotary(NamedTuple):
-    """What a config.json says of positions."""
+    """Position embedding settings of a config.json."""
 
     theta: float
     yarn: YarnScaling | None
@@ -63,7 +63,7 @@ def attention_factor(factor: float, weight: float = 1.0) -> float:
 
 
 def read_rotary(config: dict[str, Any], where: str, max_position_embeddings: int, problems: list[str]) -> Rotary:
-    """The rotary embedding of `config`; whatever is wrong with it goes to `problems`, with `where`, its file."""
+    """The rotary embedding of `config`; problems are appended to `problems`, with `where`, its file."""
     objects = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key)
@@ -89,7 +89,7 @@ def read_rotary(config: dict[str, Any], where: str, max_position_embeddings: int
 
 
 def agreed(found: dict[str, Any], where: str, problems: list[str]) -> Any:
-    """The one value of `found`, spellings of one setting; None without any. A problem names all keys if they differ."""
+    """The value of a setting, given all its spellings in `found`; None if there is none, a problem if they differ."""
     first = next(iter(found.values()), None)
     if any(value != first for value in found.values()):
         values = " and ".join(f"{key} is {value!r}" for key, value in found.items())
@@ -103,7 +103,7 @@ def is_positive(value: Any) -> bool:
 
 
 def _spellings(name: str, config: dict[str, Any], objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """key -> value of the setting `name`, of all places where it stands."""
+    """key -> value of the setting `name`, wherever config.json has it."""
     places = {name: config.get(name)} | {f"{key}.{name}": found.get(name) for key, found in objects.items()}
     return {key: value for key, value in places.items() if value is not None}
 
@@ -117,7 +117,7 @@ def _theta(config: dict[str, Any], objects: dict[str, dict[str, Any]], where: st
         problems.append(f"{where}: rope_theta is {theta!r}, not a positive number above 1; correct the file")
     elif "rope_scaling" in objects and set(found) == {"rope_parameters.rope_theta"}:
         problems.append(
-            f"{where}: rope_theta stands in rope_parameters alone, which transformers ignores beside rope_scaling; "
+            f"{where}: rope_theta is only in rope_parameters, which transformers ignores next to rope_scaling; "
             "write it at the top level too"
         )
     else:
@@ -126,7 +126,7 @@ def _theta(config: dict[str, Any], objects: dict[str, dict[str, Any]], where: st
 
 
 def _yarn(found: dict[str, Any], here: str, original: Any, longest: int, problems: list[str]) -> YarnScaling | None:
-    """YaRN by transformers' rules for what is left out; None without it, and where something is wrong."""
+    """YaRN settings, with transformers' rules for missing keys; None without YaRN, or if a setting is invalid."""
     kind = agreed({name: found[name] for name in ("rope_type", "type") if name in found}, here, problems) or "default"
     if kind == "default":
         return None
@@ -157,7 +157,7 @@ def _yarn(found: dict[str, Any], here: str, original: Any, longest: int, problem
         problems.append(f"{here}: factor is missing or below 1; give the new context length divided by the original")
     fast, slow = float(numbers.get("beta_fast", 32)), float(numbers.get("beta_slow", 1))
     if fast < slow:
-        problems.append(f"{here}: beta_fast {fast:g} is below beta_slow {slow:g}; exchange them")
+        problems.append(f"{here}: beta_fast {fast:g} is below beta_slow {slow:g}; swap them")
     above, below = numbers.get("mscale"), numbers.get("mscale_all_dim")
     scale = numbers.get("attention_factor")
     if scale is None and above and below:

@@ -1,7 +1,7 @@
-"""The configuration of a training run: what each setting means (what does not go together: validate.py).
+"""Settings of a training run, with their meaning and defaults (invalid combinations: validate.py).
 
-Settings carry Megatron-LM's names where it has them. The docstring under a field is its help text on the
-command line. The model's shape is no setting: it is read from the checkpoint's `hf/config.json`.
+Settings have Megatron-LM's names where it has them. The docstring below a field is its help text on the
+command line. The model's architecture is not a setting: it is read from the checkpoint's `hf/config.json`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ ROLES = ("attention", "mlp", "router", "norm", "embedding", "head")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is laid out over processes. Data parallelism takes what is left of the world."""
+    """Parallel layout of the model. The data-parallel size follows from the world size."""
 
     tensor_model_parallel_size: int = 1
-    """processes that share each attention and dense MLP matrix"""
+    """processes over which each attention and dense MLP matrix is sharded"""
     sequence_parallel: bool = False
-    """split activations along the sequence between tensor-parallel processes; needed for MoE with TP > 1"""
+    """shard activations along the sequence over tensor-parallel processes; required for MoE with TP > 1"""
     pipeline_model_parallel_size: int = 1
-    """stages that the layers are divided into"""
+    """number of pipeline stages"""
     num_virtual_stages_per_pipeline_rank: int = 1
-    """parts of the layers that each pipeline process holds; above 1: the interleaved schedule"""
+    """virtual stages per pipeline process; above 1: the interleaved schedule"""
     context_parallel_size: int = 1
-    """processes that share each sample's sequence in every layer"""
+    """processes over which each sample's sequence is sharded"""
     expert_model_parallel_size: int = 1
-    """processes that the experts of each MoE layer are divided over"""
+    """processes over which the experts of each MoE layer are distributed"""
     expert_tensor_parallel_size: int = 1
-    """processes that share each expert's matrices"""
+    """processes over which each expert's matrices are sharded"""
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """token dispatch to experts; flex: the kernels of --moe-flex-dispatcher-backend"""
     use_distributed_optimizer: bool = False
@@ -59,33 +59,33 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from."""
+    """Training and validation data."""
 
     train_data_path: str | None = None
     """prefix of the training .bin/.idx pair"""
     data_mixture: str | None = None
     """YAML file of several sources with weights, instead of the two paths (launch/mixtures has an example)"""
     train_data_fingerprint: str = ""
-    """fingerprint that the training tokens and their weights must have; empty: not checked. Stored in checkpoints"""
+    """expected fingerprint of the training tokens and their weights; empty: not checked. Stored in checkpoints"""
     valid_data_path: str | None = None
     """prefix of the validation .bin/.idx pair; no validation without it"""
     seq_length: int = 4096
-    """tokens in a sample"""
+    """tokens per sample"""
     reset_attention_mask: bool = False
     """no attention between the documents packed into a sample (intra-document attention)"""
     reset_position_ids: bool = False
     """count positions from 0 in each document of a sample"""
     random_length_prob: float = 0.0
-    """part of the training samples that are cut in two at a random place, so that short texts are seen (LLaDA: 0.01)"""
+    """fraction of the training samples that are split in two at a random position, for short contexts (LLaDA: 0.01)"""
     eod_mask_loss: bool = False
-    """no loss on end-of-document tokens: they are never masked; without: they are masked and predicted as all others"""
+    """no loss on end-of-document tokens: they are never masked; without: they are treated like other tokens"""
     verify_tokenizer: bool = True
-    """refuse tokens that were made with another vocabulary, or end documents otherwise, than the checkpoint's tokenizer
-    or another source of the mixture"""
+    """refuse tokens whose vocabulary or end-of-document token differs from the checkpoint tokenizer's, or between the
+    sources of a mixture"""
     num_workers: int = 1
-    """prefetch threads of the data loader; 0: samples are made inside the step"""
+    """prefetch threads of the data loader; 0: samples are prepared inside the step"""
     seed: int = 1234
-    """decides the order of samples and, with a sample's index, its noise"""
+    """seed of the sample order and, with a sample's index, of its noise"""
 
 
 @dataclass(frozen=True)
@@ -93,38 +93,37 @@ class DiffusionConfig:
     """The training objective."""
 
     objective: Literal["mdlm", "block", "ar"] = "mdlm"
-    """mdlm: masked diffusion with bidirectional attention; block: the same in blocks of --block-length, each after the
-    ones before it (BD3LM); ar: next token with causal attention"""
+    """mdlm: masked diffusion with bidirectional attention; block: masked diffusion within blocks of --block-length,
+    autoregressive over blocks (BD3LM); ar: next-token prediction with causal attention"""
     block_length: int = 0
-    """block: tokens of a block"""
+    """block: tokens per block"""
     ar_loss_weight: float = 0.0
-    """block: what the next-token loss of the clean text counts beside the diffusion loss; above 0 each block sees those
-    before it as a causal model does"""
+    """block: weight of the next-token loss on the clean copy of the text; above 0 its attention is causal"""
     noise_schedule: Literal["linear", "cosine"] = "linear"
-    """how the mask ratio depends on the time t; linear: they are equal"""
+    """mask ratio as a function of the time t; linear: the ratio is t"""
     timestep_sampling: Literal["low_discrepancy", "uniform"] = "low_discrepancy"
-    """times of consecutive samples: evenly spread, or independent"""
+    """times of consecutive samples: low-discrepancy (evenly spread) or independent"""
     min_timestep: float = 1e-3
-    """smallest time; a masked token weighs up to 1 / min_timestep"""
+    """smallest time t; the loss weight of a masked token is at most 1 / min_timestep"""
     mask_sampling: Literal["bernoulli", "exact_count"] = "bernoulli"
-    """in training, mask every token by a chance of its own, or exactly the share of tokens that the time asks for"""
+    """in training, mask every token independently, or mask exactly the fraction of tokens given by the time"""
     mask_token_init: Literal["pretrained", "mean"] = "pretrained"
-    """the mask token's row of the embedding when conversion begins: as --load has it, or the mean of all rows"""
+    """initial embedding of the mask token: as in --load, or the mean of all embeddings"""
     label_shift: bool = True
-    """row i predicts token i + 1, as the autoregressive model does; without: row i predicts token i (LLaDA)"""
+    """the logits at position i predict token i + 1, as in the autoregressive model; without: token i (LLaDA)"""
     loss_weighting: Literal["mdlm", "uniform", "cart"] = "mdlm"
-    """what a masked token weighs in training; mdlm: the likelihood bound's 1/t; uniform: all the same; cart: the more,
-    the more tokens near it are visible (Dream). Validation reports the bound whatever is trained"""
+    """loss weight of a masked token in training; mdlm: 1/t, the likelihood bound; uniform: constant; cart: larger with
+    more unmasked tokens nearby (Dream). Validation always reports the bound"""
     cart_p: float = 0.8
-    """cart: how fast a neighbour's part falls with its distance (geometric distribution)"""
+    """cart: parameter of the geometric distribution over a neighbour's distance"""
     conversion: Literal["scp", "annealing", "grafting", "random"] = "scp"
-    """how the autoregressive model becomes a bidirectional one; scp: at once; annealing: entry by entry of the
-    attention mask (DiffuLLaMA); grafting: layer by layer, each regressed on its causal form (Chandrasegaran et al.
-    2025); random: not at all, --load gives the shape and the weights are drawn (LLaDA)"""
+    """conversion from causal to bidirectional attention; scp (simple continual pretraining): at step 0; annealing: the
+    causal mask is removed entry by entry (DiffuLLaMA); grafting: layer by layer, each regressed on its causal version
+    (Chandrasegaran et al. 2025); random: none, --load gives the architecture, weights are random (LLaDA)"""
     attention_annealing_iters: int = 0
-    """annealing: iterations until all tokens see one another"""
+    """annealing: iterations until attention is fully bidirectional"""
     grafting_iters: int = 0
-    """grafting: iterations of regression, on clean text, over which the layers are swapped one after the other"""
+    """grafting: iterations of regression on clean text, during which the layers are swapped one after another"""
 
 
 @dataclass(frozen=True)
@@ -138,21 +137,21 @@ class OptimizationConfig:
     lr_mult: dict[str, float] = field(default_factory=dict)
     """factors on lr and min_lr by role, ROLE=FACTOR ...; 0 freezes; roles: attention mlp router norm embedding head"""
     lr_warmup_iters: int = 0
-    """iterations over which the learning rate rises linearly from 0"""
+    """iterations of linear learning rate warm-up from 0"""
     lr_decay_style: Literal["cosine", "WSD", "linear", "constant"] = "cosine"
     """shape of the decay after the warm-up; WSD: stable, then a decay over lr_wsd_decay_iters"""
     lr_wsd_decay_iters: int = 0
     """iterations of WSD's final decay"""
     weight_decay: float = 0.1
-    """decoupled weight decay; vectors (norms) have none"""
+    """decoupled weight decay; not applied to vectors (norms)"""
     adam_beta1: float = 0.9
-    """decay of Adam's first moment"""
+    """decay rate of Adam's first moment"""
     adam_beta2: float = 0.95
-    """decay of Adam's second moment"""
+    """decay rate of Adam's second moment"""
     adam_eps: float = 1e-8
     """Adam's epsilon"""
     clip_grad: float = 1.0
-    """largest gradient norm; 0: no clipping"""
+    """maximum gradient norm; 0: no clipping"""
 
 
 @dataclass(frozen=True)
@@ -161,60 +160,60 @@ class TrainingConfig:
 
     model: str | None = None
     """the model that a recipe is for: a name such as Qwen/Qwen3-8B-Base, or a directory with a config.json; a
-    checkpoint of another shape is refused"""
+    checkpoint with another architecture is refused"""
     load: str | None = None
     """checkpoint to start or resume from (convert_hf writes the first one)"""
     save: str | None = None
     """directory for checkpoints; if it already holds one, the run resumes from it"""
     ckpt_step: int | None = None
-    """iteration to start from, instead of the newest intact one; of --save if that holds checkpoints, else of --load"""
+    """iteration to start from, instead of the newest intact one; in --save if that has checkpoints, else in --load"""
     finetune: bool = False
-    """load only the weights from --load: no optimizer state, iteration 0"""
+    """load only the weights of --load: no optimizer state, and start at iteration 0"""
     verify_checkpoint: bool = True
-    """compare checksums of the checkpoint's files with its manifest before it is loaded; without: sizes alone"""
+    """verify the checkpoint's files by the checksums in its manifest before loading; without: only their sizes"""
     train_iters: int = 1000
-    """iterations in total"""
+    """total number of iterations"""
     micro_batch_size: int = 1
-    """samples that a process forwards at once"""
+    """samples per micro-batch and data-parallel process"""
     global_batch_size: int = 8
-    """samples of an iteration over all processes"""
+    """samples per iteration over all processes"""
     bf16: bool = False
     """train in bfloat16 with fp32 main weights and gradients; otherwise fp32"""
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
-    """layers by Transformer Engine, or by torch alone; auto: by Transformer Engine on a GPU if installed"""
+    """layers of Transformer Engine, or local ones in pure torch; auto: Transformer Engine on a GPU if installed"""
     save_interval: int = 500
-    """iterations between checkpoints; one is always written at the end"""
+    """iterations between checkpoints; the last iteration always writes one"""
     async_save: bool = False
-    """write checkpoints in the background while training continues; the last one is waited for"""
+    """write checkpoints in the background while training continues; the run waits for the last one"""
     exit_interval: int = 0
-    """save and end after an iteration that this divides; 0: never"""
+    """save and exit at the first iteration divisible by this; 0: never"""
     exit_duration_in_mins: float = 0.0
-    """save and end after the step that runs when so many minutes are over; 0: never"""
+    """save and exit once the run has lasted this many minutes; 0: never"""
     max_skipped_steps: int = 5
-    """consecutive steps with non-finite gradients after which the run saves and ends"""
+    """consecutive steps with non-finite gradients after which the run saves and exits"""
     keep_latest_k: int = 0
-    """checkpoints that are kept; older ones are removed when a new one is complete; 0 keeps all"""
+    """number of checkpoints to keep; older ones are removed when a new one is complete; 0: keep all"""
     save_retain_interval: int = 0
-    """with keep_latest_k: checkpoints of iterations that this divides are never removed; 0: no such exception"""
+    """with keep_latest_k: never remove checkpoints of iterations divisible by this; 0: no exception"""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """when a checkpoint cannot be written (a full disk): end with exit code 74, or train on and try at the next one"""
+    """if a checkpoint cannot be written (disk full): exit with code 74, or continue and retry at the next one"""
     eval_interval: int = 500
-    """iterations between validations; one is always made at the start and at the end"""
+    """iterations between validations; there is always one at the start and at the end"""
     eval_iters: int = 8
-    """global batches in a validation"""
+    """global batches per validation"""
     log_interval: int = 10
     """iterations between log lines"""
     monitor: bool = True
-    """also log gradients, updates and drift by role, routers and gradient noise; the host keeps a copy of the first
-    weights"""
+    """also log gradients, updates and weight change by role, router load and gradient noise scale; keeps a copy of the
+    initial weights in host memory"""
     tensorboard_dir: str | None = None
     """TensorBoard directory; default: tensorboard/ in --save"""
     profile: bool = False
     """write a trace of a few iterations, and their time by phase, to profile/ in --save (docs/profiling.md)"""
     profile_step_start: int = 10
-    """first iteration that is profiled"""
+    """first profiled iteration"""
     profile_step_end: int = 12
-    """last iteration that is profiled"""
+    """last profiled iteration"""
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class RunConfig:
 
     @property
     def input_length(self) -> int:
-        """The model's rows for a sample: block diffusion reads each sample twice, noised and clean."""
+        """Input positions per sample: block diffusion reads each sample twice, noised and clean."""
         return self.data.seq_length * (2 if self.diffusion.objective == "block" else 1)
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -245,7 +244,7 @@ class RunConfig:
 
 
 def _copied(value: Any) -> Any:
-    """As YAML has it: what may be changed is the caller's own. (dataclasses.asdict does the same far slower.)"""
+    """A copy of a value, of plain YAML types. (dataclasses.asdict does the same, far slower.)"""
     return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
 
 

@@ -1,6 +1,7 @@
-"""What can be wrong with a run's settings, found before anything is built.
+"""Validation of a run's settings, before anything is built.
 
-Every check returns lines: the flag and its value, why it is wrong, what to do. All are reported together.
+Every check returns one line per problem: the flag and its value, why it is invalid, what to do. All are reported
+together.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ NO_DATA = "--train-data-path: is missing; give the prefix that data_prep.tokeniz
 
 
 def missing_inputs(config: RunConfig) -> list[str]:
-    """What a run cannot be without and was not named."""
+    """Required inputs that are missing."""
     lines = [] if config.training.load or config.training.save else [NO_START]
     return lines + ([] if config.data.train_data_path or config.data.data_mixture else [NO_DATA])
 
 
-MOST_PROCESSES = 1 << 20  # of a run; ten times the largest machines
+MOST_PROCESSES = 1 << 20  # largest world size; ten times that of the largest clusters
 
 
 def find_problems(config: RunConfig, model_config: ModelConfig | None, world_size: int) -> list[str]:
-    """Everything that is wrong with a run, a line each: flag and value, why, what to do."""
+    """All problems of a run's settings, one line each: flag and value, why, what to do."""
     return find_general_problems(config) + find_layout_problems(config, model_config, world_size)
 
 
 def find_general_problems(config: RunConfig) -> list[str]:
-    """What is wrong whatever the layout and the model. (The planner asks once for many layouts.)"""
+    """Problems that do not depend on the layout and the model. (The planner checks them once for all layouts.)"""
     return _range_problems(config) + _objective_problems(config)
 
 
 def find_layout_problems(config: RunConfig, model_config: ModelConfig | None, world_size: int) -> list[str]:
-    """What is wrong with the layout, with the model under it, and among the settings of speed."""
+    """Problems of the layout, of the layout for this model, and of the performance settings."""
     problems = _layout_problems(config, world_size)
     if model_config is not None:
         problems += _model_config_problems(config, model_config)
@@ -104,7 +105,7 @@ def _range_problems(config: RunConfig) -> list[str]:
     need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
     need(
         "lr_warmup_iters", values["lr_warmup_iters"] < max(2, values["train_iters"]),
-        f"the warm-up would never end in --train-iters {values['train_iters']}; shorten it",
+        f"the warm-up does not end within --train-iters {values['train_iters']}; shorten it",
     )  # fmt: skip
     if values["lr_decay_style"] == "WSD":
         need(
@@ -118,7 +119,7 @@ def _range_problems(config: RunConfig) -> list[str]:
             f"has no effect with --lr-decay-style {values['lr_decay_style']}; remove it",
         )  # fmt: skip
     if all(values["lr_mult"].get(role) == 0 for role in ROLES):
-        problems.append("--lr-mult: freezes every role, and nothing would train; leave one above 0")
+        problems.append("--lr-mult: freezes every role, so nothing would be trained; set one above 0")
     for role, factor in values["lr_mult"].items():
         if role not in ROLES:
             problems.append(f"--lr-mult {role}={factor}: there is no role {role!r}; roles are {', '.join(ROLES)}")
@@ -130,7 +131,7 @@ def _range_problems(config: RunConfig) -> list[str]:
 
 
 def _objective_problems(config: RunConfig) -> list[str]:
-    """What the objective and the conversion have no use for, and what they need."""
+    """Settings that have no effect with the objective and the conversion, or that these require."""
     diffusion = config.diffusion
     if diffusion.objective == "ar":
         return [
@@ -153,7 +154,7 @@ def _objective_problems(config: RunConfig) -> list[str]:
     need("cart_p", 0 < diffusion.cart_p <= 1, "must lie above 0 and be at most 1; 0.8 is Dream's")
     need(
         "mask_sampling", not is_block or diffusion.mask_sampling == "bernoulli",
-        "does not go with --objective block, whose blocks have times of their own; use bernoulli",
+        "is not supported with --objective block, whose blocks have separate times; use bernoulli",
     )  # fmt: skip
     for name in ("block_length", "ar_loss_weight"):
         belongs(name, is_block, "--objective block")
@@ -161,19 +162,19 @@ def _objective_problems(config: RunConfig) -> list[str]:
     need("ar_loss_weight", 0 <= diffusion.ar_loss_weight < math.inf, "must be a finite number, not negative")
     need(
         "loss_weighting", not is_block or diffusion.loss_weighting != "cart",
-        "does not go with --objective block, whose blocks have another context; use mdlm or uniform",
+        "is not supported with --objective block, whose blocks have different contexts; use mdlm or uniform",
     )  # fmt: skip
     for name, owner in (("attention_annealing_iters", "annealing"), ("grafting_iters", "grafting")):
         belongs(name, conversion == owner, f"--conversion {owner}")
         need(name, conversion != owner or getattr(diffusion, name) >= 1, f"--conversion {owner} needs at least 1")
     need(
         "conversion", not is_block or conversion in ("scp", "random"),
-        "does not go with --objective block, whose mask is its own; use scp",
+        "is not supported with --objective block, which has its own attention mask; use scp",
     )  # fmt: skip
     if conversion == "grafting" and factors.get("attention") == 0:
-        problems.append("--lr-mult attention=0: --conversion grafting teaches attention; leave it above 0")
+        problems.append("--lr-mult attention=0: --conversion grafting trains attention; set it above 0")
     if conversion == "random" and config.training.finetune:
-        problems.append("--finetune: has no effect with --conversion random, which takes no weights; remove it")
+        problems.append("--finetune: has no effect with --conversion random, which loads no weights; remove it")
     return problems
 
 
@@ -260,25 +261,25 @@ def _model_config_problems(config: RunConfig, model_config: ModelConfig) -> list
             problems.append(f"{flag(name)} {size}: the model is dense and has no experts; remove it")
     if model_config.is_moe and tp > 1 and not parallel.sequence_parallel:
         problems.append(
-            f"--tensor-model-parallel-size {tp}: MoE layers need --sequence-parallel with it; add that flag"
+            f"--tensor-model-parallel-size {tp}: MoE layers require --sequence-parallel with it; add that flag"
         )
     if config.data.seq_length > model_config.context_length:
         problems.append(
-            f"--seq-length {config.data.seq_length}: the model knows "
-            f"{model_config.context_length} positions; shorten the samples, or give the model YaRN (docs/weights.md)"
+            f"--seq-length {config.data.seq_length}: the model's context length is "
+            f"{model_config.context_length}; shorten the samples, or add YaRN to the model (docs/weights.md)"
         )
     if config.diffusion.objective != "ar" and model_config.mask_token_id is None:
         problems.append(
-            f"--objective {config.diffusion.objective}: the checkpoint's hf/config.json names no mask_token_id; "
+            f"--objective {config.diffusion.objective}: the checkpoint's hf/config.json has no mask_token_id; "
             "convert the model again with python -m checkpoints_tools.convert_hf"
         )
     frozen = {role for role, factor in config.optimization.lr_mult.items() if factor == 0}
     if frozen != set(ROLES) and frozen >= {role for role in ROLES if model_config.has_role(role)}:
-        problems.append("--lr-mult: freezes every role that the model has, and nothing would train; leave one above 0")
+        problems.append("--lr-mult: freezes every role that the model has, so nothing would train; set one above 0")
     if not model_config.is_moe and "router" in config.optimization.lr_mult:
         problems.append("--lr-mult router=...: the model is dense and has no router; remove it")
     if model_config.tie_word_embeddings and "head" in config.optimization.lr_mult:
         problems.append(
-            "--lr-mult head=...: the model's head is its embedding (tied); give the factor to embedding instead"
+            "--lr-mult head=...: the model's LM head is tied to the embedding; set the factor of embedding instead"
         )
     return problems

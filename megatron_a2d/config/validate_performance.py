@@ -1,6 +1,6 @@
-"""What does not go together among the settings of speed and precision, found before anything is built.
+"""Validation of the performance and precision settings, before anything is built.
 
-megatron.core asserts most of these pairs itself, one at a time, in the middle of building, in words of its own.
+megatron.core asserts most of these combinations itself, but one at a time, during construction, and in its own terms.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megatron_a2d.config.fp8_recipe import chosen_recipe, emulation_of
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, flag, settings
 
-# What exists in Transformer Engine alone, or in megatron.core on top of it.
+# Settings that need Transformer Engine.
 _NEEDS_TRANSFORMER_ENGINE = (
     "fp8_recipe", "fp4_recipe", "moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion",
     "gradient_accumulation_fusion", "use_precision_aware_optimizer", "cuda_graph_impl", "delay_wgrad_compute",
@@ -24,7 +24,7 @@ _FOR_EXPERTS = (
 
 
 def find_performance_problems(config: RunConfig, model_config: ModelConfig | None) -> list[str]:
-    """A line for each problem: flag and value, why, what to do."""
+    """One line per problem: flag and value, why, what to do."""
     problems = [
         *_without_effect(config), *_fp8_problems(config), *_gathered_fp8_problems(config), *_emulation_problems(config),
         *_memory_problems(config), *_overlap_problems(config), *_hybridep_problems(config), *_graph_problems(config),
@@ -36,15 +36,15 @@ def find_performance_problems(config: RunConfig, model_config: ModelConfig | Non
 
 
 def isolates_documents(config: RunConfig) -> bool:
-    """Whether there are samples in which not all tokens see one another."""
+    """Whether there are samples with intra-document attention."""
     return config.data.reset_attention_mask or config.data.random_length_prob > 0
 
 
 def refuses_transformer_engine(config: RunConfig) -> str | None:
-    """The settings, if any, that Transformer Engine's layers cannot serve.
+    """The settings, if any, that Transformer Engine's layers do not support; None if there are none.
 
-    It reads no dense mask: documents are packed sequences there, one sample at a time. It cuts causal sequences into
-    other pieces than ours, and counts positions in each document by itself.
+    They take no dense mask: documents are packed sequences, one sample at a time. Their context parallelism shards
+    causal sequences differently from ours, and they restart positions in each document.
     """
     isolated, parallel = isolates_documents(config), config.parallel
     refused = (
@@ -57,7 +57,7 @@ def refuses_transformer_engine(config: RunConfig) -> str | None:
             isolated and parallel.context_parallel_size > 1,
         ),
         (
-            "--reset-position-ids with documents that see one another",
+            "--reset-position-ids without --reset-attention-mask",
             config.data.reset_position_ids and not config.data.reset_attention_mask,
         ),
         ("--conversion annealing", config.diffusion.conversion == "annealing"),
@@ -84,7 +84,7 @@ def _is_set(config: RunConfig, name: str) -> bool:
 
 
 def _without_effect(config: RunConfig) -> Iterator[str]:
-    """Settings that say how, where that what they say it of is off."""
+    """Options of a feature that is not enabled."""
     performance = config.performance
     flex = config.parallel.moe_token_dispatcher_type == "flex"
     hybridep = flex and performance.moe_flex_dispatcher_backend != "deepep"
@@ -117,7 +117,7 @@ def _fp8_problems(config: RunConfig) -> Iterator[str]:
     performance = config.performance
     for name in ("fp8_recipe", "fp4_recipe"):
         if _is_set(config, name) and not config.training.bf16:
-            yield f"{_shown(config, name)}: needs --bf16, in which all else is computed; add it"
+            yield f"{_shown(config, name)}: needs --bf16, in which everything else is computed; add it"
     if performance.fp4_recipe != "none" and performance.fp8_recipe != "none":
         yield f"{_shown(config, 'fp4_recipe')}: not with {_shown(config, 'fp8_recipe')}; choose one"
     uses_fp4 = performance.fp4_recipe != "none" and not emulation_of(config)
@@ -128,7 +128,7 @@ def _fp8_problems(config: RunConfig) -> Iterator[str]:
         )
     if performance.fp8_recipe == "delayed" and performance.first_last_layers_bf16:
         yield (
-            "--first-last-layers-bf16: delayed scaling collects its history over all layers alike (megatron.core "
+            "--first-last-layers-bf16: delayed scaling needs all layers in FP8 for its amax history (megatron.core "
             "refuses the pair); use --fp8-recipe tensorwise, blockwise or mxfp8"
         )
 
@@ -145,7 +145,7 @@ def _gathered_fp8_problems(config: RunConfig) -> Iterator[str]:
     overlaps = parallel.overlap_grad_reduce and parallel.overlap_param_gather
     if performance.fp8_recipe in ("auto", "mxfp8") and not overlaps:
         yield (
-            f"--fp8-param-gather: with --fp8-recipe {performance.fp8_recipe} the gathered weights lie in the "
+            f"--fp8-param-gather: with --fp8-recipe {performance.fp8_recipe} the gathered weights are in the "
             "gradients' buffer, and without --overlap-grad-reduce and --overlap-param-gather that gives NaN; add both"
         )
     if performance.use_precision_aware_optimizer:
@@ -181,7 +181,7 @@ def _memory_problems(config: RunConfig) -> Iterator[str]:
     performance, parallel = config.performance, config.parallel
     modules = performance.recompute_modules
     if performance.recompute_granularity == "selective" and not modules:
-        yield f"--recompute-modules: is empty; name some of {', '.join(settings()['recompute_modules'].choices)}"
+        yield f"--recompute-modules: is empty; choose from {', '.join(settings()['recompute_modules'].choices)}"
     if "moe_act" in modules and not performance.moe_grouped_gemm:
         yield "--recompute-modules moe_act: needs --moe-grouped-gemm; add that, or recompute moe"
     scaled_late = {"moe_act", "layernorm"} & set(modules)
@@ -210,11 +210,11 @@ def _overlap_problems(config: RunConfig) -> Iterator[str]:
         return
     name = "--overlap-moe-expert-parallel-comm"
     if parallel.expert_model_parallel_size == 1:
-        yield f"{name}: without --expert-model-parallel-size above 1 no tokens travel; remove it"
+        yield f"{name}: has no effect without --expert-model-parallel-size above 1; remove it"
     if parallel.moe_token_dispatcher_type == "allgather":
         yield f"{name}: not with --moe-token-dispatcher-type allgather; use alltoall or flex"
     if not config.training.bf16:
-        yield f"{name}: megatron.core has it for bf16 alone; add --bf16"
+        yield f"{name}: megatron.core supports it only in bf16; add --bf16"
     if parallel.pipeline_model_parallel_size > 1 and parallel.num_virtual_stages_per_pipeline_rank == 1:
         yield f"{name}: needs the interleaved schedule: --num-virtual-stages-per-pipeline-rank above 1"
     if performance.recompute_granularity == "full":
@@ -270,22 +270,22 @@ def _graph_problems(config: RunConfig) -> Iterator[str]:
     if impl == "none":
         return
     if not scope:
-        yield f"--cuda-graph-scope: is empty; name some of {', '.join(settings()['cuda_graph_scope'].choices)}"
+        yield f"--cuda-graph-scope: is empty; choose from {', '.join(settings()['cuda_graph_scope'].choices)}"
     if "moe_preprocess" in scope and "moe_router" not in scope:
-        yield "--cuda-graph-scope moe_preprocess: what lies before it is not replayed; add moe_router"
+        yield "--cuda-graph-scope moe_preprocess: needs the router in the graph too; add moe_router"
     if performance.recompute_granularity == "full":
         yield f"--cuda-graph-impl {impl}: not with --recompute-granularity full; use selective, or none"
     if performance.first_last_layers_bf16 and performance.gradient_accumulation_fusion:
         yield (
             f"--first-last-layers-bf16: with --cuda-graph-impl {impl} and --gradient-accumulation-fusion those layers "
-            "would keep the gradients of the last micro-batch alone; drop one of the three"
+            "would keep only the gradients of the last micro-batch; drop one of the three"
         )
     if "moe" in performance.recompute_modules and "moe_router" in scope:
         yield "--cuda-graph-scope moe_router: not with --recompute-modules moe; remove one"
     if isolates_documents(config):
         yield (
-            f"--cuda-graph-impl {impl}: documents that are isolated from one another change the kernels' sizes from "
-            "batch to batch; use --reset-attention-mask open without --random-length-prob, or none"
+            f"--cuda-graph-impl {impl}: with intra-document attention kernel sizes change from batch to "
+            "batch; use --no-reset-attention-mask without --random-length-prob, or none"
         )
 
 
@@ -346,11 +346,11 @@ def _size_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str
         if performance.first_last_layers_bf16 and not 0 <= count <= stage:
             yield f"{flag(name)} {count}: must lie between 0 and the {stage} layers of a stage"
     if performance.fp8_param_gather and performance.fp8_recipe in ("auto", "mxfp8"):
-        # Each weight begins at a multiple of 64 there; megatron.core 0.16 looks for it where the last one ended.
+        # Each weight is aligned to 64 elements; megatron.core 0.16 reads it at the end of the previous one.
         for what, size in (("hidden size", model_config.hidden_size), ("head size", model_config.head_dim)):
             if size % 64:
                 yield (
-                    f"--fp8-param-gather: the {what}, {size}, is no multiple of 64, and with --fp8-recipe "
+                    f"--fp8-param-gather: the {what}, {size}, is not a multiple of 64, and with --fp8-recipe "
                     f"{performance.fp8_recipe} weights would be read at wrong offsets of the gradients' buffer; drop "
                     "it, or choose another --fp8-recipe"
                 )
@@ -362,7 +362,7 @@ def _size_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str
     tokens = config.training.micro_batch_size * config.data.seq_length // pieces
     query_rows = (model_config.num_attention_heads + 2 * model_config.num_key_value_heads) * model_config.head_dim // tp
     mlp = model_config.moe_intermediate_size // etp if model_config.is_moe else model_config.intermediate_size // tp
-    # What sequence parallelism gathers must be whole blocks of 128 x 128 (Transformer Engine 2.12,
+    # Tensors gathered by sequence parallelism must consist of full 128 x 128 blocks (Transformer Engine 2.12,
     # Float8BlockQuantizer.is_quantizable, asserted by its column-parallel layers).
     gathers_blocks = recipe == "blockwise" and parallel.sequence_parallel
     gathered = 128 if gathers_blocks else block
@@ -374,7 +374,7 @@ def _size_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str
     ):
         if size % multiple:
             remedy = "leave out --sequence-parallel, or " if gathers_blocks and size % block == 0 else ""
-            yield f"{shown}: the {what}, {size}, is no multiple of {multiple}; {remedy}choose other sizes or none"
+            yield f"{shown}: the {what}, {size}, is not a multiple of {multiple}; {remedy}choose other sizes or none"
 
 
 def _shown(config: RunConfig, name: str) -> str:

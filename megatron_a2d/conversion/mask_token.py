@@ -93,7 +93,7 @@ def _is_counted(vocabulary: list[tuple[Any, Any]], added: list[tuple[Any, Any]])
 
 def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> int:
     if not tokens:
-        raise UserError(f"{directory}: has no tokenizer to tell which ids are unused; give --mask-token-id")
+        raise UserError(f"{directory}: has no tokenizer, so unused ids are unknown; give --mask-token-id")
     free = _free(tokens, vocab_size)
     if free is not None:
         return free

@@ -26,7 +26,7 @@ VOCAB_SIZE, MASK_TOKEN_ID = 151936, 151669  # the mask: the first id that the to
 def hub_config(size: str, **overrides: Any) -> dict[str, Any]:
     """config.json of the model of `size`, in the hub's spelling. Raises UserError for an unknown size."""
     if size not in SIZES:
-        raise UserError(f"--size {size}: is no Qwen3{nearest(size, SIZES)}; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--size {size}: is not a Qwen3 size{nearest(size, SIZES)}; choose one of {', '.join(SIZES)}")
     hidden, layers, heads, groups, width, tied, *experts = SIZES[size]
     config: dict[str, Any] = {
         "architectures": ["Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM"],
@@ -76,7 +76,7 @@ def named_model_config(name: str) -> ModelConfig:
     if not match or match[1] not in SIZES:
         known = [f"Qwen/Qwen3-{size}" for size in SIZES]
         raise UserError(
-            f"--model {name}: is neither a directory nor a Qwen3{nearest(name, known)}; name one such as "
+            f"--model {name}: is neither a directory nor a Qwen3{nearest(name, known)}; give one such as "
             f"Qwen/Qwen3-8B-Base ({', '.join(SIZES)})"
         )
     return model_config_from_hf(hub_config(match[1]), name)
@@ -92,7 +92,7 @@ def shape_problems(named: str, found: ModelConfig) -> list[str]:
     ]  # fmt: skip
     return [
         f"--model {named}: has {size} {getattr(expected, size)}, the checkpoint {getattr(found, size)}; "
-        "load that model's checkpoint, or name the other model"
+        "load that model's checkpoint, or change --model"
         for size in sizes
         if getattr(expected, size) != getattr(found, size)
     ]

@@ -75,7 +75,9 @@ def resumable_directory(path: Path, flag: str, identity: dict[str, Any]) -> Iter
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{flag} {path}: another process is writing it; wait, or name another directory") from None
+            raise UserError(
+                f"{flag} {path}: another process is writing it; wait, or choose another directory"
+            ) from None
         except OSError:
             pass  # the file system has no locks
         work = ResumableOutput(partial, journal, _resume(partial, journal, json.loads(json.dumps(identity))))
@@ -96,7 +98,7 @@ def resumable_directory(path: Path, flag: str, identity: dict[str, Any]) -> Iter
             raise UserError([problem.replace(str(partial), str(path)) for problem in error.problems]) from error
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                console.print(f"{flag} {path}: the disk is full; make room")
+                console.print(f"{flag} {path}: the disk is full; free some space")
             if work.done:
                 console.print(f"{partial}: holds {len(work.done)} complete files; run the same command again to resume")
             else:

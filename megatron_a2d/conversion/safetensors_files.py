@@ -119,13 +119,13 @@ def _weight_map(directory: Path) -> dict[str, str]:
         raise UserError(f"{index}: has no weight_map; fetch it again")
     files = sorted({str(name) for name in weight_map.values()})
     problems = [
-        f"{index}: names the file {name!r}, which lies outside the directory; fetch it again"
+        f"{index}: lists the file {name!r}, which is outside the directory; fetch it again"
         for name in files
         if PurePath(name).name != name
     ]
     if not problems:
         problems = [
-            f"{directory / name}: is missing, though {INDEX_FILE} names it; fetch the complete model"
+            f"{directory / name}: is missing, though {INDEX_FILE} lists it; fetch the complete model"
             for name in files
             if not (directory / name).is_file()
         ]
@@ -162,7 +162,7 @@ def _read_header(path: Path, problems: list[str], foreign: dict[str, str]) -> di
     found = _entries(path, 8 + length, header, problems, foreign)
     for name, (begin, stop, entry) in sorted(found.items(), key=lambda item: item[1][0]):
         if begin != end:
-            problems.append(f"{path}: tensor {name} begins at byte {begin} of the values, not {end}; fetch it again")
+            problems.append(f"{path}: tensor {name} starts at byte {begin} of the values, not {end}; fetch it again")
         entries[name], end = entry, stop
     if len(entries) == len(header) and end != size - 8 - length:
         problems.append(

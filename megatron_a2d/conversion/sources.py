@@ -149,9 +149,9 @@ def _foreign_names(model_config: ModelConfig, found: Mapping[str, tuple], direct
     if len(renamed) < 2 or 2 * len(renamed) < len(missing):
         return None
     return (
-        f"{directory}: names its tensors otherwise than Qwen3 ({plain_names[renamed[0]]} instead of {renamed[0]}, and "
-        f"{len(renamed) - 1} others); rename them, or load the model with the code that saved it and save its language "
-        "model alone with transformers' save_pretrained"
+        f"{directory}: tensor names differ from Qwen3's ({plain_names[renamed[0]]} instead of {renamed[0]}, and "
+        f"{len(renamed) - 1} others); rename them, or load the model with the code that saved it and save only its "
+        "language model with transformers' save_pretrained"
     )
 
 

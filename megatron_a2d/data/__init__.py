@@ -1,1 +1,1 @@
-"""From token files on disk to micro-batches: indexed -> dataset (shuffle, pack) -> batches."""
+"""Training data, from token files on disk to micro-batches: indexed_dataset -> packed_dataset -> dataloader."""

@@ -38,33 +38,33 @@ _KEYS = ("train_path", "valid_path", "weight", "max_epochs", "hub")
 
 
 class Source(NamedTuple):
-    """One line of a mixture."""
+    """One source of a mixture."""
 
     name: str
     train_path: str
     valid_path: str | None
-    weight: Fraction  # of all tokens; the weights of a mixture sum to 1
+    weight: Fraction  # fraction of all tokens; the weights of a mixture sum to 1
     max_epochs: float | None  # None: as many as the run needs
-    hub: dict[str, Any]  # what data_prep.download takes
+    hub: dict[str, Any]  # arguments of data_prep.download
 
 
 def read_mixture(path: str | Path) -> list[Source]:
-    """The sources of a mixture file; UserError with everything that is wrong with it."""
+    """The sources of a mixture file; UserError with all of its problems."""
     where = f"--data-mixture {path}"
     content = read_yaml(path, where)
     entries = content.get("sources")
     if not isinstance(entries, dict) or not entries or len(content) > 1:
-        raise UserError(f"{where}: must hold `sources:` and nothing else, with an entry for each source; correct it")
+        raise UserError(f"{where}: must have the single key `sources:`, with an entry per source; correct it")
     problems = [
-        f"{where}: {name!r}: is no name for a source, which becomes a directory's and a chart's; leave out slashes, a "
-        "leading dot and control characters"
+        f"{where}: {name!r}: is not a valid source name, which is also used for directories and plots; remove slashes, "
+        "leading dots and control characters"
         for name in entries
         if not is_name(str(name))
     ]
     problems += [line for name, entry in entries.items() for line in _entry_problems(f"{where}: {name}", entry)]
     if problems:
         raise UserError(problems)
-    # As written in the file: 0.1 is a tenth, not the nearest binary number.
+    # The decimal value in the file: 0.1 is exactly a tenth.
     weights = {name: Fraction(str(entry["weight"])) for name, entry in entries.items()}
     total = sum(weights.values())
     return [
@@ -86,9 +86,7 @@ def _entry_problems(where: str, entry: Any) -> list[str]:
             problems.append(f"{where}: {key} {value}: must be the prefix of a .bin/.idx pair")
     weight, epochs = _number(entry.get("weight")), _number(entry.get("max_epochs"))
     if not _is_positive(weight):
-        problems.append(
-            f"{where}: weight {weight}: must be a positive number; leave the source out to weigh it nothing"
-        )
+        problems.append(f"{where}: weight {weight}: must be a positive number; remove the source for weight 0")
     if epochs is not None and not _is_positive(epochs):
         problems.append(f"{where}: max_epochs {epochs}: must be a positive number; leave it out for no cap")
     if not isinstance(entry.get("hub") or {}, dict):
@@ -97,7 +95,7 @@ def _entry_problems(where: str, entry: Any) -> list[str]:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 takes 1e-3, without a point, for text."""
+    """Convert numbers that YAML 1.1 reads as strings, such as 1e-3 without a decimal point."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -109,14 +107,14 @@ def _is_positive(value: Any) -> bool:
 
 
 class Place(NamedTuple):
-    """Where a sample comes from."""
+    """Source of a sample, and its index there."""
 
     source: int
-    number: int  # of the samples of that source
+    number: int  # sample index within the source
 
 
 class SourceChoice:
-    """`SourceChoice(weights, seed)(i)` is the Place of sample i; any i >= 0, no memory that grows."""
+    """`SourceChoice(weights, seed)(i)` is the Place of sample i, for any i >= 0, in constant memory."""
 
     def __init__(self, weights: Sequence[Fraction], seed: int):
         self._tree = _build(list(enumerate(weights)))
@@ -137,7 +135,7 @@ class SourceChoice:
         return Place(node, number)
 
     def counts(self, num_samples: int) -> list[int]:
-        """How many of the first samples each source gives."""
+        """Number of samples from each source among the first `num_samples`."""
         counts = [0] * self._num_sources
 
         def descend(node: Any, number: int) -> None:
@@ -167,15 +165,15 @@ def _build(leaves: list[tuple[int, Fraction]]) -> Any:
 
 @lru_cache(maxsize=64)
 def _block_order(seed: int, block: int) -> Permutation:
-    return Permutation(_BLOCK, seed, block, 0)  # three integers: a key that no source's own order has
+    return Permutation(_BLOCK, seed, block, 0)  # three integers, unlike the key of a source's own order
 
 
 class MixedDataset:
-    """The samples of a mixture, by one index; what `PackedDataset` is for one file."""
+    """Dataset of a mixture's samples, with one index; the counterpart of `PackedDataset` for several files."""
 
     def __init__(self, sources: Sequence[Source], seq_length: int, seed: int = 0, **checks: Any):
         self.sources = list(sources)
-        # Keys of their own: equally long sources would otherwise be shuffled alike.
+        # A separate key per source: equally long sources would otherwise have the same order.
         self.datasets: list[PackedDataset] = []
         problems: list[str] = []
         for number, source in enumerate(sources):
@@ -200,24 +198,26 @@ class MixedDataset:
         return self.datasets[source].tokens(number)
 
     def documents(self, sample_index: int) -> np.ndarray:
-        """The number, in its own file, of the document that each token belongs to, [seq_length] int64."""
+        """Document number (within its file) of each token, [seq_length] int64."""
         source, number = self.choice(sample_index)
         return self.datasets[source].documents(number)
 
     def eod_token_id(self) -> int | None:
-        """The token that closes documents; UserError where the sources disagree."""
+        """The end-of-document token; UserError if the sources differ."""
         ids = {file.eod_token_id for file in self.files}
         if len(ids) > 1:
-            raise UserError(f"--data-mixture: its sources end documents with different tokens ({ids}); tokenise alike")
+            raise UserError(
+                f"--data-mixture: its sources end documents with different tokens ({ids}); tokenise with the same one"
+            )
         return ids.pop()
 
     def fingerprint(self) -> str:
-        """Stands for the tokens, their order and the weights."""
+        """Fingerprint of the tokens, their order and the weights."""
         parts = [f"{source.weight} {file.fingerprint()}" for source, file in zip(self.sources, self.files, strict=True)]
         return checksum(" ".join(parts).encode())
 
     def epochs(self, num_samples: int) -> dict[str, float]:
-        """How often the first `num_samples` samples go through each source."""
+        """Epochs of each source in the first `num_samples` samples."""
         counts = self.choice.counts(num_samples)
         return {
             source.name: counts[number] / self.datasets[number].num_samples
@@ -225,11 +225,11 @@ class MixedDataset:
         }
 
     def check_epochs(self, num_samples: int) -> None:
-        """UserError with every source that a run of so many samples would repeat more often than its cap allows."""
+        """UserError for every source that `num_samples` samples would repeat more often than its max_epochs."""
         epochs = self.epochs(num_samples)
         problems = [
             f"--data-mixture: {source.name} would be repeated {epochs[source.name]:.2f} times in {num_samples} "
-            f"samples, and its max_epochs is {source.max_epochs}; give it less weight, more text or a higher cap, or "
+            f"samples, above its max_epochs {source.max_epochs}; lower its weight, add text, raise the limit, or "
             "train less"
             for source in self.sources
             if source.max_epochs is not None and epochs[source.name] > source.max_epochs

@@ -32,22 +32,22 @@ def checksum(data: bytes) -> str:
 
 
 def read_at(descriptor: int, offset: int, size: int) -> bytes:
-    """Up to `size` bytes; fewer only where the file ends."""
+    """Up to `size` bytes; fewer only at the end of the file."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-        data += more  # one call reads 2 GiB at most
+        data += more  # a single call reads at most 2 GiB
     return data
 
 
 @dataclass(frozen=True)
 class Checksums:
-    """The table of a token file."""
+    """Checksum table of a token file."""
 
     blocks: np.ndarray  # [number of blocks] uint64, memory-mapped
-    digest: str  # the table's own
+    digest: str  # checksum of the table itself
 
     def first_difference(self, data: bytes, first_block: int) -> int | None:
-        """The number of the first block of `data`, which begins with block `first_block`, that is not as it was."""
+        """Number of the first damaged block of `data`, which starts at block `first_block`; None if it is intact."""
         view = memoryview(data)
         for number, start in enumerate(range(0, len(data), BLOCK), start=first_block):
             if (
@@ -59,14 +59,14 @@ class Checksums:
 
 
 def open_checksums(prefix: str, metadata: dict[str, Any], whole: bool) -> Checksums | None:
-    """The table that the description promises, None where it promises none. `whole`: compare table and index with
-    their own checksums, and lengths with the description."""
+    """The checksum table, or None if the description has none. `whole`: also verify the checksums of table and index,
+    and compare the lengths with the description."""
     digest = metadata.get(TABLE_CHECKSUM)
     if digest is None:
         return None
     table, tokens, index = Path(f"{prefix}.sums"), Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     if not table.is_file():
-        raise UserError(f"{prefix}: {table.name} is missing beside {tokens.name}; copy it too, or {REWRITE}")
+        raise UserError(f"{prefix}: {table.name} is missing next to {tokens.name}; copy it too, or {REWRITE}")
     expected = 8 * -(-tokens.stat().st_size // BLOCK)
     if table.stat().st_size != expected:
         raise UserError(
@@ -76,7 +76,9 @@ def open_checksums(prefix: str, metadata: dict[str, Any], whole: bool) -> Checks
     if whole:
         for path, known in ((table, digest), (index, metadata.get(INDEX_CHECKSUM))):
             if file_checksum(path) != known:
-                raise UserError(f"{path}: is not what {prefix}.json says, it is damaged; copy it again, or {REWRITE}")
+                raise UserError(
+                    f"{path}: does not match its checksum in {prefix}.json, it is damaged; copy it again, or {REWRITE}"
+                )
     return Checksums(np.memmap(table, mode="r", dtype="<u8"), str(digest))
 
 
@@ -89,13 +91,13 @@ def file_checksum(path: Path) -> str:
 
 
 class BlockHasher:
-    """Makes the table of a token file while it is written."""
+    """Computes the checksum table of a token file while it is written."""
 
     def __init__(self) -> None:
-        self._open, self._filled = xxhash.xxh3_64(), 0  # the block that is not full yet
+        self._open, self._filled = xxhash.xxh3_64(), 0  # the current, partial block
 
     def update(self, data: memoryview) -> bytes:
-        """The table's next entries, after `data`."""
+        """Add `data`; returns the entries of the blocks that it completes."""
         sums = []
         start = min(BLOCK - self._filled, len(data)) if self._filled else 0
         if self._filled:
@@ -110,19 +112,19 @@ class BlockHasher:
         return np.array(sums, dtype="<u8").tobytes()
 
     def finish(self) -> bytes:
-        """The last entry, of a block that is not full."""
+        """The entry of the last, partial block."""
         return np.array([self._open.intdigest()] if self._filled else [], dtype="<u8").tobytes()
 
 
 def write_metadata(path: Path, values: dict[str, Any]) -> None:
-    """Write a description, with its own checksum."""
+    """Write a description together with its checksum."""
     write_json(path, {**values, OWN_CHECKSUM: _own_checksum(values)})
 
 
 def read_metadata(prefix: str | Path) -> dict[str, Any] | None:
-    """What `data_prep.tokenize_corpus` wrote beside the tokens (`PREFIX.json`), None where there is nothing.
+    """The description of a token file (`PREFIX.json`, from `data_prep.tokenize_corpus`); None if there is none.
 
-    Keys: tokenizer, vocab_size (ids that the tokenizer can give), eod_token_id (or None), documents, tokens,
+    Keys: tokenizer, vocab_size (of the tokenizer), eod_token_id (or None), documents, tokens,
     max_token_id and max_token_document, and the checksums.
     """
     path = Path(f"{prefix}.json")
@@ -132,7 +134,7 @@ def read_metadata(prefix: str | Path) -> dict[str, Any] | None:
     wrong = [name for name in _NUMBERS if not isinstance(values.get(name), int | None)]
     stamped = OWN_CHECKSUM in values or TABLE_CHECKSUM in values
     if wrong or (stamped and values.pop(OWN_CHECKSUM, None) != _own_checksum(values)):
-        raise UserError(f"{path}: the tokens' description was changed or is damaged; copy it again, or {REWRITE}")
+        raise UserError(f"{path}: the description of the tokens was changed or is damaged; copy it again, or {REWRITE}")
     return values
 
 

@@ -6,7 +6,7 @@ Sample indices of iteration k, with M micro-batches and R data-parallel ranks:
 
 So the set of samples of an iteration depends on (k, global_batch_size) alone, and resuming needs one integer,
 `start_sample`. A sample is a pure function of its index, and batches are returned in order: the number of workers does
-not change them. Preparing a batch takes far less time than training on it, so one thread suffices; more help where
+not change them. Preparing a batch takes far less time than training on it, so one thread suffices; more threads help if
 reading a sample waits for a disk or a network.
 """
 
@@ -29,12 +29,12 @@ from megatron_a2d.utils.errors import UserError
 
 
 class Samples(Protocol):
-    """Anything that knows the tokens of a sample: `PackedDataset`."""
+    """A dataset of samples, such as `PackedDataset`."""
 
     def tokens(self, sample_index: int, /) -> np.ndarray: ...
 
 
-# (tokens [s] int64, sample index) -> what `diffusion.corruption.Corrupted` holds.
+# (tokens [s] int64, sample index) -> `diffusion.corruption.Corrupted`.
 MakeSample = Callable[[np.ndarray, int], Any]
 
 
@@ -83,7 +83,7 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
 
 
 def _stack(rows: list[np.ndarray | None], ordinary: Callable[[int], np.ndarray]) -> Tensor | None:
-    """[b, s], with a default where a sample has None; None where all have."""
+    """[b, s], with a default for samples that have None; None if all have."""
     length = next((len(row) for row in rows if row is not None), None)
     if length is None:
         return None
@@ -91,7 +91,7 @@ def _stack(rows: list[np.ndarray | None], ordinary: Callable[[int], np.ndarray])
 
 
 def write_batch(path: Path, batch: Batch) -> None:
-    """The batch as an .npz of its fields, for numpy.load."""
+    """Write the batch as an .npz of its fields, for numpy.load."""
     fields = {name: value.numpy() for name, value in batch._asdict().items() if value is not None}
     with new_file(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **fields)
@@ -135,12 +135,12 @@ class MicroBatches(Iterator[Batch]):
         self._closed = False
         self._pending: deque[Future[Batch]] = deque()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches") if num_workers else None
-        # Two in reserve for each worker, and at least a few for steps of several micro-batches.
+        # Two prefetched batches per worker, and at least a few for steps of several micro-batches.
         for _ in range(max(4, 2 * num_workers) if self._pool else 0):
             self._submit()
 
     def samples(self, first: int, size: int) -> Batch:
-        """The samples first .. first + size - 1, whichever rank they go to."""
+        """The samples first .. first + size - 1, regardless of their rank."""
         return make_batch(self._dataset, self._make_sample, first, size)
 
     def _arguments(self) -> tuple[Samples, MakeSample, int, int]:
@@ -150,7 +150,7 @@ class MicroBatches(Iterator[Batch]):
 
     def _submit(self) -> None:
         assert self._pool is not None
-        # No reference to self: dropping the iterator must end its threads.
+        # No reference to self, so that garbage collection of the iterator ends its threads.
         self._pending.append(self._pool.submit(make_batch, *self._arguments()))
 
     def __next__(self) -> Batch:
@@ -167,7 +167,7 @@ class MicroBatches(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Stop the threads; what they had prepared is dropped. May be called more than once."""
+        """Stop the threads and drop the prefetched batches. May be called more than once."""
         self._closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)

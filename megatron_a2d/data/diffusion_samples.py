@@ -19,7 +19,7 @@ from megatron_a2d.utils.errors import UserError
 
 
 class Documents(Protocol):
-    """A dataset that knows its documents."""
+    """A dataset with document boundaries."""
 
     def documents(self, sample_index: int, /) -> np.ndarray: ...
 
@@ -75,7 +75,9 @@ def make_sample(
             repeats = config.input_length // data.seq_length
             sample = sample._replace(positions=None if positions is None else np.tile(positions, repeats))
         if for_training and diffusion.conversion == "annealing":
-            iteration = index // config.training.global_batch_size  # bound at a resume, as the samples are
+            iteration = (
+                index // config.training.global_batch_size
+            )  # cannot change on resume, as the order of the samples
             steps = diffusion.attention_annealing_iters
             sample = sample._replace(annealing=annealing_key_and_threshold(noise_seed, index, iteration, steps))
         return sample
@@ -84,7 +86,7 @@ def make_sample(
 
 
 def find_data_problems(config: RunConfig, files: Sequence[TokenFile]) -> Iterator[str]:
-    """Settings that need documents, or end-of-document tokens, which the data lacks."""
+    """Problems of settings that need document boundaries or end-of-document tokens which the data lacks."""
     data = config.data
     flags = {
         "--reset-attention-mask": data.reset_attention_mask,
@@ -97,13 +99,13 @@ def find_data_problems(config: RunConfig, files: Sequence[TokenFile]) -> Iterato
     no_end = [file for file in files if not file.ends_documents()] if data.eod_mask_loss else []
     for file in dict.fromkeys([*one_document, *no_end]):
         if file.is_described and file.eod_token_id is not None and len(files) > 1:
-            continue  # a source that is one document, beside others
+            continue  # a single-document source among others
         known = (
             "no end-of-document token is known for it"
             if file.eod_token_id is None
             else (f"it holds no end-of-document token {file.eod_token_id}")
         )
-        reason = f"its index names one document and {known}" if file in one_document else known
+        reason = f"its index has one document and {known}" if file in one_document else known
         yield (
             f"{' and '.join(wanted)}: without effect on {file.prefix}: {reason}; tokenise with --append-eod, or "
             "leave the setting out"
@@ -131,7 +133,7 @@ def _end_of_document(dataset: Documents) -> int:
     token = dataset.eod_token_id()
     if token is None:
         raise UserError(
-            "--eod-mask-loss: the tokens' description (PREFIX.json) names no end-of-document token; tokenise with "
+            "--eod-mask-loss: the tokens' description (PREFIX.json) has no end-of-document token; tokenise with "
             "--append-eod, or leave the flag out"
         )
     return token

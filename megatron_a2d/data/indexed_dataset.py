@@ -1,7 +1,7 @@
 """Token files: `PREFIX.bin` (the tokens) and `PREFIX.idx` (lengths and documents), Megatron's indexed format.
 
-megatron.core's IndexedDataset reads and writes the same bytes. The reader here checks first: a damaged file makes
-theirs fail with a bare assertion, or not at all. Layout of the index, little endian:
+megatron.core's IndexedDataset reads and writes the same bytes. This reader validates first: on a damaged file theirs
+fails with a bare assertion, or not at all. Layout of the index, little endian:
 
     9 bytes magic, u64 version 1, u8 dtype code, u64 S sequences, u64 D document marks,
     i32[S] lengths in tokens, i64[S] byte offsets, i64[D] document marks (0, ..., S)
@@ -25,7 +25,7 @@ from megatron_a2d.utils.atomic_write import regular
 from megatron_a2d.utils.errors import UserError
 
 with warnings.catch_warnings():
-    # Importing megatron.core without Transformer Engine warns once a module; the data needs neither.
+    # Importing megatron.core without Transformer Engine warns once per module; the data needs neither.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -33,20 +33,20 @@ __all__ = ["DType", "IndexedDatasetBuilder", "TokenFile", "read_metadata"]
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_CHUNK = 1 << 24  # items looked at in one go: bounds memory, large enough for full speed
-# Opening a file takes bounded time: so many bytes of tokens and so many sequences of the index are checked
-# at once, all of an ordinary corpus. What lies beyond is checked when it is read.
+_CHUNK = 1 << 24  # items processed at a time: bounds memory, large enough for full speed
+# Opening a file takes bounded time: at most this many bytes of tokens and sequences of the index are checked when the
+# file is opened (all of an ordinary corpus), the rest when it is read.
 _SCANNED_BYTES = 1 << 30
 _SCANNED_SEQUENCES = 1 << 24
 
 
 class TokenFile:
-    """One contiguous stream of tokens, with the documents' boundaries.
+    """A contiguous stream of tokens with document boundaries.
 
-    `vocab_size`, where given, is the number of rows of the model's embedding: a token outside is a UserError
-    that names the document. Every read is held against the file's checksums, where it has them, and against size,
-    time and identity of the files when they were opened: a file that changes is a UserError, not other tokens.
-    Tokens are read, not memory-mapped: a mapped file that another process cuts short kills its reader.
+    `vocab_size`, if given, is the size of the model's embedding: a token id outside it is a UserError
+    that names the document. Every read is verified against the file's checksums, if it has any, and against size,
+    time and identity of the files when they were opened: a changed file is a UserError, not different tokens.
+    Tokens are read, not memory-mapped: truncation of a mapped file by another process would kill the reader.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class TokenFile:
         mask_token_id: int | None = None,
         eod_token_id: int | None = None,
     ):
-        """`scan` looks for damage and such tokens at once, in the file's first GiB; reads find them in any case.
+        """`scan`: check the first GiB of the file for damage and invalid tokens now; reads check them in any case.
 
-        mask_token_id: a token that is no text either. eod_token_id: what closes documents in a file that does not say,
-        one of another tool.
+        mask_token_id: a token that must not occur either. eod_token_id: the end-of-document token of a file without a
+        description, written by another tool.
         """
         self.prefix = str(prefix)
         self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
@@ -86,37 +86,37 @@ class TokenFile:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether every read can tell damaged tokens."""
+        """Whether every read detects damaged tokens."""
         return self._checksums is not None
 
     @property
     def eod_token_id(self) -> int | None:
-        """The token that closes each document, where the tokens' description names it."""
+        """The end-of-document token in the file's description, or None."""
         return self.metadata.get("eod_token_id") if self.is_described else self._eod_token_id
 
     @property
     def is_described(self) -> bool:
-        """Whether its description says how documents end; each is then a document of the index."""
+        """Whether the description has the end-of-document token; the index then has every document."""
         return "eod_token_id" in self.metadata
 
     @property
     def may_hold_mask(self) -> bool:
-        """Whether a look at the tokens alone can tell that the mask token is not among them."""
+        """Whether only a scan of the tokens can rule out the mask token."""
         largest = self.metadata.get("max_token_id")
         return self.mask_token_id is not None and not (isinstance(largest, int) and largest < self.mask_token_id)
 
     @property
     def needs_scan(self) -> bool:
-        """Whether a look through all tokens finds what neither description nor checksums tell."""
+        """Whether a scan of all tokens can find problems that description and checksums do not exclude."""
         return self.may_hold_mask or not self.has_checksums
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that stand for the tokens and their order."""
+        """Fingerprint of the tokens and their order, 16 hexadecimal digits."""
         if self._checksums is not None:
             known = f"{self.num_tokens} {self._checksums.digest} {self.metadata.get(INDEX_CHECKSUM)}"
             return checksum(known.encode())
 
-        # Without checksums: samples spread over tokens, sequences and documents.
+        # Without checksums: a hash of samples spread over tokens, sequences and documents.
         def spread(count: int) -> list[tuple[int, int]]:
             starts = np.linspace(0, max(0, count - 1024), 64).astype(int).tolist()
             return [(start, min(1024, count - start)) for start in starts]
@@ -132,13 +132,13 @@ class TokenFile:
         return np.diff(ends[self._marks]) // self.dtype.itemsize
 
     def document_of(self, position: int) -> int:
-        """The number of the document that holds the token at `position` of the stream."""
+        """Number of the document with the token at `position` of the stream."""
         return int(self.document_numbers(position, 1)[0])
 
     def document_numbers(self, start: int, count: int) -> np.ndarray:
-        """The number of the document of each token start .. start + count - 1, [count] int64."""
+        """Document number of each token start .. start + count - 1, [count] int64."""
         self._check_unchanged(f"{self.prefix}.idx")
-        # Not numpy's search: the arrays of an index are not aligned, and it would copy them whole.
+        # Not numpy's searchsorted: the arrays of an index are unaligned, so it would copy them entirely.
         first = bisect.bisect_right(self._offsets, start * self.dtype.itemsize) - 1
         last = bisect.bisect_right(self._offsets, (start + count - 1) * self.dtype.itemsize) - 1
         borders = [0, *(self._offsets[first + 1 : last + 1] // self.dtype.itemsize - start).tolist(), count]
@@ -146,8 +146,8 @@ class TokenFile:
         return np.repeat(np.array(documents, dtype=np.int64), np.diff(borders))
 
     def segments(self, start: int, count: int) -> np.ndarray:
-        """[count] int64, another number in each document. In a file of another tool, whose index may have one mark for
-        many documents, an end-of-document token ends one too, as in Megatron."""
+        """[count] int64, a different number in each document. In a file of another tool, whose index may have one entry
+        for many documents, an end-of-document token also ends a document, as in Megatron."""
         numbers = self.document_numbers(start, count)
         if self.is_described or self._eod_token_id is None:
             return numbers
@@ -155,7 +155,7 @@ class TokenFile:
         return numbers + np.cumsum(ends) - ends
 
     def ends_documents(self) -> bool:
-        """Whether there is an end-of-document token, as far as a scan goes at once."""
+        """Whether there is an end-of-document token in the part that is scanned when the file is opened."""
         stop = min(self.num_tokens, _SCANNED_BYTES // self.dtype.itemsize)
         pieces = (self._copy(start, min(_CHUNK, stop - start)) for start in range(0, stop, _CHUNK))
         return self.eod_token_id is not None and any((piece == self.eod_token_id).any() for piece in pieces)
@@ -173,12 +173,12 @@ class TokenFile:
         return tokens
 
     def chunks(self, chunk_size: int = _CHUNK) -> Iterator[np.ndarray]:
-        """The whole stream in order, in pieces of at most `chunk_size` tokens, int64."""
+        """The entire stream in order, in chunks of at most `chunk_size` tokens, int64."""
         for start in range(0, self.num_tokens, chunk_size):
             yield self.read(start, min(chunk_size, self.num_tokens - start))
 
     def scan(self, start: int = 0, stop: int | None = None) -> Iterator[int]:
-        """Check the tokens from `start` to `stop` (default: the end); yields how many tokens each step looked at."""
+        """Check the tokens from `start` to `stop` (default: the end); yields the number of tokens of each chunk."""
         stop = self.num_tokens if stop is None else min(stop, self.num_tokens)
         for begin in range(start, stop, _CHUNK):
             count = min(_CHUNK, stop - begin)
@@ -188,7 +188,7 @@ class TokenFile:
             yield count
 
     def _position(self, sequence: int) -> int:
-        """Where a sequence begins in the stream; one past the last sequence: where the stream ends."""
+        """Start of a sequence in the stream; for one past the last sequence, the stream's end."""
         if sequence == len(self._offsets):
             return self.num_tokens
         return int(self._offsets[sequence]) // self.dtype.itemsize
@@ -202,36 +202,36 @@ class TokenFile:
         if self._checksums is None:
             data = read_at(self._descriptor, begin, size)
         else:
-            # Whole blocks, so that each can be compared.
+            # Complete blocks, so that each can be verified.
             first, last = begin // BLOCK, -(-(begin + size) // BLOCK)
             blocks = read_at(self._descriptor, first * BLOCK, (last - first) * BLOCK)
             damaged = self._checksums.first_difference(blocks, first)
             if damaged is not None:
                 document = self.document_of(min(damaged * BLOCK // self.dtype.itemsize, self.num_tokens - 1))
                 raise UserError(
-                    f"{path}: its checksum does not hold from byte {damaged * BLOCK} on (document {document}), the "
+                    f"{path}: checksum mismatch from byte {damaged * BLOCK} on (document {document}), the "
                     f"file is damaged; copy it again, or {REWRITE}"
                 )
             data = blocks[begin - first * BLOCK :][:size]
         if len(data) != size:
-            raise UserError(f"{path}: was cut short while it was read; copy it again, or {REWRITE}")
+            raise UserError(f"{path}: was truncated while it was read; copy it again, or {REWRITE}")
         return np.frombuffer(data, dtype=self.dtype)
 
     def _check_unchanged(self, path: str) -> None:
         if _file_state(path) != self._state[path]:
             raise UserError(
-                f"{path}: has changed since it was opened; a run needs the tokens that it began with: restore the "
+                f"{path}: has changed since it was opened; a run needs the tokens that it started with: restore the "
                 "file, or start another run"
             )
 
     def _check_largest_id(self) -> None:
-        """The description knows the largest id: no file is too large to be judged at once."""
+        """Check the largest id, which is in the description, so that no scan is needed."""
         largest = self.metadata.get("max_token_id")
         if isinstance(largest, int) and self.vocab_size is not None and largest >= self.vocab_size:
             raise UserError(_outside(self.prefix, self.metadata.get("max_token_document"), largest, self.vocab_size))
 
     def _check_ids(self, tokens: np.ndarray, position: int) -> None:
-        unsigned = tokens.view(f"u{tokens.itemsize}")  # a negative id becomes a huge one: one comparison for both
+        unsigned = tokens.view(f"u{tokens.itemsize}")  # a negative id becomes a huge one: one comparison covers both
         assert self.vocab_size is not None
         if unsigned.max(initial=0) >= self.vocab_size:
             first = int(np.argmax(unsigned >= self.vocab_size))
@@ -240,8 +240,8 @@ class TokenFile:
         if self.may_hold_mask and (masks := tokens == self.mask_token_id).any():
             raise UserError(
                 f"{self.prefix}: document {self.document_of(position + int(masks.argmax()))} contains the mask token "
-                f"{self.mask_token_id}, which no text may; remove it from the text and tokenise again, or convert with "
-                "another --mask-token-id"
+                f"{self.mask_token_id}, which is not allowed; remove it from the text and tokenise again, or convert "
+                "with another --mask-token-id"
             )
 
 
@@ -253,7 +253,7 @@ def _outside(prefix: str, document: Any, token: int, vocab_size: int) -> str:
 
 
 def _file_state(path: str) -> tuple[int, ...] | None:
-    """What changes when a file is written or replaced; None where there is none."""
+    """Size, time and identity of a file, which change when it is written or replaced; None if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -265,7 +265,7 @@ class _Index(NamedTuple):
     dtype: np.dtype
     lengths: np.ndarray  # [S] int32, tokens of each sequence
     offsets: np.ndarray  # [S] int64, byte offset of each sequence
-    marks: np.ndarray  # [D] int64, the sequence with which each document begins, and S
+    marks: np.ndarray  # [D] int64, the first sequence of each document, and S
 
 
 def _open_index(prefix: str) -> _Index:
@@ -287,19 +287,19 @@ def _open_index(prefix: str) -> _Index:
     in_order = index.marks[0] == 0 and index.marks[-1] == num_sequences and np.all(np.diff(few_marks) >= 0)
     expected, size = int(index.offsets[-1]) + int(index.lengths[-1]) * itemsize, tokens_path.stat().st_size
     if not in_order:
-        raise UserError(f"{index_path}: its documents do not follow one another, the file is damaged; {REWRITE}")
+        raise UserError(f"{index_path}: its documents are not consecutive, the file is damaged; {REWRITE}")
     if not contiguous:
-        raise UserError(f"{index_path}: its sequences do not follow one another: {_what_else(index, size)}")
+        raise UserError(f"{index_path}: its sequences are not consecutive: {_what_else(index, size)}")
     if size != expected:
         raise UserError(
-            f"{tokens_path}: has {size} bytes where its index promises {expected}; copy both files again, or {REWRITE}"
-            + ("; or it is a partial index, which is not read" if size > expected else "")
+            f"{tokens_path}: has {size} bytes where its index says {expected}; copy both files again, or {REWRITE}"
+            + ("; or it is a partial index, which is not supported" if size > expected else "")
         )
     return index
 
 
 def _what_else(index: _Index, size: int) -> str:
-    """What an index is whose sequences are not one after another: Megatron reads any that point into the tokens."""
+    """Describe an index whose sequences are not consecutive: Megatron accepts any that point into the tokens."""
     begins, counts = index.offsets.astype(np.int64), index.lengths.astype(np.int64)
     ends = begins + counts * index.dtype.itemsize
     outside = (counts < 0) | (begins < 0) | (begins > size) | (ends > size)
@@ -309,14 +309,14 @@ def _what_else(index: _Index, size: int) -> str:
     reached = np.maximum.accumulate(np.append(0, ends[order]))
     gaps, overlaps = begins[order] > reached[:-1], begins[order] < reached[:-1]
     kinds = {
-        "reordered (another order than the tokens have)": (np.diff(begins) < 0).any(),
-        "partial (tokens are left out)": gaps.any() or reached[-1] < size,
-        "repeating (some tokens come more than once)": (overlaps & (counts[order] > 0)).any(),
+        "reordered (in a different order from the tokens)": (np.diff(begins) < 0).any(),
+        "partial (omits tokens)": gaps.any() or reached[-1] < size,
+        "repeating (has some tokens more than once)": (overlaps & (counts[order] > 0)).any(),
     }
     found = " and ".join(kind for kind, is_so in kinds.items() if is_so)
     return (
-        f"it is {found or 'irregular'}, or damaged; such an index is not read: write the sequences in its order to "
-        "a file of their own with megatron.core's IndexedDatasetBuilder"
+        f"it is {found or 'irregular'}, or damaged; such an index is not supported: write the sequences in its order "
+        "to a new file with megatron.core's IndexedDatasetBuilder"
     )
 
 
@@ -330,26 +330,26 @@ def _check_pair(prefix: str, index_path: Path, tokens_path: Path) -> None:
         raise UserError(f"{prefix}: there is no {index_path.name} and no {tokens_path.name}; {hint}")
     if len(present) == 1:
         missing = tokens_path if present == [index_path] else index_path
-        raise UserError(f"{prefix}: {missing.name} is missing beside {present[0].name}; copy it too, or {REWRITE}")
+        raise UserError(f"{prefix}: {missing.name} is missing next to {present[0].name}; copy it too, or {REWRITE}")
 
 
 def _read_header(index_path: Path) -> tuple[np.dtype, int, int]:
-    """Data type, number of sequences, number of document marks."""
+    """Dtype, number of sequences, number of document entries."""
     size = index_path.stat().st_size
     with open(index_path, "rb", opener=regular) as stream:
         header = stream.read(_HEADER.size)
     if not header:
         raise UserError(f"{index_path}: is empty; {REWRITE}")
     if not header.startswith(_MAGIC[: len(header)]):
-        raise UserError(f"{index_path}: is no Megatron index (it begins with {header[:9]!r}); {REWRITE}")
+        raise UserError(f"{index_path}: is not a Megatron index (it starts with {header[:9]!r}); {REWRITE}")
     if len(header) < _HEADER.size:
-        raise UserError(f"{index_path}: is cut short at {size} bytes; copy it again, or {REWRITE}")
+        raise UserError(f"{index_path}: is truncated at {size} bytes; copy it again, or {REWRITE}")
     _, version, code, num_sequences, num_marks = _HEADER.unpack(header)
     if version != 1 or code not in {dtype.value for dtype in DType if "int" in dtype.name}:
         raise UserError(f"{index_path}: version {version} with data type {code} is unknown; {REWRITE}")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_marks
     if size == expected + num_sequences and num_sequences:
-        raise UserError(f"{index_path}: is a multimodal index, and only text is supported; {REWRITE}")
+        raise UserError(f"{index_path}: is a multimodal index, but only text is supported; {REWRITE}")
     if size != expected:
         raise UserError(f"{index_path}: has {size} bytes where its header says {expected}; copy it again, or {REWRITE}")
     return np.dtype(DType.dtype_from_code(code)), num_sequences, num_marks

@@ -24,10 +24,10 @@ def _epoch_order(num_samples: int, seed: int, epoch: int) -> Permutation:
 
 
 class PackedDataset:
-    """Samples of `seq_length` tokens; with shuffle=False they come in the stream's order.
+    """Samples of `seq_length` tokens; with shuffle=False in the stream's order.
 
-    `vocab_size` (rows of the model's embedding) turns a token outside it into a UserError; `scan`: at once. The
-    other two are TokenFile's.
+    With `vocab_size` (of the model's embedding) a token id outside it is a UserError; with `scan` already when the file
+    is opened. The other two are those of TokenFile.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PackedDataset:
         if self.num_samples == 0:
             raise UserError(
                 f"{prefix}: its {self.file.num_tokens} tokens do not fill one sample of --seq-length {seq_length}; "
-                "give more text or shorter samples"
+                "add text or shorten the samples"
             )
 
     @property
@@ -57,16 +57,16 @@ class PackedDataset:
         return [self.file]
 
     def eod_token_id(self) -> int | None:
-        """The token that closes documents, None where there is none or it is not known."""
+        """The end-of-document token; None if there is none or it is unknown."""
         return self.file.eod_token_id
 
     def fingerprint(self) -> str:
-        """Stands for the tokens and their order."""
+        """Fingerprint of the tokens and their order."""
         return self.file.fingerprint()
 
     @property
     def num_unused_tokens(self) -> int:
-        """Tokens at the end of the stream that fill no sample."""
+        """Tokens at the end of the stream that do not fill a sample."""
         return self.file.num_tokens - self.num_samples * self.seq_length
 
     def tokens(self, sample_index: int) -> np.ndarray:
@@ -74,11 +74,11 @@ class PackedDataset:
         return self.file.read(self._place(sample_index) * self.seq_length, self.seq_length)
 
     def documents(self, sample_index: int) -> np.ndarray:
-        """The number of the document that each token of a sample belongs to, [seq_length] int64."""
+        """Document number of each token of a sample, [seq_length] int64."""
         return self.file.segments(self._place(sample_index) * self.seq_length, self.seq_length)
 
     def epochs(self, num_samples: int) -> dict[str, float]:
-        """How often the first `num_samples` samples go through the file, by its name."""
+        """File name -> epochs of the file in the first `num_samples` samples."""
         return {Path(self.file.prefix).name: num_samples / self.num_samples}
 
     def _place(self, sample_index: int) -> int:

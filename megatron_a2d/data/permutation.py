@@ -28,7 +28,7 @@ class Permutation:
 
     def __init__(self, size: int, *key: int):
         if size < 1:
-            raise ValueError(f"a permutation of {size} things: size must be 1 or more")
+            raise ValueError(f"a permutation of {size} elements: size must be 1 or more")
         self.size = size
         self._left = math.isqrt(size - 1) + 1
         self._right = -(-size // self._left)

@@ -1,7 +1,7 @@
 """Held-out NELBO of a loaded model, with the same samples, masks and statistics as validation in training.
 
-What a sample is and how it is masked comes from data/diffusion_samples.py, what is made of the sums from
-diffusion/metrics.py; the forward pass alone is another one.
+Samples and masks come from data/diffusion_samples.py, statistics from diffusion/metrics.py; only the forward pass
+differs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def open_sources(
         if not is_name(name):
             raise UserError(f"--valid-data-path {word}: {name!r} is not a valid name; write another NAME={prefix}")
         if any(name == source.name for source in sources):
-            raise UserError(f"--valid-data-path {word}: there are two sources called {name!r}; write NAME={prefix}")
+            raise UserError(f"--valid-data-path {word}: two sources have the name {name!r}; give NAME={prefix}")
         dataset = PackedDataset(
             prefix, seq_length, seed=VALIDATION_SEED, vocab_size=vocab_size, mask_token_id=mask_token_id,
             eod_token_id=eod_token_id,

@@ -40,7 +40,9 @@ class ResponseCache:
             self._file = open_log(path)
             self._file.write("\n")  # ends a truncated line
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--out {path.parent}: {path.name} cannot be used ({error}); name another place") from None
+            raise UserError(
+                f"--out {path.parent}: {path.name} cannot be used ({error}); choose another directory"
+            ) from None
 
     def key(self, *parts: Any) -> str:
         return hashlib.sha256(json.dumps([self._settings, *parts], sort_keys=True).encode()).hexdigest()

@@ -39,7 +39,7 @@ def read_results(directory: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(
             f"--compare-with {directory}: results.json was not written by this command (no usable {', '.join(wrong)}); "
-            "name an earlier --out"
+            "give the --out of an earlier evaluation"
         )
     return results
 

@@ -17,10 +17,10 @@ class A2DConfig(PretrainedConfig):
     """A Qwen3 (`num_experts` 0) or Qwen3-MoE model whose attention is bidirectional.
 
     Args beyond Qwen3's:
-        mask_token_id: the token that stands for "not yet known"; never predicted.
-        label_shift: True when the logits of row i - 1 predict the token at position i (the convention of the
-            autoregressive model that it came from, kept by RND1); False when row i predicts position i.
-        num_diffusion_steps: the number of denoising steps that samplers use unless told otherwise.
+        mask_token_id: the mask token; never predicted.
+        label_shift: True if the logits at position i - 1 predict the token at position i (the convention of the
+            autoregressive base model, kept by RND1); False if those at position i do.
+        num_diffusion_steps: the default number of denoising steps for sampling.
     """
 
     model_type = "a2d"
@@ -94,7 +94,7 @@ class A2DConfig(PretrainedConfig):
 
 
 def _agreed(spellings: dict[str, Any]) -> Any:
-    """The one value of a setting with several spellings; None without any."""
+    """The value of a setting with several spellings; None if it is not set."""
     found = {key: value for key, value in spellings.items() if value is not None}
     first = next(iter(found.values()), None)
     if any(value != first for value in found.values()):
@@ -110,7 +110,7 @@ def _rotary(
     places = {f"{key}.rope_theta": found.get("rope_theta") for key, found in objects.items()}
     base = _agreed({"rope_theta": theta, **places})
     if scaling and theta is None and places["rope_scaling.rope_theta"] is None and base is not None:
-        raise ValueError("rope_theta stands in rope_parameters alone, which transformers ignores beside rope_scaling")
+        raise ValueError("rope_theta is only in rope_parameters, which transformers ignores next to rope_scaling")
     original = others.pop("original_max_position_embeddings", None)
     read = [_yarn(found, original, longest) for found in objects.values() if found]
     if len(read) == 2 and read[0] != read[1]:
@@ -156,7 +156,7 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         if config.get(key) not in (None, value):
             raise ValueError(f"config key {key} is {config[key]!r}; this model supports {value!r} only")
     if set(config.get("layer_types") or ()) - {"full_attention"} or config.get("per_layer_config"):
-        raise ValueError("layers with settings of their own (layer_types, per_layer_config) are not supported")
+        raise ValueError("per-layer settings (layer_types, per_layer_config) are not supported")
 
 
 A2DConfig.register_for_auto_class()

@@ -1,6 +1,6 @@
 """Configuration of an RND1 model (Radical Numerics, 2025): that of an A2D mixture of experts, named "rnd1".
 
-Sizes come from the file; what the file leaves out has the value of RND1-Base (that of Qwen3-30B-A3B).
+Sizes come from config.json; missing ones default to those of RND1-Base (Qwen3-30B-A3B).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class RND1Config(A2DConfig):
         super().__init__(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        # The published name of the architecture, which other tools look up; save_pretrained would put the
-        # name of the class there.
+        # The published name of the architecture, which other tools look up; save_pretrained would write the
+        # class name.
         return {**super().to_dict(), "architectures": ["RND1"]}
 
 

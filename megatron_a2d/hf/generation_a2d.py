@@ -1,10 +1,10 @@
 """Diffusion sampling as a method of the model: `model.generate(input_ids, max_new_tokens=64)`.
 
-The schedule of RND1 (Radical Numerics, 2025): all holes start masked; before each of S steps every masked position is
-predicted; after step n the floor(N * (S - n) / S) of a row's N holes with the highest entropy stay masked, the
-others keep their tokens. The mask token is never predicted, and rows of a batch do not influence one another.
+The schedule of RND1 (Radical Numerics, 2025): all holes start masked; in each of S steps every masked position is
+predicted; after step n the floor(N * (S - n) / S) of a sample's N holes with the highest entropy stay masked, the
+others keep their tokens. The mask token is never predicted, and samples of a batch do not influence one another.
 
-Shapes: B batch, L sequence, V vocabulary, N masked positions of all rows.
+Shapes: B batch, L sequence, V vocabulary, N masked positions of all samples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class DiffusionGeneration:
-    """For a model with `config.mask_token_id`, `model` (tokens to hidden states) and `lm_head`."""
+    """Mixin with `generate`; needs `config.mask_token_id`, `model` (tokens to hidden states) and `lm_head`."""
 
     config: Any
     model: Any
@@ -36,13 +36,13 @@ class DiffusionGeneration:
     ) -> torch.Tensor:
         """Fill the holes of `input_ids` [B, L] and `max_new_tokens` more at the end; int64 [B, L + max_new_tokens].
 
-        Mask tokens in `input_ids` are holes. New tokens behind the first of `generation_config.eos_token_id` are
-        padding (`pad_token_id`, else that token), as every `generate` has it. `attention_mask` is 0 at padding;
-        prompts of different length are padded on the left, as for every `generate`; without it, rows that begin
+        Mask tokens in `input_ids` are holes. New tokens after the first of `generation_config.eos_token_id` are
+        padding (`pad_token_id`, else that token), as in every `generate`. `attention_mask` is 0 at padding;
+        prompts of different lengths are padded on the left, as for every `generate`; without it, prompts that start
         with `config.pad_token_id` are refused. `num_steps` defaults to `config.num_diffusion_steps`. Temperature 0
-        takes the likeliest token; `top_k` 0 and `top_p` 1 filter nothing; `generator` makes draws repeatable.
-        Raises ValueError for arguments out of range, and for a hole with nothing before it, which under the label
-        shift nothing predicts.
+        takes the most likely token; `top_k` 0 and `top_p` 1 filter nothing; `generator` makes draws reproducible.
+        Raises ValueError for arguments out of range, and for a hole at the first position, which no position
+        predicts under the label shift.
         """
         given = sorted(name for name, value in ignored_by_none.items() if value is not None)
         if given:
@@ -75,8 +75,8 @@ class DiffusionGeneration:
         return self._padded_behind_end(tokens_BL, max_new_tokens)
 
     def _padded_behind_end(self, tokens_BL: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """New tokens behind a row's first end-of-text token become padding; what holes in a prompt hold stays."""
-        # Outside a directory's own code transformers may not read generation_config.json; config.json has one token.
+        """Replace new tokens after a sample's first end-of-text token by padding; holes in the prompt are unchanged."""
+        # transformers does not always read generation_config.json; config.json has only one end token.
         settings = getattr(self, "generation_config", None) or self.config
         ends = settings.eos_token_id
         if ends is None or max_new_tokens == 0:
@@ -91,7 +91,7 @@ class DiffusionGeneration:
     def _canvas(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_new_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and visibility [B, L + new], checked."""
+        """Tokens and padding mask [B, L + new], validated."""
         visible_BL = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if input_ids.dim() != 2 or visible_BL.shape != input_ids.shape:
             raise ValueError("input_ids and attention_mask must both be [batch, sequence]")
@@ -102,17 +102,18 @@ class DiffusionGeneration:
         visible_BL = torch.cat([visible_BL, torch.ones_like(new_BN, dtype=torch.bool)], dim=1)
         if attention_mask is None and self._is_padded_left(input_ids):
             raise ValueError(
-                f"prompts begin with padding (token {self.config.pad_token_id}) and there is no attention_mask, so the "
+                f"prompts start with padding (token {self.config.pad_token_id}) and there is no attention_mask, so the "
                 "model would read it as text; pass the tokenizer's attention_mask, or a mask of ones if it is text"
             )
         if self.config.label_shift:
             before_BL = torch.cat([torch.zeros_like(visible_BL[:, :1]), visible_BL[:, :-1]], dim=1)
             if ((tokens_BL == self.config.mask_token_id) & visible_BL & ~before_BL).any():
-                raise ValueError("a row begins with a hole, which nothing predicts; put a token before it")
+                raise ValueError("a prompt starts with a hole, which no position predicts; put a token before it")
         return tokens_BL, visible_BL
 
     def _is_padded_left(self, input_ids: torch.Tensor) -> bool:
-        """Rows begin with unlike numbers of padding tokens, or with several: one before every row may begin a text."""
+        """Whether prompts start with padding: with several such tokens, or with different numbers of them. A single one
+        before every prompt may be part of the text."""
         if self.config.pad_token_id is None or not input_ids.numel():
             return False
         leading_B = (input_ids == self.config.pad_token_id).int().cumprod(dim=1).sum(1)
@@ -130,7 +131,7 @@ class DiffusionGeneration:
         if top_p < 1:
             values, indices = logits_NV.sort(dim=-1, descending=True)
             probabilities = values.softmax(-1)
-            # A token goes when the likelier ones alone have reached the mass top_p; the first always stays.
+            # A token is dropped once the likelier ones alone reach the mass top_p; the first is always kept.
             values = values.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, -torch.inf)
             logits_NV = torch.full_like(logits_NV, -torch.inf).scatter(-1, indices, values)
         return logits_NV.log_softmax(-1)

@@ -1,7 +1,7 @@
-"""A Qwen3 or Qwen3-MoE transformer whose attention sees both directions, for masked diffusion.
+"""Qwen3 and Qwen3-MoE transformers with bidirectional attention, for masked diffusion.
 
-Equal to Hugging Face's Qwen3ForCausalLM / Qwen3MoeForCausalLM without the causal mask; parameters carry the
-same names (experts one by one). Needs torch and transformers (4.57 or 5) only.
+Equal to Hugging Face's Qwen3ForCausalLM / Qwen3MoeForCausalLM without the causal mask; parameters have the
+same names (with separate experts). Needs only torch and transformers (4.57 or 5).
 
 Shapes: B batch, L sequence, D hidden, N = B * L tokens, K experts per token, V vocabulary.
 """
@@ -40,8 +40,8 @@ class A2DRMSNorm(nn.Module):
 def rotary_angles(positions_BL: torch.Tensor, config: A2DConfig) -> torch.Tensor:
     """Angles [B, 1, L, head_dim / 2] in fp32.
 
-    Computed anew in each forward: transformers 5 builds a model without storage and fills in only what the
-    checkpoint holds, so that a non-persistent buffer would stay uninitialised.
+    Recomputed in each forward pass: transformers 5 builds a model without storage and fills in only the tensors of
+    the checkpoint, so that a non-persistent buffer would stay uninitialised.
     """
     size = config.head_dim
     exponents = torch.arange(0, size, 2, device=positions_BL.device, dtype=torch.float32) / size
@@ -53,7 +53,7 @@ def rotary_angles(positions_BL: torch.Tensor, config: A2DConfig) -> torch.Tensor
 
 
 def yarn_blend(size: int, theta: float, yarn: dict[str, Any]) -> torch.Tensor:
-    """How much of each frequency YaRN (Peng et al. 2023) slows, [size / 2]: from 0, the fast ones, to 1."""
+    """YaRN's interpolation weight of each frequency (Peng et al. 2023), [size / 2]: from 0 (fast ones) to 1."""
     length = yarn["original_max_position_embeddings"]
     low, high = (
         size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -75,10 +75,10 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of every position, for forward passes over some positions alone.
+    """Keys and values of every position, for forward passes over only some positions.
 
-    An approximation for a bidirectional model: the positions that are not computed anew keep what they had, which has
-    not seen the tokens that changed since.
+    An approximation for a bidirectional model: positions that are not recomputed keep their old keys and values, which
+    do not reflect tokens that have changed since.
     """
 
     def __init__(self, num_slots: int, length: int):
@@ -86,7 +86,7 @@ class KeyValueCache:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def select(self, slots_B: torch.Tensor, columns_BA: torch.Tensor, valid_BA: torch.Tensor) -> KeyValueCache:
-        """Say what the next forward pass is over: column a of row b is position `columns_BA[b, a]` of slot
+        """Set the positions of the next forward pass: column a of sample b is position `columns_BA[b, a]` of slot
         `slots_B[b]`, where `valid_BA`."""
         rows_BA = slots_B[:, None].expand_as(columns_BA)
         self.slots_B, self.valid_BA, self.places = slots_B, valid_BA, (rows_BA[valid_BA], columns_BA[valid_BA])
@@ -105,13 +105,13 @@ class KeyValueCache:
 
 
 class A2DAttention(nn.Module):
-    """Grouped-query attention with norms on queries and keys; no mask but the padding's."""
+    """Grouped-query attention with norms on queries and keys; the only mask is that of padding."""
 
     def __init__(self, config: A2DConfig, layer: int):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        # YaRN's attention factor belongs to queries and keys alike.
+        # YaRN's attention factor scales both queries and keys.
         yarn = config.rope_scaling
         self.scale = yarn["attention_factor"] ** 2 / config.head_dim**0.5 if yarn else None
         self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
@@ -154,7 +154,7 @@ class A2DMLP(nn.Module):
 
 
 class A2DMixtureOfExperts(nn.Module):
-    """Each token goes to its K likeliest experts; nothing is dropped.
+    """MoE layer: each token is processed by its K likeliest experts; no token is dropped.
 
     Probabilities: softmax in fp32 over all experts, then the K largest, renormalised if `norm_topk_prob`.
     """
@@ -174,7 +174,7 @@ class A2DMixtureOfExperts(nn.Module):
         weights_NK, experts_NK = probabilities.topk(self.experts_per_token, dim=-1)
         if self.renormalise:
             weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
-        # Assignments sorted by expert: each expert then reads one contiguous piece.
+        # Sorted by expert, so that each expert reads a contiguous slice.
         order = experts_NK.flatten().argsort(stable=True)
         counts = experts_NK.flatten().bincount(minlength=len(self.experts)).tolist()
         weights = weights_NK.to(x.dtype).flatten()
@@ -188,7 +188,7 @@ class A2DMixtureOfExperts(nn.Module):
 
 
 class A2DLayer(GradientCheckpointingLayer):
-    """Attention, then MLP or experts; each reads a normalised copy and adds to the stream."""
+    """Pre-norm transformer layer: attention, then MLP or experts, each added to the residual stream."""
 
     def __init__(self, config: A2DConfig, layer: int):
         super().__init__()
@@ -212,7 +212,7 @@ class A2DLayer(GradientCheckpointingLayer):
 
 
 class A2DPreTrainedModel(PreTrainedModel):
-    """What transformers must know about every model of this file."""
+    """Base class with the transformers settings common to all models of this file."""
 
     config_class: type[A2DConfig] = A2DConfig
     base_model_prefix = "model"
@@ -222,7 +222,7 @@ class A2DPreTrainedModel(PreTrainedModel):
 
 
 class A2DModel(A2DPreTrainedModel):
-    """Token ids to hidden states, without the output head."""
+    """Token ids to hidden states, without the LM head."""
 
     def __init__(self, config: A2DConfig):
         super().__init__(config)
@@ -242,12 +242,12 @@ class A2DModel(A2DPreTrainedModel):
     ) -> BaseModelOutput:
         """Hidden states [B, L, D] after the last norm.
 
-        `attention_mask` [B, L] is nonzero at real tokens and 0 at padding, on either side; rows at padded
-        positions mean nothing. `position_ids` [B or 1, L] default to 0..L-1: with padding on the left that is
-        still right, because rotary embeddings only see differences of positions.
+        `attention_mask` [B, L] is nonzero at real tokens and 0 at padding, on either side; outputs at padded
+        positions are meaningless. `position_ids` [B or 1, L] default to 0..L-1, which is also correct with padding on
+        the left, because rotary embeddings depend only on differences of positions.
 
-        With a `cache` (after its `select`) the tokens are some positions of a longer sequence: `position_ids` says
-        which, and `attention_mask` is that of the whole sequence.
+        With a `cache` (after its `select`) the tokens are some positions of a longer sequence, given by
+        `position_ids`, and `attention_mask` is that of the full sequence.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -270,7 +270,7 @@ class A2DModel(A2DPreTrainedModel):
 
 
 class A2DForMaskedLM(DiffusionGeneration, A2DPreTrainedModel):
-    """The diffusion language model: hidden states, then the output head; `generate` samples from it."""
+    """The diffusion language model: hidden states, then the LM head; `generate` samples from it."""
 
     base_class: type[A2DModel] = A2DModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -290,11 +290,11 @@ class A2DForMaskedLM(DiffusionGeneration, A2DPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> MaskedLMOutput:
-        """Logits [B, L, V] as the head gives them: with `config.label_shift`, row i - 1 predicts position i.
+        """Logits [B, L, V] of the LM head: with `config.label_shift` those at position i - 1 predict position i.
 
-        `labels` [B, L] holds at position i the token that belongs there, -100 where there is no loss. The
-        loss is the plain mean cross-entropy of the rows that predict those positions: the shift is taken care
-        of (nothing predicts position 0), the diffusion objective's weights 1/t are not applied.
+        `labels` [B, L] holds the target token of position i at position i, or -100 for no loss. The
+        loss is the plain mean cross-entropy over those positions: the shift is applied here (no position predicts
+        position 0), the diffusion objective's weights 1/t are not.
         """
         hidden = self.model(input_ids, attention_mask, position_ids, inputs_embeds)[0]
         logits = self.lm_head(hidden)

@@ -6,18 +6,18 @@ from .configuration_rnd import RND1Config
 from .generation_a2d import DiffusionGeneration
 from .modeling_a2d import A2DForMaskedLM, A2DModel
 
-# Named here because transformers 4 takes along only the files that this one imports itself.
+# Imported here because transformers 4 copies only the files that this one imports directly.
 __all__ = ["RND1LM", "DiffusionGeneration", "RND1Model"]
 
 
 class RND1Model(A2DModel):
-    """Token ids to hidden states, without the output head."""
+    """Token ids to hidden states, without the LM head."""
 
     config_class = RND1Config
 
 
 class RND1LM(A2DForMaskedLM):
-    """The diffusion language model; the logits of row i - 1 predict position i."""
+    """The diffusion language model; the logits at position i - 1 predict position i."""
 
     config_class = RND1Config
     base_class = RND1Model

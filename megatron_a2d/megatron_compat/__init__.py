@@ -1,8 +1,8 @@
-"""The device switch and everything that depends on megatron.core's version.
+"""Compatibility with megatron.core: device selection, and everything that depends on its version.
 
 `install()` is called before any megatron object is built. On every machine it checks the version and applies the fixes
-of versions.py, which holds what differs between the supported versions; without CUDA it also makes megatron.core run
-on the CPU. Importing this package makes megatron.core importable without triton, and imports no torch.
+of versions.py, which handles the differences between the supported versions; without CUDA it also makes megatron.core
+run on the CPU. Importing this package makes megatron.core importable without triton, and imports no torch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
 
 
 def make_triton_optional() -> None:
-    """Replace megatron.core's one module that needs triton; to be called before megatron.core is imported.
+    """Replace the one module of megatron.core that needs triton; call before megatron.core is imported.
 
     From 0.17 on `import megatron.core` imports triton for kernels that move expert activations on a GPU, and torch's
-    CPU builds come without triton. Everything else that looks for triton finds none and works without it. This does not
-    ask whether there is a GPU: that would initialise CUDA, which reads its environment variables once, before
+    CPU builds come without triton. All other uses of triton are optional. There is no check
+    for a GPU here: that would initialise CUDA, which reads its environment variables once, before
     distributed/environment.py has set them.
     """
     if TRITON_KERNELS in sys.modules or importlib.util.find_spec("triton") is not None:
@@ -36,7 +36,7 @@ make_triton_optional()
 
 @functools.cache
 def install() -> None:
-    """Make megatron.core fit for this machine. Idempotent."""
+    """Prepare megatron.core for this machine. Idempotent."""
     from megatron_a2d.megatron_compat import cpu_backend, fused_adam, versions
     from megatron_a2d.megatron_compat.device import has_cuda
 

@@ -1,7 +1,7 @@
-"""megatron.core on machines without CUDA.
+"""CPU backend: makes megatron.core run on machines without CUDA.
 
 megatron.core names the device "cuda" throughout. Each function below neutralises one such assumption and
-has its own test. Nothing here is active where there is a GPU.
+has its own test. Nothing here is active on a machine with a GPU.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _redirect_factories() -> None:
         wrapper.redirected_to_cpu = True  # type: ignore[attr-defined]
         return wrapper
 
-    # Contexts like `with torch.device("meta")` know the factories by this list, made when it is first asked for: with
-    # the wrappers in it they would do nothing, and transformers would load buffers that hold no values.
+    # Contexts like `with torch.device("meta")` identify the factories by this list, which is cached on first use: with
+    # the wrappers in it they would have no effect, and transformers would load buffers without values.
     torch.utils._device._device_constructors()
     names = (
         "tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint",
@@ -60,7 +60,7 @@ def _redirect_factories() -> None:
 
 
 def _redirect_moves() -> None:
-    """`.cuda()` and `.to("cuda")` leave a tensor where it is."""
+    """Make `.cuda()` and `.to("cuda")` no-ops."""
     original = torch.Tensor.to
     if hasattr(original, "redirected_to_cpu"):
         return
@@ -81,7 +81,7 @@ def _redirect_moves() -> None:
 
 
 class _NoStream:
-    """Stands for CUDA streams and events: on a CPU everything has happened when the call returns."""
+    """Stands in for CUDA streams and events: on a CPU all work is complete when a call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -108,11 +108,11 @@ class _NoStream:
 
 
 def _neutralise_cuda_module() -> None:
-    """torch.cuda's own functions: the current device is the CPU, streams and memory counters are neutral."""
+    """Replace functions of torch.cuda: the current device is the CPU, streams and memory counters are no-ops."""
     stream = _NoStream()
 
     def do_nothing() -> Any:
-        # A function for each name: torch.compile keeps rules by function, and one under two names confuses it.
+        # A separate function per name: torch.compile keeps rules per function, and cannot handle one with two names.
         return lambda *args, **kwargs: None
 
     replacements: dict[str, Any] = {
@@ -136,12 +136,12 @@ def _neutralise_cuda_module() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
-    # Marks for NVIDIA's profiler.
+    # NVTX ranges of NVIDIA's profiler.
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = do_nothing()
 
 
 def _use_cpu_generator() -> None:
-    """The tensor-parallel random state tracker keeps its books on the CPU's generator."""
+    """Make the tensor-parallel RNG state tracker use the CPU's generator."""
     from megatron.core.tensor_parallel import random
 
     class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
@@ -161,12 +161,12 @@ def _use_cpu_generator() -> None:
 
 
 def _never_compile() -> None:
-    """megatron.core compiles small functions; on a CPU that costs half a minute at the first step."""
+    """Disable megatron.core's compilation of small functions, which costs half a minute at the first step on a CPU."""
     torch.compiler.set_stance("force_eager")
 
 
 def _accept_cpu_split_sizes() -> None:
-    """The all-to-all dispatcher wants its split sizes as numpy arrays, and converts only CUDA tensors."""
+    """Make the all-to-all dispatcher convert its split sizes to numpy arrays, as it does for CUDA tensors only."""
     from megatron.core.transformer.moe import token_dispatcher
 
     def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -176,7 +176,7 @@ def _accept_cpu_split_sizes() -> None:
 
 
 def _clip_gradients_without_cuda() -> None:
-    """Gradient clipping insists on CUDA tensors and on a fused scaling kernel."""
+    """Replace gradient clipping, which requires CUDA tensors and a fused scaling kernel."""
     from megatron.core.optimizer import clip_grads, optimizer
 
     def clip(
@@ -197,9 +197,9 @@ def _clip_gradients_without_cuda() -> None:
 
 
 def _accept_cpu_parameters() -> None:
-    """The optimizers sort parameters by the name of their type, and know only "torch.cuda.*Tensor".
+    """Make the optimizers accept CPU parameters: they sort them by type name, and only know "torch.cuda.*Tensor".
 
-    Their constructors alone see CPU types under CUDA names.
+    Only inside their constructors do CPU types have CUDA names.
     """
     from megatron.core.optimizer import distrib_optimizer, optimizer
 

@@ -1,4 +1,4 @@
-"""One switch: CUDA where there is one, else the CPU."""
+"""Device selection: CUDA if available, else the CPU."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def cuda_version() -> tuple[int, int] | None:
-    """The release of CUDA that torch was built for, (12, 9); None without one."""
+    """The CUDA version that torch was built for, (12, 9); None without CUDA."""
     version = torch.version.cuda
     return (int(version.split(".")[0]), int(version.split(".")[1])) if version else None
 
 
 def send(tensor: Tensor) -> Tensor:
-    """A tensor of the host on this process's device; on a GPU without waiting for what that does at the moment."""
+    """Copy a host tensor to this process's device; asynchronous on a GPU."""
     if tensor.is_cuda or not has_cuda():
         return tensor
     return tensor.pin_memory().to(device(), non_blocking=True)
@@ -42,6 +42,6 @@ def communication_backend() -> str:
 
 
 def peak_flops() -> float | None:
-    """The GPU's dense bf16 peak, operations a second, for MFU; None on a CPU or an unknown GPU."""
+    """The GPU's dense bf16 peak in FLOP/s, for MFU; None on a CPU or an unknown GPU."""
     rates = rates_of(torch.cuda.get_device_name()) if has_cuda() else None
     return rates.bf16_tflops * 1e12 if rates else None

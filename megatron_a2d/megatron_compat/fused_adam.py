@@ -1,8 +1,8 @@
-"""AdamW with the conventions of Transformer Engine's and apex's FusedAdam, where neither is installed.
+"""AdamW with the interface of Transformer Engine's and apex's FusedAdam, for when neither is installed.
 
 megatron.core's checkpoints expect `step` as a number in each parameter group and {exp_avg, exp_avg_sq} as a
-parameter's state; torch.optim.AdamW keeps a step tensor for each parameter, and its state then
-reshards wrongly. The arithmetic is torch's own fused kernel (Loshchilov & Hutter 2019).
+parameter's state; torch.optim.AdamW has a step tensor per parameter, with which the state
+reshards incorrectly. The arithmetic is torch's own fused kernel (Loshchilov & Hutter 2019).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Adam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         capturable: bool = False,
     ):
-        assert bias_correction, "FusedAdam without bias correction is not offered"
-        assert not capturable, "a step that CUDA graphs can capture is not offered"
+        assert bias_correction, "FusedAdam without bias correction is not supported"
+        assert not capturable, "a step captured in a CUDA graph is not supported"
         super().__init__(params, dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay))
         self._kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 
@@ -35,7 +35,7 @@ class Adam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            # Groups that are empty on this rank count too, so that all ranks' groups agree on the step.
+            # Also for groups that are empty on this rank, so that all ranks' groups have the same step.
             group["step"] = int(group.get("step", 0)) + 1
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in parameters:
@@ -65,7 +65,7 @@ class Adam(torch.optim.Optimizer):
 
 
 def install() -> None:
-    """Let megatron.core build `Adam` where it would fall back to torch.optim.AdamW."""
+    """Make megatron.core use this `Adam` where it would fall back to torch.optim.AdamW."""
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 

@@ -1,6 +1,6 @@
-"""What differs between the supported versions of megatron.core, and mends of it that apply on every device.
+"""Differences between the supported versions of megatron.core, and fixes that apply on every device.
 
-What 0.19.2 does otherwise than 0.16.1, where this project meets it:
+Differences between 0.16.1 and 0.19.2 that matter here:
 
 - `import megatron.core` needs triton (`make_triton_optional` in __init__.py).
 - Its version ends in a commit where .venv312 lies in a git checkout, as ours does: that checkout's (`release`).
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from megatron_a2d.utils.errors import UserError
 
-# The last one for Python 3.11, and the newest, which needs 3.12: the tests passed with these.
+# The last release for Python 3.11, and the newest, which needs 3.12: the tests pass with these two.
 SUPPORTED = ("0.16.1", "0.19.2")
 
 
 def check_version() -> None:
-    """What is built here rests on the internals of these releases; another one must be tested first."""
+    """UserError for an untested release: this project uses internals of megatron.core."""
     found = release()
     if found not in SUPPORTED:
         raise UserError(
@@ -41,7 +41,7 @@ def check_version() -> None:
 
 
 def release() -> str:
-    """megatron.core's version, as 0.19.2: without the commit that it adds when it lies within a git checkout."""
+    """megatron.core's version, such as 0.19.2, without the commit that it adds inside a git checkout."""
     return str(megatron.core.__version__).partition("+")[0]
 
 
@@ -52,12 +52,12 @@ def is_before(major: int, minor: int) -> bool:
 
 
 def async_save_options() -> dict[str, str]:
-    """For TorchDistSaveShardedStrategy.async_save: by default newer versions plan with a package of their own."""
+    """Arguments of TorchDistSaveShardedStrategy.async_save: newer versions use a separate package by default."""
     return {} if is_before(0, 17) else {"async_strategy": "mcore"}
 
 
 def graphed_parts(parts: Sequence[str]) -> dict[str, list[str]]:
-    """TransformerConfig's field for the parts of a layer that CUDA graphs replay."""
+    """TransformerConfig's field for the parts of a layer that CUDA graphs capture."""
     return {"cuda_graph_scope" if is_before(0, 17) else "cuda_graph_modules": list(parts)}
 
 
@@ -74,7 +74,7 @@ def apply_fixes() -> None:
 
 
 def _define_te_general_gemm() -> None:
-    """Without Transformer Engine the router reads a name that its failed import never bound."""
+    """Without Transformer Engine the router uses a name that its failed import never bound."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -82,7 +82,7 @@ def _define_te_general_gemm() -> None:
 
 
 def _recompute_norms_without_te() -> None:
-    """--recompute-modules layernorm asks Transformer Engine about FP8 whether it is there or not."""
+    """--recompute-modules layernorm queries Transformer Engine's FP8 state even if it is not installed."""
     from megatron.core.tensor_parallel import random
 
     if random.HAVE_TE:
@@ -98,8 +98,8 @@ def _recompute_norms_without_te() -> None:
 
 def _recompute_without_compiling() -> None:
     """From 0.17 on, --recompute-modules layernorm and moe_act compile C++ in the first backward pass, on every process
-    at once, in one cache; where a compiler is missing or a stale lock lies, the run ends or waits. What was computed
-    again is copied to its place instead, as 0.16 did."""
+    at once, in one cache; with a missing compiler the run fails, with a stale lock it hangs. The recomputed values are
+    copied instead, as in 0.16."""
     from megatron.core.tensor_parallel import random
 
     if hasattr(random, "_get_share_storage"):
@@ -136,22 +136,22 @@ def _permute_no_tokens_unfused() -> None:
 
 
 def missing_router_product() -> str | None:
-    """A line where the routers multiply by torch although Transformer Engine is in use, None where they do not.
+    """A log line if the routers use torch's GEMM although Transformer Engine is in use, else None.
 
-    megatron-core 0.16.1 imports a name (get_workspace) that Transformer Engine 2.12 no longer has, and says nothing.
+    megatron-core 0.16.1 imports a name (get_workspace) that Transformer Engine 2.12 no longer has, silently.
     """
     from megatron.core.transformer.moe import moe_utils
 
     if moe_utils.te_general_gemm is not None:
         return None
     return (
-        f"routers: torch's matrix product in the place of Transformer Engine's, which megatron-core {release()} "
-        "does not find in this version of it; the same numbers, a little slower"
+        f"routers: torch's GEMM instead of Transformer Engine's, which megatron-core {release()} "
+        "does not find in this version; the results are the same, a little slower"
     )
 
 
 def allow_schedule_plans() -> None:
-    """megatron.core's interleaved micro-batches want a GPTModel, by name; any language model with its parts will do."""
+    """Let megatron.core's combined 1F1B schedule accept any LanguageModule: it checks for GPTModel by class."""
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.models.gpt import gpt_model
 
@@ -162,8 +162,8 @@ def mark_expert_parameters(model: nn.Module) -> None:
     """Give the experts their own gradient buffers and optimizer at every expert-parallel size.
 
     megatron.core does so only for sizes above 1. At TP=2, EP=1, ETP=1 that reduces expert gradients over the
-    wrong group, silently; and a checkpoint written at EP>1 does not load at EP=1. To be called before
-    DistributedDataParallel looks at the parameters.
+    wrong group, silently; and a checkpoint written at EP>1 does not load at EP=1. Call it before
+    DistributedDataParallel is constructed.
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:

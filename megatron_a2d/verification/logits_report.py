@@ -155,7 +155,7 @@ def transformers_logits(
 
 
 def carries_our_code(directory: Path) -> bool:
-    """Whether the Python files of an export are exactly those that this version writes, and auto_map names no others.
+    """Whether the Python files of an export are exactly those that this version writes, and auto_map lists no others.
 
     `auto_map` can name code of another repository on the hub, and a file next to ours could be imported: any
     difference means that none of it is run.

@@ -137,7 +137,7 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("checkpoint is a HF directory", lambda root: {"load": root / "moe"}, "latest_checkpointed_iteration"),
     ("other architecture", lambda root: damaged(root, other_model_config), "embedding"),
     ("dense weights, MoE config", lambda root: damaged(root, dense_weights), "mlp"),
-    ("mask outside the embedding", lambda root: damaged(root, mask_outside), "not a row of the embedding"),
+    ("mask outside the embedding", lambda root: damaged(root, mask_outside), "not a token id"),
     ("mask is an ordinary token", lambda root: damaged(root, mask_is_a_word), "which text uses"),
     ("no config", lambda root: damaged(root, no_config), "config"),
     ("not Qwen", lambda root: damaged(root, not_qwen), "llama"),
@@ -151,7 +151,7 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("empty files", empty_pair, "is empty"),
     ("foreign token ids", lambda root: {"train_data_path": root / "foreign"}, "the model's vocabulary has 256"),
     ("validation too small", lambda root: {"global_batch_size": 4096, "micro_batch_size": 1}, "--valid-data-path"),
-    ("samples too long", lambda root: {"seq_length": 513}, "512 positions"),
+    ("samples too long", lambda root: {"seq_length": 513}, "context length is 512"),
     ("layout", lambda root: {"tensor_model_parallel_size": 2}, "does not divide the 1 processes"),
 ]  # fmt: skip
 

@@ -235,8 +235,8 @@ def test_visible_tokens_are_not_in_the_denominator():
     ("text", "words"),
     [
         ("", "holds no settings"),
-        ("sources: []", "must hold `sources:`"),
-        ("sources: {a: {train_path: x, weight: 1}}\nmore: 1", "must hold `sources:`"),
+        ("sources: []", "must have the single key `sources:`"),
+        ("sources: {a: {train_path: x, weight: 1}}\nmore: 1", "must have the single key `sources:`"),
         ("sources: {a: 1}", "holds no settings"),
         ("sources: {a: {train_path: x, weight: 0}}", "weight 0: must be a positive number"),
         ("sources: {a: {train_path: x, weight: -1}}", "weight -1"),
@@ -314,5 +314,5 @@ def test_a_cap_on_epochs(mixture):
     mixture.write_text(mixture.read_text().replace("weight: 5", "weight: 5, max_epochs: 2"))
     data = MixedDataset(read_mixture(mixture), 14)  # a has 50 samples, and half of all
     data.check_epochs(180)
-    with pytest.raises(UserError, match=r"a would be repeated 2\.\d\d times in 210 samples, and its max_epochs is 2"):
+    with pytest.raises(UserError, match=r"a would be repeated 2\.\d\d times in 210 samples, above its max_epochs 2"):
         data.check_epochs(210)

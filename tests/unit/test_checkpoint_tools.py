@@ -107,7 +107,7 @@ def test_what_cannot_be_averaged(run: Path, tmp_path: Path) -> None:
 def test_inspect_shows_both_sides(run: Path, capsys) -> None:
     inspect.main(["--checkpoint", str(run)])
     shown = capsys.readouterr().out
-    for word in ("iteration", "30", "7.68k", "bfloat16", "router", "lr 0.001", "mlp': 0.1", "8 experts, 2 a token"):
+    for word in ("iteration", "30", "7.68k", "bfloat16", "router", "lr 0.001", "mlp': 0.1", "8 experts, 2 per token"):
         assert word in shown, word
     inspect.main(["--hf-model", str(run.parent / "hf_30")])
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
@@ -358,7 +358,11 @@ def test_a_hub_that_does_not_answer_is_one_line(exported: Path, hub: Hub) -> Non
     done = push(exported, hub)
     assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     done = push(exported, hub, token="hf_sec\x01ret")
-    assert done.returncode == 2 and "holds a character" in done.stderr and "ret" not in done.stderr.partition("hub")[0]
+    assert (
+        done.returncode == 2
+        and "contains an invalid character" in done.stderr
+        and "ret" not in done.stderr.partition("hub")[0]
+    )
 
 
 def test_passwords_of_an_endpoint_are_not_shown(exported: Path, hub: Hub) -> None:
@@ -400,7 +404,7 @@ def test_an_export_that_was_changed_is_not_published(exported: Path, tmp_path: P
     arguments = ["--hf-model", str(tmp_path / "out"), "--repo", "me/rnd1", "--dry-run"]
     with pytest.raises(UserError, match="no SHA256SUMS"):
         publish.main(arguments)
-    with pytest.raises(UserError, match="is no repository"):
+    with pytest.raises(UserError, match="is not a repository"):
         publish.main([*arguments[:3], "rnd1"])
     for change, message in (
         (lambda d: (d / "config.json").write_text("{}"), "is not what was exported"),

@@ -95,7 +95,7 @@ DENSE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "quantised": (
         lambda d: edit_tensors(d, lambda t: t.update({NAME: t[NAME].to(torch.float8_e4m3fn)})),
-        rf"weights are quantised \(F8_E4M3: {NAME} and 0 others\).*take the unquantised",
+        rf"weights are quantised \(F8_E4M3: {NAME} and 0 others\).*use the original unquantised",
     ),
     "one layer too few": (lambda d: edit_config(d, num_hidden_layers=3), r"layers\.3\.[a-z_.]+ .*is unknown"),
     "truncated values": (
@@ -106,7 +106,7 @@ DENSE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda d: truncate(d / "model.safetensors", 0), "truncated or not a safetensors"),
     "overlapping tensors": (
         lambda d: edit_header(d / "model.safetensors", lambda h: h.update({NAME: h[NAME.replace("1.self", "2.self")]})),
-        "begins at byte",
+        "starts at byte",
     ),
     "a number of 4,300 digits": (
         lambda d: edit_header(
@@ -156,7 +156,7 @@ SHARDED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "path outside": (
         lambda d: edit_index(d, lambda w: w.update({NAME: "../dense/model.safetensors"})),
-        "lies outside the directory",
+        "is outside the directory",
     ),
     "duplicate": (duplicate, "is also in model-00001"),
     "two models": (lambda d: shutil.copyfile(min(d.glob("*.safetensors")), d / "model.safetensors"), "two models"),

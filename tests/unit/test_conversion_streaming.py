@@ -153,7 +153,7 @@ def test_synthetic_values_are_told_apart_and_do_not_depend_on_shards(tmp_path: P
     assert 0.019 < float(first["model.embed_tokens.weight"].float().std()) < 0.021
     key, value = (first[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "kv")
     assert key.dtype == torch.float16 and not torch.equal(key, value)
-    with pytest.raises(UserError, match=r"--size 9B: is no Qwen3"):
+    with pytest.raises(UserError, match=r"--size 9B: is not a Qwen3 size"):
         synthesize.main(["--size", "9B", "--out", str(tmp_path / "c")])
 
 

@@ -114,8 +114,8 @@ def test_missing_files(prefix):
     ("size", "words"),
     [
         (0, "is empty"),
-        (5, "cut short"),
-        (20, "cut short"),
+        (5, "truncated"),
+        (20, "truncated"),
         (40, "has 40 bytes where its header says"),
         (-1, "header says"),
     ],
@@ -128,7 +128,7 @@ def test_truncated_index(prefix, size, words):
 
 def test_truncated_or_grown_tokens(prefix):
     truncate(prefix + ".bin", 23)
-    assert "has 23 bytes where its index promises 24" in problem(prefix)
+    assert "has 23 bytes where its index says 24" in problem(prefix)
     truncate(prefix + ".bin", 26)
     assert "has 26 bytes" in problem(prefix)
     truncate(prefix + ".bin", 0)
@@ -138,7 +138,7 @@ def test_truncated_or_grown_tokens(prefix):
 def test_foreign_headers(prefix):
     original = Path(prefix + ".idx").read_bytes()
     patch(prefix + ".idx", 0, b"\x93NUMPY\x01\x00\x76")
-    assert "is no Megatron index" in problem(prefix)
+    assert "is not a Megatron index" in problem(prefix)
     Path(prefix + ".idx").write_bytes(original)
     patch(prefix + ".idx", 9, struct.pack("<Q", 2))
     assert "version 2" in problem(prefix)
@@ -164,7 +164,7 @@ def test_sequences_that_do_not_follow_one_another(prefix):
     ):
         patch(prefix + ".idx", place, struct.pack("<q", value))
         line = problem(prefix)
-        assert "do not follow one another" in line
+        assert "are not consecutive" in line
         if place >= marks:
             assert "damaged" in line and "it is" not in line
         Path(prefix + ".idx").write_bytes(original)
@@ -174,11 +174,11 @@ def test_sequences_that_do_not_follow_one_another(prefix):
 @pytest.mark.parametrize(
     ("order", "kinds"),
     [
-        ([1, 0, 2, 3, 4], "reordered (another order than the tokens have)"),
-        ([0, 2, 3, 4], "partial (tokens are left out)"),
-        ([2, 3, 4], "partial (tokens are left out)"),
-        ([0, 0, 1, 2, 3, 4], "repeating (some tokens come more than once)"),
-        ([4, 2, 0], "reordered (another order than the tokens have) and partial (tokens are left out)"),
+        ([1, 0, 2, 3, 4], "reordered (in a different order from the tokens)"),
+        ([0, 2, 3, 4], "partial (omits tokens)"),
+        ([2, 3, 4], "partial (omits tokens)"),
+        ([0, 0, 1, 2, 3, 4], "repeating (has some tokens more than once)"),
+        ([4, 2, 0], "reordered (in a different order from the tokens) and partial (omits tokens)"),
     ],
 )
 def test_an_index_of_another_kind_is_called_what_it_is(order, kinds, tmp_path):
@@ -193,13 +193,13 @@ def test_an_index_of_another_kind_is_called_what_it_is(order, kinds, tmp_path):
     theirs = IndexedDataset(prefix)
     assert [theirs[n].tolist() for n in range(len(order))] == [documents[n] for n in order]
     line = problem(prefix)
-    assert f"do not follow one another: it is {kinds}, or damaged; such an index is not read" in line
+    assert f"are not consecutive: it is {kinds}, or damaged; such an index is not supported" in line
 
 
 def test_an_index_that_leaves_out_the_end(tmp_path, prefix):
     whole = Path(prefix + ".bin").read_bytes()
     Path(prefix + ".bin").write_bytes(whole + whole)
-    assert "has 48 bytes where its index promises 24" in (line := problem(prefix)) and "partial index" in line
+    assert "has 48 bytes where its index says 24" in (line := problem(prefix)) and "partial index" in line
 
 
 def test_dataset_without_tokens(tmp_path):
@@ -347,7 +347,7 @@ def test_a_table_that_is_not_the_files(tmp_path, prefix):
             TokenFile(prefix)
     TokenFile(prefix, scan=False)  # compared when it is read
     table.unlink()
-    with pytest.raises(UserError, match=r"tokens.sums is missing beside tokens.bin"):
+    with pytest.raises(UserError, match=r"tokens.sums is missing next to tokens.bin"):
         TokenFile(prefix)
 
 
@@ -391,13 +391,13 @@ def test_a_damaged_index_beyond_the_scanned_part_is_opened(tmp_path, monkeypatch
     index = bytearray(Path(f"{prefix}.idx").read_bytes())
     struct.pack_into("<q", index, HEADER_BYTES + 5 * 4 + 3 * 8, 6)  # where the fourth sequence begins
     Path(f"{prefix}.idx").write_bytes(index)
-    with pytest.raises(UserError, match="do not follow one another"):
+    with pytest.raises(UserError, match="are not consecutive"):
         TokenFile(prefix)
     monkeypatch.setattr(indexed_dataset, "_SCANNED_SEQUENCES", 3)
     assert TokenFile(prefix).num_tokens == 7
     struct.pack_into("<q", index, HEADER_BYTES + 5 * 4 + 5 * 8 + 5 * 8, 4)  # the last mark
     Path(f"{prefix}.idx").write_bytes(index)
-    with pytest.raises(UserError, match="do not follow one another"):
+    with pytest.raises(UserError, match="are not consecutive"):
         TokenFile(prefix)
 
 

@@ -117,7 +117,7 @@ def test_names_of_sources_are_no_paths(tmp_path):
         assert problems(name) == []
     for name in ("..", ".", "", "../web", "/web", "a/b", "a\\b", ".hidden", "a\nb", "a\x1b[2J", "a" * 201):
         (line,) = problems(name)
-        assert "is no name for a source" in line and "\n" not in line
+        assert "is not a valid source name" in line and "\n" not in line
 
 
 @pytest.mark.parametrize(

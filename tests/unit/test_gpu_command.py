@@ -179,13 +179,13 @@ def test_rehearsals_are_small(name: str) -> None:
         (
             gpu,
             ["--out", "OUT", "--parts", "tests", "bogus"],
-            "--parts bogus: no part's name begins so; there are tests",
+            "--parts bogus: no part has a name with this prefix; there are tests",
         ),
         (gpu, ["--out", "OUT", "--budget", "-5"], "--budget -5: must be above 0"),
-        (gpu, ["--out", "OUT/nowhere/x.json"], "--out .*: is no file in a directory that exists"),
-        (train_step_vs_hf, ["--rehearse", "--variants", "bogus"], "--variants bogus: is none of .*bf16, portable"),
-        (train_step_vs_hf, ["--variants", "bf16"], "--variants: the CPU's comparison has none"),
-        (train_step_vs_hf, ["--rehearse", "--rounds", "0"], "--rounds 0: at least 1"),
+        (gpu, ["--out", "OUT/nowhere/x.json"], "--out .*: is not a file in an existing directory"),
+        (train_step_vs_hf, ["--rehearse", "--variants", "bogus"], "--variants bogus: is not one of .*bf16, portable"),
+        (train_step_vs_hf, ["--variants", "bf16"], "--variants: the CPU comparison has no variants"),
+        (train_step_vs_hf, ["--rehearse", "--rounds", "0"], "--rounds 0: must be at least 1"),
     ],
 )
 def test_nonsense_is_refused(

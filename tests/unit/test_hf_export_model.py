@@ -359,7 +359,7 @@ def test_padding_without_its_mask_is_refused(tmp_path):
         for row, count in zip(padded, leading, strict=True):
             row[:count] = 5
         for some in (padded, padded[leading.index(max(leading))][None] if max(leading) > 1 else padded):
-            with pytest.raises(ValueError, match=r"begin with padding \(token 5\) and there is no attention_mask"):
+            with pytest.raises(ValueError, match=r"start with padding \(token 5\) and there is no attention_mask"):
                 ours.generate(some, max_new_tokens=2, num_steps=1)
             ours.generate(some, attention_mask=torch.ones_like(some), max_new_tokens=2, num_steps=1)
     rows[:, 0] = 5
@@ -400,7 +400,7 @@ def test_generate_refuses(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ours.generate(tokens(), **arguments)
-    with pytest.raises(ValueError, match="nothing predicts"):
+    with pytest.raises(ValueError, match="no position predicts"):
         ours.generate(torch.full((1, 4), 96))
 
 

@@ -84,7 +84,7 @@ def pickled(directory: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "files outside": (outside, "lies outside the directory"),
+    "files outside": (outside, "is outside the directory"),
     "pickles": (pickled, r"holds neither model.safetensors .*found pytorch_model.bin"),
     "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "an adapter of another model"),
     "quantised": (

@@ -103,7 +103,7 @@ def test_a_router_without_its_product_is_told(monkeypatch: pytest.MonkeyPatch) -
     assert layer_specs.notes(config, QWEN3_30B_A3B) == [], "local layers ask for no such product"
     monkeypatch.setattr(layer_specs, "choose_implementation", lambda config: "transformer_engine")
     (line,) = layer_specs.notes(config, QWEN3_30B_A3B)
-    assert line.startswith("routers: torch's matrix product") and "\n" not in line
+    assert line.startswith("routers: torch's GEMM") and "\n" not in line
     assert layer_specs.notes(config, QWEN3_8B) == [] == layer_specs.notes(config, replace(QWEN3_30B_A3B, num_experts=0))
     monkeypatch.setattr(moe_utils, "te_general_gemm", lambda: None)
     assert layer_specs.notes(config, QWEN3_30B_A3B) == []

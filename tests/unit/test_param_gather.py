@@ -128,7 +128,7 @@ def test_training_is_the_same(expected: Seen, shared: pytest.MonkeyPatch) -> Non
 
 
 def test_control_nobody_puts_the_main_weights_there(expected: Seen, shared: pytest.MonkeyPatch) -> None:
-    shared.setattr(param_gather, "_copy_main_weights", lambda *_: None)
+    shared.setattr(param_gather, "_put_main_weights", lambda *_: None)
     seen = _run()
     assert not any(bool(weight.any()) for name, weight in seen.weights.items() if "experts" in name)
     assert seen.losses[0] != expected.losses[0]

@@ -26,7 +26,7 @@ LARGE = 10**9
     [
         ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000, more than the 10,000"),
         ({"num_experts": 10**6}, "num_experts is 1000000, more than the 65,536"),
-        ({"num_hidden_layers": 9000, "num_experts": 9000}, "names 81,000,000 experts"),
+        ({"num_hidden_layers": 9000, "num_experts": 9000}, "has 81,000,000 experts"),
         ({"vocab_size": 2**40}, "vocab_size is 1099511627776, more than"),
         ({"hidden_size": 2**63}, "hidden_size is"),
     ],

@@ -221,7 +221,7 @@ def test_spellings_that_agree_are_one_setting(name: str) -> None:
         ({**SHORT, "attention_factor": 0}, "attention_factor is 0"),
         ({**SHORT, "original_max_position_embeddings": 64.5}, "not a whole number"),
         ({**SHORT, "original_max_position_embeddings": [64]}, "not a positive number"),
-        ({**SHORT, "beta_fast": 1, "beta_slow": 32}, "exchange them"),
+        ({**SHORT, "beta_fast": 1, "beta_slow": 32}, "swap them"),
         ({**SHORT, "truncate": 1}, "neither true nor false"),
         ({**SHORT, "mrope_section": [1, 2]}, "no setting 'mrope_section'"),
         ([SHORT], "not one object"),
@@ -247,5 +247,5 @@ def test_a_plan_of_a_long_context_needs_yarn(tmp_path: Path) -> None:
 
     config = build({"seq_length": 131072, "global_batch_size": 8})
     short, long = (model_config(scaling, max_position_embeddings=40960, mask_token_id=250) for scaling in (None, QWEN))
-    assert [problem for problem in find_problems(config, short, 8) if "40960 positions" in problem]
-    assert not [problem for problem in find_problems(config, long, 8) if "positions" in problem]
+    assert [problem for problem in find_problems(config, short, 8) if "context length is 40960" in problem]
+    assert not [problem for problem in find_problems(config, long, 8) if "context length" in problem]
