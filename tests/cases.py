@@ -18,6 +18,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"lr_mult": {"attention": 1.0, "mlp": 0.5, "embedding": 0.0, "router": 0.0, "norm": 0.0}},
 }
 
+# Heads and layers are so that no block of 128 is cut by tensor parallelism.
+WIDE: dict[str, Any] = {
+    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2,
+}  # fmt: skip
+
 
 class Case(NamedTuple):
     """A model before and after conversion, and data of its vocabulary."""

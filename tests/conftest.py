@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.cases import VARIANTS, Case
+from tests.cases import VARIANTS, WIDE, Case
 from tests.exactness import Exactness
 from tests.parity.pool import Pool
 from tests.tiny import write_hf, write_tokens
@@ -52,6 +52,20 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     for name, options in VARIANTS.items():
         cases[name] = cases["moe"]._replace(settings={**settings, **options})
     return cases
+
+
+@pytest.fixture(scope="session")
+def wide(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Options of the job `train_steps` for a dense and an MoE model whose sizes are whole blocks of every FP8 recipe."""
+    from checkpoints_tools import convert_hf
+
+    root, found = tmp_path_factory.mktemp("wide"), {}
+    for kind, sizes in (("dense", {"intermediate_size": 256}), ("moe", {"moe_intermediate_size": 128})):
+        write_hf(root / kind, kind, **WIDE, **sizes)
+        convert_hf.main(["--hf-model", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
+        settings = {**cases[kind].settings, "seq_length": 256, "global_batch_size": 2, "transformer_impl": "local"}
+        found[kind] = {"checkpoint": str(root / f"{kind}_checkpoint"), "settings": settings}
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,9 @@ from typing import Any
 
 import pytest
 
-from checkpoints_tools import convert_hf
-from tests.cases import Case
 from tests.parity.layouts import EP, PP, TP_SP
 from tests.parity.pool import Pool
-from tests.tiny import write_hf
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2,
-}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "tensorwise": {"fp8_recipe": "tensorwise"},
     "blockwise": {"fp8_recipe": "blockwise"},
@@ -27,20 +21,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "delayed": {"fp8_recipe": "delayed"},
     "nvfp4": {"fp4_recipe": "nvfp4"},
 }
-
-
-@pytest.fixture(scope="module")
-def wide(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Options of the job `train_steps` for a dense and an MoE model."""
-    root, found = tmp_path_factory.mktemp("wide"), {}
-    for kind, sizes in (("dense", {"intermediate_size": 256}), ("moe", {"moe_intermediate_size": 128})):
-        write_hf(root / kind, kind, **SIZES, **sizes)
-        convert_hf.main(["--hf-model", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
-        settings = {
-            **cases[kind].settings, "seq_length": 256, "global_batch_size": 2, "transformer_impl": "local",
-        }  # fmt: skip
-        found[kind] = {"checkpoint": str(root / f"{kind}_checkpoint"), "settings": settings}
-    return found
 
 
 def steps(pool: Pool, ranks: int, job: dict[str, Any], more: dict[str, Any], **options: Any) -> list[dict[str, Any]]:

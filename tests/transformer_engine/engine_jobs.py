@@ -16,7 +16,7 @@ from transformer_engine.pytorch.attention.dot_product_attention import context_p
 from megatron_a2d import megatron_compat
 from megatron_a2d.config.settings import build
 from megatron_a2d.model import layer_specs, transformer_config
-from megatron_a2d.training import optimizer, train_state
+from megatron_a2d.training import initialization, optimizer
 from tests.parity import parity_jobs
 from tests.transformer_engine.install import CUDA, HOPPER, use_gpu
 from tests.transformer_engine.stand_in.extension import CALLS
@@ -34,11 +34,10 @@ def as_on_a_gpu(capability: tuple[int, int]) -> None:
     would quantise memory that holds nothing yet."""
     megatron_compat.install()
     use_gpu(capability)
-    for module in (layer_specs, transformer_config):
-        module.has_cuda = lambda: True  # type: ignore[attr-defined]
-    for module in (train_state, transformer_config, optimizer):
-        module.compute_capability = lambda: capability  # type: ignore[attr-defined]
-        module.cuda_version = lambda: CUDA  # type: ignore[attr-defined]
+    answers = {"has_cuda": True, "compute_capability": capability, "cuda_version": CUDA}
+    for module in (layer_specs, transformer_config, initialization, optimizer):
+        for name in answers.keys() & vars(module).keys():
+            setattr(module, name, lambda answer=answers[name]: answer)
     _call_gloo_as_nccl()
 
 
