@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from data_prep.corpus_shards import Counts, Shard, read_file_range
 from data_prep.encoders import END_OF_TEXT, Encoded, Encoder, open_encoder, token_dtype, tokenizer_file
 from data_prep.memory_limits import DEFAULT_LIMITS, Limits
-from data_prep.readers import Counts, Shard, read_file_range
 from megatron_a2d.utils.errors import UserError
 
 Choice = Literal["auto", "gigatoken", "reference"]

@@ -28,12 +28,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from data_prep.corpus_files import find_inputs
+from data_prep.corpus_shards import Shard, plan_shards
 from data_prep.dedup_and_split import merge
 from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.gigatoken_encoder import choose, corpus_sample
 from data_prep.indexed_dataset_writer import TokenWriter, check_free, open_writers
 from data_prep.memory_limits import add_limits, read_limits
-from data_prep.readers import Shard, plan_shards
 from data_prep.tokenize_shards import Job, hold, is_done, tokenize_shards
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.data.checksums import file_checksum

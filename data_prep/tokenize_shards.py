@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from data_prep.corpus_shards import Counts, Shard, read_file_range
 from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.formats import Document
 from data_prep.gigatoken_encoder import GigatokenEncoder
 from data_prep.memory_limits import Limits
-from data_prep.readers import Counts, Shard, read_file_range
 from megatron_a2d.utils.atomic_write import make_parent, new_file, regular
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import parse_json

@@ -27,9 +27,9 @@ from tokenizers import (
 )
 
 from data_prep.corpus_files import find_inputs
+from data_prep.corpus_shards import Counts, read_documents
 from data_prep.encoders import END_OF_TEXT
 from data_prep.memory_limits import add_limits, read_limits
-from data_prep.readers import Counts, read_documents
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import console, entry_point, human, progress
 from megatron_a2d.utils.atomic_write import new_directory, write_json

@@ -5,9 +5,9 @@
     python -m megatron_a2d.train --config ... --dry-run --settings-only --world-size 64 --cluster h100    # no weights
     python -m megatron_a2d.train --config ... --rehearse --world-size 512       # a step of real ranks, without GPUs
 
-How a run starts, in reading order: this file; training/resume.py, the checkpoint and all checks;
-training/train_loop.py, the loop; training/initialization.py, which builds and loads model and optimizer. Exit codes:
-utils/exit_codes.py.
+How a run starts, in reading order: this file; training/startup_checks.py; training/resume.py, which finds the
+checkpoint; training/initialization.py, which builds and loads model and optimizer. Then training/train_loop.py. Exit
+codes: utils/exit_codes.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
 from megatron_a2d.planner.memory import check_memory, memory
 from megatron_a2d.planner.workload import job_of
 from megatron_a2d.terminal.console import entry_point, hide_noise, human
-from megatron_a2d.training.resume import check_early
+from megatron_a2d.training.startup_checks import check_early
 from megatron_a2d.utils.atomic_write import hold_directory
 from megatron_a2d.utils.errors import SaveError, UserError
 from megatron_a2d.utils.printable import one_line, print_text
@@ -110,7 +110,7 @@ def _run(config: RunConfig, options: Options) -> None:
     from megatron_a2d.distributed.hang_watchdog import Heartbeat
     from megatron_a2d.distributed.rank_failure import PeerMonitor
     from megatron_a2d.training import train_loop
-    from megatron_a2d.training.resume import check_run
+    from megatron_a2d.training.startup_checks import check_run
 
     # Only the first rank reads files; meanwhile the others wait for it to join the process group.
     if rank() == 0 and config.training.save and not options.dry_run:

@@ -1,49 +1,41 @@
-"""Saving a sharded state dict: megatron.core's steps one by one, with failures that every rank learns of.
+"""Saving a checkpoint's files: the sharded state dict by megatron.core's steps one by one, and the final rename.
 
-    start_writing -> plan of the chunks (megatron.core) -> ChunkWriter: a forked process writes this rank's chunks
+    start_writing  -> plan of the chunks (megatron.core) -> async_writer.py: a forked process writes this rank's chunks
     finish_writing -> all chunks are on disk -> .metadata (megatron.core)
+    commit         -> manifest -> rename -> tracker
 
 megatron.core.dist_checkpointing.save raises on the rank whose disk is full while the others wait for it in the next
 collective. Here a failure is recorded, and `raise_on_failure` exchanges it between all ranks after each step. There is
 another reason for taking the steps one by one: from 0.17 on `save` writes no common.pt, and checkpoints of this project
 have one format under all versions.
-
-megatron.core's own writers report through queues, and hang when one of them is killed. Here one process per rank
-writes, measures what it wrote, and answers through a pipe, which also closes if the process dies without an answer. The
-process is forked: it keeps the tensors as they were, so training continues while it writes (--async-save).
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import logging
-import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_a2d.checkpoint.manifest import Entry, measure
-from megatron_a2d.megatron_compat.device import has_cuda
+from megatron_a2d.checkpoint.async_writer import ChunkWriter, without_queues
+from megatron_a2d.checkpoint.directory import TRACKER
+from megatron_a2d.checkpoint.manifest import Entry, write_manifest
 from megatron_a2d.megatron_compat.versions import async_save_options
+from megatron_a2d.utils.atomic_write import fsync_path, new_file
 from megatron_a2d.utils.errors import SaveError, UserError
+from megatron_a2d.utils.partial_files import partial_path
 
 # torch.save reports a full disk as a RuntimeError. CheckpointException carries the errors of other ranks.
 _WRITE_ERRORS = (OSError, RuntimeError, CheckpointException, UserError)
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 # It logs the errors of its processes, which are raised here anyway.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
@@ -133,97 +125,21 @@ def _reason(error: BaseException) -> str | None:
     return f"{type(error).__name__}: {text[:200]}, on rank {rank}"
 
 
-class ChunkWriter:
-    """Process that writes this rank's planned `chunks` to `directory`; it starts at construction."""
+def commit(partial: Path, final: Path, known: dict[str, Entry], iteration: int) -> None:
+    """Make the directory `partial` the checkpoint `final`: manifest, flush to disk, rename, tracker; on one rank.
 
-    def __init__(self, chunks: FileSystemWriterAsync, directory: Path):
-        self._chunks = chunks
-        self._is_empty = not chunks.write_buckets
-        buckets = chunks.write_buckets or []
-        if has_cuda():
-            buckets = chunks.preload_tensors(buckets)  # copies from the GPU
-        transforms = [chunks.transforms] if hasattr(chunks, "transforms") else []
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe(duplex=False)
-        arguments = (theirs, os.getpid(), buckets, transforms, directory)
-        self._process = context.Process(target=_write, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-        # The process has them now; megatron.core's finalizer reads only their number.
-        chunks.write_buckets = [()] * len(buckets)  # type: ignore[list-item]
-
-    def is_done(self) -> bool:
-        return self._connection.poll()  # also true if the process died
-
-    def finish(self) -> dict[str, Entry]:
-        """Wait for the process; returns sizes and checksums of its files. Raises the error that stopped it."""
-        answer: Any
-        try:
-            answer = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            answer = OSError(f"the process that wrote the chunks ended with exit code {code} before it was done")
-        self._process.join()
-        results, entries = (answer, {}) if isinstance(answer, Exception) else answer
-        if not self._is_empty:
-            self._chunks.results_queue = _Results(results)  # where megatron.core's finalizer looks
-        if isinstance(answer, Exception):
-            raise answer
-        return entries
-
-
-@contextlib.contextmanager
-def without_queues() -> Iterator[None]:
-    """Keep megatron.core from starting a process that holds a queue of results, which is not used here."""
-    original, filesystem_async._results_queue = filesystem_async._results_queue, _Results({})
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = original
-
-
-def _write(connection: Connection, parent: int, buckets: list[Any], transforms: list[Any], directory: Path) -> None:
-    """Main function of the writer process. No garbage collection: GPU tensors in its memory belong to the parent."""
-    gc.disable()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler only records it
-    _end_with(parent)
-    results = _Results({})
-    try:
-        for number, bucket in enumerate(buckets):
-            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, results, use_fsync=True)
-        for value in results.value.values():
-            if isinstance(value, Exception):
-                raise value
-        entries = measure(directory, [os.path.basename(path) for path, *_ in buckets])
-        connection.send((results.value, entries))
-    except Exception as error:
-        connection.send(error if isinstance(error, OSError) else RuntimeError(str(error)))
-
-
-def _end_with(parent: int) -> None:
-    """Kill this process when the parent dies: it holds the parent's connections, on which other ranks wait."""
-    with contextlib.suppress(OSError, AttributeError):  # Linux only
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-class _Results:
-    """Replacement of megatron.core's queues: of results, of finished workers, and of what the finalizer reads."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def put(self, item: tuple[int, Any]) -> None:
-        number, result = item
-        self.value[number] = result
-
-    def get(self) -> None:
-        pass
-
-    def task_done(self) -> None:
-        pass
-
-    def get_nowait(self) -> Any:
-        return self.value
+    `known` holds size and checksum of files that were measured while they were written.
+    """
+    write_manifest(partial, known)
+    for entry in partial.rglob("*"):
+        fsync_path(entry)
+    fsync_path(partial)
+    replaced = partial_path(final.with_name(f"{final.name}.replaced"))
+    if final.exists():  # a run that resumed from an earlier iteration writes it again
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    fsync_path(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    with new_file(final.parent / TRACKER) as tracker:
+        tracker.write_text(f"{iteration}\n")

@@ -1,10 +1,13 @@
-"""Attention masks other than full and causal: annealed and block-causal masks, as boolean tensors.
+"""Attention masks as boolean tensors, put together from document boundaries, annealing and block levels.
 
 Every function takes the queries of this process and all keys. Whether a query attends to a key is a pure function of
 the two and of the sample, independent of layout and batch. Shapes: B batch, Q this rank's queries, K all keys.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,6 +19,29 @@ from megatron_a2d.diffusion.rng import attention_key
 _ALWAYS = 1 << 53
 # SplitMix64 (Steele, Lea & Flood 2014): increment and multipliers, as signed 64-bit numbers.
 _INCREMENT, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def attention_mask(
+    documents_BK: Tensor | None,
+    annealing_B2: Tensor | None,
+    levels_BK: Tensor | None,
+    num_keys: int,
+    slice_queries: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    """[B, 1, Q, K] bool, True where attention is masked, as megatron has it; None: full attention.
+
+    Each argument that is given restricts attention: to the document of a position, to what `annealed` unmasks, to what
+    `block_causal_mask` does. `slice_queries` takes this rank's queries out of a tensor of whole sequences.
+    """
+    allowed = []
+    if documents_BK is not None:
+        allowed.append(slice_queries(documents_BK)[:, :, None] == documents_BK[:, None, :])
+    if annealing_B2 is not None:
+        (queries_Q,) = slice_queries(torch.arange(num_keys, device=annealing_B2.device)[None])
+        allowed.append(annealed(annealing_B2, queries_Q, num_keys))
+    if levels_BK is not None:
+        allowed.append(block_causal_mask(slice_queries(levels_BK), levels_BK))
+    return ~functools.reduce(torch.logical_and, allowed)[:, None] if allowed else None
 
 
 def annealing_key_and_threshold(seed: int, sample_index: int, iteration: int, num_steps: int) -> np.ndarray | None:

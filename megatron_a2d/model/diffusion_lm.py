@@ -10,7 +10,6 @@ positions, V vocabulary.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor
 
 from megatron_a2d.config.model_config import ModelConfig
-from megatron_a2d.diffusion.attention_masks import annealed, block_causal_mask
+from megatron_a2d.diffusion.attention_masks import attention_mask
 from megatron_a2d.distributed.step_timers import both_ways
 from megatron_a2d.megatron_compat.device import has_cuda, send
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
@@ -276,22 +275,9 @@ class DiffusionLM(LanguageModule):
         if self.packs_documents:
             assert len(tokens_bs) == 1, "packed sequences need micro-batches of one sample"
             return None, packed_sequences(documents, tokens_bs.size(1))
-        return self._attention_mask(tokens_bs, None if documents is None else send(documents), annealing, levels), None
-
-    def _attention_mask(
-        self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None, levels: Tensor | None
-    ) -> Tensor | None:
-        """[b, 1, s, full sequence] bool, True where attention is masked, as megatron has it; None: full attention."""
-        allowed = []
-        if documents is not None:
-            allowed.append(cp_slice(documents, dim=1)[:, :, None] == documents[:, None, :])
-        if annealing is not None:
-            length = tokens_bs.size(1) * parallel_state.get_context_parallel_world_size()
-            queries = cp_slice(torch.arange(length, device=tokens_bs.device), dim=0)
-            allowed.append(annealed(annealing, queries, length))
-        if levels is not None:
-            allowed.append(block_causal_mask(cp_slice(levels, dim=1), levels))
-        return ~functools.reduce(torch.logical_and, allowed)[:, None] if allowed else None
+        documents = None if documents is None else send(documents)
+        length = tokens_bs.size(1) * parallel_state.get_context_parallel_world_size()
+        return attention_mask(documents, annealing, levels, length, lambda whole: cp_slice(whole, dim=1)), None
 
     def _rotary(self, hidden: Tensor | None, positions: Tensor | None) -> Tensor:
         """Rotary angles of this rank's slice of the sequence, [s, b or 1, 1, head size]."""

@@ -22,7 +22,7 @@ from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.distributed.environment import rank, world_size
 from megatron_a2d.planner.cluster import add_cluster, read_cluster
 from megatron_a2d.terminal.console import entry_point, hide_noise
-from megatron_a2d.training.resume import check_early
+from megatron_a2d.training.startup_checks import check_early
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.exit_codes import USER_ERROR
 

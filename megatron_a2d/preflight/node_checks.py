@@ -82,7 +82,7 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
 
 def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[dict[str, int], float, list[str]]:
     """Sizes of the run's input files, the size of its checkpoints, and problems with the settings."""
-    from megatron_a2d.training.resume import check_run, input_files
+    from megatron_a2d.training.startup_checks import check_run, input_files
 
     try:
         checked = check_run(config, size, cluster)

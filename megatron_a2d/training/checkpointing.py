@@ -1,10 +1,10 @@
 """Checkpoints of a training run: when they are written, atomically, and which are kept.
 
     CheckpointManager.save (called by the training loop)
-        -> CheckpointWriter: sharded state, run.json, manifest, rename, tracker     (this file)
+        -> CheckpointWriter: one save from the sharded state to the final name     (this file)
             -> checkpoint/state_dict.py: what is stored of model and optimizer
-            -> checkpoint/save.py: the sharded state's files, with failures that every rank learns of
-            -> checkpoint/manifest.py: size and checksum of every file
+            -> checkpoint/save.py: the files, with failures that every rank learns of; manifest, rename, tracker
+                -> checkpoint/async_writer.py: the process that writes a rank's chunks
 
 A checkpoint is written under a temporary name next to its final one, its manifest last, and renamed once it is
 complete. Then the tracker file is updated, and --keep-latest-k removes older checkpoints. A run that is killed at any
@@ -30,13 +30,12 @@ import torch.distributed as dist
 from megatron_a2d.checkpoint.directory import (
     HF_FILES,
     RUN_CONFIG,
-    TRACKER,
     copy_hf_files,
     directory_name,
     list_iterations,
 )
-from megatron_a2d.checkpoint.manifest import Entry, write_manifest
-from megatron_a2d.checkpoint.save import CollectiveSave
+from megatron_a2d.checkpoint.manifest import Entry
+from megatron_a2d.checkpoint.save import CollectiveSave, commit
 from megatron_a2d.checkpoint.state_dict import (
     CONTENT_METADATA,
     OptimizerState,
@@ -53,7 +52,7 @@ from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.terminal.console import human
 from megatron_a2d.training.logger import RunLog
 from megatron_a2d.training.train_state import TrainState
-from megatron_a2d.utils.atomic_write import fsync_path, new_file, write_json
+from megatron_a2d.utils.atomic_write import write_json
 from megatron_a2d.utils.errors import SaveError
 from megatron_a2d.utils.partial_files import partial_path, remove_abandoned
 from megatron_a2d.utils.printable import print_line
@@ -208,24 +207,12 @@ def _make_room(root: Path, partial: Path) -> None:
 def _complete(
     partial: Path, final: Path, config: RunConfig, hf_files: Path, known: dict[str, Entry], iteration: int
 ) -> None:
-    """Write the remaining files, the manifest last, flush everything to disk, rename, update the tracker."""
+    """Write the remaining files, then commit the checkpoint."""
     (partial / HF_FILES).mkdir()
     copy_hf_files(hf_files, partial / HF_FILES)
     write_json(partial / RUN_CONFIG, config.to_dict())
     write_json(partial / "metadata.json", FORMAT)
-    write_manifest(partial, known)
-    for entry in partial.rglob("*"):
-        fsync_path(entry)
-    fsync_path(partial)
-    replaced = partial_path(final.with_name(f"{final.name}.replaced"))
-    if final.exists():  # a run that resumed from an earlier iteration writes it again
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-    os.rename(partial, final)
-    fsync_path(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-    with new_file(final.parent / TRACKER) as tracker:
-        tracker.write_text(f"{iteration}\n")
+    commit(partial, final, known, iteration)
 
 
 def remove_old(training: TrainingConfig, newest: int) -> None:

@@ -38,7 +38,7 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
 
     `weights_only`: begin a new run from its weights instead of resuming it. Collective.
     """
-    # What the run consists of. The first rank has scanned the data files (resume.py); reads check every token again.
+    # What the run consists of. Rank 0 has scanned the data files (startup_checks.py); reads check every token again.
     train_data, valid_data = open_datasets(config, model_config, start / HF_FILES, scan=False)
     state = build_train_state(model_config, config)
     training = config.training

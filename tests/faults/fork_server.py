@@ -31,8 +31,8 @@ POINTS: dict[str, tuple[str, str | None, str]] = {
     "between backward and update": ("megatron_a2d.training.train_step", None, "update_parameters"),
     "while chunks are written": ("megatron_a2d.checkpoint.save", "CollectiveSave", "finish_writing"),
     "while they are written in the background": ("megatron_a2d.training.train_loop", None, "train_step"),
-    "before the manifest is written": ("megatron_a2d.training.checkpointing", None, "write_manifest"),
-    "between rename and tracker": ("megatron_a2d.training.checkpointing", None, "new_file"),
+    "before the manifest is written": ("megatron_a2d.checkpoint.save", None, "write_manifest"),
+    "between rename and tracker": ("megatron_a2d.checkpoint.save", None, "new_file"),
     "while an old checkpoint is removed": ("megatron_a2d.training.checkpointing", None, "remove_old"),
 }
 # There the victim's chunks take ten seconds more to write: their process must end with it, or its peers wait for that.

@@ -25,7 +25,7 @@ from megatron_a2d import generate, train
 from megatron_a2d.checkpoint.manifest import write_manifest
 from megatron_a2d.checkpoint.reader import check_pickles
 from megatron_a2d.config.settings import build
-from megatron_a2d.training.resume import check_run
+from megatron_a2d.training.startup_checks import check_run
 from megatron_a2d.utils.errors import UserError
 from tests.cases import Case, copy_of
 from tests.parity.parity_jobs import SETTINGS

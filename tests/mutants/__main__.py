@@ -29,6 +29,7 @@ TARGETS = (
     "megatron_a2d/checkpoint/tensor_rows.py",
     "megatron_a2d/training/optimizer.py",
     "megatron_a2d/training/resume.py",
+    "megatron_a2d/training/startup_checks.py",
     "megatron_a2d/training/train_step.py",
     "megatron_a2d/evaluation/loglikelihood.py",
     "megatron_a2d/planner/memory.py",

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_a2d import megatron_compat
-from megatron_a2d.checkpoint import save as checkpoint_save
+from megatron_a2d.checkpoint import async_writer
 from megatron_a2d.checkpoint.directory import iteration_of, latest_iteration
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import build
@@ -98,7 +98,7 @@ class Faults:
     def installed(self) -> Iterator[None]:
         replacements = [
             (train_loop, "train_step", self._train_step), (train_loop, "CheckpointManager", self._remember_manager),
-            (checkpointing, "CheckpointWriter", self._count_save), (checkpoint_save, "_write", self._write),
+            (checkpointing, "CheckpointWriter", self._count_save), (async_writer, "_write", self._write),
             (checkpointing, "_make_room", self._make_room),
         ]  # fmt: skip
         with contextlib.ExitStack() as stack:

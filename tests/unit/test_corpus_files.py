@@ -12,9 +12,9 @@ import pytest
 
 from data_prep import tokenize_corpus
 from data_prep.corpus_files import find_inputs, kind_of
+from data_prep.corpus_shards import Counts, plan_shards, read_file_range
 from data_prep.formats import READERS, Document, FileRange
 from data_prep.memory_limits import DEFAULT_LIMITS, Limits
-from data_prep.readers import Counts, plan_shards, read_file_range
 from megatron_a2d.utils.errors import UserError
 
 SMALL = Limits(document_bytes=1000, window_bytes=1 << 23)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from data_prep import dedup_and_split, inspect_dataset, stdlib_corpus, tokenize_corpus, tokenize_shards, train_tokenizer
+from data_prep.corpus_shards import Counts, read_documents
 from data_prep.encoders import open_encoder
 from data_prep.formats import Document
-from data_prep.readers import Counts, read_documents
 from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile, read_metadata
 from megatron_a2d.utils.errors import UserError
 

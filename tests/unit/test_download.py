@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import download
-from data_prep.readers import Counts, read_documents
+from data_prep.corpus_shards import Counts, read_documents
 from megatron_a2d.data.blended_dataset import read_mixture
 from megatron_a2d.utils.errors import UserError
 

@@ -27,7 +27,7 @@ from megatron_a2d.planner.memory import memory
 from megatron_a2d.planner.step_time import step_time
 from megatron_a2d.planner.workload import job_of
 from megatron_a2d.training import expert_budget, train_step
-from megatron_a2d.training.resume import check_early
+from megatron_a2d.training.startup_checks import check_early
 from megatron_a2d.utils.errors import UserError
 from tests.unit.test_validate_performance import BUDGETED, HYBRIDEP, QWEN3_30B_A3B
 

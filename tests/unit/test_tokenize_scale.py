@@ -18,12 +18,19 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from data_prep import dedup_and_split, gigatoken_encoder, readers, tokenize_corpus, tokenize_shards, train_tokenizer
+from data_prep import (
+    corpus_shards,
+    dedup_and_split,
+    gigatoken_encoder,
+    tokenize_corpus,
+    tokenize_shards,
+    train_tokenizer,
+)
 from data_prep.corpus_files import find_inputs
+from data_prep.corpus_shards import Counts, Shard, plan_shards, read_file_range
 from data_prep.encoders import Encoded, open_encoder
 from data_prep.formats import FileRange, Problem
 from data_prep.memory_limits import DEFAULT_LIMITS, Limits
-from data_prep.readers import Counts, Shard, plan_shards, read_file_range
 from megatron_a2d.data.indexed_dataset import TokenFile
 from megatron_a2d.utils.errors import UserError
 
@@ -90,7 +97,7 @@ def write_kind(root: Path, kind: str, texts: list[str]) -> Path:
 
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
 def test_every_kind_gives_the_same_tokens(kind, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
+    monkeypatch.setattr(corpus_shards, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
     monkeypatch.setattr(tokenize_corpus, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
     path = write_kind(tmp_path, kind, TEXTS)
     if kind in (".jsonl", ".parquet", ".txt"):
