@@ -114,7 +114,7 @@ endif
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes tests/parity/RESULTS.md
 	$(TESTS) tests/parity -m "" --exactness tests/parity/RESULTS.md $(ARGS)
 
-test-te: setup  ## Transformer Engine's layers on a CPU against the local ones, every case
+test-te: setup  ## Transformer Engine's layers on a CPU against the local ones, every case; `make gpu` rehearsed
 	$(TESTS) tests/transformer_engine -m "" $(ARGS)
 
 test-faults: setup  ## kills, damaged files, full disks, non-finite losses; writes tests/parity/RESULTS.md
@@ -204,7 +204,7 @@ bench: setup  ## the benchmarks, as tables
 
 # On a GPU machine the environment is the machine's own: VENV=none, or BIN names the folder of its python.
 GPU_OUT ?= bench/results/gpu.json
-gpu:  ## tests/gpu and the benchmarks on one GPU, ten minutes, one result file (BIN=/usr/bin for the system's python)
+gpu:  ## tests and benchmarks on one GPU, ten minutes, one result file; again: what is missing (BIN=/usr/bin: its python)
 	$(PY) -m bench.gpu --out $(GPU_OUT) $(ARGS)
 
 bench-convert: setup  ## conversion against cp on a checkpoint of 8.7 GB: time and memory; takes 18 GB of disk

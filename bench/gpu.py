@@ -1,11 +1,21 @@
-"""All GPU tests and benchmarks, as one command of ten minutes with one result file: `make gpu`.
+"""Everything that needs a GPU, most wanted first, in commands of ten minutes and one result file: `make gpu`.
 
-    python -m bench.gpu --out bench/results/gpu_h200.json                 # tests/gpu, then the benchmarks
-    python -m bench.gpu --rehearse --out /tmp/rehearsal.json              # the same code with tiny shapes on a CPU
+    python -m bench.gpu --out bench/results/gpu_h200.json # what ten minutes hold
+    python -m bench.gpu --out bench/results/gpu_h200.json # what is missing
+    python -m bench.gpu --rehearse --out /tmp/rehearsal.json # the same way, tiny, on a CPU
 
-Each part is a separate process with a time limit. The file is rewritten after each part: one that fails or
-times out is listed with its last lines, and its measurements so far are kept. Parts for which no time is left
-are listed as skipped. The most important parts come first. A rehearsal has four times the time.
+engine_vs_local    Transformer Engine's layers against the local ones, in the cases of tests/transformer_engine
+fp8_vs_emulation   FP8 products and steps against the emulation of the local layers
+train_step ...     tokens/s and MFU of our step, in bf16 and FP8, and of Hugging Face's
+masked_head        the chunked head against simpler ones
+fp8_curve          200 steps in FP8 and in bf16
+host_waits         where and how long the host waits in a step
+tests              the rest of tests/gpu
+
+Each part is a process with a time limit. The file is written again after each: a part that fails or runs too long is
+there with its last lines, and what it had measured until then is kept. Parts for which no time is left are listed as
+skipped. The same command again takes those first that have not run, then those that failed. A rehearsal has eight times
+the time; its layers compute over a stand-in of Transformer Engine's kernels (tests/transformer_engine).
 """
 
 from __future__ import annotations
@@ -40,15 +50,22 @@ def parts(rehearse: bool) -> list[Part]:
     """All parts, in the order in which they run."""
     step = [sys.executable, "-m", "bench.train_step_vs_hf", "--out", "OUT"]
     step += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", "--rounds", "5"]
-    head = [sys.executable, "-m", "bench.chunked_head", "--out", "OUT"]
-    head += ["--rehearse"] if rehearse else ["--device", "cuda"]
-    shapes = list(SHAPES)  # the two shapes with targets come first
-    tests = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", "-m", "gpu", "-vv"]
+    small = ["--rehearse"] if rehearse else ["--device", "cuda"]
+    head = [sys.executable, "-m", "bench.chunked_head", "--out", "OUT", *small]
+    waits = [sys.executable, "-m", "bench.host_waits", "--out", "OUT", *small]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-vv", "--gpu-report", "OUT"]
+    against, rest = "tests/gpu/test_engine_vs_local.py", "tests/gpu/test_gpu.py"
+    first, second, *others = SHAPES
     return [
-        Part("tests", [*tests, "--gpu-report", "OUT"], 180),
-        *(Part(f"train_step {name}", [*step, "--shapes", name], 140) for name in shapes[:2]),
+        Part("engine_vs_local", [*tests, against, "-k", "not fp8"], 110),
+        Part("fp8_vs_emulation", [*tests, against, "-k", "fp8"], 60),
+        Part(f"train_step {first}", [*step, "--shapes", first], 120),
+        Part(f"train_step {second}", [*step, "--shapes", second], 130),
         Part("masked_head", head, 40),
-        *(Part(f"train_step {name}", [*step, "--shapes", name], 50) for name in shapes[2:]),
+        Part("fp8_curve", [*tests, rest, "-k", "fp8_learns"], 60),
+        Part("host_waits", waits, 40),
+        Part("tests", [*tests, rest, "-k", "not fp8_learns"], 120),
+        Part("train_step others", [*step, "--shapes", *others], 150),
     ]
 
 
@@ -60,34 +77,53 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU, to try every line")
     options = parser.parse_args()
     _check(options)
-    slack = 4 if options.rehearse else 1  # times on a CPU are not meaningful
+    slack = 8 if options.rehearse else 1  # times on a CPU are not meaningful
     chosen = [
         part._replace(limit=slack * part.limit)
         for part in parts(options.rehearse)
         if options.parts is None or any(part.name.startswith(name) for name in options.parts)
     ]
     begin = time.monotonic()
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "rehearsal": options.rehearse,
-        "compiles": can_compile(),
-        "parts": [],
-    }
-    for part in chosen:
+    result = earlier(options.out, options.rehearse)
+    known = {part["name"]: part for part in result["parts"]}
+    for part in missing(chosen, known):
         left = slack * options.budget - (time.monotonic() - begin)
-        done = (
-            run(part, min(part.limit, left), options.rehearse)
-            if left > 10
-            else {"name": part.name, "status": "skipped"}
-        )
-        result["parts"].append(done)
+        if left > 10:
+            known[part.name] = run(part, min(part.limit, left), options.rehearse)
+        elif part.name not in known:
+            known[part.name] = {"name": part.name, "status": "skipped"}
+        done = known[part.name]
+        result["parts"] = [known[one.name] for one in parts(options.rehearse) if one.name in known]
         result["seconds"] = time.monotonic() - begin
         write_json(options.out, result)
         print(f"{part.name:28} {done['status']:8} {done.get('seconds', 0):6.1f} s", flush=True)
-    failed = [part["name"] for part in result["parts"] if part["status"] != "ok"]
+    failed = [part.name for part in chosen if known[part.name]["status"] != "ok"]
     print(f"{options.out}: {len(chosen) - len(failed)} of {len(chosen)} parts" + (f"; not {failed}" if failed else ""))
     if failed:
         sys.exit(1)
+
+
+def earlier(out: Path, rehearse: bool) -> dict[str, Any]:
+    """What the file of an earlier command holds; UserError if it is of another machine, or no such file."""
+    fresh = {"machine": machine(), "rehearsal": rehearse, "compiles": can_compile(), "parts": []}
+    if not out.exists():
+        return fresh
+    try:
+        found = json.loads(out.read_text())
+        same = all(found[name] == fresh[name] for name in ("machine", "rehearsal"))
+        assert isinstance(found["parts"], list)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f"--out {out}: holds no result of this command; name another file") from None
+    if not same:
+        raise UserError(f"--out {out}: was measured on another machine, or with other versions; name another file")
+    return dict(found)
+
+
+def missing(chosen: list[Part], known: dict[str, dict[str, Any]]) -> list[Part]:
+    """Those that have not run, then those that failed or ran too long, each in their order."""
+    statuses = [(part, known.get(part.name, {}).get("status", "skipped")) for part in chosen]
+    new = [part for part, status in statuses if status == "skipped"]
+    return new + [part for part, status in statuses if status in ("failed", "timeout")]
 
 
 def _check(options: argparse.Namespace) -> None:

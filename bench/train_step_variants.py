@@ -47,6 +47,19 @@ class Step(NamedTuple):
     head_fraction: Callable[[], float]
 
 
+def uses_engine(rehearse: bool) -> bool:
+    """Whether there is Transformer Engine; in a rehearsal that over the tests' stand-in of its kernels, from now on."""
+    from importlib.util import find_spec
+
+    if not rehearse:
+        return torch.cuda.is_available() and find_spec("transformer_engine") is not None
+    from tests.transformer_engine import install
+
+    if install.DIRECTORY:
+        install.rehearse()
+    return bool(install.DIRECTORY)
+
+
 def model_config_of(model: dict[str, Any]) -> ModelConfig:
     return model_config_from_hf(model, "the benchmark's shape")
 

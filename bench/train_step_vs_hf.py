@@ -33,7 +33,7 @@ import torch
 
 from bench.result_tables import can_compile, machine, matrix_rate
 from bench.shapes import SHAPES, Shape, rehearsal
-from bench.train_step_variants import Batches, Step, hugging_face_step, model_config_of, our_step
+from bench.train_step_variants import Batches, Step, hugging_face_step, model_config_of, our_step, uses_engine
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.atomic_write import write_json
@@ -72,11 +72,12 @@ def main() -> None:
             raise UserError("--variants: the CPU comparison has no variants; add --rehearse, or use --device cuda")
         in_turns(options.rounds, options.out)
         return
+    engine = uses_engine(options.rehearse)
     shapes = {name: rehearsal(SHAPES[name]) if options.rehearse else SHAPES[name] for name in options.shapes}
     known = {name for shape in shapes.values() for on_gpu in (True, False) for name in variants(shape, on_gpu, on_gpu)}
     if unknown := [name for name in options.variants or [] if name not in known]:
         raise UserError([f"--variants {name}: is not one of {'; '.join(sorted(known))}" for name in unknown])
-    one_by_one(shapes, options.variants, options.rounds, options.out)
+    one_by_one(shapes, options.variants, options.rounds, options.out, engine)
 
 
 def in_turns(rounds: int, out: Path | None) -> None:
@@ -140,14 +141,13 @@ def variants(shape: Shape, transformer_engine: bool, gpu: bool) -> dict[str, dic
     if transformer_engine:
         result["bf16, unfused"] = {"transformer_impl": "transformer_engine"}
         result["fp8, blockwise"] = engine | {"fp8_recipe": "blockwise"}
+    if transformer_engine and gpu:
         result["bf16, graphs"] = engine | {"cuda_graph_impl": "transformer_engine"}
     return result
 
 
-def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, out: Path | None) -> None:
+def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, out: Path | None, engine: bool) -> None:
     """Measure every variant of every shape; `out` is rewritten after each."""
-    from importlib.util import find_spec
-
     from megatron_a2d.config.settings import build
     from megatron_a2d.distributed import environment
 
@@ -157,7 +157,7 @@ def one_by_one(shapes: dict[str, Shape], chosen: list[str] | None, rounds: int, 
     result: dict[str, Any] = {"machine": machine(), "matrix_tflops": peak / 1e12, "rows": []}
     print(f"matrix rate, bf16: {peak / 1e12:.1f} TFLOP/s", flush=True)
     for name, shape in shapes.items():
-        known = variants(shape, gpu and find_spec("transformer_engine") is not None, gpu)
+        known = variants(shape, engine, gpu)
         for variant, settings in known.items():
             if chosen is not None and variant not in chosen:
                 continue

@@ -1,7 +1,7 @@
 """Tests that need a GPU; elsewhere each skips itself and says why. `make gpu` runs them and keeps what they measured.
 
-A2D_REHEARSE=1 runs them on a CPU with portable layers in Transformer Engine's place and without FP8: nothing is proved
-then but that the tests themselves work.
+A2D_REHEARSE=1 runs them on a CPU, where Transformer Engine's layers compute over a stand-in of its kernels
+(tests/transformer_engine): all but the card, its kernels, graphs and NCCL.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ import torch
 
 from megatron_a2d.utils.atomic_write import write_json
 from tests.gpu.gpu_train import REHEARSAL, Model, write_models
+from tests.transformer_engine.install import DIRECTORY, install, rehearse
+
+if REHEARSAL and DIRECTORY:
+    install()  # before anything imports megatron.core
 
 REPORT: list[Path] = []  # the file of --gpu-report, if there is one
 OUTCOMES: dict[str, str] = {}
@@ -26,7 +30,9 @@ FIGURES: dict[str, dict[str, Any]] = {}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = None
     if not torch.cuda.is_available() and not REHEARSAL:
-        reason = "this machine has no CUDA device (A2D_REHEARSE=1 runs the tests with portable layers)"
+        reason = "this machine has no CUDA device (A2D_REHEARSE=1 runs the tests over a stand-in of the kernels)"
+    elif REHEARSAL and not DIRECTORY:
+        reason = "A2D_TRANSFORMER_ENGINE names no directory with Transformer Engine; `make test` sets it"
     elif not REHEARSAL and find_spec("transformer_engine") is None:
         reason = "the package transformer_engine is not installed"
     for item in items:
@@ -40,6 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
     """Converted checkpoints and data, in sizes that every kernel takes."""
     warnings.filterwarnings("ignore")
+    if REHEARSAL:
+        rehearse()
     from megatron_a2d.config.settings import build
     from megatron_a2d.distributed import environment, process_groups
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 REHEARSAL = os.environ.get("A2D_REHEARSE") == "1" and not torch.cuda.is_available()
-ENGINE = "local" if REHEARSAL else "transformer_engine"
 
 SETTINGS: dict[str, Any] = dict(
     seq_length=128, global_batch_size=8, micro_batch_size=4, train_iters=1000, lr=1e-3, num_workers=0, bf16=True,
@@ -49,15 +48,6 @@ def write_models(root: Path) -> dict[str, Model]:
     return models
 
 
-def without_engine(settings: dict[str, Any]) -> dict[str, Any]:
-    """In a rehearsal: the settings that a CPU knows."""
-    if not REHEARSAL:
-        return settings
-    gpu_only = ("fp8_recipe", "fp8_param_gather", "first_last_layers_bf16", "cuda_graph_impl", "cuda_graph_scope", "apply_rope_fusion",
-                "gradient_accumulation_fusion", "moe_permute_fusion", "moe_router_fusion")  # fmt: skip
-    return {name: value for name, value in settings.items() if name not in gpu_only} | {"transformer_impl": "local"}
-
-
 class Run(NamedTuple):
     losses: list[float]
     grad_norms: list[float]
@@ -75,7 +65,7 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
     from megatron_a2d.training.checkpointing import CheckpointWriter
     from megatron_a2d.training.initialization import load_checkpoint
 
-    settings = without_engine(model.settings | changes) | ({"save": str(save)} if save else {})
+    settings = model.settings | changes | ({"save": str(save)} if save else {})
     config = build(settings)
     start = resolve(model.checkpoint)
     model_config = read_model_config(start / "hf")

@@ -43,14 +43,14 @@ def fused_kernels(case: str) -> frozenset[str]:
     return frozenset(FUSED_KERNELS if is_dense(case) else FUSED_MOE_KERNELS)
 
 
-def _variant(case: str) -> dict[str, Any]:
+def variant_of(case: str) -> dict[str, Any]:
     """What a case sets beside its data (tests/conftest.py)."""
     return VARIANTS.get(case, {"isolated": {"reset_attention_mask": True}, "ar": {"objective": "ar"}}.get(case, {}))
 
 
 def refused(layout: Layout) -> str | None:
     """Why Transformer Engine's layers are not chosen there."""
-    return refuses_transformer_engine(build(SETTINGS | _variant(layout.case) | layout.settings))
+    return refuses_transformer_engine(build(SETTINGS | variant_of(layout.case) | layout.settings))
 
 
 def _fused_layouts() -> list[EngineCase]:

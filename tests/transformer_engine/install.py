@@ -52,6 +52,14 @@ def install(directory: str = DIRECTORY) -> None:
     _name_types_once()
 
 
+def rehearse(capability: tuple[int, int] = HOPPER) -> None:
+    """Make this process choose and compute layers as on that GPU. To be called before megatron.core is imported."""
+    install()
+    from tests.transformer_engine.engine_jobs import as_on_a_gpu
+
+    as_on_a_gpu(capability)
+
+
 def use_gpu(capability: tuple[int, int]) -> None:
     """Which GPU the answers are of, from now on in this process."""
     from transformer_engine.pytorch import quantization, utils

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import chunked_head, gpu, train_step_vs_hf
+from bench import chunked_head, gpu, host_waits, train_step_vs_hf
 from bench.shapes import SHAPES, rehearsal
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.model.flops import train_flops_per_token
@@ -57,6 +57,79 @@ def test_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         gpu.main()
     assert json.loads((tmp_path / "result.json").read_text())["parts"] == [{"name": "good", "status": "skipped"}]
+
+
+def test_a_second_command_continues(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is missing first, then what failed; what was measured is neither taken again nor lost."""
+    out, mended = tmp_path / "result.json", tmp_path / "mended"
+    fails = f"import os; os._exit(0 if os.path.exists({str(mended)!r}) else 1)"
+    chosen = [part("failing", then=fails), part("good"), part("partly", rows="{'error': 'no kernel'}"), part("late")]
+    monkeypatch.setattr(gpu, "parts", lambda rehearse: chosen)
+    took: list[str] = []
+    run = gpu.run
+    monkeypatch.setattr(gpu, "run", lambda part, *rest: took.append(part.name) or run(part, *rest))  # type: ignore[func-returns-value]
+
+    def command(*more: str) -> dict[str, Any]:
+        took.clear()
+        monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(out), *more])
+        with pytest.raises(SystemExit):
+            gpu.main()
+        return {item["name"]: item for item in json.loads(out.read_text())["parts"]}
+
+    first = command("--parts", "failing", "good", "partly")
+    assert took == ["failing", "good", "partly"] and "late" not in first
+    assert command("--budget", "5")["late"] == {"name": "late", "status": "skipped"} and not took
+    mended.touch()
+    second = command()
+    assert took == ["late", "failing"] and list(second) == ["failing", "good", "partly", "late"]
+    assert second["failing"]["status"] == "ok" and second["good"] == first["good"]
+    assert "3 of 4 parts; not ['partly']" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "holds no result of this command"),
+        ("[]", "holds no result of this command"),
+        ('{"rows": []}', "holds no result of this command"),
+        ('{"machine": {"gpu": "NVIDIA H200"}, "rehearsal": false, "parts": []}', "was measured on another machine"),
+    ],
+)
+def test_another_result_is_not_continued(content: str, words: str, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    out.write_text(content)
+    with pytest.raises(UserError, match=words):
+        gpu.earlier(out, rehearse=False)
+    assert out.read_text() == content
+
+
+def test_two_commands_of_ten_minutes_hold_all() -> None:
+    """And a quarter of an hour of a card's time; the first one has what is wanted most."""
+    limits = {part.name: part.limit for part in gpu.parts(rehearse=False)}
+    assert sum(limits.values()) <= 15 * 60
+    assert list(limits)[:4] == [
+        "engine_vs_local",
+        "fp8_vs_emulation",
+        "train_step qwen3_8b",
+        "train_step qwen3_30b_a3b",
+    ]
+    assert sum(list(limits.values())[:7]) <= 570
+
+
+def test_waits_are_found_by_their_lines() -> None:
+    tensor = torch.tensor([2.0, 3.0])
+
+    def step() -> None:
+        tensor.sum().item()
+        float(tensor[0])
+
+    places = host_waits.find_places(step)
+    lines = [int(place.rpartition(":")[2]) for place in places]
+    assert list(places.values()) == [1, 1] and lines[1] == lines[0] + 1
+    assert all(place.startswith("tests/unit/test_gpu_command.py:") for place in places)
+    assert host_waits.find_places(lambda: None) == {}
 
 
 def test_the_heads_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -179,7 +252,7 @@ def test_rehearsals_are_small(name: str) -> None:
         (
             gpu,
             ["--out", "OUT", "--parts", "tests", "bogus"],
-            "--parts bogus: no part has a name with this prefix; there are tests",
+            "--parts bogus: no part has a name with this prefix; there are engine_vs_local",
         ),
         (gpu, ["--out", "OUT", "--budget", "-5"], "--budget -5: must be above 0"),
         (gpu, ["--out", "OUT/nowhere/x.json"], "--out .*: is not a file in an existing directory"),
