@@ -22,6 +22,11 @@ find_python = $(firstword $(foreach name,$(wildcard $(VENV)/bin/python3) python3
 PYTHON ?= $(or $(call find_python,11),$(error no Python 3.11 or later is found; name one with PYTHON=...))
 PYTHON312 ?= $(call find_python,12)
 LATEST := $(if $(wildcard $(VENV)/lib/python3.1[2-9]),$(VENV),.venv312)
+# The newest megatron-core and Transformer Engine, in front of an environment of Python 3.11: megatron-core's wheel runs
+# there too, its metadata alone asks for 3.12. Later Pythons' environments have the two already.
+NEWEST := $(if $(MADE),$(if $(filter-out $(VENV),$(LATEST)),$(VENV)/newest))
+TESTS_NEWEST := PYTHONPATH=$(CURDIR)/$(NEWEST)/megatron_core$${PYTHONPATH:+:$$PYTHONPATH} \
+  $(subst $(VENV)/transformer_engine,$(NEWEST)/transformer_engine,$(TESTS))
 
 FORMAT ?=
 # A variable that a target needs and was not given.
@@ -46,8 +51,8 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-parity test-te test-faults test-slurm test-mutants fuzz check data convert-hf train plan export \
-  verify inspect publish generate evaluate study bench bench-convert gpu
+.PHONY: help setup demo test test-latest test-latest-cpu test-parity test-te test-faults test-slurm test-mutants fuzz check \
+  data convert-hf train plan export verify inspect publish generate evaluate study bench bench-convert gpu
 
 help:  ## list of targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -83,17 +88,24 @@ later is needed" % v[:2])'
   pip --constraint constraints/$$pins.txt torch && \
   pip --constraint constraints/$$pins.txt --editable '.[dev,plot]' && \
   pip --no-deps --upgrade --target $(2)/transformers4 --requirement constraints/transformers4.txt && \
-  pip --no-deps --upgrade --target $(2)/transformer_engine --requirement constraints/transformer_engine.txt
+  pip --no-deps --upgrade --target $(2)/transformer_engine --requirement constraints/transformer_engine_$$pins.txt
 @touch $@
 endef
 
 # torch for Python 3.12 and later is on the public index with CUDA alone: 5 GB.
-PINNED := setup.py $(addprefix constraints/,py311.txt py312.txt transformers4.txt transformer_engine.txt)
+PINNED := setup.py $(addprefix constraints/,py311.txt py312.txt transformers4.txt transformer_engine_py311.txt \
+  transformer_engine_py312.txt)
 .venv312/installed: $(PINNED)
 	$(call install,$(PYTHON312),.venv312)
 ifneq ($(MADE),)
 $(VENV)/installed: $(PINNED)
 	$(call install,$(PYTHON),$(VENV))
+
+$(VENV)/installed_newest: constraints/py312.txt constraints/transformer_engine_py312.txt | $(VENV)/installed
+	@pip() { $(PY) -m pip --disable-pip-version-check --quiet install --no-deps --upgrade "$$@"; } && \
+	  pip --ignore-requires-python --target $(NEWEST)/megatron_core "$$(grep ^megatron-core== constraints/py312.txt)" && \
+	  pip --target $(NEWEST)/transformer_engine --requirement constraints/transformer_engine_py312.txt
+	@touch $@
 endif
 
 demo: setup  ## end to end on two CPU cores, offline, in minutes
@@ -111,11 +123,20 @@ else
 test-latest: test
 endif
 
+ifneq ($(NEWEST),)
+test-latest-cpu: setup $(VENV)/installed_newest  ## the same on Python 3.11, with its torch; installs 30 MB
+	$(TESTS_NEWEST) $(ARGS)
+else
+test-latest-cpu: test
+endif
+
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes tests/parity/RESULTS.md
 	$(TESTS) tests/parity -m "" --exactness tests/parity/RESULTS.md $(ARGS)
 
-test-te: setup  ## Transformer Engine's layers on a CPU against the local ones, every case; `make gpu` rehearsed
-	$(TESTS) tests/transformer_engine -m "" $(ARGS)
+ENGINE := tests/transformer_engine -m "" --exactness tests/transformer_engine/RESULTS.md
+test-te: setup $(if $(NEWEST),$(VENV)/installed_newest)  ## Transformer Engine's layers on a CPU, 2.12 and the newest, every case; `make gpu` rehearsed
+	$(TESTS) $(ENGINE) $(ARGS)
+	$(if $(NEWEST),$(TESTS_NEWEST) $(ENGINE) $(ARGS))
 
 test-faults: setup  ## kills, damaged files, full disks, non-finite losses; writes tests/parity/RESULTS.md
 	$(TESTS) tests/faults -m "" --exactness tests/parity/RESULTS.md $(ARGS)

@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import megatron_a2d.megatron_compat  # noqa: F401  megatron.core can be imported without triton
 from tests.cases import VARIANTS, WIDE, Case
 from tests.exactness import Exactness
 from tests.parity.pool import Pool
@@ -21,7 +22,7 @@ EXACTNESS = Exactness()
 
 @pytest.fixture(scope="session")
 def exactness() -> Exactness:
-    """Collects the figures of tests/parity/RESULTS.md."""
+    """Collects the figures of the pages called RESULTS.md."""
     return EXACTNESS
 
 

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+import megatron_a2d.megatron_compat  # noqa: F401  megatron.core imports without triton
 from tests.transformer_engine.stand_in.extension import extension_module, modules_left_out
 
 DIRECTORY = os.environ.get("A2D_TRANSFORMER_ENGINE", "")
@@ -39,7 +41,7 @@ def install(directory: str = DIRECTORY) -> None:
     sys.meta_path[:0] = [_AttentionInFp32(), _LeftOut()]
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # loads no libraries
     os.environ["NVTE_TORCH_COMPILE"] = "0"
-    sys.modules["transformer_engine_torch"] = extension_module(_names_read(Path(directory)))
+    sys.modules["transformer_engine_torch"] = extension_module(_names_read(Path(directory)), release(directory))
     common = _without_library(Path(directory))
     import transformer_engine.pytorch
     from transformer_engine.pytorch import distributed
@@ -69,6 +71,18 @@ def use_gpu(capability: tuple[int, int]) -> None:
         for value in vars(module).values():
             if isinstance(value, functools._lru_cache_wrapper):
                 value.cache_clear()
+
+
+def release(directory: str = DIRECTORY) -> str:
+    """Transformer Engine's version, as 2.12.0."""
+    return next(iter(importlib.metadata.distributions(name="transformer-engine", path=[directory]))).version
+
+
+def releases() -> str:
+    """What is compared here with the local layers."""
+    from megatron_a2d.megatron_compat import versions
+
+    return f"Transformer Engine {release()}, megatron-core {versions.release()}"
 
 
 def _names_read(directory: Path) -> set[str]:

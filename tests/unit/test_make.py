@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PINS = ROOT / "constraints" / "py312.txt"
 
 # A Python of the version MINOR: it answers -c as one, makes environments of its own kind, and installs nothing.
 STAND_IN = """#!/bin/sh
@@ -85,9 +86,22 @@ def test_any_python_makes_the_environment(pythons: dict[str, int], chosen: str, 
     machine.python("python3.11", 11)
     os.utime(machine.clone / ".venv" / "installed", (1e9, 1e9))
     assert f"--constraint constraints/{pins}.txt" in "".join(machine.make("setup")[2])
+    # What goes with the environment's megatron-core is its Transformer Engine.
+    assert installs[-1].endswith(f"--requirement constraints/transformer_engine_{pins}.txt")
     # Under 3.12 and later the tests of the newest megatron-core need no environment of their own.
     _, said, called = machine.make("test-latest", PYTHON312="")
     assert (".venv/bin/python3 -m pytest" in "".join(called)) == (pins == "py312"), said
+    # Under 3.11 both are put in front of what is there.
+    _, _, called = machine.make("test-latest-cpu", ARGS="some")
+    *installs, tests = called
+    newest = [
+        name for line in installs for name in line.split() if "newest" in name or "==" in name or name.endswith(".txt")
+    ]
+    version = next(line for line in PINS.read_text().splitlines() if line.startswith("megatron-core=="))
+    assert newest == ([
+        ".venv/newest/megatron_core", version, ".venv/newest/transformer_engine", "constraints/transformer_engine_py312.txt",
+    ] if pins == "py311" else [])  # fmt: skip
+    assert tests.endswith(".venv/bin/python3 -m pytest some")
 
 
 def test_no_python_is_new_enough(machine: Machine) -> None:

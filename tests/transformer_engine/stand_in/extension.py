@@ -1,13 +1,13 @@
 """The module `transformer_engine_torch`, put together from the files beside this one, and what has no counterpart here.
 
-What differs between releases of Transformer Engine belongs here: a function of another signature is put over the one of
-the same name.
+What differs between releases of Transformer Engine lies in release_2_20.py.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
+from enum import IntEnum
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -20,6 +20,7 @@ from tests.transformer_engine.stand_in import (
     permutation_kernels,
     products,
     quantized,
+    release_2_20,
     rope_kernels,
     router_kernels,
 )
@@ -42,6 +43,8 @@ _LEFT_OUT = {
     "transformer_engine.pytorch.triton.permutation": (permutation_kernels,),
     "transformer_engine.pytorch.triton.cross_entropy": (),
     "transformer_engine.pytorch.triton.pad": (),
+    "transformer_engine.pytorch.triton.mhc": (),  # from 2.20 on, as the next
+    "transformer_engine.pytorch.triton.grouped_dbias_dscales": (),
     "transformer_engine.pytorch.onnx_extensions": (),
 }
 
@@ -59,12 +62,14 @@ class _UserBuffers:
         raise NotImplementedError("transformer_engine_torch (stand-in) has no user buffers")
 
 
-def extension_module(names: set[str]) -> ModuleType:
+def extension_module(names: set[str], release: str) -> ModuleType:
     """names: what the package reads of its extension, for `import *` takes what a module lists; some are never called."""
-    module = _module("transformer_engine_torch", *_KERNELS)
-    for name, value in vars(enums).items():
-        if name == "DType" or name.startswith(("FP8", "NVTE_", "Comm", "Float8")):
-            setattr(module, name, value)
+    newer = (release_2_20,) if tuple(map(int, release.split(".")[:2])) >= (2, 20) else ()
+    module = _module("transformer_engine_torch", *_KERNELS, *newer)
+    for source in (enums, *newer):
+        for name, value in vars(source).items():
+            if isinstance(value, type) and issubclass(value, IntEnum) and value is not IntEnum:
+                setattr(module, name, value)
     for name, answer in _ANSWERS.items():
         setattr(module, name, lambda *_, answer=answer: answer)
     module.FP8TensorMeta = FP8TensorMeta  # type: ignore[attr-defined]
