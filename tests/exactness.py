@@ -1,5 +1,4 @@
-"""The tables that the slow suites measure, in marked sections of a page: tests/parity/RESULTS.md by `make test-parity` and
-`make test-faults`, tests/transformer_engine/RESULTS.md by `make test-te`."""
+"""tests/parity/RESULTS.md: the tables that `make test-parity` and `make test-faults` measure, in marked sections."""
 
 from __future__ import annotations
 
@@ -13,12 +12,6 @@ TITLE = """# Measured differences
 
 Every figure was measured by a test on CPUs over gloo. `make test-parity` writes the first four sections, `make test-faults`
 the last. Method, tolerances and a summary: [docs/exactness.md](../../docs/exactness.md).
-"""
-
-ENGINE_TITLE = """# Transformer Engine's layers on a CPU
-
-Its real Python over kernels in plain torch (stand_in/), against the local layers of one process in fp32: `make test-te`
-measures and writes these tables, one for each supported pair of releases.
 """
 
 
@@ -59,12 +52,9 @@ class Exactness:
         self.resharded: list[Resharded] = []
         self.saved: dict[str, float] = {}
         self.faults: list[Fault] = []
-        self.engine_releases = ""
-        self.engine: list[Compared] = []
-        self.engine_refusals: dict[str, list[str]] = {}  # layouts without these layers, by the reason
 
     def write(self, path: Path) -> None:
-        page = path.read_text(encoding="utf-8") if path.exists() else ENGINE_TITLE if self.engine else TITLE
+        page = path.read_text(encoding="utf-8") if path.exists() else TITLE
         for name, text in self._sections().items():
             block = f"<!-- {name} -->\n{text.strip()}\n<!-- end of {name} -->\n"
             pattern = re.compile(f"<!-- {name} -->.*?<!-- end of {name} -->\n", re.DOTALL)
@@ -87,8 +77,6 @@ class Exactness:
             sections["reshard"] = _reshard(self.resharded, self.saved)
         if self.faults:
             sections["faults"] = f"## Faults\n\n{FAULTS}\n{self.faults_table()}"
-        if self.engine:
-            sections[self.engine_releases] = _engine(self.engine_releases, self.engine, self.engine_refusals)
         return sections
 
 
@@ -165,28 +153,6 @@ least once, and six dissimilar ones in every pair. What the {len(saved)} layouts
 tensor with the checkpoint of one process: equal names and shapes, largest absolute difference {content:.1e}. Largest difference of the losses: {worst:.1e}.
 
 {table(["model", "saved under", "resumed under", "next three losses"], rows)}
-"""
-
-
-def _engine(releases: str, measured: list[Compared], refusals: dict[str, list[str]]) -> str:
-    quantities = list(measured[0].differences)
-    rows = [
-        [layout.case, layout.name, str(layout.ranks), *_figures(layout, differences)]
-        for layout, differences in measured
-    ]
-    worst = max(value for item in measured for value in item.differences.values())
-    refused = [[reason, "; ".join(layouts)] for reason, layouts in refusals.items()]
-    return f"""## {releases}
-
-{len(measured)} cases, two optimizer steps each. Loss and gradient norm: largest relative difference. Gradients (not sharded by
-the distributed optimizer) and parameters after the second step: largest absolute difference of any element. The tolerance is
-1e-6; the largest difference of all is {worst:.1e}.
-
-{table(["model", "case", "processes", *quantities], rows)}
-
-Layouts of tests/parity that these layers do not take, and the local ones compute:
-
-{table(["because of", "layouts"], refused)}
 """
 
 

@@ -62,15 +62,6 @@ def _fused_layouts() -> list[EngineCase]:
     ]
 
 
-def _refusals() -> dict[str, list[str]]:
-    """The others, by the reason."""
-    layouts: dict[str, list[str]] = {}
-    for layout in LAYOUTS:
-        if reason := refused(layout):
-            layouts.setdefault(reason, []).append(str(layout))
-    return layouts
-
-
 def _selective(*modules: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": modules}
 
@@ -101,7 +92,6 @@ CASES = [
     *_fused_layouts(),
     *(EngineCase(Layout(case, name, 1, own), shared) for case, name, own, shared in _ONE_PROCESS),
 ]
-REFUSALS = _refusals()
 
 QUICK = {
     "dense: TP2+SP", "dense_tied: PP2", "dense: CP2", "moe: DP2, overlap", "moe: TP2+SP, ETP2", "isolated: TP2+SP, EP2",
