@@ -18,13 +18,19 @@ from megatron_a2d.config.settings import build
 from megatron_a2d.model import layer_specs, transformer_config
 from megatron_a2d.training import initialization, optimizer
 from tests.parity import parity_jobs
+from tests.transformer_engine import defects
 from tests.transformer_engine.install import CUDA, HOPPER, use_gpu
 from tests.transformer_engine.stand_in.extension import CALLS
 
 
-def train_steps(settings: dict[str, Any], capability: tuple[int, int] = HOPPER, **options: Any) -> dict[str, Any]:
-    """parity_jobs.train_steps with Transformer Engine's layers; also how often each kernel was called."""
+def train_steps(
+    settings: dict[str, Any], capability: tuple[int, int] = HOPPER, defect: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """parity_jobs.train_steps with Transformer Engine's layers; also how often each kernel was called. defect: the name
+    of one to plant (defects.py)."""
     as_on_a_gpu(capability)
+    if defect:
+        getattr(defects, defect)()
     assert layer_specs.choose_implementation(build(parity_jobs.SETTINGS | settings)) == "transformer_engine"
     return {**parity_jobs.train_steps(settings=settings, **options), "calls": dict(CALLS)}
 

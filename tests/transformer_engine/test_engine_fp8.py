@@ -48,12 +48,13 @@ def engine_steps(
     reference: dict[str, Any],
     ranks: int = 1,
     num_steps: int = 1,
+    defect: str | None = None,
     **settings: Any,
 ) -> dict[str, float]:
     """Distances of Transformer Engine's step from the reference."""
     results = engine_pool.run(
         "train_steps", ranks, capability=RECIPES.get(recipe, HOPPER), checkpoint=job["checkpoint"],
-        num_steps=num_steps,         reference=reference["path"], relative=True, in_fp32=True,
+        num_steps=num_steps, defect=defect,         reference=reference["path"], relative=True, in_fp32=True,
         settings={**job["settings"], "transformer_impl": "auto", "fp8_recipe": recipe, **SMALL, **settings},
     )  # fmt: skip
     pairs = [pair for result in results for pair in zip(result["losses"], reference["losses"], strict=True)]
@@ -84,3 +85,10 @@ def test_weights_are_rounded_once_a_batch(
     reference = emulated("dense", recipe, num_steps=2)
     found = engine_steps(engine_pool, wide["dense"], recipe, reference, num_steps=2, **fusions("dense"))
     assert found["loss"] < 5e-3 and found["gradients"] < 0.4
+
+
+def test_a_wrong_transpose_is_seen(wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool) -> None:
+    """Negative control, of the FP8 tensors that the backward pass reads."""
+    reference = emulated("dense", "tensorwise")
+    found = engine_steps(engine_pool, wide["dense"], "tensorwise", reference, defect="wrong_transpose")
+    assert found["loss"] < 1e-3 and found["gradients"] > 0.5
