@@ -166,7 +166,7 @@ def _fingerprints(state: TrainState) -> dict[str, str]:
         weights.update(_bits(parameter))
     for optimizer in state.optimizer.chained_optimizers:
         for group in optimizer.param_groups:
-            moments.update(repr((group["lr"], group["step"], group["weight_decay"])).encode())
+            moments.update(repr((group["lr"], group.get("step"), group["weight_decay"])).encode())
             for parameter in group["params"]:
                 for name, value in sorted(optimizer.optimizer.state[parameter].items()):
                     moments.update(name.encode() + _bits(value))
@@ -174,7 +174,10 @@ def _fingerprints(state: TrainState) -> dict[str, str]:
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else repr(tensor).encode()
+    if not tensor.dim():
+        return repr(tensor).encode()
+    values = tensor.dequantize() if hasattr(tensor, "_quantizer") else tensor  # Transformer Engine's, in FP8
+    return values.detach().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 class _StoppedError(Exception):

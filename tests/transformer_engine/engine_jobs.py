@@ -17,7 +17,7 @@ from megatron_a2d import megatron_compat
 from megatron_a2d.config.settings import build
 from megatron_a2d.model import layer_specs, transformer_config
 from megatron_a2d.training import initialization, optimizer
-from tests.parity import parity_jobs
+from tests.parity import parity_jobs, run_job
 from tests.transformer_engine import defects
 from tests.transformer_engine.install import CUDA, HOPPER, use_gpu
 from tests.transformer_engine.stand_in.extension import CALLS
@@ -33,6 +33,13 @@ def train_steps(
         getattr(defects, defect)()
     assert layer_specs.choose_implementation(build(parity_jobs.SETTINGS | settings)) == "transformer_engine"
     return {**parity_jobs.train_steps(settings=settings, **options), "calls": dict(CALLS)}
+
+
+def run(settings: dict[str, Any], capability: tuple[int, int] = HOPPER, **faults: Any) -> dict[str, Any]:
+    """run_job.run, the training loop with its checkpoints, with Transformer Engine's layers."""
+    as_on_a_gpu(capability)
+    assert layer_specs.choose_implementation(build(parity_jobs.SETTINGS | settings)) == "transformer_engine"
+    return {**run_job.run(settings, **faults), "calls": dict(CALLS)}
 
 
 def as_on_a_gpu(capability: tuple[int, int]) -> None:

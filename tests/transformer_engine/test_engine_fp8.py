@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.exactness import Exactness, Planted, Rounded
+from tests.parity.layouts import CP, EP, OVERLAP, PP, TP_SP
 from tests.parity.pool import Pool
 from tests.transformer_engine.engine_cases import fusions
 from tests.transformer_engine.engine_pool import EnginePool
@@ -65,19 +67,54 @@ def engine_steps(
     }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+QUICK = {("dense", "tensorwise"), ("moe", "mxfp8")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        pytest.param(kind, recipe, marks=() if (kind, recipe) in QUICK else pytest.mark.full)
+        for kind in ("dense", "moe")
+        for recipe in RECIPES
+    ],
+)
 def test_equal_to_the_emulation(
-    kind: str, recipe: str, wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool
+    kind: str, recipe: str, wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
 ) -> None:
     found = engine_steps(engine_pool, wide[kind], recipe, emulated(kind, recipe), **fusions(kind))
     plain = engine_steps(engine_pool, wide[kind], "none", emulated(kind, recipe), **fusions(kind))
+    exactness.engine_fp8.append(Rounded(kind, recipe, "one process", found, plain["gradients"]))
     # A last bit can put a value on the other side of a tie of the rounding, and what is computed of it follows; a weight
     # that was not rounded anew, or in the wrong direction, changes all of them.
     assert found["loss"] < 1e-3 and found["gradients"] < plain["gradients"] / 4, plain
 
 
+# Tokens of a process are whole blocks of 128 where they are gathered.
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "TP2+SP": ("dense", TP_SP), "CP2": ("dense", CP), "PP2": ("dense", PP), "DP2, overlap": ("dense", OVERLAP),
+    "EP2": ("moe", EP), "TP2+SP, EP2": ("moe", {**TP_SP, **EP}),
+}  # fmt: skip
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(
+    layout: str, recipe: str, wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
+) -> None:
+    """Nearer to the emulation on one process than to no rounding at all."""
+    kind, settings = LAYOUTS[layout]
+    batch = {"seq_length": 256, "global_batch_size": 2}
+    reference = emulated(kind, recipe, **batch)
+    found = engine_steps(engine_pool, wide[kind], recipe, reference, 2, **fusions(kind), **batch, **settings)
+    plain = engine_steps(engine_pool, wide[kind], "none", reference, **fusions(kind), **batch)
+    exactness.engine_fp8.append(Rounded(kind, recipe, layout, found, plain["gradients"]))
+    assert found["loss"] < 3e-3 and not found["gradients"] > 0.75 * plain["gradients"], plain
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name == "tensorwise" else pytest.mark.full) for name in RECIPES]
+)
 def test_weights_are_rounded_once_a_batch(
     recipe: str, wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool
 ) -> None:
@@ -87,8 +124,11 @@ def test_weights_are_rounded_once_a_batch(
     assert found["loss"] < 5e-3 and found["gradients"] < 0.4
 
 
-def test_a_wrong_transpose_is_seen(wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool) -> None:
+def test_a_wrong_transpose_is_seen(
+    wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
+) -> None:
     """Negative control, of the FP8 tensors that the backward pass reads."""
     reference = emulated("dense", "tensorwise")
     found = engine_steps(engine_pool, wide["dense"], "tensorwise", reference, defect="wrong_transpose")
+    exactness.planted.append(Planted("wrong_transpose, FP8 tensorwise", "dense", found))
     assert found["loss"] < 1e-3 and found["gradients"] > 0.5

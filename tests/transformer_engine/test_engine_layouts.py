@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.cases import Case
+from tests.exactness import Compared, Exactness
 from tests.parity.test_layouts import compare
 from tests.transformer_engine.engine_cases import CASES, QUICK, EngineCase
 from tests.transformer_engine.engine_pool import EnginePool
@@ -24,12 +25,13 @@ Reference = Callable[..., dict[str, Any]]
     "case", [pytest.param(case, id=str(case), marks=() if str(case) in QUICK else pytest.mark.full) for case in CASES]
 )
 def test_equal_to_local_layers(
-    case: EngineCase, cases: dict[str, Case], reference: Reference, engine_pool: EnginePool
+    case: EngineCase, cases: dict[str, Case], reference: Reference, engine_pool: EnginePool, exactness: Exactness
 ) -> None:
     layout = case.layout
     settings = case.shared | layout.settings
     differences = compare(
         engine_pool, cases[layout.case], reference(layout.case, **case.shared), layout.ranks, settings
     )
+    exactness.engine.append(Compared(layout, differences))
     assert case.kernels <= engine_pool.calls.keys()
     assert all(value < TOLERANCE for value in differences.values()), differences

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cases import Case
+from tests.exactness import Exactness, Planted
 from tests.parity.test_layouts import compare
 from tests.transformer_engine.engine_cases import fusions
 from tests.transformer_engine.engine_pool import EnginePool
@@ -33,6 +34,8 @@ def test_the_comparison_sees(
     cases: dict[str, Case],
     reference: Callable[..., dict[str, Any]],
     engine_pool: EnginePool,
+    exactness: Exactness,
 ) -> None:
     differences = compare(engine_pool, cases[kind], reference(kind), ranks, settings, defect=defect)
+    exactness.planted.append(Planted(defect, kind, differences))
     assert differences["gradients"] > 100 * TOLERANCE and differences["parameters"] > 100 * TOLERANCE, differences
