@@ -51,6 +51,14 @@ class Rounded(NamedTuple):
     unrounded: float  # the gradients' difference of the same step without FP8
 
 
+class Products(NamedTuple):
+    """All FP8 products of a step against their definition with the same operands."""
+
+    case: str
+    recipe: str
+    worst: dict[str, float]
+
+
 class Planted(NamedTuple):
     """A defect that was planted, and what the comparison saw."""
 
@@ -73,6 +81,7 @@ class Exactness:
         self.faults: list[Fault] = []
         self.engine: list[Compared] = []
         self.engine_fp8: list[Rounded] = []
+        self.products: list[Products] = []
         self.planted: list[Planted] = []
 
     def write(self, path: Path) -> None:
@@ -99,6 +108,8 @@ class Exactness:
             sections["reshard"] = _reshard(self.resharded, self.saved)
         if self.engine:
             sections["engine"] = _engine(self.engine)
+        if self.products:
+            sections["products"] = _products(self.products)
         if self.engine_fp8:
             sections["engine in FP8"] = _engine_fp8(self.engine_fp8)
         if self.planted:
@@ -199,6 +210,18 @@ difference of all is {worst:.1e}.
 """
 
 
+def _products(measured: list[Products]) -> str:
+    rows = [[item.case, item.recipe, *(f"{value:.1e}" for value in item.worst.values())] for item in measured]
+    return f"""## FP8 products, exactly
+
+Every linear layer of a step of four micro-batches, with fused accumulation of gradients, against the emulation
+(`megatron_a2d/model/emulated_layers.py`, written apart from this) of the same inputs and output gradients: the largest
+relative distance of any layer.
+
+{table(["model", "recipe", *measured[0].worst], rows)}
+"""
+
+
 def _engine_fp8(measured: list[Rounded]) -> str:
     rows = [
         [
@@ -210,11 +233,11 @@ def _engine_fp8(measured: list[Rounded]) -> str:
         ]
         for item in measured
     ]
-    return f"""## FP8
+    return f"""## FP8, whole models
 
-One step, in fp32 but for the rounding of the layers' products, against the emulation on the local layers of one process
-(`megatron_a2d/model/emulated_layers.py`), which was written apart from this. Loss: largest relative difference. Gradients: norm of the difference of all
-together over their norm; the last column is that difference without FP8, which is what the rounding amounts to.
+One step, in fp32 but for the rounding of the layers' products, against the emulation on the local layers of one process.
+Loss: largest relative difference. Gradients: norm of the difference of all together over their norm; the last column is
+that difference without FP8, which is what the rounding amounts to.
 Parameters: the worst tensor's root mean square difference over its root mean square. Where a last bit falls on the
 other side of a tie of the rounding, or of a router's choice, what is computed of it follows; with one scale for a matrix
 (tensorwise, delayed) tensor parallelism, which cuts the matrix, changes the scale.

@@ -17,8 +17,10 @@ from megatron_a2d import megatron_compat
 from megatron_a2d.config.settings import build
 from megatron_a2d.model import layer_specs, transformer_config
 from megatron_a2d.training import initialization, optimizer
+from megatron_a2d.training.param_gather import zero_gradients
+from megatron_a2d.training.train_step import forward_backward
 from tests.parity import parity_jobs, run_job
-from tests.transformer_engine import defects
+from tests.transformer_engine import defects, layer_products
 from tests.transformer_engine.install import CUDA, HOPPER, use_gpu
 from tests.transformer_engine.stand_in.extension import CALLS
 
@@ -40,6 +42,22 @@ def run(settings: dict[str, Any], capability: tuple[int, int] = HOPPER, **faults
     as_on_a_gpu(capability)
     assert layer_specs.choose_implementation(build(parity_jobs.SETTINGS | settings)) == "transformer_engine"
     return {**run_job.run(settings, **faults), "calls": dict(CALLS)}
+
+
+def fp8_products(checkpoint: str, settings: dict[str, Any], capability: tuple[int, int]) -> dict[str, Any]:
+    """The largest distance of any product of a step on one process from its definition (layer_products.py)."""
+    as_on_a_gpu(capability)
+    config, state, batches = parity_jobs._start(checkpoint, settings, checked_as={"bf16": True})
+    records = layer_products.record_layers(state.models)
+    state.scheduler.step(1)
+    zero_gradients(state.chunks, state.optimizer)
+    for model in state.models:
+        model.config.finalize_model_grads_func = lambda *_, **__: None  # it divides by the tokens
+    forward_backward(state.chunks, parity_jobs._one_iteration(batches), forward_only=False)
+    found = [record.distances(config.performance.fp8_recipe) for record in records]
+    worst = {name: max(distances[name] for distances in found) for name in found[0]}
+    passes = {len(record.passes) for record in records}
+    return {"worst": worst, "layers": len(records), "passes": passes, "calls": dict(CALLS)}
 
 
 def as_on_a_gpu(capability: tuple[int, int]) -> None:

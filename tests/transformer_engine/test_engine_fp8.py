@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.exactness import Exactness, Planted, Rounded
+from tests.exactness import Exactness, Planted, Products, Rounded
 from tests.parity.layouts import CP, EP, OVERLAP, PP, TP_SP
 from tests.parity.pool import Pool
 from tests.transformer_engine.engine_cases import fusions
@@ -132,3 +132,24 @@ def test_a_wrong_transpose_is_seen(
     found = engine_steps(engine_pool, wide["dense"], "tensorwise", reference, defect="wrong_transpose")
     exactness.planted.append(Planted("wrong_transpose, FP8 tensorwise", "dense", found))
     assert found["loss"] < 1e-3 and found["gradients"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        pytest.param(kind, recipe, marks=() if (kind, recipe) in QUICK else pytest.mark.full)
+        for kind in ("dense", "moe")
+        for recipe in RECIPES
+    ],
+)
+def test_every_product_is_its_definition(
+    kind: str, recipe: str, wide: dict[str, Any], engine_pool: EnginePool, exactness: Exactness
+) -> None:
+    """Of the same operands: 1e-6, over the micro-batches of a step with fused accumulation of the weights' gradients."""
+    settings = {**wide[kind]["settings"], **fusions(kind), **SMALL, "transformer_impl": "auto", "fp8_recipe": recipe}
+    (found,) = engine_pool.run(
+        "fp8_products", 1, checkpoint=wide[kind]["checkpoint"], settings=settings, capability=RECIPES[recipe]
+    )
+    exactness.products.append(Products(kind, recipe, found["worst"]))
+    assert found["layers"] == 8 and found["passes"] == {4}
+    assert all(distance < 1e-6 for distance in found["worst"].values()), found
