@@ -18,7 +18,7 @@ from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.average", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m checkpoints_tools.average", description="Average checkpoints of a run.")
     parser.add_argument(
         "--checkpoints", required=True, nargs="+", type=Path, metavar="DIR", help="iterations of a run, two or more"
     )

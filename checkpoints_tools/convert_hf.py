@@ -19,7 +19,7 @@ from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.convert_hf", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m checkpoints_tools.convert_hf", description="Convert a Hugging Face Qwen3.")
     parser.add_argument("--hf-model", required=True, metavar="DIR|HUB_ID", help="the model to convert")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must be new")
     parser.add_argument(
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="ID",
         help="id of the mask token; default: the first id that the tokenizer does not use",
     )
-    parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="type to store")
+    parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="dtype to store")
     add_streaming_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)

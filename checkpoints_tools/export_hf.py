@@ -20,19 +20,19 @@ from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.export_hf", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m checkpoints_tools.export_hf", description="Export a checkpoint for transformers.")
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint or an iteration of one"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write; must be new")
-    parser.add_argument("--format", choices=("rnd1", "a2d", "qwen3"), default="a2d", help="form of the export")
+    parser.add_argument("--format", choices=("rnd1", "a2d", "qwen3"), default="a2d", help="format of the export")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB")
-    parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="type to store")
+    parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="dtype to store")
     parser.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of results for the model card's table")
     parser.add_argument(
         "--allow-objective-mismatch",
         action="store_true",
-        help="also write a form whose attention the model was not trained with",
+        help="also write a format whose attention the model was not trained with",
     )
     add_streaming_options(parser)
     options = parser.parse_args(argv)

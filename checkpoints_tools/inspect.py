@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.inspect", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(
+        prog="python -m checkpoints_tools.inspect", description="Show what a checkpoint or export contains."
+    )
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint or an iteration of one")
     parser.add_argument("--hf-model", type=Path, metavar="DIR", help="a Hugging Face directory, such as an export")
-    parser.add_argument("--no-norms", action="store_true", help="read no values: sizes and types only, at once")
+    parser.add_argument("--no-norms", action="store_true", help="sizes and types only, without reading values")
     options = parser.parse_args(argv)
     if (options.checkpoint is None) == (options.hf_model is None):
         raise UserError("--checkpoint, --hf-model: give exactly one")

@@ -18,15 +18,15 @@ def add_workers(parser: Parser) -> None:
         type=int,
         default=DEFAULT_WORKERS,
         metavar="N",
-        help="threads that read, check and write at once",
+        help="threads",
     )
-    parser.add_argument("--allow-nonfinite", action="store_true", help="let NaN and infinity pass")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinite values")
 
 
 def add_streaming_options(parser: Parser) -> None:
     """Add the flags of commands that stream a model from one format to another."""
     add_workers(parser)
-    parser.add_argument("--no-verify", action="store_true", help="do not read the result back, and print no report")
+    parser.add_argument("--no-verify", action="store_true", help="skip the verification of the result")
 
 
 def check_streaming_options(options: argparse.Namespace) -> None:

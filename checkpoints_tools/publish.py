@@ -25,12 +25,14 @@ SUMS = "SHA256SUMS"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.publish", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m checkpoints_tools.publish", description="Upload an export to the hub.")
     parser.add_argument("--hf-model", required=True, type=Path, metavar="DIR", help="a directory that export_hf wrote")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the model's repository; made if it is new")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--message", default="Upload model", help="of the commit")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and show what would go; send nothing")
+    parser.add_argument(
+        "--repo", required=True, metavar="OWNER/NAME", help="the model's repository; created if it does not exist"
+    )
+    parser.add_argument("--private", action="store_true", help="create a new repository as private")
+    parser.add_argument("--message", default="Upload model", help="commit message")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and list what would be uploaded")
     options = parser.parse_args(argv)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
         raise UserError(f"--repo {options.repo}: is not a repository; give owner/name")

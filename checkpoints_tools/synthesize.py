@@ -18,11 +18,11 @@ from megatron_a2d.utils.printable import print_line
 def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.conversion.qwen3_shapes import SIZES, hub_config
 
-    parser = Parser(prog="python -m checkpoints_tools.synthesize", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m checkpoints_tools.synthesize", description="Write a Qwen3 with random weights.")
     parser.add_argument("--size", required=True, metavar="|".join(SIZES), help="the model whose shape to take")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write; must be new")
-    parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="another depth")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="type to store")
+    parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="number of layers, instead of the model's")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="dtype to store")
     parser.add_argument("--fused", action="store_true", help="store all experts of a layer in one tensor")
     parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest weight file, such as 500MB")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="directory whose tokenizer is copied")

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.verify", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(
+        prog="python -m checkpoints_tools.verify", description="Verify that two forms of a model are equal."
+    )
     parser.add_argument("--hf-model", metavar="DIR|HUB_ID", help="the Hugging Face model that was converted")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint or an iteration of one")
     parser.add_argument("--export", type=Path, metavar="DIR", help="a directory that export_hf wrote")
-    parser.add_argument("--logits", action="store_true", help="compare logits whatever the model's size")
+    parser.add_argument("--logits", action="store_true", help="compare logits of models of any size")
     options = parser.parse_args(argv)
     if sum(given is not None for given in (options.hf_model, options.checkpoint, options.export)) != 2:
         raise UserError("--hf-model, --checkpoint, --export: two of them are compared; give exactly two")

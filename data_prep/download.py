@@ -194,7 +194,9 @@ def sources_of(arguments: argparse.Namespace) -> dict[Path, HubSource]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="data_prep.download", description="Stream a dataset of the Hugging Face hub to local shards.")
+    parser = Parser(
+        prog="python -m data_prep.download", description="Stream a dataset of the Hugging Face hub to local shards."
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--dataset", help="name on the Hugging Face hub, or a directory of data files")
     which.add_argument("--data-mixture", type=Path, help="mixture file whose sources have a `hub` entry")

@@ -171,9 +171,11 @@ def find_tokenizer(arguments: argparse.Namespace) -> Path | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="data_prep.inspect_dataset", description="Inspect .bin/.idx token files.")
+    parser = Parser(prog="python -m data_prep.inspect_dataset", description="Inspect .bin/.idx token files.")
     parser.add_argument("--data-path", required=True, help="path without .bin and .idx")
-    parser.add_argument("--tokenizer", type=Path, help="to decode text; default: the one that made the tokens")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer to decode with; default: the one that the data was made with"
+    )
     parser.add_argument("--show", type=int, default=2, help="number of samples to show")
     parser.add_argument("--seq-length", type=int, default=256, help="tokens per sample")
     parser.add_argument(

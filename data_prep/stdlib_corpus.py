@@ -80,7 +80,9 @@ def read_documents(root: Path, files: Sequence[Path], max_chars: int) -> Iterato
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="data_prep.stdlib_corpus", description="Write Python's standard library as .jsonl documents.")
+    parser = Parser(
+        prog="python -m data_prep.stdlib_corpus", description="Write Python's standard library as .jsonl documents."
+    )
     parser.add_argument("--out", required=True, type=Path, help="the .jsonl file to write")
     parser.add_argument("--max-chars", type=int, default=4000, help="longest document, in characters")
     arguments = parser.parse_args(argv)

@@ -168,7 +168,9 @@ def report(writers: list[TokenWriter], counts: dict[str, Any], path: str) -> Non
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="data_prep.tokenize_corpus", description="Tokenise text into Megatron's .bin/.idx files.")
+    parser = Parser(
+        prog="python -m data_prep.tokenize_corpus", description="Tokenise text into Megatron's .bin/.idx files."
+    )
     parser.add_argument(
         "--input", required=True, nargs="+", action="append",
         help=".jsonl (one object per line), .jsonl.gz, .jsonl.zst, .parquet and .txt (one document each): files, "

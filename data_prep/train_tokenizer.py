@@ -114,7 +114,9 @@ def hf_configuration(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer of Qwen3's kind.")
+    parser = Parser(
+        prog="python -m data_prep.train_tokenizer", description="Train a byte-level BPE tokenizer of Qwen3's kind."
+    )
     parser.add_argument(
         "--input", required=True, nargs="+", action="extend", type=Path, help="files, directories or globs"
     )

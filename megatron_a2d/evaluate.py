@@ -60,10 +60,10 @@ OPTIONS = {
     "valid_data_path": Option(str, [], "held-out datasets, PREFIX or NAME=PREFIX ..."),
     "seq_length": Option(int, 1024, "held-out data: tokens per sample; that of training gives comparable losses"),
     "num_samples": Option(int, 512, "held-out data: samples per dataset"),
-    "verify_tokenizer": Option(bool, True, "held-out data: reject tokens of another tokenizer than the model's"),
+    "verify_tokenizer": Option(bool, True, "held-out data: reject data of a tokenizer other than the model's"),
     "micro_batch_size": Option(int, 8, "held-out data: samples per forward pass"),
     "tasks": Option(str, [], "tasks or groups of the harness, by name"),
-    "include_path": Option(str, None, "directory with further task files; these are programs, which are run"),
+    "include_path": Option(str, None, "directory with more task files; the code that they name is executed"),
     "num_fewshot": Option(int, None, "examples before each question (default: the task's own)"),
     "limit": Option(int, None, "questions per task; for quick tests only"),
     "likelihood": Option(
@@ -76,7 +76,7 @@ OPTIONS = {
     "max_new_tokens": Option(int, 256, "tokens per answer, for tasks that set no length"),
     "seed": Option(int, 0, "seed of Monte Carlo masks and of sampling"),
     "allow_code_execution": Option(bool, False, "run programs that the model generates, in subprocesses with limits"),
-    "allow_code_network": Option(bool, False, "run them even if this system cannot cut them off from the network"),
+    "allow_code_network": Option(bool, False, "run them even where they cannot be kept off the network"),
 }  # fmt: skip
 # Settings that allow code to run: accepted on the command line only, not from a file.
 _CONSENT = {
@@ -121,12 +121,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any]]:
     """(options, layout settings, noise settings); UserError with all problems."""
-    parser = Parser(prog="python -m megatron_a2d.evaluate", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(
+        prog="python -m megatron_a2d.evaluate", description="Evaluate a model: held-out NELBO and lm-eval tasks."
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="an export, a checkpoint, or a Qwen3 directory")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, as launch/eval/*.yaml")
-    parser.add_argument("--compare-with", nargs="+", default=[], metavar="DIR", help="earlier results to tabulate too")
-    group = parser.add_argument_group("what and how")
+    parser.add_argument(
+        "--compare-with", nargs="+", default=[], metavar="DIR", help="earlier results to add to the table"
+    )
+    group = parser.add_argument_group("evaluation")
     for name, option in OPTIONS.items():
         kind: dict[str, Any] = {"type": option.kind}
         if option.kind is bool:
@@ -139,7 +143,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
             kind["nargs"] = "+"
         shown = "" if option.default in (None, []) else f" (default: {option.default})"
         group.add_argument(flag(name), help=option.help + shown, default=argparse.SUPPRESS, **kind)
-    add_sampling_flags(parser.add_argument_group("texts"))
+    add_sampling_flags(parser.add_argument_group("sampling"))
     add_settings(parser, (*_HELD_OUT, *LAYOUT))
     given = parser.parse_args(argv)
     problems: list[str] = []

@@ -72,10 +72,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m megatron_a2d.generate", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m megatron_a2d.generate", description="Generate text: completion and infilling.")
     absent: dict[str, Any] = {"default": argparse.SUPPRESS}
     parser.add_argument("--model", required=True, metavar="DIR", help="an export, or a training checkpoint")
-    text = parser.add_argument_group("what to write (one of --prompt, --prefix with --suffix, --infill, --input)")
+    text = parser.add_argument_group("input (one of --prompt, --prefix with --suffix, --infill, --input)")
     text.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be repeated", **absent)
     whole: dict[str, Any] = {"type": int, "metavar": "N", **absent}
     text.add_argument("--max-new-tokens", help=f"tokens after the prompt (default: {DEFAULT_NEW_TOKENS})", **whole)
@@ -83,13 +83,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument("--suffix", metavar="TEXT", help="text after the hole", **absent)
     text.add_argument("--hole-length", help=f"tokens in the hole (default: {DEFAULT_HOLE_LENGTH})", **whole)
     text.add_argument("--infill", metavar="TEXT", help="text with holes, each written <|hole:N|>", **absent)
-    text.add_argument("--input", metavar="FILE", help="a file with a prompt, or with --jsonl many; -: a pipe", **absent)
+    text.add_argument(
+        "--input",
+        metavar="FILE",
+        help="file with one prompt, or with --jsonl one per line; -: standard input",
+        **absent,
+    )
     text.add_argument("--jsonl", action="store_true", help="one JSON object per line, in input and output")
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("sampling")
     add_sampling_flags(how)
-    how.add_argument("--seed", type=int, default=0, help="the same seed gives the same text, on any batch size")
-    how.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to generate per prompt")
-    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts that are denoised together")
+    how.add_argument("--seed", type=int, default=0, help="the same seed gives the same text at any batch size")
+    how.add_argument("--num-samples", type=int, default=1, metavar="N", help="samples per prompt")
+    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples that are denoised together")
     reserved = "fix the last new token to this one, as in the public RND1 package"
     how.add_argument("--reserve-last", choices=("pad", "eos"), help=reserved, **absent)
     output = parser.add_argument_group("output")

@@ -4,7 +4,7 @@
     python -m megatron_a2d.plan --model Qwen/Qwen3-8B-Base --global-batch-size 1024 --cluster h100 --gpus 16
     python -m megatron_a2d.plan --calibration       # error of the model on published runs
 
-Every legal layout is tried; the recipe's layout is shown next to the best three. Method: docs/planning.md.
+Every valid layout is tried; the recipe's layout is shown next to the best three. Method: docs/planning.md.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ WITHOUT_RECIPE = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="megatron_a2d.plan", description="Find the layout to train a model in on a cluster.")
+    parser = Parser(prog="python -m megatron_a2d.plan", description="Find the fastest layout for a model on a cluster.")
     parser.add_argument("--cluster", metavar="NAME", help="a name in launch/clusters, or a path")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on")
-    parser.add_argument("--price", type=float, metavar="DOLLARS", help="per GPU hour (default: assumed)")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="price per GPU-hour; default: an assumed one")
     parser.add_argument(
         "--imbalance", type=float, default=IMBALANCE, metavar="FACTOR",
         help="tokens of the busiest expert-parallel rank over the mean; 1: balanced routing",
     )  # fmt: skip
-    parser.add_argument("--all", action="store_true", help="show every legal layout with all components")
+    parser.add_argument("--all", action="store_true", help="show every valid layout with all components")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot memory and time to a .png, .pdf or .svg")
     parser.add_argument("--calibration", action="store_true", help="compare the model with published runs and exit")
     config, options = parse_run(parser, argv, inherited)

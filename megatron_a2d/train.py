@@ -61,14 +61,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
     """Settings and options. UserError with every problem that shows before torch is imported."""
-    parser = Parser(prog="megatron_a2d.train", description="Train a masked diffusion or autoregressive Qwen3.")
+    parser = Parser(
+        prog="python -m megatron_a2d.train", description="Train a masked diffusion or autoregressive Qwen3."
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run, --rehearse: the number of processes")
     parser.add_argument(
-        "--settings-only", action="store_true", help="with --dry-run: for the shape of --model; no checkpoint, no data"
+        "--settings-only",
+        action="store_true",
+        help="with --dry-run: check the settings only, for the architecture of --model",
     )
     parser.add_argument(
-        "--rehearse", action="store_true", help="take a step of each pipeline stage's first rank without GPUs, and exit"
+        "--rehearse", action="store_true", help="run a step of each pipeline stage's first rank without GPUs, and exit"
     )
     parser.add_argument("--rank", type=int, help="with --rehearse: the rank to rehearse")
     add_cluster(parser)

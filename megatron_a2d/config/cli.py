@@ -24,11 +24,20 @@ from megatron_a2d.utils.errors import UserError, nearest
 LARGEST = 2**64 - 1  # largest integer of a flag or a setting: above the tokens, bytes and steps of any run
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends with the default, unless the flag has none or the text names it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", []) or action.default is False or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that raises UserError for invalid arguments, and accepts no abbreviated flags."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -66,8 +75,8 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = 
     groups: dict[str, Any] = {}
     for item in settings().values() if names is None else (settings()[name] for name in names):
         group = groups.setdefault(item.group, parser.add_argument_group(item.group))
-        shown = f"{item.help} (default: {_as_text(item.default)})"
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown}
+        shown = "" if item.default in (None, "", {}, ()) else f" (default: {_as_text(item.default)})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": item.help + shown}
         if item.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif item.kind is dict:
@@ -93,7 +102,7 @@ def parse_run(
         nargs="+",
         default=[],
         metavar="RECIPE",
-        help="YAML files of settings; later files override, flags too",
+        help="YAML files of settings; later files override earlier ones, flags override files",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
     add_settings(parser)

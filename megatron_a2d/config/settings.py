@@ -180,7 +180,8 @@ class TrainingConfig:
     bf16: bool = False
     """train in bfloat16 with fp32 main weights and gradients; otherwise fp32"""
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
-    """layers of Transformer Engine, or local ones in pure torch; auto: Transformer Engine on a GPU if installed"""
+    """Transformer Engine's layers, or megatron.core's local ones in plain PyTorch; auto: Transformer Engine on a GPU if
+    installed"""
     save_interval: int = 500
     """iterations between checkpoints; the last iteration always writes one"""
     async_save: bool = False

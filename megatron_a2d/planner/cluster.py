@@ -51,7 +51,7 @@ class Cluster:
 
 def add_cluster(parser: Parser) -> None:
     parser.add_argument(
-        "--cluster", metavar="NAME", help="refuse runs that do not fit into these GPUs (launch/clusters)"
+        "--cluster", metavar="NAME", help="refuse a run that does not fit into these GPUs (launch/clusters)"
     )
 
 

@@ -1,10 +1,8 @@
-"""Command for ablation studies of conversion.
+"""Ablation studies of conversion.
 
     python -m megatron_a2d.study NAME --out DIR --config RECIPE --load CKPT --train-data-path P --valid-data-path P
-    python -m megatron_a2d.study report RUN [--out page.png]     draw a run; RUN is a --save directory
-    python -m megatron_a2d.study watch RUN [--port 6006]         TensorBoard, opened at the run's charts
 
-A study (`make study` runs one on a small model, offline) is resumable: the same command resumes it.
+The same command resumes a study. `make study` runs one on a small model, offline.
 """
 
 from __future__ import annotations
@@ -22,15 +20,14 @@ def main(argv: list[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print_text(f"{__doc__}\nstudies, each with --help:\n{usage()}")
-    elif name == "report":  # the older spelling of python -m megatron_a2d.report
+    elif name == "report":  # `study report` and `study watch` are older names of python -m megatron_a2d.report
         report.main(rest)
     elif name == "watch":
         report.main([*rest, "--tensorboard"])
     elif name in STUDIES:
         run_study(name, rest)
     else:
-        known = ("report", "watch", *STUDIES)
-        raise UserError(f"{name}: no such study{nearest(name, known)}; there are {', '.join(known)}")
+        raise UserError(f"{name}: no such study{nearest(name, STUDIES)}; there are {', '.join(STUDIES)}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="megatron_a2d.study.measure", description="Measure a checkpoint for a study.")
+    parser = Parser(prog="python -m megatron_a2d.study.measure", description="Measure a checkpoint for a study.")
     parser.add_argument("spec", type=Path, help="JSON file: settings, measures, out")
     spec = read_json(parser.parse_args(argv).spec, "the measurements to make")
     hide_noise()

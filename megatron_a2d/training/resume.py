@@ -2,13 +2,13 @@
 
 A resumed run must be the run that was stopped. Its settings are of three kinds:
 
-bound    what determines samples and noise (seed, seq_length, reset_attention_mask, reset_position_ids,
-         random_length_prob, eod_mask_loss, global_batch_size, and the tokens: train_data_fingerprint), the objective
-         (all diffusion settings), and the dtype (bf16): another value is an error.
-noted    the optimizer's settings, FP8 or FP4 and the layers that are kept in bf16, forced even routing, and train_iters
-         may change, as the learning rate of a run that is repaired must; the change is reported. If a role was frozen
-         (--lr-mult ROLE=0) and no longer is, its moments start at zero: the checkpoint has none.
-free     the layout, micro_batch_size, intervals, paths, workers, what is verified.
+fixed      what determines samples and noise (seed, seq_length, reset_attention_mask, reset_position_ids,
+           random_length_prob, eod_mask_loss, global_batch_size, and the tokens: train_data_fingerprint), the objective
+           (all diffusion settings), and the dtype (bf16): another value is an error.
+reported   the optimizer's settings, FP8 or FP4 and the layers that are kept in bf16, forced load balancing, and
+           train_iters may change; the log says so. If a role was frozen (--lr-mult ROLE=0) and no longer is, its
+           moments start at zero: the checkpoint has none.
+free       the layout, micro_batch_size, intervals, paths, workers, what is verified.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from megatron_a2d.config.validate import NO_START
 from megatron_a2d.utils.errors import UserError
 
 _FREE = {"train_data_path", "valid_data_path", "data_mixture", "verify_tokenizer", "num_workers"}
-BOUND = (
+FIXED = (
     "global_batch_size", "bf16",
     *(
         item.name
@@ -51,7 +51,7 @@ BOUND = (
     ),
 )  # fmt: skip
 # train_iters is the length of the learning rate's decay.
-NOTED = (
+REPORTED = (
     "train_iters", "fp8_recipe", "fp4_recipe", "fp8_output_proj", "first_last_layers_bf16",
     "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
     *(item.name for item in dataclasses.fields(OptimizationConfig)),
@@ -69,7 +69,7 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
     """The checkpoint that a run starts from: the newest intact one in --save, or else --load.
 
     `report` receives a line for each damaged checkpoint that is skipped. A checkpoint that --ckpt-step or --load names
-    must be intact. UserError if there is none, or if a bound setting differs from `config`. Reads the candidates' files
+    must be intact. UserError if there is none, or if a fixed setting differs from `config`. Reads the candidates' files
     completely: one rank does it and sends the others the result.
     """
     training = config.training
@@ -82,7 +82,7 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
     if not start.weights_only:
         if problems := differences(config, start.directory):
             raise UserError(problems)
-        for name, was, now in _changes(config, start.directory, NOTED):
+        for name, was, now in _changes(config, start.directory, REPORTED):
             iteration = iteration_of(start.directory)
             report(f"{flag(name)} {now}: was {was} until iteration {iteration}, and applies from now on")
     return start
@@ -155,10 +155,10 @@ def _check_weights(config: RunConfig, directory: Path, report: Callable[[str], N
 
 
 def differences(config: RunConfig, directory: Path) -> list[str]:
-    """A line for each bound setting in which `config` differs from the run that wrote `directory`."""
+    """A line for each fixed setting in which `config` differs from the run that wrote `directory`."""
     remedy = f"start a new run from its weights: --load {directory} --finetune and another --save"
     lines = []
-    for name, was, now in _changes(config, directory, BOUND):
+    for name, was, now in _changes(config, directory, FIXED):
         if name == "train_data_fingerprint":
             source = "train_data_path" if config.data.train_data_path else "data_mixture"
             lines.append(

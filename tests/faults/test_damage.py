@@ -16,7 +16,7 @@ import pytest
 from megatron_a2d.checkpoint.directory import list_iterations
 from megatron_a2d.checkpoint.manifest import check_manifest
 from megatron_a2d.config.settings import build
-from megatron_a2d.training.resume import BOUND, differences, find_start
+from megatron_a2d.training.resume import FIXED, differences, find_start
 from megatron_a2d.utils.errors import UserError
 from tests.cases import Case, copy_of
 from tests.exactness import Exactness, Fault
@@ -81,7 +81,7 @@ def test_old_checkpoints_are_removed(cases: dict[str, Case], pool: Pool, tmp_pat
 
 
 def test_settings_that_are_bound(trained: dict[str, Any]) -> None:
-    """Each bound setting, changed alone, is one line with both values; free ones say nothing."""
+    """Each fixed setting, changed alone, is one line with both values; free ones say nothing."""
     settings = SETTINGS | trained["settings"]
     directory = Path(settings["save"]) / "iter_0000004"
     assert differences(build(settings), directory) == []
@@ -89,7 +89,7 @@ def test_settings_that_are_bound(trained: dict[str, Any]) -> None:
     others: dict[str, Any] = {
         "noise_schedule": "cosine", "timestep_sampling": "uniform", "objective": "ar", "reset_attention_mask": True,
     }  # fmt: skip
-    for name in BOUND:
+    for name in FIXED:
         if name == "train_data_fingerprint":  # tests/unit/test_bad_data.py
             continue
         value = values[name]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.cli import Parser, add_settings, parse_run
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, build, settings
 from megatron_a2d.config.validate import find_problems
@@ -193,3 +193,16 @@ def test_every_recipe_parses(recipe: Path) -> None:
     if not config.training.model:
         config = parse("--config", str(recipe), "--save", "run")
         assert not find_problems(config, MOE, 1 if recipe.stem.startswith("study") else 2)
+
+
+def test_help_shows_a_default_only_where_there_is_one() -> None:
+    parser = Parser(prog="x")
+    parser.add_argument("--out", help="a directory")
+    parser.add_argument("--all", action="store_true", help="all of it")
+    parser.add_argument("--files", nargs="+", default=[], help="some files")
+    parser.add_argument("--split", help="of the data; default: train")
+    parser.add_argument("--first", type=int, default=0, help="an index")
+    add_settings(parser, ("load", "lr", "bf16"))
+    text = parser.format_help()
+    assert "None" not in text and "False" not in text and "[]" not in text and "null" not in text
+    assert text.count("default: ") == 4 and "an index (default: 0)" in text and "(default: 0.0001)" in text

@@ -26,7 +26,7 @@ from megatron_a2d.diffusion.sampling.token_scores import position_uniforms, row_
 from megatron_a2d.study.gradient_moments import BatchTimes
 from megatron_a2d.study.infilling_eval import holes
 from megatron_a2d.training.initialization import normals
-from megatron_a2d.training.resume import BOUND, NOTED, differences, find_start
+from megatron_a2d.training.resume import FIXED, REPORTED, differences, find_start
 from megatron_a2d.utils.atomic_write import write_json
 
 PACKAGE = Path(megatron_a2d.__file__).parent
@@ -186,12 +186,12 @@ FREE = {
         "moe_expert_rank_capacity_factor",
     ),
 }  # fmt: skip
-NOTED_ONES = {
+REPORTED_ONES = {
     "lr", "min_lr", "lr_mult", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_eps", "clip_grad", "train_iters", "fp8_recipe", "fp4_recipe", "fp8_output_proj", "first_last_layers_bf16",
     "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
 }  # fmt: skip
-BOUND_ONES = {
+FIXED_ONES = {
     "global_batch_size", "bf16", "train_data_fingerprint", "seq_length", "reset_attention_mask", "reset_position_ids",
     "random_length_prob", "eod_mask_loss", "seed", "objective", "block_length", "ar_loss_weight", "noise_schedule",
     "timestep_sampling", "min_timestep", "mask_sampling", "mask_token_init", "label_shift", "loss_weighting", "cart_p",
@@ -210,13 +210,13 @@ def other_value(name: str) -> Any:
 
 def test_every_setting_is_bound_noted_or_free() -> None:
     free = [name for names in FREE.values() for name in names]
-    assert sorted([*BOUND_ONES, *NOTED_ONES, *free]) == sorted(RunConfig().to_dict()), "each has one place"
-    assert sorted(BOUND) == sorted(BOUND_ONES) and sorted(NOTED) == sorted(NOTED_ONES)
+    assert sorted([*FIXED_ONES, *REPORTED_ONES, *free]) == sorted(RunConfig().to_dict()), "each has one place"
+    assert sorted(FIXED) == sorted(FIXED_ONES) and sorted(REPORTED) == sorted(REPORTED_ONES)
 
 
 @pytest.mark.parametrize("name", list(RunConfig().to_dict()))
 def test_a_resume_under_another_setting(name: str, tmp_path: Path) -> None:
-    """One setting changed, either way round: a bound one is refused, a noted one told, a free one passed over."""
+    """One setting changed, either way round: a fixed one is refused, a reported one is printed, a free one is ignored."""
     directory = tmp_path / "iter_0000003"
     directory.mkdir()
     for was, now in (({}, {name: other_value(name)}), ({name: other_value(name)}, {})):
@@ -225,12 +225,12 @@ def test_a_resume_under_another_setting(name: str, tmp_path: Path) -> None:
         own = {"verify_checkpoint": False, "save": str(tmp_path), "train_data_fingerprint": "some"}
         config = build(own | now)
         lines = differences(config, directory)
-        assert len(lines) == (name in BOUND_ONES), lines
+        assert len(lines) == (name in FIXED_ONES), lines
         assert all("--finetune" in line for line in lines)
         if name != "train_data_fingerprint":
             assert all(line.startswith(f"{flag(name)} ") for line in lines)
-        if name in BOUND_ONES | {"save", "ckpt_step", "verify_checkpoint"}:
+        if name in FIXED_ONES | {"save", "ckpt_step", "verify_checkpoint"}:
             continue
         told: list[str] = []
         find_start(config, told.append)
-        assert len(told) == (name in NOTED_ONES) and all(line.startswith(f"{flag(name)} ") for line in told)
+        assert len(told) == (name in REPORTED_ONES) and all(line.startswith(f"{flag(name)} ") for line in told)
