@@ -208,7 +208,7 @@ def other_value(name: str) -> Any:
     return others.get(setting.kind, (setting.default or 0) + 1 if setting.kind in (int, float) else None)
 
 
-def test_every_setting_is_bound_noted_or_free() -> None:
+def test_every_setting_is_fixed_reported_or_free() -> None:
     free = [name for names in FREE.values() for name in names]
     assert sorted([*FIXED_ONES, *REPORTED_ONES, *free]) == sorted(RunConfig().to_dict()), "each has one place"
     assert sorted(FIXED) == sorted(FIXED_ONES) and sorted(REPORTED) == sorted(REPORTED_ONES)
