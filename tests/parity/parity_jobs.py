@@ -381,7 +381,7 @@ def bytes_of_a_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any
     both give the same."""
     from megatron.core import dist_checkpointing
 
-    from megatron_a2d.training import checkpointing as checkpoint_code
+    from megatron_a2d.training import initialization
 
     megatron_compat.install()
     config = build(SETTINGS | {"global_batch_size": 8} | settings)
@@ -390,16 +390,16 @@ def bytes_of_a_start(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any
     process_groups.initialize(config.parallel)
     state = build_train_state(model_config, config)
     counts, values = [], []
-    training_load = checkpoint_code.load_state
+    training_load = initialization.load_state
     for load in (training_load, lambda wanted, directory: dist_checkpointing.load(wanted, str(directory))):
         for parameter in (parameter for model in state.models for parameter in model.parameters()):
             parameter.data.fill_(float("nan"))
-        checkpoint_code.load_state = load
+        initialization.load_state = load
         before = _bytes_read()
         try:
             load_checkpoint(state, start, weights_only=True)
         finally:
-            checkpoint_code.load_state = training_load
+            initialization.load_state = training_load
         counts.append(_bytes_read() - before)
         values.append([parameter.detach().clone() for model in state.models for parameter in model.parameters()])
     same = all(torch.equal(a, b) for a, b in zip(*values, strict=True))

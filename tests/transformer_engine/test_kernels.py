@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -35,8 +36,10 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
 
 
-def test_what_is_missing_raises_by_name() -> None:
-    module = extension_module({"dgeglu"})
+@pytest.mark.parametrize("release", ["2.12.0", "2.20.2"])
+def test_what_is_missing_raises_by_name(release: str) -> None:
+    module = extension_module({"dgeglu"}, release)
+    assert ("o_format" in signature(module.fused_attn_fwd).parameters) == (release == "2.20.2")
     assert "dgeglu" in module.__all__
     with pytest.raises(NotImplementedError, match="has no dgeglu"):
         module.dgeglu(1, out=2)

@@ -62,10 +62,11 @@ def fill(quantizer: Any, values: Tensor, output: Any) -> None:
     matrix = flat(values).float()
     if type(quantizer).__name__ == DELAYED:
         _record_amax(quantizer, matrix)
+        scale = quantizer.scale
     else:
-        _scale_by_own_amax(quantizer, matrix)
-    output._scale_inv.copy_(quantizer.scale.reciprocal().reshape(output._scale_inv.shape))
-    raw = to_fp8(matrix * quantizer.scale, quantizer.dtype)
+        scale = _scale_of_own_amax(quantizer, matrix)
+    output._scale_inv.copy_(scale.reciprocal().reshape(output._scale_inv.shape))
+    raw = to_fp8(matrix * scale, quantizer.dtype)
     if output._data is not None:
         output._data.copy_(raw.view(output._data.shape))
     if output._transpose is not None:
@@ -79,14 +80,18 @@ def _record_amax(quantizer: Any, matrix: Tensor) -> None:
         quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
 
 
-def _scale_by_own_amax(quantizer: Any, matrix: Tensor) -> None:
-    if not quantizer.use_existing_amax:
-        quantizer.amax.copy_(matrix.abs().max().reshape(quantizer.amax.shape))
+def _scale_of_own_amax(quantizer: Any, matrix: Tensor) -> Tensor:
+    """[1]. A quantizer of 2.12 keeps the last scale and maximum, and may have been given the maximum; one of 2.20 not."""
+    kept = getattr(quantizer, "amax", None)
+    amax = matrix.abs().max().reshape(1) if kept is None or not quantizer.use_existing_amax else kept.reshape(1).clone()
     if quantizer.with_amax_reduction:
         group = quantizer._canonicalized_amax_reduction_group()
-        torch.distributed.all_reduce(quantizer.amax, torch.distributed.ReduceOp.MAX, group=group)
-    scale = scale_from_amax(quantizer.amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
-    quantizer.scale.copy_(scale.reshape(quantizer.scale.shape))
+        torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=group)
+    scale = scale_from_amax(amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+    if kept is not None:
+        kept.copy_(amax.reshape(kept.shape))
+        quantizer.scale.copy_(scale.reshape(quantizer.scale.shape))
+    return scale
 
 
 def read(tensor: Any, columnwise: bool) -> Tensor:
