@@ -153,3 +153,40 @@ def test_every_product_is_its_definition(
     exactness.products.append(Products(kind, recipe, found["worst"]))
     assert found["layers"] == 8 and found["passes"] == {4}
     assert all(distance < 1e-6 for distance in found["worst"].values()), found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_settings_that_change_nothing(recipe: str, wide: dict[str, Any], engine_pool: EnginePool) -> None:
+    """Recomputation; and layers in bf16, all of them, are those without FP8."""
+
+    def steps(**changes: Any) -> list[float]:
+        settings = {**wide["dense"]["settings"], **SMALL, **fusions("dense"), "transformer_impl": "auto"}
+        settings |= {"fp8_recipe": recipe, "micro_batch_size": 2, **changes}
+        (result,) = engine_pool.run(
+            "train_steps", 1, checkpoint=wide["dense"]["checkpoint"], settings=settings, num_steps=2, in_fp32=True,
+            capability=RECIPES[recipe],
+        )  # fmt: skip
+        return [*result["losses"], *result["grad_norms"]]
+
+    in_fp8, without = steps(), steps(fp8_recipe="none")
+    assert in_fp8 != pytest.approx(without, rel=1e-4)
+    assert steps(recompute_granularity="full") == pytest.approx(in_fp8, rel=1e-6)
+    selective = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
+    assert steps(**selective) == pytest.approx(in_fp8, rel=1e-6)
+    if recipe != "delayed":
+        assert steps(first_last_layers_bf16=True) == pytest.approx(without, rel=1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_packed_documents(
+    recipe: str, wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
+) -> None:
+    """Sequences one after the other, without padding between them, go through FP8 as one matrix."""
+    documents = {"reset_attention_mask": True, "seq_length": 64}
+    reference = emulated("dense", recipe, **documents)
+    found = engine_steps(engine_pool, wide["dense"], recipe, reference, **fusions("dense"), **documents)
+    plain = engine_steps(engine_pool, wide["dense"], "none", reference, **fusions("dense"), **documents)
+    exactness.engine_fp8.append(Rounded("dense, packed documents", recipe, "one process", found, plain["gradients"]))
+    assert found["loss"] < 1e-3 and found["gradients"] < plain["gradients"] / 2, plain
