@@ -20,6 +20,7 @@ random bits of stochastic rounding, and norms whose output goes to FP8 without b
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, Literal, Protocol
 
 import torch
@@ -66,11 +67,17 @@ def _mxfp8(matrix: Tensor, role: Role, product: Product) -> Tensor:
     return mxfp8(matrix)
 
 
-def _nvfp4(matrix: Tensor, role: Role, product: Product, stochastic: bool = True) -> Tensor:
-    if product == "wgrad":
+def _nvfp4(matrix: Tensor, role: Role, product: Product) -> Tensor:
+    if product == "wgrad" and not _leaves_out("RHT"):
         matrix = hadamard(matrix)
-    generator = generator_of(matrix) if role == "gradient" and stochastic else None
-    return nvfp4(matrix, square=role == "weight", generator=generator)
+    is_stochastic = role == "gradient" and not _leaves_out("STOCHASTIC_ROUNDING")
+    square = role == "weight" and not _leaves_out("2D_QUANTIZATION")
+    return nvfp4(matrix, square, generator_of(matrix) if is_stochastic else None)
+
+
+def _leaves_out(part: str) -> bool:
+    """Transformer Engine's switches of the NVFP4 recipe."""
+    return os.environ.get(f"NVTE_NVFP4_DISABLE_{part}", "0") == "1"
 
 
 def _hybrid(role: Role) -> torch.dtype:

@@ -27,6 +27,7 @@ STUDIES = {
     "critical-batch": "critical_batch_size",
     "time-sampling": "timestep_sampling",
     "masks": "mask_sampling",
+    "precision": "low_precision",
 }
 
 

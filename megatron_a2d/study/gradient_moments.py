@@ -96,7 +96,7 @@ def gradient_moments(
                 replicate = group * batches_per_group + number
                 make = _make(loaded, replicate, batch_size, scheme, mask_sampling)
                 first = 0 if same_tokens else replicate * batch_size
-                losses.append(_one_batch(loaded, _relocated(make, first), batch_size, first))
+                losses.append(one_batch(loaded, _relocated(make, first), batch_size, first))
                 sums.add()
                 total.add()
                 advance(1)
@@ -132,7 +132,7 @@ def _relocated(make: MakeSample, first: int) -> MakeSample:
     return made
 
 
-def _one_batch(loaded: LoadedRun, make: Callable[[np.ndarray, int], Corrupted], batch_size: int, first: int) -> float:
+def one_batch(loaded: LoadedRun, make: Callable[[np.ndarray, int], Corrupted], batch_size: int, first: int) -> float:
     """Run one batch, leaving its gradient in the parameter shards; returns its loss."""
     chunks = loaded.state.chunks
     batches = MicroBatches(

@@ -91,12 +91,20 @@ def gradients(loaded: LoadedRun, **options: Any) -> dict[str, Any]:
     return gradient_moments(loaded, **options)
 
 
+def error(loaded: LoadedRun, **options: Any) -> dict[str, Any]:
+    """The gradient against fp32 (gradient_error.py)."""
+    from megatron_a2d.study.gradient_error import gradient_error
+
+    return gradient_error(loaded, **options)
+
+
 _KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "likelihood": likelihood,
     "cloze": cloze,
     "infill": infill,
     "drift": drift,
     "gradients": gradients,
+    "gradient_error": error,
 }
 
 

@@ -12,7 +12,13 @@ from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import build
 from megatron_a2d.study import command
-from megatron_a2d.study.ablations import critical_batch_size, lr_by_role, mask_sampling, timestep_sampling
+from megatron_a2d.study.ablations import (
+    critical_batch_size,
+    low_precision,
+    lr_by_role,
+    mask_sampling,
+    timestep_sampling,
+)
 from megatron_a2d.study.command import STUDIES, find_study, run_study
 from megatron_a2d.study.runner import Runner
 from tests.cases import Case
@@ -22,7 +28,7 @@ from tests.parity.pool import Pool
 SMALL = (
     (lr_by_role, "RATIOS", (1.0, 0.0)), (lr_by_role, "ATTENTION_LR", (1.0,)), (critical_batch_size, "FACTORS", (0.5, 1.0)),
     (critical_batch_size, "NUM_GROUPS", 2), (critical_batch_size, "BATCHES_PER_GROUP", 2), (timestep_sampling, "NUM_GROUPS", 2),
-    (timestep_sampling, "BATCHES_PER_GROUP", 2), (mask_sampling, "NUM_GROUPS", 2), (mask_sampling, "BATCHES_PER_GROUP", 2),
+    (timestep_sampling, "BATCHES_PER_GROUP", 2), (low_precision, "NUM_BATCHES", 1), (mask_sampling, "NUM_GROUPS", 2), (mask_sampling, "BATCHES_PER_GROUP", 2),
 )  # fmt: skip
 
 
@@ -42,7 +48,7 @@ def test_a_whole_study(
 
     monkeypatch.setattr(Runner, "_call", call)
     monkeypatch.setattr(command, "hold_directory", lambda path, flag: None)  # this process outlives its first study
-    case = cases["moe"]
+    case = cases["dense" if name == "precision" else "moe"]  # the experts' 40 rows are no multiple of 32
     settings: dict[str, Any] = {
         **case.settings, "load": case.checkpoint, "seq_length": 32, "global_batch_size": 8, "micro_batch_size": 4,
         "train_iters": 4, "eval_iters": 1, "eval_interval": 100, "save_interval": 2, "log_interval": 2, "num_workers": 0,
@@ -64,3 +70,8 @@ def test_a_whole_study(
         before, together, attention = rows
         assert set(attention["drift"].values()) - {attention["drift"]["attention"]} == {0.0}
         assert min(together["drift"].values()) > 0 and before["AR perplexity"] != together["AR perplexity"]
+    if name == "precision":
+        errors = {row["variant"]: [at["relative_error"] for at in row["gradient"]] for row in rows}
+        for plain, mxfp8, nvfp4 in zip(errors["bf16"], errors["mxfp8"], errors["nvfp4"], strict=True):
+            assert 1e-4 < plain < mxfp8 / 2 < nvfp4 / 4, "each format is coarser than the one before"
+        assert errors["mxfp8"] != errors["mxfp8 with the head"] != errors["mxfp8, first and last layers in bf16"]

@@ -60,6 +60,11 @@ def fp8_products(checkpoint: str, settings: dict[str, Any], capability: tuple[in
     return {"worst": worst, "layers": len(records), "passes": passes, "calls": dict(CALLS)}
 
 
+def local_steps(**options: Any) -> dict[str, Any]:
+    """parity_jobs.train_steps with the local layers, in this process with its environment."""
+    return {**parity_jobs.train_steps(**options), "calls": {}}
+
+
 def as_on_a_gpu(capability: tuple[int, int]) -> None:
     """Choose layers and precision as on that GPU; weights are made as there, not by megatron.core's way for CPUs, which
     would quantise memory that holds nothing yet."""

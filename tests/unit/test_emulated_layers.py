@@ -83,6 +83,27 @@ def test_a_linear_layer_is_its_formula(recipe: str) -> None:
         assert 0.01 < (formula - plain).norm() / plain.norm() < 0.25, "rounded, and no more than that"
 
 
+@pytest.mark.parametrize(
+    ("part", "changed"), [("RHT", (2,)), ("STOCHASTIC_ROUNDING", (1, 2)), ("2D_QUANTIZATION", (0, 1))]
+)
+def test_transformer_engines_switches_of_nvfp4(
+    part: str, changed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each changes the products that it concerns, and no other; without all of them it is the plain format."""
+    rounding = emulated_layers._ROUNDINGS["nvfp4"]
+    x, weight, dy = operands()
+    usual = product(x, weight, dy, rounding)
+    monkeypatch.setenv(f"NVTE_NVFP4_DISABLE_{part}", "1")
+    found = product(x, weight, dy, rounding)
+    assert tuple(n for n in range(3) if not torch.equal(found[n], usual[n])) == changed
+    for other in ("RHT", "STOCHASTIC_ROUNDING", "2D_QUANTIZATION"):
+        monkeypatch.setenv(f"NVTE_NVFP4_DISABLE_{other}", "1")
+    x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
+    plain = (nvfp4(x2) @ nvfp4(weight).T, nvfp4(dy2) @ nvfp4(weight.T).T, nvfp4(dy2.T) @ nvfp4(x2.T).T)
+    for value, formula in zip(product(x, weight, dy, rounding), plain, strict=True):
+        torch.testing.assert_close(value.view(formula.shape), formula, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("recipe", FORMULAS)
 def test_bf16_is_rounded_once(recipe: str) -> None:
     """Operands in bf16, sums in fp32, results in bf16; no tokens give zeros."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.transformer_engine.stand_in import blockwise_fp8, mxfp8_format, per_tensor_fp8
+from tests.transformer_engine.stand_in import blockwise_fp8, mxfp8_format, nvfp4_format, per_tensor_fp8
 from tests.transformer_engine.stand_in.enums import torch_dtype
 from tests.transformer_engine.stand_in.fp8_casts import check, flat, transposed_shape
 
-_FORMATS: list[Any] = [per_tensor_fp8, mxfp8_format, blockwise_fp8]
+_FORMATS: list[Any] = [per_tensor_fp8, mxfp8_format, blockwise_fp8, nvfp4_format]
 
 
 def _format_of_quantizer(quantizer: Any) -> Any:
