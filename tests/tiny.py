@@ -70,8 +70,11 @@ def hub_config(kind: str, **overrides: Any) -> dict[str, Any]:
     return copy.deepcopy(config | overrides)  # transformers writes into what it is given
 
 
-def hf_model(kind: str, seed: int = 0, **overrides: Any) -> Any:
-    """A Qwen3ForCausalLM or Qwen3MoeForCausalLM in fp32, eval mode; `overrides` are keys of config.json."""
+def hf_model(kind: str, seed: int = 0, gate_scale: float = 0.5, **overrides: Any) -> Any:
+    """A Qwen3ForCausalLM or Qwen3MoeForCausalLM in fp32, eval mode; `overrides` are keys of config.json.
+
+    `gate_scale`: of the router's weights; at 0.5 a token all but decides for one expert, which rounding can change.
+    """
     import transformers
 
     config = hub_config(kind, **overrides)
@@ -93,7 +96,7 @@ def hf_model(kind: str, seed: int = 0, **overrides: Any) -> Any:
             if "norm" in parameter_name:
                 parameter.copy_(1 + 0.2 * noise)
             else:
-                scale = 0.5 if parameter_name.endswith("mlp.gate.weight") else 0.08
+                scale = gate_scale if parameter_name.endswith("mlp.gate.weight") else 0.08
                 parameter.copy_(scale * noise)
     return model.eval()
 
@@ -104,11 +107,12 @@ def write_hf(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
     seed: int = 0,
+    gate_scale: float = 0.5,
     **overrides: Any,
 ) -> Path:
     """Write a model with its tokenizer into `directory`, which is made; returns its path."""
     directory = Path(directory)
-    model = hf_model(kind, seed, **overrides).to(dtype)
+    model = hf_model(kind, seed, gate_scale, **overrides).to(dtype)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     config = hub_config(kind, **overrides) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     generation = {

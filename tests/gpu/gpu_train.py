@@ -42,7 +42,7 @@ def write_models(root: Path) -> dict[str, Model]:
     settings = SETTINGS | {"train_data_path": str(root / "train"), "valid_data_path": str(root / "valid")}
     models = {}
     for kind, (_, sizes) in MODELS.items():
-        write_hf(root / kind, kind, **sizes)
+        write_hf(root / kind, kind, gate_scale=0.02, **sizes)  # rounding would decide between experts otherwise
         convert_hf.main(["--hf-model", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
         models[kind] = Model(str(root / f"{kind}_checkpoint"), settings)
     return models
@@ -99,6 +99,10 @@ def train(model: Model, steps: int, save: Path | None = None, **changes: Any) ->
 def main() -> None:
     """One rank of a layout: prints what it saw, as JSON, from rank 0."""
     task = json.loads(sys.argv[1])
+    if REHEARSAL:
+        from tests.transformer_engine.install import rehearse
+
+        rehearse()
     from megatron_a2d.distributed import process_groups
 
     run = train(Model(task["checkpoint"], task["settings"]), task["steps"], **task["changes"])
