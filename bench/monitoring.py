@@ -30,7 +30,7 @@ def main() -> None:
     from megatron_a2d.config.settings import build
     from megatron_a2d.distributed import process_groups
     from megatron_a2d.training import data_setup, initialization, train_step
-    from megatron_a2d.training.monitor import Monitor
+    from megatron_a2d.training.training_diagnostics import Monitor
 
     shape = COMMON | CPU_SHAPES["moe"]
     model_config = model_config_of(shape)

@@ -65,7 +65,7 @@ def shape_facts(a: ModelConfig) -> dict[str, str]:
 def training_facts(directory: Path) -> dict[str, str]:
     """Iteration, tokens and recipe from the directory of an iteration."""
     from megatron_a2d.checkpoint.directory import RUN_CONFIG, iteration_of
-    from megatron_a2d.checkpoint.reader import read_common
+    from megatron_a2d.checkpoint.torch_dist_reader import read_common
     from megatron_a2d.config.renamed import recorded_settings
     from megatron_a2d.conversion.model_card import Origin, recipe_rows
 

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--input", required=True, nargs="+", action="extend", type=Path, help="files, directories or globs"
     )
-    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys or columns of the text")
     parser.add_argument("--vocab-size", type=int, default=4096, help="rows of the model's embedding")
     parser.add_argument("--reserved-tokens", type=int, default=8, help="unused rows at the end")
     parser.add_argument("--out", required=True, type=Path, help="output directory")
@@ -142,12 +142,14 @@ def main(argv: list[str] | None = None) -> None:
         counts = Counts()
         inputs = find_inputs(arguments.input)
         inputs.show_passed_over()
-        with progress("train tokenizer", sum(path.stat().st_size for path in inputs.paths), "B") as advance:
+        size = len(arguments.json_keys) * sum(path.stat().st_size for path in inputs.paths)
+        with progress("train tokenizer", size, "B") as advance:
 
             def texts() -> Iterator[str]:
-                for document in read_documents(arguments.input, arguments.json_key, counts, limits):
-                    advance(document.num_bytes)
-                    yield document.text
+                for json_key in arguments.json_keys:
+                    for document in read_documents(arguments.input, json_key, counts, limits):
+                        advance(document.num_bytes)
+                        yield document.text
 
             tokenizer = train(texts(), num_tokens)
         tokenizer.save(str(partial / "tokenizer.json"))

@@ -1,9 +1,9 @@
-"""Loading a checkpoint so that every byte is read once: by one rank, and only where it is needed.
+"""Parallel load of a checkpoint into the ranks' shards: every byte is read once, by one rank that needs it.
 
 megatron.core's default load reads complete chunks even if a rank needs a small slice; replicated slices are read by
-every rank; and torch unpickles .metadata. Here its steps are taken one by one, the slices are read by the project's own
-reader (checkpoint/reader.py), which unpickles nothing, and each replicated slice is read by one rank, which sends it to
-the others (megatron.core's FullyParallelLoadStrategyWrapper).
+every rank; and torch unpickles .metadata. Here its steps are taken one by one, slices are read by
+torch_dist_reader.py, which unpickles nothing, and each replicated slice is read by one rank, which sends it to the
+others (megatron.core's FullyParallelLoadStrategyWrapper).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_a
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 
 from megatron_a2d.checkpoint.metadata_index import Box
-from megatron_a2d.checkpoint.reader import TorchDistCheckpoint, open_torch_dist
+from megatron_a2d.checkpoint.torch_dist_reader import TorchDistCheckpoint, open_torch_dist
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.utils.errors import UserError
 

@@ -2,7 +2,7 @@
 
 The checksum is CRC-32. It finds every flip of up to 32 neighbouring bits, other damage but for one case in 2^32, and
 costs little compared with reading the file. It does not protect against an attacker, who could rewrite the manifest;
-reader.py does, by unpickling nothing.
+torch_dist_reader.py does, by unpickling nothing.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ FLAGS = {
     "--thorough": "--full",
     "--hf": "--hf-model",
     "--export": "--hf-model",
+    "--json-key": "--json-keys",
 }
 # Metrics of log.jsonl. Those of "router" are now under "moe".
 METRICS = {

@@ -1,7 +1,7 @@
 """Weights between Hugging Face directories and megatron.core's torch_dist checkpoints, streamed.
 
 `qwen3_weight_map` maps rows of HF tensors to rows of megatron tensors. `safetensors_files`, `torch_dist_writer` and
-checkpoint/reader.py handle one format each; `sources` opens either under the same names;
+checkpoint/torch_dist_reader.py handle one format each; `sources` opens either under the same names;
 `hf_to_torch_dist`, `torch_dist_to_hf` and `compare_weights` combine them. No model is built, and no more than a few
 slabs of a tensor are held in memory.
 """

@@ -17,8 +17,8 @@ import torch
 
 from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.model_files import check_model_files
-from megatron_a2d.checkpoint.reader import open_torch_dist
 from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, Remapped, RowRange, RowSource, account, num_bytes, slabs
+from megatron_a2d.checkpoint.torch_dist_reader import open_torch_dist
 from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.conversion.qwen3_weight_map import FUSED_PARTS, WeightMap
 from megatron_a2d.conversion.safetensors_files import SafetensorsDirectory, open_safetensors

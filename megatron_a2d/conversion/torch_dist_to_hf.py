@@ -12,8 +12,8 @@ import torch
 
 from megatron_a2d import __version__
 from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, copy_hf_files, iteration_of
-from megatron_a2d.checkpoint.reader import read_common
 from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, num_bytes
+from megatron_a2d.checkpoint.torch_dist_reader import read_common
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.renamed import recorded_settings
 from megatron_a2d.conversion.compare_weights import Check, Comparison, compare_weights

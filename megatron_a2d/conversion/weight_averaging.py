@@ -13,8 +13,8 @@ import torch
 from megatron_a2d import __version__
 from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, TRACKER, copy_hf_files, directory_name, iteration_of
 from megatron_a2d.checkpoint.manifest import write_manifest
-from megatron_a2d.checkpoint.reader import read_common
 from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, RowRange, RowSource, num_bytes
+from megatron_a2d.checkpoint.torch_dist_reader import read_common
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.conversion.compare_weights import model_config_differences
 from megatron_a2d.conversion.hf_to_torch_dist import check_space

@@ -72,8 +72,8 @@ def drift(loaded: LoadedRun, reference: str) -> dict[str, float]:
     """|W - W0| / |W0| by role; `reference` holds W0."""
     from megatron_a2d.checkpoint.directory import resolve
     from megatron_a2d.training.initialization import load_checkpoint
-    from megatron_a2d.training.monitor import Drift
     from megatron_a2d.training.param_shards import owned_shards
+    from megatron_a2d.training.weight_drift import Drift
 
     shards = owned_shards(loaded.state)
     now = [shard.weight().clone() for shard in shards]

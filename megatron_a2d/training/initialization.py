@@ -31,7 +31,6 @@ from megatron.core.distributed import (
 
 from megatron_a2d.checkpoint.directory import iteration_of, read_run_settings, resolve
 from megatron_a2d.checkpoint.load import load_state
-from megatron_a2d.checkpoint.reader import read_common
 from megatron_a2d.checkpoint.state_dict import (
     OptimizerState,
     fill_models,
@@ -39,6 +38,7 @@ from megatron_a2d.checkpoint.state_dict import (
     models_to_save,
     sharding_metadata,
 )
+from megatron_a2d.checkpoint.torch_dist_reader import read_common
 from megatron_a2d.config.fp8_recipe import emulation_of, engine_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig

@@ -57,7 +57,7 @@ class Checked(NamedTuple):
 
 def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None) -> Checked:
     """Every check that one process can make, of checkpoint and data too; UserError with the problems."""
-    from megatron_a2d.checkpoint.reader import check_pickles
+    from megatron_a2d.checkpoint.torch_dist_reader import check_pickles
     from megatron_a2d.conversion.mask_token import choose_mask_token
     from megatron_a2d.conversion.sources import open_checkpoint
     from megatron_a2d.data.diffusion_samples import make_sample

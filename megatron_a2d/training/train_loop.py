@@ -22,12 +22,13 @@ from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import build_train_state, initialize_state
 from megatron_a2d.training.interval_metrics import IntervalMetrics
 from megatron_a2d.training.logger import RunLog
+from megatron_a2d.training.loss_spikes import SpikeDetector
 from megatron_a2d.training.manual_gc import ManualGC
-from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.profiler import Profile
-from megatron_a2d.training.stop_conditions import SkippedSteps, SpikeDetector, StopRequests
+from megatron_a2d.training.stop_conditions import SkippedSteps, StopRequests
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import train_step
+from megatron_a2d.training.training_diagnostics import Monitor
 from megatron_a2d.training.validation import run_validation
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.exit_codes import NOT_FINITE

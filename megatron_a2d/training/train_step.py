@@ -84,7 +84,7 @@ class StepResult(NamedTuple):
 
 
 class Observer(Protocol):
-    """Hooks around the two halves of a step (monitor.py); they leave weights, gradients and loss unchanged."""
+    """Hooks around the two halves of a step (training_diagnostics.py); weights, gradients and loss are unchanged."""
 
     def step(self, micro_batches: list[Batch]) -> AbstractContextManager[None]: ...
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from checkpoints_tools import convert_hf, export_hf
 from megatron_a2d import generate, train
 from megatron_a2d.checkpoint.manifest import write_manifest
-from megatron_a2d.checkpoint.reader import check_pickles
+from megatron_a2d.checkpoint.torch_dist_reader import check_pickles
 from megatron_a2d.config.settings import build
 from megatron_a2d.training.startup_checks import check_run
 from megatron_a2d.utils.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_a2d.training.stop_conditions import SpikeDetector
+from megatron_a2d.training.loss_spikes import SpikeDetector
 from megatron_a2d.utils.exit_codes import NOT_FINITE, SIGNALLED
 from tests.cases import Case
 from tests.exactness import Exactness, Fault

@@ -112,7 +112,7 @@ COMMANDS = {
     ),
     "train_tokenizer": Command(
         "data_prep.train_tokenizer", "--input {corpus} --out {out} --vocab-size 300",
-        ("--json-key text", "--reserved-tokens 2"),
+        ("--json-keys text", "--reserved-tokens 2"),
     ),
 }  # fmt: skip
 

@@ -32,11 +32,11 @@ from megatron_a2d.training.checkpointing import CheckpointWriter
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import build_train_state, initialize_state, load_checkpoint, set_to_mean
 from megatron_a2d.training.interval_metrics import IntervalMetrics
-from megatron_a2d.training.monitor import Monitor
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.param_gather import zero_gradients
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import forward_backward, loss_totals, train_step
+from megatron_a2d.training.training_diagnostics import Monitor
 from megatron_a2d.training.validation import run_validation
 from tests.tiny import MASK_TOKEN_ID
 

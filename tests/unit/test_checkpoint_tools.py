@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_tools import average as average_command
 from checkpoints_tools import convert_hf, export_hf, inspect, publish, verify
 from megatron_a2d.checkpoint.manifest import check_manifest
-from megatron_a2d.checkpoint.reader import read_common
+from megatron_a2d.checkpoint.torch_dist_reader import read_common
 from megatron_a2d.config.settings import build
 from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.conversion.sources import open_checkpoint, open_hf

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.planner import (
 from checkpoints_tools import export_hf, verify
 from megatron_a2d.checkpoint import tensor_rows
 from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, TRACKER, iteration_of, resolve
-from megatron_a2d.checkpoint.reader import open_torch_dist, read_common
 from megatron_a2d.checkpoint.tensor_rows import OpenFiles, RowRange
+from megatron_a2d.checkpoint.torch_dist_reader import open_torch_dist, read_common
 from megatron_a2d.config.model_config import model_config_from_hf, read_model_config
 from megatron_a2d.conversion.hf_config import Format
 from megatron_a2d.conversion.hf_to_torch_dist import convert

@@ -185,6 +185,7 @@ def test_train_tokenizer_bad_input(corpus, tmp_path):
     broken.write_text('{"text": "a"}\n{oops\n')
     assert f"{broken}:2: not valid JSON" in problem(train, "--input", broken, *out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "small.jsonl"]
+    assert "(set the text's key with --json-keys)" in problem(train, "--input", small, "--json-keys", "text", "q", *out)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     assert "already exists" in problem(train, "--input", corpus, *out)

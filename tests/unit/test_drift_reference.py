@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_a2d.config.model_config import read_model_config
-from megatron_a2d.training.monitor import _find_reference
+from megatron_a2d.training.weight_drift import find_reference
 
 RUN = Path(__file__).resolve().parents[1] / "fixtures" / "written_by_0_1_0" / "run"
 
@@ -37,7 +37,7 @@ def test_a_reference_that_cannot_be_read_is_reported(
     model = read_model_config(directory / "hf")
     if damage:
         damage(directory)
-    found, lines = _find_reference(str(tmp_path / "run"), model), capsys.readouterr().err.splitlines()
+    found, lines = find_reference(str(tmp_path / "run"), model), capsys.readouterr().err.splitlines()
     if reason is None:
         assert found == directory and not lines
     else:
@@ -52,5 +52,5 @@ def test_no_reference_and_that_of_another_model(
     load: str | None, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = read_model_config(RUN / "iter_0000002" / "hf")
-    assert _find_reference(load, dataclasses.replace(model, num_layers=model.num_layers + 1)) is None
+    assert find_reference(load, dataclasses.replace(model, num_layers=model.num_layers + 1)) is None
     assert f"(--load): {reason}" in capsys.readouterr().err.replace(f"{RUN / 'iter_0000002'}: ", "")

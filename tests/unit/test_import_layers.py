@@ -48,6 +48,7 @@ SHORT_FILES = {
     "megatron_a2d/hf/modeling_rnd.py": "copied into every exported model",
     "megatron_a2d/model/flops.py": "searched for by name; the planner imports it without torch",
     "megatron_a2d/model/logits_chunks.py": "shared with the planner, which imports no torch",
+    "megatron_a2d/training/loss_spikes.py": "searched for by name",
     "megatron_a2d/training/manual_gc.py": "searched for by name: --manual-gc",
     "megatron_a2d/utils/errors.py": "searched for by name",
 }

@@ -19,11 +19,11 @@ from megatron_a2d.distributed import process_groups
 from megatron_a2d.training import (
     data_setup,
     initialization,
-    monitor,
     optimizer,
     param_gather,
     train_state,
     train_step,
+    training_diagnostics,
     validation,
 )
 from tests.tiny import MASK_TOKEN_ID, hub_config
@@ -89,7 +89,7 @@ def _run() -> Seen:
         torch.manual_seed(1)
         state = initialization.build_train_state(model_config, config)
         state.optimizer.reload_model_params()
-        watch = monitor.Monitor(config, model_config, state)
+        watch = training_diagnostics.Monitor(config, model_config, state)
         losses, norms, bounds = [], [], []
         weights: dict[str, Tensor] = {}
         samples = data_setup.micro_batches(config, model_config, batches, 1, 0)  # type: ignore[arg-type]
@@ -127,8 +127,8 @@ def test_training_is_the_same(expected: Seen, shared: pytest.MonkeyPatch) -> Non
     assert _same(expected, _run())
 
 
-def test_control_nobody_puts_the_main_weights_there(expected: Seen, shared: pytest.MonkeyPatch) -> None:
-    shared.setattr(param_gather, "_put_main_weights", lambda *_: None)
+def test_control_main_weights_are_not_copied(expected: Seen, shared: pytest.MonkeyPatch) -> None:
+    shared.setattr(param_gather, "_copy_main_weights", lambda *_: None)
     seen = _run()
     assert not any(bool(weight.any()) for name, weight in seen.weights.items() if "experts" in name)
     assert seen.losses[0] != expected.losses[0]

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from checkpoints_tools import average, convert_hf, export_hf, inspect, verify
 from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.checkpoint.load import load_state
-from megatron_a2d.checkpoint.reader import read_common
+from megatron_a2d.checkpoint.torch_dist_reader import read_common
 from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.utils.errors import UserError
 from tests.fixtures.write_plain_checkpoint import ITERATION, values_of

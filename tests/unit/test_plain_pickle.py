@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_a2d.checkpoint.metadata_index import Box, are_disjoint, read_index
 from megatron_a2d.checkpoint.plain_pickle import Name, PickleError, Record, read_pickle
-from megatron_a2d.checkpoint.reader import open_torch_dist
+from megatron_a2d.checkpoint.torch_dist_reader import open_torch_dist
 from megatron_a2d.checkpoint.torch_save_zip import DAMAGED, read_value
 from megatron_a2d.utils.errors import UserError
 

@@ -19,7 +19,7 @@ from megatron_a2d.config.validate import find_problems
 from megatron_a2d.distributed.environment import Gpu, as_text, environment, own_cores, parse_cpu_list
 from megatron_a2d.megatron_compat import versions
 from megatron_a2d.model import transformer_config
-from megatron_a2d.training import monitor
+from megatron_a2d.training import gradient_noise
 from megatron_a2d.training.manual_gc import ManualGC
 from megatron_a2d.utils.errors import UserError
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
@@ -210,10 +210,10 @@ print(order)
 
 def test_recorded_kernels_get_whole_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the small batch of the noise scale: (micro-batches, samples of each)."""
-    monkeypatch.setattr(monitor.parallel_state, "get_data_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(gradient_noise.parallel_state, "get_data_parallel_world_size", lambda: 1)
 
     def small(samples: int, **more: Any) -> Any:
-        return monitor._small_batch(build({"micro_batch_size": 8, "global_batch_size": samples, **more}))
+        return gradient_noise.small_batch_size(build({"micro_batch_size": 8, "global_batch_size": samples, **more}))
 
     assert [small(samples) for samples in (8, 16, 32)] == [(1, 2), (1, 2), (1, 8)]
     recorded = [small(samples, cuda_graph_impl="transformer_engine") for samples in (8, 16, 32)]
