@@ -1,6 +1,6 @@
-"""The settings of precision, kernels, overlap, graphs and memory, as settings.py describes settings.
+"""Settings of precision, kernels, overlap, CUDA graphs and memory, declared as in settings.py.
 
-What does not go together: validate_performance.py; what an installed version lacks: installed_versions.py.
+Invalid combinations: validate_performance.py; what installed versions lack: installed_versions.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class PerformanceConfig:
-    """The same training, faster or in less memory; most of it needs Transformer Engine on a GPU."""
+    """Faster training or less memory; most settings need Transformer Engine on a GPU."""
 
     fp8_recipe: Literal["none", "auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     """FP8 recipe of the layers' GEMMs; auto: mxfp8 on Blackwell, tensorwise on Hopper; emulated with

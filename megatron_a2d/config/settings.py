@@ -64,7 +64,7 @@ class DataConfig:
     train_data_path: str | None = None
     """prefix of the training .bin/.idx pair"""
     data_mixture: str | None = None
-    """YAML file of several sources with weights, instead of the two paths (launch/mixtures has an example)"""
+    """YAML file of weighted sources (a blend), instead of the two paths; launch/mixtures has an example"""
     train_data_fingerprint: str = ""
     """expected fingerprint of the training tokens and their weights; empty: not checked. Stored in checkpoints"""
     valid_data_path: str | None = None

@@ -72,7 +72,7 @@ def refuses_transformer_engine(config: RunConfig) -> str | None:
 
 
 def needs_transformer_engine(config: RunConfig) -> list[str]:
-    """The flags that were set and that only Transformer Engine serves; FP8 and FP4 are emulated on local layers."""
+    """The flags that were set and that need Transformer Engine; FP8 and FP4 are emulated on local layers."""
     emulated = ("fp8_recipe", "fp4_recipe") if emulation_of(config) else ()
     return [name for name in _NEEDS_TRANSFORMER_ENGINE if _is_set(config, name) and name not in emulated]
 
@@ -354,7 +354,7 @@ def _size_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str
                     f"{performance.fp8_recipe} weights would be read at wrong offsets of the gradients' buffer; drop "
                     "it, or choose another --fp8-recipe"
                 )
-    # Transformer Engine's FP8 products want multiples of 16 on every side; MXFP8 scales blocks of 32, and FP4 products
+    # Transformer Engine's FP8 products need multiples of 16 on every side; MXFP8 scales blocks of 32, and FP4 products
     # read 16 bytes, which are 32 numbers.
     block = 32 if recipe in ("auto", "mxfp8", "nvfp4") else 16
     tp, etp = (max(1, n) for n in (parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size))

@@ -14,7 +14,7 @@ from megatron_a2d.utils.errors import UserError
 
 
 class BackgroundScan:
-    """One thread over the whole of `files`; `check` raises what it has found. `close` stops it."""
+    """A thread that reads `files` completely; `check` raises what it has found. `close` stops it."""
 
     def __init__(self, files: Sequence[TokenFile]):
         self._files = list(files)
@@ -33,7 +33,7 @@ class BackgroundScan:
         return not self._thread.is_alive()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for the end, at most so many seconds, and `check`."""
+        """Wait for the end of the scan, at most this many seconds, and `check`."""
         self._thread.join(timeout)
         self.check()
 

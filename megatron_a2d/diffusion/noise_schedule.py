@@ -1,6 +1,6 @@
 """Noise schedules: the masking probability at time t, and the loss weight of a masked token.
 
-A masked diffusion process hides each token independently with probability m(t) = 1 - alpha(t), which
+A masked diffusion process masks each token independently with probability m(t) = 1 - alpha(t), which
 rises from 0 at t = 0 to 1 at t = 1. The negative evidence lower bound (NELBO) in nats is
 
     integral over t of  m'(t) / m(t) * E[ sum over masked tokens of -log p(token | visible tokens) ]

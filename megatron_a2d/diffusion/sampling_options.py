@@ -27,15 +27,15 @@ class SamplingOptions:
                     nats (entropy-bounded unmasking, Ben-Hamu et al. 2025)
         threshold   all whose token has probability `threshold` or more, at least one (Fast-dLLM, Wu et al. 2025)
     num_steps: forward passes in all, divided over the blocks; eb and threshold usually need fewer.
-    block_length: holes are filled from left to right in blocks of so many tokens (semi-autoregressive); 0: one block.
+    block_length: holes are filled from left to right in blocks of this many tokens (semi-autoregressive); 0: one block.
     aligned_blocks: blocks are slices of the sequence itself, given tokens included, as in the training of a block
         diffusion model.
     cache: keys and values that are cached while a block is filled (Fast-dLLM): those before the block (prefix), or
         before and after it (dual); they are recomputed when a sequence reaches its next block. An approximation:
         cached entries do not depend on the tokens unmasked since.
     temperature, top_k, top_p: shape the distribution that tokens and entropies come from; 0 and 1 filter nothing.
-        Temperature 0 takes the likeliest token and does not change the distribution.
-    greedy: take the likeliest token whatever the temperature, which then only affects entropies.
+        Temperature 0 takes the most likely token and does not change the distribution.
+    greedy: take the most likely token whatever the temperature, which then only affects entropies.
     cfg_scale: classifier-free guidance w: logits are l + w (l - u), where u are those with the given text masked; 0:
         none. The two forward passes count as one.
     """

@@ -66,7 +66,7 @@ def environment(config: RunConfig, gpu: Gpu | None) -> dict[str, str]:
     elif gpu.capability < (10, 0) and max(parallel.tensor_model_parallel_size, parallel.context_parallel_size) > 1:
         values["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # kernels start in the order of launch: communication first
     if _communicates_beside_norms(config):
-        # Norms leave multiprocessors to the communication that runs beside them (NVIDIA's recipes: 20 of 132 or 148).
+        # Norms leave multiprocessors to concurrent communication (NVIDIA's recipes: 20 of 132 or 148).
         values["NVTE_FWD_LAYERNORM_SM_MARGIN"] = values["NVTE_BWD_LAYERNORM_SM_MARGIN"] = "20"
     if gpu.capability >= (10, 0):
         values["NCCL_NVLS_ENABLE"] = "0"  # NVLink SHARP needs memory that the model can use
@@ -74,7 +74,9 @@ def environment(config: RunConfig, gpu: Gpu | None) -> dict[str, str]:
             # Norms whose output is MXFP8 (NVIDIA's recipe for B200: "marginal").
             values["NVTE_NORM_FWD_USE_CUDNN"] = values["NVTE_NORM_BWD_USE_CUDNN"] = "1"
     if performance.use_transformer_engine_op_fuser:
-        values["NVTE_CUTEDSL_FUSED_GROUPED_MLP"] = "1"  # megatron.core has SwiGLU experts of fusible operations only so
+        values["NVTE_CUTEDSL_FUSED_GROUPED_MLP"] = (
+            "1"  # megatron.core requires it for SwiGLU experts of fusible operations
+        )
     if performance.cuda_graph_impl != "none":
         values["NCCL_GRAPH_REGISTER"] = "0"  # registered buffers fault with expandable segments
     if parallel.moe_token_dispatcher_type == "flex" and performance.moe_flex_dispatcher_backend != "deepep":

@@ -147,7 +147,7 @@ def masks_of(num_tokens: int, objective: str, options: ScoringOptions) -> MaskSa
 
 
 def _score_group(loaded: LoadedModel, requests: dict[int, Pair], options: ScoringOptions) -> dict[int, Scored]:
-    """Score requests by number: mask each in all its ways, deduplicate, run in batches, and combine the losses."""
+    """Score requests by number: apply each one's masks, deduplicate, run in batches, and combine the losses."""
     deduplicated: dict[tuple[bytes, bytes], Deduplicated] = {}
     for number, request in requests.items():
         for masked in _masked_requests(loaded, number, request, options):
@@ -172,7 +172,7 @@ def _score_group(loaded: LoadedModel, requests: dict[int, Pair], options: Scorin
 def _masked_requests(
     loaded: LoadedModel, number: int, request: Pair, options: ScoringOptions
 ) -> Iterator[MaskedRequest]:
-    """The request under each of its masks, and under the full mask if that is none of them."""
+    """The request under each of its masks, and under the full mask if it is not one of them."""
     context, continuation = (np.asarray(tokens, dtype=np.int64) for tokens in request)
     tokens = np.concatenate([context, continuation])
     positions = np.arange(len(context), len(tokens))

@@ -3,15 +3,15 @@
 Differences between 0.16.1 and 0.19.2 that matter here:
 
 - `import megatron.core` needs triton (`make_triton_optional` in __init__.py).
-- Its version ends in a commit where .venv312 lies in a git checkout, as ours does: that checkout's (`release`).
+- Its version has a git commit appended if it is installed inside a checkout: that checkout's commit (`release`).
 - A checkpoint has no common.pt, strategies are not registered by name, and saves are planned by another package unless
   one asks for megatron.core's own (save.py, `async_save_options`). Ours have one form under both: common.pt is read.
-- Readers of checkpoints are made in another way, and keep metadata by path for good (loading.py).
-- Adam is given `capturable` (fused_adam.py).
-- The parts of a layer that CUDA graphs replay are given under another name (`graphed_parts`), and so are the streaming
+- Checkpoint readers are constructed differently, and cache metadata by path (checkpoint/load.py).
+- Adam takes `capturable` (fused_adam.py).
+- The parts of a layer that CUDA graphs replay have another name (`graphed_parts`), and so are the streaming
   multiprocessors of the flex dispatcher (`hybridep_sms`).
 - Experts can be fusible operations of Transformer Engine, with a budget of tokens (config/installed_versions.py).
-- Modules are told their names when they are built (model/experts.py takes its own and leaves it).
+- Modules receive their names when they are built (model/experts.py accepts and ignores it).
 - Process groups that are not passed are taken from the global state, as before, with a DeprecationWarning.
 """
 
@@ -115,8 +115,8 @@ def _copy_storage(target: Tensor, source: Tensor) -> None:
 def _permute_no_tokens_unfused() -> None:
     """--moe-permute-fusion where no token of a step goes to a process's experts, which the allgather dispatcher allows.
 
-    Transformer Engine (2.12) gives back the empty rows in the place of as many zeros as there are tokens, and in its
-    backward pass reads what it has not kept: the run ends in the step's next collective.
+    Transformer Engine (2.12) returns no rows instead of one zero row per token, and its backward pass reads a
+    tensor that it has not saved: the run fails in the step's next collective.
     """
     from megatron.core.transformer.moe import token_dispatcher
 

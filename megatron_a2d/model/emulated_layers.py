@@ -9,9 +9,9 @@ wgrad   dW = dy.T @ x     gradient, input        along the tokens
 
 Which format an operand gets is in `_ROUNDINGS`, and for delayed scaling in `_DelayedScales`, as Transformer Engine 2.12
 and 2.20 have it (common/recipe, pytorch/quantization.py, pytorch/module/linear.py). Under sequence parallelism the
-gathered tensor is rounded, which gives the numbers of Transformer Engine, whose processes round their pieces and share
-the largest value. Weights and outputs that tensor parallelism divides are rounded by themselves on each process, as
-there: with one scale for a matrix (tensorwise, nvfp4) that depends on the layout.
+gathered tensor is rounded, which gives the same numbers as Transformer Engine, whose processes round their shards and
+share the amax. Weights and outputs that tensor parallelism shards are rounded on each process separately, as in
+Transformer Engine: with one scale per matrix (tensorwise, nvfp4) the result depends on the layout.
 
 Not emulated: the order in which a kernel sums, partial sums kept in fewer bits (the FP8 products of Hopper), the
 random bits of stochastic rounding, and norms whose output goes to FP8 without being rounded to bf16 first.
@@ -47,9 +47,9 @@ Product = Literal["fprop", "dgrad", "wgrad"]
 
 
 class Rounding(Protocol):
-    """What the products of one forward pass and its backward pass do to their operands.
+    """Rounding of the operands of one forward pass's products and of its backward pass's.
 
-    In: a matrix [rows, contraction], fp32. Out: the matrix in the recipe's numbers; its contraction may be longer.
+    In: a matrix [rows, contraction], fp32. Out: the matrix, dequantised; its contraction may be padded.
     """
 
     def __call__(self, matrix: Tensor, role: Role, product: Product) -> Tensor: ...
@@ -90,16 +90,16 @@ _ROUNDINGS: dict[str, Rounding] = {
 
 
 class _DelayedScales:
-    """A layer's scales under delayed scaling: those of the largest values of the micro-batch before, over the ranks
-    that hold the same layers (megatron.core's history of length 1). A run begins with scales of 1, and so does a
-    resumed one."""
+    """A layer's scales under delayed scaling: from the amax of the previous micro-batch, over the ranks that hold the
+    same layers (megatron.core's amax history of length 1). A new run starts with scales of 1, and so does a resumed
+    one."""
 
     def __init__(self) -> None:
         self._scales: dict[Role, Tensor] = {}
-        self._amax: dict[Role, Tensor] = {}  # since the last update; validation leaves its own for the next one
+        self._amax: dict[Role, Tensor] = {}  # since the last update; includes validation's since then
 
     def take(self, role: Role, matrix: Tensor, update: bool) -> Tensor:
-        """The scale for `matrix`, whose largest value becomes the next scale. Collective if `update`."""
+        """The scale for `matrix`, whose amax determines the next scale. Collective if `update`."""
         amax = amax_of(matrix)
         scale = self._scales.setdefault(role, torch.ones_like(amax))
         amax = torch.maximum(amax, self._amax.get(role, amax))
@@ -162,10 +162,10 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 class _Emulated:
-    """What the linear layers below share; `recipe` is set by their subclasses (`emulated`)."""
+    """Base of the linear layers below; their subclasses set `recipe` (`emulated`)."""
 
     recipe: str
-    is_first_microbatch = True  # of a batch: only then delayed scaling rounds the weight anew (`follow_batches`)
+    is_first_microbatch = True  # of a batch: delayed scaling updates the weight's scale only then (`follow_batches`)
 
     def _forward_impl(
         self, input: Tensor, weight: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any, **_: Any
@@ -197,7 +197,7 @@ class EmulatedRowParallelLinear(_Emulated, RowParallelLinear):
 
 
 class EmulatedOutputLayer(_Emulated, OutputLayer):
-    """The LM head with emulated products: the whole logits, not a chunk at a time."""
+    """The LM head with emulated products; materialises all logits instead of a chunk at a time."""
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, weight: Tensor | None = None, labels_N: Tensor | None = None
@@ -213,9 +213,9 @@ def emulated(layer: type, recipe: str) -> Any:
 
 
 def follow_batches(chunk: nn.Module) -> None:
-    """Let megatron.core's schedules tell the emulated layers of a model chunk which micro-batch is a batch's first, as
-    they tell Transformer Engine's when TransformerConfig has FP8 (and go on telling those: their weights are rounded
-    once a batch)."""
+    """Have megatron.core's schedules mark the first micro-batch of each batch in the emulated layers of a model chunk,
+    as they do for Transformer Engine's layers when TransformerConfig has FP8 (and still do for those: their weights are
+    quantised once per batch)."""
     layers = [module for module in chunk.modules() if isinstance(module, _Emulated)]
     if not layers:
         return

@@ -1,10 +1,10 @@
-"""Fake quantisation: fp32 values rounded to what their FP8 or NVFP4 codes stand for, on any device.
+"""Fake quantisation: fp32 values rounded to those that FP8 or NVFP4 can represent, on any device.
 
 A matrix comes with the contraction of the product that reads it as its last axis, and blocks of values that share a
 scale lie along that axis, so the two products that read a tensor in different directions round it differently. Scales
 are those of Transformer Engine's kernels:
 
-tensorwise  448 / amax of the whole matrix in e4m3 (57344 / amax in e5m2), in fp32 (common/recipe/current_scaling.cu)
+tensorwise  448 / amax of the matrix in e4m3 (57344 / amax in e5m2), in fp32 (common/recipe/current_scaling.cu)
 blockwise   448 / amax of 1 x 128 or 128 x 128 values, rounded down to a power of two (recipe_common.cuh)
 mxfp8       amax / 448 of 1 x 32 values, rounded up to a power of two, E8M0 (common/util/ptx.cuh, float_to_e8m0)
 nvfp4       e4m3 scales of 1 x 16 or 16 x 16 values below one fp32 scale of the matrix (cast/nvfp4/core_nvfp4.cuh)
@@ -25,17 +25,17 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E2M1_MAX = 6.0
 _LARGEST = torch.finfo(torch.float32).max
 # Signs of the rows of the Hadamard transform: fixed random ones, the same in every layer of every run, as in
-# Transformer Engine (pytorch/tensor/nvfp4_tensor.py), which has no other randomness in it either.
+# Transformer Engine (pytorch/tensor/nvfp4_tensor.py).
 _SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
 def amax_of(values: Tensor) -> Tensor:
-    """The largest magnitude, fp32 []; 0 of no values."""
+    """The largest magnitude, fp32 []; 0 if there are no values."""
     return values.abs().amax().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
 
 
 def encode_scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
-    """What values of this amax are multiplied by before they are rounded to `dtype`; 1 where amax is 0 or infinite."""
+    """Factor on values of this amax before they are rounded to `dtype`; 1 where amax is 0 or infinite."""
     scale = (torch.finfo(dtype).max / amax).clamp(max=_LARGEST)
     if power_of_two:
         scale = (scale.view(torch.int32) & -0x800000).view(torch.float32)  # the mantissa is cut off
@@ -43,7 +43,7 @@ def encode_scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -
 
 
 def per_tensor(matrix_RK: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    """Rounded with one scale, of the present values or the given one."""
+    """Rounded with one scale: the given one, or that of these values."""
     scale = encode_scale(amax_of(matrix_RK), dtype) if scale is None else scale
     return _to_fp8(matrix_RK * scale, dtype) * scale.reciprocal()
 
@@ -71,7 +71,7 @@ def mxfp8(matrix_RK: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
 def nvfp4(matrix_RK: Tensor, square: bool = False, generator: torch.Generator | None = None) -> Tensor:
     """Rounded with an e4m3 scale for each 1 x 16 values, or each 16 x 16; stochastically if there is a generator."""
     amax = amax_of(matrix_RK)
-    scale = (E2M1_MAX * torch.finfo(E4M3).max / amax).clamp(max=_LARGEST)  # of the whole matrix
+    scale = (E2M1_MAX * torch.finfo(E4M3).max / amax).clamp(max=_LARGEST)  # of the matrix
     scale = torch.where((amax == 0) | (scale == 0), torch.ones_like(scale), scale)
 
     def rounded(blocks: Tensor, amax: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ def nvfp4(matrix_RK: Tensor, square: bool = False, generator: torch.Generator | 
 
 
 def to_e2m1(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, ties to even; with a generator one of the two around a value, by
-    chance, so that its expectation is the value. Saturates."""
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, ties to even; with a generator rounded stochastically, so that
+    the expectation is the value. Saturates."""
     magnitude = values.abs().clamp(max=E2M1_MAX)
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     if generator is None:
@@ -98,8 +98,8 @@ def to_e2m1(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def hadamard(matrix_RK: Tensor) -> Tensor:
     """Each 16 values along K, with fixed random signs, times the orthonormal Hadamard matrix.
 
-    K is filled up with zeros to a multiple of 16. A product whose two operands are both transformed stays what it is;
-    outliers are spread over 16 values.
+    K is zero-padded to a multiple of 16. A product is unchanged if both of its operands are transformed; outliers are
+    spread over 16 values.
     """
     padded = F.pad(matrix_RK, (0, -matrix_RK.size(1) % 16))
     return (padded.view(len(padded), -1, 16) @ hadamard_matrix().to(padded.device)).view(padded.shape)
@@ -115,11 +115,11 @@ def hadamard_matrix() -> Tensor:
 
 
 def generator_of(values: Tensor) -> torch.Generator:
-    """A generator seeded with the values themselves: the same numbers are rounded in the same way in every run and
-    after every resume, without a state that a checkpoint would have to hold."""
+    """A generator seeded with the values themselves: rounding is reproducible, also after a resume, without an RNG
+    state in the checkpoint."""
     bits = values.float().contiguous().view(torch.int32).long()
-    places = torch.arange(1, bits.numel() + 1, device=bits.device).view(bits.shape)
-    return torch.Generator(values.device).manual_seed(int((bits * places).sum()) & 0x7FFFFFFFFFFFFFFF)
+    positions = torch.arange(1, bits.numel() + 1, device=bits.device).view(bits.shape)
+    return torch.Generator(values.device).manual_seed(int((bits * positions).sum()) & 0x7FFFFFFFFFFFFFFF)
 
 
 def _to_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,7 +128,7 @@ def _to_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _power_of_two_above(ratio: Tensor) -> Tensor:
-    """The least power of two from 2^-127 on that is no smaller; infinity's and NaN's are 2^127."""
+    """The smallest power of two, at least 2^-127, that is not below the ratio; 2^127 for infinity and NaN."""
     mantissa, exponent = torch.frexp(ratio)  # ratio = mantissa * 2^exponent, mantissa in [0.5, 1)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     biased = torch.where(ratio == 0, 0, (exponent + 127).clamp(0, 254))
@@ -137,7 +137,7 @@ def _power_of_two_above(ratio: Tensor) -> Tensor:
 
 
 def _in_blocks(matrix_RK: Tensor, height: int, width: int, rounded: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`rounded` of the blocks [R', height, K', width] and their amax, filled up with zeros at the matrix's ends."""
+    """`rounded` applied to the blocks [R', height, K', width] and their amax; incomplete blocks are zero-padded."""
     rows, columns = matrix_RK.shape
     padded = F.pad(matrix_RK, (0, -columns % width, 0, -rows % height))
     blocks = padded.view(padded.size(0) // height, height, padded.size(1) // width, width)

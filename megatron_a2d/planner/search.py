@@ -200,6 +200,6 @@ def why_slower(plan: Plan, best: Plan) -> str:
 
 
 def why_too_large(plan: Plan) -> str:
-    """The largest component of its memory."""
+    """The largest component of the plan's memory."""
     parts = plan.memory._asdict()
     return max(parts, key=lambda name: parts[name])

@@ -1,9 +1,8 @@
-"""Constants in the place of values that only data decides: routing is taken to be balanced.
+"""Substitutes for data-dependent values and sizes, assuming balanced routing.
 
-Every expert is chosen by the same number of tokens, to within one; of a mask of tokens by experts the share
-`experts per token / experts` is true. Numbers of which nothing is known, such as a gradient norm, are 1. Counts that
-are made from a mask on the GPU (tokens per expert, split sizes) are followed through what is computed from them, until
-the host reads them.
+Every expert is chosen by the same number of tokens, to within one; in a mask [tokens, experts] the fraction
+`experts per token / experts` is true. Unknown values, such as a gradient norm, are 1. Counts that are computed from a
+mask on the GPU (tokens per expert, split sizes) are propagated through later operations until the host reads them.
 """
 
 from __future__ import annotations
@@ -16,28 +15,28 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-_LARGEST = 1 << 20  # values of a tensor that is followed
+_LARGEST = 1 << 20  # elements of a tensor whose values are propagated
 
 
 class Routing:
-    """Of the model that is rehearsed; a dense one routes nothing."""
+    """Router sizes of the rehearsed model; a dense model routes nothing."""
 
     num_experts = experts_per_token = 1
 
 
 def balanced_counts(tokens: int, experts: int) -> Tensor:
-    """[experts] int64: tokens that each of these experts gets of `tokens`, summing to their share within one."""
+    """[experts] int64: how many of `tokens` each of these experts receives; the sum is their share to within one."""
     edges = torch.arange(experts + 1) * tokens * Routing.experts_per_token // Routing.num_experts
     return edges.diff()
 
 
 def chosen(mask: Tensor) -> int:
-    """The number of true values in a mask of tokens by experts, or a part of one."""
+    """Number of true values in a mask [tokens, experts], or in a slice of one."""
     return mask.numel() * Routing.experts_per_token // Routing.num_experts
 
 
 def why_host_waits(function: Any, args: Any, kwargs: Any) -> str | None:
-    """By what the host waits in this operation, None if it does not: it reads a value, or a size that data decides."""
+    """How this operation synchronises the host (it reads a value or a data-dependent size); None if it does not."""
     if function in _READS:
         return _READS[function] if args[0].is_meta else None
     if function is aten._to_copy.default:
@@ -68,7 +67,7 @@ def _is_mask(index: Any) -> bool:
 
 
 def answer(function: Any, args: Any, kwargs: Any) -> Any:
-    """What the host is told."""
+    """The operation's result on the host."""
     tensor = args[0]
     if function is aten._local_scalar_dense.default:
         return _value(tensor).item()
@@ -83,9 +82,9 @@ def answer(function: Any, args: Any, kwargs: Any) -> Any:
     if function is aten.equal.default:
         return True
     if function is aten.index.Tensor and [index is None for index in args[1]].count(False) == 1:
-        place, mask = next((place, index) for place, index in enumerate(args[1]) if index is not None)
-        return tensor.new_empty(*tensor.shape[:place], chosen(mask), *tensor.shape[place + mask.dim() :])
-    raise NotImplementedError(f"{function}: its size is decided by data, and no balanced constant is known for it")
+        dim, mask = next((dim, index) for dim, index in enumerate(args[1]) if index is not None)
+        return tensor.new_empty(*tensor.shape[:dim], chosen(mask), *tensor.shape[dim + mask.dim() :])
+    raise NotImplementedError(f"{function}: its size depends on data, and balanced routing does not determine it")
 
 
 def _value(tensor: Tensor) -> Tensor:
@@ -94,12 +93,12 @@ def _value(tensor: Tensor) -> Tensor:
 
 
 def known(tensor: Tensor) -> Tensor | None:
-    """The values of a tensor on the GPU that follow from balanced routing."""
+    """The values of a GPU tensor, if balanced routing determines them."""
     return getattr(tensor, "balanced_values", None)
 
 
 def follow(function: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """Give `result`, which torch's function `function` returned, its values, if they follow from those of `args`."""
+    """Attach values to `result`, which torch's `function` returned, if those of `args` determine them."""
     if not isinstance(result, Tensor) or not result.is_meta or result.numel() > _LARGEST:
         return
     if _counts_chosen(function, args, kwargs):
@@ -126,7 +125,7 @@ def _on_host(value: Any) -> Any:
 
 
 def _counts_chosen(function: Any, args: Any, kwargs: Any) -> bool:
-    """Whether it sums a mask [tokens, experts] over the tokens."""
+    """Whether the function sums a mask [tokens, experts] over tokens."""
     if function not in (torch.Tensor.sum, torch.sum) or args[0].dtype != torch.bool or args[0].dim() != 2:
         return False
     dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
@@ -134,6 +133,6 @@ def _counts_chosen(function: Any, args: Any, kwargs: Any) -> bool:
 
 
 def communicate(operation: str, args: Any, size: int) -> None:
-    """Values that a collective brings: every rank has the same."""
+    """Propagate values through a collective: all ranks have the same."""
     if operation == "all_gather" and isinstance(args[0], Tensor) and (value := known(args[1])) is not None:
         args[0].balanced_values = value.flatten().repeat(size).view(args[0].shape)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Tensors without data under the name "cuda": torch's meta device, and the kernels that CUDA has and it has not.
+"""Tensors without data under the name "cuda": torch's meta device, and CUDA kernels that it lacks.
 
 A tensor that is made for, or moved to, "cuda" takes no memory and says that it is on cuda:0. Tensors of the host are
 real, so what is computed there (samples, loss positions) is computed.
@@ -20,7 +20,7 @@ META, GPU = torch.device("meta"), torch.device("cuda", 0)
 
 
 class CudaNames(TorchFunctionMode):
-    """Active while a rank is built and takes its step."""
+    """Active while a rank is built and runs its step."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,7 +38,7 @@ class CudaNames(TorchFunctionMode):
 
 
 def is_gpu(value: Any) -> bool:
-    """Whether it names the GPU."""
+    """Whether this device is the GPU."""
     if isinstance(value, torch.device):
         return value.type == "cuda"
     return isinstance(value, str) and (value == "cuda" or value.startswith("cuda:"))

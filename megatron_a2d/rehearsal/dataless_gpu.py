@@ -1,7 +1,7 @@
-"""A GPU without data: torch's CUDA interface in a process that has no CUDA, for tensors that hold nothing.
+"""A simulated GPU: torch's CUDA interface in a process without CUDA, over tensors that hold no data.
 
 Training code takes its CUDA branches: `torch.cuda.is_available()` is true, streams and events exist. cuda_names.py
-makes the tensors. What happens beside torch's operations is told to `listeners`.
+makes the tensors. `listeners` are notified of everything that is not an operation of torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_a2d.rehearsal.cuda_names import GPU, CudaNames
 
 
 class Listener(Protocol):
-    """What is told of the GPU."""
+    """Receiver of the simulated GPU's events."""
 
     def host_waits(self, how: str) -> None: ...
 
@@ -39,7 +39,7 @@ def host_waits(how: str) -> None:
 
 
 def one_kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """function(*args, **kwargs), of whose tensors only the results take memory."""
+    """function(*args, **kwargs) as one kernel: only its results take memory."""
     with contextlib.ExitStack() as inside:
         for listener in listeners:
             inside.enter_context(listener.one_kernel())
@@ -50,7 +50,7 @@ def one_kernel(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class Stream:
-    """Stands for CUDA's streams and events."""
+    """Substitute for CUDA's streams and events."""
 
     cuda_stream = stream_id = 0
     device = GPU
@@ -83,11 +83,11 @@ class Stream:
 
 
 def install(name: str, capability: tuple[int, int]) -> None:
-    """Have a GPU of this name and compute capability, for the rest of the process.
+    """Simulate a GPU of this name and compute capability for the rest of the process.
 
-    To be called before megatron.core is imported: it compiles functions there.
+    Call it before megatron.core is imported, which compiles functions at import.
     """
-    assert not torch.cuda.is_available(), "a rehearsal would take the place of a real GPU"
+    assert not torch.cuda.is_available(), "a rehearsal would hide a real GPU"
     stream = Stream()
     properties = SimpleNamespace(
         name=name, major=capability[0], minor=capability[1], multi_processor_count=132, total_memory=80 << 30
@@ -121,7 +121,7 @@ def install(name: str, capability: tuple[int, int]) -> None:
     _replace(torch.version, cuda="12.9")
     _replace(torch, compile=_as_one_kernel)
     _replace(torch.Tensor, record_stream=lambda tensor, stream: None, pin_memory=lambda tensor, *args, **kwargs: tensor)
-    _replace(torch.UntypedStorage, resize_=_told(torch.UntypedStorage.resize_))
+    _replace(torch.UntypedStorage, resize_=_notifying(torch.UntypedStorage.resize_))
     # torch.autograd.backward is a function of torch, inside which modes like CudaNames are off.
     _replace(torch.autograd, _engine_run_backward=_with_names(torch.autograd._engine_run_backward))  # type: ignore[attr-defined]
     _replace(torch.distributed, all_gather_object=_all_gather_object)
@@ -139,14 +139,14 @@ def _as_one_kernel(function: Any = None, **_: Any) -> Any:
     return functools.wraps(function)(functools.partial(one_kernel, function))
 
 
-def _told(resize: Callable[..., Any]) -> Callable[..., Any]:
-    def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
+def _notifying(resize: Callable[..., Any]) -> Callable[..., Any]:
+    def resize_and_notify(storage: torch.UntypedStorage, size: int) -> Any:
         result = resize(storage, size)
         for listener in listeners:
             listener.resized(storage)
         return result
 
-    return resize_and_tell
+    return resize_and_notify
 
 
 def _with_names(run_backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 """Transformer Engine's compiled extension as shapes alone: kernels that return tensors without data.
 
 The layers are Transformer Engine's own Python (2.12), so what they keep for the backward pass, gather and reduce is
-theirs. Nothing is loaded of its libraries: they want a GPU. Each function has the arguments of the kernel that it
-stands for (transformer_engine/pytorch/csrc/extensions); one that is missing raises NotImplementedError by its name.
+theirs. Its libraries, which need a GPU, are not loaded. Each function has the arguments of the kernel that it
+replaces (transformer_engine/pytorch/csrc/extensions); a missing one raises NotImplementedError with its name.
 Triton's kernels (the permutation of routed tokens) are launched without effect: their Python makes the tensors.
 """
 
@@ -54,13 +54,13 @@ def install(directory: Path) -> None:
     common.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
     del sys.modules["transformer_engine"]
     importlib.import_module("transformer_engine.pytorch")
-    # Imports all that the extension lists, and is asked for the rest too.
+    # It imports all names of the extension, and is asked for the others too.
     importlib.import_module("transformer_engine.pytorch.cpp_extensions").__getattr__ = _missing  # type: ignore[method-assign]
     sys.modules["transformer_engine"].common = common  # type: ignore[attr-defined]
 
 
 class _Kernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports placeholders in the place of modules of kernels, and of libraries that are not installed."""
+    """Imports placeholders instead of modules of kernels and of libraries that are not installed."""
 
     def __init__(self, directory: Path):
         self._permutation = directory.joinpath(*_PERMUTATION.split(".")).with_suffix(".py")

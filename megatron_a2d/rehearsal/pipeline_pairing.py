@@ -1,8 +1,8 @@
-"""Sends and receives of one rank of every pipeline stage, carried out together: do they pair up, does anything hang?
+"""Simulation of the sends and receives of one rank per pipeline stage: finds mismatches and deadlocks.
 
-A send or a receive is posted when its rank comes to it, and is over when the peer has posted its counterpart, in the
-order of posting between two ranks of a group, as NCCL has it. A rank continues until it waits for one that is not over,
-or comes to a collective with ranks of other stages, for which all of them must arrive.
+A send or receive is posted when its rank reaches it and completes when the peer has posted its counterpart; between two
+ranks of a group they are matched in the order of posting, as in NCCL. A rank continues until it waits for an incomplete
+one, or reaches a collective with ranks of other stages, which all of them must reach.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ _COUNTERPART = {"send": "recv", "recv": "send"}
 
 
 class Pairing(NamedTuple):
-    """What came of it."""
+    """Result of the simulation."""
 
     num_pairs: int
     num_bytes: int  # of all sends
-    problems: list[str]  # none: all pair up, and every rank comes to the end of its step
+    problems: list[str]  # empty: all pair up, and every rank completes its step
 
 
 def pair(steps: Mapping[int, Sequence[Event]]) -> Pairing:
-    """The events of one step by rank; those with ranks that are not among them, and inside a stage, are left out."""
+    """The events of one step by rank; those with other ranks, or within a stage, are ignored."""
     return _Run(steps).finish()
 
 
 class _Channel:
-    """What two ranks of a group posted for one another."""
+    """Sends and receives that two ranks of a group posted for one another."""
 
     def __init__(self) -> None:
         self.posted: dict[int, list[Event]] = defaultdict(list)
-        self._places: dict[tuple[int, int], int] = {}
+        self._numbers: dict[tuple[int, int], int] = {}
 
     def post(self, rank: int, event: Event) -> None:
-        self._places[rank, event.handle] = len(self.posted[rank])
+        self._numbers[rank, event.handle] = len(self.posted[rank])
         self.posted[rank].append(event)
 
     def is_over(self, rank: int, wait: Event) -> bool:
         """Whether the peer has posted the counterpart of what `rank` waits for."""
         assert wait.peer is not None
-        return len(self.posted[wait.peer]) > self._places[rank, wait.handle]
+        return len(self.posted[wait.peer]) > self._numbers[rank, wait.handle]
 
 
 class _Run:
@@ -53,7 +53,7 @@ class _Run:
         self._next = dict.fromkeys(steps, 0)
         # By the ranks of the group, the lower and the higher of the two.
         self._channels: dict[tuple[tuple[int, ...], int, int], _Channel] = defaultdict(_Channel)
-        # By rank and group: where its collectives are.
+        # By rank and group: event numbers of its collectives.
         self._collectives: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
         for rank, step in self._steps.items():
             for place, event in enumerate(step):
@@ -76,7 +76,7 @@ class _Run:
         return Pairing(len(sends), sum(event.num_bytes for event in sends), self._problems)
 
     def _advance(self, rank: int) -> bool:
-        """Take a rank as far as it comes; whether it moved."""
+        """Advance a rank as far as possible; returns whether it advanced."""
         start, step = self._next[rank], self._steps[rank]
         while self._next[rank] < len(step) and self._can_pass(rank, step[self._next[rank]]):
             self._next[rank] += 1
@@ -92,7 +92,7 @@ class _Run:
         return True
 
     def _all_arrived(self, rank: int, event: Event) -> bool:
-        """Whether the other ranks have come to a collective, or are past it."""
+        """Whether the other ranks have reached a collective or passed it."""
         number = self._collectives[rank, event.ranks].index(self._next[rank])
         others = [other for other in event.ranks if other != rank and other in self._steps]
         return all(
@@ -101,7 +101,7 @@ class _Run:
         )
 
     def _compare(self) -> None:
-        """Add what does not match of all that was posted, and of all collectives."""
+        """Record mismatches among sends, receives and collectives."""
         for (_, low, high), channel in self._channels.items():
             for one, other in zip_longest(channel.posted[low], channel.posted[high]):
                 if one is None or other is None or _kind(one) != (_COUNTERPART[other.operation], other.num_bytes):
@@ -121,7 +121,7 @@ class _Run:
 
 
 def _crosses(event: Event, steps: Mapping[int, Sequence[Event]]) -> bool:
-    """Whether it is between ranks that are looked at."""
+    """Whether the event is between simulated ranks."""
     if event.peer is not None:
         return event.peer in steps
     return sum(rank in steps for rank in event.ranks) > 1

@@ -1,4 +1,4 @@
-"""One rank, built as training builds it, and one step of it."""
+"""Rehearsal of one rank: built as training builds it, and run for one step."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class RankRehearsal(NamedTuple):
     weights: int
     gradients: int
     optimizer: int  # main weights and moments
-    building: int  # the most that was held before the step
-    activations: int  # the most that forward and backward passes hold beside weights, gradients and optimizer state
-    update: int  # the same of the optimizer's update
-    left: int  # held after the step beside weights, gradients and optimizer state: workspaces, caches
+    building: int  # peak before the step
+    activations: int  # peak of forward and backward passes, besides weights, gradients and optimizer state
+    update: int  # the same for the optimizer's update
+    left: int  # after the step, besides weights, gradients and optimizer state: workspaces, caches
     events: list[Event]
     waits: Counter[Wait]
 
@@ -51,7 +51,7 @@ class RankRehearsal(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Of every step but the first, which makes the optimizer's moments."""
+        """Peak of any step but the first, which allocates the optimizer's moments."""
         return max(self.building, self.state + max(self.activations, self.left + self.update))
 
 
@@ -60,7 +60,7 @@ def rehearse_rank(
 ) -> RankRehearsal:
     """Build rank `rank` of `world_size` and take a step in which every position is masked.
 
-    The process has been prepared by dataless_gpu.install (and engine_kernels.install), and communicates with nobody.
+    The process has been prepared by dataless_gpu.install (and engine_kernels.install), and has no peers.
     """
     progress(f"rank {rank}: process groups")
     _join(config, rank, world_size)

@@ -1,4 +1,4 @@
-"""A rehearsal as text: bytes and traffic beside the planner's, waits of the host, and the pipeline's pairs."""
+"""A rehearsal as text: memory and traffic compared with the planner's, host synchronisations, pipeline pairing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _KINDS = {
 }
 
 
-class Beside(NamedTuple):
+class Comparison(NamedTuple):
     """A counted figure and the planner's, bytes."""
 
     name: str
@@ -40,7 +40,7 @@ class Beside(NamedTuple):
 
     @property
     def off(self) -> float:
-        """Of the planner's, relative to what was counted."""
+        """Relative error of the planner's figure."""
         return self.planned / self.counted - 1 if self.counted else float(self.planned > 0)
 
 
@@ -49,27 +49,27 @@ def job_rehearsed(config: Any, model_config: ModelConfig, processes: int, implem
     return job_of(config, model_config, processes, imbalance=1.0, transformer_impl=implementation)
 
 
-def memory_beside(done: RankRehearsal, job: Job) -> list[Beside]:
-    """Parts of a rank's memory. What no tensor of a process is (NCCL, CUDA) is not counted, nor planned here."""
+def compare_memory(done: RankRehearsal, job: Job) -> list[Comparison]:
+    """A rank's memory by use; memory outside of tensors (NCCL, CUDA) is in neither figure."""
     planned = stage_memory(job, done.stage)
     activations = planned.activations + planned.logits + planned.dispatcher
     return [
-        Beside("weights", done.weights, planned.weights),
-        Beside("gradients", done.gradients, planned.gradients),
-        Beside("optimizer state", done.optimizer, planned.optimizer),
-        Beside("activations, logits", done.activations, activations),
-        Beside("peak", done.peak, planned.weights + planned.gradients + planned.optimizer + activations),
+        Comparison("weights", done.weights, planned.weights),
+        Comparison("gradients", done.gradients, planned.gradients),
+        Comparison("optimizer state", done.optimizer, planned.optimizer),
+        Comparison("activations, logits", done.activations, activations),
+        Comparison("peak", done.peak, planned.weights + planned.gradients + planned.optimizer + activations),
     ]
 
 
-def traffic_beside(done: RankRehearsal, job: Job) -> list[Beside]:
+def compare_traffic(done: RankRehearsal, job: Job) -> list[Comparison]:
     """Bytes that a rank sends in a step, by kind."""
     counted: Counter[str] = Counter()
     for event in done.events:
         counted[kind_of(event)] += event.sent_bytes  # type: ignore[assignment]
     planned = step_traffic(job, done.stage)
     return [
-        Beside(kind, counted[kind], getattr(planned, kind))
+        Comparison(kind, counted[kind], getattr(planned, kind))
         for kind in planned._fields
         if counted[kind] or getattr(planned, kind)
     ]
@@ -84,7 +84,7 @@ def show(
     output: PlainConsole, layers: Any, model_config: ModelConfig, processes: int, done: list[RankRehearsal],
     pairing: Pairing | None, cluster: Cluster | None,
 ) -> None:  # fmt: skip
-    """One screen."""
+    """Print notes and tables."""
     job = job_rehearsed(layers.config, model_config, processes, layers.implementation)
     names = {"transformer_engine": "Transformer Engine's", "local": "local"}
     output.print(
@@ -111,7 +111,7 @@ def _memory_table(done: list[RankRehearsal], job: Job, cluster: Cluster | None) 
     for item in done:
         for text in (f"rank {item.rank}", "planned", "off"):
             table.add_column(text, justify="right")
-    for row in zip(*(memory_beside(item, job) for item in done), strict=True):
+    for row in zip(*(compare_memory(item, job) for item in done), strict=True):
         table.add_row(row[0].name, *(text for part in row for text in _figures(part, GIB)))
     for name in ("building", "left"):
         shown = {"building": "peak while it is built", "left": "left after the step"}[name]
@@ -125,15 +125,15 @@ def _traffic_table(done: list[RankRehearsal], job: Job) -> Table:
     for item in done:
         for text in (f"rank {item.rank}", "planned", "off"):
             table.add_column(text, justify="right")
-    kinds = {part.name: None for item in done for part in traffic_beside(item, job)}
-    found = [{part.name: part for part in traffic_beside(item, job)} for item in done]
+    kinds = {part.name: None for item in done for part in compare_traffic(item, job)}
+    found = [{part.name: part for part in compare_traffic(item, job)} for item in done]
     for kind in kinds:
-        parts = [parts.get(kind, Beside(kind, 0, 0)) for parts in found]
+        parts = [parts.get(kind, Comparison(kind, 0, 0)) for parts in found]
         table.add_row(kind, *(text for part in parts for text in _figures(part, GIB)))
     return table
 
 
-def _figures(part: Beside, unit: float) -> tuple[str, str, str]:
+def _figures(part: Comparison, unit: float) -> tuple[str, str, str]:
     return f"{part.counted / unit:.2f}", f"{part.planned / unit:.2f}", f"{part.off:+.1%}" if part.counted else ""
 
 

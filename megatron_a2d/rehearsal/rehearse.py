@@ -1,4 +1,4 @@
-"""`train --rehearse`: one rank of every pipeline stage, or the one that is asked for, and what they show together."""
+"""`train --rehearse`: rehearsal of one rank per pipeline stage, or of the rank given by --rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ASSUMED = "H100", (9, 0)  # without --cluster
 
 
 class Layers(NamedTuple):
-    """The implementation of the layers that is rehearsed, and what it leaves out of the run's."""
+    """The rehearsed implementation of the layers, and how it differs from the run's."""
 
     implementation: str
     config: RunConfig
@@ -29,8 +29,8 @@ class Layers(NamedTuple):
 
 
 def prepare(config: RunConfig, cluster: Cluster | None) -> Layers:
-    """Give this process a GPU of the cluster that holds no data; once, before megatron.core is imported."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a real GPU is left alone
+    """Simulate a GPU of the cluster in this process; once, before megatron.core is imported."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no real GPU is used
     name, capability = (cluster.gpu, cluster.capability) if cluster else ASSUMED
     dataless_gpu.install(name, capability)
     layers = _layers(config, engine_kernels.find())
@@ -39,7 +39,7 @@ def prepare(config: RunConfig, cluster: Cluster | None) -> Layers:
         assert directory
         engine_kernels.install(directory)
     else:
-        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # its libraries want a GPU
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # its libraries need a GPU
     return layers
 
 
@@ -51,7 +51,7 @@ def _layers(config: RunConfig, engine: Path | None) -> Layers:
         performance = _without(performance, [name for name in settings() if re.search("fp8|fp4|_in_bf16|_bf16", name)])
         config = dataclasses.replace(config, performance=performance)
     if performance.cuda_graph_impl != "none":
-        notes.append("--cuda-graph-impl: a step before the graphs are recorded")
+        notes.append("--cuda-graph-impl: a step before the graphs are captured")
     if wish != "local" and not refuses_transformer_engine(config):
         if engine:
             return Layers("transformer_engine", config, notes)
@@ -67,7 +67,7 @@ def _layers(config: RunConfig, engine: Path | None) -> Layers:
 
 
 def _without(performance: PerformanceConfig, names: list[str]) -> PerformanceConfig:
-    """With the defaults of these settings."""
+    """`performance` with these settings at their defaults."""
     defaults: dict[str, Any] = {name: settings()[name].default for name in names if hasattr(performance, name)}
     return dataclasses.replace(performance, **defaults)
 
@@ -75,7 +75,7 @@ def _without(performance: PerformanceConfig, names: list[str]) -> PerformanceCon
 def rehearse(
     config: RunConfig, model_config: ModelConfig, processes: int, rank: int | None, cluster: Cluster | None
 ) -> None:
-    """Print what a step of the run does; UserError where its sends and receives do not pair up."""
+    """Print a step's memory, traffic and synchronisations; UserError if sends and receives do not pair up."""
     if rank is not None and not 0 <= rank < processes:
         raise UserError(f"--rank {rank}: is none of the {processes} of --world-size; the last one is {processes - 1}")
     layers = prepare(config, cluster)
@@ -93,8 +93,8 @@ def rehearse(
         raise UserError([f"--rehearse: {problem}" for problem in pairing.problems])
 
 
-def ranks_of_stages(config: RunConfig, processes: int, place: int = 0) -> list[int]:
-    """The rank at this place of every pipeline stage; they exchange activations with one another."""
+def ranks_of_stages(config: RunConfig, processes: int, offset: int = 0) -> list[int]:
+    """The rank at this offset in every pipeline stage; they exchange activations with one another."""
     stages = config.parallel.pipeline_model_parallel_size
     per_stage = processes // stages
-    return [stage * per_stage + place for stage in range(stages)]
+    return [stage * per_stage + offset for stage in range(stages)]

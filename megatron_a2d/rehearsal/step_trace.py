@@ -1,4 +1,4 @@
-"""What a step does on one rank: the bytes it holds, its collectives in order, and where the host waits for the GPU."""
+"""Trace of one rank's step: memory, collectives in order, and where the host waits for the GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Event(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """A place where the host waits for what the GPU has queued."""
+    """A line of code where the host waits for the GPU."""
 
     place: str  # file:line
     operation: str
@@ -52,7 +52,7 @@ class Wait(NamedTuple):
 
 
 class _Work(Work):
-    """A communication that is over at once; that something waits for it is recorded."""
+    """A communication that is complete at once; waiting for it is recorded."""
 
     def __init__(self, events: list[Event], event: Event | None):
         super().__init__()
@@ -67,8 +67,8 @@ class _Work(Work):
         return True
 
 
-# Operation -> its name, the place of its tensors and of its group in the arguments. Of outputs and inputs the larger
-# ones are the message.
+# Operation -> its name, and the argument numbers of its tensors and of its group. The message is the larger one of
+# inputs and outputs.
 _COLLECTIVES: dict[Any, tuple[str, tuple[int, ...], int]] = {
     c10d.broadcast_.default: ("broadcast", (0,), 1),
     c10d.allreduce_.default: ("all_reduce", (0,), 1),
@@ -87,14 +87,14 @@ _COLLECTIVES: dict[Any, tuple[str, tuple[int, ...], int]] = {
     c10d.recv_.default: ("recv", (0,), 1),
     c10d.barrier.default: ("barrier", (), 1),
 }
-# What these return beside the work.
+# Those that return tensors as well as the work.
 _RETURNS_TENSORS = {name for name in _COLLECTIVES if "Work)" in str(name._schema)}
 
 
 class StepTrace(TorchDispatchMode):
-    """Sees every operation while it is active.
+    """Records every operation while it is active.
 
-    `now` and `peak` are bytes of the GPU's tensors; those that are inside one kernel are not among them.
+    `now` and `peak` are bytes of GPU tensors, without intermediate values of a kernel.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class StepTrace(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kwargs and cuda_names.is_gpu(kwargs.get("device")):  # made by torch itself, beside tensors that say so
+        if kwargs and cuda_names.is_gpu(kwargs.get("device")):  # created by torch itself
             kwargs = {**kwargs, "device": cuda_names.META}
         if function in _COLLECTIVES:
             return self._communicate(function, args)
@@ -152,14 +152,14 @@ class StepTrace(TorchDispatchMode):
         self.now -= known[1]
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Its size was changed in place: what is computed again lies where it lay."""
+        """A storage was resized in place, as recomputation does."""
         if known := self._storages.get(storage._cdata):
             self._storages[storage._cdata] = known[0], storage.nbytes()
             self._grow(storage.nbytes() - known[1])
 
     @contextmanager
     def one_kernel(self) -> Iterator[None]:
-        """What is done in this context is one kernel: its tensors take no memory of their own."""
+        """Context whose operations are one kernel: intermediate tensors take no memory."""
         self._inside_kernels += 1
         try:
             yield

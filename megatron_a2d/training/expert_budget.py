@@ -1,9 +1,9 @@
-"""The budget of tokens on each rank (--moe-expert-rank-capacity-factor), and the passes without it.
+"""Token budget of each expert-parallel rank (--moe-expert-rank-capacity-factor): no token is dropped because of it.
 
-With a budget HybridEP's buffers have a fixed size, and the host never waits for the number of tokens that a rank is
-sent. What exceeds it would be dropped. No token of a run is: a step in which that happens on any rank is repeated
-without the budget, as in Megatron-LM's own training loop (megatron.core's PagedStashRunner), and all other passes
-(validation, monitoring) are run without.
+With a budget HybridEP's buffers have a fixed size, and the host never waits for the number of tokens that a rank
+receives. HybridEP drops tokens beyond the budget, so a step in which any rank exceeds it is repeated without a budget,
+as in Megatron-LM's own training loop (megatron.core's PagedStashRunner). All other passes (validation, monitoring) have
+no budget.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 @contextmanager
 def without_budget(chunks: list[Any]) -> Iterator[None]:
-    """Inside, ranks take as many tokens as they are sent."""
+    """Context in which ranks accept any number of tokens."""
     managers = _managers(chunks)
     budgets = [manager.moe_expert_rank_capacity_factor for manager in managers]
     for manager in managers:

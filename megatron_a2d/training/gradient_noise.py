@@ -23,7 +23,7 @@ _EMA_DECAY = 0.9  # per log interval
 
 
 class GradientNoiseScale:
-    """Moving averages of tr S and |G|^2, and the small batch that they need beside the full one."""
+    """Moving averages of tr S and |G|^2, and the small batch that they need in addition to the full one."""
 
     def __init__(self, config: RunConfig):
         self._size, self._batch_size = small_batch_size(config), config.training.global_batch_size

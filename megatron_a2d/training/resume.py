@@ -109,7 +109,7 @@ def _find_in_save(config: RunConfig, iterations: list[int], report: Callable[[st
 def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, report: Callable[[str], None]) -> Path:
     """The newest checkpoint in --save whose files match its manifest."""
     latest = latest_iteration(save)
-    # Without a tracker the run ended before its first one was written. Iterations beyond it were set aside by hand.
+    # Without a tracker the run ended before its first one was written. Later iterations were moved away by the user.
     candidates = [iteration for iteration in iterations if latest is None or iteration <= latest]
     if latest is not None and latest not in iterations:
         report(f"{save / directory_name(latest)}: is missing")

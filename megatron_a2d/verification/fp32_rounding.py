@@ -47,7 +47,7 @@ def rounding_tolerance(
 
 
 class _PerturbedModel(StreamedModel):
-    """The model with magnified rounding errors of every product; tokens go to the experts that they went to without."""
+    """The model with magnified rounding errors of every product; routing is that of the unperturbed model."""
 
     def __init__(self, weights: Weights, exact: StreamedModel, advance: Callable[[float], None]):
         super().__init__(weights, exact.causal, advance)

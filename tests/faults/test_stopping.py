@@ -1,4 +1,4 @@
-"""All ranks end, skip and go on together."""
+"""All ranks stop, skip steps and continue together."""
 
 from __future__ import annotations
 

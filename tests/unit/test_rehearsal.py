@@ -135,7 +135,7 @@ def test_routing_is_balanced(eight_experts: None) -> None:
 
 
 def test_the_size_of_an_unknown_kind_is_refused() -> None:
-    with StepTrace(), CudaNames(), pytest.raises(NotImplementedError, match="decided by data"):
+    with StepTrace(), CudaNames(), pytest.raises(NotImplementedError, match="depends on data"):
         torch.repeat_interleave(on_gpu(4), on_gpu(4, dtype=torch.int64))
 
 

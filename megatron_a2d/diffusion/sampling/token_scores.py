@@ -28,7 +28,7 @@ class Scores(NamedTuple):
 
 
 def scorer(options: SamplingOptions, mask_token_id: int, uniforms_N: Tensor | None) -> Reduce:
-    """The `reduce` of a forward pass. `uniforms_N` [N] fp64 determines the draws; None: take the likeliest token.
+    """The `reduce` of a forward pass. `uniforms_N` [N] fp64 determines the draws; None: take the most likely token.
 
     Under guidance the second half of the hidden states are those without the given text.
     """
@@ -69,7 +69,7 @@ def _score(logits_nV: Tensor, options: SamplingOptions, mask_token_id: int, unif
 
 
 def _filter(logits_nV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set all but the likeliest tokens to -inf: top-k, then top-p of the remaining ones."""
+    """Set all but the most likely tokens to -inf: top-k, then top-p of the remaining ones."""
     if 0 < top_k < logits_nV.shape[-1]:
         values, indices = logits_nV.topk(top_k, dim=-1)
         logits_nV = torch.full_like(logits_nV, -torch.inf).scatter(-1, indices, values)
