@@ -79,6 +79,7 @@ class Exactness:
         self.resharded: list[Resharded] = []
         self.saved: dict[str, float] = {}
         self.faults: list[Fault] = []
+        self.releases = ""  # of Transformer Engine and megatron-core, where each pair has sections of its own
         self.engine: list[Compared] = []
         self.engine_fp8: list[Rounded] = []
         self.products: list[Products] = []
@@ -87,6 +88,8 @@ class Exactness:
     def write(self, path: Path) -> None:
         page = path.read_text(encoding="utf-8") if path.exists() else TITLE
         for name, text in self._sections().items():
+            if self.releases:
+                name, text = f"{name}, {self.releases}", text.replace("\n", f": {self.releases}\n", 1)
             block = f"<!-- {name} -->\n{text.strip()}\n<!-- end of {name} -->\n"
             pattern = re.compile(f"<!-- {name} -->.*?<!-- end of {name} -->\n", re.DOTALL)
             page = pattern.sub(lambda _, block=block: block, page) if pattern.search(page) else f"{page}\n{block}"

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 
 from tests.cases import Case
+from tests.exactness import Exactness
 from tests.parity.pool import Pool
 from tests.transformer_engine.engine_pool import EnginePool
-from tests.transformer_engine.install import DIRECTORY
+from tests.transformer_engine.install import DIRECTORY, releases
 
 
 @pytest.fixture(scope="session")
-def engine_pool() -> Iterator[EnginePool]:
+def engine_pool(exactness: Exactness) -> Iterator[EnginePool]:
     """Ranks with Transformer Engine's layers."""
     if not DIRECTORY:
         pytest.skip("A2D_TRANSFORMER_ENGINE names no directory with Transformer Engine; `make test` sets it")
+    exactness.releases = releases()
     pool = EnginePool()
     yield pool
     pool.close()
