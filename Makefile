@@ -135,7 +135,7 @@ test-parity: setup  ## every layout against one process, in fp32 and bf16, resum
 
 test-te: setup $(if $(NEWEST),$(VENV)/installed_newest)  ## Transformer Engine's layers on a CPU, 2.12 and the newest, every case; writes tests/transformer_engine/RESULTS.md
 	$(TESTS) tests/transformer_engine -m "" --exactness tests/transformer_engine/RESULTS.md $(ARGS)
-	$(if $(NEWEST),$(TESTS_NEWEST) tests/transformer_engine -m "" $(ARGS))
+	$(if $(NEWEST),$(TESTS_NEWEST) tests/transformer_engine -m "" --exactness tests/transformer_engine/RESULTS.md $(ARGS))
 
 test-faults: setup  ## kills, damaged files, full disks, non-finite losses; writes tests/parity/RESULTS.md
 	$(TESTS) tests/faults -m "" --exactness tests/parity/RESULTS.md $(ARGS)

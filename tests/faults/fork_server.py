@@ -108,10 +108,10 @@ def fork_rank(rank: int, port: int, settings: dict[str, Any], errors: Path, kill
 def kill_at(point: str, pass_by: int) -> None:
     """Let this process kill itself when it comes to `point`, after it has come there `pass_by` times."""
     if point == SLOW_WRITER:
-        from megatron_a2d.checkpoint import save
+        from megatron_a2d.checkpoint import async_writer
 
-        write = save._write
-        save._write = lambda *arguments: (time.sleep(10), write(*arguments))
+        write = async_writer._write
+        async_writer._write = lambda *arguments: (time.sleep(10), write(*arguments))
     module_name, owner_name, function_name = POINTS[point]
     owner: Any = sys.modules[module_name]
     owner = getattr(owner, owner_name) if owner_name else owner

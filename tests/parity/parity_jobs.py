@@ -282,12 +282,12 @@ def _start(
     assert not problems, problems
     process_groups.initialize(config.parallel)
     if not fix_experts:
-        from megatron_a2d.training import train_state
+        from megatron_a2d.training import initialization
 
-        original, train_state.mark_expert_parameters = train_state.mark_expert_parameters, lambda model: None
+        original, initialization.mark_expert_parameters = initialization.mark_expert_parameters, lambda model: None
     state = build_train_state(model_config, config)
     if not fix_experts:
-        train_state.mark_expert_parameters = original
+        initialization.mark_expert_parameters = original
     state.grafting = initialize_state(state, config, model_config, start, weights_only=True)  # type: ignore[attr-defined]
     train_data, _ = open_datasets(config, model_config)
     return config, state, micro_batches(config, model_config, train_data, config.data.seed, 0)
