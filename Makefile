@@ -51,8 +51,8 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-latest-cpu test-parity test-te test-faults test-slurm test-mutants fuzz check \
-  data convert-hf train plan export verify inspect publish generate evaluate study bench bench-convert gpu
+.PHONY: help setup demo test test-latest test-latest-cpu test-parity test-te test-rehearsal test-faults test-slurm test-mutants fuzz \
+  check data convert-hf train plan export verify inspect publish generate evaluate study bench bench-convert gpu
 
 help:  ## list of targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -136,6 +136,9 @@ test-parity: setup  ## every layout against one process, in fp32 and bf16, resum
 test-te: setup $(if $(NEWEST),$(VENV)/installed_newest)  ## Transformer Engine's layers on a CPU, 2.12 and the newest, every case; writes tests/transformer_engine/RESULTS.md
 	$(TESTS) tests/transformer_engine -m "" --exactness tests/transformer_engine/RESULTS.md $(ARGS)
 	$(if $(NEWEST),$(TESTS_NEWEST) tests/transformer_engine -m "" --exactness tests/transformer_engine/RESULTS.md $(ARGS))
+
+test-rehearsal: setup  ## a step of every recipe on every cluster size, without GPUs, beside the plan; writes tests/rehearsal/RESULTS.md
+	$(TESTS:pytest=tests.rehearsal) --out tests/rehearsal/RESULTS.md $(ARGS)
 
 test-faults: setup  ## kills, damaged files, full disks, non-finite losses; writes tests/parity/RESULTS.md
 	$(TESTS) tests/faults -m "" --exactness tests/parity/RESULTS.md $(ARGS)

@@ -30,13 +30,16 @@ class LayerActivations(NamedTuple):
         return sum(self.experts.values())
 
 
-def layer_activations(job: Job) -> LayerActivations:
-    """Activations of a layer of the implementation that --transformer-impl chooses on a GPU."""
-    if job.transformer_impl == "local":
-        return LayerActivations(
-            _portable_attention(job), _portable_norm(job, "pre_mlp_layernorm") | _mlp(job), _experts(job)
-        )
-    return LayerActivations(_attention(job), _norm(job, "pre_mlp_layernorm") | _mlp(job), _experts(job))
+def layer_activations(job: Job, on_cpu: bool = False) -> LayerActivations:
+    """Activations of the layers that --transformer-impl selects on a GPU; `on_cpu`: of the local layers there."""
+    if job.transformer_impl != "local":
+        # A norm before a linear layer is part of it, and not recomputed; a router's is a module of its own.
+        norm = _norm(job, "pre_mlp_layernorm", recomputed=job.model_config.is_moe and job.recomputes("layernorm"))
+        return LayerActivations(_attention(job), norm | _mlp(job), _experts(job))
+    if on_cpu:
+        return LayerActivations(_cpu_attention(job), _cpu_norm(job, "pre_mlp_layernorm") | _mlp(job), _experts(job))
+    norm = _norm(job, "pre_mlp_layernorm", recomputed=job.recomputes("layernorm"))
+    return LayerActivations(_local_attention(job), norm | _mlp(job), _experts(job))
 
 
 def _heads(job: Job) -> tuple[float, float]:
@@ -45,7 +48,7 @@ def _heads(job: Job) -> tuple[float, float]:
     return a.num_attention_heads * a.head_dim / tp, a.num_key_value_heads * a.head_dim / tp
 
 
-def _cuts_queries(job: Job) -> bool:
+def _copies_queries(job: Job) -> bool:
     """Whether queries are copied out of the QKV tensor, which interleaves the groups; a single group needs no copy."""
     return job.model_config.num_key_value_heads > job.tensor_model_parallel_size
 
@@ -55,19 +58,20 @@ def _input_bytes(job: Job) -> int:
     return 1 if job.fp8_recipe != "none" else job.number_bytes
 
 
-def _norm(job: Job, name: str) -> dict[str, float]:
-    """Input and output of a norm; the output is the saved input of the next GEMM."""
+def _norm(job: Job, name: str, recomputed: bool = False) -> dict[str, float]:
+    """A fused norm's input, and its output, which is the saved input of the next GEMM."""
     values = job.tokens_between_layers * job.model_config.hidden_size
-    kept = {f"{name}, input": values * job.number_bytes}
-    return kept if job.recomputes("layernorm") else kept | {f"{name}, output": values * _input_bytes(job)}
+    kept = {f"{name}, input": values * job.number_bytes, f"{name}, scale": job.tokens_between_layers * FLOAT}
+    return kept if recomputed else kept | {f"{name}, output": values * _input_bytes(job)}
 
 
 def _attention(job: Job) -> dict[str, float]:
     queries, keys = _heads(job)
     rows, number = job.tokens, job.number_bytes
     kept = _norm(job, "input_layernorm") | {
+        # Each is a copy out of the QKV tensor, which is freed.
         "queries, keys, values": rows * (queries + 2 * keys) * number,
-        "queries, copied": rows * queries * number if _cuts_queries(job) else 0.0,
+        "queries and keys, scale": rows * (queries + keys) / job.model_config.head_dim * FLOAT,
         "queries, normed and rotated": rows * queries * number,
         "keys, normed and rotated": rows * keys * number,
         "attention, log-sum-exp": rows * queries / job.model_config.head_dim * FLOAT,
@@ -76,7 +80,29 @@ def _attention(job: Job) -> dict[str, float]:
     return kept if job.fp8_recipe == "none" else kept | {"attention, output in FP8": rows * queries}
 
 
-def _portable_norm(job: Job, name: str) -> dict[str, float]:
+def _local_attention(job: Job) -> dict[str, float]:
+    """Of the local layers with CUDA's fused norms and flash attention."""
+    queries, keys = _heads(job)
+    rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
+    kept = _norm(job, "input_layernorm", recomputed=job.recomputes("layernorm")) | {
+        "queries, keys, values": rows * (queries + 2 * keys) * number,  # keys and values are views of it
+        "queries, copied": rows * queries * number if _copies_queries(job) else 0.0,
+        "queries and keys, scale": rows * (queries + keys) / job.model_config.head_dim * FLOAT,
+        "sines and cosines": _rotation_bytes(job),
+        "queries, rotated": rows * queries * number,
+        "keys, rotated and gathered": rows * keys * number * cp,
+        "attention, log-sum-exp": rows * queries / job.model_config.head_dim * FLOAT,
+        "attention, output": rows * queries * number,
+    }
+    return kept | ({"values, gathered": rows * keys * number * cp} if cp > 1 else {})
+
+
+def _rotation_bytes(job: Job) -> float:
+    """Sine and cosine, each saved for queries and for keys; the same angles for all samples."""
+    return 4 * job.tokens / job.micro_batch_size * job.model_config.head_dim * job.number_bytes
+
+
+def _cpu_norm(job: Job, name: str) -> dict[str, float]:
     """Tensors of torch's norm on a CPU, which computes in fp32 and saves its intermediate results."""
     rows, hidden = job.tokens_between_layers, job.model_config.hidden_size
     return {
@@ -87,20 +113,19 @@ def _portable_norm(job: Job, name: str) -> dict[str, float]:
     }
 
 
-def _portable_attention(job: Job) -> dict[str, float]:
+def _cpu_attention(job: Job) -> dict[str, float]:
     a = job.model_config
     queries, keys = _heads(job)
     rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
-    kept = _portable_norm(job, "input_layernorm") | {
+    kept = _cpu_norm(job, "input_layernorm") | {
         "queries, keys, values": rows * (queries + 2 * keys) * number,
         # In an fp32 run this is the copy out of the QKV tensor.
-        "queries, in fp32": rows * queries * FLOAT if job.bf16 or _cuts_queries(job) else 0.0,
+        "queries, in fp32": rows * queries * FLOAT if job.bf16 or _copies_queries(job) else 0.0,
         "queries, scale": rows * queries / a.head_dim * FLOAT,
         "queries, normed": rows * queries * FLOAT,
         "keys, scale": rows * keys / a.head_dim * FLOAT,
         "keys, normed": rows * keys * FLOAT,
-        # The same angles for all samples; sine and cosine, each saved for queries and for keys.
-        "sines and cosines": 4 * rows / job.micro_batch_size * a.head_dim * number,
+        "sines and cosines": _rotation_bytes(job),
         "queries, rotated": rows * queries * number,
         "keys, rotated and gathered": rows * keys * number * cp,
         "attention, log-sum-exp": rows * queries / a.head_dim * FLOAT,
@@ -117,6 +142,11 @@ def _mlp(job: Job) -> dict[str, float]:
     a = job.model_config
     if a.is_moe:
         rows, chosen = job.tokens_between_layers, a.num_experts_per_tok
+        if job.transformer_impl != "local":  # its fused router and permutation
+            return {
+                "router, map, probabilities and scores": rows * a.num_experts * (1 + FLOAT + FLOAT),
+                "router, places of rows": rows * (2 * a.num_experts + 1) * FLOAT,
+            }
         return {
             "router, chosen experts": rows * chosen * (INDEX + FLOAT),
             "router, map and probabilities": rows * a.num_experts * (1 + FLOAT),

@@ -71,15 +71,15 @@ def _stage_memory(job: Job, stage: int, kept: LayerActivations, headroom: float)
     per_microbatch = kept.total * (job.layers_per_stage - job.recomputed_layers)
     per_microbatch += job.tokens_between_layers * job.model_config.hidden_size * parameter_bytes * job.recomputed_layers
     # A recomputed layer holds all its activations while its own backward pass runs.
-    activations = per_microbatch * in_flight + (kept.total if job.recomputed_layers else 0.0)
+    recomputed = kept.total if job.recomputed_layers else 0.0
     is_last = stage == job.pipeline_model_parallel_size - 1
     return Memory(
         weights=weights,
         fp8_copies=fp8_copy_bytes(job),
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations,
-        logits=logit_bytes(job) if is_last else 0.0,
+        activations=per_microbatch * in_flight + recomputed,
+        logits=max(0.0, logit_bytes(job) - recomputed) if is_last else 0.0,  # held at another time than that layer's
         dispatcher=_dispatcher_bytes(job, kept.of_experts, in_flight),
         communication=CONTEXT_BYTES + COMMUNICATOR_BYTES * _num_communicators(job),
         headroom=headroom,
@@ -146,6 +146,8 @@ def _dispatcher_bytes(job: Job, expert_activations: float, in_flight: float) -> 
     row = a.hidden_size * job.number_bytes
     sent, received = job.routed_rows, job.received_rows
     moving = 2 * (sent + received) * row  # tokens and their gradient, sent and received
+    if job.overlap_moe_expert_parallel_comm:
+        moving *= 2  # those of another micro-batch at the same time
     layers = job.layers_per_stage - job.recomputed_layers
     return moving + (received / sent - 1) * expert_activations * max(1, layers) * in_flight
 

@@ -154,8 +154,9 @@ def layer_work(job: Job, nvlink_domain: int) -> Work:
     attention *= 1 + job.recomputes("core_attn") / (1 + ATTENTION_BACKWARD)
     mlp_passes = passes + job.recomputes("moe" if a.is_moe else "mlp")
     expert = _all_to_all(job, nvlink_domain)
-    gathered = between * a.hidden_size * BF16 * (tp - 1) * (4 + share * 2)  # all-gather, reduce-scatter: attention, MLP
-    gathered += between * a.hidden_size * BF16 * (tp - 1) * 2  # the inputs again for the weights' gradients
+    # Around attention and MLP: an all-gather and a reduce-scatter each, forward and backward, and the inputs gathered
+    # again for the weight gradients.
+    gathered = between * a.hidden_size * BF16 * (tp - 1) * (4 + 4 + 2 + share * 4)
     if a.is_moe:
         gathered /= 2  # TP divides only the attention
     cp = job.context_parallel_size

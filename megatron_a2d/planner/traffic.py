@@ -12,7 +12,7 @@ from megatron_a2d.planner.workload import Job
 class Traffic(NamedTuple):
     """Bytes that leave a rank in a step."""
 
-    tensor: float  # all-gathers and reduce-scatters around attention and MLP
+    tensor: float  # all-gathers and reduce-scatters around attention and MLP, embedding and head
     context: float
     expert: float  # all-to-alls
     pipeline: float
@@ -24,12 +24,27 @@ def step_traffic(job: Job, stage: int) -> Traffic:
     work = layer_work(job, nvlink_domain=job.world_size)
     passes = job.layers_per_stage * job.num_microbatches
     return Traffic(
-        tensor=(work.tensor_nvlink + work.tensor_network) * passes,
+        tensor=(work.tensor_nvlink + work.tensor_network) * passes + _tensor_bytes_of_ends(job, stage),
         context=(work.context_nvlink + work.context_network) * passes,
         expert=(work.expert_nvlink + work.expert_network) * passes,
         pipeline=_pipeline_bytes(job, stage),
         data=sum(_data_bytes(job, stage)),
     )
+
+
+def _tensor_bytes_of_ends(job: Job, stage: int) -> float:
+    """Of the embedding and of the head, where every position has a loss."""
+    tp, hidden = job.tensor_model_parallel_size, job.model_config.hidden_size * job.number_bytes
+    sent = 0.0
+    if stage == 0:  # scattered forward, gathered backward
+        sent += 2 * (tp - 1) * job.tokens_between_layers * hidden
+    if stage == job.pipeline_model_parallel_size - 1:
+        sent += (tp - 1) * job.tokens_between_layers * hidden * job.sequence_parallel
+        sent += (
+            2 * (tp - 1) / tp * job.tokens * hidden
+        )  # the gradient of its input, summed over the vocabulary's shards
+        sent += (tp - 1) * job.tokens * 4 * FP32  # statistics of each position
+    return sent * job.num_microbatches
 
 
 def _pipeline_bytes(job: Job, stage: int) -> float:

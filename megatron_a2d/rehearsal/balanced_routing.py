@@ -7,6 +7,7 @@ mask on the GPU (tokens per expert, split sizes) are propagated through later op
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,16 +105,26 @@ def follow(function: Any, args: Any, kwargs: Any, result: Any) -> None:
     if _counts_chosen(function, args, kwargs):
         result.balanced_values = balanced_counts(args[0].size(0), args[0].size(1))  # type: ignore[attr-defined]
         return
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    if not any(known(tensor) is not None for tensor in tensors):
+    if result.dtype.is_floating_point or not any(known(tensor) is not None for tensor in _tensors(args)):
         return
-    if any(tensor.is_meta and known(tensor) is None for tensor in tensors):
+    if any(
+        tensor.is_meta and known(tensor) is None for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)
+    ):
         return
     with _disable_current_modes():
         host_args, host_kwargs = tree_map(_on_host, (args, kwargs))
         value = function(*host_args, **host_kwargs)
     if isinstance(value, Tensor) and value.shape == result.shape:
         result.balanced_values = value  # type: ignore[attr-defined]
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    """Of an operation's arguments, in lists too."""
+    for value in args:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (item for item in value if isinstance(item, Tensor))
 
 
 def _on_host(value: Any) -> Any:

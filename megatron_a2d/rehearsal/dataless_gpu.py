@@ -136,7 +136,12 @@ def _as_one_kernel(function: Any = None, **_: Any) -> Any:
     """torch.compile: one kernel, whose intermediate values take no memory."""
     if function is None:
         return _as_one_kernel
-    return functools.wraps(function)(functools.partial(one_kernel, function))
+
+    @functools.wraps(function)
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return one_kernel(function, *args, **kwargs)
+
+    return kernel
 
 
 def _notifying(resize: Callable[..., Any]) -> Callable[..., Any]:

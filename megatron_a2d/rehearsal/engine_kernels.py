@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
+import importlib.metadata
 import math
 import os
 import sys
@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_a2d.rehearsal.cuda_names import GPU
 from megatron_a2d.rehearsal.dataless_gpu import one_kernel
 
+RELEASE = "2.12."
 # Transformer Engine's own modules: kernels in triton, and exports.
 _LEFT_OUT = (
     "transformer_engine.common.triton.permutation", "transformer_engine.pytorch.triton.cross_entropy",
@@ -34,14 +35,24 @@ _PERMUTATION = "transformer_engine.pytorch.triton.permutation"
 
 
 def find() -> Path | None:
-    """The directory that holds Transformer Engine's Python, None where it is not installed."""
-    spec = importlib.util.find_spec("transformer_engine")
-    locations = spec.submodule_search_locations if spec else None
-    return Path(next(iter(locations))).parent if locations else None
+    """The directory that holds Transformer Engine's Python of this release; None where there is none.
+
+    Where `make setup` has put it for the tests, apart from the other packages, it is found too.
+    """
+    for place in (*sys.path, str(Path(sys.prefix) / "transformer_engine")):
+        found = importlib.metadata.distributions(name="transformer-engine", path=[place])
+        if any(item.version.startswith(RELEASE) for item in found) and _has_layers(Path(place)):
+            return Path(place)
+    return None
+
+
+def _has_layers(directory: Path) -> bool:
+    return (directory / "transformer_engine" / "pytorch" / "__init__.py").is_file()
 
 
 def install(directory: Path) -> None:
     """Make `import transformer_engine` find these kernels, in a process that imports it only afterwards."""
+    sys.path.insert(0, str(directory))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # loads no libraries
     os.environ["NVTE_TORCH_COMPILE"] = "0"
     sys.meta_path.insert(0, _Kernels(directory))

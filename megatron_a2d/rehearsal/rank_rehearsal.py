@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_a2d.config.model_config import ModelConfig
@@ -70,7 +74,8 @@ def rehearse_rank(
     trace = StepTrace()
     with trace, CudaNames(), torch.autograd.set_multithreading_enabled(False):
         progress(f"rank {rank}: model and optimizer")
-        state = build_train_state(model_config, config)
+        with _modules_listed_once():
+            state = build_train_state(model_config, config)
         progress(f"rank {rank}: {len(batches)} micro-batches")
         result = _step(trace, state, batches)
     building, activations, update, left = result
@@ -97,6 +102,37 @@ def _step(trace: StepTrace, state: TrainState, batches: list[Batch]) -> tuple[in
     trace.phase, trace.peak = "update", trace.now
     update_parameters(state.optimizer)
     return building, activations, trace.peak - trace.now, trace.now
+
+
+_LISTS = ("modules", "parameters")
+
+
+def _method(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    return lambda module, *args, **kwargs: function(name, module, *args, **kwargs)
+
+
+@contextmanager
+def _modules_listed_once() -> Iterator[None]:
+    """megatron.core looks for each parameter's module among all modules and their parameters (--delay-wgrad-compute):
+    with lists that are made once, that takes seconds instead of half a minute."""
+    build, originals = DistributedDataParallel.__init__, {name: getattr(nn.Module, name) for name in _LISTS}
+
+    def build_with_lists(*args: Any, **kwargs: Any) -> None:
+        known: dict[Any, list[Any]] = {}
+
+        def listed(name: str, module: nn.Module, *rest: Any, **options: Any) -> Iterator[Any]:
+            key = (name, module, rest, tuple(options.items()))
+            if key not in known:
+                known[key] = list(originals[name](module, *rest, **options))
+            return iter(known[key])
+
+        with ExitStack() as patches:
+            for name in _LISTS:
+                patches.enter_context(patch.object(nn.Module, name, _method(listed, name)))
+            build(*args, **kwargs)
+
+    with patch.object(DistributedDataParallel, "__init__", build_with_lists):
+        yield
 
 
 def _join(config: RunConfig, rank: int, world_size: int) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_a2d.config.model_config import ModelConfig
@@ -28,22 +27,23 @@ class Layers(NamedTuple):
     notes: list[str]
 
 
-def prepare(config: RunConfig, cluster: Cluster | None) -> Layers:
-    """Simulate a GPU of the cluster in this process; once, before megatron.core is imported."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no real GPU is used
+def prepare(cluster: Cluster | None) -> bool:
+    """Give this process a GPU of the cluster that holds no data; once, before megatron.core is imported.
+
+    Returns whether there are Transformer Engine's layers.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a real GPU is left alone
     name, capability = (cluster.gpu, cluster.capability) if cluster else ASSUMED
     dataless_gpu.install(name, capability)
-    layers = _layers(config, engine_kernels.find())
-    if layers.implementation == "transformer_engine":
-        directory = engine_kernels.find()
-        assert directory
+    if directory := engine_kernels.find():
         engine_kernels.install(directory)
     else:
-        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # its libraries need a GPU
-    return layers
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # one of another release
+    return directory is not None
 
 
-def _layers(config: RunConfig, engine: Path | None) -> Layers:
+def choose_layers(config: RunConfig, has_engine: bool) -> Layers:
+    """The layers that the run has on a GPU with Transformer Engine, as far as they can be rehearsed here."""
     wish, notes = config.training.transformer_impl, []
     performance = config.performance
     if (performance.fp8_recipe, performance.fp4_recipe) != ("none", "none"):
@@ -53,14 +53,14 @@ def _layers(config: RunConfig, engine: Path | None) -> Layers:
     if performance.cuda_graph_impl != "none":
         notes.append("--cuda-graph-impl: a step before the graphs are captured")
     if wish != "local" and not refuses_transformer_engine(config):
-        if engine:
+        if has_engine:
             return Layers("transformer_engine", config, notes)
         off = needs_transformer_engine(config)
         performance = _without(performance, off)
         without = f", without {', '.join(map(flag, off))}" if off else ""
         notes.append(
             f"the local layers for Transformer Engine's{without}: they keep other tensors for the backward pass. "
-            "Its Python is not installed (pip install --no-deps transformer-engine==2.12.0)"
+            f"Its Python, of release {engine_kernels.RELEASE}*, is not installed (make setup installs it)"
         )
     training = dataclasses.replace(config.training, transformer_impl="local")
     return Layers("local", dataclasses.replace(config, training=training, performance=performance), notes)
@@ -78,7 +78,7 @@ def rehearse(
     """Print a step's memory, traffic and synchronisations; UserError if sends and receives do not pair up."""
     if rank is not None and not 0 <= rank < processes:
         raise UserError(f"--rank {rank}: is none of the {processes} of --world-size; the last one is {processes - 1}")
-    layers = prepare(config, cluster)
+    layers = choose_layers(config, prepare(cluster))
     from megatron_a2d.rehearsal import rehearsal_report
     from megatron_a2d.rehearsal.pipeline_pairing import pair
     from megatron_a2d.rehearsal.rank_rehearsal import rehearse_rank

@@ -95,7 +95,7 @@ def test_activations(name: str, measured: Any) -> None:
     kept = expected = 0.0
     for rank in ranks:
         layers = job.layers_per_stage
-        expected += layer_activations(job).total * layers
+        expected += layer_activations(job, on_cpu=True).total * layers
         if rank["stage"] == job.pipeline_model_parallel_size - 1:
             expected += final_norm_bytes(job)
         kept += sum(rank["layer_bytes"])
@@ -137,6 +137,24 @@ def test_head(rows: int, grad_reduce_in_fp32: bool, monkeypatch: pytest.MonkeyPa
     assert seen.peak == pytest.approx(logit_bytes(job), rel=0.02)
     if rows > 2 * chunk:
         assert seen.peak < 0.5 * logit_bytes(replace(job, whole_logits=True))
+
+
+def test_which_norms_are_recomputed() -> None:
+    """Transformer Engine's linear layers hold the norm before them, which --recompute-modules layernorm leaves alone; a
+    router's norm, and all of the local layers', are modules of their own."""
+    dense = replace(JOB, model_config=named_model_config("Qwen3-8B"), expert_model_parallel_size=1)
+    for job, freed in ((dense, 0), (JOB, 1), (replace(dense, transformer_impl="local"), 2)):
+        again = replace(job, recompute_granularity="selective", recompute_modules=("layernorm",))
+        output = job.tokens_between_layers * job.model_config.hidden_size * job.number_bytes
+        assert layer_activations(job).total - layer_activations(again).total == freed * output
+
+
+def test_local_layers_on_a_gpu_keep_less_than_on_a_cpu() -> None:
+    """CUDA's norms are fused: input and one number per row, instead of fp32 copies."""
+    job = replace(JOB, transformer_impl="local")
+    on_gpu, on_cpu = layer_activations(job), layer_activations(job, on_cpu=True)
+    assert on_gpu.attention["input_layernorm, input"] == on_cpu.attention["input_layernorm, input"] / 2
+    assert on_gpu.total < on_cpu.total and on_gpu.experts == on_cpu.experts
 
 
 def final_norm_bytes(job: Job) -> float:

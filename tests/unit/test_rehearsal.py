@@ -234,6 +234,10 @@ def test_the_command() -> None:
         assert re.search(rf"│ {part} +│ +[\d.]+ │ +[\d.]+ │ +[+-]0\.\d% │ +[\d.]+ │ +[\d.]+ │ +[+-]0\.\d% │", shown), (
             shown
         )
+    activations = re.search(r"│ activations, logits +│((?: +[+-]?[\d.]+%? │)+)", shown)
+    assert activations
+    errors = [float(cell.strip(" %")) for cell in activations[1].split("│") if "%" in cell]
+    assert len(errors) == 2 and all(abs(error) < 5 for error in errors), shown
     # 3 tensors a micro-batch forward, 3 back: the model's last stage sends nothing on.
     assert "pipeline: 24 sends (0.188 GiB) and receives of 2 stages, which pair up; nothing hangs" in shown
     assert re.search(r"finalize_model_grads.py:\d+ +│ .item\(\) +│ +2 │ +2 │", shown)

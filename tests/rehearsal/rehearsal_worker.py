@@ -1,0 +1,70 @@
+"""A process that rehearses one case after another: `python -m tests.rehearsal.rehearsal_worker`, cases by stdin as lines of
+JSON, results by stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from megatron_a2d.rehearsal.rehearse import choose_layers, prepare
+from megatron_a2d.terminal.console import hide_noise
+from tests.rehearsal.rehearsal_cases import Case
+
+
+def main() -> None:
+    hide_noise()
+    has_engine = prepare(None)
+    output, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        fields = json.loads(line)
+        case = Case(fields["recipe"], fields["gpus"], tuple(fields["places"]), tuple(fields["flags"]))
+        print(json.dumps(rehearse_case(case, has_engine)), file=output, flush=True)
+
+
+def rehearse_case(case: Case, has_engine: bool) -> dict[str, Any]:
+    """Figures beside the planner's for each rank, and what came of the stages' exchange."""
+    from megatron_a2d.rehearsal.pipeline_pairing import pair
+    from megatron_a2d.rehearsal.rank_rehearsal import rehearse_rank
+    from megatron_a2d.rehearsal.rehearsal_report import job_rehearsed, memory_beside, traffic_beside
+
+    start = time.process_time()
+    config, model_config = case.config()
+    layers = choose_layers(config, has_engine)
+    job = job_rehearsed(layers.config, model_config, case.gpus, layers.implementation)
+    ranks, problems, pairs = [], [], 0
+    for place, numbers in case.ranks(job.pipeline_model_parallel_size).items():
+        done = [rehearse_rank(layers.config, model_config, rank, case.gpus, lambda what: None) for rank in numbers]
+        pairing = pair({item.rank: item.events for item in done})
+        problems += pairing.problems
+        pairs += pairing.num_pairs
+        ranks += [
+            {
+                "place": place,
+                "rank": item.rank,
+                "stage": item.stage,
+                "memory": {part.name: [part.counted, part.planned] for part in memory_beside(item, job)},
+                "traffic": {part.name: [part.counted, part.planned] for part in traffic_beside(item, job)},
+                "waits": {
+                    f"{wait.place} {wait.operation}": number
+                    for wait, number in item.waits.items()
+                    if wait.phase != "build"
+                },
+                "collectives": sum(event.peer is None and len(event.ranks) > 1 for event in item.events),
+            }
+            for item in done
+        ]
+    return {
+        "case": case.name,
+        "layers": layers.implementation,
+        "micro_batches": job.num_microbatches,
+        "ranks": ranks,
+        "pairs": pairs,
+        "problems": problems,
+        "seconds": time.process_time() - start,
+    }
+
+
+if __name__ == "__main__":
+    main()
