@@ -61,7 +61,7 @@ def main() -> None:
 def attempt(
     settings: dict[str, Any], victims: list[int], after: float | None, point: str | None, pass_by: int
 ) -> dict[str, Any]:
-    """One start of the run on all ranks; `victims` die by SIGKILL, after so many seconds or at a point of the program."""
+    """One start of the run on all ranks; `victims` are killed by SIGKILL, after a number of seconds or at a kill point."""
     from torch.distributed import TCPStore
 
     with tempfile.TemporaryDirectory() as directory:
@@ -138,7 +138,7 @@ def run_rank(rank: int, port: int, settings: dict[str, Any]) -> int:
     rank_failure.BEAT, rank_failure.SUSPICION = (
         0.25,
         0.75,
-    )  # two ranks: nobody else can be slow (test_rank_failure.py has the real ones)
+    )  # two ranks: no third rank can be slow (test_rank_failure.py has the real ones)
     sys.stdout = sys.stderr
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     timeout = timedelta(seconds=PATIENCE / 2)

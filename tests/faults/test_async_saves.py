@@ -1,4 +1,4 @@
-"""Checkpoints in the background: training goes on, what is written is the state at the save, failures are heard."""
+"""Asynchronous checkpoints: training continues, the state at the save is written, failures are reported."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     for before, after in zip(trained["results"], resumed, strict=True):
         assert after["start"] == 1 and after["losses"] == before["losses"][1:]
         assert after["weights"] == before["weights"] and after["optimizer"] == before["optimizer"]
-    assert check_manifest(root / "iter_0000004") == []  # written anew
+    assert check_manifest(root / "iter_0000004") == []  # written again
     end = "identified; resumes from the one before, then bitwise as the uninterrupted run"
     for damage in ("a flipped bit in", "a truncated file of", "a file missing from"):
         exactness.faults.append(Fault(f"{damage} the newest checkpoint", 1, "that checkpoint", end))
@@ -69,7 +69,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def test_old_checkpoints_are_removed(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
     """Of iterations 1 to 5 the last two stay, and with --save-retain-interval 2 the even ones. The run's own start is removed while
-    it goes on: the model's files still reach every later checkpoint."""
+    it continues: the model's files still reach every later checkpoint."""
     case = cases["moe"]
     settings = {**case.settings, "load": case.checkpoint, "save": str(tmp_path / "run"), "save_interval": 1}
     pool.run("run", 1, settings={**settings, "train_iters": 1})
@@ -130,7 +130,7 @@ def test_a_full_disk(
     reaction: str, trained: dict[str, Any], pool: Pool, small_disk: Path, exactness: Exactness
 ) -> None:
     """The second checkpoint does not fit: all ranks hear of it, the first stays whole, nothing is left of the other; when
-    there is room, the same command goes on."""
+    there is space, the same command resumes."""
     root = small_disk / "run"
     settings = {**trained["settings"], "save": str(root), "on_save_error": reaction}
     stopped = pool.run("run", 2, settings=settings)

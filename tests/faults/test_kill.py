@@ -67,7 +67,7 @@ class ForkServer:
 
 
 class Run:
-    """A run that is killed again and again, beside one that is not."""
+    """A run that is killed repeatedly, compared with one that is not."""
 
     def __init__(self, root: Path, layout: dict[str, Any]):
         settings = {
@@ -111,7 +111,7 @@ class Run:
         return lost
 
     def complete(self) -> None:
-        """Let it run to its end, and compare it with the one that was left alone."""
+        """Let it run to its end, and compare it with the uninterrupted one."""
         result = self._fork_servers[1].attempt()
         assert result["codes"] == [0] * NUM_RANKS, result
         self.check_equal()

@@ -215,7 +215,7 @@ def test_no_command_unpickles(trained: dict[str, Any], pool: Pool, tmp_path: Pat
 
 
 def test_the_pickles_would_have_run(trained: dict[str, Any], tmp_path: Path) -> None:
-    """Controls: what torch and megatron.core do with them when nobody looked before."""
+    """Controls: what torch and megatron.core do with them without our checks."""
     directory = Path(copy_of(trained, tmp_path)["save"]) / "iter_0000004"
     put_into_metadata(directory, Evil(tmp_path / "by_metadata"))
     FileSystemReader(str(directory)).read_metadata()

@@ -72,7 +72,7 @@ def test_exit_duration(settings: dict[str, Any], pool: Pool, tmp_path: Path) -> 
 def test_a_step_that_is_not_finite_is_skipped_by_all(
     settings: dict[str, Any], pool: Pool, tmp_path: Path, exactness: Exactness
 ) -> None:
-    """One rank's loss is not a number in step 2: no rank updates in it, and the run goes on."""
+    """One rank's loss is NaN in step 2: no rank updates, and the run continues."""
     results = pool.run("run", 2, settings={**settings, "save": str(tmp_path)}, poison=(2,))
     assert [rank["iteration"] for rank in results] == [4, 4]
     (skipped,) = events(tmp_path, "skipped")

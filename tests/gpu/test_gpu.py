@@ -170,7 +170,7 @@ def test_fp8_experts(models: dict[str, Model], record: Record) -> None:
 
 
 def test_fp8_weights_survive_a_checkpoint(models: dict[str, Model], tmp_path: Path, record: Record) -> None:
-    """--fp8-param-gather: a resumed run goes on as the unbroken one, and what is exported is in bf16."""
+    """--fp8-param-gather: a resumed run equals the uninterrupted one, and the export is in bf16."""
     settings = {
         **FUSED, "fp8_recipe": "auto", "fp8_param_gather": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
         "overlap_param_gather": True,

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from tests.mutants.mutate import Mutant
 
-# Nothing of the product: a mutant has to be imported anew.
+# Nothing of the product: a mutant has to be imported again.
 _WARM = ("numpy", "torch", "megatron.core", "transformers", "safetensors.torch", "pytest", "coverage", "yaml", "rich")
 # anyio comes with other packages, and takes longer to load as a plugin than most tests.
 _PYTEST = ("-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:anyio")
@@ -296,7 +296,7 @@ def _functions(path: Path) -> dict[int, str]:
 
 
 def _write(path: Path, source: str) -> None:
-    """Compiled files are told apart by size and whole seconds: two mutants may share both."""
+    """Compiled files are distinguished by size and time in seconds: two mutants may share both."""
     path.write_text(source)
     for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
         compiled.unlink()

@@ -108,7 +108,7 @@ class _Reversed:
 
 @contextlib.contextmanager
 def _split_contractions(pieces: int) -> Iterator[None]:
-    """a @ b as a sum over pieces of the contraction, each rounded to the type of a: as tensor parallelism does it."""
+    """a @ b as a sum over slices of the contraction, each rounded to a's dtype, as in tensor parallelism."""
     original, method = torch.matmul, torch.Tensor.matmul
 
     def split(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch.multiprocessing as multiprocessing
 _JOBS = ("tests.parity.parity_jobs", "tests.parity.run_job", "tests.parity.memory_job")
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
 # megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads, which wake
-# a hundred times a second: after so many jobs the processes are started anew, which takes a second.
+# a hundred times a second: after a number of jobs the processes are restarted, which takes a second.
 MAX_JOBS = 3
 
 

@@ -47,7 +47,7 @@ def grafting_run(case: Case, save: Path, **settings: Any) -> dict[str, Any]:
 
 def test_grafting_teaches_attention_and_resumes(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
     """Until its last step nothing but attention moves, and the error falls; stopped in the middle, under another
-    layout, it goes on from the same old operators."""
+    layout, it resumes from the same original operators."""
     case = cases["moe"]
     unbroken = grafting_run(case, tmp_path / "unbroken")
     expected = pool.run("run", 1, settings=unbroken)[0]

@@ -28,7 +28,7 @@ def alone(pool: Pool, case: Case) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_isolated_documents_are_documents_alone(kind: str, cases: dict[str, Case], pool: Pool) -> None:
-    """With positions that run on and with those that begin anew; and the open sample is another one."""
+    """With continuous positions and with those reset per document; without document masking the result differs."""
     case = cases[kind]
     expected = alone(pool, case)
 
@@ -80,7 +80,7 @@ def test_every_layout_agrees(
 
 
 def test_a_mixture_resumes_bit_for_bit(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
-    """Two sources, cut samples, positions anew, ends of documents visible: all follow from consumed_samples."""
+    """Two sources, cut samples, reset positions, unmasked end-of-document tokens: all follow from consumed_samples."""
     case = cases["moe"]
     train, valid = case.settings["train_data_path"], case.settings["valid_data_path"]
     mixture = tmp_path / "mixture.yaml"

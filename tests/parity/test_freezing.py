@@ -1,4 +1,4 @@
-"""Roles with learning-rate factor 0 stand still, in every bit, through steps, saves and resumes."""
+"""Roles with learning-rate factor 0 are bitwise frozen through steps, saves and resumes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_frozen_roles_stand_still(
 def test_what_was_frozen_may_train_again(
     ranks: int, layout: dict[str, Any], cases: dict[str, Case], pool: Pool, tmp_path: Path
 ) -> None:
-    """Its moments begin at zero: after one step both are those of one gradient. All others go on."""
+    """Its moments begin at zero: after one step both are those of one gradient. All others continue."""
     case, save = cases["moe"], tmp_path / "run"
     settings = {
         **case.settings, **layout, "load": case.checkpoint, "save": str(save), "train_iters": 8, "save_interval": 1,

@@ -50,7 +50,7 @@ def test_the_mask_matters(kind: str, cases: dict[str, Case], pool: Pool) -> None
 
 
 def test_unnormalised_top_k(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:
-    """norm_topk_prob false is a model of its own; taken for true it would fail."""
+    """norm_topk_prob false is a different model; treated as true it would fail."""
     write_hf(tmp_path / "hf", "moe", norm_topk_prob=False)
     convert_hf.main(["--hf-model", str(tmp_path / "hf"), "--out", str(tmp_path / "checkpoint")])
     ours = our_logits(pool, cases["moe"], causal=True, checkpoint=str(tmp_path / "checkpoint"))

@@ -12,7 +12,7 @@ from megatron_a2d.conversion.qwen3_shapes import hub_config
 from megatron_a2d.conversion.random_weights import write_synthetic
 from tests.parity.pool import Pool
 
-# Large enough that .metadata and the archives' frames are little beside the values.
+# Large enough that .metadata and the archives' frames are small compared with the values.
 SHAPE: dict[str, Any] = dict(
     vocab_size=4096, hidden_size=512, num_hidden_layers=4, head_dim=64, num_attention_heads=8, num_key_value_heads=4,
     mask_token_id=4095, eos_token_id=0, bos_token_id=0,

@@ -189,7 +189,7 @@ def test_a_resumed_run_counts_drift_from_its_beginning(cases: dict[str, Case], p
         for name in ("unbroken", "resumed")
     )
     assert resumed == unbroken
-    # Without the checkpoint that it began with, a run goes on, and is silent about drift.
+    # Without the checkpoint that it began with, a run continues and logs no drift.
     gone = {**stopped, "load": str(tmp_path / "gone"), "train_iters": 5}
     pool.run("run", 2, settings=gone)
     newest = [record for record in read_log(tmp_path / "resumed") if record["kind"] == "train"][-1]

@@ -103,7 +103,7 @@ def test_blocks_under_layouts(ranks: int, layout: dict, cases: dict[str, Case], 
 
 
 def test_the_mask_ratio_counts_tokens_without_weight(cases: dict[str, Case], pool: Pool) -> None:
-    """CART at p = 1: only masked tokens beside a visible one have a weight."""
+    """CART at p = 1: only masked tokens next to an unmasked one have a weight."""
     case = cases["moe"]
     settings = {**case.settings, "loss_weighting": "cart", "cart_p": 1.0, "micro_batch_size": MICRO_BATCH}
     (found,) = pool.run("monitored", 1, checkpoint=case.checkpoint, settings=settings, num_steps=1)

@@ -1,4 +1,4 @@
-"""A checkpoint belongs to no layout: model and optimizer, saved under any, go on under any other.
+"""Resharding: model and optimizer, saved under any layout, resume under any other.
 
 Saved after two steps, continued for three. What is saved is compared too, tensor by tensor, with what one process
 saves: since every layout writes the same checkpoint and every layout goes on from another's, the pairs that

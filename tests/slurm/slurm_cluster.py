@@ -169,7 +169,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _end(pid: int, patience: float) -> None:
-    """A daemon that was told to stop; else by force."""
+    """Wait for a daemon that was asked to stop, then kill it."""
     process = Path(f"/proc/{pid}")
     for number, seconds in ((None, patience), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
         with contextlib.suppress(ProcessLookupError):

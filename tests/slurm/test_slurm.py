@@ -18,7 +18,7 @@ pytestmark = pytest.mark.full
 
 
 def test_the_time_limit_comes(cluster: Cluster, material: Material, unbroken: Job, tmp_path: Path) -> None:
-    """SIGUSR1 to the batch script, as --signal sends it: save after the running step, requeue, go on.
+    """SIGUSR1 to the batch script, as --signal sends it: save after the current step, requeue, resume.
 
     The job was given two tasks a node: there is one torchrun on each all the same.
     """
@@ -39,7 +39,7 @@ def test_the_time_limit_comes(cluster: Cluster, material: Material, unbroken: Jo
 
 
 def test_a_node_goes_down(cluster: Cluster, material: Material, unbroken: Job, tmp_path: Path) -> None:
-    """Slurm requeues the job; it waits for the node, and goes on from the last checkpoint."""
+    """Slurm requeues the job; it waits for the node and resumes from the last checkpoint."""
     job = Job(cluster, material, tmp_path, fault={"iteration": 4, "do": "hold"})
     job.wait_until_held(attempt=0, iteration=4)
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
@@ -52,7 +52,7 @@ def test_a_node_goes_down(cluster: Cluster, material: Material, unbroken: Job, t
 
 
 def test_a_rank_stands_still(cluster: Cluster, material: Material, unbroken: Job, tmp_path: Path) -> None:
-    """It is named, its peer is not; the job goes on from the last checkpoint."""
+    """The log names it and not its peer; the job resumes from the last checkpoint."""
     job = Job(
         cluster,
         material,

@@ -44,7 +44,7 @@ def fused_kernels(case: str) -> frozenset[str]:
 
 
 def variant_of(case: str) -> dict[str, Any]:
-    """What a case sets beside its data (tests/conftest.py)."""
+    """What a case sets besides its data (tests/conftest.py)."""
     return VARIANTS.get(case, {"isolated": {"reset_attention_mask": True}, "ar": {"objective": "ar"}}.get(case, {}))
 
 

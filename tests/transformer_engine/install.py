@@ -28,7 +28,7 @@ from tests.transformer_engine.stand_in.extension import extension_module, module
 DIRECTORY = os.environ.get("A2D_TRANSFORMER_ENGINE", "")
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 CUDA = (13, 0)
-# What Transformer Engine, and nobody else, is told about the GPU.
+# What only Transformer Engine sees of the GPU.
 _gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="none", total_memory=80 << 30)
 
 

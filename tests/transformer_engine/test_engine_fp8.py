@@ -85,7 +85,7 @@ def test_equal_to_the_emulation(
     plain = engine_steps(engine_pool, wide[kind], "none", emulated(kind, recipe), **fusions(kind))
     exactness.engine_fp8.append(Rounded(kind, recipe, "one process", found, plain["gradients"]))
     # A last bit can put a value on the other side of a tie of the rounding, and what is computed of it follows; a weight
-    # that was not rounded anew, or in the wrong direction, changes all of them.
+    # that was not rounded again, or in the wrong direction, changes all of them.
     assert found["loss"] < 1e-3 and found["gradients"] < plain["gradients"] / 4, plain
 
 

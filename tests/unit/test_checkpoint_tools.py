@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's directory with iterations 10, 20 and 30: three different models, bf16; and hf_10, ... beside it."""
+    """A run's directory with iterations 10, 20 and 30: three different models, bf16; and hf_10, ... next to it."""
     root = tmp_path_factory.mktemp("run")
     settings = build(
         {"seq_length": 32, "lr": 1e-3, "lr_mult": {"mlp": 0.1}, "train_data_path": "secret_place/corpus_train"}

@@ -50,7 +50,7 @@ def test_losses_and_gradients_are_exact(chunk: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_the_vocabulary_over_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What each rank finds in its part, put together: loss and likeliest token of the whole; of equals the first."""
+    """The ranks' results combined: loss and argmax over the full vocabulary; the first of equal logits."""
     hidden, weight, _, _ = make(vocabulary=30 * ranks)
     logits = hidden.detach() @ weight.detach().T
     logits[:, 17] = logits[:, -3] = logits.max(1).values + 1  # equal, on different ranks

@@ -445,7 +445,7 @@ def renamed(rename: Callable[[str], str]) -> Callable[[Path], object]:
 
 
 def with_scales(directory: Path) -> None:
-    """What keeps scales of a key-value cache beside plain weights."""
+    """A model that stores scales of a key-value cache alongside plain weights."""
     scales = {f"model.layers.{i}.self_attn.{kv}_scale": torch.ones(1) for i in range(12) for kv in "kv"}
     edit_tensors(directory, lambda t: t.update(scales))
 

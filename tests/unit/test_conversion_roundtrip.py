@@ -320,7 +320,7 @@ def reference(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, to
 
 
 def test_megatron_loads_a_converted_checkpoint(tmp_path: Path, one_process: None) -> None:
-    """All layers and experts are requested in the pieces of a tensor-parallel size of 2."""
+    """All layers and experts are requested in the shards of tensor-parallel size 2."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 

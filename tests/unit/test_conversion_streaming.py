@@ -417,7 +417,7 @@ def test_workers_are_a_number_of_threads(workers: str, tmp_path: Path) -> None:
 
 
 def test_the_first_failure_ends_all_jobs() -> None:
-    ended, most = [], 30_000  # steps of a job that nobody ends: a minute
+    ended, most = [], 30_000  # steps of a job that is not stopped: a minute
 
     def slow(advance: Callable[[float], None]) -> None:
         steps = 0
@@ -439,7 +439,7 @@ def test_the_first_failure_ends_all_jobs() -> None:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Two models, one with half a gigabyte more; the peak of a process of its own that converts and exports."""
+    """Two models, one with half a gigabyte more; the peak of a separate process that converts and exports."""
     peaks = []
     code = (
         "from pathlib import Path\n"

@@ -162,7 +162,7 @@ def test_extra_states_of_every_layer_and_expert() -> None:
 
 
 def test_shapes_in_megatron() -> None:
-    """Hidden 64, 4 query heads of 24, 2 groups: by hand. Experts are a tensor of their own axes."""
+    """Hidden size 64, 4 query heads of 24, 2 groups, worked out manually; experts have axes of their own."""
     layer = "decoder.layers."
     common = {
         "embedding.word_embeddings.weight": (256, 64), "decoder.final_layernorm.weight": (64,),

@@ -118,7 +118,7 @@ def test_restart_continues_the_stream(dataset, num_workers):
     for iteration in (1, 4, 7):
         rest = take(dataset, 40 - 4 * iteration, start_sample=iteration * GLOBAL_BATCH_SIZE, num_workers=num_workers)
         assert_equal(rest, unbroken[4 * iteration :])
-    # A restart may change the layout and the batch size: samples go on where they stopped.
+    # A restart may change the layout and the batch size: samples continue where they stopped.
     other = take(dataset, 2, start_sample=24, micro_batch_size=3, global_batch_size=12)
     assert merged(other).sample_index.tolist() == list(range(24, 30))
     assert torch.equal(merged(other).tokens, merged(unbroken).tokens[24:30])

@@ -293,7 +293,7 @@ def test_checksums_of_files_and_bytes_are_xxh3(tmp_path):
 
 
 def with_checksums(prefix: str, **description) -> str:
-    """A description and a table beside a token file, as tokenize_corpus writes them."""
+    """A description and a checksum table next to a token file, as tokenize_corpus writes them."""
     hasher, data = checksums.BlockHasher(), Path(f"{prefix}.bin").read_bytes()
     Path(f"{prefix}.sums").write_bytes(hasher.update(memoryview(data)) + hasher.finish())
     values = {
@@ -306,7 +306,7 @@ def with_checksums(prefix: str, **description) -> str:
 
 
 def test_reads_over_the_borders_of_blocks(tmp_path, monkeypatch):
-    """Blocks of 16 bytes, tokens of 2: any piece of the stream, and the document that a damaged block begins in."""
+    """Blocks of 16 bytes, tokens of 2: any range of the stream, and the document in which a damaged block begins."""
     for module in (checksums, indexed_dataset):
         monkeypatch.setattr(module, "BLOCK", 16)
     documents = [list(range(start, start + 7)) for start in range(0, 63, 7)]
@@ -402,7 +402,7 @@ def test_a_damaged_index_beyond_the_scanned_part_is_opened(tmp_path, monkeypatch
 
 
 def test_fingerprints_without_checksums_never_change(tmp_path):
-    """Old runs hold them: 64 pieces of 1,024 tokens as int64, then of the offsets and marks as they are stored."""
+    """Older runs store them: 64 slices of 1,024 tokens as int64, then of offsets and document marks as stored."""
     documents = [list(range(length)) for length in (2000, 1, 3000)]
     prefix, tokens = write(tmp_path / "tokens", documents), [token for document in documents for token in document]
 

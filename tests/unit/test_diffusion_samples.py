@@ -108,7 +108,7 @@ def test_every_setting_of_the_noise_arrives() -> None:
 
 
 def test_a_cut_isolates_its_halves() -> None:
-    """And the documents beside it, where they are isolated; positions are counted in each piece."""
+    """Combined with document masking; positions are counted in each part."""
     for index in range(8):
         cut = random_cut(SEED, index, LENGTH, 1.0)
         assert cut is not None
@@ -171,7 +171,7 @@ def test_cart_looks_at_its_own_document_alone() -> None:
 
 
 def test_training_and_validation_ask_for_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A validation: the first samples, under noise of its own, as many batches as there are of those that are wanted."""
+    """Validation: the first samples with validation's noise, and at most as many batches as the data has."""
     asked: list[tuple[Any, ...]] = []
     made: list[dict[str, Any]] = []
 

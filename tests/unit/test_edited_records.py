@@ -192,7 +192,7 @@ def test_reading_a_tokenizer_needs_no_torch() -> None:
 def test_a_cards_lines_run_and_ask_nothing(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """transformers 5 asks whether to run code for a tokenizer that has none, unless it is told not to."""
+    """transformers 5 asks whether to run code for a tokenizer that has none, unless it is set not to."""
     from checkpoints_tools import convert_hf, export_hf
     from tests.tiny import write_hf
 

@@ -125,7 +125,7 @@ def test_frozen_weights_get_no_gradient() -> None:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """One process; what it would have told others."""
+    """One process, and what it would exchange with others."""
     told: list[float] = []
     monkeypatch.setattr(emulated_layers.parallel_state, "get_amax_reduction_group", lambda **_: None)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, *_, **__: told.append(float(tensor)))
@@ -182,7 +182,7 @@ def test_delayed_scaling_rounds_a_weight_once_a_batch(alone: list[float]) -> Non
 
 
 def test_other_layers_are_told_as_before() -> None:
-    """Transformer Engine's layers round a weight anew when megatron.core's own method says that a batch begins."""
+    """Transformer Engine's layers quantise a weight again when megatron.core's own method marks the start of a batch."""
     chunk = torch.nn.Sequential(torch.nn.Linear(2, 2))
     emulated_layers.follow_batches(chunk)
     assert "set_is_first_microbatch" not in vars(chunk)

@@ -60,7 +60,7 @@ def test_local_tasks_of_all_kinds(models, tmp_path, capsys):
     errors = content["log_likelihoods"]
     assert 0 < errors["exact_share"] < 1 and 0 < errors["mean_standard_error"] < 10
 
-    # Interrupted: half of the answers are known, and only the others are found anew.
+    # Interrupted: half of the answers are known, and only the others are computed.
     answers = (tmp_path / "out" / "answers.jsonl").read_text().splitlines(keepends=True)
     again = tmp_path / "again"
     again.mkdir()
@@ -322,7 +322,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("change", MALFORMED, ids=str)
 def test_malformed_earlier_results_are_found_first(change, tmp_path, monkeypatch):
-    """Before any model is loaded; what passes can be laid beside a result."""
+    """Checked before any model is loaded; valid results can be compared."""
     monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "results.json").write_text(json.dumps(EARLIER | change))
     with pytest.raises(UserError, match=f"no usable {next(iter(change))}"):
@@ -359,7 +359,7 @@ def test_a_place_that_takes_no_results_is_found_first(tmp_path, monkeypatch):
     ],
 )
 def test_consent_comes_from_the_command_line_alone(line, message, tmp_path, monkeypatch):
-    """A file of settings runs nothing: neither programs nor the tasks of a directory, and no flag beside it lets it."""
+    """A file of settings runs nothing: neither programs nor the tasks of a directory, and no flag permits it."""
     monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "eval.yaml").write_text(f"tasks: [t]\n{line}\n")
     common = ["--model", "m", "--out", str(tmp_path / "out"), "--config", str(tmp_path / "eval.yaml")]
@@ -540,7 +540,7 @@ def orphans() -> list[Path]:
 @pytest.mark.parametrize("namespaces", [code_execution._NAMESPACES, NO_NAMESPACES], ids=["namespaces", "none"])
 @pytest.mark.parametrize("end", ["pass", "while True: pass"])
 def test_programs_leave_no_process(namespaces, end, allowed, monkeypatch):
-    """Nor one in a session of its own without its environment; where the kernel lets none be started, it fails."""
+    """Nor one in a separate session without its environment; where the kernel allows no namespaces, the program fails."""
     monkeypatch.setattr(code_execution, "_NAMESPACES", namespaces)
     started = code_execution.passes(LEAVE, end, seconds=2)
     assert started or end != "pass" or os.getuid() != 0

@@ -103,7 +103,7 @@ def test_an_activation_that_is_computed_again(pair: tuple[GroupedExperts, Sequen
 
 
 def test_a_rank_without_tokens_in_bf16(pair: tuple[GroupedExperts, SequentialMLP]) -> None:
-    """The router's probabilities are fp32; every weight still gets a gradient, of its own type."""
+    """The router's probabilities are fp32; every weight still gets a gradient, of its own dtype."""
     grouped = pair[0].bfloat16()
     tokens = torch.zeros(0, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     output, _ = grouped(tokens, torch.zeros(EXPERTS, dtype=torch.long), torch.zeros(0))

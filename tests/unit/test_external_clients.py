@@ -24,7 +24,7 @@ from tests.unit.test_conversion_roundtrip import tensors_of
 RND1 = os.environ.get("A2D_RND1")
 TRANSFORMERS4 = os.environ.get("A2D_TRANSFORMERS4")
 LLAMA_CPP = os.environ.get("A2D_LLAMA_CPP")
-# The package's configuration class puts RND1-Base's sizes in the place of the file's unless told otherwise.
+# The package's configuration class replaces the file's sizes by RND1-Base's unless configured otherwise.
 OVERWRITTEN = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "eos_token_id",

@@ -1,4 +1,4 @@
-"""Fake quantisation against numbers worked out by hand, plain loops in float64, and another library's."""
+"""Fake quantisation against manually computed numbers, plain loops in float64, and another library's."""
 
 from __future__ import annotations
 

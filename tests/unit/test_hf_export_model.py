@@ -380,7 +380,7 @@ def test_generate_draws(tmp_path):
 
     assert torch.equal(draw(0, temperature=1.0), draw(0, temperature=1.0))
     assert not torch.equal(draw(0, temperature=1.0), draw(1, temperature=1.0))
-    for only_one in ({"top_k": 1}, {"top_p": 1e-6}):  # the likeliest token, in the order of the filtered entropies
+    for only_one in ({"top_k": 1}, {"top_p": 1e-6}):  # the most likely token, in the order of the filtered entropies
         assert torch.equal(draw(0, temperature=1.0, **only_one), draw(1, temperature=1.0, **only_one))
     for count, settings in ((3, {"top_k": 3}), (97, {})):
         drawn = ours._log_probabilities(torch.randn(50, 32), 1.0, settings.get("top_k", 0), 1.0)

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,14 @@ def test_files_have_between_40_and_400_lines() -> None:
     assert short == set(SHORT_FILES), "merge it with its neighbour, or give the reason"
 
 
+def test_no_base_name_twice() -> None:
+    """A file is named by its base name alone: in prose, in a traceback, in a search."""
+    folders = ("megatron_a2d", "data_prep", "checkpoints_tools", "launch", "bench", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if "fixtures" not in path.parts]
+    names = Counter(path.name for path in files if path.name not in ("__init__.py", "__main__.py", "conftest.py"))
+    assert len(names) > 300 and not [name for name, number in names.items() if number > 1]
+
+
 def test_six_questions_are_answered_by_four_files_each() -> None:
     section = (ROOT / "docs" / "architecture.md").read_text().partition("## Six questions\n")[2].partition("\n## ")[0]
     rows = [re.findall(r"`([\w/]+\.py)`", row) for row in section.splitlines() if row.startswith("| ")][2:]
@@ -134,7 +143,7 @@ def test_lower_layers_are_light(modules: tuple[str, ...], forbidden: set[str]) -
 
 
 def test_tokenising_does_not_wait_for_torch() -> None:
-    """Each worker is a process of its own, and torch takes longer to import than a piece to tokenise."""
+    """Each worker is a separate process, and torch takes longer to import than a shard to tokenise."""
     code = "import data_prep.tokenize_corpus, data_prep.tokenize_shards, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"torch", "megatron", "transformers"} & set(loaded.split())

@@ -78,7 +78,7 @@ def test_an_old_flag_is_warned_of_once(given: dict[str, str], count: int, tmp_pa
 
 @pytest.mark.parametrize("num_gpus", [0, 3])
 def test_a_process_for_each_gpu(num_gpus: int, tmp_path: Path) -> None:
-    """NPROC unset; 1 without a GPU. Stand-ins for the driver's tool and for Python, which says what it is told."""
+    """NPROC unset; 1 without a GPU. Fakes of nvidia-smi and of Python, which prints its arguments."""
     tools = {"nvidia-smi": f'for i in $(seq {num_gpus}); do echo "GPU $i: H100"; done', "python": 'echo "$@"'}
     for name, line in tools.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -93,7 +93,7 @@ def test_exit_codes() -> None:
     assert not ending(exit_codes.USER_ERROR).is_requeued and ending(exit_codes.SIGNALLED).is_requeued
     assert ending(-9) == ending(137) and "SIGKILL" in ending(137).meaning and ending(137).is_requeued
     assert ending(77).is_requeued and ending(77).meaning == "exit code 77"
-    # One process found its peer dead, the other was told to end: the cause is the third's.
+    # One process found its peer dead, the other was asked to end: the third is the cause.
     assert most_telling([exit_codes.PEER_LOST, -15, exit_codes.SAVE_FAILED]).code == exit_codes.SAVE_FAILED
     assert most_telling([exit_codes.PEER_LOST, -9]).code == 137
 

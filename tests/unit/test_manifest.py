@@ -134,7 +134,7 @@ def test_the_newest_whole_checkpoint_is_taken(run: Path) -> None:
 
 
 def test_the_tracker_is_heeded(run: Path) -> None:
-    """Set back by hand it hides what is newer; without it, or when it names what is gone, the rest is there still."""
+    """An edited tracker hides newer iterations; a missing or dangling one does not hide the others."""
     (run / TRACKER).write_text("20\n")
     assert started(save=run) == "iter_0000020"
     (run / TRACKER).write_text("40\n")
@@ -214,14 +214,14 @@ def test_a_removal_cut_short_leaves_nothing_that_looks_whole(run: Path, monkeypa
 
 
 def told(**settings: Any) -> tuple[Start, list[str]]:
-    """Where a run starts, and what it is told."""
+    """Where a run starts, and what it reports."""
     lines: list[str] = []
     config = build({key: str(value) if isinstance(value, Path) else value for key, value in settings.items()})
     return find_start(config, lines.append), lines
 
 
 def test_what_is_taken_beside_the_weights(run: Path, tmp_path: Path) -> None:
-    """Everything, but from a converted model, for --finetune, and where the weights are drawn anew."""
+    """Everything, but from a converted model, for --finetune, and where the weights are initialised randomly."""
     make(tmp_path / "first" / "iter_0000000")
     assert told(save=run) == (Start(run / "iter_0000030", False), [])
     assert told(load=run) == (Start(run / "iter_0000030", False), [])

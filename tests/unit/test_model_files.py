@@ -85,7 +85,7 @@ def test_directories_that_are_copied(kind: str, models: Path, tmp_path: Path) ->
 
 
 def test_links_that_are_as_they_must_be(models: Path, tmp_path: Path) -> None:
-    """The hub's cache, a link within the directory, a link to the whole directory, and links that nobody reads."""
+    """The hub's cache, a link within the directory, a link to the whole directory, and links that are never read."""
     cache = tmp_path / "models--Qwen--Tiny"
     snapshot = cache / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)

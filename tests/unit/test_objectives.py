@@ -84,7 +84,7 @@ def test_random_entries_are_a_function_of_seed_sample_query_key() -> None:
 
 
 def splitmix64(key: int, count: int) -> int:
-    """As published, in whole numbers: checkpoints of old runs go on under the same masks only if it never changes."""
+    """As published, in integers: older runs resume with the same masks only if this never changes."""
     z = (key + count * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64

@@ -1,4 +1,4 @@
-"""Mistakes that were read in other codebases: each test fails with the mistaken formula, which stands beside ours.
+"""Mistakes found in other codebases: each test fails with the mistaken formula, which is given next to ours.
 
 Their pipelines with more than two stages, and tensor-parallel ranks without tokens, are covered by the layouts PP4 and
 TP2 x PP2 of tests/parity/test_layouts.py.
@@ -83,7 +83,7 @@ def test_noise_is_the_same_on_one_node_and_on_four() -> None:
 
 
 def test_noise_goes_on_after_a_restart() -> None:
-    """A generator that no checkpoint holds starts anew: the first batch after a restart repeats old noise."""
+    """A generator whose state is not in the checkpoint restarts: the first batch after a restart repeats old noise."""
     theirs = [np.random.default_rng(1234).random(LENGTH) for _ in ("first start", "restart")]
     assert np.array_equal(*theirs)
     unbroken = batches()

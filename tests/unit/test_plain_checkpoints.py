@@ -151,7 +151,7 @@ def test_a_checkpoint_without_the_models_files_says_where_they_go(tmp_path: Path
 
 
 def test_the_package_names_no_unpickler() -> None:
-    """Not even for files of its own: there is nothing to reach."""
+    """Not even for its own files: no unpickler is within reach."""
     root = Path(sys.modules["megatron_a2d"].__file__ or "").parent
     for path in [*root.rglob("*.py"), *root.parent.glob("checkpoints_tools/*.py"), *root.parent.glob("data_prep/*.py")]:
         text = path.read_text()

@@ -27,7 +27,7 @@ from tests.parity.pool import Pool
 from tests.unit.test_chunked_cross_entropy import Memory, OneRank
 from tests.unit.test_planner import B200, JOB
 
-# Of the layers' activations; routing is uneven, and the all-to-all dispatcher keeps a little of its own.
+# Of the layers' activations; routing is uneven, and the all-to-all dispatcher keeps some tensors as well.
 ACTIVATIONS_WITHIN = {"dense": 1e-3, "dense_tied": 1e-3, "moe": 0.05}
 
 LAYOUTS = {
@@ -180,7 +180,7 @@ def test_micro_batches_in_flight() -> None:
 
 
 def test_memory_part_by_part() -> None:
-    """The 30B on 64 GPUs in 4 stages, by hand: 2 sequences of 4,096 tokens, 12 layers a stage, 16 of 128 experts each."""
+    """The 30B on 64 GPUs in 4 stages, computed manually: 2 sequences of 4,096 tokens, 12 layers a stage, 16 of 128 experts each."""
     job = replace(JOB, pipeline_model_parallel_size=4, micro_batch_size=2, seq_length=4096, imbalance=1.25)
     parts, kept = memory(job), layer_activations(job)
     assert parts.activations == pytest.approx(kept.total * 12 * 4), "the first stage holds four micro-batches"
@@ -214,7 +214,7 @@ def test_the_fullest_stage_counts() -> None:
     ("tensor", "bf16", "in_fp32"), [(1, True, True), (2, True, False), (4, False, True), (1, False, False)]
 )
 def test_logits_of_a_real_vocabulary(tensor: int, bf16: bool, in_fp32: bool) -> None:
-    """Rows and their gradient; the weight's gradient or a chunk's logits, whichever is larger; and its fp32 sum beside bf16."""
+    """Rows and their gradient; the weight's gradient or a chunk's logits, whichever is larger; and its fp32 sum next to bf16."""
     job = replace(JOB, tensor_model_parallel_size=tensor, bf16=bf16, grad_reduce_in_fp32=in_fp32, micro_batch_size=1)
     number, vocabulary = (2 if bf16 else 4), 151936 // tensor
     rows = 2 * 4096 * 2048 * number

@@ -213,7 +213,7 @@ def test_without_waiting_nothing_hangs() -> None:
 
 
 def rehearsed(*flags: str) -> str:
-    """The command's output, in a process of its own: it pretends to have a GPU for good."""
+    """The command's output, in a separate process: the simulated GPU cannot be removed."""
     command = [sys.executable, "-m", "megatron_a2d.train", "--rehearse", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

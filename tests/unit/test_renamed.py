@@ -50,7 +50,7 @@ OLD: list[tuple[str, Any, list[str], str, Any]] = [
 def test_old_names(
     old: str, value: Any, words: list[str], new: str, expected: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a flag, in a recipe (with either dash) and in a record; the first two are told once."""
+    """As a flag, in a recipe (with either dash) and in a record; the first two warn once."""
     recipe = tmp_path / "recipe.yaml"
     for key in (old, old.replace("_", "-")):
         recipe.write_text(yaml.safe_dump({key: value}))

@@ -18,7 +18,7 @@ NOISE = Noise(seed=7, mask_token_id=99)
 
 
 def test_golden_values() -> None:
-    """Checkpoints of old runs go on under the same noise only if these never change."""
+    """Older runs resume with the same noise only if these never change."""
     assert NOISE.time(0) == pytest.approx(0.8825843634242868, abs=1e-15)
     assert NOISE.time(10**12) == pytest.approx(0.7775376682712078, abs=1e-15)
     masked = corrupt(np.arange(24), 5, NOISE).tokens == 99

@@ -24,7 +24,7 @@ def test_dropped_and_overflow() -> None:
     process_groups.initialize(build({}).parallel)
     try:
         counts = RouterCounts([Model()], MASK)  # type: ignore[list-item]
-        # Four tokens, the first and the third masked; of eight choices one is served by nobody.
+        # Four tokens, the first and the third masked; one of eight choices is dropped.
         tokens_bs = torch.tensor([[MASK, 5, MASK, 6]])
         chosen_NE = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0], [1, 0, 1, 0]])
         logits_NE = torch.tensor([[0.0, 0, 0, 0], [50.0, 0, 0, 0], [0.0, 0, 0, 0], [3.0, 3, -50, -50]])

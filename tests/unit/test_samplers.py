@@ -1,4 +1,4 @@
-"""The samplers beside `rnd1`: what they decide, blocks, guidance, ended texts, and the published entropy-bounded one."""
+"""Samplers other than `rnd1`: unmasking order, blocks, guidance, early stop, and the published entropy-bounded sampler."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def scores_of(logits: torch.Tensor, uniforms: torch.Tensor | None = None, **opti
 
 
 def plain_probabilities(row: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """The mask token out, tempered, the k likeliest, then the fewest of them that reach the mass p."""
+    """Mask token excluded, temperature, top-k, then top-p of the remaining."""
     values = [-math.inf if token == MASK else value / (temperature or 1.0) for token, value in enumerate(row)]
     total = sum(map(math.exp, values))
     p = {token: math.exp(value) / total for token, value in enumerate(values)}

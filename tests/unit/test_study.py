@@ -351,7 +351,7 @@ def test_facts_are_what_always_follows(tmp_path: Path) -> None:
     facts = Facts(TokenFile(tmp_path / "text"), end_of_document=51)
     asked = facts.asked(np.array([200, *fact, 8, *exception, 60, *loop]))
     assert len(fact) == CONTEXT + 1
-    # The last token of the fact, and nothing else: not what may go on in two ways, nor a mere repetition.
+    # The last token of the fact, and nothing else: not an ambiguous continuation, nor a repetition.
     assert np.flatnonzero(asked).tolist() == [7]
     assert not facts.asked(np.array([200, *fact[:-1], 9])).any() and not facts.asked(np.array([1, 2])).any()
 

@@ -62,7 +62,7 @@ def trained(base: Path, root: Path, settings: dict[str, Any], iterations: tuple[
 
 
 def start(load: Path, *flags: str, **given: Any) -> tuple[dict[str, Any], list[str]]:
-    """A run's settings as train.py resolves them, and what it is told when it starts."""
+    """A run's settings as train.py resolves them, and what it reports at the start."""
     arguments = ["--load", str(load), "--no-verify-checkpoint", *flags]
     config, _ = parse_run(Parser(prog="train"), arguments, inherited)
     told: list[str] = []
@@ -148,7 +148,7 @@ def test_what_is_given_wins_and_is_told(base: Path, tmp_path: Path) -> None:
     resolved, told = start(run, "--finetune", "--noise-schedule", "linear", "--no-reset-attention-mask")
     assert [line.split()[0] for line in told] == ["--noise-schedule", "--reset-attention-mask"]
     assert not resolved["label_shift"]
-    # Another objective: what does not concern it is neither inherited nor told.
+    # Another objective: what does not concern it is neither inherited nor reported.
     resolved, told = start(run, "--finetune", "--objective", "ar")
     assert resolved["label_shift"] and [line.split()[0] for line in told] == ["--objective"]
 

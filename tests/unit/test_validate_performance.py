@@ -1,4 +1,4 @@
-"""Settings of speed and precision: what does not go together, what a GPU gets, and what reaches megatron.core."""
+"""Settings of speed and precision: invalid combinations, what a GPU gets, and what reaches megatron.core."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ print(order)
     assert run.stdout.splitlines()[-1].startswith("['environment', 'CUDA'"), run.stdout
 
 
-def test_recorded_kernels_get_whole_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_get_full_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the small batch of the noise scale: (micro-batches, samples of each)."""
     monkeypatch.setattr(gradient_noise.parallel_state, "get_data_parallel_world_size", lambda: 1)
 
@@ -335,7 +335,7 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fp4_reaches_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a Blackwell GPU; an engine without it is told so."""
+    """As on a Blackwell GPU; an engine without it is refused."""
     megatron_compat.install()
     monkeypatch.setattr(transformer_config, "compute_capability", lambda: (10, 0))
     monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
@@ -436,7 +436,7 @@ def test_missing_kernels_of_the_flex_dispatcher(backend: str) -> None:
 
 
 def test_without_its_kernels_the_recipes_dispatcher_is_alltoall(capsys: pytest.CaptureFixture[str]) -> None:
-    """And a line says so, once for all ranks."""
+    """And one line reports it, once for all ranks."""
     recipe = Path(__file__).parents[2] / "launch" / "recipes" / "rnd1_30b_a3b_64xb200.yaml"
     own = {**yaml.safe_load(recipe.read_text()), "gradient_accumulation_fusion": False, "apply_rope_fusion": False,
            "moe_permute_fusion": False, "moe_router_fusion": False, "moe_hybridep_num_sms_preprocessing": 32}  # fmt: skip

@@ -39,7 +39,7 @@ def fused_attn_fwd(
     max_seqlen_q: int, max_seqlen_kv: int, is_training: bool, attn_scale: float, p_dropout: float, set_zero: bool,
     qkv_layout: Any, o_format: Any, qkv_scale_inv_format: Any, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """The output's format is an argument of its own."""
+    """The output's format is a separate argument."""
     _check_format(qkv_layout, o_format)
     return fused_attention.fused_attn_fwd(
         max_seqlen_q, max_seqlen_kv, is_training, attn_scale, p_dropout, set_zero, qkv_layout, *rest
