@@ -242,8 +242,8 @@ One step, in fp32 but for the rounding of the layers' products, against the emul
 Loss: largest relative difference. Gradients: norm of the difference of all together over their norm; the last column is
 that difference without FP8, which is what the rounding amounts to.
 Parameters: the worst tensor's root mean square difference over its root mean square. Where a last bit falls on the
-other side of a tie of the rounding, or of a router's choice, what is computed of it follows; with one scale for a matrix
-(tensorwise, delayed) tensor parallelism, which cuts the matrix, changes the scale.
+other side of a tie of the rounding, or of a router's choice, what is computed of it follows. Tensorwise scaling under TP and
+CP is left out: one scale for a matrix depends by definition on how the layout cuts it.
 
 {table(["model", "recipe", "layout", *measured[0].differences, "without FP8"], rows)}
 """

@@ -17,6 +17,7 @@ from tests.transformer_engine.stand_in import (
     norms,
     permutation_kernels,
     products,
+    quantized,
     rope_kernels,
     router_kernels,
 )
@@ -262,6 +263,11 @@ def test_tokens_sorted_by_expert() -> None:
     )
     close(of_rows, outputs.grad)
     close(of_probs, weights.grad)
+
+
+def test_swapped_dimensions() -> None:
+    x, out = torch.randn(2, 3, 4), torch.empty(3, 2, 4)
+    assert torch.equal(quantized.swap_first_dims(x, out=out), x.transpose(0, 1)) and torch.equal(out, x.transpose(0, 1))
 
 
 def test_sorted_chunks() -> None:

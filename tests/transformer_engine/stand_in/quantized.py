@@ -97,6 +97,12 @@ def fp8_transpose(input: Tensor, dtype: Any, *, out: Tensor | None = None) -> Te
     return result if out is None else out.copy_(result)
 
 
+def swap_first_dims(tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """[a, b, ...] as [b, a, ...]."""
+    swapped = tensor.transpose(0, 1)
+    return swapped.contiguous() if out is None else out.copy_(swapped)
+
+
 def compute_amax(input: Tensor, amax: Tensor) -> None:
     largest = input.detach().abs().max().float() if input.numel() else torch.zeros(())
     amax.copy_(largest.reshape(amax.shape))
