@@ -27,7 +27,7 @@ def rehearse_case(case: Case, has_engine: bool) -> dict[str, Any]:
     """Figures beside the planner's for each rank, and what came of the stages' exchange."""
     from megatron_a2d.rehearsal.pipeline_pairing import pair
     from megatron_a2d.rehearsal.rank_rehearsal import rehearse_rank
-    from megatron_a2d.rehearsal.rehearsal_report import job_rehearsed, memory_beside, traffic_beside
+    from megatron_a2d.rehearsal.rehearsal_report import compare_memory, compare_traffic, job_rehearsed
 
     start = time.process_time()
     config, model_config = case.config()
@@ -44,8 +44,8 @@ def rehearse_case(case: Case, has_engine: bool) -> dict[str, Any]:
                 "place": place,
                 "rank": item.rank,
                 "stage": item.stage,
-                "memory": {part.name: [part.counted, part.planned] for part in memory_beside(item, job)},
-                "traffic": {part.name: [part.counted, part.planned] for part in traffic_beside(item, job)},
+                "memory": {part.name: [part.counted, part.planned] for part in compare_memory(item, job)},
+                "traffic": {part.name: [part.counted, part.planned] for part in compare_traffic(item, job)},
                 "waits": {
                     f"{wait.place} {wait.operation}": number
                     for wait, number in item.waits.items()
