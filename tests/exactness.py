@@ -231,7 +231,7 @@ def _engine_fp8(measured: list[Rounded]) -> str:
             item.case,
             item.recipe,
             item.layout,
-            *(f"{value:.1e}" for value in item.differences.values()),
+            *("sharded" if value != value else f"{value:.1e}" for value in item.differences.values()),
             f"{item.unrounded:.1e}",
         ]
         for item in measured
