@@ -66,8 +66,8 @@ def test_totals() -> None:
     reshard = RESULTS.partition("<!-- reshard -->")[2]
     saved = re.findall(r"What the (\d+) layouts save", reshard)[0]
     content, worst = re.findall(r"absolute difference (\S+)\. Largest difference of the losses: (\S+)\.\n", reshard)[0]
-    line = f"each of {saved} layouts saves for another to load, and loads another's; six dissimilar ones are tried in all "
-    line += f"36 ordered pairs; losses differ by at most {worst}, "
+    saves = f"each of {saved} layouts saves for another to load, and loads another's"
+    line = f"{saves}; six dissimilar ones are tried in all\n  36 ordered pairs; losses differ by at most {worst}, "
     assert f"{line}saved tensors by {content}." in PAGE
     resumed = RESULTS.partition("<!-- resume -->")[2].partition("<!-- end of resume -->")[0]
     assert f"bitwise equal, in {resumed.count('| bitwise equal | bitwise equal |')} layouts" in PAGE
