@@ -53,11 +53,11 @@ def uses_engine(rehearse: bool) -> bool:
 
     if not rehearse:
         return torch.cuda.is_available() and find_spec("transformer_engine") is not None
-    from tests.transformer_engine import install
+    from tests.transformer_engine import pretend_gpu
 
-    if install.DIRECTORY:
-        install.rehearse()
-    return bool(install.DIRECTORY)
+    if pretend_gpu.DIRECTORY:
+        pretend_gpu.rehearse()
+    return bool(pretend_gpu.DIRECTORY)
 
 
 def model_config_of(model: dict[str, Any]) -> ModelConfig:

@@ -17,7 +17,7 @@ import torch
 
 from megatron_a2d.utils.atomic_write import write_json
 from tests.gpu.gpu_train import REHEARSAL, Model, write_models
-from tests.transformer_engine.install import DIRECTORY, install, rehearse
+from tests.transformer_engine.pretend_gpu import DIRECTORY, install, rehearse
 
 if REHEARSAL and DIRECTORY:
     install()  # before anything imports megatron.core

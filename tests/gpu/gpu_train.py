@@ -100,7 +100,7 @@ def main() -> None:
     """One rank of a layout: prints what it saw, as JSON, from rank 0."""
     task = json.loads(sys.argv[1])
     if REHEARSAL:
-        from tests.transformer_engine.install import rehearse
+        from tests.transformer_engine.pretend_gpu import rehearse
 
         rehearse()
     from megatron_a2d.distributed import process_groups

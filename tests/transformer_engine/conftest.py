@@ -11,7 +11,7 @@ from tests.cases import Case
 from tests.exactness import Exactness
 from tests.parity.pool import Pool
 from tests.transformer_engine.engine_pool import EnginePool
-from tests.transformer_engine.install import DIRECTORY, releases
+from tests.transformer_engine.pretend_gpu import DIRECTORY, releases
 
 
 @pytest.fixture(scope="session")

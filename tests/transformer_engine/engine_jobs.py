@@ -21,7 +21,7 @@ from megatron_a2d.training.param_gather import zero_gradients
 from megatron_a2d.training.train_step import forward_backward
 from tests.parity import parity_jobs, run_job
 from tests.transformer_engine import defects, layer_products
-from tests.transformer_engine.install import CUDA, HOPPER, use_gpu
+from tests.transformer_engine.pretend_gpu import CUDA, HOPPER, use_gpu
 from tests.transformer_engine.stand_in.extension import CALLS
 
 

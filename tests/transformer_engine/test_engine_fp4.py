@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.transformer_engine.engine_cases import fusions
 from tests.transformer_engine.engine_pool import EnginePool
-from tests.transformer_engine.install import BLACKWELL
+from tests.transformer_engine.pretend_gpu import BLACKWELL
 from tests.transformer_engine.stand_in import nvfp4_format
 from tests.transformer_engine.stand_in.enums import DType
 

@@ -16,7 +16,7 @@ from tests.parity.layouts import CP, EP, OVERLAP, PP, TP_SP
 from tests.parity.pool import Pool
 from tests.transformer_engine.engine_cases import fusions
 from tests.transformer_engine.engine_pool import EnginePool
-from tests.transformer_engine.install import BLACKWELL, HOPPER
+from tests.transformer_engine.pretend_gpu import BLACKWELL, HOPPER
 
 RECIPES = {"tensorwise": HOPPER, "blockwise": HOPPER, "mxfp8": BLACKWELL, "delayed": HOPPER}
 SMALL = {"seq_length": 32, "global_batch_size": 4}

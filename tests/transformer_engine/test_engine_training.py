@@ -14,7 +14,7 @@ from tests.parity.layouts import DISTRIBUTED, EP, OVERLAP, TP_SP
 from tests.parity.pool import Pool
 from tests.transformer_engine.engine_cases import fusions
 from tests.transformer_engine.engine_pool import EnginePool
-from tests.transformer_engine.install import BLACKWELL, HOPPER
+from tests.transformer_engine.pretend_gpu import BLACKWELL, HOPPER
 
 REPOSITORY = Path(__file__).parents[2]
 FP8_WEIGHTS = {**OVERLAP, **fusions("dense"), "bf16": True, "fp8_param_gather": True, "transformer_impl": "auto"}
@@ -110,7 +110,7 @@ def test_checkpoints_are_the_same(
 
 def test_the_spec_of_the_layers(engine_pool: EnginePool) -> None:
     """tests/unit/test_transformer_engine_spec.py, which skips itself where the package cannot be imported."""
-    code = "from tests.transformer_engine.install import install; install()\nimport pytest, sys\nsys.exit(pytest.main(sys.argv[1:]))"
+    code = "from tests.transformer_engine.pretend_gpu import install; install()\nimport pytest, sys\nsys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "tests/unit/test_transformer_engine_spec.py"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr

@@ -15,7 +15,7 @@ import pytest
 
 from bench import gpu
 from bench.shapes import SHAPES
-from tests.transformer_engine.install import DIRECTORY
+from tests.transformer_engine.pretend_gpu import DIRECTORY
 
 ROOT = Path(__file__).resolve().parents[2]
 
