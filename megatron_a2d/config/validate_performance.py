@@ -26,7 +26,11 @@ _FOR_EXPERTS = (
 def find_performance_problems(config: RunConfig, model_config: ModelConfig | None) -> list[str]:
     """One line per problem: flag and value, why, what to do."""
     problems = [
-        *_without_effect(config), *_fp8_problems(config), *_gathered_fp8_problems(config), *_emulation_problems(config),
+        f"{_shown(config, name)}: has no effect without {needed}; set that too, or remove this"
+        for name, needed in without_effect(config).items()
+    ]
+    problems += [
+        *_fp8_problems(config), *_gathered_fp8_problems(config), *_emulation_problems(config),
         *_memory_problems(config), *_overlap_problems(config), *_hybridep_problems(config), *_graph_problems(config),
         *_engine_problems(config),
     ]  # fmt: skip
@@ -83,15 +87,15 @@ def _is_set(config: RunConfig, name: str) -> bool:
     return (tuple(value) if isinstance(default, tuple) else value) != default
 
 
-def _without_effect(config: RunConfig) -> Iterator[str]:
-    """Options of a feature that is not enabled."""
+def without_effect(config: RunConfig) -> dict[str, str]:
+    """Options that were set of a feature that is not enabled -> the flag that enables it."""
     performance = config.performance
     flex = config.parallel.moe_token_dispatcher_type == "flex"
     hybridep = flex and performance.moe_flex_dispatcher_backend != "deepep"
     needs_hybridep = "--moe-token-dispatcher-type flex and its backend hybridep"
     full, selective = (performance.recompute_granularity == kind for kind in ("full", "selective"))
     precise = performance.use_precision_aware_optimizer
-    for name, effective, needed in (
+    options = (
         ("first_last_layers_bf16", chosen_recipe(config) != "none", "--fp8-recipe or --fp4-recipe"),
         ("fp8_output_proj", performance.fp8_recipe != "none", "--fp8-recipe"),
         ("num_layers_at_start_in_bf16", performance.first_last_layers_bf16, "--first-last-layers-bf16"),
@@ -108,9 +112,8 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
         ("exp_avg_sq_dtype", precise, "--use-precision-aware-optimizer"),
         ("manual_gc_interval", performance.manual_gc, "--manual-gc"),
         ("grad_reduce_in_fp32", config.training.bf16, "--bf16"),
-    ):  # fmt: skip
-        if not effective and _is_set(config, name):
-            yield f"{_shown(config, name)}: has no effect without {needed}; set that too, or remove this"
+    )  # fmt: skip
+    return {name: needed for name, effective, needed in options if not effective and _is_set(config, name)}
 
 
 def _fp8_problems(config: RunConfig) -> Iterator[str]:

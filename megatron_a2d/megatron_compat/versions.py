@@ -150,14 +150,6 @@ def missing_router_product() -> str | None:
     )
 
 
-def allow_schedule_plans() -> None:
-    """Let megatron.core's combined 1F1B schedule accept any LanguageModule: it checks for GPTModel by class."""
-    from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.models.gpt import gpt_model
-
-    gpt_model.GPTModel = LanguageModule
-
-
 def mark_expert_parameters(model: nn.Module) -> None:
     """Give the experts their own gradient buffers and optimizer at every expert-parallel size.
 

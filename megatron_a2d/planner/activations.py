@@ -143,10 +143,12 @@ def _mlp(job: Job) -> dict[str, float]:
     if a.is_moe:
         rows, chosen = job.tokens_between_layers, a.num_experts_per_tok
         if job.transformer_impl != "local":  # its fused router and permutation
-            return {
+            kept = {
                 "router, map, probabilities and scores": rows * a.num_experts * (1 + FLOAT + FLOAT),
                 "router, places of rows": rows * (2 * a.num_experts + 1) * FLOAT,
             }
+            sent = rows * chosen * (a.hidden_size * job.number_bytes + FLOAT)
+            return kept | ({"sent tokens and probabilities": sent} if job.keeps_sent_rows else {})
         return {
             "router, chosen experts": rows * chosen * (INDEX + FLOAT),
             "router, map and probabilities": rows * a.num_experts * (1 + FLOAT),

@@ -45,6 +45,7 @@ class Job:
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
     cuda_graph_impl: str = "none"
+    cuda_graph_scope: tuple[str, ...] = ()
     use_transformer_engine_op_fuser: bool = False
     moe_expert_rank_capacity_factor: float | None = None
     overlap_moe_expert_parallel_comm: bool = False
@@ -113,6 +114,16 @@ class Job:
         """
         fixed = self.use_transformer_engine_op_fuser and self.moe_expert_rank_capacity_factor is not None
         return self.model_config.is_moe and not fixed
+
+    @property
+    def keeps_sent_rows(self) -> bool:
+        """Whether each layer keeps the routed tokens that it sent until its backward pass.
+
+        With overlapped experts megatron-core 0.16.1 frees them once they are sent (fine_grained_callables.py,
+        should_free_input), except those that a CUDA graph writes.
+        """
+        graphed = self.cuda_graph_impl != "none" and "moe_preprocess" in self.cuda_graph_scope
+        return graphed and self.overlap_moe_expert_parallel_comm and self.moe_token_dispatcher_type == "alltoall"
 
     @property
     def received_rows(self) -> float:

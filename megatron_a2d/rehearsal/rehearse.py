@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import PerformanceConfig, RunConfig, flag, settings
-from megatron_a2d.config.validate_performance import needs_transformer_engine, refuses_transformer_engine
+from megatron_a2d.config.validate_performance import (
+    needs_transformer_engine,
+    refuses_transformer_engine,
+    without_effect,
+)
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.rehearsal import dataless_gpu, engine_kernels
 from megatron_a2d.terminal.console import PlainConsole, console
@@ -57,6 +61,8 @@ def choose_layers(config: RunConfig, has_engine: bool) -> Layers:
             return Layers("transformer_engine", config, notes)
         off = needs_transformer_engine(config)
         performance = _without(performance, off)
+        options = without_effect(dataclasses.replace(config, performance=performance))
+        performance = _without(performance, list(options))
         without = f", without {', '.join(map(flag, off))}" if off else ""
         notes.append(
             f"the local layers for Transformer Engine's{without}: they keep other tensors for the backward pass. "

@@ -43,8 +43,9 @@ from megatron_a2d.config.fp8_recipe import emulation_of, engine_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate_performance import isolates_documents
+from megatron_a2d.megatron_compat import schedule_plans
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version, device
-from megatron_a2d.megatron_compat.versions import allow_schedule_plans, mark_expert_parameters
+from megatron_a2d.megatron_compat.versions import mark_expert_parameters
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.model.emulated_layers import follow_batches
 from megatron_a2d.model.layer_specs import build_block_spec, choose_implementation, output_layer
@@ -67,7 +68,7 @@ _MAX_DRAW = 1 << 22  # elements drawn at once: bounds memory
 def build_train_state(model_config: ModelConfig, config: RunConfig) -> TrainState:
     """Model, optimizer and schedule at iteration 0."""
     if config.performance.overlap_moe_expert_parallel_comm:
-        allow_schedule_plans()
+        schedule_plans.install()
     virtual = config.parallel.virtual_pipeline_size
     models = [build_model(model_config, config, vp_stage) for vp_stage in (range(virtual) if virtual else [None])]
     performance, scaling = config.performance, engine_scaling(config, compute_capability(), cuda_version())

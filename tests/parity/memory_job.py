@@ -3,8 +3,10 @@ pass. The planner's figures are compared with it (tests/unit/test_planner_memory
 
 from __future__ import annotations
 
+import gc
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,6 +36,32 @@ def measure_memory(checkpoint: str, settings: dict[str, Any]) -> dict[str, Any]:
         "optimizer_bytes": _optimizer_bytes(state),
         "layer_bytes": [watcher.largest for watcher in kept],
     }
+
+
+def left_by_a_step(checkpoint: str, settings: dict[str, Any]) -> dict[str, list[str]]:
+    """What outlives a step's passes: tensors in reference cycles, and tensors of modules that keep a graph."""
+    config, state, batches = _start(checkpoint, settings)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        _step(config, state, batches)
+        gc.collect()
+        cycles = [str(tuple(item.shape)) for item in gc.garbage if isinstance(item, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    return {"cycles": cycles, "graphs": [name for model in state.models for name in _graphs(model)]}
+
+
+def _graphs(model: torch.nn.Module) -> Iterator[str]:
+    """Attributes of modules and of their helpers, such as token dispatchers, that hold an autograd graph."""
+    for name, module in model.named_modules():
+        for helper in (module, *(value for value in vars(module).values() if hasattr(value, "__dict__"))):
+            for attribute, value in vars(helper).items():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    yield f"{name}: {type(helper).__name__}.{attribute}"
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, list[int]]:

@@ -38,6 +38,15 @@ def test_interleaved_micro_batches(name: str, cases: dict[str, Case], pool: Pool
     assert steps(lr=2e-2) != pytest.approx(plain, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["EP2", pytest.param("VPP2 x EP2", marks=pytest.mark.full)])
+def test_interleaved_micro_batches_are_freed(name: str, cases: dict[str, Case], pool: Pool) -> None:
+    """No tensor waits for Python's garbage collection, which --manual-gc puts off, and no graph for the next step."""
+    ranks, layout = LAYOUTS[name]
+    settings = {**cases["moe"].settings, **layout, "bf16": True, "overlap_moe_expert_parallel_comm": True}
+    for left in pool.run("left_by_a_step", ranks, checkpoint=cases["moe"].checkpoint, settings=settings):
+        assert left == {"cycles": [], "graphs": []}
+
+
 def test_interleaved_micro_batches_are_watched(cases: dict[str, Case], pool: Pool) -> None:
     """Monitoring says of them what it says of the plain schedule's, the routers' counts by kind of token among it."""
     case = cases["moe"]

@@ -203,6 +203,21 @@ def test_memory_part_by_part() -> None:
     assert every.dispatcher == pytest.approx(moved + 0.25 * kept.of_experts * 4), "the layer that is computed again"
 
 
+def test_graphs_keep_what_overlapped_experts_are_sent() -> None:
+    """Eight copies of each token and their probabilities, in every layer; HybridEP sends what the router keeps anyway."""
+    job = replace(JOB, micro_batch_size=4, cuda_graph_impl="transformer_engine", overlap_moe_expert_parallel_comm=True)
+    graphed = replace(job, cuda_graph_scope=("attn", "moe_router", "moe_preprocess"))
+    rows = 4 * 4096 * 8
+    assert memory(graphed).activations - memory(job).activations == 48 * rows * (2048 * 2 + 4)
+    for other in (
+        replace(graphed, moe_token_dispatcher_type="flex"),
+        replace(graphed, overlap_moe_expert_parallel_comm=False),
+        replace(graphed, cuda_graph_impl="none"),
+        replace(graphed, cuda_graph_scope=("attn", "moe_router")),
+    ):
+        assert memory(other).activations == memory(job).activations
+
+
 def test_the_fullest_stage_counts() -> None:
     """With few micro-batches the last stage, whose logits the first has not; with many the first."""
     job = replace(JOB, pipeline_model_parallel_size=4, micro_batch_size=1, whole_logits=True)

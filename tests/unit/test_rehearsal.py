@@ -14,18 +14,33 @@ import torch
 from torch import Tensor
 
 from megatron_a2d import train
+from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.rehearsal import dataless_gpu
 from megatron_a2d.rehearsal.balanced_routing import Routing, balanced_counts
 from megatron_a2d.rehearsal.cuda_names import CudaNames
 from megatron_a2d.rehearsal.pipeline_pairing import pair
+from megatron_a2d.rehearsal.rehearse import choose_layers
 from megatron_a2d.rehearsal.step_trace import Event, StepTrace
 from megatron_a2d.utils.errors import UserError
+from tests.unit.test_recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_without_transformer_engine_the_local_layers_are_rehearsed(recipe: Path) -> None:
+    """Without the flags that need it, and those that then have no effect, such as the graphs' scope."""
+    config, _ = parse_run(Parser(), ["--config", str(recipe)])
+    assert config.training.model
+    layers = choose_layers(config, has_engine=False)
+    assert layers.implementation == "local" and layers.notes
+    assert not find_problems(layers.config, named_model_config(config.training.model), 64)
 
 
 @pytest.fixture
