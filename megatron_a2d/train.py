@@ -83,6 +83,8 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
         )
     if given.rank is not None and not given.rehearse:
         raise UserError("--rank: is only valid with --rehearse; torchrun numbers the processes of a run")
+    if given.dry_run and given.rehearse:
+        raise UserError("--dry-run, --rehearse: choose one; a rehearsal makes the same checks of the settings")
     if given.settings_only and not given.dry_run:
         raise UserError("--settings-only: is only valid with --dry-run; a run needs weights and data")
     processes = world_size() if given.world_size is None else given.world_size

@@ -8,6 +8,7 @@ import re
 import sys
 from typing import Any, NamedTuple
 
+from megatron_a2d.config.installed_versions import find_version_problems
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import PerformanceConfig, RunConfig, flag, settings
 from megatron_a2d.config.validate_performance import (
@@ -85,6 +86,8 @@ def rehearse(
     if rank is not None and not 0 <= rank < processes:
         raise UserError(f"--rank {rank}: is none of the {processes} of --world-size; the last one is {processes - 1}")
     layers = choose_layers(config, prepare(cluster))
+    if problems := find_version_problems(layers.config):
+        raise UserError(problems)
     from megatron_a2d.rehearsal import rehearsal_report
     from megatron_a2d.rehearsal.pipeline_pairing import pair
     from megatron_a2d.rehearsal.rank_rehearsal import rehearse_rank

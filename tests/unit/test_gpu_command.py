@@ -25,12 +25,25 @@ def part(name: str, rows: str = "{}", then: str = "", limit: float = 300) -> gpu
     return gpu.Part(name, [sys.executable, "-c", WRITES.replace("ROWS", rows) + then, "OUT"], limit)
 
 
+def tests(name: str, *outcomes: str) -> gpu.Part:
+    written = json.dumps({"outcomes": dict(enumerate(outcomes))})
+    return gpu.Part(name, [sys.executable, "-c", f"import sys; open(sys.argv[1], 'w').write({written!r})", "OUT"], 300)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "NVIDIA H200"})
+
+
 def test_every_end_of_a_part(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    card: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = [
         part("good"),
         part("partly", rows="{'error': 'no kernel'}"),
+        tests("skipping", "skipped", "skipped"),
+        tests("testing", "skipped", "passed"),
         part("failing", then="raise ValueError('no image')"),
         # A shell starts at once, also on a busy machine: what it says and writes is there when its time is over.
         gpu.Part("hanging", ["sh", "-c", 'echo "{\\"rows\\": [{}]}" > "$0"; echo said; exec sleep 600', "OUT"], 3),
@@ -44,14 +57,14 @@ def test_every_end_of_a_part(
     result = json.loads((tmp_path / "result.json").read_text())
     seen: dict[str, Any] = {item["name"]: item for item in result["parts"]}
     assert {name: item["status"] for name, item in seen.items()} == {
-        "good": "ok", "partly": "partly", "failing": "failed", "hanging": "timeout", "silent": "failed",
+        "good": "ok", "partly": "partly", "skipping": "failed", "testing": "ok", "failing": "failed", "hanging": "timeout", "silent": "failed",
     }  # fmt: skip
     assert all(seen[name]["result"]["rows"] for name in ("good", "partly", "failing", "hanging"))
     assert "ValueError: no image" in seen["failing"]["last_lines"] and "said" in seen["hanging"]["last_lines"]
-    assert "last_lines" not in seen["good"] and "4 of 5" not in capsys.readouterr().out
+    assert "last_lines" not in seen["good"] and "6 of 7" not in capsys.readouterr().out
 
 
-def test_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_time_left(card: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "parts", lambda rehearse: [part("good")])
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "result.json"), "--budget", "5"])
     with pytest.raises(SystemExit):
@@ -60,7 +73,7 @@ def test_no_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_second_command_continues(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    card: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is missing first, then what failed; what was measured is neither taken again nor lost."""
     out, mended = tmp_path / "result.json", tmp_path / "mended"
@@ -254,6 +267,7 @@ def test_rehearsals_are_small(name: str) -> None:
             ["--out", "OUT", "--parts", "tests", "bogus"],
             "--parts bogus: no part has a name with this prefix; there are engine_vs_local",
         ),
+        (gpu, ["--out", "OUT"], "bench.gpu: this machine has no CUDA device; --rehearse"),
         (gpu, ["--out", "OUT", "--budget", "-5"], "--budget -5: must be above 0"),
         (gpu, ["--out", "OUT/nowhere/x.json"], "--out .*: is not a file in an existing directory"),
         (train_step_vs_hf, ["--rehearse", "--variants", "bogus"], "--variants bogus: is not one of .*bf16, portable"),
@@ -265,6 +279,7 @@ def test_nonsense_is_refused(
     module: Any, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "result.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench", *(word.replace("OUT", out) for word in arguments)])
     # A rehearsal imports Transformer Engine over the stand-in, for good: not in the process of all other tests.
     monkeypatch.setattr(train_step_vs_hf, "uses_engine", lambda rehearse: False)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from megatron_a2d import train
+from megatron_a2d.config import installed_versions
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.conversion.qwen3_shapes import named_model_config
+from megatron_a2d.rehearsal import rehearse
 from megatron_a2d.rehearsal.pipeline_pairing import pair
 from megatron_a2d.rehearsal.rehearse import choose_layers
 from megatron_a2d.rehearsal.step_trace import Event
@@ -139,6 +141,7 @@ def test_the_command() -> None:
     [
         ("--rank 0 --dry-run", "--rank: is only valid with --rehearse"),
         ("--rehearse --model Qwen/Qwen3-8B-Base --world-size 8 --rank 8", "--rank 8: is none of the 8 of --world-size"),
+        ("--rehearse --dry-run --settings-only --world-size 8", "--dry-run, --rehearse: choose one"),
         ("--rehearse --world-size 8", "need --model"),
         (
             "--rehearse --model Qwen/Qwen3-8B-Base --world-size 8 --tensor-model-parallel-size 3",
@@ -152,4 +155,12 @@ def test_the_command() -> None:
 )
 def test_the_errors_are_those_of_the_start(flags: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
+        train.main(flags.split())
+
+
+def test_what_an_old_package_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearse, "prepare", lambda cluster: True)
+    monkeypatch.setattr(installed_versions, "installed", {"megatron-core": (0, 16, 1)}.get)
+    flags = f"--rehearse --config {RECIPES / 'qwen3_30b_a3b.yaml'} --world-size 8 --use-transformer-engine-op-fuser"
+    with pytest.raises(UserError, match=r"--use-transformer-engine-op-fuser: needs megatron-core 0\.19"):
         train.main(flags.split())
