@@ -161,6 +161,6 @@ def test_the_errors_are_those_of_the_start(flags: str, words: str) -> None:
 def test_what_an_old_package_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearse, "prepare", lambda cluster: True)
     monkeypatch.setattr(installed_versions, "installed", {"megatron-core": (0, 16, 1)}.get)
-    flags = f"--rehearse --config {RECIPES / 'qwen3_30b_a3b.yaml'} --world-size 8 --use-transformer-engine-op-fuser"
+    flags = f"--rehearse --config {RECIPES['qwen3_30b_a3b']} --world-size 8 --use-transformer-engine-op-fuser"
     with pytest.raises(UserError, match=r"--use-transformer-engine-op-fuser: needs megatron-core 0\.19"):
         train.main(flags.split())
