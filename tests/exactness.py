@@ -215,7 +215,7 @@ difference of all is {worst:.1e}.
 
 def _products(measured: list[Products]) -> str:
     rows = [[item.case, item.recipe, *(f"{value:.1e}" for value in item.worst.values())] for item in measured]
-    return f"""## FP8 products, exactly
+    return f"""## FP8 and NVFP4 products, exactly
 
 Every linear layer of a step of four micro-batches, with fused accumulation of gradients, against the emulation
 (`megatron_a2d/model/emulated_layers.py`, written apart from this) of the same inputs and output gradients: the largest

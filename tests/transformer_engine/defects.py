@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_a2d.model import diffusion_lm, layer_specs
@@ -41,6 +42,11 @@ def wrong_transpose() -> None:
             output._transpose.copy_(output._data.reshape(output._transpose.shape))
 
     per_tensor_fp8.fill = fill_wrongly
+
+
+def stale_weights() -> None:
+    """The quantised copies of weights are made for the first batch, and stay."""
+    MegatronModule.set_is_first_microbatch = lambda self: None  # type: ignore[method-assign]
 
 
 def wrong_expert_group() -> None:

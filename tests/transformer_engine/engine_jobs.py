@@ -14,6 +14,7 @@ from megatron.core.distributed import param_and_grad_buffer
 from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
 
 from megatron_a2d import megatron_compat
+from megatron_a2d.config.fp8_recipe import chosen_recipe
 from megatron_a2d.config.settings import build
 from megatron_a2d.model import layer_specs, transformer_config
 from megatron_a2d.training import initialization, optimizer
@@ -54,7 +55,7 @@ def fp8_products(checkpoint: str, settings: dict[str, Any], capability: tuple[in
     for model in state.models:
         model.config.finalize_model_grads_func = lambda *_, **__: None  # it divides by the tokens
     forward_backward(state.chunks, parity_jobs._one_iteration(batches), forward_only=False)
-    found = [record.distances(config.performance.fp8_recipe) for record in records]
+    found = [record.distances(chosen_recipe(config)) for record in records]
     worst = {name: max(distances[name] for distances in found) for name in found[0]}
     passes = {len(record.passes) for record in records}
     return {"worst": worst, "layers": len(records), "passes": passes, "calls": dict(CALLS)}

@@ -135,6 +135,19 @@ def test_weights_are_rounded_once_a_batch(
     assert found["loss"] < 5e-3 and found["gradients"] < 0.4
 
 
+@pytest.mark.full
+def test_stale_weights_are_seen(
+    wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
+) -> None:
+    """Negative control, of the weights' quantised copies: test_weights_are_rounded_once_a_batch allows 0.4."""
+    reference = emulated("dense", "tensorwise", num_steps=2)
+    found = engine_steps(
+        engine_pool, wide["dense"], "tensorwise", reference, num_steps=2, defect="stale_weights", **fusions("dense")
+    )
+    exactness.planted.append(Planted("stale_weights, FP8 tensorwise", "dense", found))
+    assert found["gradients"] > 1
+
+
 def test_a_wrong_transpose_is_seen(
     wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
 ) -> None:
@@ -150,17 +163,19 @@ def test_a_wrong_transpose_is_seen(
     [
         pytest.param(kind, recipe, marks=() if (kind, recipe) in QUICK else pytest.mark.full)
         for kind in ("dense", "moe")
-        for recipe in RECIPES
+        for recipe in (*RECIPES, "nvfp4")
     ],
 )
 def test_every_product_is_its_definition(
     kind: str, recipe: str, wide: dict[str, Any], engine_pool: EnginePool, exactness: Exactness
 ) -> None:
     """Of the same operands: 1e-6, over the micro-batches of a step with fused accumulation of the weights' gradients."""
-    settings = {**wide[kind]["settings"], **fusions(kind), **SMALL, "transformer_impl": "auto", "fp8_recipe": recipe}
+    scaling = {"fp4_recipe" if recipe == "nvfp4" else "fp8_recipe": recipe}
+    settings = {**wide[kind]["settings"], **fusions(kind), **SMALL, "transformer_impl": "auto", **scaling}
     (found,) = engine_pool.run(
-        "fp8_products", 1, checkpoint=wide[kind]["checkpoint"], settings=settings, capability=RECIPES[recipe]
-    )
+        "fp8_products", 1, checkpoint=wide[kind]["checkpoint"], settings=settings,
+        capability=RECIPES.get(recipe, BLACKWELL),
+    )  # fmt: skip
     exactness.products.append(Products(kind, recipe, found["worst"]))
     assert found["layers"] == 8 and found["passes"] == {4}
     assert all(distance < 1e-6 for distance in found["worst"].values()), found
