@@ -20,12 +20,19 @@ from megatron_a2d.utils.errors import UserError
 
 def world_size() -> int:
     """Number of processes that torchrun (or Slurm through it) started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _set_by_torchrun("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Global rank of this process; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    return _set_by_torchrun("RANK", 0)
+
+
+def _set_by_torchrun(name: str, otherwise: int) -> int:
+    value = os.environ.get(name, str(otherwise))
+    if not value.isdecimal():
+        raise UserError(f"{name}={value}: this environment variable, which torchrun sets, is not a number; unset it")
+    return int(value)
 
 
 def check_launch() -> None:

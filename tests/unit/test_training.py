@@ -15,7 +15,7 @@ import torch
 from megatron_a2d.config.fp8_recipe import Scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
-from megatron_a2d.distributed import process_groups
+from megatron_a2d.distributed import environment, process_groups
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.report.plots import draw_run, read_log
 from megatron_a2d.terminal.console import entry_point
@@ -116,6 +116,14 @@ def test_slurm_alone_numbers_no_processes(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
     monkeypatch.setenv("RANK", "1")
     process_groups.check_launch()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+@pytest.mark.parametrize("value", ["two", "", "-1"])
+def test_torchruns_variables_are_numbers(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}={value}: this environment variable, which torchrun sets, is not"):
+        {"WORLD_SIZE": environment.world_size, "RANK": environment.rank}[name]()
 
 
 def test_report_without_a_run(tmp_path: Path) -> None:
