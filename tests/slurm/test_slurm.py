@@ -100,7 +100,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, material: Material, t
     job.release()
     job.wait_until_over()
     cluster.wait_idle()
-    assert job.state() == "CANCELLED" and job.restarts() == 0 and "requeue" not in job.log(), job.story()
+    assert job.state() == "CANCELLED" and job.restarts() == 0 and "requeued after" not in job.log(), job.story()
 
 
 def test_the_comparison_can_fail(unbroken: Job) -> None:
