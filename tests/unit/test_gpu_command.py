@@ -25,7 +25,7 @@ def part(name: str, rows: str = "{}", then: str = "", limit: float = 300) -> gpu
     return gpu.Part(name, [sys.executable, "-c", WRITES.replace("ROWS", rows) + then, "OUT"], limit)
 
 
-def tests(name: str, *outcomes: str) -> gpu.Part:
+def part_of_tests(name: str, *outcomes: str) -> gpu.Part:
     written = json.dumps({"outcomes": dict(enumerate(outcomes))})
     return gpu.Part(name, [sys.executable, "-c", f"import sys; open(sys.argv[1], 'w').write({written!r})", "OUT"], 300)
 
@@ -42,8 +42,8 @@ def test_every_end_of_a_part(
     chosen = [
         part("good"),
         part("partly", rows="{'error': 'no kernel'}"),
-        tests("skipping", "skipped", "skipped"),
-        tests("testing", "skipped", "passed"),
+        part_of_tests("skipping", "skipped", "skipped"),
+        part_of_tests("testing", "skipped", "passed"),
         part("failing", then="raise ValueError('no image')"),
         # A shell starts at once, also on a busy machine: what it says and writes is there when its time is over.
         gpu.Part("hanging", ["sh", "-c", 'echo "{\\"rows\\": [{}]}" > "$0"; echo said; exec sleep 600', "OUT"], 3),
