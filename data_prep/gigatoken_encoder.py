@@ -113,12 +113,12 @@ class Chosen(NamedTuple):
     reason: str  # one line for the report
 
 
-def choose(tokenizer: Path, reference: Encoder, wish: Choice, texts: Sequence[bytes]) -> Chosen:
+def choose(tokenizer: Path, reference: Encoder, requested: Choice, texts: Sequence[bytes]) -> Chosen:
     """Whether gigatoken may encode a corpus of which `texts` are a sample."""
-    if wish == "reference":
+    if requested == "reference":
         return Chosen("reference", f"{reference.name}, as requested")
     problem, compared = _compare(tokenizer, reference, [*map(str.encode, PROBES), *texts])
-    if problem and wish == "gigatoken":
+    if problem and requested == "gigatoken":
         raise UserError(f"--encoder gigatoken: {problem}; leave the flag out to encode with {reference.name}")
     if problem:
         return Chosen("reference", f"{reference.name}, because {problem}")

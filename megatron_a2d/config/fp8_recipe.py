@@ -83,17 +83,17 @@ def engine_scaling(
 
 
 def choose_scaling(
-    wish: str, capability: tuple[int, int] | None, cuda: tuple[int, int] | None = None
+    requested: str, capability: tuple[int, int] | None, cuda: tuple[int, int] | None = None
 ) -> Scaling | None:
     """The scaling of --fp8-recipe or --fp4-recipe on a GPU of this compute capability (None: no GPU) and CUDA release;
     None: no FP8 or FP4."""
-    if wish == "none":
+    if requested == "none":
         return None
-    name = f"--fp4-recipe {wish}" if wish == "nvfp4" else f"--fp8-recipe {wish}"
+    name = f"--fp4-recipe {requested}" if requested == "nvfp4" else f"--fp8-recipe {requested}"
     if capability is None:
         raise UserError(f"{name}: this machine has no CUDA device; use none, or emulate it: --transformer-impl local")
-    recipe = wish
-    if wish == "auto":
+    recipe = requested
+    if requested == "auto":
         recipe = "mxfp8" if _lacks("mxfp8", capability) is None else "tensorwise"
     if lacking := _lacks(recipe, capability):
         remedy = "use none" if recipe == "nvfp4" or _lacks("tensorwise", capability) else "use auto"

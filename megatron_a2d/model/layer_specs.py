@@ -50,15 +50,15 @@ Implementation = Literal["transformer_engine", "local"]
 
 def choose_implementation(config: RunConfig) -> Implementation:
     """Resolve --transformer-impl for this machine and run."""
-    wish = config.training.transformer_impl
+    requested = config.training.transformer_impl
     refused = refuses_transformer_engine(config)
     available = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
-    if wish == "transformer_engine" and refused:
+    if requested == "transformer_engine" and refused:
         raise UserError(f"--transformer-impl transformer_engine: does not go with {refused}; use local")
-    if wish != "local" and not refused and available:
+    if requested != "local" and not refused and available:
         return "transformer_engine"
     missing = "package transformer_engine is not installed" if has_cuda() else "machine has no CUDA device"
-    if wish == "transformer_engine":
+    if requested == "transformer_engine":
         raise UserError(f"--transformer-impl transformer_engine: this {missing}; use local")
     if needed := needs_transformer_engine(config):
         reason = f"does not go with {refused}" if refused else f"this {missing}"

@@ -181,14 +181,14 @@ def _hybridep_fields(performance: PerformanceConfig, backend: str) -> dict[str, 
     return fields
 
 
-def _flex_backend(wish: str) -> str | None:
+def _flex_backend(requested: str) -> str | None:
     """The flex dispatcher's backend here. None if auto finds none, UserError if the requested one is missing."""
-    for backend in ("hybridep", "deepep") if wish == "auto" else (wish,):
+    for backend in ("hybridep", "deepep") if requested == "auto" else (requested,):
         try:
             _need_dispatcher(backend)
             return backend
         except UserError:
-            if wish != "auto":
+            if requested != "auto":
                 raise
     return None
 

@@ -108,12 +108,18 @@ def show(
         )
 
 
-def _memory_table(done: list[RankRehearsal], job: Job, cluster: Cluster | None) -> Table:
-    table = Table(title=f"memory, GiB{f', of {cluster.memory_gib}' if cluster else ''}", title_justify="left")
+def _compared(title: str, done: list[RankRehearsal]) -> Table:
+    """An empty table with three columns per rank: counted, planned, and the planner's error."""
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for item in done:
         for text in (f"rank {item.rank}", "planned", "off"):
             table.add_column(text, justify="right")
+    return table
+
+
+def _memory_table(done: list[RankRehearsal], job: Job, cluster: Cluster | None) -> Table:
+    table = _compared(f"memory, GiB{f', of {cluster.memory_gib}' if cluster else ''}", done)
     for row in zip(*(compare_memory(item, job) for item in done), strict=True):
         table.add_row(row[0].name, *(text for part in row for text in _figures(part, GIB)))
     for name in ("building", "left"):
@@ -123,11 +129,7 @@ def _memory_table(done: list[RankRehearsal], job: Job, cluster: Cluster | None) 
 
 
 def _traffic_table(done: list[RankRehearsal], job: Job) -> Table:
-    table = Table(title="sent per step, GiB", title_justify="left")
-    table.add_column("")
-    for item in done:
-        for text in (f"rank {item.rank}", "planned", "off"):
-            table.add_column(text, justify="right")
+    table = _compared("sent per step, GiB", done)
     kinds = {part.name: None for item in done for part in compare_traffic(item, job)}
     found = [{part.name: part for part in compare_traffic(item, job)} for item in done]
     for kind in kinds:

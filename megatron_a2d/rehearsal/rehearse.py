@@ -49,7 +49,7 @@ def prepare(cluster: Cluster | None) -> bool:
 
 def choose_layers(config: RunConfig, has_engine: bool) -> Layers:
     """The layers that the run has on a GPU with Transformer Engine, as far as they can be rehearsed here."""
-    wish, notes = config.training.transformer_impl, []
+    requested, notes = config.training.transformer_impl, []
     performance = config.performance
     if (performance.fp8_recipe, performance.fp4_recipe) != ("none", "none"):
         notes.append("--fp8-recipe, --fp4-recipe: rehearsed in bf16")
@@ -57,7 +57,7 @@ def choose_layers(config: RunConfig, has_engine: bool) -> Layers:
         config = dataclasses.replace(config, performance=performance)
     if performance.cuda_graph_impl != "none":
         notes.append("--cuda-graph-impl: a step before the graphs are captured")
-    if wish != "local" and not refuses_transformer_engine(config):
+    if requested != "local" and not refuses_transformer_engine(config):
         if has_engine:
             return Layers("transformer_engine", config, notes)
         off = needs_transformer_engine(config)
@@ -84,7 +84,7 @@ def rehearse(
 ) -> None:
     """Print a step's memory, traffic and synchronisations; UserError if sends and receives do not pair up."""
     if rank is not None and not 0 <= rank < processes:
-        raise UserError(f"--rank {rank}: is none of the {processes} of --world-size; the last one is {processes - 1}")
+        raise UserError(f"--rank {rank}: --world-size {processes} has the ranks 0 to {processes - 1}")
     layers = choose_layers(config, prepare(cluster))
     if problems := find_version_problems(layers.config):
         raise UserError(problems)

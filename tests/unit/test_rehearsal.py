@@ -140,7 +140,10 @@ def test_the_command() -> None:
     ("flags", "words"),
     [
         ("--rank 0 --dry-run", "--rank: is only valid with --rehearse"),
-        ("--rehearse --model Qwen/Qwen3-8B-Base --world-size 8 --rank 8", "--rank 8: is none of the 8 of --world-size"),
+        (
+            "--rehearse --model Qwen/Qwen3-8B-Base --world-size 8 --rank 8",
+            "--rank 8: --world-size 8 has the ranks 0 to 7",
+        ),
         ("--rehearse --dry-run --settings-only --world-size 8", "--dry-run, --rehearse: choose one"),
         ("--rehearse --world-size 8", "need --model"),
         (

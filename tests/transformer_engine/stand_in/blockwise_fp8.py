@@ -12,6 +12,7 @@ from tests.transformer_engine.stand_in.fp8_casts import (
     flat,
     from_fp8,
     num_rows,
+    replace_halves,
     round_up,
     scale_from_amax,
     to_fp8,
@@ -55,10 +56,7 @@ def _scales_shape(quantizer: Any, rows: int, columns: int) -> tuple[int, int]:
 
 
 def update_halves(quantizer: Any, output: Any, shape: tuple[int, ...]) -> None:
-    """Make the halves of an existing tensor that are wanted now, and drop the other."""
-    for name, fresh in _halves(quantizer, shape).items():
-        if fresh is None or getattr(output, f"_{name}") is None:
-            setattr(output, f"_{name}", fresh)
+    replace_halves(output, _halves(quantizer, shape))
     output._fp8_dtype = quantizer.dtype
 
 

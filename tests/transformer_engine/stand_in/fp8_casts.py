@@ -52,6 +52,13 @@ def from_e8m0(raw: Tensor) -> Tensor:
     return torch.exp2(raw.float() - 127)
 
 
+def replace_halves(output: Any, halves: dict[str, Tensor | None]) -> None:
+    """Give an existing tensor the halves that are wanted now and missing, and drop those that are not wanted."""
+    for name, fresh in halves.items():
+        if fresh is None or getattr(output, f"_{name}") is None:
+            setattr(output, f"_{name}", fresh)
+
+
 def flat(tensor: Tensor) -> Tensor:
     """[..., k] as a matrix [m, k]."""
     return tensor.reshape(-1, tensor.shape[-1])

@@ -14,6 +14,7 @@ from tests.transformer_engine.stand_in.fp8_casts import (
     from_e8m0,
     from_fp8,
     num_rows,
+    replace_halves,
     round_up,
     to_fp8,
 )
@@ -51,10 +52,7 @@ def _halves(quantizer: Any, shape: tuple[int, ...]) -> dict[str, Tensor | None]:
 
 
 def update_halves(quantizer: Any, output: Any, shape: tuple[int, ...]) -> None:
-    """Make the halves of an existing tensor that are wanted now, and drop the other."""
-    for name, fresh in _halves(quantizer, shape).items():
-        if fresh is None or getattr(output, f"_{name}") is None:
-            setattr(output, f"_{name}", fresh)
+    replace_halves(output, _halves(quantizer, shape))
     output._fp8_dtype = quantizer.dtype
 
 

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from tests.transformer_engine.stand_in.enums import DType
-from tests.transformer_engine.stand_in.fp8_casts import check, flat, from_fp8, num_rows, round_up, to_fp8
+from tests.transformer_engine.stand_in.fp8_casts import (
+    check,
+    flat,
+    from_fp8,
+    num_rows,
+    replace_halves,
+    round_up,
+    to_fp8,
+)
 
 QUANTIZERS = ("NVFP4Quantizer",)
 STORAGE = "NVFP4TensorStorage"
@@ -58,10 +66,7 @@ def _halves(quantizer: Any, shape: tuple[int, ...]) -> dict[str, Tensor | None]:
 
 
 def update_halves(quantizer: Any, output: Any, shape: tuple[int, ...]) -> None:
-    """Make the halves of an existing tensor that are wanted now, and drop the other."""
-    for name, fresh in _halves(quantizer, shape).items():
-        if fresh is None or getattr(output, f"_{name}") is None:
-            setattr(output, f"_{name}", fresh)
+    replace_halves(output, _halves(quantizer, shape))
 
 
 def fill(quantizer: Any, values: Tensor, output: Any) -> None:
