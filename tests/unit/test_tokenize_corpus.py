@@ -1,4 +1,4 @@
-"""The command lines of data_prep: corpus, tokenizer, token files, inspection; and what they say to bad input."""
+"""data_prep.tokenize_corpus: documents come back, held-out documents, tokenizers of other kinds, bad input."""
 
 from __future__ import annotations
 
@@ -7,45 +7,23 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import dedup_and_split, inspect_dataset, stdlib_corpus, tokenize_corpus, tokenize_shards, train_tokenizer
+from data_prep import dedup_and_split, tokenize_corpus, tokenize_shards
 from data_prep.corpus_shards import Counts, read_documents
 from data_prep.encoders import open_encoder
 from data_prep.formats import Document
-from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile, read_metadata
+from megatron_a2d.data.indexed_dataset import TokenFile, read_metadata
 from megatron_a2d.utils.errors import UserError
+from tests.unit import stdlib_tokenizer
+from tests.unit.stdlib_tokenizer import VOCAB_SIZE, problem, tokenize, write_jsonl
 
-VOCAB_SIZE = 600
-
-
-def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def texts() -> list[str]:
-    """A few real modules in documents."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [root / name for name in ("argparse.py", "json/decoder.py", "textwrap.py", "heapq.py")]
-    return [piece for path in files for piece in stdlib_corpus.split_text(path.read_text(encoding="utf-8"), 1000)]
-
-
-@pytest.fixture(scope="session")
-def corpus(texts, tmp_path_factory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", texts)
-
-
-@pytest.fixture(scope="session")
-def tokenizer(corpus, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    train_tokenizer.main(["--input", str(corpus), "--vocab-size", str(VOCAB_SIZE), "--out", str(out)])
-    return out
+texts = stdlib_tokenizer.texts
+corpus = stdlib_tokenizer.corpus
+tokenizer = stdlib_tokenizer.tokenizer
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -54,144 +32,6 @@ def is_held_out(text: str, fraction: float) -> bool:
             np.frombuffer(tokenize_shards.digest(text.encode()), dtype="<u8").reshape(1, 2), fraction
         )[0]
     )
-
-
-def tokenize(*arguments: object) -> None:
-    tokenize_corpus.main([str(argument) for argument in arguments])
-
-
-def problem(function, *arguments: object) -> str:
-    """The one line that a command gives."""
-    with pytest.raises(UserError) as caught:
-        function([str(argument) for argument in arguments])
-    (line,) = caught.value.problems
-    assert "\n" not in line
-    return line
-
-
-# ---- stdlib_corpus
-
-
-def test_split_text_keeps_every_character_and_cuts_at_definitions():
-    text = "import a\n\n# about f\n@cache\ndef f():\n    return 1\n\n\nclass C:\n    x = 1\n\n    def g(self):\n        pass\n"
-    assert stdlib_corpus.split_text(text, 1000) == [text]
-    pieces = stdlib_corpus.split_text(text, 45)
-    assert pieces == [
-        "import a\n\n",
-        "# about f\n@cache\ndef f():\n    return 1\n\n\n",
-        "class C:\n    x = 1\n\n",
-        "    def g(self):\n        pass\n",
-    ]
-    assert "".join(stdlib_corpus.split_text(text, 1)) == text
-    assert stdlib_corpus.split_text("", 10) == []
-    assert stdlib_corpus.split_text("x" * 30 + "\ny\n", 10) == ["x" * 30 + "\n", "y\n"]
-
-
-@pytest.mark.parametrize("max_chars", [100, 1000, 4000])
-def test_split_text_on_real_modules(max_chars):
-    for name in ("argparse.py", "typing.py", "pydoc_data/topics.py", "tarfile.py"):
-        text = (Path(sysconfig.get_paths()["stdlib"]) / name).read_text(encoding="utf-8")
-        pieces = stdlib_corpus.split_text(text, max_chars)
-        assert "".join(pieces) == text
-        assert all(len(piece) <= max_chars or piece.count("\n") <= 1 for piece in pieces)
-
-
-def test_stdlib_corpus_of_a_small_library(tmp_path, monkeypatch, capsys):
-    library = tmp_path / "lib"
-    files = {
-        "b.py": "x = 1\n", "a/c.py": "y = 2\n", "a/__init__.py": "", "data.txt": "no", "test/t.py": "no", "a/tests/t.py": "no",
-        "site-packages/p.py": "no", "a/__pycache__/q.py": "no", "idlelib/idle_test/i.py": "no", "a/test.py": "z = 'tests'\n",
-    }  # fmt: skip
-    for name, content in files.items():
-        (library / name).parent.mkdir(parents=True, exist_ok=True)
-        (library / name).write_text(content)
-    (library / "latin.py").write_bytes(b"# coding: latin-1\ns = '\xe9'\n")
-    (library / "mark.py").write_bytes(b"\xef\xbb\xbfw = 3\r\n")
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
-    stdlib_corpus.main(["--out", str(tmp_path / "out.jsonl")])
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert lines == [
-        {"text": "y = 2\n", "source": "a/c.py"},
-        {"text": "z = 'tests'\n", "source": "a/test.py"},
-        {"text": "x = 1\n", "source": "b.py"},
-        {"text": "w = 3\n", "source": "mark.py"},
-    ]
-    assert "1 skipped" in " ".join(capsys.readouterr().err.split())
-
-
-# ---- train_tokenizer
-
-
-def test_special_tokens_are_qwen3s_in_order(tokenizer):
-    specials = [*train_tokenizer.CONTROL_TOKENS, *train_tokenizer.MARKUP_TOKENS]
-    # Qwen3: 151643 <|endoftext|> ... 151656 <|video_pad|>, 151657 <tool_call> ... 151668 </think>
-    assert len(specials) == 151668 - 151643 + 1 and len(train_tokenizer.CONTROL_TOKENS) == 151656 - 151643 + 1
-    encoder = open_encoder(tokenizer, append_eod=True, workers=1)
-    assert encoder.vocab_size == VOCAB_SIZE - 8
-    first = VOCAB_SIZE - 8 - len(specials)
-    assert encoder.encode(["".join(specials)]) == [[*range(first, VOCAB_SIZE - 8), first]]
-    assert encoder.eod_token_id == first
-
-
-def test_any_text_survives(tokenizer, texts):
-    encoder = open_encoder(tokenizer, append_eod=False, workers=1)
-    for text in [*texts, "naïve ☃ 𝄞 123 \t\r\n   x", "I'LL  \n\n  don't", "\x00\x7f"]:
-        assert encoder.decode(encoder.encode([text])[0]) == text
-    assert len(encoder.encode(["123"])[0]) == 3  # digits one by one, as Qwen's pattern has it
-
-
-def test_training_is_deterministic(corpus, tokenizer, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.train_tokenizer",
-        "--input",
-        str(corpus),
-        "--vocab-size",
-        str(VOCAB_SIZE),
-    ]
-    subprocess.run(
-        [*command, "--out", str(tmp_path / "again")],
-        check=True,
-        env={**os.environ, "RAYON_NUM_THREADS": "3"},
-        timeout=600,
-    )
-    names = sorted(path.name for path in tokenizer.iterdir())
-    assert names == ["tokenizer.json", "tokenizer_config.json"]
-    for name in names:
-        assert (tokenizer / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
-def test_transformers_loads_the_directory(tokenizer, texts):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer)
-    ours = open_encoder(tokenizer, append_eod=False, workers=1)
-    sample = [*texts[:20], "<think>a</think><|im_end|>"]
-    assert [theirs.encode(text, add_special_tokens=False) for text in sample] == ours.encode(sample)
-    assert len(theirs) == VOCAB_SIZE - 8
-    assert theirs.eos_token == theirs.pad_token == "<|endoftext|>"
-    assert theirs.decode(theirs.encode("<think>x<|im_end|>"), skip_special_tokens=True) == "<think>x"
-
-
-def test_train_tokenizer_bad_input(corpus, tmp_path):
-    out = ["--out", tmp_path / "out"]
-    train = train_tokenizer.main
-    assert "--vocab-size 280: too small" in problem(train, "--input", corpus, "--vocab-size", 280, *out)
-    assert "at most 4,194,304" in problem(train, "--input", corpus, "--vocab-size", 10**9, *out)
-    assert "--reserved-tokens 0" in problem(train, "--input", corpus, "--reserved-tokens", 0, *out)
-    small = write_jsonl(tmp_path / "small.jsonl", ["ab ab"])
-    assert "this text yields only" in problem(train, "--input", small, *out)
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"text": "a"}\n{oops\n')
-    assert f"{broken}:2: not valid JSON" in problem(train, "--input", broken, *out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "small.jsonl"]
-    assert "(set the text's key with --json-keys)" in problem(train, "--input", small, "--json-keys", "text", "q", *out)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").touch()
-    assert "already exists" in problem(train, "--input", corpus, *out)
-
-
-# ---- tokenize_corpus
 
 
 def test_documents_come_back(corpus, texts, tokenizer, tmp_path):
@@ -439,65 +279,3 @@ def test_command_line_exits_with_2(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 2 and not list(tmp_path.iterdir())
     assert re.fullmatch(r"error: --tokenizer none: .*\n", result.stderr)
-
-
-# ---- inspect_dataset
-
-
-def test_inspect_shows_contents_and_masked_samples(corpus, texts, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    prefix = tmp_path / "c"
-    tokenize("--input", corpus, "--tokenizer", tokenizer, "--output-prefix", prefix, "--valid-fraction", 0)
-    capsys.readouterr()
-    inspect_dataset.main(["--data-path", str(prefix), "--times", "0.5", "--show", "3", "--seq-length", "200"])
-    out = capsys.readouterr().out
-    assert re.search(rf"documents +│ +{len(texts):,} ", out) and "uint16" in out and "█" in out
-    masked = [int(count) for count in re.findall(r"sample \d: t = 0.500, (\d+) of 200 tokens masked", out)]
-    assert len(masked) == 3 and all(70 < count < 130 for count in masked) and "▒" in out
-    inspect_dataset.main(["--data-path", str(prefix), "--times", "0", "--show", "1"])
-    assert "▒" not in capsys.readouterr().out
-    inspect_dataset.main(["--data-path", str(prefix), "--tokenizer", str(tokenizer), "--show", "1"])
-    assert re.search(r"t = 0\.\d+, \d+ of 256 tokens masked", capsys.readouterr().out)
-    inspect_dataset.main(["--data-path", str(prefix), "--times", "0.1", "0.9", "--show", "1"])
-    few, many = (int(count) for count in re.findall(r"t = 0\.\d+, (\d+) of 256", capsys.readouterr().out))
-    assert few < 60 < 180 < many
-    inspect_dataset.main(["--data-path", str(prefix), "--show", "0"])
-    out = " ".join(capsys.readouterr().out.split())
-    assert "all checksums match; all end with token" in out
-    (tmp_path / "c.json").unlink()
-    inspect_dataset.main(["--data-path", str(prefix)])
-    assert "set it with --tokenizer" in capsys.readouterr().out
-
-
-def test_masked_text_hides_exactly_the_masked_tokens(tokenizer):
-    encoder = open_encoder(tokenizer, append_eod=False, workers=1)
-    tokens = np.array(encoder.encode(["1234"])[0])
-    text = inspect_dataset.masked_text(tokens, np.array([False, True, True, False]), encoder)
-    assert text.plain == "1▒▒4"
-
-
-def test_inspect_bad_input(corpus, tokenizer, tmp_path, monkeypatch):
-    builder = IndexedDatasetBuilder(str(tmp_path / "t.bin"), dtype=np.int32)
-    builder.add_document(np.array([1, 2, VOCAB_SIZE]), [3])
-    builder.finalize(str(tmp_path / "t.idx"))
-    prefix = ["--data-path", tmp_path / "t"]
-    inspect = inspect_dataset.main
-    assert "document 0 holds token id 600" in problem(inspect, *prefix, "--tokenizer", tokenizer)
-    assert "--times 1.5" in problem(inspect, *prefix, "--times", 0.5, 1.5)
-    assert "--show -1" in problem(inspect, *prefix, "--show", -1)
-    assert "--seq-length 0" in problem(inspect, *prefix, "--seq-length", 0)
-    assert "there is no u.idx" in problem(inspect, "--data-path", tmp_path / "u")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "matplotlib is not installed" in problem(inspect, *prefix, "--show", 0, "--plot", tmp_path / "p.png")
-
-
-def test_inspect_plots(tmp_path):
-    pytest.importorskip("matplotlib")
-    builder = IndexedDatasetBuilder(str(tmp_path / "t.bin"), dtype=np.int32)
-    for length in (1, 0, 5, 300):
-        builder.add_document(np.arange(length), [length])
-    builder.finalize(str(tmp_path / "t.idx"))
-    prefix = ["--data-path", str(tmp_path / "t"), "--show", "0"]
-    inspect_dataset.main([*prefix, "--plot", str(tmp_path / "p.png")])
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert "unknown image format" in problem(inspect_dataset.main, *prefix, "--plot", tmp_path / "p.jpg")
