@@ -1,0 +1,93 @@
+"""The fast encoder gigatoken: the reference's ids, or the reference instead."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from data_prep import gigatoken_encoder, tokenize_shards
+from data_prep.corpus_shards import Shard, plan_shards
+from data_prep.encoders import Encoded, open_encoder
+from data_prep.memory_limits import DEFAULT_LIMITS
+from tests.unit import corpus_kinds
+from tests.unit.corpus_kinds import TEXTS, contents, problem, run, write_jsonl, write_kind
+
+tokenizer = corpus_kinds.tokenizer
+
+
+def test_another_encoder_does_not_take_up_old_shards(tokenizer, tmp_path):
+    pytest.importorskip("gigatoken")
+    (shard,) = plan_shards([write_kind(tmp_path, ".jsonl", TEXTS)])
+    keys = {
+        tokenize_shards._key(
+            tokenize_shards.Job(
+                tmp_path, tokenizer, name, 310, True, eod, "text", 1, None, False, DEFAULT_LIMITS, "sum"
+            ),
+            shard,
+        )
+        for name in ("gigatoken", "reference")
+        for eod in (0, 1)
+    }
+    assert len(keys) == 4
+
+
+def test_gigatoken_gives_the_reference_ids(tokenizer):
+    pytest.importorskip("gigatoken")
+    texts = [*map(str.encode, gigatoken_encoder.PROBES), *map(str.encode, TEXTS)]
+    plain = open_encoder(tokenizer, False, workers=1)
+    for append_eod in (True, False):
+        slow = open_encoder(tokenizer, append_eod, workers=1)
+        chosen = gigatoken_encoder.choose(tokenizer, slow, "auto", texts)
+        assert chosen.name == "gigatoken" and f"{len(texts) + len(gigatoken_encoder.PROBES)} texts" in chosen.reason
+        fast = gigatoken_encoder.GigatokenEncoder(
+            tokenizer / "tokenizer.json", slow.vocab_size, slow.eod_token_id, 1, lambda: plain
+        )
+        for some in (texts, texts[:1], [b""]):
+            one, other = fast.encode_batch(some), slow.encode_batch(some)
+            assert np.array_equal(one.ids, other.ids) and np.array_equal(one.lengths, other.lengths)
+            assert one.ids.dtype == other.ids.dtype == np.uint16
+        marks = [b"plain", "\u07f3\u07fd".encode(), "\u00fc".encode(), "u\u0308".encode()]
+        assert fast.encode_batch(marks).ids.tolist() == slow.encode_batch(marks).ids.tolist()
+        assert [gigatoken_encoder.is_normal(text) for text in marks] == [True, False, True, False]
+        # Letters of Unicode 16 that one library composes and the other does not, and a code point of no version.
+        newer = [text.encode() for text in ("\U00016d67\U00016d67", "a\U00011382\U000113c9", "\u0378")]
+        assert fast.encode_batch(newer).ids.tolist() == slow.encode_batch(newer).ids.tolist()
+        assert not any(gigatoken_encoder.is_normal(text) for text in newer)
+        assert fast.decode(fast.encode(["ünï"])[0][:-1] if append_eod else fast.encode(["ünï"])[0]) == "ünï"
+
+
+def test_gigatoken_is_not_used_where_one_id_differs(tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("gigatoken")
+    original = gigatoken_encoder.GigatokenEncoder.encode_batch
+
+    def wrong(self, texts: list[bytes]) -> Encoded:
+        ids, lengths = original(self, texts)
+        ids = ids.copy()
+        ids[-1] += 1
+        return Encoded(ids, lengths)
+
+    corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    expected = contents(run(tokenizer, tmp_path / "c", "--input", corpus))
+    monkeypatch.setattr(gigatoken_encoder.GigatokenEncoder, "encode_batch", wrong)
+    run(tokenizer, tmp_path / "d", "--input", corpus)
+    assert contents(tmp_path / "d") == expected
+    assert "tokenizers, because gigatoken gives different ids" in (tmp_path / "d.report.json").read_text()
+    assert "gives different ids" in problem(tokenizer, tmp_path / "e", "--input", corpus, "--encoder", "gigatoken")
+
+
+def test_without_gigatoken_the_reference_encodes(tokenizer, tmp_path, monkeypatch):
+    corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    expected = contents(run(tokenizer, tmp_path / "c", "--input", corpus))
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    run(tokenizer, tmp_path / "d", "--input", corpus)
+    assert contents(tmp_path / "d") == expected
+    assert "gigatoken is not installed" in (tmp_path / "d.report.json").read_text()
+
+
+def test_the_sample_comes_from_all_over(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{n:02d}.jsonl", [f"file {n} {text}" for text in TEXTS[:20]]) for n in range(50)]
+    every = [Shard(plan_shards([path])[0].file_ranges) for path in paths]
+    sample = b" ".join(gigatoken_encoder.corpus_sample(every, "text")).decode()
+    assert sum(f"file {n} " in sample for n in range(50)) == gigatoken_encoder.SAMPLE_SHARDS
