@@ -30,8 +30,8 @@ from megatron_a2d.utils.printable import without_passwords
 from megatron_a2d.verification import logits_report
 from megatron_a2d.verification.reference_forward import StreamedModel
 from tests import tiny
+from tests.unit.hf_tensors import tensors_of
 from tests.unit.hub_stand_in import TOKEN, Hub
-from tests.unit.test_conversion_roundtrip import tensors_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -33,7 +33,7 @@ from megatron_a2d.conversion.torch_dist_to_hf import export
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.utils.errors import UserError
 from tests import tiny
-from tests.unit.test_conversion_roundtrip import assert_bitwise_equal, fuse_experts, tensors_of
+from tests.unit.hf_tensors import assert_bitwise_equal, fuse_experts, tensors_of
 
 ROOT = Path(__file__).parents[2]
 NAME = "model.layers.1.self_attn.k_proj.weight"

@@ -19,7 +19,7 @@ from checkpoints_tools import export_hf
 from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.hf.modeling_rnd import RND1LM
 from tests import tiny
-from tests.unit.test_conversion_roundtrip import tensors_of
+from tests.unit.hf_tensors import tensors_of
 
 RND1 = os.environ.get("A2D_RND1")
 TRANSFORMERS4 = os.environ.get("A2D_TRANSFORMERS4")
