@@ -1,4 +1,4 @@
-"""`python -m megatron_a2d.generate`: text in, text out, the live view, and every kind of bad input."""
+"""`python -m megatron_a2d.generate`: text in, text out, and every kind of bad input."""
 
 from __future__ import annotations
 
@@ -10,57 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_a2d import generate
 from megatron_a2d.diffusion.sampling import kept_positions
-from megatron_a2d.hf.configuration_a2d import A2DConfig
-from megatron_a2d.hf.configuration_rnd import RND1Config
-from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
-from megatron_a2d.hf.modeling_rnd import RND1LM
-from megatron_a2d.terminal.live_view import MASK_BLOCK, LiveView
+from megatron_a2d.terminal.live_view import MASK_BLOCK
 from megatron_a2d.utils.errors import UserError
+from tests.unit import tiny_exports
+from tests.unit.tiny_exports import VOCAB, byte_tokenizer
 
-VOCAB = 300
+exports = tiny_exports.exports
 ESCAPE = "\x1b["
-
-
-def byte_tokenizer() -> Tokenizer:
-    """All bytes, a few merges, and the two special tokens at the end of a vocabulary of VOCAB."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|mask|>"])
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> dict[str, Path]:
-    """One export of each format, with random weights."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    sizes = {
-        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
-        "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 200, "rope_theta": 1e6,
-        "mask_token_id": tokenizer.token_to_id("<|mask|>"), "eos_token_id": tokenizer.token_to_id("<|endoftext|>"),
-        "num_diffusion_steps": 8, "initializer_range": 0.3,
-    }  # fmt: skip
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    directories = {}
-    for kind, model in (
-        ("a2d", A2DForMaskedLM(A2DConfig(**sizes))),
-        ("rnd1", RND1LM(RND1Config(**sizes | experts))),
-    ):
-        directories[kind] = tmp_path_factory.mktemp(kind)
-        model.save_pretrained(directories[kind])
-        tokenizer.save(str(directories[kind] / "tokenizer.json"))
-    return directories
 
 
 def run(capsys, directory: Path, *arguments: str) -> str:
@@ -343,83 +302,3 @@ def test_exit_code_without_traceback(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.startswith("error: --model") and process.stderr.count("\n") == 1
-
-
-def terminal(width: int = 60, height: int = 12) -> Console:
-    return Console(
-        file=io.StringIO(),
-        force_terminal=True,
-        color_system="truecolor",
-        width=width,
-        height=height,
-        legacy_windows=False,
-    )
-
-
-def test_live_view_shows_tokens_where_they_are_decided():
-    console = terminal()
-    tokenizer = byte_tokenizer()
-    prompt, hole = (
-        tokenizer.encode("a = ").ids,
-        tokenizer.encode("1\u20ac2").ids,
-    )  # the euro sign has three bytes
-    editable = [[False] * len(prompt) + [True] * len(hole)]
-    start = len(prompt)
-    with LiveView([prompt + [0] * len(hole)], editable, 3, tokenizer.decode, console) as view:
-        assert view.text(0).plain == "a = " + MASK_BLOCK * len(hole)
-        row, decided = prompt + [0] * len(hole), [False] * (start + len(hole))
-        row[start + len(hole) - 1], decided[start + len(hole) - 1] = hole[-1], True
-        view.update(1, [row], [decided])
-        assert view.text(0).plain == "a = " + MASK_BLOCK * (len(hole) - 1) + "2"
-        view.update(
-            3,
-            [prompt + hole],
-            [[hole and not early for hole, early in zip(editable[0], decided, strict=True)]],
-        )
-        text = view.text(0)
-    assert text.plain == "a = 1\u20ac2"
-    colours = {text.plain[span.start : span.end]: span.style.color for span in text.spans if span.style.color}
-    early, late = colours["2"].triplet, colours["1"].triplet
-    assert early.blue > early.red and late.red > late.blue, "early is cool, late is warm"
-    assert colours["\u20ac"] == colours["1"]
-    written = console.file.getvalue()
-    assert MASK_BLOCK in written and "1/3" in written and "0 masked" in written
-
-
-def test_live_view_keeps_the_end_of_a_long_text_and_no_control_characters():
-    console = terminal(width=20, height=8)
-    row = [*range(30), 99]
-    view = LiveView([row], [[False] * 30 + [True]], 2, lambda ids: "".join(f"line {i}\n" for i in ids), console)
-    with view:
-        written = console.file.getvalue()
-    assert MASK_BLOCK in written and "line 29" in written and "line 3\n" not in written
-    view = LiveView([[0]], [[False]], 2, lambda ids: "a\x1b[31mb\a\n", console)
-    assert view.text(0).plain == "a\\x1b[31mb\\x07\n"
-
-
-def test_live_view_in_a_terminal_ends_with_the_whole_text(exports, monkeypatch, capsys):
-    arguments = [
-        "--model",
-        str(exports["a2d"]),
-        "--prompt",
-        "x = ",
-        "--max-new-tokens",
-        "10",
-        "--temperature",
-        "1",
-    ]
-    generate.main([*arguments, "--no-live"])
-    plain = capsys.readouterr().out
-    console = terminal(width=200, height=50)
-    monkeypatch.setattr(generate, "PlainConsole", lambda **options: console)
-    generate.main([*arguments, "--no-live"])
-    assert capsys.readouterr().out == plain and console.file.getvalue() == ""
-    generate.main(arguments)
-    written = console.file.getvalue()
-    assert MASK_BLOCK in written and "step 8/8, 0 masked" in written
-    assert capsys.readouterr().out == "" and written.count("step") >= 8
-
-    def letters(text: str) -> str:
-        return re.sub(r"[^!-~]", "", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))
-
-    assert len(letters(plain)) > len("x=") and letters(written).endswith(letters(plain))

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_a2d import generate
 from megatron_a2d.inference.html_replay import replay_page, replay_row
-from tests.unit.test_generate import exports  # noqa: F401 (a fixture)
+from tests.unit.tiny_exports import exports  # noqa: F401 (a fixture)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
