@@ -76,7 +76,8 @@ def critical_batch(losses: Mapping[int, Mapping[int, float]], tolerance: float =
     whole curve, and not the place where it leaves the band: it is no part of the spread. The spread itself is known
     from few seeds, and drawn too (its square is chi-squared), so that the interval is as wide as Student's t would be.
     The lowest of noisy means lies too low, that of drawn ones twice as much: by what the draws show of it the band is
-    lifted. On known curves the interval holds the truth in 90 to 96 of 100 studies (tests/unit/test_study.py).
+    lifted. On known curves the interval holds the truth in 90 to 96 of 100 studies
+    (tests/unit/test_study_statistics.py).
     """
     batches = sorted(losses)
     seeds = list(losses[batches[0]])
