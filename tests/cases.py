@@ -1,4 +1,4 @@
-"""What the tests of parity and faults train on."""
+"""What the tests of parity and faults train on, and settings of experts that several tests name."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 WIDE: dict[str, Any] = {
     "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2,
 }  # fmt: skip
+
+EP = {"expert_model_parallel_size": 2}
+HYBRIDEP = {"bf16": True, **EP, "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
+FUSED_EXPERTS = {"bf16": True, "use_transformer_engine_op_fuser": True}
+BUDGETED = {**HYBRIDEP, **FUSED_EXPERTS, "moe_expert_rank_capacity_factor": 1.5}
 
 
 class Case(NamedTuple):

@@ -29,7 +29,8 @@ from megatron_a2d.planner.workload import job_of
 from megatron_a2d.training import expert_budget, train_step
 from megatron_a2d.training.startup_checks import check_early
 from megatron_a2d.utils.errors import UserError
-from tests.unit.test_validate_performance import BUDGETED, HYBRIDEP, QWEN3_30B_A3B
+from tests.cases import BUDGETED, HYBRIDEP
+from tests.unit.test_validate_performance import QWEN3_30B_A3B
 
 BUDGET = 1.5
 
