@@ -6,7 +6,6 @@ held against the same slice of the one-process reference, whatever layout made t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 from collections.abc import Iterator
@@ -23,11 +22,8 @@ from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import RunConfig, build
 from megatron_a2d.config.validate import find_problems
-from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.inference.parallel_model import load_parallel_model
 from megatron_a2d.model import experts
-from megatron_a2d.model.local_layers import CoreAttention
 from megatron_a2d.training.checkpointing import CheckpointWriter
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import build_train_state, initialize_state, load_checkpoint, set_to_mean
@@ -195,67 +191,6 @@ def convert_layout(checkpoint: str, settings: dict[str, Any]) -> None:
     config, state, batches = _start(checkpoint, settings | {"lr": 1e-30})
     _step(config, state, batches)
     CheckpointWriter(state, config, resolve(checkpoint) / "hf").finish()
-
-
-def logits(
-    checkpoint: str,
-    settings: dict[str, Any],
-    tokens: torch.Tensor,
-    documents: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    packed: bool = False,
-) -> torch.Tensor:
-    """Full logits [b, s, V] of a one-process model. `packed`: documents as packed sequences, as on a GPU, with an
-    attention in the place of Transformer Engine's."""
-    _, state, _ = _start(checkpoint, settings)
-    state.models[0].packs_documents = packed
-    original = CoreAttention.forward
-    CoreAttention.forward = _packed_attention if packed else original
-    try:
-        with torch.no_grad():
-            return state.models[0].logits(tokens, documents=documents, positions=positions).float()
-    finally:
-        CoreAttention.forward = original
-
-
-def _packed_attention(
-    self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **more: Any
-) -> torch.Tensor:
-    """What Transformer Engine computes for packed sequences, [t, n, d]: each attends to itself."""
-    bounds = more["packed_seq_params"].cu_seqlens_q.tolist()
-    assert attention_mask is None and more["packed_seq_params"].qkv_format == "thd"
-    pieces = []
-    for start, stop in itertools.pairwise(bounds):
-        heads = [tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value)]
-        context = torch.nn.functional.scaled_dot_product_attention(*heads, enable_gqa=True)
-        pieces.append(context[0].transpose(0, 1))
-    return torch.cat(pieces).flatten(1)
-
-
-def sample(checkpoint: str, layout: dict[str, Any], options: dict[str, Any], rows: list[list[int]]) -> dict[str, Any]:
-    """Fill the holes of `rows` with a sharded model."""
-    megatron_compat.install()
-    opened = load_parallel_model(checkpoint, layout)
-    canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in rows], MASK_TOKEN_ID)
-    sampled = denoise(opened.forward, canvas, opened.mask_token_id, SamplingOptions(**options), seed=3)
-    return {"tokens": sampled.tokens.tolist(), "num_forwards": sampled.num_forwards}
-
-
-def held_out(checkpoint: str, layout: dict[str, Any], prefix: str, num_samples: int) -> dict[str, Any]:
-    """What `evaluate --valid-data-path` reports of a checkpoint."""
-    from megatron_a2d import evaluate
-
-    megatron_compat.install()
-    opened = load_parallel_model(checkpoint, layout)
-    options = argparse.Namespace(
-        valid_data_path=[prefix],
-        seq_length=SETTINGS["seq_length"],
-        micro_batch_size=3,
-        num_samples=num_samples,
-        verify_tokenizer=True,
-    )
-    (result,) = evaluate._held_out(options, opened, {}).values()
-    return result
 
 
 def batch_fingerprints(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[tuple[int, bytes]]:

@@ -1,6 +1,6 @@
 """One pool of processes for every layout: starting Python with torch four times for each test would take minutes.
 
-A job names a function of tests/parity/parity_jobs.py or run_job.py and a number of ranks. Each job gets a process group of its own; ranks
+A job names a function of one of _JOBS and a number of ranks. Each job gets a process group of its own; ranks
 that it does not need stay idle. A job that fails or hangs takes the pool down with it, and the next one starts anew.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 # The modules of the jobs; a server imports them once, and every process is forked from it.
-_JOBS = ("tests.parity.parity_jobs", "tests.parity.run_job", "tests.parity.memory_job")
+_JOBS = ("tests.parity.parity_jobs", "tests.parity.inference_jobs", "tests.parity.run_job", "tests.parity.memory_job")
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
 # megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads, which wake
 # a hundred times a second: after a number of jobs the processes are restarted, which takes a second.
