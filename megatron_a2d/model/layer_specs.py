@@ -7,8 +7,9 @@ autoregressive model and the diffusion model.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -43,6 +44,7 @@ from megatron_a2d.model.emulated_layers import (
 from megatron_a2d.model.experts import GroupedExperts, can_group
 from megatron_a2d.model.grafted_attention import GraftedSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention, RMSNorm
+from megatron_a2d.model.router import Router
 from megatron_a2d.utils.errors import UserError
 
 Implementation = Literal["transformer_engine", "local"]
@@ -112,7 +114,15 @@ def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType
         num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
     )
     layer.submodules.self_attention.params["attn_mask_type"] = mask_type
+    if config.num_moe_experts is not None:
+        _moe_submodules(layer.submodules.mlp).router = Router
     return layer
+
+
+def _moe_submodules(mlp: Any) -> MoESubmodules:
+    """Of a MoE layer's spec, which megatron.core writes as a ModuleSpec (0.16.1) or a partial (0.19.2)."""
+    submodules: MoESubmodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    return submodules
 
 
 def _local_layer(config: TransformerConfig, mask_type: AttnMaskType, recipe: str | None = None) -> ModuleSpec:
@@ -129,7 +139,7 @@ def _local_layer(config: TransformerConfig, mask_type: AttnMaskType, recipe: str
     else:
         grouped = config.moe_grouped_gemm and can_group(config) and recipe is None
         experts = ModuleSpec(module=GroupedExperts if grouped else SequentialMLP, submodules=linears)
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask_type},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_a2d import megatron_compat
 from megatron_a2d.config.fp8_recipe import Emulation
@@ -20,6 +23,7 @@ from megatron_a2d.model.chunked_cross_entropy import OutputLayer
 from megatron_a2d.model.emulated_layers import EmulatedOutputLayer
 from megatron_a2d.model.grafted_attention import GraftedSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention
+from megatron_a2d.model.router import Router
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
 megatron_compat.install()
@@ -52,6 +56,7 @@ def test_the_mask_is_part_of_the_spec(
         for layer in block.layer_specs:
             assert layer.submodules.self_attention.params == {"attn_mask_type": mask}
             assert layer.submodules.self_attention.module is not GraftedSelfAttention
+            assert num_experts is None or layer.submodules.mlp.submodules.router is Router
         if implementation == "transformer_engine":
             assert asked.pop() == {"num_experts": num_experts, "moe_grouped_gemm": grouped, "qk_layernorm": True}
         elif not causal:
@@ -87,6 +92,12 @@ def test_emulated_layers(num_experts: int | None, experts: Any, monkeypatch: pyt
     config_with = build({"bf16": True, "fp8_recipe": "mxfp8", "transformer_impl": "local"})
     (line,) = layer_specs.notes(config_with, QWEN3_8B)
     assert line.startswith("precision: mxfp8 is emulated") and "\n" not in line
+
+
+def test_a_router_is_set_in_either_form_of_spec() -> None:
+    for wrap in (ModuleSpec, functools.partial):
+        submodules = MoESubmodules()
+        assert layer_specs._moe_submodules(wrap(MoELayer, submodules=submodules)) is submodules
 
 
 def test_a_portable_attention_obeys_its_mask() -> None:
