@@ -96,7 +96,7 @@ def test_emulated_layers(num_experts: int | None, experts: Any, monkeypatch: pyt
 
 def test_a_router_is_set_in_either_form_of_spec() -> None:
     for wrap in (ModuleSpec, functools.partial):
-        submodules = MoESubmodules()
+        submodules = MoESubmodules(experts=SequentialMLP)
         assert layer_specs._moe_submodules(wrap(MoELayer, submodules=submodules)) is submodules
 
 
