@@ -39,6 +39,8 @@ PANELS = (
     Panel("gradient noise scale, samples", ("grad_noise_scale",), logarithmic=True),
     Panel("learning rate", ("lr",)),
     Panel("expert load imbalance, max / mean", ("moe.load_imbalance_masked", "moe.load_imbalance_unmasked")),
+    Panel("busiest expert-parallel rank / mean, by ranks", ("moe.rank_imbalance",)),
+    Panel("dead experts", ("moe.num_dead_experts",)),
     Panel("routing entropy per token, nats", ("moe.entropy_masked", "moe.entropy_unmasked")),
     Panel("distance between loads of masked and unmasked tokens", ("moe.load_tv_distance",)),
     Panel("share dropped, and above the mean load", ("moe.dropped_token_frac", "moe.over_mean_load_frac")),

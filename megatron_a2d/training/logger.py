@@ -29,6 +29,7 @@ class RunLog:
     def __init__(self, config: RunConfig, iteration: int, enabled: bool):
         self._enabled = enabled
         self._objective = config.diffusion.objective
+        self._expert_ranks = config.parallel.expert_model_parallel_size
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -87,6 +88,9 @@ class RunLog:
             f"lr {values['lr']:.2e}  {human(values['tokens_per_second'], 'tok')}/s  "
             f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
         )
+        by_ranks = values.get("moe", {}).get("rank_imbalance", {})
+        if busiest := by_ranks.get(f"ep{self._expert_ranks}"):  # sets the pace of expert parallelism
+            numbers += f"  busiest rank {busiest:.2f} x"
         self._progress.update(self._task, completed=iteration, numbers=numbers)
         if not console.is_terminal:  # lines instead of a progress bar
             elapsed = time.monotonic() - self._begin[1]
@@ -124,6 +128,11 @@ class RunLog:
         """Log a loss far above the recent ones."""
         self.event("spike", iteration=iteration, loss=loss)
         self.say(f"iteration {iteration}: the loss {loss:.4f} is far above the recent ones")
+
+    def crowding(self, iteration: int, warning: str) -> None:
+        """Log that masked tokens have crowded on the same experts for long."""
+        self.event("crowding", iteration=iteration, warning=warning)
+        self.say(f"iteration {iteration}: {warning}")
 
     def close(self) -> None:
         if self._enabled:

@@ -1,4 +1,4 @@
-"""Router metrics, for masked and for unmasked tokens: expert load, entropy, dropped and overflowing tokens.
+"""Router metrics, for masked and for unmasked tokens: expert load, entropy, dropped and overflowing tokens, ranks.
 
 Counts are sums over all tokens of an iteration, over ranks and micro-batches: the same under every layout.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.megatron_compat.versions import is_recomputed
 from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.training.load_metrics import load_metrics
 from megatron_a2d.training.param_shards import over_ranks
 
 _UNMASKED, _MASKED = 0, 1
@@ -72,19 +73,23 @@ class RouterCounts:
         columns = torch.cat([chosen_NE, torch.ones_like(entropy_N)[:, None], entropy_N[:, None]], dim=1)
         self._table[router.layer_number - 1].index_add_(0, masked_N.long(), columns.to(self._table))
 
+    def choices(self) -> Tensor:
+        """[layers, kinds, experts]: choices of the last `counting`. Collective."""
+        return over_ranks(self._table[..., : self._num_experts].clone()).cpu()
+
     def read(self) -> dict[str, Any]:
         """Metrics of the last `counting`. Collective.
 
         load_imbalance: max load / mean load, mean over layers; entropy: of a token's distribution over experts, nats;
         load_tv_distance: total variation distance between the loads of masked and unmasked tokens; dropped_token_frac:
         share of token-expert assignments that were dropped; over_mean_load_frac: share above the mean load, which a
-        capacity factor of 1 would drop. by_layer: lists.
+        capacity factor of 1 would drop. Those of load_metrics.py. by_layer: lists.
         """
-        table = over_ranks(self._table).cpu()
+        table = over_ranks(self._table.clone()).cpu()
         counts, tokens, entropy = table[..., : self._num_experts], table[..., -2], table[..., -1]
         shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
         values: dict[str, Any] = {}
-        by_layer: dict[str, list[float]] = {}
+        by_layer: dict[str, Any] = {}
         present = {name: kind for name, kind in KINDS.items() if float(tokens[:, kind].sum()) > 0}
         for name, kind in present.items():
             load = shares[:, kind].max(-1).values * self._num_experts
@@ -100,4 +105,5 @@ class RouterCounts:
         even = tokens.sum(1, keepdim=True) * self._top_k / self._num_experts
         values["dropped_token_frac"] = float((wanted - served.sum()) / wanted)
         values["over_mean_load_frac"] = float((served - even).clamp(min=0).sum() / wanted)
-        return {**values, "by_layer": by_layer}
+        of_experts, of_experts_by_layer = load_metrics(counts, counts.sum(1))
+        return {**values, **of_experts, "by_layer": {**by_layer, **of_experts_by_layer}}

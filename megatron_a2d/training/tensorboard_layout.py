@@ -23,6 +23,11 @@ LAYOUT = {
     },
     "moe": {
         "expert load imbalance, max / mean": ["Multiline", ["train/moe/load_imbalance_(masked|unmasked)$"]],
+        "load of the busiest expert-parallel rank over the mean, by ranks": [
+            "Multiline",
+            ["train/moe/rank_imbalance/"],
+        ],
+        "dead experts": ["Multiline", ["train/moe/num_dead_experts$"]],
         "entropy of a token's experts, nats": ["Multiline", ["train/moe/entropy_"]],
         "distance between loads of masked and unmasked tokens": ["Multiline", ["train/moe/load_tv_distance$"]],
         "share dropped, and above the mean load": ["Multiline", ["train/moe/(dropped_token|over_mean_load)_frac$"]],

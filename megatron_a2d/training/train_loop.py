@@ -21,6 +21,7 @@ from megatron_a2d.training.cuda_graphs import CudaGraphs
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import build_train_state, initialize_state
 from megatron_a2d.training.interval_metrics import IntervalMetrics
+from megatron_a2d.training.load_metrics import CrowdingDetector
 from megatron_a2d.training.logger import RunLog
 from megatron_a2d.training.loss_spikes import SpikeDetector
 from megatron_a2d.training.manual_gc import ManualGC
@@ -58,6 +59,7 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and file.needs_scan])
     interval_metrics, spikes = IntervalMetrics(config, model_config), SpikeDetector()
+    crowding = CrowdingDetector(model_config.num_experts, model_config.num_experts_per_tok)
     requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
     profile = Profile(config, state, log)
     graphs, manual_gc = CudaGraphs(state, config), ManualGC(config.performance)
@@ -115,6 +117,8 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
                 log.train(state.iteration, values)
                 if not grafts and spikes.is_spike(values["loss"]):
                     log.spike(state.iteration, values["loss"])
+                if warning := crowding.check(values.get("moe")):
+                    log.crowding(state.iteration, warning)
             if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
                 _validate(state, config, model_config, valid_data, log)
             mark("checkpoint", limit=CHECKPOINTS)

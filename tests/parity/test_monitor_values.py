@@ -70,9 +70,14 @@ class Routers:
                 found[f"entropy_{name}"].append(float(torch.special.entr(probabilities[kind]).sum(-1).mean()))
             found["load_tv_distance"].append(float((shares["masked"] - shares["unmasked"]).abs().sum()) / 2)
             served = chosen.sum(0)
+            found["num_dead_experts"].append(float((served == 0).sum()))
+            for ranks in (2, 4, 8):
+                loads = [float(part.sum()) for part in served.chunk(ranks)]
+                found[f"rank_imbalance.ep{ranks}"].append(max(loads) * ranks / sum(loads))
             above += float((served - served.mean()).clamp(min=0).sum())
             choices += len(masked_N) * top_k
         values = {name: sum(numbers) / len(numbers) for name, numbers in found.items()}
+        values["num_dead_experts"] = sum(found["num_dead_experts"])
         by_layer = {f"by_layer.{name}.{n}": value for name, numbers in found.items() for n, value in enumerate(numbers)}
         return values | by_layer | {"dropped_token_frac": 0.0, "over_mean_load_frac": above / choices}
 
