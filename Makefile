@@ -133,9 +133,12 @@ endif
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes tests/parity/RESULTS.md
 	$(TESTS) tests/parity -m "" --exactness tests/parity/RESULTS.md $(ARGS)
 
-test-te: setup $(if $(NEWEST),$(VENV)/installed_newest)  ## Transformer Engine's layers on a CPU, 2.12 and the newest, every case; writes tests/transformer_engine/RESULTS.md
-	$(TESTS) tests/transformer_engine -m "" --exactness tests/transformer_engine/RESULTS.md $(ARGS)
-	$(if $(NEWEST),$(TESTS_NEWEST) tests/transformer_engine -m "" --exactness tests/transformer_engine/RESULTS.md $(ARGS))
+# Each test as a line with its number. What has passed is not run again while the code is the same; ARGS=--cache-clear does.
+TE_RESULTS := tests/transformer_engine -m "" -vv -o console_output_style=count \
+  --engine-results tests/transformer_engine/RESULTS.md
+test-te: setup $(if $(NEWEST),$(VENV)/installed_newest)  ## Transformer Engine's layers on a CPU, 2.12 and the newest, every case; resumable; writes tests/transformer_engine/RESULTS.md
+	@failed=0; $(TESTS) $(TE_RESULTS) $(ARGS) || failed=1; \
+	  $(if $(NEWEST),$(TESTS_NEWEST) $(TE_RESULTS) $(ARGS) || failed=1;) exit $$failed
 
 test-rehearsal: setup  ## a step of every recipe on every cluster size, without GPUs, beside the plan; writes tests/rehearsal/RESULTS.md
 	$(TESTS:pytest=tests.rehearsal) --out tests/rehearsal/RESULTS.md $(ARGS)

@@ -22,7 +22,7 @@ EXACTNESS = Exactness()
 
 @pytest.fixture(scope="session")
 def exactness() -> Exactness:
-    """Collects the figures of the pages called RESULTS.md."""
+    """Collects the figures of tests/parity/RESULTS.md."""
     return EXACTNESS
 
 
@@ -83,6 +83,9 @@ def trained(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.TempPat
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exactness", type=Path, default=None, help="write the measured tables into this file")
+    parser.addoption(
+        "--engine-results", type=Path, default=None, help="write tests/transformer_engine's tables into this file"
+    )
     parser.addoption("--gpu-report", type=Path, default=None, help="write outcomes and figures of tests/gpu as JSON")
 
 

@@ -1,5 +1,4 @@
-"""Measured tables in marked sections: tests/parity/RESULTS.md (`make test-parity`, `make test-faults`) and
-tests/transformer_engine/RESULTS.md (`make test-te`)."""
+"""Measured tables in the marked sections of tests/parity/RESULTS.md (`make test-parity`, `make test-faults`)."""
 
 from __future__ import annotations
 
@@ -41,32 +40,6 @@ class Fault(NamedTuple):
     end: str
 
 
-class Rounded(NamedTuple):
-    """A step in FP8 with Transformer Engine's layers, against the emulation on the local layers of one process."""
-
-    case: str
-    recipe: str
-    layout: str
-    differences: dict[str, float]
-    unrounded: float  # the gradients' difference of the same step without FP8
-
-
-class Products(NamedTuple):
-    """All FP8 products of a step against their definition with the same operands."""
-
-    case: str
-    recipe: str
-    worst: dict[str, float]
-
-
-class Planted(NamedTuple):
-    """A defect that was planted, and what the comparison saw."""
-
-    defect: str
-    case: str
-    differences: dict[str, float]
-
-
 class Exactness:
     """Collects figures; `write` replaces their sections in the file."""
 
@@ -79,17 +52,10 @@ class Exactness:
         self.resharded: list[Resharded] = []
         self.saved: dict[str, float] = {}
         self.faults: list[Fault] = []
-        self.releases = ""  # of Transformer Engine and megatron-core, where each pair has sections of its own
-        self.engine: list[Compared] = []
-        self.engine_fp8: list[Rounded] = []
-        self.products: list[Products] = []
-        self.planted: list[Planted] = []
 
     def write(self, path: Path) -> None:
         page = path.read_text(encoding="utf-8") if path.exists() else TITLE
         for name, text in self._sections().items():
-            if self.releases:
-                name, text = f"{name}, {self.releases}", text.replace("\n", f": {self.releases}\n", 1)
             block = f"<!-- {name} -->\n{text.strip()}\n<!-- end of {name} -->\n"
             pattern = re.compile(f"<!-- {name} -->.*?<!-- end of {name} -->\n", re.DOTALL)
             page = pattern.sub(lambda _, block=block: block, page) if pattern.search(page) else f"{page}\n{block}"
@@ -109,14 +75,6 @@ class Exactness:
             sections["resume"] = _resume(self.resumed)
         if self.resharded:
             sections["reshard"] = _reshard(self.resharded, self.saved)
-        if self.engine:
-            sections["engine"] = _engine(self.engine)
-        if self.products:
-            sections["products"] = _products(self.products)
-        if self.engine_fp8:
-            sections["engine in FP8"] = _engine_fp8(self.engine_fp8)
-        if self.planted:
-            sections["planted"] = _planted(self.planted)
         if self.faults:
             sections["faults"] = f"## Faults\n\n{FAULTS}\n{self.faults_table()}"
         return sections
@@ -195,74 +153,6 @@ least once, and six dissimilar ones in every pair. What the {len(saved)} layouts
 tensor with the checkpoint of one process: equal names and shapes, largest absolute difference {content:.1e}. Largest difference of the losses: {worst:.1e}.
 
 {table(["model", "saved under", "resumed under", "next three losses"], rows)}
-"""
-
-
-def _engine(measured: list[Compared]) -> str:
-    rows = [[item.layout.case, item.layout.name, str(item.layout.ranks), *_figures(*item)] for item in measured]
-    worst = max(value for item in measured for value in item.differences.values())
-    return f"""## Layers and layouts, fp32
-
-{len(measured)} cases against the local layers of one process, which knows no Transformer Engine: two optimizer steps on the same
-global batch of 8 samples. Loss and gradient norm: largest relative difference. Gradients (not sharded by the
-distributed optimizer) and parameters after the second step: largest absolute difference of any element. Layouts have all
-fusions (rotary embedding, gradient accumulation; experts: permutation and router). The tolerance is 1e-6; the largest
-difference of all is {worst:.1e}.
-
-{table(["model", "case", "processes", *measured[0].differences], rows)}
-"""
-
-
-def _products(measured: list[Products]) -> str:
-    rows = [[item.case, item.recipe, *(f"{value:.1e}" for value in item.worst.values())] for item in measured]
-    return f"""## FP8 and NVFP4 products, exactly
-
-Every linear layer of a step of four micro-batches, with fused accumulation of gradients, against the emulation
-(`megatron_a2d/model/emulated_layers.py`, written apart from this) of the same inputs and output gradients: the largest
-relative distance of any layer.
-
-{table(["model", "recipe", *measured[0].worst], rows)}
-"""
-
-
-def _engine_fp8(measured: list[Rounded]) -> str:
-    rows = [
-        [
-            item.case,
-            item.recipe,
-            item.layout,
-            *("sharded" if value != value else f"{value:.1e}" for value in item.differences.values()),
-            f"{item.unrounded:.1e}",
-        ]
-        for item in measured
-    ]
-    return f"""## FP8, whole models
-
-One step, in fp32 but for the rounding of the layers' products, against the emulation on the local layers of one process.
-Loss: largest relative difference. Gradients: norm of the difference of all together over their norm; the last column is
-that difference without FP8, which is what the rounding amounts to.
-Parameters: the worst tensor's root mean square difference over its root mean square. Where a last bit falls on the
-other side of a tie of the rounding, or of a router's choice, what is computed of it follows. Tensorwise scaling under TP and
-CP is left out: one scale for a matrix depends by definition on how the layout cuts it.
-
-{table(["model", "recipe", "layout", *measured[0].differences, "without FP8"], rows)}
-"""
-
-
-def _planted(planted: list[Planted]) -> str:
-    rows = [
-        [
-            item.defect.replace("_", " "),
-            item.case,
-            *(f"{item.differences[name]:.1e}" for name in ("gradients", "parameters")),
-        ]
-        for item in planted
-    ]
-    return f"""## Planted defects
-
-The same comparisons where a defect was planted (`defects.py`): the differences that they saw.
-
-{table(["defect", "model", "gradients", "parameters"], rows)}
 """
 
 

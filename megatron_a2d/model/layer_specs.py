@@ -97,7 +97,9 @@ def build_block_spec(
     else:
         first = get_transformer_layer_offset(config, vp_stage) if emulation else 0
         recipes = [emulation and emulation.of_layer(first + n, config.num_layers) for n in range(num_layers)]
-        specs = {recipe: _local_layer(config, mask_type, recipe) for recipe in dict.fromkeys(recipes)}
+        # Emulated experts are not grouped, and all layers of a model store theirs in one way.
+        grouped = config.moe_grouped_gemm and can_group(config) and emulation is None
+        specs = {recipe: _local_layer(config, mask_type, grouped, recipe) for recipe in dict.fromkeys(recipes)}
         layers, final_norm = [specs[recipe] for recipe in recipes], RMSNorm
         for layer in specs.values() if grafts else ():
             layer.submodules.self_attention.module = GraftedSelfAttention
@@ -125,7 +127,9 @@ def _moe_submodules(mlp: Any) -> MoESubmodules:
     return submodules
 
 
-def _local_layer(config: TransformerConfig, mask_type: AttnMaskType, recipe: str | None = None) -> ModuleSpec:
+def _local_layer(
+    config: TransformerConfig, mask_type: AttnMaskType, grouped: bool, recipe: str | None = None
+) -> ModuleSpec:
     """`recipe`: that of the FP8 or FP4 products that are emulated; None: they are in the parameters' type."""
     column = emulated(EmulatedColumnParallelLinear, recipe) if recipe else ColumnParallelLinear
     row = emulated(EmulatedRowParallelLinear, recipe) if recipe else RowParallelLinear
@@ -137,7 +141,6 @@ def _local_layer(config: TransformerConfig, mask_type: AttnMaskType, recipe: str
         mlp = ModuleSpec(module=MLP, submodules=linears)
         stored_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
-        grouped = config.moe_grouped_gemm and can_group(config) and recipe is None
         experts = ModuleSpec(module=GroupedExperts if grouped else SequentialMLP, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
     attention = ModuleSpec(

@@ -73,8 +73,10 @@ def train_steps(
             norms.append(norm)
     seen = {"gradients": gradients, "parameters": _global_shards(state, lambda parameter: parameter.data)}
     if save_reference:
-        assert dist.get_world_size() == 1
-        torch.save({name: _assemble(shards) for name, shards in seen.items()}, save_reference)
+        whole = {name: _assemble(_of_all_ranks(shards)) for name, shards in seen.items()}
+        if dist.get_rank() == 0:
+            torch.save(whole, save_reference)
+        dist.barrier()
     result: dict[str, Any] = {"losses": losses, "grad_norms": norms}
     if reference:
         expected = torch.load(reference)
@@ -275,6 +277,12 @@ def _global_shards(state: TrainState, what: Any) -> dict[str, ShardedTensor]:
             module._parameters[name] = parameter
     shards = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
     return {f"{shard.key} {shard.global_offset}": shard for shard in shards}
+
+
+def _of_all_ranks(shards: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, shards)
+    return {name: shard for of_rank in gathered for name, shard in of_rank.items()}
 
 
 def _assemble(shards: dict[str, ShardedTensor]) -> dict[str, torch.Tensor]:

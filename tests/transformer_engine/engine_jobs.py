@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
 from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
@@ -16,7 +17,7 @@ from transformer_engine.pytorch.attention.dot_product_attention import context_p
 from megatron_a2d import megatron_compat
 from megatron_a2d.config.fp8_recipe import chosen_recipe
 from megatron_a2d.config.settings import build
-from megatron_a2d.model import layer_specs, transformer_config
+from megatron_a2d.model import emulated_layers, layer_specs, transformer_config
 from megatron_a2d.training import initialization, optimizer
 from megatron_a2d.training.param_gather import zero_gradients
 from megatron_a2d.training.train_step import forward_backward
@@ -61,9 +62,24 @@ def fp8_products(checkpoint: str, settings: dict[str, Any], capability: tuple[in
     return {"worst": worst, "layers": len(records), "passes": passes, "calls": dict(CALLS)}
 
 
-def local_steps(**options: Any) -> dict[str, Any]:
-    """parity_jobs.train_steps with the local layers, in this process with its environment."""
+def local_steps(nudged: int | None = None, **options: Any) -> dict[str, Any]:
+    """parity_jobs.train_steps with the local layers, in this process with its environment. nudged: a seed; the emulated
+    products' inputs and gradients are off by a last bit or not at all, at random."""
+    if nudged is not None:
+        _nudge_operands(torch.Generator().manual_seed(nudged))
     return {**parity_jobs.train_steps(**options), "calls": {}}
+
+
+def _nudge_operands(generator: torch.Generator) -> None:
+    def nudged(rounding: emulated_layers.Rounding) -> emulated_layers.Rounding:
+        def rounded(matrix: torch.Tensor, role: Any, product: Any) -> torch.Tensor:
+            bits = torch.randint(-1, 2, matrix.shape, generator=generator) * (role != "weight")
+            return rounding(matrix * (1 + bits * torch.finfo(matrix.dtype).eps), role, product)
+
+        return rounded
+
+    for recipe, rounding in emulated_layers._ROUNDINGS.items():
+        emulated_layers._ROUNDINGS[recipe] = nudged(rounding)
 
 
 def as_on_a_gpu(capability: tuple[int, int]) -> None:

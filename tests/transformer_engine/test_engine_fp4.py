@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.parity.layouts import EP, PP, TP, TP_SP
 from tests.transformer_engine.engine_cases import fusions
 from tests.transformer_engine.engine_pool import EnginePool
+from tests.transformer_engine.engine_results import EngineResults
 from tests.transformer_engine.pretend_gpu import BLACKWELL
 from tests.transformer_engine.stand_in import nvfp4_format
 from tests.transformer_engine.stand_in.enums import DType
@@ -61,25 +63,71 @@ def test_the_stand_in_is_the_format() -> None:
         stored(values, stochastic_rounding=True)
 
 
+ENDS = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 0}
+ONE = "one process"
+LAYOUTS: dict[str, dict[str, Any]] = {
+    ONE: {}, "TP2": TP, "TP2+SP": TP_SP, "PP2": PP, "EP2": EP, "TP2+SP, EP2": {**TP_SP, **EP},
+}  # fmt: skip
+FULL = pytest.mark.full
+
+
 @pytest.mark.parametrize(
-    ("more", "tolerance"), [({"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 0}, 1e-5), ({}, 0.05)]
+    ("kind", "layout", "more", "is_exact"),
+    [
+        ("dense", ONE, ENDS, True),
+        ("dense", ONE, {}, False),
+        pytest.param("dense", "TP2", ENDS, True, marks=FULL),
+        pytest.param("dense", "TP2+SP", ENDS, True, marks=FULL),
+        *(pytest.param("dense", layout, {}, False, marks=FULL) for layout in ("TP2", "TP2+SP", "PP2")),
+        *(
+            pytest.param("moe", layout, more, False, marks=FULL)
+            for layout in (ONE, "EP2", "TP2+SP, EP2")
+            for more in (ENDS, {})
+        ),
+    ],
 )
 def test_equal_to_the_emulation(
-    more: dict[str, Any], tolerance: float, wide: dict[str, dict[str, Any]], engine_pool: EnginePool, tmp_path: Path
-) -> None:
-    """A step of four micro-batches; control: the same in fp32.
+    kind: str, layout: str, more: dict[str, Any], is_exact: bool, wide: dict[str, dict[str, Any]],
+    engine_pool: EnginePool, engine_results: EngineResults, tmp_path: Path,
+) -> None:  # fmt: skip
+    """A step of four micro-batches in the same layout, for the scale of a matrix depends on how it is cut; control: the
+    same without rounding.
 
-    With both layers in NVFP4 a value lies on a tie of the rounding in the backward pass of the second one: 1e-7 decides
-    where it goes, and the gradients below it follow.
+    Where a value lies on a tie of the rounding, 1e-7 decides where it goes, and the gradients below it follow. How far
+    this carries is seen in the emulation itself, with operands off by a last bit.
     """
-    job, path = wide["dense"], str(tmp_path / "reference.pt")
-    settings = {**job["settings"], "seq_length": 32, "global_batch_size": 4, "fp4_recipe": "nvfp4", **more}
-    shared: dict[str, Any] = dict(checkpoint=job["checkpoint"], num_steps=1, in_fp32=True, relative=True)
-    (expected,) = engine_pool.run("local_steps", 1, settings=settings, save_reference=path, **shared)
-    engine = {**settings, "transformer_impl": "auto", **fusions("dense")}
-    (found,) = engine_pool.run("train_steps", 1, capability=BLACKWELL, settings=engine, reference=path, **shared)
+    job, path, parallel = wide[kind], str(tmp_path / "reference.pt"), LAYOUTS[layout]
+    settings = {**job["settings"], "seq_length": 64, "global_batch_size": 4, "fp4_recipe": "nvfp4", **more, **parallel}
+
+    def steps(name: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+        results = engine_pool.run(
+            name, 2 if parallel else 1, checkpoint=job["checkpoint"], settings=settings, num_steps=1, in_fp32=True,
+            relative=True, **options,
+        )  # fmt: skip
+        return {"losses": results[0]["losses"]} | {
+            name: max(result[name] for result in results)
+            for name in ("gradient_distance", "parameters")
+            if name in results[0]
+        }
+
+    expected = steps("local_steps", settings, save_reference=path)
+    engine = {**settings, "transformer_impl": "auto", **fusions(kind)}
+    found = steps("train_steps", engine, capability=BLACKWELL, reference=path)
     assert engine_pool.calls["quantize"] > 0
     plain = {name: value for name, value in settings.items() if name not in ("fp4_recipe", *more)}
-    (control,) = engine_pool.run("local_steps", 1, settings=plain, reference=path, **shared)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
-    assert found["gradient_distance"] < tolerance < 0.1 < control["gradient_distance"]
+    without = steps("local_steps", plain, reference=path)["gradient_distance"]
+    last_bit = max(
+        steps("local_steps", settings, reference=path, nudged=seed)["gradient_distance"] for seed in range(3)
+    )
+    seen = {
+        "loss": abs(found["losses"][0] / expected["losses"][0] - 1),
+        "gradients": found["gradient_distance"],
+        "parameters": found["parameters"],
+    }
+    recipe = "the last layer" if more else "all layers"
+    engine_results.add(
+        "nvfp4", kind, layout, recipe, **seen, a_last_bit=last_bit, without_rounding=without
+    )  # fmt: skip
+    assert seen["loss"] < (1e-6 if is_exact else 1e-4)
+    assert seen["gradients"] < (1e-5 if is_exact else min(without / 8, 10 * last_bit)), (seen, last_bit, without)
+    assert without > 0.1

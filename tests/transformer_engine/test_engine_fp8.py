@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.exactness import Exactness, Planted, Products, Rounded
 from tests.parity.layouts import CP, EP, OVERLAP, PP, TP_SP
 from tests.parity.pool import Pool
 from tests.transformer_engine.engine_cases import fusions
 from tests.transformer_engine.engine_pool import EnginePool
+from tests.transformer_engine.engine_results import EngineResults
 from tests.transformer_engine.pretend_gpu import BLACKWELL, HOPPER
 
 RECIPES = {"tensorwise": HOPPER, "blockwise": HOPPER, "mxfp8": BLACKWELL, "delayed": HOPPER}
@@ -56,7 +56,7 @@ def engine_steps(
     """Distances of Transformer Engine's step from the reference."""
     results = engine_pool.run(
         "train_steps", ranks, capability=RECIPES.get(recipe, HOPPER), checkpoint=job["checkpoint"],
-        num_steps=num_steps, defect=defect,         reference=reference["path"], relative=True, in_fp32=True,
+        num_steps=num_steps, defect=defect, reference=reference["path"], relative=True, in_fp32=True,
         settings={**job["settings"], "transformer_impl": "auto", "fp8_recipe": recipe, **SMALL, **settings},
     )  # fmt: skip
     pairs = [pair for result in results for pair in zip(result["losses"], reference["losses"], strict=True)]
@@ -65,6 +65,17 @@ def engine_steps(
         "gradients": max(result["gradient_distance"] for result in results),
         "parameters": max(result["parameters"] for result in results),
     }
+
+
+def record_step(
+    engine_results: EngineResults, labels: tuple[str, str, str], found: dict[str, float], plain: dict[str, float]
+) -> None:
+    """plain: the distances of the same step without rounding."""
+    engine_results.add("rounded", *labels, **found, without_rounding=plain["gradients"])
+
+
+def record_planted(engine_results: EngineResults, defect: str, found: dict[str, float]) -> None:
+    engine_results.add("planted", defect, "dense", gradients=found["gradients"], parameters=found["parameters"])
 
 
 QUICK = {("dense", "tensorwise"), ("moe", "mxfp8")}
@@ -79,11 +90,16 @@ QUICK = {("dense", "tensorwise"), ("moe", "mxfp8")}
     ],
 )
 def test_equal_to_the_emulation(
-    kind: str, recipe: str, wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
+    kind: str,
+    recipe: str,
+    wide: dict[str, Any],
+    emulated: Emulated,
+    engine_pool: EnginePool,
+    engine_results: EngineResults,
 ) -> None:
     found = engine_steps(engine_pool, wide[kind], recipe, emulated(kind, recipe), **fusions(kind))
     plain = engine_steps(engine_pool, wide[kind], "none", emulated(kind, recipe), **fusions(kind))
-    exactness.engine_fp8.append(Rounded(kind, recipe, "one process", found, plain["gradients"]))
+    record_step(engine_results, (kind, recipe, "one process"), found, plain)
     # A last bit can put a value on the other side of a tie of the rounding, and what is computed of it follows; a weight
     # that was not rounded again, or in the wrong direction, changes all of them.
     assert found["loss"] < 1e-3 and found["gradients"] < plain["gradients"] / 4, plain
@@ -111,7 +127,12 @@ CUTS_MATRICES = {"TP2+SP", "CP2", "TP2+SP, EP2"}
     ],
 )
 def test_layouts(
-    layout: str, recipe: str, wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
+    layout: str,
+    recipe: str,
+    wide: dict[str, Any],
+    emulated: Emulated,
+    engine_pool: EnginePool,
+    engine_results: EngineResults,
 ) -> None:
     """Nearer to the emulation on one process than to no rounding at all."""
     kind, settings = LAYOUTS[layout]
@@ -119,7 +140,7 @@ def test_layouts(
     reference = emulated(kind, recipe, **batch)
     found = engine_steps(engine_pool, wide[kind], recipe, reference, 2, **fusions(kind), **batch, **settings)
     plain = engine_steps(engine_pool, wide[kind], "none", reference, **fusions(kind), **batch)
-    exactness.engine_fp8.append(Rounded(kind, recipe, layout, found, plain["gradients"]))
+    record_step(engine_results, (kind, recipe, layout), found, plain)
     assert found["loss"] < 3e-3 and not found["gradients"] > 0.75 * plain["gradients"], plain
 
 
@@ -137,24 +158,24 @@ def test_weights_are_rounded_once_a_batch(
 
 @pytest.mark.full
 def test_stale_weights_are_seen(
-    wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
+    wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, engine_results: EngineResults
 ) -> None:
     """Negative control, of the weights' quantised copies: test_weights_are_rounded_once_a_batch allows 0.4."""
     reference = emulated("dense", "tensorwise", num_steps=2)
     found = engine_steps(
         engine_pool, wide["dense"], "tensorwise", reference, num_steps=2, defect="stale_weights", **fusions("dense")
     )
-    exactness.planted.append(Planted("stale_weights, FP8 tensorwise", "dense", found))
+    record_planted(engine_results, "stale weights, FP8 tensorwise", found)
     assert found["gradients"] > 1
 
 
 def test_a_wrong_transpose_is_seen(
-    wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
+    wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, engine_results: EngineResults
 ) -> None:
     """Negative control, of the FP8 tensors that the backward pass reads."""
     reference = emulated("dense", "tensorwise")
     found = engine_steps(engine_pool, wide["dense"], "tensorwise", reference, defect="wrong_transpose")
-    exactness.planted.append(Planted("wrong_transpose, FP8 tensorwise", "dense", found))
+    record_planted(engine_results, "wrong transpose, FP8 tensorwise", found)
     assert found["loss"] < 1e-3 and found["gradients"] > 0.5
 
 
@@ -167,7 +188,7 @@ def test_a_wrong_transpose_is_seen(
     ],
 )
 def test_every_product_is_its_definition(
-    kind: str, recipe: str, wide: dict[str, Any], engine_pool: EnginePool, exactness: Exactness
+    kind: str, recipe: str, wide: dict[str, Any], engine_pool: EnginePool, engine_results: EngineResults
 ) -> None:
     """Of the same operands: 1e-6, over the micro-batches of a step with fused accumulation of the weights' gradients."""
     scaling = {"fp4_recipe" if recipe == "nvfp4" else "fp8_recipe": recipe}
@@ -176,14 +197,16 @@ def test_every_product_is_its_definition(
         "fp8_products", 1, checkpoint=wide[kind]["checkpoint"], settings=settings,
         capability=RECIPES.get(recipe, BLACKWELL),
     )  # fmt: skip
-    exactness.products.append(Products(kind, recipe, found["worst"]))
+    engine_results.add("products", kind, recipe, **found["worst"])
     assert found["layers"] == 8 and found["passes"] == {4}
     assert all(distance < 1e-6 for distance in found["worst"].values()), found
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_settings_that_change_nothing(recipe: str, wide: dict[str, Any], engine_pool: EnginePool) -> None:
+def test_settings_that_change_nothing(
+    recipe: str, wide: dict[str, Any], engine_pool: EnginePool, engine_results: EngineResults
+) -> None:
     """Recomputation; and layers in bf16, all of them, are those without FP8."""
 
     def steps(**changes: Any) -> list[float]:
@@ -197,22 +220,30 @@ def test_settings_that_change_nothing(recipe: str, wide: dict[str, Any], engine_
 
     in_fp8, without = steps(), steps(fp8_recipe="none")
     assert in_fp8 != pytest.approx(without, rel=1e-4)
-    assert steps(recompute_granularity="full") == pytest.approx(in_fp8, rel=1e-6)
-    selective = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
-    assert steps(**selective) == pytest.approx(in_fp8, rel=1e-6)
+    changes: list[tuple[str, dict[str, Any], str, list[float]]] = [
+        ("recompute full", {"recompute_granularity": "full"}, "without recomputation", in_fp8),
+        ("recompute mlp", {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}, "without recomputation", in_fp8),
+    ]  # fmt: skip
     if recipe != "delayed":
-        assert steps(first_last_layers_bf16=True) == pytest.approx(without, rel=1e-6)
+        changes.append(("all layers in bf16", {"first_last_layers_bf16": True}, "without FP8", without))
+    for name, settings, what, expected in changes:
+        pairs = zip(steps(**settings), expected, strict=True)
+        found = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+        engine_results.add(
+            "training", f"FP8 {recipe}, {name}", "dense", "one process", what, difference=found, allowed=1e-6
+        )
+        assert found < 1e-6, name
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 def test_packed_documents(
-    recipe: str, wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, exactness: Exactness
+    recipe: str, wide: dict[str, Any], emulated: Emulated, engine_pool: EnginePool, engine_results: EngineResults
 ) -> None:
     """Sequences one after the other, without padding between them, go through FP8 as one matrix."""
     documents = {"reset_attention_mask": True, "seq_length": 64}
     reference = emulated("dense", recipe, **documents)
     found = engine_steps(engine_pool, wide["dense"], recipe, reference, **fusions("dense"), **documents)
     plain = engine_steps(engine_pool, wide["dense"], "none", reference, **fusions("dense"), **documents)
-    exactness.engine_fp8.append(Rounded("dense, packed documents", recipe, "one process", found, plain["gradients"]))
+    record_step(engine_results, ("dense, packed documents", recipe, "one process"), found, plain)
     assert found["loss"] < 1e-3 and found["gradients"] < plain["gradients"] / 2, plain

@@ -15,6 +15,7 @@ from tests.transformer_engine.stand_in import (
     fused_attention,
     multi_tensor,
     norms,
+    pad_kernel,
     permutation_kernels,
     products,
     quantized,
@@ -325,3 +326,10 @@ def test_adam_with_a_split_main_weight() -> None:
         1, torch.zeros(1), [[gradient], [main], moments[2:3], moments[3:]], 0.1, 0.9, 0.95, 1e-8, 1, 1, 1, 0.1
     )
     assert torch.equal(multi_tensor.join(upper, lower), main)
+
+
+def test_scales_are_padded_with_zeros() -> None:
+    scales = torch.randint(1, 255, (130, 6), dtype=torch.uint8)
+    padded = pad_kernel.pad_columnwise_scale_inv(scales)
+    assert padded.shape == (256, 8) and torch.equal(padded[:130, :6], scales) and padded.sum() == scales.sum()
+    assert torch.equal(pad_kernel.pad_columnwise_scale_inv(padded), padded)

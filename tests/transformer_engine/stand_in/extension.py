@@ -16,6 +16,7 @@ from tests.transformer_engine.stand_in import (
     fused_attention,
     multi_tensor,
     norms,
+    pad_kernel,
     partial_casts,
     permutation_kernels,
     products,
@@ -42,7 +43,7 @@ _ANSWERS = {
 _LEFT_OUT = {
     "transformer_engine.pytorch.triton.permutation": (permutation_kernels,),
     "transformer_engine.pytorch.triton.cross_entropy": (),
-    "transformer_engine.pytorch.triton.pad": (),
+    "transformer_engine.pytorch.triton.pad": (pad_kernel,),
     "transformer_engine.pytorch.triton.mhc": (),  # from 2.20 on, as the next
     "transformer_engine.pytorch.triton.grouped_dbias_dscales": (),
     "transformer_engine.pytorch.onnx_extensions": (),
