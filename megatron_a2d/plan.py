@@ -2,6 +2,7 @@
 
     python -m megatron_a2d.plan --config launch/recipes/qwen3_30b_a3b.yaml --cluster b200 --gpus 64
     python -m megatron_a2d.plan --model Qwen/Qwen3-8B-Base --global-batch-size 1024 --cluster h100 --gpus 16
+    python -m megatron_a2d.plan --requirements launch/recipes/qwen3_*.yaml  # the fewest GPUs that each fits on
     python -m megatron_a2d.plan --calibration       # error of the model on published runs
 
 Every valid layout is tried; the recipe's layout is shown next to the best three. Method: docs/planning.md.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -25,11 +27,14 @@ from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
 from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.planner import plan_table
 from megatron_a2d.planner.cluster import Cluster, read_cluster
+from megatron_a2d.planner.requirements import requirements
+from megatron_a2d.planner.routing import ASSUMED, Routing, measured
 from megatron_a2d.planner.search import Plan, Search, make_plan, search
-from megatron_a2d.planner.workload import IMBALANCE
+from megatron_a2d.report.plots import read_log
 from megatron_a2d.terminal.console import PlainConsole, entry_point, human
 from megatron_a2d.terminal.console import console as progress_console
 from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.printable import print_text
 
 # Settings of all GPU recipes, for a plan without a recipe.
 WITHOUT_RECIPE = {
@@ -44,16 +49,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="price per GPU-hour; default: an assumed one")
     parser.add_argument(
-        "--imbalance", type=float, default=IMBALANCE, metavar="FACTOR",
-        help="tokens of the busiest expert-parallel rank over the mean; 1: balanced routing",
+        "--imbalance", metavar="FACTOR|RUN",
+        help="tokens of the busiest expert-parallel rank over the mean, 1 if balanced; or a run's directory, whose log "
+        "has it by layer and step; default: as measured in the study on routers",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="show every valid layout with all components")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot memory and time to a .png, .pdf or .svg")
     parser.add_argument("--calibration", action="store_true", help="compare the model with published runs and exit")
+    parser.add_argument(
+        "--requirements", nargs="+", type=Path, metavar="RECIPE",
+        help="print the fewest GPUs of each kind that recipes fit on as they stand, and exit",
+    )  # fmt: skip
     config, options = parse_run(parser, argv, inherited)
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     if options.calibration:
         console.print(plan_table.calibration())
+        return
+    routing = _routing(options.imbalance)
+    if options.requirements:
+        print_text(requirements(options.requirements, routing))
         return
     cluster = _cluster(options)
     if options.plot:
@@ -62,10 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         config = _with_gpu_defaults(config, options)
     model_config = _model_config(config)
     with progress_console.status("trying layouts"):
-        found = search(config, model_config, cluster, options.gpus, imbalance=options.imbalance)
+        found = search(config, model_config, cluster, options.gpus, routing=routing)
     shown = {f"{rank}.": plan for rank, plan in enumerate(found.fitting[:3], 1)}
     _need_legal(found)
-    own, problems = _own_plan(config, model_config, cluster, options) if options.config else (None, [])
+    own, problems = _own_plan(config, model_config, cluster, options, routing) if options.config else (None, [])
     if own:
         shown = {f"{rank} the recipe's" if plan.job == own.job else rank: plan for rank, plan in shown.items()}
         if own.job not in [plan.job for plan in shown.values()]:
@@ -105,12 +119,37 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         raise UserError(missing)
     if not 1 <= options.gpus <= MOST_PROCESSES:
         raise UserError(f"--gpus {options.gpus}: a run needs at least 1, and at most {MOST_PROCESSES:,} are supported")
-    if not options.imbalance >= 1:
-        raise UserError(f"--imbalance {options.imbalance}: the busiest rank has at least the mean; give 1 or more")
     if options.price is not None and not options.price > 0:
         raise UserError(f"--price {options.price}: must be positive")
     cluster = read_cluster(options.cluster)
     return dataclasses.replace(cluster, price_per_gpu_hour=options.price) if options.price else cluster
+
+
+def _routing(given: str | None) -> Routing:
+    """--imbalance: a factor, or a run that has measured it."""
+    if given is None:
+        return ASSUMED
+    try:
+        factor = float(given)
+    except ValueError:
+        return _measured(Path(given))
+    if not 1 <= factor < math.inf:
+        raise UserError(f"--imbalance {given}: the busiest rank has at least the mean; give 1 or more")
+    return Routing.of(factor)
+
+
+def _measured(run: Path) -> Routing:
+    if not run.exists():
+        raise UserError(
+            f"--imbalance {run}: is neither a number nor an existing run; give a factor, or a run's directory"
+        )
+    found = measured(read_log(run.parent if run.name == "log.jsonl" else run))
+    if found is None:
+        raise UserError(
+            f"--imbalance {run}: its log has no loads of expert-parallel ranks (a dense model, --no-monitor, or an "
+            "older version); give another run, or a factor"
+        )
+    return found
 
 
 def _with_gpu_defaults(config: RunConfig, options: argparse.Namespace) -> RunConfig:
@@ -137,12 +176,12 @@ def _need_legal(found: Search) -> None:
 
 
 def _own_plan(
-    config: RunConfig, model_config: ModelConfig, cluster: Cluster, options: argparse.Namespace
+    config: RunConfig, model_config: ModelConfig, cluster: Cluster, options: argparse.Namespace, routing: Routing
 ) -> tuple[Plan | None, list[str]]:
     """The plan for the layout of recipe and flags, or its problems."""
     if problems := find_problems(config, model_config, options.gpus):
         return None, problems
-    return make_plan(config, model_config, cluster, options.gpus, imbalance=options.imbalance), []
+    return make_plan(config, model_config, cluster, options.gpus, routing=routing), []
 
 
 def _print(

@@ -19,6 +19,7 @@ from megatron_a2d.conversion.qwen3_shapes import hub_config
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.memory import memory
+from megatron_a2d.planner.routing import EVEN
 from megatron_a2d.planner.step_time import Efficiencies, step_time
 from megatron_a2d.planner.workload import Job
 
@@ -80,7 +81,7 @@ def _row(row: dict[str, Any]) -> Row:
     # balanced routing.
     common = {
         "objective": "ar", "bf16": True, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
-        "overlap_param_gather": True, "grad_reduce_in_fp32": False, "imbalance": 1.0, "overlap_p2p_comm": True,
+        "overlap_param_gather": True, "grad_reduce_in_fp32": False, "imbalance": EVEN, "overlap_p2p_comm": True,
         "tp_comm_overlap": True, "whole_logits": True,
     }  # fmt: skip
     job = Job(model_config=model_config, **(common | row["settings"]))

@@ -146,7 +146,7 @@ def layer_work(job: Job, nvlink_domain: int) -> Work:
     projections = a.hidden_size * (2 * queries + 2 * keys) / tp * tokens
     if a.is_moe:
         weights_per_token = 3 * a.hidden_size * a.moe_intermediate_size / job.expert_tensor_parallel_size
-        mlp = weights_per_token * job.routed_rows * job.imbalance + between * a.hidden_size * a.num_experts
+        mlp = weights_per_token * job.routed_rows * job.imbalance.mean + between * a.hidden_size * a.num_experts
     else:
         mlp = 3 * a.hidden_size * a.intermediate_size / tp * tokens
     keys_per_query = job.seq_length / 2 if job.is_causal else job.input_length
@@ -197,7 +197,10 @@ def _all_to_all(job: Job, nvlink_domain: int) -> tuple[float, float]:
         copies_outside = (nodes - 1) * (1 - (1 - 1 / nodes) ** k)
     else:
         copies_inside, copies_outside = k * (inside - 1) / ranks, k * (1 - inside / ranks)
-    return tokens * copies_inside * token_bytes * job.imbalance, tokens * copies_outside * token_bytes * job.imbalance
+    return (
+        tokens * copies_inside * token_bytes * job.imbalance.mean,
+        tokens * copies_outside * token_bytes * job.imbalance.mean,
+    )
 
 
 def _memory_traffic(job: Job) -> float:
@@ -216,7 +219,7 @@ def _memory_traffic(job: Job) -> float:
         return BF16 * (values + tokens * width * SWIGLU + casts * (2 * between * a.hidden_size + 3 * tokens * width))
     values += between * a.num_experts * 2 * 10  # the router's logits: fp32 counts twice, ten reads and writes
     width = a.moe_intermediate_size / job.expert_tensor_parallel_size
-    rows = job.routed_rows * job.imbalance
+    rows = job.routed_rows * job.imbalance.mean
     # Tokens are permuted before the all-to-all and again by expert, forward and backward; fused dispatchers do it
     # within.
     moves = 4 if job.fused_kernels or job.moe_token_dispatcher_type == "flex" else 8

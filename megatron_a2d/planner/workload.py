@@ -10,8 +10,7 @@ from megatron_a2d.config.fp8_recipe import choose_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, settings
 from megatron_a2d.planner.cluster import Cluster
-
-IMBALANCE = 1.25  # tokens of the busiest expert-parallel rank over the mean; an assumption, `plan --imbalance` sets it
+from megatron_a2d.planner.routing import ASSUMED, EVEN, RankImbalance, Routing
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Job:
     whole_logits: bool = False  # the LM head materialises the logits of all positions
     overlap_p2p_comm: bool = False
     tp_comm_overlap: bool = False
-    imbalance: float = IMBALANCE
+    imbalance: RankImbalance = EVEN
 
     @property
     def data_parallel_size(self) -> int:
@@ -128,7 +127,7 @@ class Job:
     @property
     def received_rows(self) -> float:
         """Token copies that the buffers of the busiest rank have room for."""
-        return self.routed_rows * (self.moe_expert_rank_capacity_factor or self.imbalance)
+        return self.routed_rows * (self.moe_expert_rank_capacity_factor or self.imbalance.peak)
 
     @property
     def number_bytes(self) -> int:
@@ -158,7 +157,12 @@ class Job:
 
 
 def job_of(
-    config: RunConfig, model_config: ModelConfig, world_size: int, cluster: Cluster | None = None, **changes: Any
+    config: RunConfig,
+    model_config: ModelConfig,
+    world_size: int,
+    cluster: Cluster | None = None,
+    routing: Routing = ASSUMED,
+    **changes: Any,
 ) -> Job:
     """The job described by a run's settings; `changes` are fields of `Job`. --fp8-recipe auto depends on the cluster.
 
@@ -169,6 +173,7 @@ def job_of(
         for name in Job.__dataclass_fields__
         if name in settings()
     }
+    known["imbalance"] = routing.at(config.parallel.expert_model_parallel_size)
     job = Job(model_config=model_config, world_size=world_size, **(known | changes))
     # As in model/transformer_config.py.
     job = dataclasses.replace(job, overlap_p2p_comm=job.num_virtual_stages_per_pipeline_rank > 1)

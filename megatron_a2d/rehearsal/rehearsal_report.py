@@ -11,6 +11,7 @@ from rich.table import Table
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.memory import stage_memory
+from megatron_a2d.planner.routing import Routing
 from megatron_a2d.planner.traffic import step_traffic
 from megatron_a2d.planner.workload import Job, job_of
 from megatron_a2d.rehearsal.pipeline_pairing import Pairing
@@ -47,7 +48,7 @@ class Comparison(NamedTuple):
 
 def job_rehearsed(config: Any, model_config: ModelConfig, processes: int, implementation: str) -> Job:
     """The planner's job with the layers that were rehearsed and balanced routing."""
-    job = job_of(config, model_config, processes, imbalance=1.0, transformer_impl=implementation)
+    job = job_of(config, model_config, processes, routing=Routing.of(1.0), transformer_impl=implementation)
     # Without deep_ep's kernels the run takes all-to-all, and so does the rehearsal.
     return replace(job, moe_token_dispatcher_type=job.moe_token_dispatcher_type.replace("flex", "alltoall"))
 

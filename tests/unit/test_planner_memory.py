@@ -19,6 +19,7 @@ from megatron_a2d.planner import memory as planned
 from megatron_a2d.planner.activations import layer_activations
 from megatron_a2d.planner.memory import logit_bytes, memory, microbatches_in_flight, state_bytes
 from megatron_a2d.planner.parameters import stage_buffers, stage_parameters
+from megatron_a2d.planner.routing import RankImbalance, Routing
 from megatron_a2d.planner.workload import Job, job_of
 from tests.cases import Case
 from tests.parity.layouts import CP, DISTRIBUTED, EP, OVERLAP, PP, TP_SP, VPP
@@ -54,7 +55,9 @@ def measured(pool: Pool, cases: dict[str, Case]) -> Any:
             settings = {**case.settings, "seq_length": 128, **settings}
             results = pool.run("measure_memory", ranks, checkpoint=case.checkpoint, settings=settings)
             model_config = read_model_config(resolve(case.checkpoint) / "hf")
-            job = job_of(build(SETTINGS | settings), model_config, ranks, imbalance=1.0, transformer_impl="local")
+            job = job_of(
+                build(SETTINGS | settings), model_config, ranks, routing=Routing.of(1.0), transformer_impl="local"
+            )
             found[name] = job, results
         return found[name]
 
@@ -181,7 +184,9 @@ def test_micro_batches_in_flight() -> None:
 
 def test_memory_part_by_part() -> None:
     """The 30B on 64 GPUs in 4 stages, computed manually: 2 sequences of 4,096 tokens, 12 layers a stage, 16 of 128 experts each."""
-    job = replace(JOB, pipeline_model_parallel_size=4, micro_batch_size=2, seq_length=4096, imbalance=1.25)
+    job = replace(
+        JOB, pipeline_model_parallel_size=4, micro_batch_size=2, seq_length=4096, imbalance=RankImbalance(1.1, 1.25)
+    )
     parts, kept = memory(job), layer_activations(job)
     assert parts.activations == pytest.approx(kept.total * 12 * 4), "the first stage holds four micro-batches"
     rows = 2 * 4096 * 8  # each token goes to 8 experts

@@ -40,6 +40,23 @@ def test_every_recipe_and_cluster_is_here() -> None:
     assert all(read_cluster(name).gpu.lower() == name for name in cluster_names())
 
 
+def test_the_docs_have_the_fewest_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(["--requirements", *map(str, RECIPES.values())])
+    printed = _rows(capsys.readouterr().out)
+    page = (ROOT / "docs" / "planning.md").read_text()
+    assert printed == _rows(page.partition("## Hardware requirements")[2].partition("\n## ")[0])
+    assert printed == {name: [str(gpus or "-") for gpus in fewest] for name, fewest in FEWEST.items()}
+    # Routing that is twice as uneven needs other machines.
+    plan.main(["--imbalance", "2", "--requirements", str(RECIPES["qwen3_30b_a3b"])])
+    assert _rows(capsys.readouterr().out)["qwen3_30b_a3b"] != printed["qwen3_30b_a3b"]
+
+
+def _rows(text: str) -> dict[str, list[str]]:
+    """Cells by recipe; a row may be of several recipes."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return {recipe.strip("`"): cells for names, *cells in rows for recipe in names.split(", ")}
+
+
 @pytest.mark.parametrize("recipe", FEWEST)
 def test_dry_run(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     for cluster, fewest in zip(("h100", "h200", "b200"), FEWEST[recipe], strict=True):
