@@ -152,7 +152,7 @@ def sources() -> str:
     ]
     total = hashlib.sha256(torch.__version__.encode())
     for path in files:
-        total.update(path.as_posix().encode() + path.read_bytes())
+        total.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return total.hexdigest()
 
 

@@ -56,13 +56,17 @@ def _classes() -> ModuleType:
     return tensor
 
 
+def _empty(quantizer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return _format_of_quantizer(quantizer).create(quantizer, shape, dtype, _classes())
+
+
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
     values = tensor.detach().contiguous()
     if noop is not None and float(noop) != 0:
         return output
     form = _format_of_quantizer(quantizer)
     if output is None:
-        output = form.create(quantizer, tuple(values.shape), values.dtype, _classes())
+        output = _empty(quantizer, tuple(values.shape), values.dtype)
     else:
         check(_format_of(output) is form, f"{type(quantizer).__name__} must output to {form.STORAGE}")
         form.update_halves(quantizer, output, tuple(values.shape))

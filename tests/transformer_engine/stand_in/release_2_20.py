@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.transformer_engine.stand_in import fused_attention, router_kernels
+from tests.transformer_engine.stand_in import fused_attention, quantized, router_kernels
 from tests.transformer_engine.stand_in.enums import NVTE_QKV_Format, NVTE_QKV_Layout
 from tests.transformer_engine.stand_in.fp8_casts import check
 
@@ -21,6 +21,13 @@ NVTE_Fused_Attn_Backend = IntEnum(
 NVTERoutingMapFormat = IntEnum("NVTERoutingMapFormat", {"BYTEMAP": 0, "BITMAP_U8": 1})
 NVTEQBHistogramMode = IntEnum("NVTEQBHistogramMode", {"TWO_KERNEL": 0, "FUSED_ATOMIC": 1})
 NVTEScalingMode = IntEnum("NVTEScalingMode", {"NVTE_DELAYED_TENSOR_SCALING": 0, "NVTE_MXFP8_1D_SCALING": 1})
+
+
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, device: Any, pin_memory: bool
+) -> Any:
+    """A tensor to be filled; quantizers made their own before."""
+    return quantized._empty(quantizer, tuple(shape), dtype)
 
 
 def get_fused_attn_backend(parameters: Any) -> tuple[Any, str]:
