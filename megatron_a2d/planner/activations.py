@@ -53,16 +53,11 @@ def _copies_queries(job: Job) -> bool:
     return job.model_config.num_key_value_heads > job.tensor_model_parallel_size
 
 
-def _input_bytes(job: Job) -> int:
-    """Bytes per number of a GEMM's saved input: FP8 GEMMs save one byte."""
-    return 1 if job.fp8_recipe != "none" else job.number_bytes
-
-
 def _norm(job: Job, name: str, recomputed: bool = False) -> dict[str, float]:
     """A fused norm's input, and its output, which is the saved input of the next GEMM."""
     values = job.tokens_between_layers * job.model_config.hidden_size
     kept = {f"{name}, input": values * job.number_bytes, f"{name}, scale": job.tokens_between_layers * FLOAT}
-    return kept if recomputed else kept | {f"{name}, output": values * _input_bytes(job)}
+    return kept if recomputed else kept | {f"{name}, output": values * job.operand_bytes}
 
 
 def _attention(job: Job) -> dict[str, float]:
@@ -77,7 +72,7 @@ def _attention(job: Job) -> dict[str, float]:
         "attention, log-sum-exp": rows * queries / job.model_config.head_dim * FLOAT,
         "attention, output": rows * queries * number,
     }
-    return kept if job.fp8_recipe == "none" else kept | {"attention, output in FP8": rows * queries}
+    return kept | {"attention, output quantised": rows * queries * job.operand_bytes} if job.quantizes else kept
 
 
 def _local_attention(job: Job) -> dict[str, float]:
@@ -157,7 +152,7 @@ def _mlp(job: Job) -> dict[str, float]:
     if job.recomputes("mlp"):
         return {}
     width = job.tokens * a.intermediate_size / job.tensor_model_parallel_size
-    return {"linear_fc1, output": width * 2 * job.number_bytes, "linear_fc2, input": width * _input_bytes(job)}
+    return {"linear_fc1, output": width * 2 * job.number_bytes, "linear_fc2, input": width * job.operand_bytes}
 
 
 def _experts(job: Job) -> dict[str, float]:
@@ -166,10 +161,10 @@ def _experts(job: Job) -> dict[str, float]:
         return {}
     rows, width = job.routed_rows, a.moe_intermediate_size / job.expert_tensor_parallel_size
     kept = {
-        "experts, input": rows * a.hidden_size * _input_bytes(job),
+        "experts, input": rows * a.hidden_size * job.operand_bytes,
         "experts, probabilities": rows * FLOAT,
         "experts, linear_fc1's output": rows * 2 * width * job.number_bytes,
     }
     if job.recomputes("moe_act"):
         return kept
-    return kept | {"experts, linear_fc2's input": rows * width * _input_bytes(job)}
+    return kept | {"experts, linear_fc2's input": rows * width * job.operand_bytes}

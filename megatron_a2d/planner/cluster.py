@@ -33,6 +33,7 @@ class Cluster:
     nvlink_gb_per_s: float
     network_gb_per_s: float
     price_per_gpu_hour: float
+    fp4_tflops: float | None = None  # None: no FP4, or a rate that the file does not give
 
     @property
     def memory_bytes(self) -> float:
@@ -74,13 +75,16 @@ def read_cluster(name: str) -> Cluster:
 
 
 def _check(name: str, content: dict[str, Any]) -> Cluster:
-    fields = {item.name: item.type for item in dataclasses.fields(Cluster)}
+    fields = {item.name: str(item.type) for item in dataclasses.fields(Cluster)}
+    optional = {item.name for item in dataclasses.fields(Cluster) if item.default is not dataclasses.MISSING}
     if rates := rates_of(str(content.get("gpu"))):
         content = {name: rate for name, rate in rates._asdict().items() if rate is not None} | content
     problems = [f"--cluster {name}: unknown value {key}{nearest(key, fields)}" for key in content if key not in fields]
     for field, kind in fields.items():
         value = content.get(field)
         if value is None:
+            if field in optional:
+                continue
             problems.append(f"--cluster {name}: {field} is missing; launch/clusters/h100.yaml has an example")
         elif kind == "str":
             if not isinstance(value, str):

@@ -132,11 +132,13 @@ def logit_bytes(job: Job) -> float:
 
 
 def fp8_copy_bytes(job: Job) -> float:
-    """FP8 copies of the layers' weights, row- and column-wise, kept next to the bf16 ones for all micro-batches."""
-    if job.fp8_recipe == "none":
+    """FP8 or FP4 copies of the layers' weights, row- and column-wise, kept with the bf16 ones for all micro-batches."""
+    if not job.quantizes:
         return 0.0
     # With FP8 parameters the copies are the weights: there are no bf16 ones.
-    return stage_values(job, 0).of_matrices * (2 - (job.number_bytes if job.fp8_param_gather else 0))
+    return stage_values(job, 0).of_matrices * (
+        2 * job.operand_bytes - (job.number_bytes if job.fp8_param_gather else 0)
+    )
 
 
 def _dispatcher_bytes(job: Job, expert_activations: float, in_flight: float) -> float:

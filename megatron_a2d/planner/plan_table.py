@@ -10,7 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from megatron_a2d.config.settings import RunConfig, flag
-from megatron_a2d.planner.calibration import FITTED, LARGEST_LEFT_OUT_ERROR, error, left_out_error, published_rows
+from megatron_a2d.planner.calibration import (
+    FITTED,
+    FITTED_TO_FP4,
+    LARGEST_LEFT_OUT_ERROR,
+    error,
+    left_out_error,
+    published_rows,
+)
 from megatron_a2d.planner.memory import Memory
 from megatron_a2d.planner.search import Plan, Search, why_slower, why_too_large
 from megatron_a2d.planner.step_time import StepTime
@@ -26,7 +33,7 @@ LAYOUT = {
     "expert_tensor_parallel_size": "ETP",
 }  # fmt: skip
 PARTS = {
-    "fp8_copies": "FP8 copies", "logits": "masked logits", "dispatcher": "dispatcher, imbalance",
+    "fp8_copies": "FP8, FP4 copies", "logits": "masked logits", "dispatcher": "dispatcher, imbalance",
     "communication": "NCCL, CUDA", "matmul": "GEMMs", "memory": "norms, activations, permutation",
     "head": "LM head and loss", "expert_nvlink": "all-to-all, NVLink", "expert_network": "all-to-all, network",
     "tensor": "tensor parallelism", "context": "context parallelism", "host": "host launches and syncs",
@@ -147,7 +154,7 @@ def calibration() -> Table:
     rows = published_rows()
     table = Table(
         "published run", "source", "tokens/s/GPU", "model", "error", "LOO error", "memory",
-        title=f"{len(rows)} published runs, {len(FITTED)} fitted efficiencies; LOO: leave-one-out",
+        title=f"{len(rows)} published runs, {len(FITTED | FITTED_TO_FP4)} fitted efficiencies; LOO: leave-one-out",
     )  # fmt: skip
     for column in table.columns[2:]:
         column.justify = "right"

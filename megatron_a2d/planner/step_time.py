@@ -55,11 +55,12 @@ class Efficiencies(NamedTuple):
 
     matmul_bf16: float
     matmul_fp8: float  # share of the FP8 rate, casts not counted
+    matmul_fp4: float  # share of the FP4 rate, casts not counted
     attention: float  # share of the bf16 rate
     memory: float
     nvlink: float
     network: float
-    blackwell: float  # factor on the first four for Blackwell GPUs: a smaller share of a higher peak
+    blackwell: float  # factor on the first five for Blackwell GPUs: a smaller share of a higher peak
     moe_sync: float  # seconds per MoE layer that the GPU waits for the device-to-host sync of tokens per expert
     launch_moe: float  # seconds to launch a MoE layer's kernels, forward and backward
     launch_dense: float
@@ -68,7 +69,7 @@ class Efficiencies(NamedTuple):
         """The efficiencies on a cluster's GPUs."""
         if not cluster.is_blackwell:
             return self
-        reached = {name: getattr(self, name) * self.blackwell for name in self._fields[:4]}
+        reached = {name: getattr(self, name) * self.blackwell for name in self._fields[:5]}
         return self._replace(**reached)
 
 
@@ -131,8 +132,15 @@ def _weight_traffic(job: Job) -> float:
         values += 3 * a.hidden_size * a.moe_intermediate_size * a.num_experts / ranks
     else:
         values += 3 * a.hidden_size * a.intermediate_size / job.tensor_model_parallel_size
-    weight, gradient = (BF16 if job.fp8_recipe == "none" else 1), (FP32 if job.grad_reduce_in_fp32 else BF16)
+    weight, gradient = (job.operand_bytes if job.quantizes else BF16), (FP32 if job.grad_reduce_in_fp32 else BF16)
     return values * (2 * weight + 2 * gradient)
+
+
+def _cast_bytes(job: Job) -> float:
+    """Bytes that a cast of an input or output gradient moves per number: bf16 is read, two copies are written, row- and
+    column-wise. NVFP4 reads twice: the amax of the tensor comes first (Transformer Engine, nvfp4_tensor.py)."""
+    reads = 2 if job.fp4_recipe != "none" else 1
+    return reads * BF16 + 2 * job.operand_bytes
 
 
 @functools.lru_cache(4096)
@@ -211,8 +219,7 @@ def _memory_traffic(job: Job) -> float:
     values = between * a.hidden_size * 2 * ELEMENTWISE * 2  # two norms and two residual sums
     values += tokens * (queries + keys) * 2 * ELEMENTWISE  # norms and rotary embedding of queries and keys
     values += tokens * (queries + 2 * keys) * 4  # split of the QKV tensor forward, concatenation backward
-    # A cast to FP8 reads two bytes and writes two (row- and column-wise): inputs and output gradients of the products.
-    casts = 0.0 if job.fp8_recipe == "none" or job.fused_kernels else 2.0
+    casts = 0.0 if not job.quantizes or job.fused_kernels else _cast_bytes(job) / BF16
     values += casts * (2 * between * a.hidden_size + tokens * (2 * queries + 2 * keys))
     if not a.is_moe:
         width = a.intermediate_size / tp
@@ -269,7 +276,10 @@ def layer_time(job: Job, cluster: Cluster, efficiency: Efficiencies) -> LayerTim
         cluster.network_gb_per_s * 1e9 * efficiency.network,
     )
     rate, matmul_efficiency = cluster.bf16_tflops, efficiency.matmul_bf16
-    if job.fp8_recipe != "none":
+    if job.fp4_recipe != "none":
+        assert cluster.fp4_tflops is not None  # job_of
+        rate, matmul_efficiency = cluster.fp4_tflops, efficiency.matmul_fp4
+    elif job.fp8_recipe != "none":
         rate, matmul_efficiency = cluster.fp8_tflops, efficiency.matmul_fp8
     layer = LayerTime(
         matmul=work.matmul / (rate * 1e12 * matmul_efficiency),

@@ -11,6 +11,7 @@ from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, settings
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.routing import ASSUMED, EVEN, RankImbalance, Routing
+from megatron_a2d.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Job:
     moe_token_dispatcher_type: str = "alltoall"
     moe_grouped_gemm: bool = True
     fp8_recipe: str = "none"
+    fp4_recipe: str = "none"
     fp8_param_gather: bool = False
     recompute_granularity: str = "none"
     recompute_modules: tuple[str, ...] = ()
@@ -135,6 +137,18 @@ class Job:
         return 2 if self.bf16 else 4
 
     @property
+    def quantizes(self) -> bool:
+        """Whether the layers' GEMMs are in FP8 or FP4."""
+        return (self.fp8_recipe, self.fp4_recipe) != ("none", "none")
+
+    @property
+    def operand_bytes(self) -> float:
+        """Bytes per number of a GEMM's operand in the layers; NVFP4's with the e4m3 scale of each 16."""
+        if self.fp4_recipe != "none":
+            return 1 / 2 + 1 / 16
+        return 1 if self.fp8_recipe != "none" else self.number_bytes
+
+    @property
     def is_causal(self) -> bool:
         return self.objective == "ar"
 
@@ -166,7 +180,7 @@ def job_of(
 ) -> Job:
     """The job described by a run's settings; `changes` are fields of `Job`. --fp8-recipe auto depends on the cluster.
 
-    UserError if the cluster's GPUs do not support --fp8-recipe.
+    UserError if the cluster's GPUs do not support --fp8-recipe or --fp4-recipe, or the FP4 rate is unknown.
     """
     known = {
         name: getattr(getattr(config, settings()[name].group), name)
@@ -179,5 +193,10 @@ def job_of(
     job = dataclasses.replace(job, overlap_p2p_comm=job.num_virtual_stages_per_pipeline_rank > 1)
     if cluster is None:
         return dataclasses.replace(job, fp8_recipe="mxfp8") if job.fp8_recipe == "auto" else job
+    choose_scaling(job.fp4_recipe, cluster.capability)
+    if job.fp4_recipe != "none" and cluster.fp4_tflops is None:
+        raise UserError(
+            f"--fp4-recipe {job.fp4_recipe}: the cluster's file lacks fp4_tflops (dense, of {cluster.gpu}); add it"
+        )
     scaling = choose_scaling(job.fp8_recipe, cluster.capability)
     return dataclasses.replace(job, fp8_recipe=scaling.recipe if scaling else "none")

@@ -24,6 +24,7 @@ from megatron_a2d.planner import search as searching
 from megatron_a2d.planner.calibration import (
     EFFICIENCIES,
     FITTED,
+    FITTED_TO_FP4,
     LARGEST_LEFT_OUT_ERROR,
     error,
     fit,
@@ -64,11 +65,11 @@ def test_published_runs(row: Any) -> None:
 
 
 def test_efficiencies_are_the_fit_and_few() -> None:
-    """Seven numbers for eighteen runs; a run that they were not fitted to is at most 30% off."""
+    """Eight numbers for twenty runs; a run that they were not fitted to is at most 30% off."""
     rows = published_rows()
-    assert len(rows) >= 18 and len(FITTED) == 7
+    assert len(rows) >= 20 and len(FITTED) == 7 and len(FITTED_TO_FP4) == 1
     again = fit(rows)
-    for name in FITTED:
+    for name in FITTED | FITTED_TO_FP4:
         assert getattr(again, name) == pytest.approx(getattr(EFFICIENCIES, name), rel=0.02), name
     largest = max(abs(left_out_error(row)) for row in rows)
     assert largest < 0.3 and largest == pytest.approx(LARGEST_LEFT_OUT_ERROR, abs=0.01)
@@ -76,7 +77,7 @@ def test_efficiencies_are_the_fit_and_few() -> None:
 
 def test_published_runs_need_all_of_it() -> None:
     """No efficiency is idle: without its part of the model some run is far off."""
-    for name in FITTED:
+    for name in FITTED | FITTED_TO_FP4:
         changed = EFFICIENCIES._replace(**{name: getattr(EFFICIENCIES, name) * (3.0 if name == "moe_sync" else 0.5)})
         assert max(abs(error(row, changed)) for row in published_rows()) > 0.15, name
 
@@ -224,6 +225,29 @@ def test_fp8_keeps_copies_and_smaller_activations() -> None:
     assert seconds(fp8).memory > seconds(JOB).memory, "casts"
 
 
+def test_nvfp4_is_neither_bf16_nor_fp8() -> None:
+    """Half the bytes of FP8 and a scale for each 16, twice its rate, and casts that read a tensor twice."""
+    fp8, fp4 = replace(JOB, fp8_recipe="mxfp8"), replace(JOB, fp4_recipe="nvfp4")
+    assert memory(fp4).fp8_copies == 0.5625 * memory(fp8).fp8_copies
+    assert memory(fp4).activations < memory(fp8).activations
+    efficiency = EFFICIENCIES.matmul_fp4 / EFFICIENCIES.matmul_fp8
+    assert B200.fp4_tflops == 2 * B200.fp8_tflops
+    assert seconds(fp4).matmul == pytest.approx(seconds(fp8).matmul / 2 / efficiency)
+    casts = {job: seconds(job).memory - seconds(replace(job, fused_kernels=True)).memory for job in (JOB, fp8, fp4)}
+    reads_and_writes = 2 * 2 + 2 * 0.5625, 2 + 2
+    by_cast = (casts[fp4] - casts[JOB]) / (casts[fp8] - casts[JOB])
+    assert by_cast == pytest.approx(reads_and_writes[0] / reads_and_writes[1], rel=0.02)
+
+
+def test_nvfp4_needs_a_gpu_and_its_rate() -> None:
+    config = build({"bf16": True, "fp4_recipe": "nvfp4"})
+    assert job_of(config, DENSE, 8, B200).fp4_recipe == "nvfp4"
+    with pytest.raises(UserError, match=r"--fp4-recipe nvfp4: a GPU .* has no nvfp4"):
+        job_of(config, DENSE, 8, H100)
+    with pytest.raises(UserError, match="the cluster's file lacks fp4_tflops"):
+        job_of(config, DENSE, 8, replace(B200, fp4_tflops=None))
+
+
 def test_imbalance_costs_memory_and_time() -> None:
     uneven = replace(JOB, imbalance=RankImbalance(1.5, 2.0))
     assert memory(uneven).dispatcher > 2 * memory(JOB).dispatcher
@@ -324,7 +348,7 @@ def test_calibration_table(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "200")
     plan.main(["--calibration"])
     shown = capsys.readouterr().out
-    assert "18 published runs, 7 fitted efficiencies" in shown
+    assert "20 published runs, 8 fitted efficiencies" in shown
     assert all(row.name in shown for row in published_rows())
 
 
@@ -390,7 +414,7 @@ def test_matrix_rates_have_one_source(tmp_path: Path) -> None:
     for name, gpu in (("h100", "NVIDIA H100 80GB HBM3"), ("b200", "NVIDIA B200"), ("gb200", "NVIDIA GB200")):
         cluster, rates = read_cluster(name), rates_of(gpu)
         assert rates is not None and (
-            cluster.bf16_tflops, cluster.fp8_tflops, cluster.compute_capability
+            cluster.bf16_tflops, cluster.fp8_tflops, cluster.fp4_tflops, cluster.compute_capability
         ) == rates  # fmt: skip
     assert rates_of("Tesla T4") is None and rates_of("NVIDIA GB200") != rates_of("NVIDIA B200")
     path = tmp_path / "mine.yaml"
