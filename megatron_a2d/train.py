@@ -131,7 +131,7 @@ def _run(config: RunConfig, options: Options) -> None:
     with Heartbeat(rank()), PeerMonitor(60 * config.parallel.distributed_timeout_minutes):
         checked = parallel.from_first_rank(first)
         assert checked is not None
-        _, exit_code = train_loop.train(checked.config, checked.model_config, *checked.start)
+        _, exit_code = train_loop.train(checked.config, checked.model_config, *checked.start, checked.placement)
     parallel.finalize()
     if exit_code:
         sys.exit(exit_code)

@@ -18,6 +18,7 @@ from megatron_a2d.utils.atomic_write import read_json, regular, write_json
 from megatron_a2d.utils.errors import UserError
 
 MANIFEST = "manifest.json"
+PLACEMENT = "expert_placement.json"  # placement_file.py: not in the manifest, it may be written later
 _BLOCK = 16 << 20
 _THREADS = 8  # zlib releases the interpreter's lock
 
@@ -49,11 +50,9 @@ def check_manifest(directory: Path, checksums: bool = True) -> list[str]:
     if not (directory / MANIFEST).is_file():
         return [f"{directory / MANIFEST}: is missing; the files cannot be checked"]
     try:
-        files = read_json(directory / MANIFEST, "the manifest")["files"]
-        expected = {str(name): Entry(int(entry["size"]), str(entry["crc32"])) for name, entry in files.items()}
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"{directory / MANIFEST}: is damaged ({error!r})"
-        return [reason]
+        expected = read_manifest(directory)
+    except UserError as error:
+        return [str(error)]
     problems, same_size = [], []
     for name, entry in expected.items():
         path = directory / name
@@ -71,10 +70,19 @@ def check_manifest(directory: Path, checksums: bool = True) -> list[str]:
     return problems
 
 
+def read_manifest(directory: Path) -> dict[str, Entry]:
+    """The entries of `directory`/manifest.json by name. UserError if it is missing or damaged."""
+    content = read_json(directory / MANIFEST, "the manifest")
+    try:
+        return {str(name): Entry(int(entry["size"]), str(entry["crc32"])) for name, entry in content["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{directory / MANIFEST}: is damaged ({error!r})") from None
+
+
 def list_files(directory: Path) -> list[str]:
-    """Every file below `directory` but the manifest, relative to it, sorted."""
+    """Every file below `directory` that the manifest lists, relative to it, sorted."""
     found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != MANIFEST)
+    return sorted(name for name in found if name not in (MANIFEST, PLACEMENT))
 
 
 def _measure(path: Path) -> Entry:

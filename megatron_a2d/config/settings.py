@@ -40,6 +40,9 @@ class ParallelConfig:
     """processes over which each expert's matrices are sharded"""
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """token dispatch to experts; flex: the kernels of --moe-flex-dispatcher-backend"""
+    moe_expert_placement: str = "auto"
+    """which experts a process holds: auto: by the expert_placement.json of the checkpoint that the run starts from, if
+    there is one; none: in their order; or FILE (checkpoints_tools.place_experts)"""
     use_distributed_optimizer: bool = False
     """shard the optimizer state over data-parallel processes"""
     overlap_grad_reduce: bool = False

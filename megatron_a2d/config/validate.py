@@ -259,6 +259,10 @@ def _model_config_problems(config: RunConfig, model_config: ModelConfig) -> list
     for name, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
         if size > 1 and not model_config.is_moe:
             problems.append(f"{flag(name)} {size}: the model is dense and has no experts; remove it")
+    if parallel.moe_expert_placement not in ("auto", "none") and not model_config.is_moe:
+        problems.append(
+            f"--moe-expert-placement {parallel.moe_expert_placement}: the model is dense and has no experts; remove it"
+        )
     if model_config.is_moe and tp > 1 and not parallel.sequence_parallel:
         problems.append(
             f"--tensor-model-parallel-size {tp}: MoE layers require --sequence-parallel with it; add that flag"

@@ -10,7 +10,7 @@ positions, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from megatron_a2d.diffusion.attention_masks import attention_mask
 from megatron_a2d.distributed.step_timers import both_ways
 from megatron_a2d.megatron_compat.device import has_cuda, send
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
+from megatron_a2d.model.expert_placement import Slots, with_original_numbers
 
 
 def cp_slice(tensor: Tensor, dim: int) -> Tensor:
@@ -138,6 +139,22 @@ class DiffusionLM(LanguageModule):
             self.output_layer.allreduce_dgrad = config.tensor_model_parallel_size > 1
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+
+    def place_experts(self, orders: Sequence[Sequence[int]]) -> None:
+        """Lay the experts out over expert-parallel ranks: orders[l][j] is the expert in slot j of the model's layer l.
+
+        Before weights are loaded.
+        """
+        for layer in self.decoder.layers:
+            layer.mlp.router.slots = Slots(orders[layer.layer_number - 1])
+
+    def sharded_state_dict(self, prefix: str = "", *arguments: Any, **options: Any) -> dict[str, Any]:
+        """megatron's, with the experts' original numbers."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, *arguments, **options)
+        for number, layer in enumerate(self.decoder.layers):
+            if slots := getattr(getattr(layer.mlp, "router", None), "slots", None):
+                with_original_numbers(state, f"{prefix}decoder.layers.{number}.mlp.experts.", slots)
+        return state
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """The hidden states of the previous stage; called by megatron's schedules."""

@@ -1,6 +1,7 @@
 """The router of a MoE layer: each token's experts, and their weights.
 
-megatron.core's router with its load balancing off. Everything here is in the original numbering of experts.
+megatron.core's router with its load balancing off. Everything here is in the original numbering of experts, but for
+the output of `forward`, whose columns are those of the slots that hold them (expert_placement.py).
 Shapes: s this rank's slice of the sequence, b batch, T = s b tokens, E experts.
 """
 
@@ -10,9 +11,20 @@ from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping,
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_a2d.model.expert_placement import Slots
+
 
 class Router(TopKRouter):
     """The k experts of each token with the largest logits, weighted by the softmax of the architecture."""
+
+    slots: Slots | None = None  # None: slot j holds expert j
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and choices of `routing`, by slot."""
+        weights_TE, chosen_TE = super().forward(input, padding_mask)
+        if self.slots is None:
+            return weights_TE, chosen_TE
+        return self.slots.by_slot(weights_TE), self.slots.by_slot(chosen_TE)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights [T, E], 0 for experts that do not serve a token, and a bool map [T, E] of those that do.

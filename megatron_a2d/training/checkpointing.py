@@ -35,6 +35,7 @@ from megatron_a2d.checkpoint.directory import (
     list_iterations,
 )
 from megatron_a2d.checkpoint.manifest import Entry
+from megatron_a2d.checkpoint.placement_file import carried
 from megatron_a2d.checkpoint.save import CollectiveSave, commit
 from megatron_a2d.checkpoint.state_dict import (
     CONTENT_METADATA,
@@ -131,6 +132,7 @@ class CheckpointWriter:
     def __init__(self, state: TrainState, config: RunConfig, hf_files: Path):
         assert config.training.save is not None
         self._config, self._hf_files, self.iteration = config, hf_files, state.iteration
+        self._placement = state.placement
         self._root = Path(config.training.save)
         self._final = self._root / directory_name(state.iteration)
         # A random suffix: a writer process that outlives a killed run must not touch the next run's files.
@@ -154,6 +156,8 @@ class CheckpointWriter:
         with self._all_or_nothing():
             known = self._save.finish_writing()
             if dist.get_rank() == 0:
+                if self._placement:
+                    self._save.attempt(carried(self._placement, known).write, self._partial)
                 self._save.attempt(
                     _complete, self._partial, self._final, self._config, self._hf_files, known, self.iteration
                 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_a2d.checkpoint.directory import HF_FILES, list_iterations, resolve
+from megatron_a2d.checkpoint.placement_file import ExpertPlacement, find_placement
 from megatron_a2d.config.installed_versions import find_version_problems
 from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import RunConfig
@@ -52,6 +53,7 @@ class Checked(NamedTuple):
     start: Start
     model_config: ModelConfig
     config: RunConfig  # with the fingerprint of the data
+    placement: ExpertPlacement | None
     epochs: dict[str, float]  # of the run over its data, by source
 
 
@@ -69,6 +71,7 @@ def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None)
     if problems := problems + find_problems(config, model_config, processes):
         raise UserError(problems)
     check_memory(config, model_config, processes, cluster)
+    placement = find_placement(config, model_config, start.directory)
     check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
     with open_checkpoint(start.directory):
         pass  # raises unless it has exactly the model's tensors, in their shapes
@@ -81,7 +84,7 @@ def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None)
         raise UserError(problems)
     make_sample(config, model_config, train_data, data.seed)
     epochs = train_data.epochs(config.training.train_iters * config.training.global_batch_size)
-    return Checked(start, model_config, config, epochs)
+    return Checked(start, model_config, config, placement, epochs)
 
 
 def input_files(config: RunConfig, start: Path) -> list[Path]:

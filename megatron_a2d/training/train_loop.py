@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_a2d.checkpoint.directory import HF_FILES
+from megatron_a2d.checkpoint.placement_file import ExpertPlacement
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, TrainingConfig
 from megatron_a2d.data.background_scan import BackgroundScan
@@ -35,14 +36,23 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.exit_codes import NOT_FINITE
 
 
-def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_only: bool) -> tuple[TrainState, int]:
+def train(
+    config: RunConfig,
+    model_config: ModelConfig,
+    start: Path,
+    weights_only: bool,
+    placement: ExpertPlacement | None = None,
+) -> tuple[TrainState, int]:
     """Train from the checkpoint directory `start`; returns the final state and the exit code (utils/exit_codes.py).
 
-    `weights_only`: begin a new run from its weights instead of resuming it. Collective.
+    `weights_only`: begin a new run from its weights instead of resuming it. `placement`: of the experts over
+    expert-parallel ranks. Collective.
     """
     # What the run consists of. Rank 0 has scanned the data files (startup_checks.py); reads check every token again.
     train_data, valid_data = open_datasets(config, model_config, start / HF_FILES, scan=False)
     state = build_train_state(model_config, config)
+    if placement:
+        state.place_experts(placement)
     training = config.training
     monitor = Monitor(config, model_config, state) if training.monitor else None
     # Drift is measured from the weights that the run began with. A resumed run reads those into the model first, and
@@ -73,6 +83,8 @@ def train(config: RunConfig, model_config: ModelConfig, start: Path, weights_onl
             log.say(f"environment: {environment.as_text(variables)}")
         for note in notes(config, model_config):
             log.say(note)
+        if placement:
+            log.say(placement.describe(config.parallel.expert_model_parallel_size))
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
         if state.iteration >= training.train_iters:
             log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to continue")

@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_a2d.checkpoint.placement_file import ExpertPlacement
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.param_gather import gather_weights
 
@@ -22,11 +23,22 @@ class TrainState:
     scheduler: OptimizerParamScheduler
     iteration: int = 0
     consumed_samples: int = 0
+    placement: ExpertPlacement | None = None  # of the experts of `models`, for this layout or another one
 
     @property
     def models(self) -> list[DiffusionLM]:
         """The bare models of this rank's chunks."""
         return [chunk.module for chunk in self.chunks]
+
+    def place_experts(self, placement: ExpertPlacement) -> None:
+        """Lay the experts out by `placement` if it was made for this layout, and keep it for the run's checkpoints.
+
+        Before weights are loaded.
+        """
+        self.placement = placement
+        if placement.applies_to(self.models[0].config.expert_model_parallel_size):
+            for model in self.models:
+                model.place_experts(placement.order)
 
     @property
     def has_fp8_weights(self) -> bool:

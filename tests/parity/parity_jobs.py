@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_a2d import megatron_compat
 from megatron_a2d.checkpoint.directory import resolve
+from megatron_a2d.checkpoint.placement_file import find_placement
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import RunConfig, build
 from megatron_a2d.config.validate import find_problems
@@ -77,7 +78,10 @@ def train_steps(
         if dist.get_rank() == 0:
             torch.save(whole, save_reference)
         dist.barrier()
-    result: dict[str, Any] = {"losses": losses, "grad_norms": norms}
+    slots = [
+        layer.mlp.router.slots for layer in state.models[0].decoder.layers if state.models[0].config.num_moe_experts
+    ]
+    result: dict[str, Any] = {"losses": losses, "grad_norms": norms, "orders": [each and each.order for each in slots]}
     if reference:
         expected = torch.load(reference)
         difference = _relative_difference if relative else _difference
@@ -195,6 +199,13 @@ def convert_layout(checkpoint: str, settings: dict[str, Any]) -> None:
     CheckpointWriter(state, config, resolve(checkpoint) / "hf").finish()
 
 
+def resave(checkpoint: str, settings: dict[str, Any]) -> None:
+    """Load model and optimizer of a checkpoint under this layout and save them, unchanged, under --save."""
+    config, state, _ = _start(checkpoint, settings)
+    load_checkpoint(state, resolve(checkpoint), weights_only=False)
+    CheckpointWriter(state, config, resolve(checkpoint) / "hf").finish()
+
+
 def batch_fingerprints(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[tuple[int, bytes]]:
     """(first sample index, bytes of everything that the model will see) of this rank's first micro-batches."""
     _, _, batches = _start(checkpoint, settings)
@@ -225,6 +236,8 @@ def _start(
     state = build_train_state(model_config, config)
     if not fix_experts:
         initialization.mark_expert_parameters = original
+    if placement := find_placement(config, model_config, start):
+        state.place_experts(placement)
     state.grafting = initialize_state(state, config, model_config, start, weights_only=True)  # type: ignore[attr-defined]
     train_data, _ = open_datasets(config, model_config)
     return config, state, micro_batches(config, model_config, train_data, config.data.seed, 0)

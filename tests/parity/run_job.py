@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_a2d import megatron_compat
 from megatron_a2d.checkpoint import async_writer
 from megatron_a2d.checkpoint.directory import iteration_of, latest_iteration
+from megatron_a2d.checkpoint.placement_file import find_placement
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
@@ -38,11 +39,13 @@ def run(settings: dict[str, Any], **faults: Any) -> dict[str, Any]:
     config = build(SETTINGS | settings)
     process_groups.initialize(config.parallel)
     start, weights_only = process_groups.from_first_rank(find_start(config) if dist.get_rank() == 0 else None)
+    model_config = read_model_config(start / "hf")
+    placement = find_placement(config, model_config, start)
     result: dict[str, Any] = {"start": 0 if weights_only else iteration_of(start)}
     disturbed = Faults(save=config.training.save, **faults)
     try:
         with disturbed.installed():
-            state, exit_code = train_loop.train(config, read_model_config(start / "hf"), start, weights_only)
+            state, exit_code = train_loop.train(config, model_config, start, weights_only, placement)
     except SaveError as error:
         return {**result, "losses": disturbed.losses, "error": str(error)}
     except _StoppedError:

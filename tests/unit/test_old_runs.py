@@ -163,8 +163,8 @@ FREE = {
     "the layout": (
         "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size",
         "num_virtual_stages_per_pipeline_rank", "context_parallel_size", "expert_model_parallel_size",
-        "expert_tensor_parallel_size", "moe_token_dispatcher_type", "use_distributed_optimizer", "overlap_grad_reduce",
-        "overlap_param_gather", "micro_batch_size",
+        "expert_tensor_parallel_size", "moe_token_dispatcher_type", "moe_expert_placement", "use_distributed_optimizer",
+        "overlap_grad_reduce", "overlap_param_gather", "micro_batch_size",
     ),
     "when to give up": ("distributed_timeout_minutes", "max_skipped_steps"),
     "a place; what lies there is bound by its fingerprint": ("train_data_path", "data_mixture"),

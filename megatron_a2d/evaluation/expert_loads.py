@@ -1,0 +1,127 @@
+"""Expert loads of a checkpoint: the choices of its routers on held-out data, by micro-batch, layer and kind of token.
+
+The forward pass is the one of training, with noise as in validation: times spread over (0, 1). Experts are distributed
+over all processes that torchrun starts, and each process takes its own micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, read_run_settings
+from megatron_a2d.checkpoint.training_facts import read_trained
+from megatron_a2d.config.model_config import ModelConfig
+from megatron_a2d.config.settings import RunConfig, build
+from megatron_a2d.config.validate import find_problems
+from megatron_a2d.conversion.end_tokens import read_end_tokens
+from megatron_a2d.data.dataloader import MicroBatches
+from megatron_a2d.data.packed_dataset import PackedDataset
+from megatron_a2d.data.tokenizer_fingerprint import find_foreign_tokens, vocabulary_of
+from megatron_a2d.distributed import process_groups
+from megatron_a2d.inference.parallel_model import load_weights
+from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.training.data_setup import VALIDATION_SEED, micro_batches
+from megatron_a2d.training.train_step import forward_backward
+from megatron_a2d.utils.errors import UserError
+
+# What a run that wrote the checkpoint is asked for, and the default where there was none.
+_RECORDED = ("seq_length", "micro_batch_size", "bf16")
+
+
+def measuring_config(directory: Path, model_config: ModelConfig, given: dict[str, Any]) -> RunConfig:
+    """The settings of the measurement: `given`, else those of the run that wrote the checkpoint `directory`.
+
+    UserError if they do not fit the model or the number of processes.
+    """
+    recorded = read_run_settings(directory) if (directory / RUN_CONFIG).is_file() else {}
+    values = {name: recorded[name] for name in _RECORDED if name in recorded} | given
+    trained = {name: value for name, value in read_trained(directory)._asdict().items() if value is not None}
+    processes = process_groups.world_size()
+    config = build({**trained, **values, "expert_model_parallel_size": processes})
+    config = build(
+        {**trained, **values, "expert_model_parallel_size": processes, "num_workers": 0,
+         "global_batch_size": processes * config.training.micro_batch_size}
+    )  # fmt: skip
+    if problems := find_problems(config, model_config, processes):
+        raise UserError(problems)
+    return config
+
+
+def open_held_out(config: RunConfig, model_config: ModelConfig, directory: Path, prefix: str) -> PackedDataset:
+    """The held-out token file `prefix`, in validation's order. UserError for tokens that are not the model's."""
+    hf_files = directory / HF_FILES
+    dataset = PackedDataset(
+        prefix, config.data.seq_length, seed=VALIDATION_SEED, vocab_size=model_config.vocab_size,
+        mask_token_id=model_config.mask_token_id if config.diffusion.objective != "ar" else None,
+        eod_token_id=read_end_tokens(hf_files, model_config.vocab_size).document,
+    )  # fmt: skip
+    if problems := list(find_foreign_tokens([dataset.file], vocabulary_of(hf_files))):
+        raise UserError(problems)
+    return dataset
+
+
+def micro_batches_of(config: RunConfig, model_config: ModelConfig, dataset: PackedDataset) -> MicroBatches:
+    """This process's micro-batches of the held-out data."""
+    return micro_batches(config, model_config, dataset, VALIDATION_SEED, 0, for_training=False)
+
+
+def measure_loads(
+    config: RunConfig,
+    model_config: ModelConfig,
+    directory: Path,
+    dataset: PackedDataset,
+    count: int,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> np.ndarray:
+    """Choices of each expert in the first `count` micro-batches of each process, in the order of their samples.
+
+    [micro-batches, layers, 2, experts] int64, unmasked tokens before masked ones. Collective; `advance` gets the
+    samples that are done.
+    """
+    process_groups.initialize(config.parallel)
+    model = load_weights(model_config, config, directory)
+    counter, tables = _Counter(model, model_config.mask_token_id), []
+    with micro_batches_of(config, model_config, dataset) as batches:
+        for _ in range(count):
+            with torch.no_grad():
+                forward_backward([model], [next(batches)], forward_only=True)
+            tables.append(counter.take())
+            advance(config.training.global_batch_size)
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, np.stack(tables))
+    return np.stack(of_ranks, axis=1).reshape(-1, *tables[0].shape)
+
+
+class _Counter:
+    """Counts the choices of a model's routers, by layer and kind of token."""
+
+    def __init__(self, model: DiffusionLM, mask_token_id: int | None):
+        config = model.config
+        self._mask_token_id, self._num_experts = mask_token_id, config.num_moe_experts
+        self._table = torch.zeros(config.num_layers, 2, self._num_experts, dtype=torch.int64, device=device())
+        model.watch_tokens = self._see_tokens
+        for module in model.modules():
+            if isinstance(module, TopKRouter):
+                module.register_forward_hook(self._see_choices)
+
+    def take(self) -> np.ndarray:
+        """The counts since the last call."""
+        table = self._table.cpu().numpy().copy()
+        self._table.zero_()
+        return table
+
+    def _see_tokens(self, tokens_bs: Tensor) -> None:
+        self._kind_N = (tokens_bs == (-1 if self._mask_token_id is None else self._mask_token_id)).T.reshape(-1).long()
+
+    def _see_choices(self, router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
+        chosen_NE = output[1].view(-1, self._num_experts).long()
+        self._table[router.layer_number - 1].index_add_(0, self._kind_N, chosen_NE)

@@ -1,0 +1,134 @@
+"""Experts placed on other ranks: the same losses, gradients and weights; the same checkpoint, bit for bit.
+
+The placements are random permutations. Gradients and weights are compared by their place in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_a2d.checkpoint.directory import resolve
+from megatron_a2d.checkpoint.placement_file import ExpertPlacement, identity
+from tests.cases import Case
+from tests.parity.layouts import DISTRIBUTED, EP, ETP, PP, TP_SP, VPP
+from tests.parity.pool import Pool
+from tests.parity.test_layouts import compare
+from tests.parity.test_reshard import content
+
+TOLERANCE = 1e-6
+EP4 = {"expert_model_parallel_size": 4}
+SEQUENTIAL = {"moe_grouped_gemm": False}
+ORDERS = [torch.randperm(8, generator=torch.Generator().manual_seed(layer)).tolist() for layer in range(4)]
+
+
+def write_placement(directory: Path, orders: list[list[int]] = ORDERS, size: int = 2) -> Path:
+    """A placement beside the weights of an iteration's `directory`."""
+    return ExpertPlacement(identity(directory), 0, size, 2, 2.0, 1.0, orders).write(directory)
+
+
+@pytest.fixture(scope="module")
+def placed(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The MoE model's checkpoint with a placement."""
+    copy = tmp_path_factory.mktemp("placed") / "checkpoint"
+    shutil.copytree(cases["moe"].checkpoint, copy)
+    write_placement(resolve(copy))
+    return cases["moe"]._replace(checkpoint=str(copy))
+
+
+@pytest.fixture(scope="module")
+def reference(cases: dict[str, Case], pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process without a placement."""
+    path = str(tmp_path_factory.mktemp("unplaced") / "moe.pt")
+    case = cases["moe"]
+    (result,) = pool.run(
+        "train_steps", 1, checkpoint=case.checkpoint, settings=case.settings, num_steps=2, save_reference=path
+    )
+    return {**result, "path": path}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        pytest.param(2, EP, id="EP2"),
+        pytest.param(4, {**EP4, **DISTRIBUTED}, id="EP4, distributed optimizer"),
+        pytest.param(2, {**EP, **SEQUENTIAL, **DISTRIBUTED}, id="EP2, experts one by one, distributed optimizer"),
+        pytest.param(4, {**VPP, **EP}, id="VPP2, EP2"),
+        pytest.param(2, {**TP_SP, **EP}, id="TP2+SP, EP2"),
+        pytest.param(4, {**EP, **ETP}, id="EP2, ETP2"),
+    ],
+)
+def test_a_placement_changes_nothing(
+    ranks: int, settings: dict[str, Any], placed: Case, reference: dict[str, Any], pool: Pool
+) -> None:
+    differences = compare(pool, placed, reference, ranks, settings)
+    assert all(value < TOLERANCE for value in differences.values()), differences
+
+
+def test_it_is_applied(placed: Case, pool: Pool) -> None:
+    """Under expert parallelism and unless it is turned off; each stage of a pipeline has its own layers."""
+
+    def orders(ranks: int, **settings: Any) -> Any:
+        results = pool.run(
+            "train_steps", ranks, checkpoint=placed.checkpoint, settings={**placed.settings, **settings}, num_steps=0
+        )
+        return [result["orders"] for result in results]
+
+    assert orders(2, **EP) == [ORDERS, ORDERS]
+    assert orders(4, **PP, **EP) == [ORDERS[:2], ORDERS[:2], ORDERS[2:], ORDERS[2:]]
+    assert orders(2) == orders(2, **EP, moe_expert_placement="none") == [[None] * 4] * 2
+
+
+def test_checkpoints_keep_the_numbers(placed: Case, pool: Pool, tmp_path: Path) -> None:
+    """Saved with and without, by local experts of both kinds, and loaded by the other: the same tensors, bit for bit."""
+
+    def settings(name: str, **changes: Any) -> dict[str, Any]:
+        return {
+            **placed.settings, "load": placed.checkpoint, "save": str(tmp_path / name), "train_iters": 2,
+            "save_interval": 2, **changes,
+        }  # fmt: skip
+
+    def resaved(name: str, source: Path, ranks: int, **changes: Any) -> Path:
+        pool.run("resave", ranks, checkpoint=str(source), settings=settings(name, **changes))
+        return tmp_path / name / "iter_0000002"
+
+    pool.run("run", 4, settings=settings("run", **EP4, **DISTRIBUTED))
+    first = tmp_path / "run" / "iter_0000002"
+    expected = content(first)
+    assert any(name.startswith("optimizer.state.exp_avg_sq.") and ".experts." in name for name in expected)
+    pool.run("run", 1, settings=settings("alone"))
+    alone = content(tmp_path / "alone" / "iter_0000002")
+    assert max(float((tensor - alone[name]).abs().max()) for name, tensor in expected.items()) < TOLERANCE
+    carried = (first / "expert_placement.json").read_text()
+    assert identity(first) in carried and str(ORDERS[0][3]) in carried
+
+    without = resaved("without", first, 1, moe_expert_placement="none")
+    assert not (without / "expert_placement.json").exists()
+    elsewhere = resaved("elsewhere", first, 4, **PP, **EP, **SEQUENTIAL)
+    assert (elsewhere / "expert_placement.json").exists()
+    back = resaved("back", elsewhere, 2, **EP, **DISTRIBUTED)
+    for directory in (without, elsewhere, back):
+        found = content(directory)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), directory
+
+
+def test_a_resumed_run_applies_it_again(placed: Case, pool: Pool, tmp_path: Path, cases: dict[str, Case]) -> None:
+    """In one go, in two, and without: the same losses; the first two to the last bit."""
+
+    def losses(name: str, stop_at: int | None = None, **changes: Any) -> list[float]:
+        settings = {
+            **placed.settings, **EP, "load": placed.checkpoint, "save": str(tmp_path / name), "train_iters": 4,
+            "save_interval": 2, "log_interval": 1, **changes,
+        }  # fmt: skip
+        found: list[float] = pool.run("run", 2, settings=settings, stop_at=stop_at)[0]["losses"]
+        return found
+
+    whole = losses("whole")
+    assert losses("halves", stop_at=2) + losses("halves") == whole
+    without = losses("without", moe_expert_placement="none")
+    assert without == pytest.approx(whole, rel=TOLERANCE)
