@@ -5,6 +5,7 @@ CKPT/release/ or CKPT/iter_0000100/         .metadata  __*.distcp  common.pt  me
     hf/                                     config.json (with mask_token_id), generation config, tokenizer
     run.json                                the settings of the run that wrote it; absent in a release
     manifest.json                           size and checksum of every other file (manifest.py)
+    expert_placement.json                   optional, not in the manifest (placement_file.py)
 """
 
 from __future__ import annotations

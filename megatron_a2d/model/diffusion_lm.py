@@ -92,6 +92,7 @@ class DiffusionLM(LanguageModule):
 
     position_embedding_type = "rope"  # read by megatron when it captures CUDA graphs
     watch_tokens: Callable[[Tensor], None] | None = None  # called with the tokens [b, s] of every micro-batch
+    expert_orders: Sequence[Sequence[int]] | None = None  # see `place_experts`
     _correct: Tensor | None = None  # [N] bool, kept for `correct_of`
 
     def __init__(
@@ -145,6 +146,7 @@ class DiffusionLM(LanguageModule):
 
         Before weights are loaded.
         """
+        self.expert_orders = orders
         for layer in self.decoder.layers:
             layer.mlp.router.slots = Slots(orders[layer.layer_number - 1])
 

@@ -31,6 +31,7 @@ class RouterCounts:
         config = models[0].config
         self._num_experts, self._top_k = config.num_moe_experts, config.moe_router_topk
         self._mask_token_id, self._sequence_parallel = mask_token_id, config.sequence_parallel
+        self._expert_orders = models[0].expert_orders
         self._active = False
         self._is_masked_sb: Tensor | None = None
         # By layer and kind of token: choices of each expert, then tokens, then the sum of their entropies.
@@ -70,6 +71,8 @@ class RouterCounts:
         log_probs_NE = torch.log_softmax(router.gating(arguments[0]).float(), dim=-1).view(-1, self._num_experts)
         entropy_N = -(log_probs_NE.exp() * log_probs_NE).sum(-1)
         chosen_NE = output[1].view(-1, self._num_experts)
+        if slots := getattr(router, "slots", None):
+            chosen_NE = slots.by_expert(chosen_NE)
         columns = torch.cat([chosen_NE, torch.ones_like(entropy_N)[:, None], entropy_N[:, None]], dim=1)
         self._table[router.layer_number - 1].index_add_(0, masked_N.long(), columns.to(self._table))
 
@@ -105,5 +108,10 @@ class RouterCounts:
         even = tokens.sum(1, keepdim=True) * self._top_k / self._num_experts
         values["dropped_token_frac"] = float((wanted - served.sum()) / wanted)
         values["over_mean_load_frac"] = float((served - even).clamp(min=0).sum() / wanted)
-        of_experts, of_experts_by_layer = load_metrics(counts, counts.sum(1))
+        of_experts, of_experts_by_layer = load_metrics(counts, self._by_slot(counts.sum(1)))
         return {**values, **of_experts, "by_layer": {**by_layer, **of_experts_by_layer}}
+
+    def _by_slot(self, choices_LE: Tensor) -> Tensor:
+        """Choices in the order in which expert-parallel ranks hold the experts."""
+        orders = self._expert_orders
+        return choices_LE if orders is None else choices_LE.gather(1, torch.tensor(orders))

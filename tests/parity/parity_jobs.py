@@ -148,6 +148,26 @@ def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> 
     return values
 
 
+def rank_loads(checkpoint: str, settings: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """Router metrics of a step, and the tokens that this rank's experts got in it, by layer."""
+    config, state, batches = _start(checkpoint, settings)
+    monitor = Monitor(config, read_model_config(resolve(checkpoint) / "hf"), state)
+    monitor.remember_start()
+    layers = [layer for model in state.models for layer in model.decoder.layers]
+    tokens = [0] * len(layers)
+    for number, layer in enumerate(layers):
+
+        def count(_: Any, inputs: tuple[Any, ...], number: int = number) -> None:
+            tokens[number] += len(inputs[0])
+
+        layer.mlp.experts.register_forward_pre_hook(count)
+    step = _one_iteration(batches)
+    with monitor.step(step):
+        tokens[:] = [0] * len(layers)  # the monitor's own passes are over
+        forward_backward(state.chunks, step, forward_only=False)
+    return monitor.read()["moe"], tokens
+
+
 def samples(checkpoint: str, settings: dict[str, Any], num_batches: int) -> list[Any]:
     """This rank's first micro-batches."""
     _, _, batches = _start(checkpoint, settings)

@@ -83,6 +83,19 @@ def test_it_is_applied(placed: Case, pool: Pool) -> None:
     assert orders(2) == orders(2, **EP, moe_expert_placement="none") == [[None] * 4] * 2
 
 
+def test_monitoring_knows_where_the_experts_are(placed: Case, pool: Pool) -> None:
+    """The busiest rank's load as logged is that of the tokens that its experts got."""
+    ranks = pool.run("rank_loads", 2, checkpoint=placed.checkpoint, settings={**placed.settings, **EP})
+    metrics = ranks[0][0]
+    got = torch.tensor([tokens for _, tokens in ranks], dtype=torch.float64)
+    assert metrics["by_layer"]["rank_imbalance"]["ep2"] == pytest.approx((got.max(0).values / got.mean(0)).tolist())
+    elsewhere = {**placed.settings, **EP, "moe_expert_placement": "none"}
+    others = pool.run("rank_loads", 2, checkpoint=placed.checkpoint, settings=elsewhere)[0][0]
+    assert others["rank_imbalance"]["ep2"] != metrics["rank_imbalance"]["ep2"]
+    for metric in ("load_imbalance_masked", "num_dead_experts", "load_tv_distance"):
+        assert others[metric] == metrics[metric]
+
+
 def test_checkpoints_keep_the_numbers(placed: Case, pool: Pool, tmp_path: Path) -> None:
     """Saved with and without, by local experts of both kinds, and loaded by the other: the same tensors, bit for bit."""
 

@@ -17,6 +17,7 @@ MASK = 9
 
 
 class Model(nn.Module):
+    expert_orders = None
     config = SimpleNamespace(num_layers=1, num_moe_experts=4, moe_router_topk=2, sequence_parallel=False)
 
 
