@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.cases import BUDGETED, EP, FUSED_EXPERTS, HYBRIDEP
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
 
 ROOT = Path(__file__).resolve().parents[2]
+HOPPER, BLACKWELL = 9, 10  # compute capabilities, major
 SHARDED = {"use_distributed_optimizer": True, "bf16": True}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 BLOCKS_OVER_TP = {"bf16": True, "fp8_recipe": "blockwise", "tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -150,14 +152,27 @@ def test_cuda_graphs_get_full_micro_batches(monkeypatch: pytest.MonkeyPatch) -> 
     assert recorded == [None, (1, 8), (1, 8)]
 
 
-def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a Blackwell GPU with Transformer Engine: each name is one that the installed megatron-core knows."""
-    megatron_compat.install()
-    monkeypatch.setattr(transformer_config, "compute_capability", lambda: (10, 0))
-    monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
+@pytest.fixture
+def engine_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], dict[str, Any]]:
+    """engine_on(major): as with Transformer Engine on a GPU of this compute capability; the fields that a later
+    TransformerConfig gets."""
+
+    def choose(major: int) -> dict[str, Any]:
+        megatron_compat.install()
+        monkeypatch.setattr(transformer_config, "compute_capability", lambda: (major, 0))
+        monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
+        seen: dict[str, Any] = {}
+        recording = _recording(transformer_config.TransformerConfig, seen)
+        monkeypatch.setattr(transformer_config, "TransformerConfig", recording)
+        return seen
+
+    return choose
+
+
+def test_settings_reach_megatron(engine_on: Callable[[int], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Blackwell GPU: each name is one that the installed megatron-core knows."""
+    seen = engine_on(BLACKWELL)
     monkeypatch.setattr(transformer_config, "_need_dispatcher", lambda backend: None)
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(transformer_config, "TransformerConfig", _recording(transformer_config.TransformerConfig, seen))
     given = dict(
         bf16=True, fp8_recipe="auto", first_last_layers_bf16=True, moe_permute_fusion=True, moe_router_fusion=True,
         moe_router_force_load_balancing=True, overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True,
@@ -177,14 +192,10 @@ def test_settings_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: seen[name] for name in expected} == expected
 
 
-def test_fp4_reaches_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp4_reaches_megatron(engine_on: Callable[[int], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Blackwell GPU; an engine without it is refused."""
-    megatron_compat.install()
-    monkeypatch.setattr(transformer_config, "compute_capability", lambda: (10, 0))
-    monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
+    seen = engine_on(BLACKWELL)
     monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: True)
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(transformer_config, "TransformerConfig", _recording(transformer_config.TransformerConfig, seen))
     config = build(dict(bf16=True, fp4_recipe="nvfp4", first_last_layers_bf16=True, num_layers_at_end_in_bf16=4))
     transformer_config.build_transformer_config(QWEN3_8B, config)
     assert (seen["fp4"], seen["fp4_recipe"], seen["fp8"], seen["fp8_param"]) == ("e2m1", "nvfp4", None, False)
@@ -205,11 +216,11 @@ def test_emulation_is_no_setting_of_megatrons(given: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("fp8", "transposes_are_kept"), [("none", False), ("tensorwise", True)])
-def test_graphs_add_gradients_up(fp8: str, transposes_are_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_add_gradients_up(
+    fp8: str, transposes_are_kept: bool, engine_on: Callable[[int], dict[str, Any]]
+) -> None:
     """A layer that knows which micro-batch is a step's first is recorded as if each were."""
-    megatron_compat.install()
-    monkeypatch.setattr(transformer_config, "compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(transformer_config, "choose_implementation", lambda config: "transformer_engine")
+    engine_on(HOPPER)
     config = build(
         dict(bf16=True, fp8_recipe=fp8, cuda_graph_impl="transformer_engine", gradient_accumulation_fusion=True)
     )
