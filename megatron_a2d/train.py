@@ -15,6 +15,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron_a2d.checkpoint.training_facts import inherited
@@ -42,6 +43,7 @@ class Options(NamedTuple):
     settings_only: bool
     rehearse: bool
     rank: int | None
+    rehearse_trace: Path | None
     processes: int
     cluster: Cluster | None
 
@@ -75,6 +77,12 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
         "--rehearse", action="store_true", help="run a step of each pipeline stage's first rank without GPUs, and exit"
     )
     parser.add_argument("--rank", type=int, help="with --rehearse: the rank to rehearse")
+    parser.add_argument(
+        "--rehearse-trace",
+        type=Path,
+        metavar="FILE",
+        help="with --rehearse: every collective, send and receive in order",
+    )
     add_cluster(parser)
     config, given = parse_run(parser, argv, inherited)
     if given.world_size is not None and not (given.dry_run or given.rehearse):
@@ -83,6 +91,8 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
         )
     if given.rank is not None and not given.rehearse:
         raise UserError("--rank: is only valid with --rehearse; torchrun numbers the processes of a run")
+    if given.rehearse_trace is not None and not given.rehearse:
+        raise UserError("--rehearse-trace: is only valid with --rehearse; --profile traces a run")
     if given.dry_run and given.rehearse:
         raise UserError("--dry-run, --rehearse: choose one; a rehearsal makes the same checks of the settings")
     if given.settings_only and not given.dry_run:
@@ -95,7 +105,9 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
     cluster = read_cluster(given.cluster) if given.cluster else None
     if not (given.settings_only or given.rehearse):
         check_early(config, processes)
-    return config, Options(given.dry_run, given.settings_only, given.rehearse, given.rank, processes, cluster)
+    return config, Options(
+        given.dry_run, given.settings_only, given.rehearse, given.rank, given.rehearse_trace, processes, cluster
+    )
 
 
 def _run(config: RunConfig, options: Options) -> None:
@@ -104,7 +116,8 @@ def _run(config: RunConfig, options: Options) -> None:
         hide_noise()
         from megatron_a2d.rehearsal.rehearse import rehearse
 
-        rehearse(config, _check_settings(config, processes, cluster), processes, options.rank, cluster)
+        model_config = _check_settings(config, processes, cluster)
+        rehearse(config, model_config, processes, options.rank, cluster, options.rehearse_trace)
         return
     if options.settings_only:
         model_config = _check_settings(config, processes, cluster)

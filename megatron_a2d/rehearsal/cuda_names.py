@@ -27,6 +27,10 @@ class CudaNames(TorchFunctionMode):
     ) -> Any:
         if function in _INSTEAD:
             return _INSTEAD[function](*args, **(kwargs or {}))
+        if not kwargs and len(args) == 1:  # most calls: a tensor's attribute or view
+            result = function(*args)
+            balanced_routing.follow(function, args, {}, result)
+            return result
         args = tuple(META if is_gpu(value) else value for value in args)
         kwargs = {name: META if is_gpu(value) else value for name, value in (kwargs or {}).items()}
         if isinstance(kwargs.get("device"), int):  # torch.cuda.current_device()

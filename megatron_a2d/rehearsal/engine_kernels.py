@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_a2d.rehearsal.cuda_names import GPU
+from megatron_a2d.rehearsal.cuda_names import META
 from megatron_a2d.rehearsal.dataless_gpu import one_kernel
 
 RELEASE = "2.12."
@@ -192,7 +192,8 @@ def _missing(name: str) -> Any:
 
 def _kernel(function: Any) -> Any:
     def launch(*args: Any, **kwargs: Any) -> Any:
-        return one_kernel(function, *args, **kwargs)
+        with torch._C.DisableTorchFunction():  # shapes alone: quick without CudaNames
+            return one_kernel(function, *args, **kwargs)
 
     launch.__name__ = function.__name__
     return launch
@@ -206,7 +207,7 @@ def _torch(dtype: Any, otherwise: torch.dtype) -> torch.dtype:
 
 
 def _empty(shape: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, device=GPU)
+    return torch.empty(tuple(shape), dtype=dtype, device=META)
 
 
 # Products.

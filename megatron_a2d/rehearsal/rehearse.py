@@ -6,6 +6,8 @@ import dataclasses
 import os
 import re
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_a2d.config.installed_versions import find_version_problems
@@ -19,6 +21,7 @@ from megatron_a2d.config.validate_performance import (
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.rehearsal import dataless_gpu, engine_kernels
 from megatron_a2d.terminal.console import PlainConsole, console
+from megatron_a2d.utils.atomic_write import new_file
 from megatron_a2d.utils.errors import UserError
 
 ASSUMED = "H100", (9, 0)  # without --cluster
@@ -80,9 +83,13 @@ def _without(performance: PerformanceConfig, names: list[str]) -> PerformanceCon
 
 
 def rehearse(
-    config: RunConfig, model_config: ModelConfig, processes: int, rank: int | None, cluster: Cluster | None
-) -> None:
-    """Print a step's memory, traffic and synchronisations; UserError if sends and receives do not pair up."""
+    config: RunConfig, model_config: ModelConfig, processes: int, rank: int | None, cluster: Cluster | None,
+    trace: Path | None = None,
+) -> None:  # fmt: skip
+    """Print a step's memory, traffic and synchronisations; UserError if sends and receives do not pair up.
+
+    `trace`: a file for the communication of every rank in order (event_listing.py).
+    """
     if rank is not None and not 0 <= rank < processes:
         raise UserError(f"--rank {rank}: --world-size {processes} has the ranks 0 to {processes - 1}")
     layers = choose_layers(config, prepare(cluster))
@@ -93,8 +100,13 @@ def rehearse(
     from megatron_a2d.rehearsal.rank_rehearsal import rehearse_rank
 
     ranks = ranks_of_stages(config, processes) if rank is None else [rank]
-    with console.status("") as status:
-        done = [rehearse_rank(layers.config, model_config, number, processes, status.update) for number in ranks]
+    with new_file(trace) if trace else nullcontext() as listing:
+        with console.status("") as status:
+            done = [rehearse_rank(layers.config, model_config, number, processes, status.update) for number in ranks]
+        if listing:
+            from megatron_a2d.rehearsal.event_listing import text_of
+
+            listing.write_text(text_of(done))
     pairing = pair({item.rank: item.events for item in done}) if len(done) > 1 else None
     output = PlainConsole(width=None if sys.stdout.isatty() else 120)
     rehearsal_report.show(output, layers, model_config, processes, done, pairing, cluster)

@@ -121,6 +121,10 @@ class StepTrace(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # torch's own kernels see the meta device, without CudaNames
+            return self._record(function, args, kwargs)
+
+    def _record(self, function: Any, args: Any, kwargs: Any) -> Any:
         if kwargs and cuda_names.is_gpu(kwargs.get("device")):  # created by torch itself
             kwargs = {**kwargs, "device": cuda_names.META}
         if function in _COLLECTIVES:

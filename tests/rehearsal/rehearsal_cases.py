@@ -15,6 +15,7 @@ from megatron_a2d.planner.workload import job_of
 from tests.unit.test_recipes import FEWEST, GPUS, RECIPES
 
 PLACES = ("first", "middle", "last")
+CLUSTERS = ("h100", "h200", "b200")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Case:
     def name(self) -> str:
         return " ".join((self.recipe, str(self.gpus), *self.flags))
 
+    @property
+    def cluster(self) -> str:
+        """The first on which the recipe fits this many GPUs; it decides what the GPU says of itself."""
+        fits = (name for name, fewest in zip(CLUSTERS, FEWEST[self.recipe], strict=True) if 0 < fewest <= self.gpus)
+        return next(fits)
+
     def config(self) -> tuple[RunConfig, ModelConfig]:
         """The run with as many micro-batches as fill its pipeline: the others repeat them."""
         config, _ = parse_run(Parser(), ["--config", str(RECIPES[self.recipe]), *self.flags])
@@ -38,7 +45,7 @@ class Case:
         job = job_of(config, model_config, self.gpus)
         stages, virtual = job.pipeline_model_parallel_size, job.num_virtual_stages_per_pipeline_rank
         chunks = (stages - 1) * 2 + (virtual - 1) * stages + 1
-        enough = -(-chunks // (virtual * stages)) * stages + stages if stages > 1 else 2
+        enough = max(2, -(-chunks // (virtual * stages)) * stages)
         size = min(enough, job.num_microbatches) * job.micro_batch_size * job.data_parallel_size
         training = dataclasses.replace(config.training, global_batch_size=size)
         config = dataclasses.replace(config, training=training)
@@ -66,7 +73,7 @@ LAYOUTS = [
     Case("qwen3_0p6b", 16, FIRST, ("--context-parallel-size", "2")),
     Case("qwen3_0p6b", 8, FIRST, (*NO_GRAPHS, "--recompute-granularity", "full")),
     Case("qwen3_0p6b", 8, FIRST, ("--objective", "ar")),
-    Case("qwen3_0p6b", 8, FIRST, ("--reset-attention-mask", "--reset-position-ids")),
+    Case("qwen3_0p6b", 8, FIRST, (*NO_GRAPHS, "--reset-attention-mask", "--reset-position-ids")),
     Case("qwen3_0p6b", 8, FIRST, ("--no-use-distributed-optimizer", "--no-overlap-param-gather")),
     Case("qwen3_0p6b", 8, FIRST, ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16")),
     Case("qwen3_30b_a3b", 64, FIRST, (*PP, "--num-virtual-stages-per-pipeline-rank", "2")),

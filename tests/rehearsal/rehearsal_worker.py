@@ -1,21 +1,26 @@
-"""A process that rehearses one case after another: `python -m tests.rehearsal.rehearsal_worker`, cases by stdin as lines of
-JSON, results by stdout."""
+"""A process that rehearses one case after another on one kind of GPU: `python -m tests.rehearsal.rehearsal_worker h100`,
+cases by stdin as lines of JSON, results by stdout."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+from megatron_a2d.planner.cluster import read_cluster
 from megatron_a2d.rehearsal.rehearse import choose_layers, prepare
 from megatron_a2d.terminal.console import hide_noise
 from tests.rehearsal.rehearsal_cases import Case
+from tests.unit.test_recipes import RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
     hide_noise()
-    has_engine = prepare(None)
+    has_engine = prepare(read_cluster(sys.argv[1]))
     output, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         fields = json.loads(line)
@@ -57,13 +62,22 @@ def rehearse_case(case: Case, has_engine: bool) -> dict[str, Any]:
         ]
     return {
         "case": case.name,
+        "cluster": case.cluster,
         "layers": layers.implementation,
         "micro_batches": job.num_microbatches,
         "ranks": ranks,
         "pairs": pairs,
         "problems": problems,
+        "files": _files(case),
         "seconds": time.process_time() - start,
     }
+
+
+def _files(case: Case) -> list[str]:
+    """Our own that a result depends on: the modules that were imported, and the recipe."""
+    paths = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
+    own = {path for path in paths if path.is_relative_to(ROOT / "megatron_a2d") or path == Path(__file__)}
+    return sorted(str(path.relative_to(ROOT)) for path in {*own, RECIPES[case.recipe]})
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.rehearsal import rehearse
+from megatron_a2d.rehearsal.event_listing import Repeated, fold, text_of
 from megatron_a2d.rehearsal.pipeline_pairing import pair
+from megatron_a2d.rehearsal.rank_rehearsal import RankRehearsal
 from megatron_a2d.rehearsal.rehearse import choose_layers
 from megatron_a2d.rehearsal.step_trace import Event
 from megatron_a2d.utils.errors import UserError
@@ -105,6 +110,42 @@ def test_without_waiting_nothing_hangs() -> None:
     assert not pair(steps).problems
 
 
+def unfolded(items: Iterable[int | Repeated]) -> list[int]:
+    return [one for item in items for one in ([item] if isinstance(item, int) else unfolded(item.items) * item.times)]
+
+
+def test_repeated_events_are_written_once() -> None:
+    layer = [1, 2, 2, 3]
+    step = [0, *(layer * 3 + [4]) * 2, 5]
+    assert fold(step) == (0, Repeated(2, (Repeated(3, (1, Repeated(2, (2,)), 3)), 4)), 5)
+    draw = random.Random(0)
+    for length in range(60):
+        items = [draw.randrange(3) for _ in range(length)] * draw.randrange(1, 4)
+        assert unfolded(fold(items)) == items
+
+
+def test_a_listing() -> None:
+    """Every event in order with its operation, group, ranks and bytes; those of one rank alone are none."""
+    gather = Event("all_gather", "TENSOR_MODEL_PARALLEL_GROUP", (0, 1), 4096, phase="passes")
+    send = Event("send", "PIPELINE_MODEL_PARALLEL_GROUP", (0, 8), 1024, 8, 1, "passes")
+    reduce = Event("all_reduce", "WORLD", tuple(range(0, 512, 8)), 4, phase="update")
+    events = [gather, send, send._replace(operation="wait"), *[gather] * 3, gather._replace(ranks=(0,)), reduce]
+    zeros = dict.fromkeys(RankRehearsal._fields, 0)
+    done = RankRehearsal(**{**zeros, "rank": 0, "events": events, "waits": Counter()})
+    lines = [line.split() for line in text_of([done, done._replace(rank=8)]).splitlines()]
+    half = [
+        ["passes"],
+        ["all_gather", "TENSOR_MODEL_PARALLEL_GROUP", "[0,", "1]", "4,096"],
+        ["send", "to", "rank", "8", "PIPELINE_MODEL_PARALLEL_GROUP", "[0,", "8]", "1,024"],
+        ["wait", "for", "rank", "8", "PIPELINE_MODEL_PARALLEL_GROUP", "[0,", "8]"],
+        ["all_gather", "TENSOR_MODEL_PARALLEL_GROUP", "[0,", "1]", "4,096", "(3", "times)"],
+        [],
+        ["update"],
+        ["all_reduce", "WORLD", "[0,", "8", "...", "504]", "4"],
+    ]
+    assert lines == [["rank", "0,", "7", "events"], [], *half, [], ["rank", "8,", "7", "events"], [], *half]
+
+
 def rehearsed(*flags: str) -> str:
     """The command's output, in a separate process: the simulated GPU cannot be removed."""
     command = [sys.executable, "-m", "megatron_a2d.train", "--rehearse", *flags]
@@ -116,12 +157,18 @@ def rehearsed(*flags: str) -> str:
 RECIPE_DIRECTORY = ROOT / "launch" / "recipes"
 
 
-def test_the_command() -> None:
+def test_the_command(tmp_path: Path) -> None:
     """A tied model in two stages of two virtual ones: figures, order, pairs."""
+    trace = tmp_path / "trace.txt"
     shown = rehearsed(
         "--config", str(RECIPE_DIRECTORY / "qwen3_0p6b.yaml"), str(RECIPE_DIRECTORY / "portable.yaml"), "--world-size", "16",
         "--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2", "--global-batch-size", "32",
+        "--rehearse-trace", str(trace),
     )  # fmt: skip
+    first, second = re.split(r"^rank 8, ", trace.read_text(), flags=re.MULTILINE)
+    assert first.startswith("rank 0, ") and "send to rank 8" in first and "wait for rank 8" in first
+    assert "recv from rank 0" in second and re.search(r"reduce_scatter +DATA_PARALLEL_GROUP_WITH_CP .*\d,\d{3}", second)
+    assert re.findall(r"^\w+$", first, re.MULTILINE) == ["build", "passes", "update"]
     assert "rehearsed 2 of 16 ranks: one step of 4 micro-batches, local layers" in shown
     for part in ("weights", "gradients", "optimizer state"):
         assert re.search(rf"│ {part} +│ +[\d.]+ │ +[\d.]+ │ +[+-]0\.\d% │ +[\d.]+ │ +[\d.]+ │ +[+-]0\.\d% │", shown), (
@@ -139,6 +186,7 @@ def test_the_command() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ("--rehearse-trace x --dry-run", "--rehearse-trace: is only valid with --rehearse"),
         ("--rank 0 --dry-run", "--rank: is only valid with --rehearse"),
         (
             "--rehearse --model Qwen/Qwen3-8B-Base --world-size 8 --rank 8",
