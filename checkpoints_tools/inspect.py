@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
     from megatron_a2d.conversion.weight_summary import summarise
 
-    opened = open_checkpoint(options.checkpoint) if options.checkpoint else open_hf(options.hf_model)
+    opened = (
+        open_checkpoint(options.checkpoint, allow_expert_bias=True) if options.checkpoint else open_hf(options.hf_model)
+    )
     with opened as weights:
         if options.no_norms:
             roles = summarise(weights, None)

@@ -24,13 +24,15 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_a
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 
 from megatron_a2d.checkpoint.metadata_index import Box
-from megatron_a2d.checkpoint.torch_dist_reader import TorchDistCheckpoint, open_torch_dist
+from megatron_a2d.checkpoint.torch_dist_reader import EXPERT_BIAS, TorchDistCheckpoint, open_torch_dist
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.utils.errors import UserError
 
 
 def load_state(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     """`wanted` with its sharded tensors read from the iteration's directory. Collective.
+
+    Biases of experts that the checkpoint lacks are left out. UserError if it has some that are not wanted.
 
     UserError on all ranks if the checkpoint is damaged, lacks a tensor, or has one of another shape.
     """
@@ -39,6 +41,10 @@ def load_state(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     with ExitStack() as stack, _receiving_on(device()):
         stored = problems.attempt(lambda: stack.enter_context(open_torch_dist(directory)))
         problems.raise_on_failure()
+        problems.attempt(lambda: _check_biases(wanted, stored, directory))
+        problems.raise_on_failure()
+        if EXPERT_BIAS not in stored.all_shapes:
+            wanted = _without_biases(wanted)
         wanted, local, factories = load_preprocess(wanted)
         sharded, _ = extract_sharded_base(wanted)
         _, shards_of_all = determine_global_metadata(sharded)
@@ -51,6 +57,27 @@ def load_state(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
         problems.raise_on_failure()
     state: dict[str, Any] = apply_factory_merges(merge(loaded, local), factories)
     return state
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, ShardedTensor) and value.key == EXPERT_BIAS
+
+
+def _without_biases(wanted: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_biases(value) if isinstance(value, dict) else value
+        for name, value in wanted.items()
+        if not _is_bias(value)
+    }
+
+
+def _check_biases(wanted: dict[str, Any], stored: TorchDistCheckpoint, directory: Path) -> None:
+    """Biases that are not wanted must be zero, as they are at the end of a run."""
+    if not any(_is_bias(value) for value in nested_values(wanted)) and stored.has_expert_bias():
+        raise UserError(
+            f"{directory}: its experts' biases are not zero, and its routers do not choose the same experts without "
+            "them; add --moe-router-enable-expert-bias, or use a checkpoint from the end of the run"
+        )
 
 
 class _Problems:

@@ -93,7 +93,8 @@ def dequantise(state: Any) -> None:
 def fill_model(model: nn.Module, loaded: dict[str, Any]) -> None:
     """Copy loaded tensors into a model; UserError if a parameter is missing."""
     result = model.load_state_dict(loaded, strict=False)
-    missing = [name for name in result.missing_keys if _EXTRA not in name]
+    optional = (_EXTRA, "router.expert_bias")  # biases that a checkpoint lacks are zero (load.py)
+    missing = [name for name in result.missing_keys if not any(part in name for part in optional)]
     if missing or result.unexpected_keys:
         raise UserError(f"the checkpoint does not fill the model: missing {missing}, unknown {result.unexpected_keys}")
 

@@ -25,6 +25,8 @@ from megatron_a2d.utils.errors import UserError
 
 # Besides the weights a training checkpoint has optimizer state and RNG states.
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
+# The routers' biases of runs with --moe-router-enable-expert-bias, which no exported model has.
+EXPERT_BIAS = "decoder.layers.mlp.router.expert_bias"
 # Where megatron.core from 0.17 on stores values outside of tensors; before, and here in any version, it is common.pt.
 COMMON_OBJECT = "common_state/shard_0_1"
 # Shorter runs of a box (bytes) are read together with the gaps between them: calls cost more than bytes.
@@ -46,7 +48,9 @@ class TorchDistCheckpoint:
         self.all_shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
         """Including the optimizer's state."""
         self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: shape for name, shape in self.all_shapes.items() if not name.startswith(NOT_WEIGHTS)
+            name: shape
+            for name, shape in self.all_shapes.items()
+            if not name.startswith(NOT_WEIGHTS) and name != EXPERT_BIAS
         }
         self._check_objects()
 
@@ -80,6 +84,11 @@ class TorchDistCheckpoint:
             target = [slice(a - b, c - b) for a, b, c in zip(overlap.start, box.start, overlap.stop, strict=True)]
             result[tuple(target)] = self._read_overlap(name, chunk, overlap, dtype)
         return result
+
+    def has_expert_bias(self) -> bool:
+        """Whether routers choose experts with a bias that is not zero."""
+        shape = self.all_shapes.get(EXPERT_BIAS)
+        return shape is not None and bool(self.read_box(EXPERT_BIAS, Box((0,) * len(shape), shape)).any())
 
     def read_common(self) -> Any:
         """The values stored outside of tensors (megatron.core from 0.17 on). Raises one of DAMAGED, or UserError."""
@@ -238,11 +247,18 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
+def _are_counts(value: Any, axes: int) -> bool:
+    if axes == 0:
+        return _is_count(value)
+    return type(value) is list and all(_are_counts(item, axes - 1) for item in value)
+
+
 # The values that are read, and when each is valid.
 _COMMON: dict[str, Callable[[Any], bool]] = {
     "iteration": _is_count,
     "consumed_samples": lambda value: value is None or _is_count(value),
     "averaged_iterations": lambda value: type(value) in (list, tuple) and all(map(_is_count, value)),
     "optimizer_step": _is_count,
+    "router_loads": lambda value: _are_counts(value, axes=3),
     "scheduler": lambda value: type(value) is dict and _is_count(value.get("num_steps")),
 }

@@ -15,6 +15,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from megatron_a2d.config.balancing_config import BalancingConfig
 from megatron_a2d.config.performance_config import PerformanceConfig
 
 ROLES = ("attention", "mlp", "router", "norm", "embedding", "head")
@@ -230,6 +231,7 @@ class RunConfig:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, without the groups: names are unique."""

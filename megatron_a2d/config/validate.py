@@ -11,6 +11,7 @@ import math
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import ROLES, ParallelConfig, RunConfig, flag, settings
+from megatron_a2d.config.validate_balancing import find_balancing_problems, needs_experts
 from megatron_a2d.config.validate_performance import find_performance_problems
 
 NO_START = "--load: is missing; give the checkpoint to start from, as python -m checkpoints_tools.convert_hf writes it"
@@ -33,7 +34,7 @@ def find_problems(config: RunConfig, model_config: ModelConfig | None, world_siz
 
 def find_general_problems(config: RunConfig) -> list[str]:
     """Problems that do not depend on the layout and the model. (The planner checks them once for all layouts.)"""
-    return _range_problems(config) + _objective_problems(config)
+    return _range_problems(config) + _objective_problems(config) + list(find_balancing_problems(config))
 
 
 def find_layout_problems(config: RunConfig, model_config: ModelConfig | None, world_size: int) -> list[str]:
@@ -41,6 +42,8 @@ def find_layout_problems(config: RunConfig, model_config: ModelConfig | None, wo
     problems = _layout_problems(config, world_size)
     if model_config is not None:
         problems += _model_config_problems(config, model_config)
+        if not model_config.is_moe:
+            problems += needs_experts(config)
     return problems + find_performance_problems(config, model_config)
 
 

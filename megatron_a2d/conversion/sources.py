@@ -75,8 +75,11 @@ def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
 
 
 @contextmanager
-def open_checkpoint(path: Path) -> Iterator[Weights]:
-    """The weights of a torch_dist checkpoint saved in any layout; `path` is as for checkpoint.directory.resolve."""
+def open_checkpoint(path: Path, allow_expert_bias: bool = False) -> Iterator[Weights]:
+    """The weights of a torch_dist checkpoint saved in any layout; `path` is as for checkpoint.directory.resolve.
+
+    UserError if its routers choose experts with biases, which are not part of the weights, unless they are allowed.
+    """
     directory = resolve(path)
     if not (directory / HF_FILES).is_dir():
         raise UserError(
@@ -87,6 +90,11 @@ def open_checkpoint(path: Path) -> Iterator[Weights]:
     with open_torch_dist(directory) as stored:
         if too_few := _too_few(model_config, stored.shapes, directory):
             raise UserError(too_few)
+        if not allow_expert_bias and stored.has_expert_bias():
+            raise UserError(
+                f"{directory}: its routers choose experts with biases (--moe-router-enable-expert-bias), for which an "
+                "exported model has no place; use the checkpoint of the run's last iteration, where they are zero"
+            )
         weights = WeightMap(model_config)
         if problems := account(weights.megatron_shapes, stored.shapes, str(directory)):
             raise UserError(problems)

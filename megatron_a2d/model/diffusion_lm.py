@@ -93,6 +93,7 @@ class DiffusionLM(LanguageModule):
     position_embedding_type = "rope"  # read by megatron when it captures CUDA graphs
     watch_tokens: Callable[[Tensor], None] | None = None  # called with the tokens [b, s] of every micro-batch
     expert_orders: Sequence[Sequence[int]] | None = None  # see `place_experts`
+    balancing: Any = None  # the run's load balancing (training/balancing.py), for the training step
     _correct: Tensor | None = None  # [N] bool, kept for `correct_of`
 
     def __init__(

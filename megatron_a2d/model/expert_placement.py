@@ -35,11 +35,6 @@ class Slots:
         columns: Tensor = _Columns.apply(by_expert_TE, self._expert_E, self._slot_E)
         return columns
 
-    def by_expert(self, by_slot_TE: Tensor) -> Tensor:
-        """Columns of slots as columns of experts."""
-        columns: Tensor = _Columns.apply(by_slot_TE, self._slot_E, self._expert_E)
-        return columns
-
 
 class _Columns(torch.autograd.Function):
     """Permuted columns. (The gradient of `index_select` would add into zeros, by atomics on a GPU.)"""

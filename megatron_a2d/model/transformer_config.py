@@ -96,8 +96,12 @@ def build_transformer_config(model_config: ModelConfig, config: RunConfig) -> Tr
             # a softmax over the chosen ones alone is the same number.
             moe_router_pre_softmax=not model_config.norm_topk_prob,
             moe_router_dtype="fp32",
+            # megatron.core's auxiliary losses depend on the layout; ours: load_balancing.py.
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=0.0,
+            moe_expert_capacity_factor=config.balancing.moe_expert_capacity_factor,
+            moe_token_drop_policy=config.balancing.moe_token_drop_policy,
+            moe_pad_expert_input_to_capacity=config.balancing.moe_pad_expert_input_to_capacity,
             moe_token_dispatcher_type=config.parallel.moe_token_dispatcher_type,
         )
     fields.update(_speed_fields(model_config, config))

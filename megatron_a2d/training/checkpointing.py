@@ -192,6 +192,7 @@ def _sharded_state(state: TrainState) -> dict[str, Any]:
     if step:  # otherwise every step so far was skipped, and there is no optimizer state yet
         optimizer = OptimizerState(state.optimizer, model, is_loading=False, metadata=sharding_metadata())
     dequantise(model)  # only now: the optimizer matches the original tensors
+    loads = state.balancing.state() if state.balancing else None
     return {
         **model,
         "optimizer": optimizer.tensors if optimizer else {},
@@ -199,6 +200,7 @@ def _sharded_state(state: TrainState) -> dict[str, Any]:
         "scheduler": state.scheduler.state_dict(),
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
+        **({} if loads is None else {"router_loads": loads}),
     }
 
 

@@ -38,7 +38,7 @@ from megatron_a2d.checkpoint.state_dict import (
     models_to_save,
     sharding_metadata,
 )
-from megatron_a2d.checkpoint.torch_dist_reader import read_common
+from megatron_a2d.checkpoint.torch_dist_reader import EXPERT_BIAS, read_common
 from megatron_a2d.config.fp8_recipe import emulation_of, engine_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
@@ -49,7 +49,9 @@ from megatron_a2d.megatron_compat.versions import mark_expert_parameters
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.model.emulated_layers import follow_batches
 from megatron_a2d.model.layer_specs import build_block_spec, choose_implementation, output_layer
+from megatron_a2d.model.router import routers
 from megatron_a2d.model.transformer_config import build_transformer_config
+from megatron_a2d.training.balancing import RunBalancing
 from megatron_a2d.training.grafting import Grafting
 from megatron_a2d.training.optimizer import (
     build_optimizer,
@@ -96,7 +98,11 @@ def build_train_state(model_config: ModelConfig, config: RunConfig) -> TrainStat
         model.config.grad_scale_func = optimizer.scale_loss
         if config.parallel.overlap_grad_reduce:
             model.config.no_sync_func = [chunk.no_sync for chunk in chunks] if virtual else chunks[0].no_sync
-    return TrainState(chunks, optimizer, build_scheduler(config, optimizer))
+    balancing = None
+    if model_config.is_moe:
+        masked = config.diffusion.objective != "ar"
+        balancing = RunBalancing(models, config, model_config.mask_token_id if masked else None)
+    return TrainState(chunks, optimizer, build_scheduler(config, optimizer), balancing)
 
 
 def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
@@ -111,7 +117,7 @@ def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | No
         grafts=config.diffusion.conversion == "grafting",
         emulation=emulation,
     )
-    return DiffusionLM(
+    model = DiffusionLM(
         transformer_config,
         model_config,
         spec,
@@ -121,6 +127,10 @@ def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | No
         packs_documents=implementation == "transformer_engine" and isolates_documents(config),
         output_layer=output_layer(emulation),
     ).to(device())
+    if config.balancing.moe_router_enable_expert_bias:
+        for router in routers(model):
+            router.add_expert_bias()
+    return model
 
 
 def initialize_state(
@@ -204,6 +214,11 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
     state.scheduler.load_state_dict(scheduler)
     state.iteration = common["iteration"]
     state.consumed_samples = common["consumed_samples"]
+    if state.balancing:
+        try:
+            state.balancing.load_state(common.get("router_loads"))
+        except (ValueError, RuntimeError):  # rows of unequal length; the loads of another model
+            raise UserError(f"{directory}: router_loads in common.pt is damaged; use another iteration") from None
 
 
 def _was_frozen(directory: Path, tied: bool) -> Callable[[str], bool]:
@@ -240,7 +255,7 @@ def draw_weights(state: TrainState, seed: int, standard_deviation: float) -> Non
         sharded = model.sharded_state_dict(metadata={"dp_cp_group": None})
         apply_factories(sharded)  # what they build are views of the parameters
         for shard in nested_values(sharded):
-            if isinstance(shard, ShardedTensor):
+            if isinstance(shard, ShardedTensor) and not shard.key.endswith(EXPERT_BIAS):
                 _fill(shard, seed, standard_deviation)
         assert not any(bool(parameter.isnan().any()) for parameter in parameters), "a weight was not drawn"
     state.optimizer.reload_model_params()

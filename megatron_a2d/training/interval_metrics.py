@@ -16,6 +16,7 @@ from megatron_a2d.diffusion.metrics import NUM_BUCKETS
 from megatron_a2d.distributed.process_groups import owns_loss
 from megatron_a2d.megatron_compat.device import device, peak_flops
 from megatron_a2d.model.flops import train_flops_per_token
+from megatron_a2d.training.balancing import AuxLosses
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import SampleLosses, StepResult, Totals
 
@@ -32,6 +33,7 @@ class IntervalMetrics:
         self._positions_per_token = config.input_length / config.data.seq_length
         self._causal = config.diffusion.objective == "ar"
         self._ar_loss_weight = config.diffusion.ar_loss_weight
+        self._balancing = config.balancing
         self._has_budget = config.performance.moe_expert_rank_capacity_factor is not None
         self._peak = peak_flops()
         self.restart()
@@ -40,6 +42,7 @@ class IntervalMetrics:
         # Of steps that learn from the objective, and of those that graft; then [by time, by mask ratio] x buckets.
         self._totals = torch.zeros(2, len(Totals._fields), dtype=torch.float64, device=device())
         self._buckets = torch.zeros(2 * NUM_BUCKETS, _NUM_COLUMNS, dtype=torch.float64, device=device())
+        self._aux_losses = torch.zeros(len(AuxLosses._fields), dtype=torch.float64, device=device())
         self._grad_norm, self._steps, self._updates, self._seconds = 0.0, 0, 0, 0.0
         self._repeated = 0
         self.resume()
@@ -61,6 +64,8 @@ class IntervalMetrics:
                 totals[Totals._fields.index("weighted_loss")] += grafting_error
             self._grad_norm += result.grad_norm
             self._updates += 1
+            if result.aux_losses is not None:
+                self._aux_losses += torch.stack(result.aux_losses)
             if owns_loss():
                 self._add_buckets(result.losses)
 
@@ -89,6 +94,7 @@ class IntervalMetrics:
         }
         if self._has_budget:
             values["repeated_step_frac"] = self._repeated / self._steps
+        values |= self._aux_metrics()
         if grafting.num_maskable:
             values["grafting_error"] = grafting.weighted_loss / grafting.num_maskable
         if self._ar_loss_weight:
@@ -111,6 +117,17 @@ class IntervalMetrics:
             values["accuracy_by_mask_ratio"] = _by_bucket(by_ratio, above=3, below=2)
         self.restart()
         return values
+
+    def _aux_metrics(self) -> dict[str, float]:
+        """Means over the interval, of what the run sets; they are no part of its loss."""
+        settings, means = self._balancing, (self._aux_losses / max(self._updates, 1)).tolist()
+        aux_loss, z_loss, dropped_frac = means
+        shown = {
+            "aux_loss": (settings.has_aux_loss, aux_loss),
+            "z_loss": (settings.moe_z_loss_coeff > 0, z_loss),
+            "dropped_token_frac": (settings.moe_expert_capacity_factor is not None, dropped_frac),
+        }
+        return {f"moe_{name}": value for name, (is_set, value) in shown.items() if is_set}
 
 
 def _ratio(above: float, below: float) -> float:

@@ -5,9 +5,9 @@ A resumed run must be the run that was stopped. Its settings are of three kinds:
 fixed      what determines samples and noise (seed, seq_length, reset_attention_mask, reset_position_ids,
            random_length_prob, eod_mask_loss, global_batch_size, and the tokens: train_data_fingerprint), the objective
            (all diffusion settings), and the dtype (bf16): another value is an error.
-reported   the optimizer's settings, FP8 or FP4 and the layers that are kept in bf16, forced load balancing, and
-           train_iters may change; the log says so. If a role was frozen (--lr-mult ROLE=0) and no longer is, its
-           moments start at zero: the checkpoint has none.
+reported   the settings of the optimizer and of load balancing, FP8 or FP4 and the layers that are kept in bf16, forced
+           load balancing, and train_iters may change; the log says so. If a role was frozen (--lr-mult ROLE=0) and
+           no longer is, its moments start at zero: the checkpoint has none.
 free       the layout, micro_batch_size, intervals, paths, workers, what is verified.
 """
 
@@ -28,6 +28,7 @@ from megatron_a2d.checkpoint.directory import (
 )
 from megatron_a2d.checkpoint.manifest import MANIFEST, check_manifest
 from megatron_a2d.checkpoint.training_facts import contradictions, read_trained
+from megatron_a2d.config.balancing_config import BalancingConfig
 from megatron_a2d.config.settings import (
     DataConfig,
     DiffusionConfig,
@@ -54,7 +55,7 @@ FIXED = (
 REPORTED = (
     "train_iters", "fp8_recipe", "fp4_recipe", "fp8_output_proj", "first_last_layers_bf16",
     "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
-    *(item.name for item in dataclasses.fields(OptimizationConfig)),
+    *(item.name for group in (OptimizationConfig, BalancingConfig) for item in dataclasses.fields(group)),
 )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None)
     check_memory(config, model_config, processes, cluster)
     placement = find_placement(config, model_config, start.directory)
     check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
-    with open_checkpoint(start.directory):
+    with open_checkpoint(start.directory, allow_expert_bias=True):
         pass  # raises unless it has exactly the model's tensors, in their shapes
     if config.diffusion.objective != "ar":
         choose_mask_token(start.directory / HF_FILES, model_config.vocab_size, None, model_config.mask_token_id)

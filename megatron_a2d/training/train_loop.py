@@ -110,6 +110,8 @@ def train(
             interval_metrics.add(result, grafting.take_error() if grafts else None)
             first_sample = state.consumed_samples
             state.iteration += 1
+            if state.balancing:
+                state.balancing.anneal(state.iteration)
             state.consumed_samples += training.global_batch_size
             profile.after(state.iteration, log)
             manual_gc.after_step(state.iteration)

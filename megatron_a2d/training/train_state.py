@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_a2d.checkpoint.placement_file import ExpertPlacement
 from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.training.balancing import RunBalancing
 from megatron_a2d.training.param_gather import gather_weights
 
 
@@ -21,6 +22,7 @@ class TrainState:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    balancing: RunBalancing | None = None  # of the routers; None for a dense model
     iteration: int = 0
     consumed_samples: int = 0
     placement: ExpertPlacement | None = None  # of the experts of `models`, for this layout or another one

@@ -27,9 +27,10 @@ from megatron_a2d.distributed.hang_watchdog import mark
 from megatron_a2d.distributed.step_timers import phase
 from megatron_a2d.megatron_compat.device import device, send
 from megatron_a2d.model.diffusion_lm import TokenLosses, cp_slice
+from megatron_a2d.training.balancing import AuxLosses, RunBalancing, balancing_of
 from megatron_a2d.training.expert_budget import exceeded_budget, without_budget
 from megatron_a2d.training.optimizer import update_parameters
-from megatron_a2d.training.param_gather import zero_gradients
+from megatron_a2d.training.param_gather import gather_weights, zero_gradients
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -80,6 +81,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     not_finite: list[int]
     losses: list[SampleLosses]
+    aux_losses: AuxLosses | None = None  # None if the run does not balance its experts
     repeated: bool = False  # tokens exceeded a rank's budget, and the passes were repeated without (expert_budget.py)
 
 
@@ -98,6 +100,7 @@ def train_step(
 
     The caller has set the learning rate.
     """
+    count_loads(chunks, optimizer, micro_batches)
     with observer.step(micro_batches) if observer else nullcontext():
         with phase("optimizer"):
             zero_gradients(chunks, optimizer)
@@ -109,7 +112,24 @@ def train_step(
     with observer.update() if observer else nullcontext(), phase("optimizer"):
         grad_norm = update_parameters(optimizer)
     not_finite = [] if math.isfinite(grad_norm) else _not_finite(losses)
-    return StepResult(loss_totals(losses), grad_norm, not_finite, losses, repeated)
+    balancing = balancing_of(chunks)
+    aux_losses = balancing.end_step(math.isfinite(grad_norm)) if balancing else None
+    return StepResult(loss_totals(losses), grad_norm, not_finite, losses, aux_losses, repeated)
+
+
+def count_loads(chunks: list[Any], optimizer: MegatronOptimizer, micro_batches: list[Batch]) -> None:
+    """Before a step: count the loads of its global batch if its auxiliary loss needs them. Collective."""
+    balancing = balancing_of(chunks)
+    if balancing and balancing.counts_first:
+        gather_weights(chunks, optimizer)
+        _count_loads(chunks, micro_batches, balancing)
+
+
+def _count_loads(chunks: list[Any], micro_batches: list[Batch], balancing: RunBalancing) -> None:
+    """A forward pass that counts the choices of experts; no position has a loss, so that the LM head has no rows."""
+    silent = [batch._replace(weights=torch.zeros_like(batch.weights)) for batch in micro_batches]
+    with balancing.count(), torch.no_grad():
+        forward_backward(chunks, silent, forward_only=True)
 
 
 def forward_backward(
@@ -120,7 +140,13 @@ def forward_backward(
     `within_budget`: tokens beyond a rank's budget are dropped, if the run has one; ask `exceeded_budget` afterwards.
     """
     micro_batch_size, seq_length = micro_batches[0].tokens.shape
-    with nullcontext() if within_budget else without_budget(chunks):
+    balancing = None if forward_only else balancing_of(chunks)
+    if balancing and balancing.lacks_loads:
+        _count_loads(chunks, micro_batches, balancing)
+    with (
+        nullcontext() if within_budget else without_budget(chunks),
+        balancing.passes(micro_batches) if balancing else nullcontext(),
+    ):
         return get_forward_backward_func()(
             forward_step_func=_forward_step,
             # Each virtual stage reads all micro-batches for itself.

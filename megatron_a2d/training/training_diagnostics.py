@@ -44,9 +44,8 @@ class Monitor:
         self._routers = None
         performance = config.performance
         replayed = performance.cuda_graph_scope if performance.cuda_graph_impl != "none" else ()
-        if model_config.is_moe and "moe_router" not in replayed:  # no hook runs inside a CUDA graph replay
-            mask = model_config.mask_token_id if config.diffusion.objective != "ar" else None
-            self._routers = RouterCounts(state.models, mask)
+        if state.balancing and "moe_router" not in replayed:  # nothing is counted inside a CUDA graph replay
+            self._routers = RouterCounts(state.balancing, state.models[0].expert_orders)
         self._noise_scale = GradientNoiseScale(config)
         self._grafting_iters = config.diffusion.grafting_iters
         self._drift: Drift | None = None

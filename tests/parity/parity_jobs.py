@@ -32,7 +32,7 @@ from megatron_a2d.training.interval_metrics import IntervalMetrics
 from megatron_a2d.training.optimizer import update_parameters
 from megatron_a2d.training.param_gather import zero_gradients
 from megatron_a2d.training.train_state import TrainState
-from megatron_a2d.training.train_step import forward_backward, loss_totals, train_step
+from megatron_a2d.training.train_step import count_loads, forward_backward, loss_totals, train_step
 from megatron_a2d.training.training_diagnostics import Monitor
 from megatron_a2d.training.validation import run_validation
 from tests.tiny import MASK_TOKEN_ID
@@ -269,16 +269,20 @@ def _one_iteration(batches: Any) -> list[Any]:
 
 def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, float, dict[str, ShardedTensor]]:
     state.scheduler.step(1)
+    batch = _one_iteration(batches)
+    count_loads(state.chunks, state.optimizer, batch)
     zero_gradients(state.chunks, state.optimizer)
     grafting = state.grafting  # type: ignore[attr-defined]
     with grafting.step(state):
-        totals = loss_totals(forward_backward(state.chunks, _one_iteration(batches), forward_only=False))
+        totals = loss_totals(forward_backward(state.chunks, batch, forward_only=False))
     totals[0] += grafting.take_error()
     dist.all_reduce(totals)
     # The distributed optimizer leaves each rank its own part of the gradients alone.
     whole = not config.parallel.use_distributed_optimizer
     gradients = _global_shards(state, _gradient) if whole else {}
     norm = update_parameters(state.optimizer)
+    if state.balancing:
+        state.balancing.end_step(has_updated=True)
     state.gather_parameters()
     state.iteration += 1
     return float(totals[0] / totals[4]), norm, gradients

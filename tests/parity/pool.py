@@ -19,7 +19,9 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 # The modules of the jobs; a server imports them once, and every process is forked from it.
-_JOBS = ("tests.parity.parity_jobs", "tests.parity.inference_jobs", "tests.parity.run_job", "tests.parity.memory_job")
+_JOBS = tuple(
+    f"tests.parity.{name}" for name in ("parity_jobs", "balancing_jobs", "inference_jobs", "run_job", "memory_job")
+)
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
 # megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads, which wake
 # a hundred times a second: after a number of jobs the processes are restarted, which takes a second.

@@ -190,6 +190,9 @@ REPORTED_ONES = {
     "lr", "min_lr", "lr_mult", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_eps", "clip_grad", "train_iters", "fp8_recipe", "fp4_recipe", "fp8_output_proj", "first_last_layers_bf16",
     "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
+    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_tokens", "moe_aux_loss_loads", "moe_z_loss_coeff",
+    "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_expert_capacity_factor", "moe_token_drop_policy",
+    "moe_pad_expert_input_to_capacity",
 }  # fmt: skip
 FIXED_ONES = {
     "global_batch_size", "bf16", "train_data_fingerprint", "seq_length", "reset_attention_mask", "reset_position_ids",
