@@ -12,7 +12,7 @@ from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.planner.workload import job_of
-from tests.unit.test_recipes import FEWEST, GPUS, RECIPES
+from tests.recipe_sizes import FEWEST, GPUS, RECIPES
 
 PLACES = ("first", "middle", "last")
 CLUSTERS = ("h100", "h200", "b200")

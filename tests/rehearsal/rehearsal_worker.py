@@ -12,8 +12,8 @@ from typing import Any
 from megatron_a2d.planner.cluster import read_cluster
 from megatron_a2d.rehearsal.rehearse import choose_layers, prepare
 from megatron_a2d.terminal.console import hide_noise
+from tests.recipe_sizes import RECIPES
 from tests.rehearsal.rehearsal_cases import Case
-from tests.unit.test_recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 

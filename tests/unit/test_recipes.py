@@ -11,20 +11,9 @@ import yaml
 from megatron_a2d import plan, train
 from megatron_a2d.planner.cluster import cluster_names, read_cluster
 from megatron_a2d.utils.errors import UserError
+from tests.recipe_sizes import FEWEST, GPUS, RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = {
-    path.stem: path
-    for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
-    if "model" in yaml.safe_load(path.read_text())
-}
-GPUS = (8, 16, 32, 64, 128, 256, 512)
-# The fewest GPUs (H100, H200, B200) that a recipe fits on as it stands; 0: on none, another micro-batch is needed.
-FEWEST = {
-    "qwen3_0p6b": (8, 8, 8), "qwen3_1p7b": (8, 8, 8), "qwen3_4b": (8, 8, 8), "qwen3_8b": (8, 8, 8),
-    "qwen3_14b": (8, 8, 8), "qwen3_32b": (16, 8, 8), "qwen3_30b_a3b": (32, 8, 8), "qwen3_235b_a22b": (128, 64, 64),
-    "rnd1_30b_a3b_64xb200": (0, 0, 16),
-}  # fmt: skip
 
 
 def dry_run(recipe: str, gpus: int, cluster: str, *flags: str) -> None:

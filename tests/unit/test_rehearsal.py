@@ -24,7 +24,7 @@ from megatron_a2d.rehearsal.rank_rehearsal import RankRehearsal
 from megatron_a2d.rehearsal.rehearse import choose_layers
 from megatron_a2d.rehearsal.step_trace import Event
 from megatron_a2d.utils.errors import UserError
-from tests.unit.test_recipes import RECIPES
+from tests.recipe_sizes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 
