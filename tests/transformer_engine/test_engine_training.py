@@ -91,6 +91,7 @@ def test_fp8_weights(
         return engine_pool.run("run", ranks, settings=changed, capability=capability, **options)
 
     unbroken = run("unbroken")
+    quantized = engine_pool.calls["quantize"]
     run("stopped", stop_at=2, finish_saves=True)
     shutil.copytree(tmp_path / "stopped", tmp_path / "local")
     resumed = run("stopped")
@@ -100,11 +101,13 @@ def test_fp8_weights(
     resumed_locally = pool.run("run", 2, settings=emulated)
     assert resumed_locally[0]["start"] == 2
     in_bf16 = run("in_bf16", more={"fp8_param_gather": False})
+    assert quantized != engine_pool.calls["quantize"], "weights are quantised in the forward pass, or with the update"
     whole = unbroken[0]["losses"]
+    assert difference(whole[:2], whole[2:]) > 2e-2, "control: other steps have other losses"
     # Delayed scaling begins again with scales of 1: its history is kept in no checkpoint.
     for what, losses, expected, allowed in (
         ("resumed, and unbroken", resumed[0]["losses"][-2:], whole[2:], 1e-2 if recipe == "delayed" else 1e-3),
-        ("resumed by the emulation, and unbroken", resumed_locally[0]["losses"][-2:], whole[2:], 2e-2),
+        ("resumed by the emulation, and unbroken", resumed_locally[0]["losses"][-2:], whole[2:], 3e-3),
         ("weights kept in bf16", in_bf16[0]["losses"], whole, 2e-2),
     ):
         found = difference(losses, expected)
