@@ -67,14 +67,14 @@ one scale for a matrix depends by definition on how the layout cuts it.""",
     "nvfp4": Section(
         "NVFP4, whole models",
         """The same in NVFP4, rounded to nearest (random bits cannot be compared), against the emulation in the same layout: one scale
-for a matrix depends on how it is cut. A last bit: the gradients' distance of the emulation from itself where each operand (weights excepted) is off by one last bit or
-none, at random; the largest of three draws. Where the layers' distance is 1e-6, no value fell to the other side of a tie; where it is not, it is
-of the size that such a bit alone makes.""",
+for a matrix depends on how it is cut. A last bit: the gradients' distance of the emulation from itself where
+each operand (weights excepted) is off by one last bit or none, at random; the largest of three draws. Where the layers' distance
+is 1e-6, no value fell to the other side of a tie; where it is not, it is of the size that such a bit alone makes.""",
         ("model", "layout", "in NVFP4"),
     ),
     "training": Section(
         "Schedules, FP8 weights, checkpoints",
-        "Largest relative difference of any step's loss (of the first two rows also of its gradient norm).",
+        "Largest relative difference of any step's loss; of schedules and of recomputation also of its gradient norm.",
         ("case", "model", "layout", "compared with"),
     ),
     "planted": Section(
