@@ -61,13 +61,19 @@ class Placed(NamedTuple):
 def place_layers(choices_ULKE: np.ndarray, size: int) -> Placed:
     """Place the experts of L layers by the choices of U micro-batches, for K = 2 kinds of token: unmasked, masked.
 
-    `size` consecutive micro-batches are a batch. Every other batch is used, the remaining ones are evaluated.
+    `size` consecutive micro-batches are a batch. Every other batch is used, the remaining ones are evaluated. Layers have
+    different busiest ranks, so that the activations of all layers together are even as well.
     """
     count = len(choices_ULKE) // size
     batches_BLKE = choices_ULKE[: count * size].reshape(count, size, *choices_ULKE.shape[1:]).sum(1)
-    order, layers = [], []
+    order, layers, totals_R = [], [], np.zeros(size)
     for layer_BKE in np.moveaxis(batches_BLKE, 1, 0):
-        order.append(place(layer_BKE[0::2].sum(1), size))
+        used_BE = layer_BKE[0::2].sum(1)
+        ranks_Rn = np.array(place(used_BE, size)).reshape(size, -1)
+        loads_R = _group_loads(used_BE, ranks_Rn).sum(0)
+        ranks = _spread(np.arange(size), loads_R, totals_R)
+        totals_R += loads_R[ranks]
+        order.append(ranks_Rn[ranks].reshape(-1).tolist())
         held_out = layer_BKE[1::2]
         as_it_is = list(range(held_out.shape[-1]))
         layers.append(Change(_evaluate(held_out, as_it_is, size), _evaluate(held_out, order[-1], size)))
@@ -163,6 +169,22 @@ def _finer(loads_Bn: np.ndarray) -> np.ndarray:
         return np.arange(1)
     parts = partition(loads_Bn, _least_factor(count))
     return np.concatenate([part[_finer(loads_Bn[:, part])] for part in parts])
+
+
+def _spread(ranks: np.ndarray, loads_R: np.ndarray, totals_R: np.ndarray) -> np.ndarray:
+    """`ranks` in the order in which the busy ones come where `totals_R` is small, neighbours of `_coarser` together."""
+    if len(ranks) == 1:
+        return ranks
+    parts = len(ranks)
+    while parts > (factor := _least_factor(parts)):  # `_coarser` takes the largest factor last
+        parts //= factor
+    blocks, places = ranks.reshape(parts, -1), np.arange(len(ranks)).reshape(parts, -1)
+    result = np.empty_like(ranks)
+    busiest_first = np.argsort(-loads_R[blocks].sum(1), kind="stable")
+    emptiest_first = np.argsort(totals_R[places].sum(1), kind="stable")
+    for block, place in zip(busiest_first, emptiest_first, strict=True):
+        result[places[place]] = _spread(blocks[block], loads_R, totals_R[places[place]])
+    return result
 
 
 def _least_factor(number: int) -> int:

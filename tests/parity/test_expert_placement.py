@@ -5,39 +5,30 @@ The placements are random permutations. Gradients and weights are compared by th
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_a2d.checkpoint.directory import resolve
-from megatron_a2d.checkpoint.placement_file import ExpertPlacement, identity
+from megatron_a2d.checkpoint.placement_file import identity
+from megatron_a2d.utils.atomic_write import read_json
 from tests.cases import Case
 from tests.parity.layouts import DISTRIBUTED, EP, ETP, PP, TP_SP, VPP
 from tests.parity.pool import Pool
 from tests.parity.test_layouts import compare
 from tests.parity.test_reshard import content
+from tests.placements import ORDERS, placed_copy
 
 TOLERANCE = 1e-6
 EP4 = {"expert_model_parallel_size": 4}
 SEQUENTIAL = {"moe_grouped_gemm": False}
-ORDERS = [torch.randperm(8, generator=torch.Generator().manual_seed(layer)).tolist() for layer in range(4)]
-
-
-def write_placement(directory: Path, orders: list[list[int]] = ORDERS, size: int = 2) -> Path:
-    """A placement beside the weights of an iteration's `directory`."""
-    return ExpertPlacement(identity(directory), 0, size, 2, 2.0, 1.0, orders).write(directory)
 
 
 @pytest.fixture(scope="module")
 def placed(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Case:
     """The MoE model's checkpoint with a placement."""
-    copy = tmp_path_factory.mktemp("placed") / "checkpoint"
-    shutil.copytree(cases["moe"].checkpoint, copy)
-    write_placement(resolve(copy))
-    return cases["moe"]._replace(checkpoint=str(copy))
+    return placed_copy(cases["moe"], tmp_path_factory.mktemp("placed") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +107,8 @@ def test_checkpoints_keep_the_numbers(placed: Case, pool: Pool, tmp_path: Path) 
     pool.run("run", 1, settings=settings("alone"))
     alone = content(tmp_path / "alone" / "iter_0000002")
     assert max(float((tensor - alone[name]).abs().max()) for name, tensor in expected.items()) < TOLERANCE
-    carried = (first / "expert_placement.json").read_text()
-    assert identity(first) in carried and str(ORDERS[0][3]) in carried
+    carried = read_json(first / "expert_placement.json", "it")
+    assert carried["checkpoint"] == identity(first) and carried["order"] == ORDERS
 
     without = resaved("without", first, 1, moe_expert_placement="none")
     assert not (without / "expert_placement.json").exists()

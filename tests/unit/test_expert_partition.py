@@ -93,6 +93,20 @@ def test_what_is_reported_was_not_used() -> None:
     assert placed.mean == placed.worst == layer
 
 
+def test_layers_have_different_busiest_ranks() -> None:
+    """Eight layers of the same loads: their sum is even over ranks, and each is placed as well as alone."""
+    loads = np.array([8, 1, 1, 1, 4, 2, 1, 1])
+    choices = np.zeros((16, 8, 2, 8), dtype=int)
+    choices[:, :, 0] = loads
+    for size in (2, 4, 8):
+        placed = place_layers(choices, size)
+        ranks_LR = np.array([loads[order].reshape(size, -1).sum(1) for order in placed.order])
+        assert (ranks_LR.max(1) == loads[place(loads[None], size)].reshape(size, -1).sum(1).max()).all()
+        assert np.ptp(ranks_LR.sum(0)) <= ranks_LR.max()
+        pairs_LR = ranks_LR.reshape(8, -1, 2).sum(2)  # neighbours are still those of half as many ranks
+        assert (pairs_LR.max(1) == imbalance(loads[None], place(loads[None], size), size // 2 or 1) * 38 / size).all()
+
+
 def test_batches_are_those_of_the_ranks_together() -> None:
     """Two ranks' micro-batches that balance one another are a balanced batch."""
     one, other = [[2, 0], [0, 0]], [[0, 2], [0, 0]]
