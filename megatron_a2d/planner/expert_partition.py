@@ -61,7 +61,7 @@ class Placed(NamedTuple):
 def place_layers(choices_ULKE: np.ndarray, size: int) -> Placed:
     """Place the experts of L layers by the choices of U micro-batches, for K = 2 kinds of token: unmasked, masked.
 
-    `size` consecutive micro-batches are a batch. Every other batch is used, the remaining ones are evaluated. Layers have
+    `size` consecutive micro-batches are a batch; every other one is used, the remaining ones are evaluated. Layers have
     different busiest ranks, so that the activations of all layers together are even as well.
     """
     count = len(choices_ULKE) // size

@@ -1,9 +1,9 @@
-"""Benchmark of expert placement: a training step under expert parallelism with a placement against one without.
+"""Benchmark of placed experts: a training step under expert parallelism with a placement against one without.
 
     make demo
     python -m checkpoints_tools.place_experts --checkpoint demo_run/run --valid-data demo_run/corpus_valid \\
         --expert-model-parallel-size 2
-    torchrun --nproc-per-node 2 -m bench.expert_placement --demo demo_run [--rounds 20] [--out FILE]
+    torchrun --nproc-per-node 2 -m bench.placed_experts --demo demo_run [--rounds 20] [--out FILE]
 
 The demo's converted model on its training data, routed as it routes: experts over all processes, both kinds of steps in
 turns, a learning rate of 0 so that all steps route alike. Measured is CPU time, in which a process that waits for
