@@ -227,6 +227,7 @@ bench: setup  ## the benchmarks, as tables
 	$(PY) -m bench.sampling --out bench/results/sampling_cpu.json
 	$(PY) -m bench.likelihood --out bench/results/likelihood_cpu.json
 	$(PY) -m bench.monitoring --out bench/results/monitoring_cpu.json
+	$(PY) -m bench.aux_loss --out bench/results/aux_loss_cpu.json
 
 # On a GPU machine the environment is the machine's own: VENV=none, or BIN names the folder of its python.
 GPU_OUT ?= bench/results/gpu.json

@@ -56,6 +56,12 @@ def main(argv: list[str] | None = None) -> None:
         f"{done.directory}: {human(done.model_config.num_parameters())} parameters, "
         f"{human(done.num_bytes, 'B')} of {types}, mask token {done.mask_token_id}"
     )
+    if done.aux_loss_coeff is not None:
+        print_line(
+            f"router_aux_loss_coef {done.aux_loss_coeff.source:g} of its config.json is --moe-aux-loss-coeff "
+            f"{done.aux_loss_coeff.ours:.3g} where all layers route alike, and no coefficient's equal where they do "
+            "not (docs/hyperparameters.md)"
+        )
     if done.comparison:
         print_lines(lines)
         with open_checkpoint(done.directory) as written:

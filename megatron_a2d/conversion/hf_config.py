@@ -6,6 +6,7 @@ the new spellings of transformers 5, while 5 reads both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -32,6 +33,25 @@ NUM_DIFFUSION_STEPS = 256
 # Training settings that every export records; others only where they differ from the default.
 _RECORDED = ("objective", "label_shift", "noise_schedule", "document_attention")
 _NONE = Trained().as_exported()
+
+
+class AuxLossCoefficient(NamedTuple):
+    """A source's `router_aux_loss_coef`, and --moe-aux-loss-coeff of equal effect where all layers route alike."""
+
+    source: float
+    ours: float
+
+
+def aux_loss_coefficient(config: Mapping[str, Any], model_config: ModelConfig) -> AuxLossCoefficient | None:
+    """None for a dense model, or a config.json without a coefficient.
+
+    Hugging Face's loss pools the tokens of all L layers, and is k, the experts per token, at balance; ours
+    (model/load_balancing.py) is a sum over layers, of 1 each.
+    """
+    source = config.get("router_aux_loss_coef")
+    if not model_config.is_moe or not isinstance(source, float | int) or not math.isfinite(source):
+        return None
+    return AuxLossCoefficient(source, source * model_config.num_experts_per_tok / model_config.num_layers)
 
 
 class Exported(NamedTuple):

@@ -16,6 +16,7 @@ from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.conversion.compare_weights import Check, Comparison, compare_weights
 from megatron_a2d.conversion.end_tokens import read_end_tokens
+from megatron_a2d.conversion.hf_config import AuxLossCoefficient, aux_loss_coefficient
 from megatron_a2d.conversion.mask_token import choose_mask_token
 from megatron_a2d.conversion.resumable_output import describe_files, num_bytes_written, resumable_directory
 from megatron_a2d.conversion.sources import as_megatron, open_checkpoint, open_hf
@@ -33,6 +34,7 @@ class Converted(NamedTuple):
     dtypes: set[torch.dtype]
     mask_token_id: int
     comparison: Comparison | None  # of the source with the checkpoint; None without `verify`
+    aux_loss_coeff: AuxLossCoefficient | None  # None without one in the source
 
 
 def convert(
@@ -91,7 +93,8 @@ def convert(
                     if check:
                         check(comparison, weights, written)
         dtypes = {tensors.dtype(key) for key in tensors.shapes}
-        return Converted(out, weights.model_config, size, dtypes, config["mask_token_id"], comparison)
+        coefficient = aux_loss_coefficient(config, weights.model_config)
+        return Converted(out, weights.model_config, size, dtypes, config["mask_token_id"], comparison, coefficient)
 
 
 def _check_mask_token(hf: Path, requested: int | None, configured: int | None) -> None:

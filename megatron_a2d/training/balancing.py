@@ -120,9 +120,13 @@ class RunBalancing:
         return None if self.routing.loads is None else self.routing.loads.tolist()
 
     def load_state(self, loads: list[Any] | None) -> None:
-        """`loads`: the result of `state`; ValueError or RuntimeError unless it has the model's shape."""
-        if loads is not None:
-            self.routing.loads = torch.tensor(loads, dtype=torch.int64, device=device()).view_as(self.routing.choices)
+        """`loads`: the result of `state`; ValueError unless it has the model's shape."""
+        if loads is None:
+            return
+        table = torch.tensor(loads, dtype=torch.int64, device=device())
+        if table.shape != self.routing.choices.shape:
+            raise ValueError(f"loads of shape {list(table.shape)}, not {list(self.routing.choices.shape)}")
+        self.routing.loads = table
 
 
 def balancing_of(chunks: list[Any]) -> RunBalancing | None:

@@ -217,7 +217,7 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
     if state.balancing:
         try:
             state.balancing.load_state(common.get("router_loads"))
-        except (ValueError, RuntimeError):  # rows of unequal length; the loads of another model
+        except ValueError:  # rows of unequal length, or another model's
             raise UserError(f"{directory}: router_loads in common.pt is damaged; use another iteration") from None
 
 

@@ -66,6 +66,7 @@ def _selective(*modules: str) -> dict[str, Any]:
     return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
+BALANCED = {"moe_aux_loss_coeff": 0.1, "moe_aux_loss_tokens": "by_kind", "moe_z_loss_coeff": 0.01}
 # On one process: name, what is set with Transformer Engine's layers, and what is set on both sides.
 _ONE_PROCESS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     *((case, "no fusion", {}, {}) for case in ("dense", "dense_tied", "moe", "ar", "isolated", "frozen", "cart")),
@@ -85,6 +86,18 @@ _ONE_PROCESS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("moe", "recompute moe_act, layernorm", {**FUSIONS, **_selective("moe_act", "layernorm")}, {}),
     ("moe", "recompute moe", {**FUSIONS, **_selective("moe")}, {}),
     ("moe", "recompute full", {**FUSIONS, "recompute_granularity": "full"}, {}),
+    (
+        "moe",
+        "balanced experts, recompute moe",
+        {**FUSIONS, **_selective("moe")},
+        {**BALANCED, "moe_router_load_balancing_type": "global_aux_loss"},
+    ),
+    (
+        "isolated",
+        "balanced experts, packed samples",
+        FUSIONS,
+        {**BALANCED, "moe_router_load_balancing_type": "seq_aux_loss"},
+    ),
     ("dense", "micro-batches of 4", DENSE_FUSIONS, {"micro_batch_size": 4}),
 ]
 
@@ -96,5 +109,5 @@ CASES = [
 QUICK = {
     "dense: TP2+SP", "dense_tied: PP2", "dense: CP2", "moe: DP2, overlap", "moe: TP2+SP, ETP2", "isolated: TP2+SP, EP2",
     "moe: no fusion", "ar: no fusion", "frozen: all fusions", "moe: recompute moe_act, layernorm",
-    "moe: EP2, allgather dispatcher",
+    "moe: EP2, allgather dispatcher", "moe: balanced experts, recompute moe",
 }  # fmt: skip
