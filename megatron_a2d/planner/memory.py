@@ -100,7 +100,13 @@ def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
         (values.in_buffers, values.in_shards) if job.use_distributed_optimizer else (values.of_parameters,) * 2
     )
     moments = sum({"fp32": 4, "bf16": 2}[kind] for kind in (job.exp_avg_dtype, job.exp_avg_sq_dtype))
-    return weights * number, gradients, owned * (moments + (4 if job.bf16 else 0))
+    return weights * number, gradients, owned * (moments + (_main_weight_bytes(job) if job.bf16 else 0))
+
+
+def _main_weight_bytes(job: Job) -> int:
+    """Of an fp32 main weight. Transformer Engine's precision-aware Adam keeps only the 16 bits that bf16 lacks; under
+    FP8 other than delayed, megatron.core keeps it whole (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`)."""
+    return 2 if job.use_precision_aware_optimizer and job.fp8_recipe in ("none", "delayed") else 4
 
 
 def microbatches_in_flight(job: Job, stage: int) -> float:

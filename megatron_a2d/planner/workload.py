@@ -51,6 +51,7 @@ class Job:
     moe_expert_rank_capacity_factor: float | None = None
     overlap_moe_expert_parallel_comm: bool = False
     grad_reduce_in_fp32: bool = True
+    use_precision_aware_optimizer: bool = False
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"
     # Not settings of a run: needed for the published runs, or assumed.

@@ -264,3 +264,11 @@ def test_bytes_of_moments(average: str, square: str, moments: int) -> None:
     assert optimizer / (weights / 2) == moments + 4, "and the fp32 weights"
     weights, _, optimizer = state_bytes(replace(job, bf16=False), 0)
     assert optimizer / (weights / 4) == moments
+
+
+@pytest.mark.parametrize(("recipe", "number"), [("none", 2), ("delayed", 2), ("mxfp8", 4), ("tensorwise", 4)])
+def test_bytes_of_main_weights_under_the_precision_aware_optimizer(recipe: str, number: int) -> None:
+    """Its Adam keeps the 16 bits that bf16 weights lack; the rehearsal of this flag counts them."""
+    job = replace(JOB, use_distributed_optimizer=False, use_precision_aware_optimizer=True, fp8_recipe=recipe)
+    weights, _, optimizer = state_bytes(job, 0)
+    assert optimizer / (weights / 2) == 8 + number
