@@ -4,15 +4,17 @@
     torchrun --nproc-per-node 8 -m checkpoints_tools.place_experts ...      # a model too large for one GPU
 
 It counts each router's choices on the held-out data, masked as in validation, places the experts by every other batch
-and prints what the remaining batches say of it. The result is expert_placement.json in the checkpoint, which training
-applies when it starts there (docs/performance.md). Nothing that is computed changes, and no other file.
+and prints what the remaining batches say of it. Without --valid-data it takes those in the last step of a run that
+balances its routers. The result is expert_placement.json in the checkpoint, which training applies when it starts there
+(docs/performance.md). Nothing that is computed changes, and no other file.
 """
 
 from __future__ import annotations
 
+import argparse
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -23,6 +25,9 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from megatron_a2d.config.model_config import ModelConfig
     from megatron_a2d.planner.expert_partition import Placed
 
 _SETTINGS = ("seq_length", "micro_batch_size", "bf16")
@@ -36,7 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint or an iteration of one"
     )
-    parser.add_argument("--valid-data", required=True, metavar="PREFIX", help="prefix of a held-out token file")
+    parser.add_argument(
+        "--valid-data",
+        metavar="PREFIX",
+        help="prefix of a held-out token file (default: the choices that a balancing run recorded)",
+    )
     parser.add_argument(
         "--expert-model-parallel-size", required=True, type=int, metavar="N", help="ranks to place the experts on"
     )
@@ -58,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.checkpoint.placement_file import ExpertPlacement, identity
     from megatron_a2d.config.model_config import read_model_config
     from megatron_a2d.distributed import process_groups
-    from megatron_a2d.evaluation import expert_loads
+    from megatron_a2d.evaluation.expert_loads import recorded_loads
     from megatron_a2d.planner.expert_partition import place_layers
 
     directory = resolve(options.checkpoint)
@@ -70,25 +79,15 @@ def main(argv: list[str] | None = None) -> None:
             f"--expert-model-parallel-size {size}: does not divide the model's {model_config.num_experts} experts; "
             "choose a divisor"
         )
-    config = expert_loads.measuring_config(directory, model_config, given)
-    dataset = expert_loads.open_held_out(config, model_config, directory, options.valid_data)
-    batch_size = size * config.training.micro_batch_size  # samples that expert-parallel ranks exchange at a time
-    num_samples = min(options.num_samples, dataset.num_samples)
-    if num_samples < 2 * batch_size:
-        raise UserError(
-            f"--valid-data {options.valid_data}: {num_samples} samples of --seq-length {config.data.seq_length} are "
-            f"fewer than two batches of {size} ranks x {config.training.micro_batch_size}, one to place by and one to "
-            "report; hold out more, or give fewer samples a --micro-batch-size or more --num-samples"
-        )
-    count = num_samples // (process_groups.world_size() * config.training.micro_batch_size)
     try:
-        with (
-            progress("held-out data", num_samples, "samples") if rank() == 0 else nullcontext(lambda _: None) as advance
-        ):
-            loads = expert_loads.measure_loads(config, model_config, directory, dataset, count, advance)
+        if options.valid_data is None:
+            used = held_out = recorded_loads(directory, model_config)
+        else:
+            batches = _measure(options, given, directory, model_config)
+            used, held_out = batches[0::2], batches[1::2]
         if rank() > 0:
             return
-        placed = place_layers(loads, size)
+        placed = place_layers(used, held_out, size)
         placement = ExpertPlacement(
             checkpoint=identity(directory),
             measured_at_iteration=iteration_of(directory),
@@ -102,7 +101,34 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         process_groups.finalize()
     PlainConsole(width=100).print(_table(placed, size))
+    if options.valid_data is None:
+        print_line("measured on the run's last step, by which the experts were placed; --valid-data tells more")
     print_line(str(path))
+
+
+def _measure(
+    options: argparse.Namespace, given: dict[str, Any], directory: Path, model_config: ModelConfig
+) -> np.ndarray:
+    """Choices in the held-out batches of the ranks that are placed on (expert_partition.py)."""
+    from megatron_a2d.distributed import process_groups
+    from megatron_a2d.evaluation import expert_loads
+    from megatron_a2d.planner.expert_partition import batches_of_ranks
+
+    config, size = expert_loads.measuring_config(directory, model_config, given), options.expert_model_parallel_size
+    dataset = expert_loads.open_held_out(config, model_config, directory, options.valid_data)
+    num_samples = min(options.num_samples, dataset.num_samples)
+    processes, micro_batch_size = process_groups.world_size(), config.training.micro_batch_size
+    count = num_samples // (processes * micro_batch_size)  # micro-batches of a process
+    if count * processes < 2 * size:
+        raise UserError(
+            f"--valid-data {options.valid_data}: {num_samples} samples of --seq-length {config.data.seq_length} are "
+            f"fewer than two batches of {size} ranks x {micro_batch_size}, one to place by and one to report; hold out "
+            "more, or give a smaller --micro-batch-size or more --num-samples"
+        )
+    total = count * processes * micro_batch_size
+    with progress("held-out data", total, "samples") if rank() == 0 else nullcontext(lambda _: None) as advance:
+        choices = expert_loads.measure_loads(config, model_config, directory, dataset, count, advance)
+    return batches_of_ranks(choices, size)
 
 
 def _table(placed: Placed, size: int) -> Table:

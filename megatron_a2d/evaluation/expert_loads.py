@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, read_run_settings
+from megatron_a2d.checkpoint.torch_dist_reader import read_common
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, build
@@ -54,6 +55,21 @@ def measuring_config(directory: Path, model_config: ModelConfig, given: dict[str
     if problems := find_problems(config, model_config, processes):
         raise UserError(problems)
     return config
+
+
+def recorded_loads(directory: Path, model_config: ModelConfig) -> np.ndarray:
+    """Choices in the last step of the run that wrote an iteration's `directory`, [1, layers, 2, experts].
+
+    UserError if the run recorded none.
+    """
+    shape = (model_config.num_layers, 2, model_config.num_experts)
+    try:
+        return np.array(read_common(directory).get("router_loads", [])).reshape(1, *shape)
+    except ValueError:
+        raise UserError(
+            f"--checkpoint {directory}: holds no loads of its routers, which only a run that balances them records; "
+            "give held-out text with --valid-data"
+        ) from None
 
 
 def open_held_out(config: RunConfig, model_config: ModelConfig, directory: Path, prefix: str) -> PackedDataset:

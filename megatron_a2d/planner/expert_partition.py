@@ -38,7 +38,7 @@ class Change(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """The placement of all layers, and what the batches that it was not made from say of it."""
+    """The placement of all layers, and its evaluation on held-out batches."""
 
     order: list[list[int]]  # [layers][slots]
     layers: list[Change]
@@ -58,25 +58,28 @@ class Placed(NamedTuple):
         return Change(before, after)
 
 
-def place_layers(choices_ULKE: np.ndarray, size: int) -> Placed:
-    """Place the experts of L layers by the choices of U micro-batches, for K = 2 kinds of token: unmasked, masked.
-
-    `size` consecutive micro-batches are a batch; every other one is used, the remaining ones are evaluated. Layers have
-    different busiest ranks, so that the activations of all layers together are even as well.
-    """
+def batches_of_ranks(choices_ULKE: np.ndarray, size: int) -> np.ndarray:
+    """[B, L, K, E] choices of batches, each of `size` ranks' consecutive micro-batches."""
     count = len(choices_ULKE) // size
-    batches_BLKE = choices_ULKE[: count * size].reshape(count, size, *choices_ULKE.shape[1:]).sum(1)
+    return choices_ULKE[: count * size].reshape(count, size, *choices_ULKE.shape[1:]).sum(1)
+
+
+def place_layers(used_BLKE: np.ndarray, held_out_BLKE: np.ndarray, size: int) -> Placed:
+    """Place the experts of L layers by the choices in the batches `used`, evaluated on those that are held out.
+
+    K = 2 kinds of token: unmasked, masked. Layers have different busiest ranks, so that the activations of all layers
+    together are even as well.
+    """
     order, layers, totals_R = [], [], np.zeros(size)
-    for layer_BKE in np.moveaxis(batches_BLKE, 1, 0):
-        used_BE = layer_BKE[0::2].sum(1)
+    for used_BKE, held_out_BKE in zip(np.moveaxis(used_BLKE, 1, 0), np.moveaxis(held_out_BLKE, 1, 0), strict=True):
+        used_BE = used_BKE.sum(1)
         ranks_Rn = np.array(place(used_BE, size)).reshape(size, -1)
         loads_R = _group_loads(used_BE, ranks_Rn).sum(0)
         ranks = _spread(np.arange(size), loads_R, totals_R)
         totals_R += loads_R[ranks]
         order.append(ranks_Rn[ranks].reshape(-1).tolist())
-        held_out = layer_BKE[1::2]
-        as_it_is = list(range(held_out.shape[-1]))
-        layers.append(Change(_evaluate(held_out, as_it_is, size), _evaluate(held_out, order[-1], size)))
+        as_it_is = list(range(used_BE.shape[-1]))
+        layers.append(Change(_evaluate(held_out_BKE, as_it_is, size), _evaluate(held_out_BKE, order[-1], size)))
     return Placed(order, layers)
 
 

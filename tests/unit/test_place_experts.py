@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from checkpoints_tools import place_experts
 from megatron_a2d.checkpoint.directory import resolve
@@ -70,6 +71,22 @@ def test_the_command(cases: dict[str, Case], checkpoint: Path, capsys: pytest.Ca
     assert placement.imbalance_after < placement.imbalance_before
     place(checkpoint, cases["moe"])  # replaces its own file
     assert found(directory) == placement
+
+
+def test_without_held_out_data(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By what the run recorded; an untrained checkpoint has nothing."""
+    arguments = ["--checkpoint", str(checkpoint), "--expert-model-parallel-size", "4"]
+    with pytest.raises(UserError, match="holds no loads of its routers"):
+        place_experts.main(arguments)
+    loads = torch.zeros(4, 2, 8, dtype=torch.int64)
+    loads[:, 1], loads[:, 0, 1] = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0]), 4
+    path = checkpoint / "release" / "common.pt"
+    torch.save({**torch.load(path), "router_loads": loads.tolist()}, path)
+    place_experts.main(arguments)
+    placement = found(checkpoint / "release", size=4)
+    assert placement and placement.imbalance_before == 17 / 8 and placement.imbalance_after == 10 / 8
+    assert all(order[order.index(1) ^ 1] == 7 for order in placement.order), "the busiest with the idlest"
+    assert "by which the experts were placed" in capsys.readouterr().out
 
 
 def test_loads_are_those_of_the_routers(cases: dict[str, Case], checkpoint: Path) -> None:
