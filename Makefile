@@ -213,10 +213,11 @@ generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' 
 
 study: setup  ## the study NAME on a small model, offline; its runs, table, plots and page in OUT/NAME
 	$(call needs,NAME OUT)
-	$(PY) -m launch.pretrain_tiny_ar --out $(OUT)/base
+	$(PY) -m launch.pretrain_tiny_ar --out $(OUT)/base $(if $(filter routers,$(NAME)),--balanced)
 	OMP_NUM_THREADS=1 $(PY) -m megatron_a2d.study $(NAME) --out $(OUT)/$(NAME) \
 	  --config launch/recipes/study_laptop.yaml --load $(OUT)/base/ar \
-	  --train-data-path $(OUT)/base/corpus_train --valid-data-path $(OUT)/base/corpus_valid $(ARGS)
+	  --train-data-path $(OUT)/base/corpus_train --valid-data-path $(OUT)/base/corpus_valid \
+	  $(if $(filter routers,$(NAME)),--load-balanced $(OUT)/base/ar_balanced )$(ARGS)
 
 bench: setup  ## the benchmarks, as tables
 	$(PY) -m bench.train_step_vs_hf --out bench/results/train_step_cpu.json

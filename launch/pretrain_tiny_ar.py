@@ -4,6 +4,7 @@
 
 OUT/corpus_train, OUT/corpus_valid    Python's own standard library as tokens, split by a hash of the document text
 OUT/ar                                the pretraining run; its last checkpoint is the model that the study converts
+OUT/ar_balanced                       with --balanced: another one from the same weights, with balanced routers
 
 A study of a real model uses that model's converted checkpoint and its data instead.
 """
@@ -26,6 +27,8 @@ SHAPE: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     head_dim=32, intermediate_size=256, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96,
 )  # fmt: skip
+BALANCED = ("--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", "0.01")
+RUNS: tuple[tuple[str, tuple[str, ...]], ...] = (("ar", ()), ("ar_balanced", BALANCED))
 RECIPE = "launch/recipes/study_ar.yaml"
 
 
@@ -33,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m launch.pretrain_tiny_ar", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output directory")
     parser.add_argument("--train-iters", type=int, help="pretraining iterations; default: the recipe's")
+    parser.add_argument("--balanced", action="store_true", help="also pretrain a model with balanced routers")
     options = parser.parse_args(argv)
     out: Path = options.out
     corpus, tokenizer = out / "corpus.jsonl", out / "tokenizer"
@@ -51,10 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     if not (out / "untrained_checkpoint").exists():
         _run("checkpoints_tools.convert_hf", "--hf-model", out / "untrained", "--out", out / "untrained_checkpoint")
     length = ("--train-iters", options.train_iters) if options.train_iters else ()
-    _run(
-        "megatron_a2d.train", "--config", RECIPE, "--load", out / "untrained_checkpoint", "--save", out / "ar",
-        "--train-data-path", out / "corpus_train", "--valid-data-path", out / "corpus_valid", *length,
-    )  # fmt: skip
+    for name, settings in RUNS if options.balanced else RUNS[:1]:
+        _run(
+            "megatron_a2d.train", "--config", RECIPE, "--load", out / "untrained_checkpoint", "--save", out / name,
+            "--train-data-path", out / "corpus_train", "--valid-data-path", out / "corpus_valid", *length, *settings,
+        )  # fmt: skip
     console.print(f"{out}: start a study with --load {out / 'ar'}")
 
 

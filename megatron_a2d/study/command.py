@@ -12,7 +12,7 @@ from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import RunConfig, flag, settings
 from megatron_a2d.report.plot_style import import_pyplot
-from megatron_a2d.study.fingerprints import hold_inputs
+from megatron_a2d.study.fingerprints import EXTRA_START, hold_inputs
 from megatron_a2d.study.results_page import write_lines, write_page
 from megatron_a2d.study.runner import Runner
 from megatron_a2d.study.study_base import Study, seeds_of
@@ -28,6 +28,7 @@ STUDIES = {
     "time-sampling": "timestep_sampling",
     "masks": "mask_sampling",
     "precision": "low_precision",
+    "routers": "routers",
 }
 
 
@@ -58,20 +59,24 @@ def run_study(name: str, argv: list[str]) -> None:
         help="command in front of `-m megatron_a2d.train`, such as 'torchrun --nproc-per-node 8' or, under Slurm, "
         "'srun --ntasks-per-node 1 launch/node.sh'; default: this Python, one process",
     )  # fmt: skip
+    for start, about in study.starts.items():
+        parser.add_argument(f"{EXTRA_START}{start}", metavar="CKPT", help=about)
     parser.add_argument("--page", type=Path, metavar="DIR", help="directory for table, plots and page; default: --out")
     parser.add_argument("--plan", action="store_true", help="list the jobs and whether they are done, and exit")
     base, options = parse_run(parser, argv, inherited)
     _check(base, options.seeds, options.jobs)
     assert base.training.load is not None
     model_config = read_model_config(resolve(base.training.load) / HF_FILES)
+    starts = {name: path for name in study.starts if (path := getattr(options, f"load_{name}"))}
     jobs = study.plan(base, seeds_of(options.seeds), model_config)
-    runner = Runner(options.out, base, shlex.split(options.launcher), options.jobs)
+    jobs = [job for job in jobs if job.start not in study.starts or job.start in starts]
+    runner = Runner(options.out, base, shlex.split(options.launcher), options.jobs, starts)
     if options.plan:
         for job in jobs:
             print_line(f"{'done' if runner.is_done(job) else 'to do':6}{job.name}")
         return
     hold_directory(options.out, "--out")
-    hold_inputs(options.out, base)
+    hold_inputs(options.out, base, {f"{EXTRA_START}{name}": path for name, path in starts.items()})
     import_pyplot()  # fail now, not after the last run
     records = runner.run(jobs)
     page = options.page or options.out

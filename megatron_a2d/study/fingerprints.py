@@ -16,27 +16,43 @@ from megatron_a2d.utils.atomic_write import read_json, write_json
 from megatron_a2d.utils.errors import UserError
 
 _FILE = "inputs.json"
+EXTRA_START = "--load-"  # and the name of a checkpoint that some studies start from besides --load
 
 
-def hold_inputs(out: Path, base: RunConfig) -> None:
-    """Record the inputs in `out`; UserError if it holds a study of another checkpoint or other tokens."""
+def hold_inputs(out: Path, base: RunConfig, starts: dict[str, str] | None = None) -> None:
+    """Record the inputs in `out`; UserError if it holds a study of another checkpoint or other tokens.
+
+    `starts`: checkpoints besides --load, by flag. A study that has begun without one may be given it later.
+    """
+    others = {flag: (_of_checkpoint(path), path) for flag, path in (starts or {}).items()}
     found, path = _inputs(base), out / _FILE
     known = read_json(path, "the study's inputs") if path.exists() else {}
     problems = [
         f"{flag}: {now[1]} holds something else than what the study in --out {out} was begun with; give that, or "
         "another --out"
-        for flag, now in found.items()
+        for flag, now in (found | others).items()
         if known.get(flag, now[0]) != now[0]
     ]
     problems += [
         f"{flag}: the study in --out {out} was begun {'without' if flag in found else 'with'} it; give its tokens as "
         "they were given then, or another --out"
         for flag in (known.keys() ^ found.keys() if known else ())
+        if not flag.startswith(EXTRA_START)
     ]
     if problems:
         raise UserError(problems)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {flag: fingerprint for flag, (fingerprint, _) in found.items()})
+    write_json(path, known | {flag: fingerprint for flag, (fingerprint, _) in (found | others).items()})
+
+
+def _of_checkpoint(path: str) -> str:
+    """The checksum of its manifest, which has one per file; of its configuration, as the oldest have no manifest."""
+    from megatron_a2d.data.checksums import checksum
+
+    start = resolve(path)
+    manifest = start / MANIFEST
+    described = manifest if manifest.is_file() else start / HF_FILES / "config.json"
+    return checksum(described.read_bytes())
 
 
 def _inputs(base: RunConfig) -> dict[str, tuple[str, str]]:
@@ -50,11 +66,7 @@ def _inputs(base: RunConfig) -> dict[str, tuple[str, str]]:
 
     load, data = base.training.load, base.data
     assert load is not None
-    start = resolve(load)
-    # A checkpoint's manifest has a checksum per file; the oldest checkpoints have none.
-    manifest = start / MANIFEST
-    described = manifest if manifest.is_file() else start / HF_FILES / "config.json"
-    found = {"--load": (checksum(described.read_bytes()), load)}
+    found = {"--load": (_of_checkpoint(load), load)}
     if data.data_mixture:
         sources = [
             f"{item.name} {item.weight} {tokens(item.train_path)} {tokens(item.valid_path)}"

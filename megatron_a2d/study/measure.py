@@ -98,13 +98,21 @@ def error(loaded: LoadedRun, **options: Any) -> dict[str, Any]:
     return gradient_error(loaded, **options)
 
 
-_KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+def loads(loaded: LoadedRun, **options: Any) -> list[dict[str, Any]]:
+    """Loads of experts on held-out text, of one checkpoint or of all of a run (router_loads.py)."""
+    from megatron_a2d.study.router_loads import router_loads
+
+    return router_loads(loaded, **options)
+
+
+_KINDS: dict[str, Callable[..., Any]] = {
     "likelihood": likelihood,
     "cloze": cloze,
     "infill": infill,
     "drift": drift,
     "gradients": gradients,
     "gradient_error": error,
+    "loads": loads,
 }
 
 

@@ -44,8 +44,18 @@ _NO_SAVES = {"keep_latest_k": 0, "save_retain_interval": 0, "async_save": False}
 class Runner:
     """Runs the jobs of a study in `out`, `num_parallel` at a time, each as `launcher` -m MODULE ..."""
 
-    def __init__(self, out: Path, base: RunConfig, launcher: Sequence[str], num_parallel: int = 1):
+    def __init__(
+        self,
+        out: Path,
+        base: RunConfig,
+        launcher: Sequence[str],
+        num_parallel: int = 1,
+        starts: dict[str, str] | None = None,
+    ):
+        """`starts`: checkpoints besides the base's that jobs start from, by name."""
+        assert base.training.load is not None
         self._out, self._base = out, base
+        self._starts = {BASE: base.training.load, **(starts or {})}
         self._launcher = list(launcher) or [sys.executable]
         self._num_parallel = num_parallel
         self._processes: set[subprocess.Popen[bytes]] = set()
@@ -54,7 +64,7 @@ class Runner:
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Run all jobs, in the order of the plan except for dependencies; returns a record per job."""
         self._check(jobs)
-        done: set[str] = {BASE}
+        done = set(self._starts)
         waiting = list(jobs)
         failed: list[str] = []
         running: dict[Future[None], Job] = {}
@@ -133,8 +143,15 @@ class Runner:
 
     def _settings(self, job: Job) -> dict[str, Any]:
         directory = self._out / job.name
-        start = self._base.training.load if job.start == BASE else str(self._out / job.start)
-        return {**resolved(self._base, job), "load": start, "save": str(directory) if job.trains else None}
+        return {
+            **resolved(self._base, job),
+            "load": self._path_of(job.start),
+            "save": str(directory) if job.trains else None,
+        }
+
+    def _path_of(self, start: str) -> str:
+        """The checkpoint of this name: a given one, or another job's."""
+        return self._starts.get(start) or str(self._out / start)
 
     def _is_trained(self, job: Job) -> bool:
         return latest_iteration(self._out / job.name) == self._settings(job)["train_iters"]
@@ -170,8 +187,7 @@ class Runner:
         """The options of a measurement, with the name of its reference, if any, as a path."""
         options = dict(measure.options)
         if "reference" in options:
-            name = options["reference"]
-            options["reference"] = self._base.training.load if name == BASE else str(self._out / name)
+            options["reference"] = self._path_of(options["reference"])
         return options
 
     def _call(self, directory: Path, module: str, *arguments: str) -> None:

@@ -29,6 +29,8 @@ class Study(NamedTuple):
     plan: Callable[[RunConfig, Sequence[int], ModelConfig], list[Job]]  # (settings of the base run, seeds, model)
     report: Callable[[list[Record], Path], Report]  # (records of the jobs, directory for images)
     num_seeds: int = 3
+    # Checkpoints besides --load that jobs may start from: --load-NAME, and its help. Without one its jobs are left out.
+    starts: dict[str, str] = {}  # noqa: RUF012  (never written to)
 
 
 def seeds_of(count: int) -> list[int]:
