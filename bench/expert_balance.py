@@ -33,7 +33,7 @@ WITHOUT, WITH = "without balancing", "with balancing"
 BALANCED = ("--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", "0.1")
 VARIANTS = {WITHOUT: ("--moe-router-load-balancing-type", "none", "--moe-aux-loss-coeff", "0"), WITH: BALANCED}
 TARGETS = {2: 1.05, 4: 1.20, 8: 1.40}  # busiest rank over the mean, with balancing and placement
-NUM_BATCHES = 64  # of 8 samples; every other one places the experts, the rest is measured
+NUM_BATCHES = 128  # of 8 samples
 
 
 class Result(NamedTuple):
@@ -79,9 +79,8 @@ def _convert(demo: Path, run: Path, flags: tuple[str, ...]) -> None:
 
 
 def _measure(demo: Path, run: Path) -> Result:
-    from megatron_a2d.evaluation.expert_loads import measure_loads, measuring_config, open_held_out
-
     from megatron_a2d.distributed import process_groups
+    from megatron_a2d.evaluation.expert_loads import measure_loads, measuring_config, open_held_out
 
     directory = resolve(run)
     model_config = read_model_config(directory / HF_FILES)
@@ -96,24 +95,15 @@ def _measure(demo: Path, run: Path) -> Result:
 
 
 def figures(loads_BL2E: np.ndarray, nelbo: float, standard_error: float) -> Result:
-    """Loads of the second, fourth, ... batch, with experts placed by the others."""
-    from megatron_a2d.planner.expert_partition import imbalance, place
+    """Loads of every other batch, with experts placed by those between them."""
+    from megatron_a2d.planner.expert_partition import place_layers
 
-    by_LBE = loads_BL2E.sum(2).swapaxes(0, 1)
-    known, held = by_LBE[:, ::2], by_LBE[:, 1::2].sum(1, keepdims=True)
-    orders = {size: [place(loads_BE, size) for loads_BE in known] for size in TARGETS}
-    in_order = {
-        size: [imbalance(loads_BE, np.arange(loads_BE.shape[1]), size) for loads_BE in held] for size in TARGETS
-    }
-    placed = {
-        size: [imbalance(loads_BE, order, size) for loads_BE, order in zip(held, orders[size], strict=True)]
-        for size in TARGETS
-    }
+    changes = {size: place_layers(loads_BL2E, size) for size in TARGETS}
     return Result(
-        nelbo, 1.96 * standard_error, int((held == 0).sum()),
-        {size: float(np.mean(layers)) for size, layers in in_order.items()},
-        {size: float(np.mean(layers)) for size, layers in placed.items()},
-        {size: max(layers) for size, layers in placed.items()},
+        nelbo, 1.96 * standard_error, int((loads_BL2E.sum((0, 2)) == 0).sum()),
+        {size: change.mean.before.together for size, change in changes.items()},
+        {size: change.mean.after.together for size, change in changes.items()},
+        {size: change.worst.after.together for size, change in changes.items()},
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_a2d.planner.expert_partition import place
+
 
 @dataclass(frozen=True)
 class Loads:
@@ -46,9 +48,8 @@ class Loads:
         """
         loads_LE = self.total
         if placed_by is not None:
-            loads_LE = np.stack(
-                [row[greedy_order(known, num_ranks)] for row, known in zip(loads_LE, placed_by.total, strict=True)]
-            )
+            orders = [place(known_E[None], num_ranks) for known_E in placed_by.total]
+            loads_LE = np.take_along_axis(loads_LE, np.array(orders), axis=1)
         return busiest(loads_LE.reshape(len(loads_LE), num_ranks, -1).sum(-1))
 
 
@@ -56,16 +57,6 @@ def busiest(loads_LN: np.ndarray) -> np.ndarray:
     """[L] largest load of each row over the row's mean; 1 for a row without any."""
     means_L = loads_LN.mean(-1)
     return np.where(means_L > 0, loads_LN.max(-1) / np.maximum(means_L, 1e-12), 1.0)
-
-
-def greedy_order(loads_E: np.ndarray, num_ranks: int) -> list[int]:
-    """Experts by slot: each, the busiest first, goes to the rank with the smallest load that has a free slot."""
-    places = len(loads_E) // num_ranks
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    for expert in np.argsort(-loads_E, kind="stable"):
-        free = [rank for rank in ranks if len(rank) < places]
-        min(free, key=lambda rank: sum(loads_E[rank])).append(int(expert))
-    return [expert for rank in ranks for expert in sorted(rank)]
 
 
 def rank_sizes(num_experts: int, largest: int = 8) -> list[int]:

@@ -106,7 +106,7 @@ def report(records: list[Record], images: Path) -> Report:
         f"a layer's {num_experts}, mean over {num_layers} layers; at most {most:g}. Dead: experts that no held-out "
         "token chose, of all layers. Busiest rank: its load over the mean, mean over layers, in brackets the worst "
         "layer of any seed; experts in their order, placed by the loads at the first checkpoint of the run, and placed "
-        "by the loads at its end (greedily, the busiest first). ± is half of a 95% confidence interval over seeds "
+        "by the loads at its end. ± is half of a 95% confidence interval over seeds "
         f"(Student's t). {MANY_COMPARISONS}\n\n{_findings(groups)}\n![results](routers.png)\n"
     )
     return Report(text, _rows(before, groups, loads))
