@@ -85,4 +85,4 @@ def scaled_batch(base: RunConfig, factor: float, largest: int = 1) -> dict[str, 
 def ar_settings(base: RunConfig) -> dict[str, Any]:
     """The settings that switch a run to the autoregressive objective, with all noise settings at their defaults."""
     defaults = dataclasses.asdict(type(base.diffusion)())
-    return {**defaults, "objective": "ar"}
+    return {**defaults, "objective": "ar", "moe_aux_loss_tokens": "all"}  # there are no masked tokens to tell apart
