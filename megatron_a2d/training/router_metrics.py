@@ -35,10 +35,6 @@ class RouterCounts:
         finally:
             self._balancing.is_observed = self._routing.records_entropy = False
 
-    def choices(self) -> Tensor:
-        """[layers, kinds, experts]: choices of the last `counting`. Collective."""
-        return over_ranks(self._routing.choices.double()).cpu()
-
     def read(self) -> dict[str, Any]:
         """Metrics of the last `counting`. Collective.
 

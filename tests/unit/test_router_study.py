@@ -80,6 +80,12 @@ def test_the_report_has_the_figures_of_its_runs(tmp_path: Path) -> None:
     assert [at["iteration"] for at in collapsed["course"]] == [0, 5, 10] and collapsed["course"][-1]["masked"] == [4, 2]
     placed = [1.5, 1.0]  # of layer 1, experts 50 10 10 10; of layer 2, 30 30 10 10
     assert list(collapsed["busiest_rank"]["EP 2"].values()) == [[1.5, 1.5], placed, placed]
+    # Of ranks with several experts, under the recipes' balancing: EP 2.
+    assert routers.planner_imbalance(rows) == (1, 1) and "`plan --imbalance`: 1.00 for time and 1.00 for memory" in text
+    uneven = [
+        row | {"busiest_rank": collapsed["busiest_rank"]} for row in rows if row["variant"] == routers.RECOMMENDED
+    ]
+    assert routers.planner_imbalance(uneven) == (1.5, 1.5)
     assert even["course"][-1]["dead"] == 0 and even["busiest_rank"]["EP 4"]["in order"] == [1, 1]
     assert (tmp_path / "routers.png").stat().st_size > 0 and json.dumps(rows)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.planner.routing import RankImbalance
 from megatron_a2d.report.plot_style import figure
 from megatron_a2d.study.confidence import MANY_COMPARISONS, Interval, mean_interval, paired_difference, verdict
 from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings
@@ -28,6 +29,7 @@ def _aux_loss(coeff: float = COEFF, kind: str = GLOBAL, **more: Any) -> dict[str
     return {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": coeff, **more}
 
 
+RECOMMENDED = "global, 0.1"  # the recipes' choice
 VARIANTS: dict[str, dict[str, Any]] = {
     BASELINE: {},
     **{f"global, {coeff:g}": _aux_loss(coeff) for coeff in COEFFS},
@@ -98,6 +100,7 @@ def report(records: list[Record], images: Path) -> Report:
     _draw(images / "routers.png", groups, loads)
     num_layers, num_experts = _last(loads)[0].total.shape
     most = num_experts / next(iter(before.values()))["loads"][0]["top_k"]
+    rows = _rows(before, groups, loads)
     tables = (_losses(before, groups), _experts(loads), _ranks(loads), _course(loads))
     text = (
         "\n".join(tables) + "\nStart: the autoregressive model, pretrained without or with balanced routers. NELBO "
@@ -107,9 +110,9 @@ def report(records: list[Record], images: Path) -> Report:
         "token chose, of all layers. Busiest rank: its load over the mean, mean over layers, in brackets the worst "
         "layer of any seed; experts in their order, placed by the loads at the first checkpoint of the run, and placed "
         "by the loads at its end. ± is half of a 95% confidence interval over seeds "
-        f"(Student's t). {MANY_COMPARISONS}\n\n{_findings(groups)}\n![results](routers.png)\n"
+        f"(Student's t). {MANY_COMPARISONS}\n\n{_findings(groups)}\n{_for_planner(rows)}![results](routers.png)\n"
     )
-    return Report(text, _rows(before, groups, loads))
+    return Report(text, rows)
 
 
 def _last(loads: LoadsOf, key: Key | None = None) -> list[Loads]:
@@ -181,6 +184,33 @@ def busiest_ranks(course: list[Loads], num_ranks: int, placed: str) -> np.ndarra
     return course[-1].ranks(num_ranks, by)
 
 
+def planner_imbalance(rows: Sequence[Record]) -> RankImbalance:
+    """What `plan` assumes by default, from this study's rows: the recipes' balancing, of a balanced router.
+
+    Of experts in their order, for the numbers of ranks that hold several: the mean over seeds and layers of the worst
+    number, and the largest value of any layer.
+    """
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if (row["start"], row["variant"]) == (STARTS[BALANCED], RECOMMENDED):
+            for name, by_placement in row["busiest_rank"].items():
+                if name != f"EP {row['num_experts']}":
+                    found.setdefault(name, []).extend(by_placement[PLACEMENTS[0]])
+    means = [sum(values) / len(values) for values in found.values()]
+    return RankImbalance(round(max(means), 2), round(max(max(values) for values in found.values()), 2))
+
+
+def _for_planner(rows: Sequence[Record]) -> str:
+    if (STARTS[BALANCED], RECOMMENDED) not in {(row["start"], row["variant"]) for row in rows}:
+        return ""
+    mean, peak = planner_imbalance(rows)
+    return (
+        f"Default of `plan --imbalance`: {mean:.2f} for time and {peak:.2f} for memory; {RECOMMENDED}, from the start "
+        "with balancing, experts in order, ranks of several experts: the larger mean over layers and seeds, and the "
+        "largest value.\n\n"
+    )
+
+
 def _course(loads: LoadsOf) -> str:
     """Loads from the start of conversion to its end, without balancing."""
     rows = []
@@ -228,7 +258,7 @@ def _rows(before: dict[str, Record], groups: Groups, loads: LoadsOf) -> list[Rec
             course = loads[start, variant][seed]
             rows.append(
                 {
-                    "start": start, "variant": variant, "seed": seed,
+                    "start": start, "variant": variant, "seed": seed, "num_experts": course[-1].total.shape[1],
                     **{column: read(record) for column, read in COLUMNS.items()},
                     "course": [
                         {
