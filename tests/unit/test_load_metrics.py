@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_a2d.config.settings import build
 from megatron_a2d.training.load_metrics import PATIENCE, CrowdingDetector, load_metrics
+from megatron_a2d.training.logger import RunLog
 
 
 def test_dead_experts_and_the_busiest_rank() -> None:
@@ -63,3 +68,29 @@ def test_no_warning_without_masked_tokens_or_experts() -> None:
     unmasked = {"load_imbalance_unmasked": 9.0, "by_layer": {}}
     assert not any(CrowdingDetector(8, 2).check(unmasked) for _ in range(3 * PATIENCE))
     assert not any(CrowdingDetector(0, 0).check(None) for _ in range(3 * PATIENCE))
+
+
+def test_a_warning_is_a_line_of_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(build({"save": str(tmp_path), "log_interval": 1}), 0, enabled=True)
+    log.crowding(7, "warning: the busiest expert serves 51%")
+    log.close()
+    (record,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (record["kind"], record["iteration"]) == ("crowding", 7) and "51%" in record["warning"]
+    assert "iteration 7: warning: the busiest expert serves 51%" in capsys.readouterr().err
+
+
+def test_targets_of_a_balanced_conversion() -> None:
+    """Two experts that only masked tokens take: balanced over kinds, in order on the same rank of four."""
+    from bench.expert_balance import WITH, WITHOUT, figures, verdicts
+
+    unmasked, masked = [0, 0, 3, 3, 3, 3, 3, 3], [9, 9, 0, 0, 0, 0, 0, 0]
+    loads_BL2E = np.tile(np.array([[unmasked, masked]]), (32, 1, 1, 1))
+    found = figures(loads_BL2E, 5.0, 0.1)
+    assert found.num_dead == 0 and found.interval == pytest.approx(0.196)
+    assert found.in_order == pytest.approx({2: 24 / 18, 4: 2.0, 8: 2.0})
+    assert found.placed == pytest.approx({2: 1.0, 4: 12 / 9, 8: 2.0}) == found.worst_layer
+    dead = figures(loads_BL2E * np.array([[1], [0]]), 5.3, 0.1)  # without masked tokens
+    assert dead.num_dead == 2
+    lines = verdicts({WITHOUT: found, WITH: found._replace(nelbo=5.2)})
+    assert [line.rpartition(": ")[2] for line in lines] == ["met", "missed", "missed", "met", "missed"]
+    assert "EP 2: 1.00, target <= 1.05: met" in lines and "NELBO: +0.200, target <= 0.196: missed" in lines
