@@ -13,7 +13,7 @@ from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.planner.routing import RankImbalance
 from megatron_a2d.report.plot_style import figure
-from megatron_a2d.study.confidence import MANY_COMPARISONS, Interval, mean_interval, paired_difference, verdict
+from megatron_a2d.study.confidence import MANY_COMPARISONS, Interval, mean_interval, paired_difference
 from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings
 from megatron_a2d.study.load_course import Loads, rank_sizes
 from megatron_a2d.study.results_page import markdown_table
@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 BALANCED = "balanced"
 STARTS = {BASE: "without balancing", BALANCED: "with balancing"}
+ORDER = {name: number for number, name in enumerate(STARTS.values())}
 NUM_CHECKPOINTS, NUM_LOGS = 5, 30
 PLACEMENTS = ("in order", "placed early", "placed at the end")
 KINDS = ("masked", "unmasked")
@@ -89,7 +90,8 @@ def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> li
 
 def report(records: list[Record], images: Path) -> Report:
     before = {record["start"]: record for record in records if not record["variant"]}
-    groups: Groups = by_tag([record for record in records if record["variant"]], "start", "variant")
+    trained = sorted((record for record in records if record["variant"]), key=lambda record: ORDER[record["start"]])
+    groups: Groups = by_tag(trained, "start", "variant")
     loads: LoadsOf = {
         key: {
             seed: [Loads.of(entry) for entry in (*before[key[0]]["loads"], *record["loads"])]
@@ -110,7 +112,7 @@ def report(records: list[Record], images: Path) -> Report:
         "token chose, of all layers. Busiest rank: its load over the mean, mean over layers, in brackets the worst "
         "layer of any seed; experts in their order, placed by the loads at the first checkpoint of the run, and placed "
         "by the loads at its end. ± is half of a 95% confidence interval over seeds "
-        f"(Student's t). {MANY_COMPARISONS}\n\n{_findings(groups)}\n{_for_planner(rows)}![results](routers.png)\n"
+        f"(Student's t). {MANY_COMPARISONS}\n\n{_for_planner(rows)}![results](routers.png)\n"
     )
     return Report(text, rows)
 
@@ -121,18 +123,30 @@ def _last(loads: LoadsOf, key: Key | None = None) -> list[Loads]:
 
 
 def _losses(before: dict[str, Record], groups: Groups) -> str:
-    """What is learned and what is kept, and NELBO against the same start and seed without balancing."""
+    """What is learned and what is kept, then both minus the same start and seed without balancing."""
     kept = list(COLUMNS)[2:]
     rows = [
-        [start, "before conversion", "", "", "", "", *(f"{COLUMNS[column](record):.3f}" for column in kept)]
+        [start, "before conversion", "", "", "", *(f"{COLUMNS[column](record):.3f}" for column in kept)]
         for start, record in before.items()
     ]
-    for (start, variant), runs in groups.items():
-        difference = _difference(groups, (start, variant), "NELBO")
-        values = [mean_interval([read(record) for record in runs.values()]).format(3) for read in COLUMNS.values()]
-        shown = "" if variant == BASELINE else difference.format(4)
-        rows.append([start, variant, str(len(runs)), values[0], shown, *values[1:]])
-    return markdown_table(["start", "balancing", "seeds", "NELBO", f"minus {BASELINE}", *list(COLUMNS)[1:]], rows)
+    rows += [
+        [
+            *key,
+            str(len(runs)),
+            *(mean_interval([read(record) for record in runs.values()]).format(3) for read in COLUMNS.values()),
+        ]
+        for key, runs in groups.items()
+    ]
+    differences = [
+        [*key, *(_difference(groups, key, column).format(4) for column in COLUMNS)]
+        for key in groups
+        if key[1] != BASELINE
+    ]
+    return (
+        markdown_table(["start", "balancing", "seeds", *COLUMNS], rows)
+        + "\n"
+        + markdown_table(["start", f"balancing, minus {BASELINE}", *COLUMNS], differences)
+    )
 
 
 def _difference(groups: Groups, key: Key, column: str) -> Interval:
@@ -161,18 +175,26 @@ def _experts(loads: LoadsOf) -> str:
 
 def _ranks(loads: LoadsOf) -> str:
     """Load by expert-parallel rank at the end, with the experts in order, placed early, and placed now."""
-    sizes = rank_sizes(_last(loads)[0].total.shape[1])
+    columns = _rank_columns(_last(loads)[0].total.shape[1], PLACEMENTS)
     rows = []
     for key, runs in loads.items():
         cells = []
-        for size in sizes:
-            for placed in PLACEMENTS:
-                layers = [busiest_ranks(course, size, placed) for course in runs.values()]
-                mean, worst = mean_interval([float(found.mean()) for found in layers]), max(map(max, layers))
-                cells.append(f"{mean.format(2)} ({worst:.2f})")
+        for size, placed in columns:
+            layers = [busiest_ranks(course, size, placed) for course in runs.values()]
+            mean, worst = mean_interval([float(found.mean()) for found in layers]), max(map(max, layers))
+            cells.append(f"{mean.format(2)} ({worst:.2f})")
         rows.append([*key, *cells])
-    head = [f"EP {size}, {placed}" for size in sizes for placed in PLACEMENTS]
+    head = [f"EP {size}, {placed}" for size, placed in columns]
     return markdown_table(["start", "balancing", *head], rows)
+
+
+def _rank_columns(num_experts: int, placements: Sequence[str]) -> list[tuple[int, str]]:
+    """Numbers of ranks and placements; where a rank is one expert, there is nothing to place."""
+    return [
+        (size, placed)
+        for size in rank_sizes(num_experts)
+        for placed in (placements if size < num_experts else placements[:1])
+    ]
 
 
 def busiest_ranks(course: list[Loads], num_ranks: int, placed: str) -> np.ndarray:
@@ -213,39 +235,23 @@ def _for_planner(rows: Sequence[Record]) -> str:
 
 def _course(loads: LoadsOf) -> str:
     """Loads from the start of conversion to its end, without balancing."""
-    rows = []
+    columns = _rank_columns(_last(loads)[0].total.shape[1], (PLACEMENTS[0], "placed at iteration 0"))
+    rows: list[list[Any]] = []
     for (start, variant), runs in loads.items():
         if variant != BASELINE:
             continue
-        for number, first in enumerate(next(iter(runs.values()))):
-            at = [course[number] for course in runs.values()]
-            rows.append(
-                [
-                    start, first.iteration if number else 0,
-                    *(mean_interval([item.imbalance(kind).mean() for item in at]).format(2) for kind in KINDS),
-                    mean_interval([item.num_dead for item in at]).format(1),
-                    *(
-                        mean_interval([float(item.ranks(size, by).mean()) for item in at]).format(2)
-                        for size in rank_sizes(first.total.shape[1])
-                        for by in (None, next(iter(runs.values()))[0])  # the start is the same for all seeds
-                    ),
-                ]
-            )  # fmt: skip
-    sizes = rank_sizes(_last(loads)[0].total.shape[1])
-    head = [f"EP {size}, {placed}" for size in sizes for placed in (PLACEMENTS[0], "placed at iteration 0")]
-    return markdown_table(
-        ["start", f"iteration, {BASELINE}", *(f"imbalance, {kind}" for kind in KINDS), "dead", *head], rows
-    )
-
-
-def _findings(groups: Groups) -> str:
-    """One line per start, variant and column."""
-    return "".join(
-        f"- {start}, {variant}, {column}: {verdict(_difference(groups, (start, variant), column), 4)}\n"
-        for start, variant in groups
-        if variant != BASELINE
-        for column in COLUMNS
-    )
+        for number, at in enumerate(zip(*runs.values(), strict=True)):
+            begin = next(iter(runs.values()))[0]  # the same for all seeds
+            cells = [[float(item.imbalance(kind).mean()) for item in at] for kind in KINDS]
+            cells += [
+                [float(item.ranks(size, None if placed == PLACEMENTS[0] else begin).mean()) for item in at]
+                for size, placed in columns
+            ]
+            dead = mean_interval([item.num_dead for item in at]).format(1)
+            shown = [mean_interval(values).format(2) for values in cells]
+            rows.append([start, at[0].iteration if number else 0, dead, *shown])
+    head = [*(f"imbalance, {kind}" for kind in KINDS), *(f"EP {size}, {placed}" for size, placed in columns)]
+    return markdown_table(["start", f"iteration, {BASELINE}", "dead", *head], rows)
 
 
 def _rows(before: dict[str, Record], groups: Groups, loads: LoadsOf) -> list[Record]:
@@ -289,7 +295,7 @@ def _draw(path: Path, groups: Groups, loads: LoadsOf) -> None:
             style = "-" if number == 0 else "--"
             for color, variant in enumerate(VARIANTS):
                 runs, courses = groups[start, variant], list(loads[start, variant].values())
-                look = {"color": f"C{color}", "linestyle": style, "label": f"{variant}, start {start}"}
+                look = {"color": f"C{color}", "linestyle": style, "label": variant if number == 0 else None}
                 for axis, kind in zip(axes, KINDS, strict=False):
                     axis.plot(*_logged(runs, f"load_imbalance_{kind}"), **look, linewidth=1)
                 iterations = [entry.iteration if place else 0 for place, entry in enumerate(courses[0])]
@@ -317,9 +323,9 @@ def _draw(path: Path, groups: Groups, loads: LoadsOf) -> None:
             axis.set_xticks(range(len(sizes)), [f"EP {size}" for size in sizes])
             axis.set_title(f"busiest rank over the mean, {placed}")
         for axis, kind in zip(axes, KINDS, strict=False):
-            axis.set_title(f"imbalance of {kind} tokens")
+            axis.set_title(f"imbalance of {kind} tokens; dashed: {starts[-1]}")
         axes[2].set_title("dead experts")
-        axes[0].legend(fontsize=5)
+        axes[3].legend(*axes[0].get_legend_handles_labels(), fontsize=7)
         for axis in axes[:3]:
             axis.set_xlabel("iteration")
         axes[3].axhline(0, color="gray", linestyle="--")
