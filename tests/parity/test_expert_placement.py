@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints_tools import export_hf
 from megatron_a2d.checkpoint.placement_file import identity
 from megatron_a2d.utils.atomic_write import read_json
 from tests.cases import Case
@@ -119,6 +120,19 @@ def test_checkpoints_keep_the_numbers(placed: Case, pool: Pool, tmp_path: Path) 
         found = content(directory)
         assert found.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), directory
+
+
+def test_exports_are_equal_bit_for_bit(placed: Case, pool: Pool, tmp_path: Path) -> None:
+    """Of what was written under a placement, and of the same weights written by one process without."""
+    settings = {**placed.settings, "load": placed.checkpoint, "save": str(tmp_path / "run"), "train_iters": 1}
+    pool.run("run", 2, settings={**settings, **EP})
+    resaved = {**settings, "save": str(tmp_path / "alone"), "moe_expert_placement": "none"}
+    pool.run("resave", 1, checkpoint=str(tmp_path / "run"), settings=resaved)
+    exports = [tmp_path / "exported" / name for name in ("run", "alone")]
+    for export in exports:
+        export_hf.main(["--checkpoint", str(tmp_path / export.name), "--out", str(export), "--no-verify"])
+    run, alone = ((export / "model.safetensors").read_bytes() for export in exports)
+    assert run == alone
 
 
 def test_a_resumed_run_applies_it_again(placed: Case, pool: Pool, tmp_path: Path, cases: dict[str, Case]) -> None:
