@@ -77,6 +77,8 @@ def rehearse_rank(
         progress(f"rank {rank}: model and optimizer")
         with _modules_listed_once():
             state = build_train_state(model_config, config)
+        if state.balancing:
+            state.balancing.assume_even_loads()
         progress(f"rank {rank}: {len(batches)} micro-batches")
         result = _step(trace, state, batches)
     building, activations, update, left = result

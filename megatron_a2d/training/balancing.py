@@ -115,6 +115,10 @@ class RunBalancing:
                 if router.expert_bias is not None:
                     router.expert_bias *= left / (left + 1)
 
+    def assume_even_loads(self) -> None:
+        """For a step that stands for any but a run's first, which alone counts its loads."""
+        self.routing.loads = torch.ones_like(self.routing.choices)
+
     def state(self) -> list[Any] | None:
         """The loads [L, 2, E] as nested lists, for a checkpoint."""
         return None if self.routing.loads is None else self.routing.loads.tolist()

@@ -68,6 +68,10 @@ EVERY = [
 FIRST = ("first",)
 TP, PP = ("--tensor-model-parallel-size", "2", "--sequence-parallel"), ("--pipeline-model-parallel-size", "2")
 NO_GRAPHS = ("--cuda-graph-impl", "none", "--cuda-graph-scope", "attn")
+BALANCED = (
+    "--moe-router-load-balancing-type", "global_aux_loss", "--moe-aux-loss-coeff", "0.001",
+    "--moe-aux-loss-tokens", "by_kind", "--moe-z-loss-coeff", "0.001",
+)  # fmt: skip
 LAYOUTS = [
     Case("qwen3_0p6b", 16, FIRST, (*TP, *PP)),
     Case("qwen3_0p6b", 16, FIRST, ("--context-parallel-size", "2")),
@@ -76,6 +80,7 @@ LAYOUTS = [
     Case("qwen3_0p6b", 8, FIRST, (*NO_GRAPHS, "--reset-attention-mask", "--reset-position-ids")),
     Case("qwen3_0p6b", 8, FIRST, ("--no-use-distributed-optimizer", "--no-overlap-param-gather")),
     Case("qwen3_0p6b", 8, FIRST, ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16")),
+    Case("qwen3_30b_a3b", 8, FIRST, BALANCED),
     Case("qwen3_30b_a3b", 64, FIRST, (*PP, "--num-virtual-stages-per-pipeline-rank", "2")),
     Case(
         "qwen3_30b_a3b", 64, FIRST,
