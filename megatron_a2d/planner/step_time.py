@@ -184,12 +184,12 @@ def layer_work(job: Job, nvlink_domain: int) -> Work:
 
 
 def _all_to_all(job: Job, nvlink_domain: int) -> tuple[float, float]:
-    """Bytes that a rank sends over NVLink and over the network in a layer's all-to-alls, per pass.
+    """Bytes that a rank sends over NVLink and over the network to and from a layer's experts, per pass.
 
-    The four all-to-alls move the same tokens; `layer_work` multiplies by its passes, `PASSES` without recomputation.
+    The four exchanges move the same tokens; `layer_work` multiplies by its passes, `PASSES` without recomputation.
     """
-    a, ep = job.model_config, job.expert_model_parallel_size
-    ranks = ep * job.expert_tensor_parallel_size
+    a, ep, etp = job.model_config, job.expert_model_parallel_size, job.expert_tensor_parallel_size
+    ranks = ep * etp
     if not a.is_moe or ranks == 1:
         return 0.0, 0.0
     # Expert-parallel ranks are adjacent, tensor-parallel ones innermost; `inside` of them share an NVLink domain.
@@ -197,18 +197,22 @@ def _all_to_all(job: Job, nvlink_domain: int) -> tuple[float, float]:
     nodes = ranks / inside
     tokens, k = job.tokens_between_layers, a.num_experts_per_tok
     token_bytes = a.hidden_size * BF16 * ALL_TO_ALLS / PASSES
+    # Of an all-gather in bf16 and a reduce-scatter in the router's fp32 (token_dispatcher.py), and their gradients.
+    summed_bytes = a.hidden_size * (BF16 + FP32) * (ALL_TO_ALLS / 2) / PASSES
     if job.moe_token_dispatcher_type == "allgather":
-        copies_inside, copies_outside = inside - 1.0, ranks - inside + 0.0
+        # The router's choice and probabilities of all experts too; these have a gradient.
+        with_router = summed_bytes + a.num_experts * (1 + 2 * FP32) / PASSES
+        sent_inside, sent_outside = (inside - 1.0) * with_router, (ranks - inside) * with_router
     elif job.moe_token_dispatcher_type == "flex":
         # A token is sent once to each rank that has one of its experts, and once to each NVLink domain.
-        copies_inside = inside * (1 - (1 - 1 / inside) ** (k / nodes)) * (1 - 1 / inside) * nodes
-        copies_outside = (nodes - 1) * (1 - (1 - 1 / nodes) ** k)
+        copies = inside * (1 - (1 - 1 / inside) ** (k / nodes)) * (1 - 1 / inside) * nodes
+        sent_inside, sent_outside = copies * token_bytes, (nodes - 1) * (1 - (1 - 1 / nodes) ** k) * token_bytes
     else:
-        copies_inside, copies_outside = k * (inside - 1) / ranks, k * (1 - inside / ranks)
-    return (
-        tokens * copies_inside * token_bytes * job.imbalance.mean,
-        tokens * copies_outside * token_bytes * job.imbalance.mean,
-    )
+        # All-to-all among the ranks with the same slice of the experts, then an all-gather among the slices.
+        near = max(1.0, inside / etp)
+        sent_inside = k * ((near - 1) / ep * token_bytes + (etp - 1) * summed_bytes)
+        sent_outside = k * (1 - near / ep) * token_bytes
+    return tokens * sent_inside * job.imbalance.mean, tokens * sent_outside * job.imbalance.mean
 
 
 def _memory_traffic(job: Job) -> float:

@@ -66,6 +66,7 @@ EVERY = [
     if gpus >= min(number for number in fewest if number)
 ]  # fmt: skip
 FIRST = ("first",)
+NO_OVERLAP = ("--no-overlap-moe-expert-parallel-comm", "--no-delay-wgrad-compute")
 TP, PP = ("--tensor-model-parallel-size", "2", "--sequence-parallel"), ("--pipeline-model-parallel-size", "2")
 NO_GRAPHS = ("--cuda-graph-impl", "none", "--cuda-graph-scope", "attn")
 BALANCED = (
@@ -84,8 +85,9 @@ LAYOUTS = [
     Case("qwen3_30b_a3b", 64, FIRST, (*PP, "--num-virtual-stages-per-pipeline-rank", "2")),
     Case(
         "qwen3_30b_a3b", 64, FIRST,
-        (*TP, "--expert-tensor-parallel-size", "2", "--no-overlap-moe-expert-parallel-comm", "--no-delay-wgrad-compute"),
+        (*TP, "--expert-tensor-parallel-size", "2", *NO_OVERLAP),
     ),
+    Case("qwen3_30b_a3b", 64, FIRST, ("--moe-token-dispatcher-type", "allgather", *NO_OVERLAP)),
 ]  # fmt: skip
 # In `make test`.
 FEW = [Case("qwen3_0p6b", 16, FIRST, (*TP, *PP))]

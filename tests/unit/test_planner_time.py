@@ -18,6 +18,7 @@ from megatron_a2d.planner.calibration import EFFICIENCIES
 from megatron_a2d.planner.memory import memory
 from megatron_a2d.planner.routing import ASSUMED, EVEN, RankImbalance, Routing
 from megatron_a2d.planner.step_time import step_time
+from megatron_a2d.planner.traffic import step_traffic
 from megatron_a2d.planner.workload import Job, job_of
 from megatron_a2d.utils.errors import UserError
 from tests.unit.test_chunked_cross_entropy import OneRank
@@ -26,6 +27,28 @@ from tests.unit.test_planner import B200, DENSE, GPU_RUN, H100, JOB, MOE, ROOT
 
 def seconds(job: Job, cluster: Any = B200) -> Any:
     return step_time(job, cluster, EFFICIENCIES)
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "expert_tensor", "per_token"),
+    [
+        ("alltoall", 1, 8 * 7 / 8 * 2048 * 8),
+        ("alltoall", 2, 8 * (7 / 8 * 2048 * 8 + 2048 * 12)),
+        ("alltoall", 4, 8 * (7 / 8 * 2048 * 8 + 3 * 2048 * 12)),
+        ("allgather", 1, 7 * (2048 * 12 + 128 * 9)),
+        ("allgather", 2, 15 * (2048 * 12 + 128 * 9)),
+    ],
+)
+def test_bytes_to_and_from_experts(dispatcher: str, expert_tensor: int, per_token: float) -> None:
+    """Four all-to-alls in bf16 of 8 experts' tokens, 7/8 to other ranks; slices of an expert gather in bf16 and sum in
+    fp32 (2 * (2 + 4) bytes, forward and backward), and so does `allgather` with all, and 9 bytes an expert."""
+    job = replace(
+        JOB, world_size=64, expert_model_parallel_size=8, tensor_model_parallel_size=expert_tensor,
+        sequence_parallel=expert_tensor > 1, expert_tensor_parallel_size=expert_tensor, imbalance=EVEN,
+        moe_token_dispatcher_type=dispatcher, recompute_granularity="none", recompute_modules=(),
+    )  # fmt: skip
+    tokens = job.tokens_between_layers * job.layers_per_stage * job.num_microbatches
+    assert step_traffic(job, 0).expert == pytest.approx(tokens * per_token)
 
 
 def test_recomputation_trades_time_for_memory() -> None:
