@@ -154,3 +154,18 @@ def _check_biases(tmp_path: Path, settings: dict[str, Any], pool: Pool) -> None:
         else:
             with pytest.raises(RuntimeError, match="add --moe-router-enable-expert-bias"):
                 pool.run("run", 2, settings=options)
+
+
+@FULL
+def test_a_capacity_under_expert_parallelism(cases: dict[str, Case], pool: Pool) -> None:
+    """One that is never reached changes nothing; one that is does; padding to it changes shapes alone."""
+
+    def seen(**more: Any) -> list[float]:
+        settings = {**cases["moe"].settings, **EP, **more}
+        results = pool.run("train_steps", 2, checkpoint=cases["moe"].checkpoint, settings=settings, num_steps=2)
+        return [value for result in results for value in (*result["losses"], *result["grad_norms"])]
+
+    plain, dropped = seen(), seen(moe_expert_capacity_factor=1.0)
+    assert seen(moe_expert_capacity_factor=8.0) == plain != pytest.approx(dropped, rel=1e-3)
+    padded = seen(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
+    assert padded == pytest.approx(dropped, rel=TOLERANCE)
