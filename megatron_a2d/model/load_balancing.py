@@ -60,7 +60,7 @@ class LoadBalancing:
         self.entropies = torch.zeros(layers, 2, dtype=torch.float64, device=device())  # sums over tokens, nats
         self.losses = torch.zeros(layers, 2, dtype=torch.float64, device=device())  # N aux, N z
         self.loads: Tensor | None = None  # [L, 2, E], the choices of a whole global batch
-        self._scale = torch.ones((), device=device())  # D / N
+        self._scale: Tensor | None = None  # D / N
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -69,8 +69,8 @@ class LoadBalancing:
             yield
 
     @contextmanager
-    def training(self, scale: Tensor) -> Iterator[None]:
-        """Forward and backward passes of a global batch; `scale`: D / N."""
+    def training(self, scale: Tensor | None) -> Iterator[None]:
+        """Forward and backward passes of a global batch; `scale`: D / N, or None for passes without the losses."""
         self._scale = scale
         with self._pass(is_training=True):
             yield
@@ -107,9 +107,9 @@ class LoadBalancing:
         with torch.no_grad():
             if not is_recomputed():
                 self._count(layer, masked_sb, logits_sbE, chosen_TE, served_TE)
-        if not (self._is_training and self._settings.has_losses and torch.is_grad_enabled()):
+        if not (self._is_training and self._settings.has_losses and torch.is_grad_enabled()) or self._scale is None:
             return None
-        return self._loss(layer, masked_sb, logits_sbE, chosen_TE.view_as(logits_sbE))
+        return self._loss(layer, masked_sb, logits_sbE, chosen_TE.view_as(logits_sbE)) * self._scale
 
     def _kinds(self, layer: int) -> Tensor:
         """[s, b] bool, which of the tokens are masked.
@@ -135,7 +135,7 @@ class LoadBalancing:
             self.entropies[layer] += (kinds_2T * entropy_T).sum(-1)
 
     def _loss(self, layer: int, masked_sb: Tensor, logits_sbE: Tensor, chosen_sbE: Tensor) -> Tensor:
-        """The layer's part of the loss times D, of this rank's tokens of a micro-batch."""
+        """The layer's part of the loss times N, of this rank's tokens of a micro-batch."""
         settings, zero = self._settings, torch.zeros((), device=logits_sbE.device)
         aux, z = zero, zero
         if settings.has_aux_loss:
@@ -146,7 +146,7 @@ class LoadBalancing:
         if settings.moe_z_loss_coeff:
             z = torch.logsumexp(logits_sbE.float(), dim=-1).square().sum()
         self.losses[layer] += torch.stack([aux, z]).detach()
-        return (settings.moe_aux_loss_coeff * aux + settings.moe_z_loss_coeff * z) * self._scale
+        return settings.moe_aux_loss_coeff * aux + settings.moe_z_loss_coeff * z
 
     @torch.no_grad()
     def _relative_loads(self, layer: int, masked_sb: Tensor, chosen_sbE: Tensor) -> Tensor:

@@ -52,17 +52,23 @@ class RunBalancing:
         for router in self._routers:
             router.balancing = self.routing
         self.is_observed = False  # counts are wanted in any case
+        self.is_paused = False  # steps that do not train the routers (grafting.py)
         self._is_global = settings.moe_router_load_balancing_type == "global_aux_loss"
+
+    @property
+    def _balances(self) -> bool:
+        return self._settings.balances and not self.is_paused
 
     @property
     def lacks_loads(self) -> bool:
         """Whether the loss needs loads, and none are known yet."""
-        return self._is_global and self.routing.loads is None
+        return self._is_global and not self.is_paused and self.routing.loads is None
 
     @property
     def counts_first(self) -> bool:
         """Whether a step begins with a count of its own loads."""
-        return self.lacks_loads or (self._is_global and self._settings.moe_aux_loss_loads == "current")
+        current = self._is_global and not self.is_paused and self._settings.moe_aux_loss_loads == "current"
+        return self.lacks_loads or current
 
     @contextmanager
     def count(self) -> Iterator[None]:
@@ -75,15 +81,15 @@ class RunBalancing:
     @contextmanager
     def passes(self, micro_batches: list[Batch]) -> Iterator[None]:
         """Around the forward and backward passes of a global batch. Collective."""
-        if not (self._settings.balances or self.is_observed):
+        if not (self._balances or self.is_observed):
             yield
             return
-        with self.routing.training(_maskable_share(micro_batches)):
+        with self.routing.training(_maskable_share(micro_batches) if self._balances else None):
             yield
 
     def end_step(self, has_updated: bool) -> AuxLosses | None:
         """Take the counts of the step, whose gradients were applied if it `has_updated`. Collective."""
-        if not self._settings.balances:
+        if not self._balances:
             return None
         routing = self.routing
         counts = torch.cat([routing.choices.double(), routing.num_dropped[..., None].double()], dim=-1)

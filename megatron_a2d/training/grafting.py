@@ -54,9 +54,13 @@ class Grafting:
         # Only attention is trained: other gradients are zero, and weight decay must not change those weights.
         for group in state.optimizer.param_groups:
             group["weight_decay"] = 0.0
+        if state.balancing:
+            state.balancing.is_paused = True
         try:
             yield
         finally:
+            if state.balancing:
+                state.balancing.is_paused = False
             for module in self._old:
                 module.stop_grafting()
 

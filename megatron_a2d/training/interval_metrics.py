@@ -44,7 +44,7 @@ class IntervalMetrics:
         self._buckets = torch.zeros(2 * NUM_BUCKETS, _NUM_COLUMNS, dtype=torch.float64, device=device())
         self._aux_losses = torch.zeros(len(AuxLosses._fields), dtype=torch.float64, device=device())
         self._grad_norm, self._steps, self._updates, self._seconds = 0.0, 0, 0, 0.0
-        self._repeated = 0
+        self._repeated = self._balanced = 0
         self.resume()
 
     def resume(self) -> None:
@@ -66,6 +66,7 @@ class IntervalMetrics:
             self._updates += 1
             if result.aux_losses is not None:
                 self._aux_losses += torch.stack(result.aux_losses)
+                self._balanced += 1
             if owns_loss():
                 self._add_buckets(result.losses)
 
@@ -120,8 +121,8 @@ class IntervalMetrics:
 
     def _aux_metrics(self) -> dict[str, float]:
         """Means over the interval, of what the run sets; they are no part of its loss."""
-        settings, means = self._balancing, (self._aux_losses / max(self._updates, 1)).tolist()
-        aux_loss, z_loss, dropped_frac = means
+        settings = self._balancing
+        aux_loss, z_loss, dropped_frac = (_ratio(total, self._balanced) for total in self._aux_losses.tolist())
         shown = {
             "aux_loss": (settings.has_aux_loss, aux_loss),
             "z_loss": (settings.moe_z_loss_coeff > 0, z_loss),

@@ -270,10 +270,10 @@ def _one_iteration(batches: Any) -> list[Any]:
 def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, float, dict[str, ShardedTensor]]:
     state.scheduler.step(1)
     batch = _one_iteration(batches)
-    count_loads(state.chunks, state.optimizer, batch)
-    zero_gradients(state.chunks, state.optimizer)
     grafting = state.grafting  # type: ignore[attr-defined]
     with grafting.step(state):
+        count_loads(state.chunks, state.optimizer, batch)
+        zero_gradients(state.chunks, state.optimizer)
         totals = loss_totals(forward_backward(state.chunks, batch, forward_only=False))
     totals[0] += grafting.take_error()
     dist.all_reduce(totals)
@@ -282,7 +282,8 @@ def _step(config: RunConfig, state: TrainState, batches: Any) -> tuple[float, fl
     gradients = _global_shards(state, _gradient) if whole else {}
     norm = update_parameters(state.optimizer)
     if state.balancing:
-        state.balancing.end_step(has_updated=True)
+        with grafting.step(state):
+            state.balancing.end_step(has_updated=True)
     state.gather_parameters()
     state.iteration += 1
     return float(totals[0] / totals[4]), norm, gradients

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from checkpoints_tools import place_experts
 from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.utils.errors import UserError
 from tests.cases import Case
@@ -104,6 +105,26 @@ def test_interleaved_micro_batches(cases: dict[str, Case], pool: Pool) -> None:
     assert norms(overlap_moe_expert_parallel_comm=True) == pytest.approx(norms(), rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["previous", "current", "bias"])
+def test_grafting_trains_attention_alone(loss: str, cases: dict[str, Case], pool: Pool) -> None:
+    """Its steps are those without balancing; the step after them is the first to balance, by its own loads."""
+
+    def steps(**more: Any) -> tuple[list[float], list[float]]:
+        settings = {**cases["grafting"].settings, **more}  # two steps graft
+        (result,) = pool.run("train_steps", 1, checkpoint=cases["moe"].checkpoint, settings=settings, num_steps=4)
+        return result["losses"], result["grad_norms"]
+
+    losses, norms = steps()
+    if loss == "bias":
+        balanced_losses, balanced_norms = steps(**BIAS)
+        assert balanced_losses[3] != losses[3]
+    else:
+        balanced_losses, balanced_norms = steps(**GLOBAL, moe_aux_loss_loads=loss)
+        assert balanced_norms[2] != pytest.approx(norms[2], rel=1e-4)
+        assert balanced_norms[2] == steps(**LOSSES["global, current loads"])[1][2]
+    assert balanced_losses[:3] == losses[:3] and balanced_norms[:2] == norms[:2]
+
+
 BIAS = {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.02}
 
 
@@ -135,6 +156,12 @@ def _check_biases(tmp_path: Path, settings: dict[str, Any], pool: Pool) -> None:
     early, last = (tmp_path / "unbroken" / f"iter_000000{number}" for number in (2, 4))
     with pytest.raises(UserError, match=r"moe-router-enable-expert-bias.*last iteration"), open_checkpoint(early):
         pass
+    # What runs the model itself has a place for them.
+    (sampled,) = pool.run("sample", 1, checkpoint=str(early), layout={}, options={"num_steps": 2}, rows=[[1, 2, -1, 4]])
+    assert sampled["num_forwards"] == [2]
+    place_experts.main(
+        ["--checkpoint", str(early), "--expert-model-parallel-size", "2", "--valid-data", settings["valid_data_path"]]
+    )
     with open_checkpoint(early, allow_expert_bias=True) as weights, open_checkpoint(last) as finished:
         assert weights.map.megatron_shapes == finished.map.megatron_shapes
     for more, is_read in (
