@@ -36,7 +36,8 @@ _SETTINGS = ("seq_length", "micro_batch_size", "bf16")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="python -m checkpoints_tools.place_experts",
-        description="Place a checkpoint's experts on expert-parallel ranks for an even load.",
+        description="Place a checkpoint's experts on expert-parallel ranks for an even load. --seq-length, "
+        "--micro-batch-size and --bf16 are by default those of the run that wrote the checkpoint, if a run did.",
     )
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint or an iteration of one"

@@ -212,6 +212,12 @@ def open_torch_dist(directory: Path) -> Iterator[TorchDistCheckpoint]:
         opened.close()
 
 
+def has_expert_bias(directory: Path) -> bool:
+    """Whether a checkpoint's routers choose experts with a bias that is not zero."""
+    with open_torch_dist(directory) as stored:
+        return stored.has_expert_bias()
+
+
 def read_common(directory: Path) -> dict[str, Any]:
     """The values that a checkpoint stores outside of tensors: iteration, consumed_samples and so on."""
     path = directory / "common.pt"

@@ -92,8 +92,9 @@ def open_checkpoint(path: Path, allow_expert_bias: bool = False) -> Iterator[Wei
             raise UserError(too_few)
         if not allow_expert_bias and stored.has_expert_bias():
             raise UserError(
-                f"{directory}: its routers choose experts with biases (--moe-router-enable-expert-bias), for which an "
-                "exported model has no place; use the checkpoint of the run's last iteration, where they are zero"
+                f"{directory}: its routers choose experts with biases (--moe-router-enable-expert-bias), for which "
+                "exports and averages have no place; use the checkpoint of the run's last iteration, where they are "
+                "zero"
             )
         weights = WeightMap(model_config)
         if problems := account(weights.megatron_shapes, stored.shapes, str(directory)):

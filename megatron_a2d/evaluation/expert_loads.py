@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, read_run_settings
-from megatron_a2d.checkpoint.torch_dist_reader import read_common
+from megatron_a2d.checkpoint.torch_dist_reader import has_expert_bias, read_common
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, build
@@ -46,6 +46,7 @@ def measuring_config(directory: Path, model_config: ModelConfig, given: dict[str
     recorded = read_run_settings(directory) if (directory / RUN_CONFIG).is_file() else {}
     values = {name: recorded[name] for name in _RECORDED if name in recorded} | given
     trained = {name: value for name, value in read_trained(directory)._asdict().items() if value is not None}
+    trained["moe_router_enable_expert_bias"] = has_expert_bias(directory)
     processes = process_groups.world_size()
     config = build({**trained, **values, "expert_model_parallel_size": processes})
     config = build(

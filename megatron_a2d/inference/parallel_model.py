@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_a2d.checkpoint.directory import HF_FILES, read_run_settings, resolve
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.load import load_state
 from megatron_a2d.checkpoint.state_dict import fill_models, models_to_load
+from megatron_a2d.checkpoint.torch_dist_reader import has_expert_bias
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import RunConfig, build
@@ -57,8 +58,7 @@ def load_parallel_model(path: str | Path, values: dict[str, Any], objective: str
     processes = dist.get_world_size() if dist.is_initialized() else process_groups.world_size()
     longest = model_config.context_length // (tp := values.get("tensor_model_parallel_size", 1) or 1) * tp
     block = {name: getattr(trained, name) for name in ("block_length", "ar_loss_weight") if objective == "block"}
-    has_bias = read_run_settings(directory).get("moe_router_enable_expert_bias", False)
-    block["moe_router_enable_expert_bias"] = has_bias
+    block["moe_router_enable_expert_bias"] = has_expert_bias(directory)
     config = build({**values, **block, "objective": objective, "global_batch_size": processes, "seq_length": longest})
     if problems := find_problems(config, model_config, processes):
         raise UserError(problems)
