@@ -157,7 +157,9 @@ def _check_biases(tmp_path: Path, settings: dict[str, Any], pool: Pool) -> None:
     with pytest.raises(UserError, match=r"moe-router-enable-expert-bias.*last iteration"), open_checkpoint(early):
         pass
     # What runs the model itself has a place for them.
-    (sampled,) = pool.run("sample", 1, checkpoint=str(early), layout={}, options={"num_steps": 2}, rows=[[1, 2, -1, 4]])
+    (sampled,) = pool.run(
+        "sample", 1, checkpoint=str(early), layout={}, options={"num_steps": 2}, rows=[[1, 2, -1, -1, 4]]
+    )
     assert sampled["num_forwards"] == [2]
     place_experts.main(
         ["--checkpoint", str(early), "--expert-model-parallel-size", "2", "--valid-data", settings["valid_data_path"]]
