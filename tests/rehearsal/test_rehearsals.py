@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.rehearsal import rehearsal_runner
-from tests.rehearsal.rehearsal_cases import FEW, Case
-from tests.rehearsal.rehearsal_results import cases_of, memory, page, problems_of, traffic
-from tests.rehearsal.rehearsal_runner import run_cases
+from tests.rehearsal.rehearsal_cases import EVERY, FEW, LAYOUTS, Case
+from tests.rehearsal.rehearsal_results import PAGE, cases_of, memory, page, problems_of, traffic
+from tests.rehearsal.rehearsal_runner import ROOT, run_cases
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,12 @@ def test_results_are_kept(results: dict[str, dict[str, Any]], tmp_path: Path, mo
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("other code")
     assert run() == [case.name for case in cases]
+
+
+def test_the_docs_say_what_the_page_says() -> None:
+    """The committed page has every case, and its largest errors are those in the docs."""
+    text = PAGE.read_text()
+    assert cases_of(text) == [case.name for case in (*EVERY, *LAYOUTS)]
+    (found,) = re.findall(r"^\d+ cases, .+$", text, re.MULTILINE)
+    assert found in " ".join((ROOT / "docs" / "planning.md").read_text().split())
+    assert f"rehearsed ({found.split(':')[0]}" in (ROOT / "README.md").read_text()
