@@ -98,7 +98,7 @@ def figures(loads_BL2E: np.ndarray, nelbo: float, standard_error: float) -> Resu
     """Loads of every other batch, with experts placed by those between them."""
     from megatron_a2d.planner.expert_partition import place_layers
 
-    changes = {size: place_layers(loads_BL2E, size) for size in TARGETS}
+    changes = {size: place_layers(loads_BL2E[0::2], loads_BL2E[1::2], size) for size in TARGETS}
     return Result(
         nelbo, 1.96 * standard_error, int((loads_BL2E.sum((0, 2)) == 0).sum()),
         {size: change.mean.before.together for size, change in changes.items()},
