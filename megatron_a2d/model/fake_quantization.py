@@ -36,7 +36,7 @@ def amax_of(values: Tensor) -> Tensor:
 
 def encode_scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
     """Factor on values of this amax before they are rounded to `dtype`; 1 where amax is 0 or infinite."""
-    scale = (torch.finfo(dtype).max / amax).clamp(max=_LARGEST)
+    scale = _over(torch.finfo(dtype).max, amax)
     if power_of_two:
         scale = (scale.view(torch.int32) & -0x800000).view(torch.float32)  # the mantissa is cut off
     return torch.where((amax == 0) | ~amax.isfinite(), torch.ones_like(scale), scale)
@@ -71,7 +71,7 @@ def mxfp8(matrix_RK: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
 def nvfp4(matrix_RK: Tensor, square: bool = False, generator: torch.Generator | None = None) -> Tensor:
     """Rounded with an e4m3 scale for each 1 x 16 values, or each 16 x 16; stochastically if there is a generator."""
     amax = amax_of(matrix_RK)
-    scale = (E2M1_MAX * torch.finfo(E4M3).max / amax).clamp(max=_LARGEST)  # of the matrix
+    scale = _over(E2M1_MAX * torch.finfo(E4M3).max, amax)  # of the matrix
     scale = torch.where((amax == 0) | (scale == 0), torch.ones_like(scale), scale)
 
     def rounded(blocks: Tensor, amax: Tensor) -> Tensor:
@@ -120,6 +120,12 @@ def generator_of(values: Tensor) -> torch.Generator:
     bits = values.float().contiguous().view(torch.int32).long()
     positions = torch.arange(1, bits.numel() + 1, device=bits.device).view(bits.shape)
     return torch.Generator(values.device).manual_seed(int((bits * positions).sum()) & 0x7FFFFFFFFFFFFFFF)
+
+
+def _over(number: float, amax: Tensor) -> Tensor:
+    """The quotient, rounded once, as kernels compute it (torch multiplies `number / amax` by a rounded reciprocal); at
+    most the largest fp32."""
+    return (torch.full_like(amax, number) / amax).clamp(max=_LARGEST)
 
 
 def _to_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -136,6 +136,10 @@ def test_scales() -> None:
     assert scale_from_amax(amax, E4M3, False, 0.0).tolist() == [1.0, pytest.approx(448 / 3), 1.0, 1.0]
     assert scale_from_amax(amax, E4M3, True, 0.0).tolist() == [1.0, 128.0, 1.0, 1.0]
     assert scale_from_amax(amax, E4M3, False, 4.0).tolist() == [1.0, 112.0, 112.0, 1.0]
+    above_112 = torch.tensor([112.0]).nextafter(torch.tensor(113.0))
+    assert scale_from_amax(above_112, E4M3, True, 0.0).item() == 2, "the mantissa is cut off, however near 4 it is"
+    many = torch.linspace(0.1, 8, 1000)
+    assert torch.equal(scale_from_amax(many, E4M3, False, 0.0), (448 / many.double()).float()), "rounded once"
     # Rounded up, so that the largest value is never cut: 448 needs 1, the next number 2.
     raised = from_e8m0(e8m0_from_amax(torch.tensor([448.0, 448.0001, 447.0, 224.0]), E4M3))
     assert raised.tolist() == [1.0, 2.0, 1.0, 0.5]

@@ -131,6 +131,21 @@ def test_tensorwise_is_its_formula() -> None:
     assert given.abs().max() == 448 and (given[values.abs() < 2**-11] == 0).all(), "a given scale saturates"
 
 
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_scales_are_rounded_once(dtype: torch.dtype) -> None:
+    """As __fdiv_rn rounds them: one scale in four is off by a last bit if a rounded reciprocal is multiplied instead."""
+    amax = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 8
+    exact = torch.finfo(dtype).max / amax.double()  # in float64, so that rounding to fp32 is the only one
+    assert torch.equal(encode_scale(amax, dtype), exact.float())
+
+
+def test_a_tie_in_nvfp4_stays_one() -> None:
+    """amax 448: the matrix's scale is exactly 6, and with a block's amax of 6 its own is 6, so 5 is halfway between 4 and 6."""
+    values = torch.zeros(1, 32)
+    values[0, 0], values[0, 16], values[0, 17], values[0, 18] = 448.0, 6.0, 5.0, 2.5
+    assert nvfp4(values)[0, 16:19].tolist() == [6.0, 4.0, 2.0]
+
+
 @pytest.mark.parametrize(("height", "square"), [(1, False), (128, True)])
 def test_blockwise_is_its_formula(height: int, square: bool) -> None:
     values = matrix(200, 200)  # blocks at the ends are partial

@@ -31,12 +31,18 @@ def from_fp8(raw: Tensor, dtype: Any) -> Tensor:
     return raw.view(torch_dtype(dtype)).float()
 
 
+def quotient(number: float, divisor: Tensor) -> Tensor:
+    """Rounded once, as __fdiv_rn; `number / divisor` of torch is the product with a rounded reciprocal."""
+    return torch.full_like(divisor, number) / divisor
+
+
 def scale_from_amax(amax: Tensor, dtype: Any, pow_2: bool, epsilon: float) -> Tensor:
     """What values are multiplied by before the cast: the largest number of the type over the largest value."""
     amax = amax.float().clamp(min=epsilon)
-    scale = (largest(dtype) / amax).clamp(max=torch.finfo(torch.float32).max)
+    scale = quotient(largest(dtype), amax).clamp(max=torch.finfo(torch.float32).max)
     if pow_2:
-        scale = torch.exp2(torch.floor(torch.log2(scale)))
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.full_like(mantissa, 0.5), exponent)
     return torch.where(amax.isinf() | (amax == 0), torch.ones_like(scale), scale)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.transformer_engine.stand_in.enums import DType
-from tests.transformer_engine.stand_in.fp8_casts import check, e8m0_from_amax, largest, scale_from_amax
+from tests.transformer_engine.stand_in.fp8_casts import check, e8m0_from_amax, largest, quotient, scale_from_amax
 
 
 def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], scale: float) -> None:
@@ -113,5 +113,5 @@ def fused_amax_and_scale_update_after_reduction(
         amax = last if amax_compute_algo == "most_recent" else rolled.amax(0) * (last != 0)
         rolled[0] = 0
         history.copy_(torch.where(last != 0, rolled, history))
-        wanted = (largest(fp8_dtype) / 2**margin / amax).clamp(max=torch.finfo(torch.float32).max)
+        wanted = quotient(largest(fp8_dtype) / 2**margin, amax).clamp(max=torch.finfo(torch.float32).max)
         scale.copy_(torch.where(torch.isfinite(amax) & (amax > 0), wanted, scale))

@@ -18,6 +18,7 @@ from tests.transformer_engine.stand_in.fp8_casts import (
     flat,
     from_fp8,
     num_rows,
+    quotient,
     replace_halves,
     round_up,
     to_fp8,
@@ -106,7 +107,7 @@ def _fill_half(output: Any, half: str, matrix: Tensor, height: int) -> None:
 
 def _tensor_scale(amax: Tensor) -> Tensor:
     """What brings the largest value to the largest number times the largest scale."""
-    return torch.where(amax == 0, 1.0, 6 * 448 / amax)
+    return torch.where(amax == 0, 1.0, quotient(6 * 448, amax))
 
 
 def _codes(values: Tensor) -> Tensor:
