@@ -75,7 +75,7 @@ FULL = pytest.mark.full
     ("kind", "layout", "more", "is_exact"),
     [
         ("dense", ONE, ENDS, True),
-        ("dense", ONE, {}, False),
+        pytest.param("dense", ONE, {}, False, marks=FULL),
         pytest.param("dense", "TP2", ENDS, True, marks=FULL),
         pytest.param("dense", "TP2+SP", ENDS, True, marks=FULL),
         *(pytest.param("dense", layout, {}, False, marks=FULL) for layout in ("TP2", "TP2+SP", "PP2")),
