@@ -28,7 +28,7 @@ from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.planner import plan_table
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.requirements import requirements
-from megatron_a2d.planner.routing import ASSUMED, Routing, measured
+from megatron_a2d.planner.routing import Routing, measured
 from megatron_a2d.planner.search import Plan, Search, make_plan, search
 from megatron_a2d.report.plots import read_log
 from megatron_a2d.terminal.console import PlainConsole, entry_point, human
@@ -125,10 +125,10 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     return dataclasses.replace(cluster, price_per_gpu_hour=options.price) if options.price else cluster
 
 
-def _routing(given: str | None) -> Routing:
-    """--imbalance: a factor, or a run that has measured it."""
+def _routing(given: str | None) -> Routing | None:
+    """--imbalance: a factor, or a run that has measured it; None: assumed of the run."""
     if given is None:
-        return ASSUMED
+        return None
     try:
         factor = float(given)
     except ValueError:
@@ -176,7 +176,7 @@ def _need_legal(found: Search) -> None:
 
 
 def _own_plan(
-    config: RunConfig, model_config: ModelConfig, cluster: Cluster, options: argparse.Namespace, routing: Routing
+    config: RunConfig, model_config: ModelConfig, cluster: Cluster, options: argparse.Namespace, routing: Routing | None
 ) -> tuple[Plan | None, list[str]]:
     """The plan for the layout of recipe and flags, or its problems."""
     if problems := find_problems(config, model_config, options.gpus):

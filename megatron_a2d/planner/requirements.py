@@ -11,17 +11,16 @@ from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.planner.cluster import Cluster, read_cluster
-from megatron_a2d.planner.memory import memory
 from megatron_a2d.planner.routing import Routing
-from megatron_a2d.planner.workload import job_of
+from megatron_a2d.planner.search import Plan, make_plan
 from megatron_a2d.utils.errors import UserError
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 CLUSTERS = ("h100", "h200", "b200")
 
 
-def requirements(recipes: Sequence[Path], routing: Routing) -> str:
-    """A Markdown table by recipe and cluster; "-" where the recipe fits on none of `GPUS`."""
+def requirements(recipes: Sequence[Path], routing: Routing | None) -> str:
+    """A Markdown table by recipe and cluster: GPUs, and days of the run; "-" where it fits on none of `GPUS`."""
     clusters = [read_cluster(name) for name in CLUSTERS]
     lines = [["recipe", *(cluster.gpu for cluster in clusters)], ["---"] * (1 + len(clusters))]
     for recipe in recipes:
@@ -29,16 +28,19 @@ def requirements(recipes: Sequence[Path], routing: Routing) -> str:
         if config.training.model is None:
             raise UserError(f"{recipe}: names no model; give recipes of models")
         model_config = named_model_config(config.training.model)
-        found = [fewest_gpus(config, model_config, cluster, routing) for cluster in clusters]
-        lines.append([f"`{recipe.stem}`", *(str(gpus or "-") for gpus in found)])
+        plans = [smallest_plan(config, model_config, cluster, routing) for cluster in clusters]
+        cells = [f"{plan.job.world_size} ({plan.days:.2g})" if plan else "-" for plan in plans]
+        lines.append([f"`{recipe.stem}`", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def fewest_gpus(config: RunConfig, model_config: ModelConfig, cluster: Cluster, routing: Routing) -> int | None:
-    """The smallest of `GPUS` that the run's own settings allow and whose memory suffices; None if none does."""
+def smallest_plan(
+    config: RunConfig, model_config: ModelConfig, cluster: Cluster, routing: Routing | None
+) -> Plan | None:
+    """The plan for the smallest of `GPUS` that the run's own settings allow and whose memory suffices."""
     for gpus in GPUS:
         if not find_problems(config, model_config, gpus):
-            need = memory(job_of(config, model_config, gpus, cluster, routing), cluster)
-            if need.total <= cluster.memory_bytes:
-                return gpus
+            plan = make_plan(config, model_config, cluster, gpus, routing=routing)
+            if plan.fits:
+                return plan
     return None

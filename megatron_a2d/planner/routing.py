@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from megatron_a2d.config.settings import RunConfig
+
 
 class RankImbalance(NamedTuple):
     """Load of the busiest expert-parallel rank over the mean, at least 1."""
@@ -36,8 +38,15 @@ class Routing:
         return next((found for size, found in self.by_ranks if size >= num_ranks), self.by_ranks[-1][1])
 
 
-# --imbalance by default; an assumption.
-ASSUMED = Routing.of(1.25)
+# Without a measurement of the run, by whether its routers are balanced: the study on routers (docs/studies/routers.md).
+BALANCED, UNBALANCED = Routing.of(1.32, 1.54), Routing.of(1.46, 1.76)
+
+
+def assumed(config: RunConfig) -> Routing:
+    """What `plan` and the check of memory expect of a run whose routing has not been measured."""
+    if config.performance.moe_router_force_load_balancing:
+        return Routing.of(1.0)
+    return BALANCED if config.balancing.has_aux_loss else UNBALANCED
 
 
 def measured(records: Iterable[dict[str, Any]]) -> Routing | None:

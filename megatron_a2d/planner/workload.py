@@ -10,7 +10,7 @@ from megatron_a2d.config.fp8_recipe import choose_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, settings
 from megatron_a2d.planner.cluster import Cluster
-from megatron_a2d.planner.routing import ASSUMED, EVEN, RankImbalance, Routing
+from megatron_a2d.planner.routing import EVEN, RankImbalance, Routing, assumed
 from megatron_a2d.utils.errors import UserError
 
 
@@ -176,10 +176,12 @@ def job_of(
     model_config: ModelConfig,
     world_size: int,
     cluster: Cluster | None = None,
-    routing: Routing = ASSUMED,
+    routing: Routing | None = None,
     **changes: Any,
 ) -> Job:
-    """The job described by a run's settings; `changes` are fields of `Job`. --fp8-recipe auto depends on the cluster.
+    """The job described by a run's settings; `changes` are fields of `Job`.
+
+    `routing`: measured or given; None: as assumed of the run. --fp8-recipe auto depends on the cluster.
 
     UserError if the cluster's GPUs do not support --fp8-recipe or --fp4-recipe, or the FP4 rate is unknown.
     """
@@ -188,7 +190,7 @@ def job_of(
         for name in Job.__dataclass_fields__
         if name in settings()
     }
-    known["imbalance"] = routing.at(config.parallel.expert_model_parallel_size)
+    known["imbalance"] = (routing or assumed(config)).at(config.parallel.expert_model_parallel_size)
     job = Job(model_config=model_config, world_size=world_size, **(known | changes))
     # As in model/transformer_config.py.
     job = dataclasses.replace(job, overlap_p2p_comm=job.num_virtual_stages_per_pipeline_rank > 1)

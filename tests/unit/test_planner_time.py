@@ -16,7 +16,7 @@ from megatron_a2d.config.settings import build
 from megatron_a2d.model import chunked_cross_entropy
 from megatron_a2d.planner.calibration import EFFICIENCIES
 from megatron_a2d.planner.memory import memory
-from megatron_a2d.planner.routing import ASSUMED, EVEN, RankImbalance, Routing
+from megatron_a2d.planner.routing import EVEN, UNBALANCED, RankImbalance, Routing
 from megatron_a2d.planner.step_time import step_time
 from megatron_a2d.planner.traffic import step_traffic
 from megatron_a2d.planner.workload import Job, job_of
@@ -133,7 +133,7 @@ def test_imbalance_is_that_of_the_layouts_ranks() -> None:
     for ranks, expected in ((1, EVEN), (2, (1.1, 1.4)), (4, (1.5, 2.5)), (8, (1.5, 2.5)), (16, (1.5, 2.5))):
         config = build({**GPU_RUN, "expert_model_parallel_size": ranks})
         assert job_of(config, MOE, 64, routing=routing).imbalance == expected
-        assert job_of(config, MOE, 64).imbalance == ASSUMED.at(ranks)
+        assert job_of(config, MOE, 64).imbalance == UNBALANCED.at(ranks)
 
 
 def test_a_run_gives_its_imbalance_to_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

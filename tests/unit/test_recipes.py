@@ -32,9 +32,15 @@ def test_every_recipe_and_cluster_is_here() -> None:
 def test_the_docs_have_the_fewest_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     plan.main(["--requirements", *map(str, RECIPES.values())])
     printed = _rows(capsys.readouterr().out)
+    assert {name: [cell.partition(" (")[0] for cell in cells] for name, cells in printed.items()} == {
+        name: [str(gpus or "-") for gpus in fewest] for name, fewest in FEWEST.items()
+    }
     page = (ROOT / "docs" / "planning.md").read_text()
     assert printed == _rows(page.partition("## Hardware requirements")[2].partition("\n## ")[0])
-    assert printed == {name: [str(gpus or "-") for gpus in fewest] for name, fewest in FEWEST.items()}
+    readme = _rows((ROOT / "README.md").read_text().partition("(days)")[2].partition("\n\n")[0])
+    assert {name: [cells[0], cells[2]] for name, cells in printed.items()} == {
+        name.partition("` ")[0]: cells[1:] for name, cells in readme.items()
+    }
     # Routing that is twice as uneven needs other machines.
     plan.main(["--imbalance", "2", "--requirements", str(RECIPES["qwen3_30b_a3b"])])
     assert _rows(capsys.readouterr().out)["qwen3_30b_a3b"] != printed["qwen3_30b_a3b"]

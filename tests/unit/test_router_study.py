@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_a2d.config.settings import build
+from megatron_a2d.planner.routing import BALANCED, UNBALANCED, Routing, assumed
+from megatron_a2d.planner.routing import EVEN as EVEN_RANKS
 from megatron_a2d.study.ablations import routers
 from megatron_a2d.study.fingerprints import EXTRA_START, hold_inputs
 from megatron_a2d.study.jobs import Job
@@ -16,7 +19,7 @@ from megatron_a2d.study.load_course import Loads, rank_sizes
 from megatron_a2d.study.runner import Runner
 from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_tokens
-from tests.unit.test_study import base, write_start
+from tests.unit.test_study import DOCS, base, write_start
 from tests.unit.test_training import QWEN3_30B_A3B
 
 EVEN = [[10] * 4] * 2
@@ -85,13 +88,25 @@ def test_the_report_has_the_figures_of_its_runs(tmp_path: Path) -> None:
     placed = [1.5, 1.0]  # of layer 1, experts 50 10 10 10; of layer 2, 30 30 10 10
     assert list(collapsed["busiest_rank"]["EP 2"].values()) == [[1.5, 1.5], placed, placed]
     # Of ranks with several experts, under the recipes' balancing: EP 2.
-    assert routers.planner_imbalance(rows) == (1, 1) and "`plan --imbalance`: 1.00 for time and 1.00 for memory" in text
-    uneven = [
-        row | {"busiest_rank": collapsed["busiest_rank"]} for row in rows if row["variant"] == routers.RECOMMENDED
-    ]
-    assert routers.planner_imbalance(uneven) == (1.5, 1.5)
+    assert routers.planner_imbalance(rows, routers.RECOMMENDED) == (1, 1)
+    assert routers.planner_imbalance(rows, routers.BASELINE) == (1.5, 1.5)
+    assert "global, 0.01 1.00 for time and 1.00 for memory; nothing 1.50 for time and 1.50 for memory" in text
     assert even["course"][-1]["dead"] == 0 and even["busiest_rank"]["EP 4"]["in order"] == [1, 1]
     assert (tmp_path / "routers.png").stat().st_size > 0 and json.dumps(rows)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "expected"),
+    [
+        (routers.RECOMMENDED, routers.VARIANTS[routers.RECOMMENDED], BALANCED),
+        (routers.BASELINE, {}, UNBALANCED),
+        (routers.BASELINE, {"moe_router_enable_expert_bias": True}, UNBALANCED),  # it ends at zero
+    ],
+)
+def test_the_planner_assumes_what_the_study_measured(variant: str, settings: dict[str, Any], expected: Routing) -> None:
+    rows = list(map(json.loads, (DOCS / "routers.jsonl").read_text().splitlines()))
+    assert assumed(build(settings)) == expected and expected.at(8) == routers.planner_imbalance(rows, variant)
+    assert assumed(build({"moe_router_force_load_balancing": True})).at(8) == EVEN_RANKS
 
 
 def test_jobs_from_the_second_start(tmp_path: Path) -> None:

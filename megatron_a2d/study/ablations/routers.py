@@ -29,7 +29,7 @@ def _aux_loss(coeff: float = COEFF, kind: str = GLOBAL, **more: Any) -> dict[str
     return {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": coeff, **more}
 
 
-RECOMMENDED = "global, 0.1"  # the recipes' choice
+RECOMMENDED = "global, 0.01"  # the recipes' choice
 VARIANTS: dict[str, dict[str, Any]] = {
     BASELINE: {},
     **{f"global, {coeff:g}": _aux_loss(coeff) for coeff in COEFFS},
@@ -206,15 +206,15 @@ def busiest_ranks(course: list[Loads], num_ranks: int, placed: str) -> np.ndarra
     return course[-1].ranks(num_ranks, by)
 
 
-def planner_imbalance(rows: Sequence[Record]) -> RankImbalance:
-    """What `plan` assumes by default, from this study's rows: the recipes' balancing, of a balanced router.
+def planner_imbalance(rows: Sequence[Record], variant: str) -> RankImbalance:
+    """What `plan` assumes by default of runs with this balancing, from this study's rows, from balanced routers.
 
     Of experts in their order, for the numbers of ranks that hold several: the mean over seeds and layers of the worst
     number, and the largest value of any layer.
     """
     found: dict[str, list[float]] = {}
     for row in rows:
-        if (row["start"], row["variant"]) == (STARTS[BALANCED], RECOMMENDED):
+        if (row["start"], row["variant"]) == (STARTS[BALANCED], variant):
             for name, by_placement in row["busiest_rank"].items():
                 if name != f"EP {row['num_experts']}":
                     found.setdefault(name, []).extend(by_placement[PLACEMENTS[0]])
@@ -225,11 +225,13 @@ def planner_imbalance(rows: Sequence[Record]) -> RankImbalance:
 def _for_planner(rows: Sequence[Record]) -> str:
     if (STARTS[BALANCED], RECOMMENDED) not in {(row["start"], row["variant"]) for row in rows}:
         return ""
-    mean, peak = planner_imbalance(rows)
+    shown = [
+        f"{variant} {found.mean:.2f} for time and {found.peak:.2f} for memory"
+        for variant, found in ((variant, planner_imbalance(rows, variant)) for variant in (RECOMMENDED, BASELINE))
+    ]
     return (
-        f"Default of `plan --imbalance`: {mean:.2f} for time and {peak:.2f} for memory; {RECOMMENDED}, from the start "
-        "with balancing, experts in order, ranks of several experts: the larger mean over layers and seeds, and the "
-        "largest value.\n\n"
+        f"Default of `plan --imbalance`, from the start with balancing: {'; '.join(shown)} (experts in order, ranks of "
+        "several experts: the larger mean over layers and seeds, and the largest value).\n\n"
     )
 
 
