@@ -51,14 +51,14 @@ def _metrics(imbalance: float) -> dict[str, Any]:
 @pytest.mark.parametrize(("num_experts", "top_k", "even"), [(8, 2, 4), (128, 8, 16)])
 def test_crowding_is_reported_once_an_episode(num_experts: int, top_k: int, even: int) -> None:
     detector = CrowdingDetector(num_experts, top_k)
-    low, high = _metrics(0.49 * even), _metrics(0.51 * even)
+    low, high = _metrics(0.69 * even), _metrics(0.71 * even)
 
     def reports(course: list[dict[str, Any]]) -> list[str]:
         return [warning for metrics in course if (warning := detector.check(metrics))]
 
     assert reports([high] * (PATIENCE - 1) + [low]) == []  # not for long
     [warning] = reports([high] * 3 * PATIENCE)
-    assert "serves 51% of the masked tokens" in warning and "in layer 2" in warning
+    assert "serves 71% of the masked tokens" in warning and "in layer 2" in warning
     assert reports([low, high] * PATIENCE) == []  # the same episode
     assert reports([low] * PATIENCE) == []
     assert len(reports([high] * PATIENCE)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_a2d.config.balancing_config import BalancingConfig
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.planner.routing import RankImbalance
@@ -63,6 +65,7 @@ def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> li
     kept = (Measure("ar", "likelihood", causal), Measure("cloze", "cloze", causal))
     iterations = base.training.train_iters
     fixed = {
+        **dataclasses.asdict(BalancingConfig()),  # the recipe may balance
         "save_interval": max(1, iterations // NUM_CHECKPOINTS),
         "log_interval": max(1, iterations // NUM_LOGS),
         "keep_latest_k": 0,
