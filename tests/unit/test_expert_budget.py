@@ -24,6 +24,7 @@ from megatron_a2d.model import transformer_config
 from megatron_a2d.planner.calibration import EFFICIENCIES
 from megatron_a2d.planner.cluster import read_cluster
 from megatron_a2d.planner.memory import memory
+from megatron_a2d.planner.routing import Routing
 from megatron_a2d.planner.step_time import step_time
 from megatron_a2d.planner.workload import job_of
 from megatron_a2d.training import expert_budget, train_step
@@ -174,14 +175,14 @@ def test_hybridep_fields(backend: str) -> None:
 
 def test_the_plan_without_the_wait() -> None:
     """The wait for group sizes goes, and buffers for the budget come."""
-    cluster = read_cluster("b200")
+    cluster, routing = read_cluster("b200"), Routing.of(1.25)  # less than the budget
     layout = HYBRIDEP | {
         "expert_model_parallel_size": 8, "micro_batch_size": 4, "global_batch_size": 2048, "seq_length": 4096,
         "use_distributed_optimizer": True,
     }  # fmt: skip
-    waits = job_of(build(layout), QWEN3_30B_A3B, 64, cluster)
-    fused = job_of(build(layout | {"use_transformer_engine_op_fuser": True}), QWEN3_30B_A3B, 64, cluster)
-    fixed = job_of(build(layout | BUDGETED | {"expert_model_parallel_size": 8}), QWEN3_30B_A3B, 64, cluster)
+    waits = job_of(build(layout), QWEN3_30B_A3B, 64, cluster, routing)
+    fused = job_of(build(layout | {"use_transformer_engine_op_fuser": True}), QWEN3_30B_A3B, 64, cluster, routing)
+    fixed = job_of(build(layout | BUDGETED | {"expert_model_parallel_size": 8}), QWEN3_30B_A3B, 64, cluster, routing)
     times = [step_time(job, cluster, EFFICIENCIES) for job in (waits, fused, fixed)]
     layers = waits.model_config.num_layers * waits.num_microbatches
     # HybridEP waits for the size of its buffers, whatever the experts are.
