@@ -81,6 +81,6 @@ class CrowdingDetector:
         return (
             f"warning: the busiest expert serves {imbalance * share:.0%} of the masked tokens (mean over layers; "
             f"{by_layer[worst] * share:.0%} in layer {worst + 1}), for {PATIENCE} log intervals: "
-            f"{imbalance:.1f} times an even share; balance the routers (--moe-router-load-balancing-type), or place "
-            "the experts by their loads: docs/monitoring.md"
+            f"{imbalance:.1f} times an even share; balance the routers (--moe-router-load-balancing-type, or a "
+            "larger --moe-aux-loss-coeff), or place the experts by their loads: docs/monitoring.md"
         )
