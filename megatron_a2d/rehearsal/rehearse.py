@@ -60,6 +60,8 @@ def choose_layers(config: RunConfig, has_engine: bool) -> Layers:
         config = dataclasses.replace(config, performance=performance)
     if performance.cuda_graph_impl != "none":
         notes.append("--cuda-graph-impl: a step before the graphs are captured")
+    if config.training.load or config.data.train_data_path or config.data.data_mixture:
+        notes.append("checkpoint and data are not read; --dry-run checks them")
     if requested != "local" and not refuses_transformer_engine(config):
         if has_engine:
             return Layers("transformer_engine", config, notes)
@@ -92,21 +94,21 @@ def rehearse(
     """
     if rank is not None and not 0 <= rank < processes:
         raise UserError(f"--rank {rank}: --world-size {processes} has the ranks 0 to {processes - 1}")
-    layers = choose_layers(config, prepare(cluster))
-    if problems := find_version_problems(layers.config):
-        raise UserError(problems)
-    from megatron_a2d.rehearsal import rehearsal_report
-    from megatron_a2d.rehearsal.pipeline_pairing import pair
-    from megatron_a2d.rehearsal.rank_rehearsal import rehearse_rank
+    with new_file(trace) if trace else nullcontext() as listing:  # a path that cannot be written shows at once
+        layers = choose_layers(config, prepare(cluster))
+        if problems := find_version_problems(layers.config):
+            raise UserError(problems)
+        from megatron_a2d.rehearsal.event_listing import text_of
+        from megatron_a2d.rehearsal.rank_rehearsal import rehearse_rank
 
-    ranks = ranks_of_stages(config, processes) if rank is None else [rank]
-    with new_file(trace) if trace else nullcontext() as listing:
+        ranks = ranks_of_stages(config, processes) if rank is None else [rank]
         with console.status("") as status:
             done = [rehearse_rank(layers.config, model_config, number, processes, status.update) for number in ranks]
         if listing:
-            from megatron_a2d.rehearsal.event_listing import text_of
-
             listing.write_text(text_of(done))
+    from megatron_a2d.rehearsal import rehearsal_report
+    from megatron_a2d.rehearsal.pipeline_pairing import pair
+
     pairing = pair({item.rank: item.events for item in done}) if len(done) > 1 else None
     output = PlainConsole(width=None if sys.stdout.isatty() else 120)
     rehearsal_report.show(output, layers, model_config, processes, done, pairing, cluster)

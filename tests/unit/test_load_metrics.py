@@ -14,6 +14,8 @@ from megatron_a2d.config.settings import build
 from megatron_a2d.training.load_metrics import PATIENCE, CrowdingDetector, load_metrics
 from megatron_a2d.training.logger import RunLog
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_dead_experts_and_the_busiest_rank() -> None:
     # Two layers of four experts; unmasked tokens first. The second expert of layer 1 serves no kind of token.
@@ -94,3 +96,17 @@ def test_targets_of_a_balanced_conversion() -> None:
     lines = verdicts({WITHOUT: found, WITH: found._replace(nelbo=5.2)})
     assert [line.rpartition(": ")[2] for line in lines] == ["met", "missed", "missed", "met", "missed"]
     assert "EP 2: 1.00, target <= 1.05: met" in lines and "NELBO: +0.200, target <= 0.196: missed" in lines
+
+
+def test_the_docs_have_the_measured_balance() -> None:
+    """The table in docs/performance.md is that of the committed result."""
+    from bench.expert_balance import WITH, WITHOUT, Result, table
+
+    stored = json.loads((ROOT / "bench" / "results" / "expert_balance_cpu.json").read_text())
+
+    def result(fields: dict[str, Any]) -> Result:
+        by_size = {n: {int(k): v for k, v in f.items()} if isinstance(f, dict) else f for n, f in fields.items()}
+        return Result(**by_size)
+
+    printed = table({name: result(stored[name]) for name in (WITHOUT, WITH)})
+    assert printed.strip() in (ROOT / "docs" / "performance.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import subprocess
@@ -37,6 +38,16 @@ def test_without_transformer_engine_the_local_layers_are_rehearsed(recipe: Path)
     layers = choose_layers(config, has_engine=False)
     assert layers.implementation == "local" and layers.notes
     assert not find_problems(layers.config, named_model_config(config.training.model), 64)
+
+
+def test_what_a_rehearsal_leaves_out_is_said() -> None:
+    config, _ = parse_run(Parser(), ["--config", str(RECIPES["qwen3_8b"])])
+    assert choose_layers(config, has_engine=True).notes == []
+    training = dataclasses.replace(config.training, load="runs/a")
+    data = dataclasses.replace(config.data, train_data_path="data/a")
+    for changed in (dataclasses.replace(config, training=training), dataclasses.replace(config, data=data)):
+        (note,) = choose_layers(changed, has_engine=True).notes
+        assert "--dry-run" in note
 
 
 def test_data_free_tensors() -> None:
