@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
 
 from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, read_run_settings
 from megatron_a2d.checkpoint.torch_dist_reader import has_expert_bias, read_common
@@ -28,8 +26,7 @@ from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.tokenizer_fingerprint import find_foreign_tokens, vocabulary_of
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.inference.parallel_model import load_weights
-from megatron_a2d.megatron_compat.device import device
-from megatron_a2d.model.diffusion_lm import DiffusionLM
+from megatron_a2d.training.balancing import RunBalancing
 from megatron_a2d.training.data_setup import VALIDATION_SEED, micro_batches
 from megatron_a2d.training.train_step import forward_backward
 from megatron_a2d.utils.errors import UserError
@@ -106,39 +103,13 @@ def measure_loads(
     """
     process_groups.initialize(config.parallel)
     model = load_weights(model_config, config, directory)
-    counter, tables = _Counter(model, model_config.mask_token_id), []
+    routing, tables = RunBalancing([model], config, model_config.mask_token_id).routing, []
     with micro_batches_of(config, model_config, dataset) as batches:
         for _ in range(count):
-            with torch.no_grad():
+            with routing.counting(), torch.no_grad():
                 forward_backward([model], [next(batches)], forward_only=True)
-            tables.append(counter.take())
+            tables.append(routing.choices.cpu().numpy().copy())
             advance(config.training.global_batch_size)
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, np.stack(tables))
     return np.stack(of_ranks, axis=1).reshape(-1, *tables[0].shape)
-
-
-class _Counter:
-    """Counts the choices of a model's routers, by layer and kind of token."""
-
-    def __init__(self, model: DiffusionLM, mask_token_id: int | None):
-        config = model.config
-        self._mask_token_id, self._num_experts = mask_token_id, config.num_moe_experts
-        self._table = torch.zeros(config.num_layers, 2, self._num_experts, dtype=torch.int64, device=device())
-        model.watch_tokens = self._see_tokens
-        for module in model.modules():
-            if isinstance(module, TopKRouter):
-                module.register_forward_hook(self._see_choices)
-
-    def take(self) -> np.ndarray:
-        """The counts since the last call."""
-        table = self._table.cpu().numpy().copy()
-        self._table.zero_()
-        return table
-
-    def _see_tokens(self, tokens_bs: Tensor) -> None:
-        self._kind_N = (tokens_bs == (-1 if self._mask_token_id is None else self._mask_token_id)).T.reshape(-1).long()
-
-    def _see_choices(self, router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
-        chosen_NE = output[1].view(-1, self._num_experts).long()
-        self._table[router.layer_number - 1].index_add_(0, self._kind_N, chosen_NE)
