@@ -31,6 +31,7 @@ from megatron_a2d.planner.requirements import requirements
 from megatron_a2d.planner.routing import Routing, measured
 from megatron_a2d.planner.search import Plan, Search, make_plan, search
 from megatron_a2d.report.plots import read_log
+from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.terminal.console import PlainConsole, entry_point, human
 from megatron_a2d.terminal.console import console as progress_console
 from megatron_a2d.utils.errors import UserError
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     routing = _routing(options.imbalance)
     if options.requirements:
-        print_text(requirements(options.requirements, routing))
+        print_text(markdown_table(*requirements(options.requirements, routing)).rstrip())
         return
     cluster = _cluster(options)
     if options.plot:

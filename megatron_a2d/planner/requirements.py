@@ -19,10 +19,13 @@ GPUS = (8, 16, 32, 64, 128, 256, 512)
 CLUSTERS = ("h100", "h200", "b200")
 
 
-def requirements(recipes: Sequence[Path], routing: Routing | None) -> str:
-    """A Markdown table by recipe and cluster: GPUs, and days of the run; "-" where it fits on none of `GPUS`."""
+def requirements(recipes: Sequence[Path], routing: Routing | None) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table by recipe and cluster: GPUs, and days of the run; "-" where it fits on none of `GPUS`.
+
+    UserError for a recipe without a model.
+    """
     clusters = [read_cluster(name) for name in CLUSTERS]
-    lines = [["recipe", *(cluster.gpu for cluster in clusters)], ["---"] * (1 + len(clusters))]
+    rows = []
     for recipe in recipes:
         config, _ = parse_run(Parser(), ["--config", str(recipe)])
         if config.training.model is None:
@@ -30,8 +33,8 @@ def requirements(recipes: Sequence[Path], routing: Routing | None) -> str:
         model_config = named_model_config(config.training.model)
         plans = [smallest_plan(config, model_config, cluster, routing) for cluster in clusters]
         cells = [f"{plan.job.world_size} ({plan.days:.2g})" if plan else "-" for plan in plans]
-        lines.append([f"`{recipe.stem}`", *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([f"`{recipe.stem}`", *cells])
+    return ["recipe", *(cluster.gpu for cluster in clusters)], rows
 
 
 def smallest_plan(
