@@ -3,22 +3,25 @@ checkpoint."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.utils.atomic_write import read_json
 from tests.cases import Case
-from tests.parity.layouts import DISTRIBUTED, EP, TP_SP
+from tests.parity.layouts import DISTRIBUTED, EP, OVERLAP, TP_SP
 from tests.parity.pool import Pool
 from tests.parity.test_layouts import compare
 from tests.parity.test_reshard import content
-from tests.placements import ORDERS, placed_copy
-from tests.transformer_engine.engine_cases import FUSIONS
+from tests.placements import ORDERS, placed_copy, write_placement
+from tests.transformer_engine.engine_cases import FUSIONS, fusions
 from tests.transformer_engine.engine_pool import EnginePool
 from tests.transformer_engine.engine_results import EngineResults
+from tests.transformer_engine.pretend_gpu import BLACKWELL
 
 TOLERANCE = 1e-6
 
@@ -68,3 +71,23 @@ def test_its_checkpoint_keeps_the_numbers(
         name: tensor.shape for name, tensor in alone.items()
     }
     assert max(float((tensor - alone[name]).abs().max()) for name, tensor in found.items()) < TOLERANCE
+
+
+def test_fp8_weights_are_placed(wide: dict[str, Any], engine_pool: EnginePool, tmp_path: Path) -> None:
+    """Scales belong to an expert's weights: in FP8, too, a placement only reorders sums; another learning rate does not."""
+    placed = tmp_path / "placed"
+    shutil.copytree(wide["moe"]["checkpoint"], placed)
+    write_placement(resolve(placed), ORDERS[:2])
+
+    def losses(checkpoint: str, **changes: Any) -> list[float]:
+        settings = {
+            **wide["moe"]["settings"], **EP, **OVERLAP, **fusions("moe"), "bf16": True, "fp8_recipe": "mxfp8",
+            "fp8_param_gather": True, "transformer_impl": "auto", "seq_length": 64, "global_batch_size": 4, "load": checkpoint,
+            "train_iters": 3, "log_interval": 1, "save": str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"), **changes,
+        }  # fmt: skip
+        values: list[float] = engine_pool.run("run", 2, settings=settings, capability=BLACKWELL)[0]["losses"]
+        return values
+
+    unplaced = losses(wide["moe"]["checkpoint"])
+    assert losses(str(placed)) == pytest.approx(unplaced, rel=1e-4)
+    assert losses(str(placed), lr=2e-2) != pytest.approx(unplaced, rel=1e-3)
