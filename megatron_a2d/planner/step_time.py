@@ -145,11 +145,11 @@ def _cast_bytes(job: Job) -> float:
 
 @functools.lru_cache(4096)
 def layer_work(job: Job, nvlink_domain: int) -> Work:
-    """Work of one layer, averaged over layers (recomputed ones count more)."""
+    """Work of one layer, averaged over layers (recomputed ones count more), and of the pass that counts loads."""
     a, tp = job.model_config, job.tensor_model_parallel_size
     tokens, between = job.tokens, job.tokens_between_layers
-    share = job.recomputed_layers / job.layers_per_stage
-    passes = PASSES + share
+    again = job.recomputed_layers / job.layers_per_stage + job.counting_passes
+    passes = PASSES + again
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     projections = a.hidden_size * (2 * queries + 2 * keys) / tp * tokens
     if a.is_moe:
@@ -158,17 +158,18 @@ def layer_work(job: Job, nvlink_domain: int) -> Work:
     else:
         mlp = 3 * a.hidden_size * a.intermediate_size / tp * tokens
     keys_per_query = job.seq_length / 2 if job.is_causal else job.input_length
-    attention = 4 * queries / tp * keys_per_query * tokens * (1 + share + ATTENTION_BACKWARD)
+    attention = 4 * queries / tp * keys_per_query * tokens * (1 + again + ATTENTION_BACKWARD)
     attention *= 1 + job.recomputes("core_attn") / (1 + ATTENTION_BACKWARD)
     mlp_passes = passes + job.recomputes("moe" if a.is_moe else "mlp")
     expert = _all_to_all(job, nvlink_domain)
     # Around attention and MLP: an all-gather and a reduce-scatter each, forward and backward, and the inputs gathered
     # again for the weight gradients.
-    gathered = between * a.hidden_size * BF16 * (tp - 1) * (4 + 4 + 2 + share * 4)
+    gathered = between * a.hidden_size * BF16 * (tp - 1) * (4 + 4 + 2 + again * 4)
     if a.is_moe:
         gathered /= 2  # TP divides only the attention
     cp = job.context_parallel_size
-    exchanged = tokens * 2 * keys / tp * BF16 * (cp - 1) * 3  # keys and values in bf16, their gradients in fp32
+    # Keys and values are exchanged in bf16, their gradients in fp32.
+    exchanged = tokens * 2 * keys / tp * BF16 * (cp - 1) * (3 + job.counting_passes)
     tensor_inside, context_inside = tp <= nvlink_domain, tp * cp <= nvlink_domain
     return Work(
         matmul=2 * (projections * passes + mlp * mlp_passes),
@@ -324,9 +325,9 @@ def _host_time(job: Job, efficiency: Efficiencies, busy: float) -> float:
     launches = efficiency.launch_moe if is_moe else efficiency.launch_dense
     if job.cuda_graph_impl != "none":
         launches *= LAUNCHES_OUTSIDE_GRAPHS if is_moe else 0.0
-    recompute = 1 + job.recomputed_layers / job.layers_per_stage / PASSES
-    sync = efficiency.moe_sync * recompute if job.waits_for_group_sizes else 0.0
-    return max(0.0, launches * recompute - busy) + sync
+    again = 1 + (job.recomputed_layers / job.layers_per_stage + job.counting_passes) / PASSES
+    sync = efficiency.moe_sync * again if job.waits_for_group_sizes else 0.0
+    return max(0.0, launches * again - busy) + sync
 
 
 def _head_time(job: Job, cluster: Cluster, efficiency: Efficiencies) -> float:

@@ -38,6 +38,8 @@ class Job:
     overlap_param_gather: bool = False
     moe_token_dispatcher_type: str = "alltoall"
     moe_grouped_gemm: bool = True
+    moe_router_load_balancing_type: str = "none"
+    moe_aux_loss_loads: str = "previous"
     fp8_recipe: str = "none"
     fp4_recipe: str = "none"
     fp8_param_gather: bool = False
@@ -107,6 +109,12 @@ class Job:
         """Routed tokens (one per chosen expert) that a rank receives in a micro-batch with balanced routing."""
         rows = self.tokens_between_layers * self.model_config.num_experts_per_tok
         return rows * self.expert_tensor_parallel_size
+
+    @property
+    def counting_passes(self) -> int:
+        """Forward passes of the layers, without LM head, by which a step counts its experts' loads before it begins."""
+        counts = self.moe_router_load_balancing_type == "global_aux_loss" and self.moe_aux_loss_loads == "current"
+        return int(counts)
 
     @property
     def waits_for_group_sizes(self) -> bool:

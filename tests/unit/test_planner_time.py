@@ -59,6 +59,18 @@ def test_recomputation_trades_time_for_memory() -> None:
     assert memory(full).activations < memory(selective).activations < memory(JOB).activations
 
 
+def test_counted_loads_are_one_more_forward_pass() -> None:
+    counted = replace(JOB, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_loads="current")
+    more, plain = seconds(counted), seconds(JOB)
+    assert more.matmul == pytest.approx(4 / 3 * plain.matmul) and more.head == plain.head
+    assert more.expert_nvlink == pytest.approx(4 / 3 * plain.expert_nvlink) and memory(counted) == memory(JOB)
+    assert seconds(replace(counted, moe_router_load_balancing_type="seq_aux_loss")) == plain
+    config = build({**GPU_RUN, "moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.01})
+    assert job_of(config, MOE, 64).counting_passes == 0
+    current = replace(config, balancing=replace(config.balancing, moe_aux_loss_loads="current"))
+    assert job_of(current, MOE, 64).counting_passes == 1
+
+
 def test_the_heads_products_are_those_that_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four, as torch counts them: the logits forward and again backward, and two gradients. Control: not three."""
     rows, vocabulary, hidden = 96, 512, 64
