@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--engine-results", type=Path, default=None, help="write tests/transformer_engine's tables into this file"
     )
     parser.addoption("--gpu-report", type=Path, default=None, help="write outcomes and figures of tests/gpu as JSON")
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage, which megatron asks for twice a save, pass over what the imports have made."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

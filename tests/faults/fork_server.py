@@ -8,6 +8,7 @@ One line in, {"victims": [ranks], "after": seconds or null, "point": name or nul
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -53,6 +54,7 @@ def main() -> None:
     import tests.parity.run_job  # noqa: F401  (everything that a rank needs, imported before the fork)
 
     torch.set_num_threads(1)
+    gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(attempt(settings, **json.loads(line))), flush=True)

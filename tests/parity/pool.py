@@ -122,6 +122,7 @@ def _serve(rank: int, pipe: Any) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     modules = [importlib.import_module(name) for name in _JOBS]
+    gc.freeze()  # megatron collects garbage twice a save: half a second each over torch's objects, and a copy of them all
     while True:
         try:
             job, num_ranks, store, kwargs = pipe.recv()

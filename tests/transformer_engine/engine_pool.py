@@ -6,6 +6,7 @@ from it, and ends with its job.
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import traceback
@@ -67,6 +68,7 @@ def _serve(pipe: Any) -> None:
     install()
     from tests.transformer_engine import engine_jobs
 
+    gc.freeze()
     while True:
         try:
             job, num_ranks, kwargs = pipe.recv()
