@@ -52,7 +52,7 @@ NAME ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-latest test-latest-cpu test-parity test-te test-rehearsal test-faults test-slurm test-mutants fuzz \
-  check data convert-hf train plan export verify inspect publish generate evaluate study bench bench-convert gpu
+  check data convert-hf train plan export verify inspect publish generate evaluate study bench bench-report gpu
 
 help:  ## list of targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -219,21 +219,13 @@ study: setup  ## the study NAME on a small model, offline; its runs, table, plot
 	  --train-data-path $(OUT)/base/corpus_train --valid-data-path $(OUT)/base/corpus_valid \
 	  $(if $(filter routers,$(NAME)),--load-balanced $(OUT)/base/ar_balanced )$(ARGS)
 
-bench: setup  ## the benchmarks, as tables
-	$(PY) -m bench.train_step_vs_hf --out bench/results/train_step_cpu.json
-	$(PY) -m bench.chunked_head --out bench/results/masked_head_cpu.json
-	$(PY) -m bench.tokenize --out bench/results/tokenize_cpu.json
-	$(PY) -m bench.mixing --out bench/results/mixing_cpu.json
-	$(PY) -m bench.loader --out bench/results/loader_cpu.json
-	$(PY) -m bench.sampling --out bench/results/sampling_cpu.json
-	$(PY) -m bench.likelihood --out bench/results/likelihood_cpu.json
-	$(PY) -m bench.monitoring --out bench/results/monitoring_cpu.json
-	$(PY) -m bench.aux_loss --out bench/results/aux_loss_cpu.json
+bench: setup  ## benchmarks of a CPU whose results are not up to date, and the documents' tables; after make demo
+	$(PY) -m bench $(ARGS)
+
+bench-report: setup  ## the documents' tables of measurements, from bench/results
+	$(PY) -m bench.report $(ARGS)
 
 # On a GPU machine the environment is the machine's own: VENV=none, or BIN names the folder of its python.
 GPU_OUT ?= bench/results/gpu.json
 gpu:  ## tests and benchmarks on one GPU, ten minutes, one result file; again: what is missing (BIN=/usr/bin: its python)
 	$(PY) -m bench.gpu --out $(GPU_OUT) $(ARGS)
-
-bench-convert: setup  ## conversion against cp on a checkpoint of 8.7 GB: time and memory; takes 18 GB of disk
-	$(PY) -m bench.convert --out bench/results/convert_cpu.json $(ARGS)

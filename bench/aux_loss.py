@@ -1,25 +1,22 @@
-"""Benchmark of load balancing: a training step's CPU time with --moe-aux-loss-loads previous and current, and without.
+"""Benchmark of load balancing: a training step with --moe-aux-loss-loads previous and current, against one without.
 
-    python -m bench.aux_loss [--rounds 15] [--out bench/results/aux_loss_cpu.json]
+    python -m bench.aux_loss [--rounds 25] [--out bench/results/aux_loss_cpu.json]
 
-The MoE model and batch of bench.train_step_vs_hf; the three kinds of steps take turns in one process.
+The MoE model and batch of bench.cpu_train_step; the three kinds of steps take turns in one process.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from bench.result_tables import machine
-from bench.train_step_variants import LEARNING_RATE, model_config_of
-from bench.train_step_vs_hf import COMMON, CPU_BATCHES, CPU_SHAPES
+from bench.cpu_train_step import BATCH, SEQ_LENGTH, SHAPES
+from bench.paired import compare, in_process
+from bench.result_file import add_arguments, write
+from bench.train_step_variants import LEARNING_RATE, Batches, model_config_of
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
-from megatron_a2d.utils.atomic_write import write_json
 
 GLOBAL = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 1e-3}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -29,51 +26,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each kind after one warm-up")
-    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    add_arguments(parser, rounds=25)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     from megatron_a2d.config.settings import build
     from megatron_a2d.distributed import process_groups
 
-    shape = COMMON | CPU_SHAPES["moe"]
-    sizes = dict(seq_length=CPU_BATCHES.seq_length, global_batch_size=CPU_BATCHES.micro_batch_size, micro_batch_size=4)
+    sizes = dict(seq_length=SEQ_LENGTH, global_batch_size=BATCH, micro_batch_size=4)
     process_groups.initialize(build({}).parallel)
-    steps = {name: _step(shape, sizes | variant) for name, variant in VARIANTS.items()}
-    times = [{name: _cpu_seconds(step) for name, step in steps.items()} for _ in range(options.rounds + 1)][1:]
-    ratios = {
-        name: statistics.median(seconds[name] / seconds["none"] for seconds in times)
-        for name in VARIANTS
-        if name != "none"
-    }
-    result = {"machine": machine(), "settings": shape | sizes, "ratios": ratios, "cpu_seconds": times}
-    print("CPU time of a step over one without balancing: " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
-    if options.out:
-        write_json(options.out, result)
+    sides = {name: in_process(training_step(SHAPES["moe"], sizes | variant)) for name, variant in VARIANTS.items()}
+    pairs = [(name, "none") for name in VARIANTS if name != "none"]
+    compared = compare("load balancing", sides, pairs, rounds=options.rounds)
+    write(options.out, "aux_loss", [compared], settings=SHAPES["moe"] | sizes)
 
 
-def _step(shape: dict[str, Any], settings: dict[str, Any]) -> Callable[[], None]:
+def training_step(shape: dict[str, Any], settings: dict[str, Any]) -> Callable[[], None]:
     """A training step of a model of its own, with random weights."""
     from megatron_a2d.config.settings import build
     from megatron_a2d.training import data_setup, initialization, train_step
 
     config, model_config = build(settings | {"lr": LEARNING_RATE}), model_config_of(shape)
+    batches = Batches(settings["micro_batch_size"], SEQ_LENGTH, shape["mask_token_id"])
     state = initialization.build_train_state(model_config, config)
     initialization.draw_weights(state, config.data.seed, model_config.initializer_range)
-    batches = data_setup.micro_batches(config, model_config, CPU_BATCHES, 1, 0)  # type: ignore[arg-type]
+    samples = data_setup.micro_batches(config, model_config, batches, 1, 0)  # type: ignore[arg-type]
 
     def run() -> None:
         state.scheduler.step(1)
-        iteration = [next(batches) for _ in range(batches.num_microbatches)]
+        iteration = [next(samples) for _ in range(samples.num_microbatches)]
         train_step.train_step(state.chunks, state.optimizer, iteration)
 
     return run
-
-
-def _cpu_seconds(step: Callable[[], None]) -> float:
-    begin = time.process_time()
-    step()
-    return time.process_time() - begin
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Benchmark of LM head and loss at masked positions in chunks, against two simpler implementations.
 
-    python -m bench.chunked_head [--rounds 5] [--out bench/results/masked_head_cpu.json]
+    python -m bench.chunked_head [--rounds 7] [--out bench/results/masked_head_cpu.json]
     python -m bench.chunked_head --device cuda --out FILE.json
 
 Forward and backward pass of LM head and cross-entropy with Qwen3's vocabulary. Half of the positions are masked, the
@@ -10,26 +10,23 @@ chunks       masked positions, logits in chunks (model/chunked_cross_entropy.py)
 masked rows  masked positions, all logits materialised, megatron.core's vocab_parallel_cross_entropy
 all rows     all positions, all logits materialised
 
-Timed runs alternate; on a CPU, peak memory is the increase in a separate process for each.
+The three take turns; on a CPU, peak memory is the increase in a separate process for each.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import resource
-import statistics
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.result_tables import machine
+from bench.paired import compare, in_process
+from bench.result_file import Figure, add_arguments, write
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
-from megatron_a2d.utils.atomic_write import write_json
 from megatron_a2d.utils.errors import UserError
 
 KINDS = ("chunks", "masked rows", "all rows")
@@ -39,10 +36,9 @@ CPU_SIZES, GPU_SIZES, SMALL_SIZES = (151_936, 256, 2_048), (151_936, 4096, 16_38
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each, after one warm-up")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes")
-    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    add_arguments(parser, rounds=7)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -50,19 +46,12 @@ def main() -> None:
     sizes = SMALL_SIZES if options.rehearse else GPU_SIZES if options.device == "cuda" else CPU_SIZES
     measure_peak = gpu_peak_bytes if options.device == "cuda" else cpu_peak_bytes
     memory = {kind: measure_peak(kind, sizes) for kind in KINDS}
-    runs = [head_and_loss(kind, sizes) for kind in KINDS]
-    times = [[seconds(run) for run in runs] for _ in range(options.rounds + 1)][1:]
-    columns = list(zip(*times, strict=True))
-    for kind, column in zip(KINDS, columns, strict=True):
-        print(f"{kind:12} {statistics.median(column):.4f} s   peak {memory[kind] / 1e6:.0f} MB")
-    result: dict[str, Any] = {"machine": machine(), "vocabulary": sizes[0], "hidden": sizes[1], "num_rows": sizes[2]}
-    for kind, column in zip(KINDS[1:], columns[1:], strict=True):
-        time_ratio = statistics.median(ours / other for ours, other in zip(columns[0], column, strict=True))
-        memory_ratio = memory["chunks"] / max(1, memory[kind])
-        result[f"chunks over {kind}"] = {"time_ratio": time_ratio, "memory_ratio": memory_ratio}
-        print(f"chunks over {kind}: time {time_ratio:.2f}, memory {memory_ratio:.2f}")
-    if options.out:
-        write_json(options.out, result | {"num_masked": sizes[2] // 2, "seconds": times, "peak_bytes": memory})
+    synchronise = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    sides = {kind: in_process(head_and_loss(kind, sizes), synchronise) for kind in KINDS}
+    compared = compare("LM head and loss", sides, [("chunks", kind) for kind in KINDS[1:]], rounds=options.rounds)
+    figures = [Figure(f"peak memory, {kind}", "bytes", [float(peak)]) for kind, peak in memory.items()]
+    settings = {"vocabulary": sizes[0], "hidden": sizes[1], "num_rows": sizes[2], "num_masked": sizes[2] // 2}
+    write(options.out, "masked_head", [compared], figures, settings)
 
 
 def head_and_loss(kind: str, sizes: tuple[int, int, int]) -> Callable[[], Any]:
@@ -99,14 +88,6 @@ def head_and_loss(kind: str, sizes: tuple[int, int, int]) -> Callable[[], Any]:
         weight.grad = None
 
     return run
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def cpu_peak_bytes(kind: str, sizes: tuple[int, int, int]) -> int:

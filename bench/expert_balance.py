@@ -126,6 +126,19 @@ def table(results: dict[str, Result]) -> str:
     return markdown_table(head, rows)
 
 
+def block(stored: dict[str, Any]) -> str:
+    """The documents' table, from a result file."""
+
+    def result(fields: dict[str, Any]) -> Result:
+        by_size: dict[str, Any] = {
+            name: {int(size): value for size, value in field.items()} if isinstance(field, dict) else field
+            for name, field in fields.items()
+        }
+        return Result(**by_size)
+
+    return table({name: result(stored[name]) for name in VARIANTS})
+
+
 def verdicts(results: dict[str, Result]) -> list[str]:
     """A line per target of a conversion with balancing and placement."""
     before, after = results[WITHOUT], results[WITH]

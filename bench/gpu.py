@@ -51,7 +51,7 @@ class Part(NamedTuple):
 def parts(rehearse: bool) -> list[Part]:
     """All parts, in the order in which they run."""
     step = [sys.executable, "-m", "bench.train_step_vs_hf", "--out", "OUT"]
-    step += ["--device", "cpu", "--rehearse", "--rounds", "1"] if rehearse else ["--device", "cuda", "--rounds", "5"]
+    step += ["--rehearse", "--rounds", "1"] if rehearse else ["--rounds", "5"]
     small = ["--rehearse"] if rehearse else ["--device", "cuda"]
     head = [sys.executable, "-m", "bench.chunked_head", "--out", "OUT", *small]
     waits = [sys.executable, "-m", "bench.host_waits", "--out", "OUT", *small]

@@ -1,6 +1,6 @@
 """Benchmark of log-likelihoods: requests sorted and batched, against one request at a time.
 
-    python -m bench.likelihood [--rounds 3] [--questions 24] [--out bench/results/likelihood_cpu.json]
+    python -m bench.likelihood [--rounds 5] [--questions 24] [--out bench/results/likelihood_cpu.json]
 
 Questions with contexts of 20 to 120 tokens and four choices each, at most 128 forward passes per choice. `letters`:
 choices of one token, as in MMLU; `texts`: choices of 1 to 8 tokens, as in ARC (exact up to 7 tokens). Three methods
@@ -10,17 +10,16 @@ and all requests sorted, batched and deduplicated.
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.result_tables import machine
+from bench.paired import Comparison, compare, in_process
+from bench.result_file import add_arguments, write
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.diffusion.model_interface import Reduce, Request
 from megatron_a2d.evaluation.loglikelihood import Scored, ScoringOptions, score
@@ -28,10 +27,10 @@ from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
 from megatron_a2d.inference.hf_model import TransformersModel
 from megatron_a2d.terminal.console import entry_point
-from megatron_a2d.utils.atomic_write import write_json
 
 VOCABULARY, HIDDEN, LAYERS, MASK = 4096, 64, 4, 4095
 MC_NUM, BATCH_TOKENS = 128, 4096
+BATCHED = "sorted and batched"
 
 
 class Scorer:
@@ -50,9 +49,8 @@ class Scorer:
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each method, after one warm-up")
     parser.add_argument("--questions", type=int, default=24, help="questions per run, each with four choices")
-    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    add_arguments(parser, rounds=5)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
@@ -61,13 +59,12 @@ def main() -> None:
         num_key_value_heads=2, head_dim=16, intermediate_size=128, max_position_embeddings=512, mask_token_id=MASK,
     )  # fmt: skip
     scorer = Scorer(A2DForMaskedLM(config).eval())
-    content = {
-        "machine": machine(), "vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS, "mc_num": MC_NUM,
-        "batch_tokens": BATCH_TOKENS, "questions": options.questions,
-        **{kind: measure(scorer, kind, options.questions, options.rounds) for kind in ("letters", "texts")},
+    compared = [measure(scorer, kind, options.questions, options.rounds) for kind in ("letters", "texts")]
+    settings = {
+        "vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS, "mc_num": MC_NUM, "batch_tokens": BATCH_TOKENS,
+        "questions": options.questions,
     }  # fmt: skip
-    if options.out:
-        write_json(options.out, content)
+    write(options.out, "likelihood", compared, settings=settings)
 
 
 def draw_requests(kind: str, num_questions: int) -> list[tuple[list[int], list[int]]]:
@@ -82,8 +79,8 @@ def draw_requests(kind: str, num_questions: int) -> list[tuple[list[int], list[i
     return requests
 
 
-def measure(scorer: Scorer, kind: str, num_questions: int, rounds: int) -> dict[str, Any]:
-    """Times of the three methods, and their ratios to the last one."""
+def measure(scorer: Scorer, kind: str, num_questions: int, rounds: int) -> Comparison:
+    """The three methods in turns; their results are the same."""
     requests = draw_requests(kind, num_questions)
     whole = ScoringOptions(mc_num=MC_NUM, batch_tokens=BATCH_TOKENS)
     loaded: Any = scorer
@@ -92,29 +89,22 @@ def measure(scorer: Scorer, kind: str, num_questions: int, rounds: int) -> dict[
             score(loaded, [request], ScoringOptions(mc_num=MC_NUM, batch_tokens=1))[0] for request in requests
         ],
         "one request at a time": lambda: [score(loaded, [request], whole)[0] for request in requests],
-        "sorted and batched": lambda: score(loaded, requests, whole),
+        BATCHED: lambda: score(loaded, requests, whole),
     }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    forwards = {}
-    for number in range(rounds + 1):
-        results = {}
-        for way, run in ways.items():
-            scorer.num_forwards, begin = 0, time.perf_counter()
-            results[way] = run()
-            if number:
-                seconds[way].append(time.perf_counter() - begin)
-            forwards[way] = scorer.num_forwards
-        for way, found in results.items():
-            largest = max(abs(a[0] - b[0]) for a, b in zip(found, results["sorted and batched"], strict=True))
-            assert largest < 1e-3, f"{way} gives different results: {largest}"
-    ratios = {
-        way: statistics.median(a / b for a, b in zip(times, seconds["sorted and batched"], strict=True))
-        for way, times in seconds.items()
-    }
-    for way, times in seconds.items():
-        rate = len(requests) / statistics.median(times)
-        print(f"{kind:8} {way:24} {rate:8.1f} requests/s  {forwards[way]:5} forwards  {ratios[way]:6.2f}x the time")
-    return {"time_ratios": ratios, "forwards": forwards, "seconds": seconds}
+    results, forwards = {}, {}
+
+    def run(way: str) -> None:
+        scorer.num_forwards = 0
+        results[way] = ways[way]()
+        forwards[way] = scorer.num_forwards
+
+    sides = {way: in_process(partial(run, way)) for way in ways}
+    compared = compare(kind, sides, [(way, BATCHED) for way in ways if way != BATCHED], rounds=rounds)
+    for way, found in results.items():
+        largest = max(abs(a[0] - b[0]) for a, b in zip(found, results[BATCHED], strict=True))
+        assert largest < 1e-3, f"{way} gives different results: {largest}"
+    compared.figures["forward passes of these"] = " / ".join(str(forwards[way]) for way in ways)
+    return compared
 
 
 if __name__ == "__main__":

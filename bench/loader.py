@@ -1,6 +1,6 @@
 """Benchmark of the data loader: samples/s of one core, including corruption, and waiting times of a training step.
 
-    python -m bench.loader [--seconds 5] [--out bench/results/loader_cpu.json]
+    python -m bench.loader [--seconds 10] [--out bench/results/loader_cpu.json]
 
 Token files with checksums (uint16, documents of 50 to 1,500 tokens), samples of 4,096, micro-batches of 4. First one
 thread prepares batches as fast as it can: tokens/s/core, for the plain masked diffusion objective and with
@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.mixing import VOCABULARY, WEIGHTS, ours, write_sources
-from bench.result_tables import machine
+from bench.result_file import Figure, add_arguments, write
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.terminal.console import console, entry_point
-from megatron_a2d.utils.atomic_write import write_json
 
 LENGTH, SIZE, STEP_SECONDS = 4096, 4, 0.1
 EVERYTHING = {"reset_attention_mask": True, "reset_position_ids": True, "random_length_prob": 0.01}
@@ -32,20 +31,19 @@ EVERYTHING = {"reset_attention_mask": True, "reset_position_ids": True, "random_
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench.loader", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=5, help="seconds per measurement")
-    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    parser.add_argument("--seconds", type=float, default=10, help="seconds per measurement")
+    add_arguments(parser, rounds=5)
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory(prefix="bench_loader") as name:
         write_sources(Path(name), 40_000_000)
-        result = measure(Path(name), options.seconds)
-    for key, value in result.items():
-        console.print(f"{key:40} {value:,.4g}")
-    if options.out:
-        write_json(options.out, {"machine": machine(), "seq_length": LENGTH, "micro_batch_size": SIZE, **result})
+        figures = measure(Path(name), options.seconds, options.rounds)
+    for figure in figures:
+        console.print(f"{figure.name}: {figure.text()}")
+    write(options.out, "loader", [], figures, {"seq_length": LENGTH, "micro_batch_size": SIZE})
 
 
-def measure(directory: Path, seconds: float) -> dict[str, Any]:
+def measure(directory: Path, seconds: float, rounds: int) -> list[Figure]:
     from megatron_a2d.data.dataloader import MicroBatches
     from megatron_a2d.data.diffusion_samples import make_sample
     from megatron_a2d.data.packed_dataset import PackedDataset
@@ -53,18 +51,21 @@ def measure(directory: Path, seconds: float) -> dict[str, Any]:
     model_config = ModelConfig(2, 64, 4, 2, 24, 160, VOCABULARY + 1, LENGTH, 1e-6, 1e6, False, mask_token_id=VOCABULARY)
     plain = PackedDataset(directory / next(iter(WEIGHTS)), LENGTH, vocab_size=VOCABULARY)
     mixed, _ = ours(directory, LENGTH)
-    result: dict[str, Any] = {}
-    for name, data, settings in (("plain", plain, {}), ("everything", mixed, EVERYTHING)):
+    figures = []
+    for name, data, settings in (("plain", plain, {}), ("all options", mixed, EVERYTHING)):
         maker = make_sample(build({"seq_length": LENGTH, **settings}), model_config, data, 1, for_training=True)
         arguments = {"micro_batch_size": SIZE, "global_batch_size": SIZE}
         with MicroBatches(data, maker, num_workers=0, **arguments) as batches:
-            result[f"tokens a second and core, {name}"] = _speed(batches, seconds)
+            speeds = [_speed(batches, seconds / rounds) for _ in range(rounds)]
         with MicroBatches(data, maker, num_workers=1, **arguments) as batches:
             waits = _waits(batches, seconds)
-        result[f"wait for a batch, median, ms, {name}"] = 1e3 * statistics.median(waits)
-        result[f"wait for a batch, longest, ms, {name}"] = 1e3 * max(waits)
-        result[f"waiting, part of the time, {name}"] = sum(waits) / (sum(waits) + STEP_SECONDS * len(waits))
-    return result
+        part = 100 * sum(waits) / (sum(waits) + STEP_SECONDS * len(waits))
+        figures += [
+            Figure(f"one core, {name}", "tokens/s", speeds),
+            Figure(f"wait for a batch, median of {len(waits)}, {name}", "ms", [1e3 * statistics.median(waits)]),
+            Figure(f"share of steps of {1e3 * STEP_SECONDS:.0f} ms spent waiting, {name}", "%", [part]),
+        ]
+    return figures
 
 
 def _speed(batches: Any, seconds: float) -> float:

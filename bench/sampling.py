@@ -1,39 +1,39 @@
 """Benchmark of the samplers against a plain reimplementation of the published loop: tokens/s and output quality.
 
-    python -m bench.sampling [--rounds 4] [--out bench/results/sampling_cpu.json]
-    python -m bench.sampling --model demo_run/exported --data demo_run/corpus_valid --texts 8 --out ...
+    python -m bench.sampling [--rounds 9] [--out bench/results/sampling_cpu.json]
+    python -m bench.sampling --model demo_run/exported --data demo_run/corpus_valid --out ...
 
 The plain loop does what the published one does: LM head, full-vocabulary log-softmax, entropies and argmax at all
 positions, in every step. First, `rnd1` with equal output on a random model with Qwen3's vocabulary. With --model, an
 export such as the demo's, all samplers continue held-out texts, and their quality is measured too: as the bound on the
 generated text's negative log-likelihood under the model (64 forward passes per text, nats/token), and as the fraction
-of tokens that equal the held-out text. One text at a time, samplers alternating.
+of tokens that equal the held-out text. One text at a time, samplers in turns.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.result_tables import machine
+from bench.paired import Comparison, Side, compare, in_process
+from bench.result_file import add_arguments, write
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
 from megatron_a2d.inference.hf_model import TransformersModel
 from megatron_a2d.terminal.console import entry_point
-from megatron_a2d.utils.atomic_write import write_json
 
 VOCABULARY, HIDDEN, LAYERS, MASK = 151_936, 256, 4, 151_669
 PROMPT, NEW_TOKENS, STEPS = 32, 64, 64
+PLAIN = "plain loop"
 
 SAMPLERS = {
     "rnd1": SamplingOptions(num_steps=STEPS),
@@ -67,29 +67,24 @@ SAMPLERS = {
 class Measured(NamedTuple):
     """Measurements of one sampler, per text."""
 
-    seconds: list[float]
     texts: list[list[int]]
     forwards: list[int]
 
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=4, help="texts of the untrained model, after one warm-up")
     parser.add_argument("--model", default=None, help="exported model to compare all samplers on")
     parser.add_argument("--data", default=None, help="prefix of its held-out tokens")
-    parser.add_argument("--texts", type=int, default=8, help="texts to continue, after one warm-up")
-    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    add_arguments(parser, rounds=9)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    content: dict[str, Any] = {"machine": machine(), "prompt": PROMPT, "new_tokens": NEW_TOKENS, "steps": STEPS}
-    content["untrained"] = untrained(options.rounds)
+    compared = [untrained(options.rounds)]
     if options.model:
-        content["trained"] = trained(options.model, options.data, options.texts)
-    if options.out:
-        write_json(options.out, content)
+        compared += trained(options.model, options.data, options.rounds)
+    write(options.out, "sampling", compared, settings={"prompt": PROMPT, "new_tokens": NEW_TOKENS, "steps": STEPS})
 
 
-def untrained(rounds: int) -> dict[str, Any]:
+def untrained(rounds: int) -> Comparison:
     """`rnd1` and the plain loop with Qwen3's vocabulary; a quarter of the steps, as the time per step is constant."""
     torch.manual_seed(0)
     config = A2DConfig(
@@ -99,20 +94,17 @@ def untrained(rounds: int) -> dict[str, Any]:
     model = A2DForMaskedLM(config).eval()
     steps = STEPS // 4
     prompts = torch.randint(0, MASK, (rounds + 1, PROMPT)).tolist()
-    plain, ours = Measured([], [], []), Measured([], [], [])
-    for prompt in prompts:
-        run(plain, partial(plain_loop, model, prompt, MASK, steps))
-        run(ours, partial(our_loop, model, prompt, MASK, SamplingOptions(num_steps=steps)))
+    plain, ours = Measured([], []), Measured([], [])
+    sides = {
+        PLAIN: side(plain, prompts, lambda prompt: plain_loop(model, prompt, MASK, steps)),
+        "rnd1": side(ours, prompts, lambda prompt: our_loop(model, prompt, MASK, SamplingOptions(num_steps=steps))),
+    }
+    compared = compare(f"random weights, vocabulary {VOCABULARY:,}", sides, [(PLAIN, "rnd1")], rounds=rounds)
     assert plain.texts == ours.texts, "rnd1 is not the plain loop"
-    ratios = [a / b for a, b in zip(plain.seconds[1:], ours.seconds[1:], strict=True)]
-    print(f"vocabulary {VOCABULARY}: equal output, rnd1 at {statistics.median(ratios):.2f}x the plain loop's speed")
-    return {
-        "vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS, "num_steps": steps,
-        "speed_ratio": statistics.median(ratios), "seconds": {"ours": ours.seconds[1:], "plain": plain.seconds[1:]},
-    }  # fmt: skip
+    return compared
 
 
-def trained(directory: str, data: str, num_texts: int) -> dict[str, Any]:
+def trained(directory: str, data: str, rounds: int) -> list[Comparison]:
     from megatron_a2d.data.packed_dataset import PackedDataset
     from megatron_a2d.evaluation.loglikelihood import ScoringOptions, score
     from megatron_a2d.inference.hf_model import load_hf_model
@@ -120,47 +112,45 @@ def trained(directory: str, data: str, num_texts: int) -> dict[str, Any]:
     loaded = load_hf_model(directory)
     model, mask = loaded.forward.model, loaded.mask_token_id  # type: ignore[attr-defined]
     dataset = PackedDataset(data, PROMPT + NEW_TOKENS, seed=0, vocab_size=loaded.vocab_size)
-    texts = [dataset.tokens(number).tolist() for number in range(num_texts + 1)]
-    found = {name: Measured([], [], []) for name in ("plain loop", *SAMPLERS)}
-    for text in texts:
-        prompt = text[:PROMPT]
-        run(found["plain loop"], partial(plain_loop, model, prompt, mask, STEPS))
-        for name, sampling in SAMPLERS.items():
-            run(found[name], partial(our_loop, model, prompt, mask, sampling))
-    table = {}
+    texts = [dataset.tokens(number).tolist() for number in range(rounds + 1)]
+    prompts = [text[:PROMPT] for text in texts]
+    found = {name: Measured([], []) for name in (PLAIN, *SAMPLERS)}
+    loops = {PLAIN: lambda prompt: plain_loop(model, prompt, mask, STEPS)} | {
+        name: partial(our_loop, model, mask=mask, options=sampling) for name, sampling in SAMPLERS.items()
+    }
+    sides = {name: side(found[name], prompts, loop) for name, loop in loops.items()}
+    whole = compare("demo", sides, [(PLAIN, name) for name in SAMPLERS], rounds=rounds)
+    rows = []
     for name, measured in found.items():
-        requests = [(written[:PROMPT], written[PROMPT:]) for written in measured.texts]
-        scored = score(loaded, requests, ScoringOptions(mc_num=64))
+        scored = score(loaded, [(text[:PROMPT], text[PROMPT:]) for text in measured.texts], ScoringOptions(mc_num=64))
         right = [
             a == b
             for text, own in zip(texts, measured.texts, strict=True)
             for a, b in zip(text[PROMPT:], own[PROMPT:], strict=True)
         ]
-        pairs = zip(found["plain loop"].seconds[1:], measured.seconds[1:], strict=True)
-        table[name] = {
-            "tokens_per_second": NEW_TOKENS / statistics.median(measured.seconds[1:]),
-            "speed_ratio": statistics.median(a / b for a, b in pairs),
-            "forwards": statistics.fmean(measured.forwards),
-            "nats_per_token": -statistics.fmean(item.log_likelihood for item in scored) / NEW_TOKENS,
-            "accuracy": statistics.fmean(right),
-            "texts_equal_to_plain": sum(a == b for a, b in zip(found["plain loop"].texts, measured.texts, strict=True)),
-            "seconds": measured.seconds[1:],
+        figures = {
+            "forward passes": f"{statistics.fmean(measured.forwards):.1f}",
+            "nats/token": f"{-statistics.fmean(item.log_likelihood for item in scored) / NEW_TOKENS:.3f}",
+            "accuracy": f"{statistics.fmean(right):.1%}",
         }
-        row = table[name]
-        print(
-            f"{name:54} {row['speed_ratio']:6.2f}x  {row['forwards']:5.1f} forwards  {row['nats_per_token']:.3f} nats  "
-            f"accuracy {row['accuracy']:.1%}  {row['texts_equal_to_plain']} of {len(texts)} equal",
-            flush=True,
-        )
-    return {"model": Path(directory).name, "vocabulary": loaded.vocab_size, "texts": num_texts, "samplers": table}
+        runs = {side: whole.runs[side] for side in dict.fromkeys((PLAIN, name))}
+        rows.append(Comparison("demo's model", runs, [(PLAIN, name)], figures=figures))
+    return rows
 
 
-def run(measured: Measured, write: Any) -> None:
-    begin = time.perf_counter()
-    tokens, forwards = write()
-    measured.seconds.append(time.perf_counter() - begin)
-    measured.texts.append(tokens)
-    measured.forwards.append(forwards)
+Loop = Callable[[list[int]], tuple[list[int], int]]  # prompt -> tokens, forward passes
+
+
+def side(measured: Measured, prompts: list[list[int]], write_text: Loop) -> Side:
+    """Each run continues the next prompt."""
+    left = iter(prompts)
+
+    def run() -> None:
+        tokens, forwards = write_text(next(left))
+        measured.texts.append(tokens)
+        measured.forwards.append(forwards)
+
+    return in_process(run)
 
 
 def our_loop(model: A2DForMaskedLM, prompt: list[int], mask: int, options: SamplingOptions) -> tuple[list[int], int]:

@@ -10,14 +10,14 @@ trivial. The tokenizer is trained on the first pass, with a vocabulary of 16,384
 
 classic    the loop of preprocess_data.py: lines of the file go through a multiprocessing pool, 32 at a time; a worker
            parses one and calls the Hugging Face tokenizer on it; the first process adds it to megatron.core's builder
-ours       the complete command in a separate process: reading, parsing, validating, encoding, writing
-raw        encode_batch of gigatoken on a list in memory, with as many threads, without reading and writing
+ours       the complete command in a separate process: start, reading, parsing, validating, encoding, writing
+raw        encode_batch of gigatoken on a list in memory, with as many threads: without its start, reading and writing
 
-Text is counted in UTF-8 bytes of the documents, without JSON. Classic and ours: the first 208 MB. Ours and raw: the
-entire corpus, alternately, on the same cores; raw does not include its start-up, so `part_of_raw` includes all of ours,
-and `part_of_raw_further` is the marginal speed (the corpus after the first 208 MB).
+Ours and raw: the entire corpus. Ours and classic: the first 41 MB. In turns, on the same cores; the corpus in the page
+cache (warm) and dropped from it (cold, checked; raw reads nothing while it is timed). `raw / ours` is the part of the
+bare library's speed that is left.
 
-Memory: total resident memory of all processes of a job, sampled ten times per second, once for each size.
+Memory: total resident memory of all processes of a job, sampled, once for each size.
 """
 
 from __future__ import annotations
@@ -27,91 +27,81 @@ import json
 import multiprocessing
 import os
 import re
-import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from bench.result_tables import machine
+from bench.page_cache import CACHES, before
+from bench.paired import Usage, compare
+from bench.process_tree import command, module, peak_memory, run
+from bench.result_file import Figure, add_arguments, write
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import console, entry_point
-from megatron_a2d.utils.atomic_write import write_json
 from megatron_a2d.utils.errors import UserError
 
 KINDS, MAX_CHARS = {".py", ".pyi", ".md", ".rst", ".txt"}, 20_000
 VOCABULARY = 16_384
-BEGINNING = 208_000_000  # bytes that the classic method processes
+BEGINNING = 41_000_000  # bytes that the classic method processes
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench.tokenize", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=640, help="size of the corpus")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes or threads")
-    parser.add_argument("--rounds", type=int, default=3, help="alternating runs of each")
-    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    parser.add_argument("--work", type=Path, default=None, metavar="DIR", help="a folder on the disk to measure")
+    add_arguments(parser, rounds=3)
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="bench_tokenize") as directory:
-        result = measure(Path(directory), options.megabytes * 1_000_000, options.workers, options.rounds)
-    for name, speed in result["megabytes_per_second"].items():
-        console.print(f"{name:14} {speed:8.2f} MB/s")
-    for name in ("times_classic", "part_of_raw", "part_of_raw_further"):
-        console.print(f"{name:20} {result[name]:8.2f}")
-    for name, peak in result["peak_bytes"].items():
-        console.print(f"{name:14} {peak / 1e6:8.0f} MB of memory")
-    if not result["same_bytes_as_classic"]:
-        raise UserError("bench.tokenize: ours and classic wrote different files; the comparison is invalid")
-    if options.out:
-        write_json(options.out, {"machine": machine(), **result})
+    with tempfile.TemporaryDirectory(prefix="bench_tokenize", dir=options.work) as directory:
+        measure(Path(directory), options.megabytes * 1_000_000, options.workers, options.rounds, options.out)
 
 
-def measure(directory: Path, size: int, workers: int, rounds: int) -> dict[str, Any]:
+def measure(directory: Path, size: int, workers: int, rounds: int, out: Path | None) -> None:
     corpus, beginning, training, tokenizer = (directory / name for name in ("all.jsonl", "some.jsonl", "t.jsonl", "t"))
     sizes, documents = write_corpus(corpus, beginning, training, size)
     console.print(f"{sizes['all'] / 1e6:.1f} MB of text in {documents:,} documents")
-    _run("data_prep.train_tokenizer", "--input", training, "--vocab-size", VOCABULARY, "--out", tokenizer)
+    run(module("data_prep.train_tokenizer", "--input", training, "--vocab-size", VOCABULARY, "--out", tokenizer))
 
-    def command(text: Path, out: str) -> tuple[object, ...]:
-        return (
-            "data_prep.tokenize_corpus", "--input", text, "--tokenizer", tokenizer, "--output-prefix", directory / out,
+    def tokenize(text: Path, name: str) -> list[str]:
+        return module(
+            "data_prep.tokenize_corpus", "--input", text, "--tokenizer", tokenizer, "--output-prefix", directory / name,
             "--valid-fraction", 0, "--workers", workers, "--encoder", "gigatoken",
         )  # fmt: skip
 
-    def ours(text: Path, out: str) -> float:
-        begin = time.perf_counter()
-        _run(*command(text, out))
-        return time.perf_counter() - begin
+    def raw() -> Usage:
+        words = module("bench.tokenize_raw", corpus, tokenizer, workers)
+        environment = {**os.environ, "RAYON_NUM_THREADS": str(workers)}
+        printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+        return Usage(*map(float, printed.split()))
 
-    seconds: dict[str, list[float]] = {"raw": [], "ours": [], "ours_beginning": [], "classic": []}
-    for number in range(rounds):
-        seconds["raw"].append(float(_run("bench.tokenize_raw", corpus, tokenizer, workers, threads=workers)))
-        seconds["ours"].append(ours(corpus, f"all{number}"))
-        seconds["ours_beginning"].append(ours(beginning, f"some{number}"))
-        for path in directory.glob(f"all{number}.*"):
-            path.unlink()
-        begin = time.perf_counter()
-        classic(beginning, tokenizer, directory / "classic", workers)
-        seconds["classic"].append(time.perf_counter() - begin)
-    same = all(_digest(directory / f"some0{end}") == _digest(directory / f"classic{end}") for end in (".bin", ".idx"))
-    peaks = {path.stem: _peak_memory(*command(path, f"peak_{path.stem}")) for path in (beginning, corpus)}
-    middle = {name: statistics.median(times) for name, times in seconds.items()}
-    text = {"raw": "all", "ours": "all", "ours_beginning": "beginning", "classic": "beginning"}
-    speed = {name: sizes[text[name]] / 1e6 / middle[name] for name in seconds}
-    further = (sizes["all"] - sizes["beginning"]) / 1e6 / (middle["ours"] - middle["ours_beginning"])
-    return {
-        "bytes": sizes, "documents": documents, "workers": workers, "vocabulary": VOCABULARY, "seconds": seconds,
-        "megabytes_per_second": speed, "times_classic": speed["ours_beginning"] / speed["classic"],
-        "part_of_raw": speed["ours"] / speed["raw"], "part_of_raw_further": further / speed["raw"],
-        "same_bytes_as_classic": same, "peak_bytes": {"beginning": peaks[beginning.stem], "all": peaks[corpus.stem]},
-    }  # fmt: skip
+    classic_words = module("bench.tokenize", "--classic", beginning, tokenizer, directory / "classic", workers)
+    compared = [
+        compare(
+            name, sides, pairs, rounds=rounds, cache=cache, warm_up=0,
+            prepare=before(cache, [text], [directory / f"{written}.{end}" for end in ("bin", "idx", "json", "sums")]),
+        )
+        for cache in CACHES
+        for name, written, text, sides, pairs in (
+            (f"{sizes['all'] / 1e6:.0f} MB", "all", corpus,
+             {"ours": command(tokenize(corpus, "all")), "raw": raw}, [("raw", "ours")]),
+            (f"{sizes['beginning'] / 1e6:.0f} MB", "some", beginning,
+             {"ours": command(tokenize(beginning, "some")), "classic": command(classic_words)}, [("classic", "ours")]),
+        )
+    ]  # fmt: skip
+    figures = [
+        Figure(f"peak memory, {sizes[key] / 1e6:.0f} MB", "bytes", [float(peak_memory(tokenize(text, f"peak_{key}")))])
+        for key, text in (("beginning", beginning), ("all", corpus))
+    ]
+    ends = (".bin", ".idx")
+    if any(_digest(directory / f"peak_beginning{end}") != _digest(directory / f"classic{end}") for end in ends):
+        raise UserError("bench.tokenize: ours and classic wrote different files; the comparison is invalid")
+    settings = {"bytes": sizes, "documents": documents, "workers": workers, "vocabulary": VOCABULARY}
+    write(out, "tokenize", compared, figures, settings)
 
 
 def write_corpus(path: Path, beginning: Path, training: Path, size: int) -> tuple[dict[str, int], int]:
@@ -198,39 +188,14 @@ def classic(corpus: Path, tokenizer: Path, out: Path, workers: int) -> None:
     builder.finalize(f"{out}.idx")
 
 
-def _peak_memory(module: object, *arguments: object) -> int:
-    """Peak total memory of a command and its processes in bytes; shared memory counts for each."""
-    peak = 0
-    with subprocess.Popen(_command(module, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
-        while job.poll() is None:
-            held = 0
-            with suppress(psutil.NoSuchProcess):
-                for process in [watched := psutil.Process(job.pid), *watched.children(recursive=True)]:
-                    held += process.memory_info().rss
-            peak = max(peak, held)
-            time.sleep(0.1)
-    if job.returncode:
-        raise RuntimeError(f"{module} failed with exit code {job.returncode}")
-    return peak
-
-
-def _command(module: object, *arguments: object) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", str(module), *map(str, arguments)]
-
-
-def _run(module: object, *arguments: object, threads: int = 1) -> str:
-    command = _command(module, *arguments)
-    environment = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {result.stderr[-2000:]}")
-    return result.stdout
-
-
 def _digest(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
-    entry_point(main)
+    if sys.argv[1:2] == ["--classic"]:  # the other side, in a process of its own
+        corpus, tokenizer, out = map(Path, sys.argv[2:5])
+        classic(corpus, tokenizer, out, int(sys.argv[5]))
+    else:
+        entry_point(main)

@@ -1,14 +1,12 @@
-"""Benchmark of our training step against a plain one: Hugging Face's model, torch's AdamW, the same shape and batch.
+"""Benchmark of our training step on a GPU against Hugging Face's model, torch's AdamW, the same shape and batch.
 
-    python -m bench.train_step_vs_hf [--rounds 9] [--out bench/results/train_step_cpu.json] # a CPU, two small shapes
-    python -m bench.train_step_vs_hf --device cuda --shapes qwen3_8b qwen3_30b_a3b --out FILE.json
-    python -m bench.train_step_vs_hf --device cpu --rehearse --out FILE.json # the GPU measurement, on a CPU
+    python -m bench.train_step_vs_hf --shapes qwen3_8b qwen3_30b_a3b --out FILE.json
+    python -m bench.train_step_vs_hf --rehearse --out FILE.json # the same on a CPU, tiny
 
-On a CPU the steps of both alternate, so that changes of the machine's speed affect both; the result is the median of
-the ratios. On a GPU, where two models do not fit, the variants run one after another, --rounds steps each: Transformer
-Engine and local layers, bf16 and FP8, natural and force-balanced routing. A variant that fails is recorded with
-its error, and the next one runs; --out is rewritten after each. All variants of a shape have the same batch:
-one that needs more memory splits it into more and smaller micro-batches.
+On a CPU: bench.cpu_train_step. On a GPU, where two models do not fit, the variants run one after another, --rounds
+steps each: Transformer Engine and local layers, bf16 and FP8, natural and force-balanced routing. A variant that fails
+is recorded with its error, and the next one runs; --out is rewritten after each. All variants of a shape have the same
+batch: one that needs more memory splits it into more and smaller micro-batches.
 
 tokens/s   of the step: data, forward, backward, update
 TFLOP/s    by the bidirectional formula (model/flops.py), with the positions that reached the LM head
@@ -39,65 +37,28 @@ from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.atomic_write import write_json
 from megatron_a2d.utils.errors import UserError
 
-CPU_SHAPES: dict[str, dict[str, Any]] = {
-    "dense": dict(model_type="qwen3", intermediate_size=768),
-    "moe": dict(
-        model_type="qwen3_moe", intermediate_size=768, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192,
-        norm_topk_prob=True,
-    ),
-}  # fmt: skip
-COMMON: dict[str, Any] = dict(
-    vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-    max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False, mask_token_id=4088,
-)  # fmt: skip
-CPU_BATCHES = Batches(micro_batch_size=8, seq_length=256, mask_token_id=4088)
-
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each, after the warm-up")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the full shapes")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="with --device cuda")
-    parser.add_argument("--variants", nargs="+", default=None, help="with --device cuda: only these variants")
-    parser.add_argument("--rehearse", action="store_true", help="the GPU measurement with tiny shapes on a CPU")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="which models")
+    parser.add_argument("--variants", nargs="+", default=None, help="only these variants")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU")
     parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no CUDA device; leave it out, or use --rehearse")
+    if not (options.rehearse or torch.cuda.is_available()):
+        raise UserError(
+            "bench.train_step_vs_hf: this machine has no CUDA device; use --rehearse, or bench.cpu_train_step"
+        )
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds}: must be at least 1")
-    if options.device == "cpu" and not options.rehearse:
-        if options.variants:
-            raise UserError("--variants: the CPU comparison has no variants; add --rehearse, or use --device cuda")
-        in_turns(options.rounds, options.out)
-        return
     engine = uses_engine(options.rehearse)
     shapes = {name: rehearsal(SHAPES[name]) if options.rehearse else SHAPES[name] for name in options.shapes}
     known = {name for shape in shapes.values() for on_gpu in (True, False) for name in variants(shape, on_gpu, on_gpu)}
     if unknown := [name for name in options.variants or [] if name not in known]:
         raise UserError([f"--variants {name}: is not one of {'; '.join(sorted(known))}" for name in unknown])
     one_by_one(shapes, options.variants, options.rounds, options.out, engine)
-
-
-def in_turns(rounds: int, out: Path | None) -> None:
-    """The comparison on a CPU."""
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "settings": COMMON | {"seq_length": CPU_BATCHES.seq_length, "batch": CPU_BATCHES.micro_batch_size},
-    }
-    tokens = CPU_BATCHES.micro_batch_size * CPU_BATCHES.seq_length
-    for name, shape in CPU_SHAPES.items():
-        model = COMMON | shape
-        ours = our_step(model, CPU_BATCHES, {})
-        theirs = hugging_face_step(model, CPU_BATCHES, torch.device("cpu"), bf16=False)
-        times = [(seconds(ours.run), seconds(theirs.run)) for _ in range(rounds + 1)][1:]
-        ratio = statistics.median(b / a for a, b in times)
-        rates = [tokens / statistics.median(column) for column in zip(*times, strict=True)]
-        result[name] = {"tokens_per_second": rates[0], "hugging_face": rates[1], "ratio": ratio, "seconds": times}
-        print(f"{name:6} ours {rates[0]:7.0f} tokens/s   Hugging Face + AdamW {rates[1]:7.0f}   ratio {ratio:.2f}")
-    if out:
-        write_json(out, result)
 
 
 def seconds(run: Callable[[], None]) -> float:

@@ -23,6 +23,7 @@ from checkpoints_tools import export_hf
 from megatron_a2d import evaluate
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.data.indexed_dataset import TokenFile
+from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.terminal.console import console, entry_point
 from megatron_a2d.utils.atomic_write import write_json
 
@@ -65,6 +66,21 @@ def main(argv: list[str] | None = None) -> None:
             console.print(f"{stage}, wrong: {wrong}: NELBO {values['nelbo']:.3f} nats/token")
     if options.out:
         write_json(options.out, {"machine": machine(), "wrong_settings": results})
+
+
+SHOWN = ("0.0-0.1", "0.6-0.7", "0.9-1.0")  # of the bins of time
+
+
+def block(stored: dict[str, Any]) -> str:
+    """The documents' table, from a result file."""
+    rows = []
+    for stage in STAGES:
+        for wrong in ("none", *WRONG):
+            values = stored["wrong_settings"][stage][wrong]
+            bins = {f"{one['low']:.1f}-{one['high']:.1f}": f"{one['mean']:.2f}" for one in values["nelbo_by_time"]}
+            figures = [f"{values['nelbo']:.2f}", f"{values['accuracy']:.1%}"]
+            rows.append([stage, "-" if wrong == "none" else wrong, *(bins[name] for name in SHOWN), *figures])
+    return markdown_table(["stage", "wrong", *SHOWN, "NELBO", "accuracy"], rows)
 
 
 def with_config(model: Path, copy: Path, changes: dict[str, Any]) -> Path:

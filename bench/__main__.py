@@ -1,0 +1,90 @@
+"""All benchmarks on a CPU, one after another: `make bench`.
+
+    python -m bench                          # those whose result is of other code, of another form, or noisy
+    python -m bench train_step_cpu convert_cpu    # these
+    python -m bench --all
+
+Needs a finished `make demo` (--demo) for those that measure its model, and an idle machine. Each writes its file in
+bench/results/, so that an interrupted command continues where it was; afterwards the documents' tables are made anew.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import report
+from bench.process_tree import module
+from bench.result_file import RESULTS, read, sources
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import console, entry_point
+from megatron_a2d.utils.errors import UserError
+
+
+class Benchmark(NamedTuple):
+    """A module of bench/ with its arguments, by the name of its result file; DEMO is the demo's directory."""
+
+    minutes: float  # on two cores
+    module: str
+    arguments: tuple[str, ...] = ()
+
+
+BENCHMARKS = {
+    "train_step_cpu": Benchmark(2, "cpu_train_step"),
+    "convert_cpu": Benchmark(8, "convert"),
+    "tokenize_cpu": Benchmark(4, "tokenize"),
+    "mixing_cpu": Benchmark(2, "mixing"),
+    "loader_cpu": Benchmark(1, "loader"),
+    "masked_head_cpu": Benchmark(1, "chunked_head"),
+    "sampling_cpu": Benchmark(2, "sampling", ("--model", "DEMO/exported", "--data", "DEMO/corpus_valid")),
+    "likelihood_cpu": Benchmark(1, "likelihood"),
+    "monitoring_cpu": Benchmark(1, "monitoring"),
+    "aux_loss_cpu": Benchmark(1, "aux_loss"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: those out of date")
+    parser.add_argument("--all", action="store_true", help="those that are up to date as well")
+    parser.add_argument("--demo", type=Path, default=Path("demo_run"), help="directory of a finished make demo")
+    options = parser.parse_args(argv)
+    if unknown := [name for name in options.names if name not in BENCHMARKS]:
+        raise UserError([f"bench {name}: there are {', '.join(BENCHMARKS)}" for name in unknown])
+    chosen = options.names or [name for name in BENCHMARKS if options.all or not is_current(name)]
+    if any("DEMO" in " ".join(BENCHMARKS[name].arguments) for name in chosen) and not options.demo.is_dir():
+        raise UserError(f"--demo {options.demo}: there is no such directory; run make demo")
+    for name in (name for name in BENCHMARKS if name not in chosen and not options.names):
+        console.print(f"{name}: up to date")
+    for number, name in enumerate(chosen, start=1):
+        left = sum(BENCHMARKS[other].minutes for other in chosen[number - 1 :])
+        console.print(f"{number} of {len(chosen)}, {name}: {time.strftime('%H:%M')}, about {left:.0f} minutes left")
+        run(name, options.demo)
+    report.main([])
+    noisy = [name for name in BENCHMARKS if (result := read(name)) and result.noisy]
+    if noisy:
+        console.print(f"noisy in part: {', '.join(noisy)}; the same command on an idle machine repeats them")
+
+
+def is_current(name: str) -> bool:
+    """Whether the result is of this code and has no noisy figure."""
+    result = read(name)
+    return result is not None and result.about["sources"] == sources() and not result.noisy
+
+
+def run(name: str, demo: Path) -> None:
+    """Run a benchmark; its progress is shown."""
+    benchmark = BENCHMARKS[name]
+    words = [word.replace("DEMO", str(demo)) for word in benchmark.arguments]
+    command = module(f"bench.{benchmark.module}", *words, "--out", RESULTS / f"{name}.json")
+    code = subprocess.run(command).returncode
+    if code:
+        console.print(f"{name}: failed with exit code {code}")
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry_point(main)
