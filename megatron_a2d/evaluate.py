@@ -71,6 +71,9 @@ OPTIONS = {
         ("monte_carlo", "pseudo"),
     ),
     "mc_num": Option(int, 128, "maximum forward passes per log-likelihood; exact if they suffice"),
+    "decision_error": Option(
+        float, 0.005, "multiple choice: probability that the best choice is not that of all --mc-num passes, 0: all"
+    ),
     "batch_tokens": Option(int, 4096, "tokens per forward pass when scoring; raise it on a GPU"),
     "batch_size": Option(int, 16, "texts generated together"),
     "max_new_tokens": Option(int, 256, "tokens per answer, for tasks that set no length"),
@@ -170,6 +173,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
     for name, least in (("num_fewshot", 0), ("limit", 1), ("seed", 0)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             problems.append(f"{flag(name)} {getattr(options, name)}: must be at least {least}")
+    if not 0 <= options.decision_error < 0.5:
+        problems.append(f"--decision-error {options.decision_error}: must be a probability below 0.5, or 0")
     if options.seed >= 1 << 64:
         problems.append(f"--seed {options.seed}: must be below 2^64")
     if not 0 < noise.get("min_timestep", 0.5) < 1:
@@ -211,7 +216,8 @@ def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
         if option and option.default == [] and not isinstance(value, list):
             value = [value]
         wrong = option and any(
-            type(item) is not option.kind for item in (value if isinstance(value, list) else [value])
+            type(item) is not option.kind and not (option.kind is float and type(item) is int)
+            for item in (value if isinstance(value, list) else [value])
         )
         if wrong or (option and option.choices and value not in option.choices):
             assert option
@@ -305,8 +311,9 @@ def _run_harness(
     manager = _task_manager(options, TaskManager)
     model = HarnessModel(
         loaded, scoring, sampling, options.max_new_tokens, options.batch_size, cache,
-        lambda what, total, unit: _progress(loaded, what, total, unit), options.seed,
+        lambda what, total, unit: _progress(loaded, what, total, unit), options.seed, options.decision_error,
     )  # fmt: skip
+    model.keep_tasks(manager)
     try:
         with tasks_without_a_length():
             found = lm_eval.simple_evaluate(

@@ -37,6 +37,7 @@ class Stream(enum.IntEnum):
     CUT = 2  # whether and where a training sample is split in two
     ATTENTION = 3  # the unmasked entries of a sample's attention during attention annealing
     CONTINUATION = 4  # the masks used to estimate the likelihood of a continuation
+    CHOICE = 5  # the masks by which the choices of a question are compared
     STUDY_HOLE = 101  # the position of the infilling span in a study's held-out sample
     STUDY_TIME = 102  # the times of the timestep samplers that a study compares
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_positions, make_canvas, row_seed
-from megatron_a2d.evaluation.loglikelihood import Scored, ScoringOptions, check_lengths, score
+from megatron_a2d.evaluation.harness_questions import questions_of
+from megatron_a2d.evaluation.loglikelihood import Pair, Scored, ScoringOptions, check_lengths, score
+from megatron_a2d.evaluation.multiple_choice import Question, score_questions
 from megatron_a2d.evaluation.response_cache import ResponseCache
 from megatron_a2d.inference.loaded_model import LoadedModel
 from megatron_a2d.utils.errors import UserError
@@ -34,6 +38,7 @@ class HarnessModel(TemplateLM):
 
     `counts`: changes to requests by kind (contexts truncated on the left to fit the model's positions).
     `standard_errors`: Monte Carlo standard errors of all log-likelihoods, in nats.
+    `decision_error`: for multiple choice, the probability at which draws stop early (evaluation/multiple_choice.py).
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class HarnessModel(TemplateLM):
         cache: ResponseCache,
         progress: Progress,
         seed: int = 0,
+        decision_error: float = 0.0,
     ):
         super().__init__()
         self.loaded, self.scoring, self.sampling, self.cache = loaded, scoring, sampling, cache
@@ -53,6 +59,20 @@ class HarnessModel(TemplateLM):
         self.counts: Counter[str] = Counter()
         self.got_requests = False  # until then, errors come from loading tasks and their data
         self.standard_errors: list[float] = []
+        self._tasks: dict[str, Any] = {}
+        self._instances: Sequence[Any] = ()
+        self._decision_error = decision_error
+
+    def keep_tasks(self, manager: Any) -> None:
+        """Keep the tasks that this lm-eval `TaskManager` will load, to know what becomes of their log-likelihoods."""
+        load = manager.load
+
+        def load_and_keep(names: Any) -> Any:
+            loaded = load(names)
+            self._tasks = {task.config.task: task for task in loaded["tasks"].values()}
+            return loaded
+
+        manager.load = load_and_keep
 
     @property
     def eot_token_id(self) -> int:
@@ -67,13 +87,19 @@ class HarnessModel(TemplateLM):
         return self.loaded.encode(string)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        self.got_requests = True
+        self.got_requests, self._instances = True, requests
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         pairs = [(self._fit(context, len(continuation)), continuation) for _, context, continuation in requests]
-        found = self._score(pairs, "log-likelihoods")
+        found = self._score(pairs, "log-likelihoods", self._questions(pairs))
         return [(scored.log_likelihood, scored.is_greedy) for scored in found]
+
+    def _questions(self, pairs: Sequence[Pair]) -> dict[tuple[int, ...], Question]:
+        """The requests of which only the best of a question's choices matters."""
+        if not self._decision_error or self.loaded.objective == "ar" or self.scoring.likelihood != "monte_carlo":
+            return {}
+        return questions_of(self._instances, self._tasks, pairs, self.scoring.mc_num)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of complete texts, in windows of the model's length that overlap by one token of context."""
@@ -118,12 +144,27 @@ class HarnessModel(TemplateLM):
                 advance(len(batch))
         return [self.cache.get(key) for key in keys]
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], what: str) -> list[Scored]:
+    def _score(
+        self, pairs: Sequence[Pair], what: str, questions: Mapping[tuple[int, ...], Question] = MappingProxyType({})
+    ) -> list[Scored]:
+        """Log-likelihoods of all pairs; those of `questions`, by their numbers, only until the best is certain."""
         check_lengths(self.loaded, pairs)
+        asked = [number for numbers in questions for number in numbers]
+        others = sorted(set(range(len(pairs))) - set(asked))
         with self._progress(what, len(pairs), "requests") as advance:
-            found = score(self.loaded, pairs, self.scoring, self.cache, advance)
-        self.standard_errors += [scored.standard_error for scored in found]
-        return found
+            found = dict(
+                zip(
+                    others,
+                    score(self.loaded, [pairs[n] for n in others], self.scoring, self.cache, advance),
+                    strict=True,
+                )
+            )
+            decided = score_questions(
+                self.loaded, list(questions.values()), self.scoring, self._decision_error, self.cache, advance
+            )
+        found |= zip(asked, chain.from_iterable(decided), strict=True)
+        self.standard_errors += [found[number].standard_error for number in range(len(pairs))]
+        return [found[number] for number in range(len(pairs))]
 
     def _fit(self, context: list[int], length: int) -> list[int]:
         """Truncate a context that is too long on the left, as the harness's own models do, and count it."""

@@ -7,7 +7,7 @@ differ only in the label. Shapes: B sequences, L their padded length, N masked t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -147,20 +147,18 @@ def masks_of(num_tokens: int, objective: str, options: ScoringOptions) -> MaskSa
 
 
 def _score_group(loaded: LoadedModel, requests: dict[int, Pair], options: ScoringOptions) -> dict[int, Scored]:
-    """Score requests by number: apply each one's masks, deduplicate, run in batches, and combine the losses."""
-    deduplicated: dict[tuple[bytes, bytes], Deduplicated] = {}
-    for number, request in requests.items():
-        for masked in _masked_requests(loaded, number, request, options):
-            deduplicated.setdefault((masked.tokens.tobytes(), masked.positions.tobytes()), []).append(masked)
+    """Score requests by number: apply each one's masks, run them, and combine the losses."""
     masks = {number: masks_of(len(request[1]), loaded.objective, options) for number, request in requests.items()}
     losses = {number: np.zeros(len(masks[number].masks)) for number in requests}
     greedy = {}
-    for batch in _batches(sorted(deduplicated.values(), key=lambda same: -len(same[0].tokens)), options.batch_tokens):
-        for masked, loss, is_correct in _losses(loaded, batch):
-            if masked.mask < len(losses[masked.request]):
-                losses[masked.request][masked.mask] = loss
-            if len(masked.positions) == len(requests[masked.request][1]):  # the full mask
-                greedy[masked.request] = is_correct
+    sequences = (
+        masked for number, request in requests.items() for masked in _masked_requests(loaded, number, request, options)
+    )
+    for masked, losses_n, is_correct in token_losses(loaded, sequences, options.batch_tokens):
+        if masked.mask < len(losses[masked.request]):
+            losses[masked.request][masked.mask] = losses_n.sum()
+        if len(masked.positions) == len(requests[masked.request][1]):  # the full mask
+            greedy[masked.request] = is_correct
     scored = {}
     for number in requests:
         estimate = log_likelihood(masks[number], losses[number])
@@ -173,18 +171,36 @@ def _masked_requests(
     loaded: LoadedModel, number: int, request: Pair, options: ScoringOptions
 ) -> Iterator[MaskedRequest]:
     """The request under each of its masks, and under the full mask if it is not one of them."""
-    context, continuation = (np.asarray(tokens, dtype=np.int64) for tokens in request)
-    tokens = np.concatenate([context, continuation])
-    positions = np.arange(len(context), len(tokens))
-    shift = int(loaded.label_shift or loaded.objective == "ar")
-    masks = masks_of(len(continuation), loaded.objective, options).masks
+    masks = masks_of(len(request[1]), loaded.objective, options).masks
     if not masks.all(axis=1).any():
-        masks = np.concatenate([masks, np.ones((1, len(continuation)), dtype=bool)])
+        masks = np.concatenate([masks, np.ones((1, len(request[1])), dtype=bool)])
     for index, mask in enumerate(masks):
-        inputs = tokens.copy()
-        if loaded.objective != "ar":
-            inputs[positions[mask]] = loaded.mask_token_id
-        yield MaskedRequest(number, index, inputs, positions[mask] - shift, continuation[mask])
+        yield masked_request(loaded, request, mask, number, index)
+
+
+def masked_request(loaded: LoadedModel, request: Pair, mask: np.ndarray, number: int, index: int) -> MaskedRequest:
+    """The request with the tokens of `mask` [n] masked; `number` and `index` tell which one it is."""
+    context, continuation = (np.asarray(tokens, dtype=np.int64) for tokens in request)
+    inputs = np.concatenate([context, continuation])
+    positions = np.arange(len(context), len(inputs))[mask]
+    if loaded.objective != "ar":
+        inputs[positions] = loaded.mask_token_id
+    shift = int(loaded.label_shift or loaded.objective == "ar")
+    return MaskedRequest(number, index, inputs, positions - shift, continuation[mask])
+
+
+def token_losses(
+    loaded: LoadedModel, requests: Iterable[MaskedRequest], batch_tokens: int
+) -> Iterator[tuple[MaskedRequest, np.ndarray, bool]]:
+    """For each request, in another order: cross-entropies in nats [n] float64, and whether every argmax is its label.
+
+    Equal sequences are run once; the longest first.
+    """
+    deduplicated: dict[tuple[bytes, bytes], Deduplicated] = {}
+    for masked in requests:
+        deduplicated.setdefault((masked.tokens.tobytes(), masked.positions.tobytes()), []).append(masked)
+    for batch in _batches(sorted(deduplicated.values(), key=lambda same: -len(same[0].tokens)), batch_tokens):
+        yield from _losses(loaded, batch)
 
 
 def _batches(sequences: list[Deduplicated], batch_tokens: int) -> Iterator[list[Deduplicated]]:
@@ -199,8 +215,8 @@ def _batches(sequences: list[Deduplicated], batch_tokens: int) -> Iterator[list[
         yield batch
 
 
-def _losses(loaded: LoadedModel, batch: list[Deduplicated]) -> Iterator[tuple[MaskedRequest, float, bool]]:
-    """For each masked request, its summed cross-entropy in nats and whether every argmax is its label."""
+def _losses(loaded: LoadedModel, batch: list[Deduplicated]) -> Iterator[tuple[MaskedRequest, np.ndarray, bool]]:
+    """For each masked request, its cross-entropies in nats [n] and whether every argmax is its label."""
     shape = (len(batch), max(len(same[0].tokens) for same in batch))
     tokens_BL, visible_BL = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     needed_BL = np.zeros(shape, dtype=bool)
@@ -220,7 +236,7 @@ def _losses(loaded: LoadedModel, batch: list[Deduplicated]) -> Iterator[tuple[Ma
     for row, same in enumerate(batch):
         own = slice(starts[row], starts[row + 1])
         for column, masked in enumerate(same):
-            yield masked, float(losses_NC[own, column].sum(dtype=np.float64)), bool(correct_NC[own, column].all())
+            yield masked, losses_NC[own, column].astype(np.float64), bool(correct_NC[own, column].all())
 
 
 def label_losses(hidden_ND: Tensor, head: Head, labels_NC: Tensor) -> tuple[Tensor, Tensor]:

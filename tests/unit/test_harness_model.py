@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -61,6 +62,52 @@ def test_the_harness_model_against_plain_logits(models):
     [total] = harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (long,), 0)])
     assert [token for _, part in windows for token in part] == loaded.encode(long) and len(windows) > 1
     assert all(len(a) + len(b) <= loaded.max_positions for a, b in windows) and math.isfinite(total)
+
+
+CHOICES = """task: lines
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+{more}
+"""
+
+
+def test_choices_are_drawn_until_the_best_is_certain(models, tmp_path, monkeypatch):
+    """The same accuracies in a fraction of the passes; all passes with --decision-error 0, or if values are read."""
+    lines = ["return self.count", "x", "for item in sorted(items, key=len): yield item", "raise ValueError(name)"]
+    with open(tmp_path / "lines.jsonl", "w") as file:
+        for number in range(4):
+            choices = lines[number:] + lines[:number]
+            print(json.dumps({"question": f"def f{number}(x):\n    ", "choices": choices, "answer": 0}), file=file)
+    passes: list[int] = []
+    original = loglikelihood._losses
+    monkeypatch.setattr(
+        loglikelihood, "_losses", lambda loaded, batch: (passes.append(len(batch)), original(loaded, batch))[1]
+    )
+
+    def evaluated(name: str, *arguments: str, more: str = "") -> tuple[dict, int]:
+        directory = tmp_path / f"tasks_{name}"
+        directory.mkdir()
+        (directory / "lines.yaml").write_text(CHOICES.format(data=tmp_path / "lines.jsonl", more=more))
+        passes.clear()
+        arguments = ("--include-path", str(directory), "--tasks", "lines", "--mc-num", "64", *arguments)
+        return run(models, tmp_path / name, *arguments)["tasks"]["lines"], sum(passes)
+
+    early, few = evaluated("early")
+    every, all_passes = evaluated("all", "--decision-error", "0")
+    assert early == every and 3 * few < all_passes
+    values = "  - {metric: brier_score, aggregation: brier_score, higher_is_better: false}"
+    assert evaluated("values", more=values)[1] == all_passes
+    with pytest.raises(UserError, match=r"--decision-error 0\.5: must be a probability"):
+        evaluated("wrong", "--decision-error", "0.5")
 
 
 def test_repeats_of_a_request_are_texts_of_their_own(models, tmp_path):
