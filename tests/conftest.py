@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import megatron_a2d.megatron_compat  # noqa: F401  megatron.core can be imported without triton
 from tests.cases import VARIANTS, WIDE, Case
-from tests.exactness import Exactness
+from tests.exactness import Exactness, Fault
 from tests.parity.pool import Pool
 from tests.tiny import write_hf, write_tokens
 
@@ -90,6 +90,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-report", type=Path, default=None, help="write outcomes and figures of tests/gpu as JSON")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist: the tests that share the pool of ranks in one process, the others file by file."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("pool" if "pool" in names else item.nodeid.partition("::")[0]))
+
+
 def pytest_collection_finish() -> None:
     """Collections of garbage, which megatron asks for twice a save, pass over what the imports have made."""
     gc.collect()
@@ -106,9 +114,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = [tuple(fault) for fault in EXACTNESS.faults]
     path: Path | None = session.config.getoption("--exactness")
     if path is not None and exitstatus == 0 and not EXACTNESS.is_partial:
         EXACTNESS.write(path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of pytest-xdist has ended; its faults belong into the summary."""
+    EXACTNESS.faults += [Fault(*fault) for fault in getattr(node, "workeroutput", {}).get("faults", ())]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
