@@ -1,15 +1,14 @@
 """Which of a question's choices has the highest log-likelihood: draws that compare them, and when to stop drawing.
 
-Let G(M) be what the tokens M of a continuation y gain from seeing the others: the sum over i in M of
-log p(y_i | x, y outside M) - log p(y_i | x). The bound of conditional_likelihood.py is then
+With S(M) the cross-entropy of a continuation's masked tokens M, the bound of conditional_likelihood.py is
 
-    log p(y | x) >= sum over i of log p(y_i | x)
-                    + sum over k in 1..n-1 of 1 / k * mean over subsets M of size k of G(M)
+    log p(y | x) >= - sum over k in 1..n of 1 / k * mean over subsets M of size k of S(M)
 
-One forward pass gives the first term, and choices of equal length share it; only the second one is estimated. So the
-fully masked pass is a control variate of coefficient 1, and each draw stays unbiased. Sizes k are drawn in proportion
-to 1 / sqrt(k): a small M has the larger weight, and so the larger variance. Masks depend on the seed and the length
-alone: the choices of a question share them, and differences vary less than log-likelihoods do.
+Most of it is known from few passes: one with all n tokens masked gives each token's loss where it sees the context
+alone, and at most 8 that mask every token once, a few at a time, its loss where it sees nearly everything. A token's
+loss at k masked tokens is interpolated between them, linearly in k (`Control`). Random masks then estimate only what
+that leaves: they are unbiased whatever the interpolation is worth (a control variate of coefficient 1). Masks depend on
+the seed and the length alone: the choices of a question share them, and differences vary less than log-likelihoods do.
 
 A choice draws until a sequential test is certain that it is not the best (`contenders`).
 """
@@ -27,23 +26,29 @@ import numpy as np
 from megatron_a2d.diffusion.rng import Stream, uniforms
 
 _INVERSE_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+CONTROL_MASKS = 8  # at most, besides the full one
 
 
-class GainMasks(NamedTuple):
-    """Masks of a continuation, none of them full, and the weights of what it gains under them. J masks, n tokens."""
+class WeightedMasks(NamedTuple):
+    """Masks of a continuation and their weights. J masks, n tokens."""
 
     masks: np.ndarray  # [J, n] bool
     weights: np.ndarray  # [J] float64
 
 
-@lru_cache(maxsize=256)
-def gain_draws(num_tokens: int, num_draws: int, seed: int = 0) -> GainMasks:
-    """The first `num_draws` random masks; each one's weight * G(M) is unbiased. More draws begin with the fewer.
+@lru_cache(maxsize=1024)
+def draws(num_tokens: int, num_draws: int, seed: int = 0) -> WeightedMasks:
+    """The first `num_draws` random masks. More draws begin with the fewer. Needs 3 tokens. Cached: do not modify.
 
-    Sizes follow a low-discrepancy sequence, so that those of any first draws are evenly spread. Cached: do not modify.
+    With R(M) what a control leaves of S(M), weight * R(M) has the expectation of the bound's sum for R. R vanishes for
+    the full mask, and for single tokens if each has a pass of its own: these sizes are not drawn. Masks of few tokens
+    have large weights, and sizes are drawn accordingly, by a low-discrepancy sequence: those of any first draws are
+    evenly spread.
     """
+    single = num_tokens <= CONTROL_MASKS
     sizes = np.arange(1, num_tokens)
-    probabilities = sizes**-0.5 / (sizes**-0.5).sum()
+    probabilities = np.sqrt((num_tokens - sizes) * (sizes - 1.0 if single else 1.0) / sizes)
+    probabilities /= probabilities.sum()
     offset = uniforms(seed, Stream.CHOICE, 0, 1)[0]
     masks = np.zeros((num_draws, num_tokens), dtype=bool)
     weights = np.zeros(num_draws)
@@ -53,19 +58,50 @@ def gain_draws(num_tokens: int, num_draws: int, seed: int = 0) -> GainMasks:
         order = uniforms(seed, Stream.CHOICE, 1 + draw, num_tokens).argsort()
         masks[draw, order[:size]] = True
         weights[draw] = 1 / (size * probabilities[size - 1])
-    return GainMasks(masks, weights)
+    return WeightedMasks(masks, weights)
 
 
 @lru_cache(maxsize=64)
-def all_gains(num_tokens: int) -> GainMasks:
-    """All 2^n - 2 masks but the full one: the weighted sum of their gains is exact. Cached: do not modify."""
-    masks = np.array(list(product([False, True], repeat=num_tokens)))[1:-1].reshape(-1, num_tokens)
-    return GainMasks(masks, np.array([1 / (k * math.comb(num_tokens, int(k))) for k in masks.sum(1)]))
+def all_masks(num_tokens: int) -> WeightedMasks:
+    """All 2^n - 1 masks: the weighted sum of S(M) is the bound. Cached: do not modify."""
+    masks = np.array(list(product([False, True], repeat=num_tokens)))[1:]
+    return WeightedMasks(masks, np.array([1 / (k * math.comb(num_tokens, int(k))) for k in masks.sum(1)]))
+
+
+@lru_cache(maxsize=1024)
+def control_masks(num_tokens: int, seed: int = 0) -> np.ndarray:
+    """The full mask, and at most CONTROL_MASKS that mask every token once, [1 + P, n] bool. Cached: do not modify."""
+    order = uniforms(seed, Stream.CHOICE, 0, 1 + num_tokens)[1:].argsort()
+    size = math.ceil(num_tokens / CONTROL_MASKS)
+    parts = [np.isin(np.arange(num_tokens), order[start : start + size]) for start in range(0, num_tokens, size)]
+    return np.array([np.ones(num_tokens, dtype=bool), *parts])
+
+
+class Control(NamedTuple):
+    """Losses of each token, in nats, under the full mask and with few others masked: what is interpolated between."""
+
+    full: np.ndarray  # [n] float64
+    few: np.ndarray  # [n] float64
+
+    def _share(self, size: np.ndarray | float) -> np.ndarray:
+        """How far `size` masked tokens are on the way from few to all of them."""
+        n = len(self.full)
+        few = math.ceil(n / CONTROL_MASKS)
+        return np.asarray((size - few) / (n - few))
+
+    def losses(self, masks: np.ndarray) -> np.ndarray:
+        """The interpolated S(M) of masks [J, n], [J]."""
+        return masks @ self.few + self._share(masks.sum(1)) * (masks @ (self.full - self.few))
+
+    @property
+    def total(self) -> float:
+        """The bound's sum for the interpolated losses: each token's mean over all sizes."""
+        return float((self.few + self._share((len(self.full) + 1) / 2) * (self.full - self.few)).sum())
 
 
 def looks(mc_num: int) -> list[int]:
-    """Numbers of draws after which the test is made, each about 1.4 times the last; the full mask is the `mc_num`th."""
-    last, numbers = max(mc_num - 1, 1), [4.0]
+    """Numbers of draws after which the test is made, each about 1.4 times the last; with control masks, `mc_num`."""
+    last, numbers = max(mc_num - 1 - CONTROL_MASKS, 1), [4.0]
     while numbers[-1] * math.sqrt(2) < last:
         numbers.append(numbers[-1] * math.sqrt(2))
     return sorted({min(round(number), last) for number in numbers} | {last})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_a2d.diffusion.choice_decision import looks
+from megatron_a2d.diffusion.choice_decision import CONTROL_MASKS, looks
 from megatron_a2d.evaluation.loglikelihood import Pair
 from megatron_a2d.evaluation.multiple_choice import Question
 
@@ -27,8 +27,8 @@ def questions_of(
     documents: dict[tuple[Any, Any], list[int]] = {}
     for number, instance in enumerate(instances):
         documents.setdefault((instance.task_name, instance.doc_id), []).append(number)
-    # With fewer passes, nothing can be saved: the first look takes them all.
-    shortest = 1 + looks(mc_num)[0]
+    # With fewer passes, nothing can be saved: the first look takes as many.
+    shortest = 1 + CONTROL_MASKS + looks(mc_num)[0]
     questions = {}
     for (task_name, _), numbers in documents.items():
         scales = _scales(tasks.get(task_name), [instances[number] for number in numbers])

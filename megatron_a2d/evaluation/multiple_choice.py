@@ -1,6 +1,6 @@
 """Log-likelihoods of a question's choices, drawn only until the best one is certain.
 
-Every choice starts with its fully masked pass and a few draws (diffusion/choice_decision.py). After each look at the
+Every choice starts with its control masks and a few draws (diffusion/choice_decision.py). After each look at the
 estimates, the choices that may still be the best draw again, up to `mc_num` passes each. A choice of few tokens is
 exact as soon as all of its masks take no more passes than the next draws. Questions are independent of one another:
 they only share batches.
@@ -16,10 +16,12 @@ import numpy as np
 
 from megatron_a2d.diffusion.choice_decision import (
     ChoiceEstimate,
-    GainMasks,
-    all_gains,
+    Control,
+    WeightedMasks,
+    all_masks,
     contenders,
-    gain_draws,
+    control_masks,
+    draws,
     looks,
 )
 from megatron_a2d.diffusion.rng import Stream
@@ -82,41 +84,47 @@ class _Choice:
         self.pair, self._options = pair, options
         self.look = 0  # index into `looks`
         self._looks = looks(options.mc_num)
+        self._control = control_masks(len(pair[1]), options.seed)
         num_masks = 2 ** len(pair[1]) - 1
         self._num_masks = num_masks if num_masks <= options.mc_num else None
-        self._losses: dict[bytes, float] = {}  # the sum over its tokens, by mask
-        self._losses_n = np.zeros(0)  # of each token, under the full mask
+        self._losses: dict[bytes, np.ndarray] = {}  # of the masked tokens, by mask
         self._is_greedy = False
 
     @property
     def is_exact(self) -> bool:
-        return self._num_masks is not None and self._num_masks <= 1 + self._looks[self.look]
+        is_last = self.look + 1 == len(self._looks)
+        passes = self._options.mc_num if is_last else len(self._control) + self._looks[self.look]
+        return self._num_masks is not None and self._num_masks <= passes
 
     @property
     def is_finished(self) -> bool:
         return self.is_exact or self.look + 1 == len(self._looks)
 
-    def _masks(self) -> GainMasks:
+    def _masks(self) -> WeightedMasks:
         n = len(self.pair[1])
-        return all_gains(n) if self.is_exact else gain_draws(n, self._looks[self.look], self._options.seed)
+        return all_masks(n) if self.is_exact else draws(n, self._looks[self.look], self._options.seed)
 
     def wanted(self) -> list[np.ndarray]:
         """The masks that are not run yet, each once."""
-        masks = [np.ones(len(self.pair[1]), dtype=bool), *self._masks().masks]
-        return list({mask.tobytes(): mask for mask in masks if mask.tobytes() not in self._losses}.values())
+        masks = {mask.tobytes(): mask for mask in (*self._control, *self._masks().masks)}
+        return [mask for key, mask in masks.items() if key not in self._losses]
 
     def record(self, mask: np.ndarray, losses_n: np.ndarray, is_greedy: bool) -> None:
-        self._losses[mask.tobytes()] = float(losses_n.sum())
+        self._losses[mask.tobytes()] = losses_n
         if mask.all():
-            self._losses_n, self._is_greedy = losses_n, is_greedy
+            self._is_greedy = is_greedy
 
     def estimate(self) -> ChoiceEstimate:
         masks, weights = self._masks()
-        losses = np.array([self._losses[mask.tobytes()] for mask in masks])
-        gains = weights * (masks @ self._losses_n - losses)
-        values = np.array([gains.sum()]) if self.is_exact else gains
-        final = None if self._num_masks else self._looks[-1]
-        return ChoiceEstimate(values - self._losses_n.sum(), self.is_exact, final)
+        losses = np.array([self._losses[mask.tobytes()].sum() for mask in masks])
+        if self.is_exact:
+            return ChoiceEstimate(-np.array([weights @ losses]), True, None)
+        few = np.zeros(len(self.pair[1]))
+        for mask in self._control[1:]:
+            few[mask] = self._losses[mask.tobytes()]
+        control = Control(self._losses[self._control[0].tobytes()], few)
+        values = -control.total + weights * (control.losses(masks) - losses)
+        return ChoiceEstimate(values, False, None if self._num_masks else self._looks[-1])
 
     def scored(self) -> Scored:
         values, is_exact, _ = self.estimate()

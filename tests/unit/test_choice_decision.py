@@ -11,9 +11,11 @@ import torch
 
 from megatron_a2d.diffusion.choice_decision import (
     ChoiceEstimate,
-    all_gains,
+    Control,
+    all_masks,
     contenders,
-    gain_draws,
+    control_masks,
+    draws,
     looks,
     student_tail,
 )
@@ -40,7 +42,7 @@ def best(scored: list, scales: tuple[tuple[float, ...], ...]) -> list[int]:
 
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_all_masks_give_the_exact_likelihood(length: int) -> None:
-    """The full mask's losses and the gains of all others add up to the bound, as the mean over all orders."""
+    """All masks together are the bound, the mean over all orders in which the tokens could be written."""
     choices = ((CONTEXT, [4, 1, 1, 3][:length]), (CONTEXT, [2, 1, 4, 2][:length]))
     [found] = score_questions(model_of(True), [question(choices)], ScoringOptions(mc_num=15), error=0)
     for (context, tokens), scored in zip(choices, found, strict=True):
@@ -51,28 +53,49 @@ def test_all_masks_give_the_exact_likelihood(length: int) -> None:
     ]
 
 
-def test_draws_are_unbiased_and_begin_with_the_fewer() -> None:
-    n = 7
-    difficulty = np.random.default_rng(0).gamma(1.0, 2.0, n)
+@pytest.mark.parametrize("num_tokens", [6, 11])
+def test_draws_are_unbiased_and_begin_with_the_fewer(num_tokens: int) -> None:
+    """Whatever the control masks are worth: losses that grow with the masked tokens, but far from linearly."""
+    difficulty = np.random.default_rng(0).gamma(1.0, 2.0, num_tokens)
 
-    def gains(masks: np.ndarray) -> np.ndarray:
-        return (masks * difficulty).sum(1) * (1 - masks.sum(1) / n)
+    def token_losses(masks: np.ndarray) -> np.ndarray:
+        return masks * difficulty * (masks.sum(1, keepdims=True) / num_tokens) ** 3
 
-    exact = all_gains(n)
-    expected = (exact.weights * gains(exact.masks)).sum()
-    means = []
+    exact = all_masks(num_tokens)
+    expected = exact.weights @ token_losses(exact.masks).sum(1)
+    estimates = []
     for seed in range(300):
-        drawn = gain_draws(n, 12, seed)
-        assert drawn.masks.sum(1).min() >= 1 and drawn.masks.sum(1).max() < n
-        means.append((drawn.weights * gains(drawn.masks)).mean())
-    assert np.mean(means) == pytest.approx(expected, abs=4 * np.std(means) / math.sqrt(300))
-    assert np.std(means) < 0.2 * expected
-    assert (gain_draws(n, 40, 3).masks[:12] == gain_draws(n, 12, 3).masks).all()
+        full, *parts = token_losses(control_masks(num_tokens, seed))
+        control = Control(full, np.sum(parts, axis=0))
+        masks, weights = draws(num_tokens, 12, seed)
+        assert masks.sum(1).min() >= 1 and masks.sum(1).max() < num_tokens
+        losses = token_losses(masks).sum(1)
+        estimates.append(control.total + (weights * (losses - control.losses(masks))).mean())
+    assert np.mean(estimates) == pytest.approx(expected, abs=4 * np.std(estimates) / math.sqrt(300))
+    assert np.std(estimates) < 0.12 * expected
+    assert (draws(num_tokens, 40, 3).masks[:12] == draws(num_tokens, 12, 3).masks).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 8, 9, 20])
+def test_control_masks_mask_everything_once_and_all_at_once(num_tokens: int) -> None:
+    full, *parts = control_masks(num_tokens)
+    assert full.all() and len(parts) <= 8 and (np.sum(parts, axis=0) == 1).all()
+    assert {int(part.sum()) for part in parts} <= {1, -(-num_tokens // 8), num_tokens % -(-num_tokens // 8)}
+
+
+def test_control_that_is_right_leaves_nothing() -> None:
+    """Losses linear in the number of masked tokens are known without a draw."""
+    low, high = np.random.default_rng(0).uniform(0, 3, (2, 7))
+    sizes = all_masks(7).masks.sum(1, keepdims=True)
+    losses = (all_masks(7).masks * (low + (high - low) * (sizes - 1) / 6)).sum(1)
+    control = Control(high, low)
+    np.testing.assert_allclose(control.losses(all_masks(7).masks), losses)
+    assert control.total == pytest.approx(all_masks(7).weights @ losses)
 
 
 def test_looks_end_with_all_passes() -> None:
-    assert looks(128) == [4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 127]
-    assert looks(8) == [4, 6, 7] and looks(5) == [4] and looks(1) == [1]
+    assert looks(128) == [4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 119]
+    assert looks(17) == [4, 6, 8] and looks(13) == [4] and looks(1) == [1]
 
 
 def test_students_tail() -> None:
@@ -116,7 +139,7 @@ def test_contenders_by_hand() -> None:
 
 def decide(values: np.ndarray, error: float) -> tuple[int, float]:
     """(the choice that wins, draws per choice) of draws [choices, N], looked at in turns as score_questions does."""
-    schedule = looks(values.shape[1] + 1)
+    schedule = looks(values.shape[1] + 9)
     taken, drawing = [0] * len(values), set(range(len(values)))
     for look in schedule:
         for number in drawing:
@@ -131,15 +154,15 @@ def decide(values: np.ndarray, error: float) -> tuple[int, float]:
 def test_the_error_is_kept_on_thousands_of_questions() -> None:
     """Skewed draws that share some of their noise, gaps from none to many: few winners differ from those of all draws."""
     random = np.random.default_rng(0)
-    different, draws = 0, 0.0
+    different, total = 0, 0.0
     for _ in range(3000):
         noise = random.normal(size=(1, 127)) * 2 + random.gamma(2.0, 1.5, (4, 127))
         values = noise + random.normal(size=(4, 1)) * random.choice([0.2, 1.0, 5.0])
         winner, mean = decide(values, 0.02)
         different += winner != values.mean(1).argmax()
-        draws += mean
+        total += mean
     assert different < 0.02 * 3000
-    assert draws / 3000 < 0.6 * 127
+    assert total / 3000 < 0.6 * 127
     # Negative control: the same test without its correction for looking often is wrong more often than it says.
     assert sum(decide(row, 0.99)[0] != row.mean(1).argmax() for row in random.normal(size=(300, 4, 127))) > 6
 
@@ -212,7 +235,7 @@ def test_which_requests_are_questions() -> None:
     def instances(count: int = 3, doc_id: int = 0) -> list[SimpleNamespace]:
         return [SimpleNamespace(task_name="t", doc_id=doc_id, idx=idx, doc=doc) for idx in range(count)]
 
-    def asked(own: SimpleNamespace, requests: list[SimpleNamespace], length: int = 3, mc_num: int = 128) -> dict:
+    def asked(own: SimpleNamespace, requests: list[SimpleNamespace], length: int = 4, mc_num: int = 128) -> dict:
         return questions_of(requests, {"t": own}, [([7], [1] * length)] * len(requests), mc_num)
 
     [(numbers, found)] = asked(task(), instances()).items()
@@ -222,6 +245,6 @@ def test_which_requests_are_questions() -> None:
     assert list(asked(task(), interleaved)) == [(0, 2, 4), (1, 3, 5)]
     values = [task(("acc", "brier_score")), task(process_results=lambda doc, results: {}), task(("acc_mutual_info",))]
     assert not any(asked(own, instances()) for own in values)
-    assert not asked(task(), instances(), length=2), "exact at once"
-    assert not asked(task(), instances(), mc_num=4) and not asked(task(), instances() * 2)
-    assert not questions_of(instances(), {}, [([7], [1] * 3)] * 3, 128)
+    assert not asked(task(), instances(), length=3), "exact at once"
+    assert not asked(task(), instances(), mc_num=13) and not asked(task(), instances() * 2)
+    assert not questions_of(instances(), {}, [([7], [1] * 4)] * 3, 128)
