@@ -101,6 +101,11 @@ class DiffusionConfig:
     autoregressive over blocks (BD3LM); ar: next-token prediction with causal attention"""
     block_length: int = 0
     """block: tokens per block"""
+    block_length_schedule: str = ""
+    """block: earlier lengths and their iterations, LENGTH:ITERATIONS,...; with 1:500,4:500 blocks have one token, as in
+    an autoregressive model, then 4, then --block-length. Validation always uses that"""
+    reset_block_grid: bool = False
+    """block: count blocks from the beginning of each document of a sample, as engines do from that of a request"""
     ar_loss_weight: float = 0.0
     """block: weight of the next-token loss on the clean copy of the text; above 0 its attention is causal"""
     noise_schedule: Literal["linear", "cosine"] = "linear"
@@ -111,6 +116,8 @@ class DiffusionConfig:
     """smallest time t; the loss weight of a masked token is at most 1 / min_timestep"""
     mask_sampling: Literal["bernoulli", "exact_count"] = "bernoulli"
     """in training, mask every token independently, or mask exactly the fraction of tokens given by the time"""
+    complementary_masks: bool = False
+    """each text twice in a batch, under a mask and its complement, so that every token is predicted (LLaDA2.0)"""
     mask_token_init: Literal["pretrained", "mean"] = "pretrained"
     """initial embedding of the mask token: as in --load, or the mean of all embeddings"""
     label_shift: bool = True

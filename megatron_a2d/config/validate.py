@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from megatron_a2d.config.block_schedule import find_schedule_problems
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import ROLES, ParallelConfig, RunConfig, flag, settings
 from megatron_a2d.config.validate_balancing import find_balancing_problems, needs_experts
@@ -159,9 +160,26 @@ def _objective_problems(config: RunConfig) -> list[str]:
         "mask_sampling", not is_block or diffusion.mask_sampling == "bernoulli",
         "is not supported with --objective block, whose blocks have separate times; use bernoulli",
     )  # fmt: skip
-    for name in ("block_length", "ar_loss_weight"):
+    for name in ("block_length", "block_length_schedule", "reset_block_grid", "ar_loss_weight"):
         belongs(name, is_block, "--objective block")
     need("block_length", not is_block or diffusion.block_length >= 1, "--objective block needs at least 1 token")
+    problems += find_schedule_problems(config)
+    need(
+        "complementary_masks", not diffusion.complementary_masks or diffusion.noise_schedule == "linear",
+        "has no complement under --noise-schedule cosine, where mirrored times mask other fractions; use linear",
+    )  # fmt: skip
+    need(
+        "complementary_masks", not diffusion.complementary_masks or diffusion.mask_sampling == "bernoulli",
+        "is not supported with --mask-sampling exact_count; use bernoulli",
+    )  # fmt: skip
+    need(
+        "complementary_masks", not diffusion.complementary_masks or config.training.global_batch_size % 2 == 0,
+        f"needs an even --global-batch-size, not {config.training.global_batch_size}",
+    )  # fmt: skip
+    need(
+        "complementary_masks", not diffusion.complementary_masks or conversion != "grafting",
+        "is not supported with --conversion grafting, whose first iterations mask nothing",
+    )  # fmt: skip
     need("ar_loss_weight", 0 <= diffusion.ar_loss_weight < math.inf, "must be a finite number, not negative")
     need(
         "loss_weighting", not is_block or diffusion.loss_weighting != "cart",

@@ -72,7 +72,7 @@ def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int)
         positions=_stack([sample.positions for sample in samples], lambda length: np.arange(length, dtype=np.int64)),
         annealing=_stack([sample.annealing for sample in samples], lambda _: fully_annealed()),
         levels=_stack([sample.levels for sample in samples], lambda length: np.zeros(length, dtype=np.int64)),
-        noise_segments=_stack([sample.noise_segments for sample in samples], lambda number: np.zeros((number, 3))),
+        noise_segments=_stack(_padded([sample.noise_segments for sample in samples]), lambda n: np.zeros((n, 3))),
         segment_of_position=_stack(
             [sample.segment_of_position for sample in samples], lambda length: np.zeros(length, dtype=np.int64)
         ),
@@ -88,6 +88,12 @@ def _stack(rows: list[np.ndarray | None], ordinary: Callable[[int], np.ndarray])
     if length is None:
         return None
     return torch.from_numpy(np.stack([ordinary(length) if row is None else row for row in rows]))
+
+
+def _padded(segments: list[np.ndarray | None]) -> list[np.ndarray | None]:
+    """[n, 3] each, with segments of no tokens where a sample has fewer than another one."""
+    number = max((len(row) for row in segments if row is not None), default=0)
+    return [None if row is None else np.pad(row, ((0, number - len(row)), (0, 0))) for row in segments]
 
 
 def write_batch(path: Path, batch: Batch) -> None:

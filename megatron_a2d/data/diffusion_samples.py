@@ -7,9 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_a2d.config.block_schedule import block_length_at
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
-from megatron_a2d.data.dataloader import MakeSample
+from megatron_a2d.data.dataloader import MakeSample, Samples
 from megatron_a2d.data.indexed_dataset import TokenFile
 from megatron_a2d.diffusion.attention_masks import annealing_key_and_threshold
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
@@ -26,16 +27,43 @@ class Documents(Protocol):
     def eod_token_id(self) -> int | None: ...
 
 
+class Texts(Samples, Documents, Protocol):
+    """A dataset of texts with document boundaries."""
+
+
+class TextPairs:
+    """Every text of `texts` twice: `Noise.complementary` gives the second one the first one's complement as a mask."""
+
+    def __init__(self, texts: Texts):
+        self._texts = texts
+
+    def tokens(self, sample_index: int, /) -> np.ndarray:
+        return self._texts.tokens(sample_index // 2)
+
+    def documents(self, sample_index: int, /) -> np.ndarray:
+        return self._texts.documents(sample_index // 2)
+
+    def eod_token_id(self) -> int | None:
+        return self._texts.eod_token_id()
+
+
+def num_texts(num_samples: int, complementary_masks: bool) -> int:
+    """Texts in the first `num_samples` samples of a run."""
+    return (num_samples + 1) // 2 if complementary_masks else num_samples
+
+
 def make_sample(
     config: RunConfig, model_config: ModelConfig, dataset: Documents, noise_seed: int, for_training: bool = False
 ) -> MakeSample:
     """The function that turns a sample's tokens into the objective's inputs, labels and weights.
 
-    `for_training` applies --random-length-prob, --mask-sampling, --loss-weighting, --ar-loss-weight and --conversion.
-    Validation does not split samples, uses the weights of the likelihood bound, and the converted model's attention.
+    `for_training` applies --random-length-prob, --mask-sampling, --complementary-masks, --loss-weighting,
+    --ar-loss-weight, --block-length-schedule and --conversion. Validation does not split samples, uses the weights of
+    the likelihood bound, and the converted model's attention.
     """
     data, diffusion = config.data, config.diffusion
     isolated = data.reset_attention_mask
+    has_documents = isolated or data.reset_position_ids or diffusion.reset_block_grid
     visible = _end_of_document(dataset) if data.eod_mask_loss else None
     cut_probability = data.random_length_prob if for_training else 0.0
     noise = None
@@ -52,21 +80,28 @@ def make_sample(
             mask_sampling=diffusion.mask_sampling if for_training else "bernoulli",
             loss_weighting=diffusion.loss_weighting if for_training else "mdlm",
             cart_p=diffusion.cart_p,
+            complementary=diffusion.complementary_masks and for_training,
         )
 
     def make(tokens: np.ndarray, index: int) -> Corrupted:
-        documents = dataset.documents(index) if isolated or data.reset_position_ids else None
+        iteration = index // config.training.global_batch_size  # fixed on resume, as the order of the samples is
+        documents = dataset.documents(index) if has_documents else None
         cut = random_cut(noise_seed, index, len(tokens), cut_probability) if cut_probability else None
         segments = attention_segments(documents if isolated else None, cut, len(tokens))
         if noise is None:
             sample = next_token(tokens, segments, visible)
-        elif for_training and index // config.training.global_batch_size < diffusion.grafting_iters:
+        elif for_training and iteration < diffusion.grafting_iters:
             sample = without_loss(tokens, segments)
         elif diffusion.objective == "block":
+            length = diffusion.block_length
+            if for_training:
+                length = block_length_at(iteration, diffusion.block_length_schedule, length)
+            grid = positions_within(attention_segments(documents, cut, len(tokens)))
             sample = corrupt_blocks(
-                tokens, index, noise, diffusion.block_length, segments, visible,
+                tokens, index, noise, length, segments, visible,
                 causal_context=diffusion.ar_loss_weight > 0,
                 ar_loss_weight=diffusion.ar_loss_weight if for_training else 0.0,
+                grid_positions_L=grid if diffusion.reset_block_grid else None,
             )  # fmt: skip
         else:
             sample = corrupt(tokens, index, noise, segments, visible)
@@ -75,9 +110,6 @@ def make_sample(
             repeats = config.input_length // data.seq_length
             sample = sample._replace(positions=None if positions is None else np.tile(positions, repeats))
         if for_training and diffusion.conversion == "annealing":
-            iteration = (
-                index // config.training.global_batch_size
-            )  # cannot change on resume, as the order of the samples
             steps = diffusion.attention_annealing_iters
             sample = sample._replace(annealing=annealing_key_and_threshold(noise_seed, index, iteration, steps))
         return sample
@@ -92,6 +124,7 @@ def find_data_problems(config: RunConfig, files: Sequence[TokenFile]) -> Iterato
         "--reset-attention-mask": data.reset_attention_mask,
         "--reset-position-ids": data.reset_position_ids,
         "--eod-mask-loss": data.eod_mask_loss,
+        "--reset-block-grid": config.diffusion.reset_block_grid,
     }
     if not (wanted := [name for name, is_set in flags.items() if is_set]):
         return

@@ -33,29 +33,32 @@ def corrupt_blocks(
     visible_token_id: int | None = None,
     causal_context: bool = False,
     ar_loss_weight: float = 0.0,
+    grid_positions_L: np.ndarray | None = None,
 ) -> Corrupted:
     """A sample as 2 L positions, each block masked at a time of its own.
 
     The weighted sum over the number of maskable tokens is an unbiased estimate of the block NELBO in nats/token, an
     upper bound on the negative log-likelihood: the sum over blocks of a block's NELBO given the earlier ones.
     `ar_loss_weight` is the weight of the next-token loss of the clean copy, added under the same denominator.
+    `grid_positions_L`: positions from which blocks are counted, 0 where a document begins a grid of its own; None: one
+    grid for the sample.
     """
     check_text(tokens_L, sample_index, noise)
     length = len(tokens_L)
     positions_L = np.arange(length)
     maskable_L = maskable_tokens(tokens_L, noise.label_shift, documents_L, visible_token_id)
-    starts = range(0, length, block_length)
-    # Blocks are numbered across samples, so that the times of consecutive blocks are evenly spread.
-    times = [noise.time(sample_index * len(starts) + number) for number in range(len(starts))]
-    probability_L = np.repeat([noise.functions.mask_probability(time) for time in times], block_length)[:length]
+    starts_L = positions_L - (positions_L if grid_positions_L is None else grid_positions_L) % block_length
+    starts, block_of_L, sizes = np.unique(starts_L, return_inverse=True, return_counts=True)
+    times = noise.times(sample_index, len(starts), None if grid_positions_L is None else length)
+    probability_L = np.repeat([noise.functions.mask_probability(time) for time in times], sizes)
     masked_L = (noise.uniforms(sample_index, length) < probability_L) & maskable_L
     weights_L = np.concatenate([
-        token_weights(noise, noise.functions.weight(time), masked_L[start : start + block_length])
-        for start, time in zip(starts, times, strict=True)
+        token_weights(noise, noise.functions.weight(time), masked_L[start : start + size])
+        for start, size, time in zip(starts, sizes, times, strict=True)
     ])  # fmt: skip
     next_L, next_weights_L = shift(tokens_L, weights_L)
     if noise.label_shift:
-        closes_block_L = (positions_L + 1) % block_length == 0
+        closes_block_L = np.append(np.diff(block_of_L) > 0, True)
         labels_L, noised_weights_L = next_L, np.where(closes_block_L, np.float32(0), next_weights_L)
         clean_weights_L = next_weights_L - noised_weights_L
     else:
@@ -70,10 +73,8 @@ def corrupt_blocks(
             clean_weights_L + np.float32(ar_loss_weight) * shift(tokens_L, counted_L.astype(np.float32))[1]
         )
         weights_2L = np.concatenate([noised_weights_L, clean_weights_L])
-    block_of_L = positions_L // block_length
     label_position_L = np.minimum(positions_L + 1, length - 1) if noise.label_shift else positions_L
     counts = (np.bincount(block_of_L, weights=chosen_L) for chosen_L in (maskable_L, masked_L))
-    starts_L = block_of_L * block_length
     return Corrupted(
         tokens=np.concatenate([np.where(masked_L, noise.mask_token_id, tokens_L), tokens_L]),
         labels=np.concatenate([labels_L, next_L]),

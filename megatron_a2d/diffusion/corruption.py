@@ -55,7 +55,7 @@ def corrupt(
     masked and not counted.
     """
     check_text(tokens_L, sample_index, noise)
-    time = noise.time(sample_index)
+    (time,) = noise.times(sample_index)
     maskable_L = maskable_tokens(tokens_L, noise.label_shift, documents_L, visible_token_id)
     if noise.mask_sampling == "exact_count":
         masked_L, bound_weight = mask_exact_count(noise, time, sample_index, maskable_L)

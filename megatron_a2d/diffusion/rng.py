@@ -20,6 +20,7 @@ from megatron_a2d.diffusion.noise_schedule import SCHEDULES, Schedule
 # of consecutive indices evenly (the additive recurrence of Weyl; Kronecker sequence).
 _INVERSE_GOLDEN_RATIO = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
+_LARGEST = 1 - 2.0**-53  # of the numbers that `uniforms` draws
 
 TIMESTEP_SAMPLINGS = ("low_discrepancy", "uniform")
 
@@ -55,6 +56,7 @@ class Noise:
     mask_sampling: str = "bernoulli"
     loss_weighting: str = "mdlm"
     cart_p: float = 0.8
+    complementary: bool = False  # samples 2 k and 2 k + 1 are one text under a mask and its complement
 
     def __post_init__(self) -> None:
         assert self.schedule in SCHEDULES and self.timestep_sampling in TIMESTEP_SAMPLINGS
@@ -76,9 +78,27 @@ class Noise:
             fraction = ((_first_time(self.seed) + sample_index * _INVERSE_GOLDEN_RATIO) & _MASK_64) / 2.0**64
         return self.min_timestep + (1 - self.min_timestep) * float(fraction)
 
+    def times(self, sample_index: int, count: int = 1, reserved: int | None = None) -> list[float]:
+        """The times of a sample's `count` noise segments, numbered across samples so that consecutive ones are evenly
+        spread. `reserved`: numbers that each sample takes, where samples have different counts.
+
+        A complement's times are mirrored: uniform in [min_timestep, 1] like those of the other half of its pair.
+        """
+        pair, is_complement = divmod(sample_index, 2) if self.complementary else (sample_index, 0)
+        first = pair * (count if reserved is None else reserved)
+        times = [self.time(first + number) for number in range(count)]
+        return [1 + self.min_timestep - time for time in times] if is_complement else times
+
     def uniforms(self, sample_index: int, length: int) -> np.ndarray:
-        """One number in [0, 1) for each position of a sample, [length] float64."""
-        return uniforms(self.seed, Stream.MASK, sample_index, length)
+        """One number in [0, 1) for each position of a sample, [length] float64.
+
+        A complement's are mirrored. With its mirrored time, a token is masked in both halves of a pair or in one; in
+        both with a probability of at most min_timestep (linear schedule). Each half is distributed as any sample, so
+        that the loss is unbiased.
+        """
+        pair, is_complement = divmod(sample_index, 2) if self.complementary else (sample_index, 0)
+        values = uniforms(self.seed, Stream.MASK, pair, length)
+        return _LARGEST - values if is_complement else values
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from megatron_a2d.config.validate import NO_DATA
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.data.blended_dataset import MixedDataset, read_mixture
 from megatron_a2d.data.dataloader import MicroBatches
-from megatron_a2d.data.diffusion_samples import find_data_problems, make_sample
+from megatron_a2d.data.diffusion_samples import TextPairs, Texts, find_data_problems, make_sample, num_texts
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.tokenizer_fingerprint import find_foreign_tokens, vocabulary_of
 from megatron_a2d.utils.errors import UserError
@@ -42,7 +42,7 @@ def open_datasets(
     if data.data_mixture:
         sources = read_mixture(data.data_mixture)
         train_data = MixedDataset(sources, data.seq_length, seed=data.seed, **checks)
-        train_data.check_epochs(training.train_iters * training.global_batch_size)
+        train_data.check_epochs(num_texts_of(config))
         valid_paths = {source.name: source.valid_path for source in sources if source.valid_path}
     elif data.train_data_path:
         train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, **checks)
@@ -78,10 +78,16 @@ def open_datasets(
     return train_data, valid_data
 
 
+def num_texts_of(config: RunConfig) -> int:
+    """Texts (dataset samples) that the whole run reads."""
+    samples = config.training.train_iters * config.training.global_batch_size
+    return num_texts(samples, config.diffusion.complementary_masks)
+
+
 def micro_batches(
     config: RunConfig,
     model_config: ModelConfig,
-    dataset: PackedDataset | MixedDataset,
+    dataset: Texts,
     noise_seed: int,
     start_sample: int,
     for_training: bool = True,
@@ -90,6 +96,8 @@ def micro_batches(
 
     `for_training=False` makes validation samples (see make_sample).
     """
+    if for_training and config.diffusion.complementary_masks:
+        dataset = TextPairs(dataset)
     return MicroBatches(
         dataset,
         make_sample(config, model_config, dataset, noise_seed, for_training),

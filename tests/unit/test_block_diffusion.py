@@ -114,6 +114,33 @@ def test_autoregressive_part() -> None:
     assert joint.num_maskable == plain.num_maskable
 
 
+@pytest.mark.parametrize("shift", [True, False])
+def test_a_grid_of_each_document(shift: bool) -> None:
+    """With isolated documents a position sees what it would see if its document were the whole sample; labels, weights
+    and counts are those of the documents."""
+    sizes, noise = [9, 1, 12], Noise(seed=7, mask_token_id=MASK, label_shift=shift)
+    documents, grid = np.repeat([0, 1, 2], sizes), np.concatenate([np.arange(size) for size in sizes])
+    for index in range(20):
+        sample = corrupt_blocks(TOKENS, index, noise, BLOCK, documents, grid_positions_L=grid)
+        isolated = torch.from_numpy(np.equal.outer(np.tile(documents, 2), np.tile(documents, 2)))
+        found, starts = visible(sample.levels) & isolated, np.cumsum([0, *sizes])
+        assert sample.noise_segments is not None and sample.segment_of_position is not None
+        assert sample.noise_segments[:, 1].tolist() == [4 + (not shift), 4, not shift, 4 + (not shift), 5, 2]
+        for start, size in zip(starts, sizes, strict=False):
+            alone = visible(corrupt_blocks(TOKENS[:size], index, noise, BLOCK).levels)
+            rows = np.concatenate([np.arange(start, start + size), LENGTH + np.arange(start, start + size)])
+            assert torch.equal(found[rows][:, rows], alone) and found[rows].sum() == alone.sum()
+        for row in np.flatnonzero(sample.weights):
+            token = int(sample.labels[row])
+            time, start = sample.noise_segments[sample.segment_of_position[row], 0], token - grid[token] % BLOCK
+            assert sample.tokens[token] == MASK and sample.weights[row] == pytest.approx(1 / time, rel=1e-6)
+            assert not any(found[row, LENGTH + place] for place in range(start, LENGTH)), "the answer is not seen"
+            assert (row >= LENGTH) == (shift and token == start), (
+                "the first token of a block is judged by the clean copy"
+            )
+        assert (sample.tokens[:LENGTH] == MASK).sum() == np.count_nonzero(sample.weights)
+
+
 def test_isolated_documents_begin_unmasked() -> None:
     documents = np.repeat([0, 1], [9, 13])
     for index in range(40):

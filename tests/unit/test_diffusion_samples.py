@@ -52,6 +52,7 @@ FOR_TRAINING: dict[str, dict[str, Any]] = {
     "loss_weighting": {"loss_weighting": "uniform"},
     "cart": {"loss_weighting": "cart", "cart_p": 0.3},
     "random_length_prob": {"random_length_prob": 1.0},
+    "complementary_masks": {"complementary_masks": True},
     "annealing": {"conversion": "annealing", "attention_annealing_iters": 9},
     "grafting": {"conversion": "grafting", "grafting_iters": 9},
 }
@@ -65,6 +66,7 @@ FOR_BOTH: dict[str, dict[str, Any]] = {
     "eod_mask_loss": {"eod_mask_loss": True},
     "ar": {"objective": "ar"},
     "block": {"objective": "block", "block_length": 5},
+    "reset_block_grid": {"objective": "block", "block_length": 5, "reset_block_grid": True},
 }
 
 

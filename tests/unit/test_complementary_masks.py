@@ -1,0 +1,74 @@
+"""--complementary-masks: each text twice, under a mask and its complement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from megatron_a2d.data.dataloader import make_batch
+from megatron_a2d.data.diffusion_samples import TextPairs, num_texts
+from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
+from megatron_a2d.diffusion.corruption import Corrupted, corrupt
+from megatron_a2d.diffusion.rng import Noise
+
+MASK, LENGTH, FIRST_TIME = 99, 24, 1e-3
+TOKENS = np.arange(LENGTH)
+NOISE = Noise(seed=5, mask_token_id=MASK, min_timestep=FIRST_TIME, label_shift=False, complementary=True)
+OBJECTIVES: dict[str, Callable[[int], Corrupted]] = {
+    "mdlm": lambda index: corrupt(TOKENS, index, NOISE),
+    "block": lambda index: corrupt_blocks(TOKENS, index, NOISE, 5),
+}
+each_objective = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+def masks(sample: Corrupted) -> np.ndarray:
+    return sample.tokens[:LENGTH] == MASK
+
+
+@each_objective
+def test_a_pair_masks_every_token(name: str) -> None:
+    twice = 0
+    for index in range(0, 4000, 2):
+        one, other = OBJECTIVES[name](index), OBJECTIVES[name](index + 1)
+        assert (masks(one) | masks(other)).all()
+        assert one.noise_segments is not None and other.noise_segments is not None
+        assert one.noise_segments[:, 0] + other.noise_segments[:, 0] == pytest.approx(1 + FIRST_TIME)
+        twice += int((masks(one) & masks(other)).sum())
+    assert twice < 3 * FIRST_TIME * 2000 * LENGTH, "both halves mask a token with the probability min_timestep"
+
+
+@each_objective
+def test_complements_are_samples_like_all_others(name: str) -> None:
+    """A token's expected weight, which is what makes the loss unbiased, is the same in both halves, and without pairs."""
+    plain = Noise(seed=6, mask_token_id=MASK, min_timestep=FIRST_TIME, label_shift=False)
+    make = {"mdlm": corrupt, "block": lambda *given: corrupt_blocks(*given, 5)}[name]
+
+    def mean_loss(samples: list[Corrupted]) -> float:
+        """Of a model whose loss grows with the masked fraction around the token."""
+        return float(np.mean([sample.weights[:LENGTH].sum() / LENGTH * masks(sample).mean() for sample in samples]))
+
+    count = 20_000
+    first = mean_loss([OBJECTIVES[name](2 * index) for index in range(count)])
+    second = mean_loss([OBJECTIVES[name](2 * index + 1) for index in range(count)])
+    expected = mean_loss([make(TOKENS, index, plain) for index in range(count)])
+    assert first == pytest.approx(expected, rel=0.02) and second == pytest.approx(expected, rel=0.02)
+
+
+def test_each_text_twice_in_a_row() -> None:
+    class Texts:
+        def tokens(self, sample_index: int, /) -> np.ndarray:
+            return np.full(LENGTH, sample_index)
+
+        def documents(self, sample_index: int, /) -> np.ndarray:
+            return np.full(LENGTH, 10 * sample_index)
+
+        def eod_token_id(self) -> int | None:
+            return 3
+
+    pairs = TextPairs(Texts())
+    batch = make_batch(pairs, lambda tokens, index: corrupt(tokens, index, NOISE, pairs.documents(index)), 4, 4)
+    assert batch.labels[:, 0].tolist() == [2, 2, 3, 3] and batch.documents is not None
+    assert batch.documents[:, 0].tolist() == [20, 20, 30, 30] and pairs.eod_token_id() == 3
+    assert (num_texts(8, True), num_texts(8, False)) == (4, 8)
