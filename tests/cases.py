@@ -15,6 +15,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grafting": {"conversion": "grafting", "grafting_iters": 2},
     "block": {"objective": "block", "block_length": 6},
     "block + ar": {"objective": "block", "block_length": 6, "ar_loss_weight": 0.5, "reset_attention_mask": True},
+    "served blocks": {
+        "objective": "block",
+        "block_length": 6,
+        "block_length_schedule": "2:1",
+        "label_shift": False,
+        "complementary_masks": True,
+        "reset_block_grid": True,
+        "reset_attention_mask": True,
+        "reset_position_ids": True,
+    },
     "frozen": {"lr_mult": {"attention": 1.0, "mlp": 0.5, "embedding": 0.0, "router": 0.0, "norm": 0.0}},
 }
 

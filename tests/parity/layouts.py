@@ -101,6 +101,8 @@ LAYOUTS = [
     Layout("block", "PP2 x CP2, micro-batches of 2", 4, {**PP, **CP, "micro_batch_size": 2}),
     Layout("block + ar", "CP4, distributed optimizer", 4, {"context_parallel_size": 4, **DISTRIBUTED}),
     Layout("block + ar", "VPP2 x TP2+SP, EP2", 4, {**VPP, **TP_SP, **EP}),
+    Layout("served blocks", "CP2, EP2, micro-batches of 2", 2, {**CP, **EP, "micro_batch_size": 2}),
+    Layout("served blocks", "PP2 x TP2+SP, EP2, distributed optimizer", 4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
     Layout("frozen", "PP2 x TP2+SP, EP2, distributed optimizer", 4, {**PP, **TP_SP, **EP, **DISTRIBUTED}),
     Layout("frozen", "CP2 x DP2, EP2, overlap", 4, {**CP, **EP, **OVERLAP}),
 ]
