@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints_tools.options import add_streaming_options, check_streaming_options
-from checkpoints_tools.verify import compared_lines, print_lines, print_losses
+from checkpoints_tools.verify import print_lines, report_into
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point, human
 from megatron_a2d.utils.printable import print_line
@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.checkpoint.tensor_rows import DTYPES
     from megatron_a2d.conversion.hf_download import find_model
     from megatron_a2d.conversion.hf_to_torch_dist import convert
-    from megatron_a2d.conversion.sources import open_checkpoint
 
     model = find_model(options.hf_model)
     lines: list[str] = []
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         workers=options.workers,
         allow_nonfinite=options.allow_nonfinite,
         verify=not options.no_verify,
-        check=lambda *sides: lines.extend(compared_lines(*sides)),
+        check=report_into(lines),
     )
     types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in done.dtypes))
     print_line(
@@ -62,10 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{done.aux_loss_coeff.ours:.3g} where all layers route alike, and no coefficient's equal where they do "
             "not (docs/hyperparameters.md)"
         )
-    if done.comparison:
-        print_lines(lines)
-        with open_checkpoint(done.directory) as written:
-            print_losses(written)
+    print_lines(lines)
 
 
 if __name__ == "__main__":

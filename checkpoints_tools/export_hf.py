@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints_tools.options import add_streaming_options, check_streaming_options, parse_size
-from checkpoints_tools.verify import compared_lines, print_lines, print_losses
+from checkpoints_tools.verify import print_lines, report_into
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point, human
 from megatron_a2d.utils.atomic_write import read_json
@@ -41,7 +41,6 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = read_json(options.evaluation, "the evaluation") if options.evaluation else None
 
     from megatron_a2d.checkpoint.tensor_rows import DTYPES
-    from megatron_a2d.conversion.sources import open_hf
     from megatron_a2d.conversion.torch_dist_to_hf import export
     from megatron_a2d.hf import CODE_FILES
 
@@ -58,16 +57,13 @@ def main(argv: list[str] | None = None) -> None:
         allow_nonfinite=options.allow_nonfinite,
         evaluation=evaluation,
         allow_objective_mismatch=options.allow_objective_mismatch,
-        check=lambda *sides: lines.extend(compared_lines(*sides)),
+        check=report_into(lines),
     )
     print_line(
         f"{done.directory}: iteration {done.iteration}, {human(done.num_parameters)} parameters, "
         f"{human(done.num_bytes, 'B')}{', verified' if done.comparison else ''}"
     )
-    if done.comparison:
-        print_lines(lines)
-        with open_hf(done.directory) as written:
-            print_losses(written)
+    print_lines(lines)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from megatron_a2d.utils.printable import print_line
 
 if TYPE_CHECKING:
     from megatron_a2d.conversion.compare_weights import Comparison
+    from megatron_a2d.conversion.read_back import Check, ReadBack
     from megatron_a2d.conversion.sources import Weights
 
 
@@ -70,6 +71,19 @@ def diffusion_differences(first: Weights, second: Weights) -> list[str]:
         for name, (ours, theirs) in facts.items()
         if ours != theirs
     ]
+
+
+def report_into(lines: list[str]) -> Check:
+    """A verification of a written model that appends its report to `lines`."""
+
+    def check(read_back: ReadBack) -> Comparison:
+        from megatron_a2d.verification.logits_report import report_written
+
+        comparison, report = report_written(read_back)
+        lines.extend(report)
+        return comparison
+
+    return check
 
 
 def compared_lines(comparison: Comparison, first: Weights, second: Weights, logits: bool = False) -> list[str]:

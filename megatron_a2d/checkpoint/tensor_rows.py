@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from megatron_a2d.utils.atomic_write import regular
@@ -234,11 +235,19 @@ class StreamedFile:
 
 
 class OpenFiles:
-    """Descriptors of files that several threads read at random positions, closed together."""
+    """Descriptors of files that several threads read at random positions, closed together.
 
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+    Tensors are read into NumPy's memory: the allocator does not reuse torch's, which is aligned, for the next one while
+    anything small lies next to it.
+
+    `from_disk`: tensors are read past the system's page cache where the file system allows it, so that what comes back
+    is what the disk holds, for less processor time.
+    """
+
+    def __init__(self, from_disk: bool = False) -> None:
+        self._descriptors: dict[tuple[Path, int], int] = {}
         self._lock = threading.Lock()
+        self._direct = _DIRECT if from_disk else 0
 
     def read_bytes(self, path: Path, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`; UserError, before a buffer is allocated, if the file ends earlier."""
@@ -250,9 +259,11 @@ class OpenFiles:
 
     def read_tensor(self, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of the values at `offset`. Plain reads: mapped pages count as memory."""
-        tensor = torch.empty(tuple(shape), dtype=dtype)
-        self.read_into(path, offset, bytes_of(tensor))
-        return tensor
+        if self._direct:
+            return self._read_pages(path, offset, shape, dtype)
+        memory = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        self.read_into(path, offset, memory.data)
+        return torch.from_numpy(memory).view(dtype).view(tuple(shape))
 
     def read_into(self, path: Path, offset: int, rest: memoryview) -> None:
         """Fill `rest` with the bytes at `offset`."""
@@ -262,16 +273,43 @@ class OpenFiles:
                 raise UserError(f"{path}: ends after byte {offset}; the file is truncated, fetch it again")
             offset, rest = offset + count, rest[count:]
 
+    def _read_pages(self, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Direct I/O moves complete pages into aligned memory: the tensor is a view into those around it."""
+        size, skipped = math.prod(shape) * dtype.itemsize, offset % mmap.PAGESIZE
+        length = -(-(skipped + size) // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = np.empty(length + mmap.PAGESIZE, np.uint8)
+        aligned = memory.data[-memory.ctypes.data % mmap.PAGESIZE :][:length]
+        filled = max(0, self._read_direct(path, offset - skipped, aligned) - skipped)
+        self.read_into(path, offset + filled, aligned[skipped + filled : skipped + size])
+        return torch.frombuffer(aligned, dtype=dtype, count=math.prod(shape), offset=skipped).view(tuple(shape))
+
+    def _read_direct(self, path: Path, offset: int, rest: memoryview) -> int:
+        """The number of bytes read by direct I/O; fewer than asked for at the end of the file and where it fails."""
+        done = 0
+        while done < len(rest) and done % mmap.PAGESIZE == 0:
+            try:
+                count = os.preadv(self._descriptor(path, self._direct), [rest[done:]], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                return done  # the file system does not support it
+            if count == 0:
+                break
+            done += count
+        return done
+
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
-    def _descriptor(self, path: Path) -> int:
+    def _descriptor(self, path: Path, extra_flags: int = 0) -> int:
         with self._lock:
-            if path not in self._descriptors:
+            if (path, extra_flags) not in self._descriptors:
                 try:
-                    self._descriptors[path] = regular(path, os.O_RDONLY)
+                    self._descriptors[path, extra_flags] = regular(path, os.O_RDONLY | extra_flags)
                 except OSError as error:
+                    if extra_flags and error.errno == errno.EINVAL:
+                        raise
                     raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from None
-            return self._descriptors[path]
+            return self._descriptors[path, extra_flags]

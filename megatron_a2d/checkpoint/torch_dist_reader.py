@@ -36,9 +36,10 @@ _SHORTEST_RUN = 256
 class TorchDistCheckpoint:
     """The tensors of an iteration's directory, under megatron's names. A `RowSource` of the weights."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, from_disk: bool = False):
+        """`from_disk`: as in OpenFiles."""
         self._directory = directory
-        self._files = OpenFiles()
+        self._files = OpenFiles(from_disk)
         self._payloads: dict[Location, int] = {}
         backend = read_json(directory / "metadata.json", "the checkpoint's format").get("sharded_backend")
         if backend != "torch_dist":
@@ -204,8 +205,8 @@ def read_box(
 
 
 @contextmanager
-def open_torch_dist(directory: Path) -> Iterator[TorchDistCheckpoint]:
-    opened = TorchDistCheckpoint(directory)
+def open_torch_dist(directory: Path, from_disk: bool = False) -> Iterator[TorchDistCheckpoint]:
+    opened = TorchDistCheckpoint(directory, from_disk)
     try:
         yield opened
     finally:

@@ -24,34 +24,40 @@ class Comparison(NamedTuple):
     largest_rounding: float
 
 
-# Called with the comparison, the reference and the candidate before the candidate is renamed to its final name; raises
-# UserError to reject it.
-Check = Callable[[Comparison, Weights, Weights], None]
-
-
 def compare_weights(
     reference: Weights, candidate: Weights, advance: Callable[[float], None], workers: int = 1
 ) -> Comparison:
     """Compare the architectures, then all tensors, `workers` at a time. Where dtypes differ the reference is cast to
     the candidate's and must then agree in every bit. Raises UserError with every difference."""
-    problems = model_config_differences(reference, candidate)
-    problems += account(reference.tensors.shapes, candidate.tensors.shapes, str(candidate.directory))
-    if problems:
-        raise UserError(problems)
+    check_alike(reference, candidate)
     jobs = [
         partial(_compare_tensor, reference.tensors, candidate.tensors, name, shape)
         for name, shape in reference.tensors.shapes.items()
     ]
     results = run_jobs(jobs, workers, advance)
     problems = [
-        f"{candidate.directory}: tensor {name} differs from {reference.directory} "
-        f"by up to {result.difference:.3g}; convert or export again"
+        tensor_differs(reference, candidate, name, result.difference)
         for name, result in zip(reference.tensors.shapes, results, strict=True)
         if result.difference is not None
     ]
     if problems:
         raise UserError(problems)
     return Comparison(len(jobs), reference.num_bytes(), max(result.rounding for result in results))
+
+
+def tensor_differs(reference: Weights, candidate: Weights, name: str, difference: float) -> str:
+    return (
+        f"{candidate.directory}: tensor {name} differs from {reference.directory} "
+        f"by up to {difference:.3g}; convert or export again"
+    )
+
+
+def check_alike(reference: Weights, candidate: Weights) -> None:
+    """UserError with every difference of the architectures, and of the tensors' names and shapes."""
+    problems = model_config_differences(reference, candidate)
+    problems += account(reference.tensors.shapes, candidate.tensors.shapes, str(candidate.directory))
+    if problems:
+        raise UserError(problems)
 
 
 class _Result(NamedTuple):
@@ -73,10 +79,10 @@ def _compare_tensor(
         expected, found = reference.read(row_range), candidate.read(row_range)
         advance(math.prod(expected.shape) * expected.dtype.itemsize)
         if not _same_bits(expected.to(found.dtype), found):
-            difference = _largest_difference(expected, found)
+            difference = largest_difference(expected, found)
             largest = difference if largest is None else max(largest, difference)
         elif expected.dtype != found.dtype:
-            rounding = max(rounding, _largest_difference(expected, found))
+            rounding = max(rounding, largest_difference(expected, found))
     return _Result(largest, rounding)
 
 
@@ -87,7 +93,8 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(-1).view(words), b.view(-1).view(words))
 
 
-def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest absolute difference; infinity where one is NaN."""
     difference = (a.float() - b.float()).abs()
     return math.inf if bool(difference.isnan().any()) else float(difference.max())
 

@@ -14,10 +14,11 @@ from megatron_a2d.checkpoint.manifest import write_manifest
 from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, num_bytes
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import ModelConfig
-from megatron_a2d.conversion.compare_weights import Check, Comparison, compare_weights
+from megatron_a2d.conversion.compare_weights import Comparison
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import AuxLossCoefficient, aux_loss_coefficient
 from megatron_a2d.conversion.mask_token import choose_mask_token
+from megatron_a2d.conversion.read_back import Check, ReadBack, RecordedRows, only_compare
 from megatron_a2d.conversion.resumable_output import describe_files, num_bytes_written, resumable_directory
 from megatron_a2d.conversion.sources import as_megatron, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_writer import write_torch_dist
@@ -46,13 +47,13 @@ def convert(
     workers: int = DEFAULT_WORKERS,
     allow_nonfinite: bool = False,
     verify: bool = True,
-    check: Check | None = None,
+    check: Check = only_compare,
 ) -> Converted:
     """Write the model in `hf` as the release checkpoint `out`.
 
-    `dtype` None keeps the dtypes of the files. `origin`, a hub id, is recorded for model cards. With `verify` the
-    output is read back, compared, and passed to `check` before it is renamed to `out`. Raises UserError, and leaves
-    nothing behind, if a tensor or the mask token is invalid; an interrupted run is resumed by the next one.
+    `dtype` None keeps the dtypes of the files. `origin`, a hub id, is recorded for model cards. With `verify` `check`
+    reads the output back and compares it before it is renamed to `out`. Raises UserError, and leaves nothing behind, if
+    a tensor or the mask token is invalid; an interrupted run is resumed by the next one.
     """
     check_new_directory(out, "--out")
     with open_hf(hf, check_values=not allow_nonfinite) as weights:
@@ -67,7 +68,8 @@ def convert(
         if license_name := read_license(hf):
             config["_license"] = license_name
         checked = FiniteCheck(weights.tensors)
-        tensors = as_megatron(weights._replace(tensors=checked), dtype)
+        recorded = RecordedRows(checked, dtype)
+        tensors = as_megatron(weights._replace(tensors=recorded if verify else checked), dtype)
         size = num_bytes(tensors)
         check_space(out, size)
         options = [str(dtype), allow_nonfinite]
@@ -87,11 +89,8 @@ def convert(
             (work.directory / TRACKER).write_text(RELEASE + "\n", encoding="utf-8")
             comparison = None
             if verify:
-                with open_checkpoint(release) as written:
-                    with progress("verifying", weights.num_bytes(), "B") as advance:
-                        comparison = compare_weights(weights, written, advance, workers)
-                    if check:
-                        check(comparison, weights, written)
+                with open_checkpoint(release, from_disk=True) as written:
+                    comparison = check(ReadBack(recorded, weights, written, workers))
         dtypes = {tensors.dtype(key) for key in tensors.shapes}
         coefficient = aux_loss_coefficient(config, weights.model_config)
         return Converted(out, weights.model_config, size, dtypes, config["mask_token_id"], comparison, coefficient)

@@ -47,14 +47,14 @@ class Entry:
 class SafetensorsDirectory:
     """The tensors of an HF directory, single-file or sharded. A `RowSource`."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, from_disk: bool = False):
         """Read all headers. Damaged files raise UserError; tensors that are in two files, or not in the file that the
-        index lists, are reported in `problems`."""
+        index lists, are reported in `problems`. `from_disk`: as in OpenFiles."""
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; give the directory of a Hugging Face model")
         self.entries: dict[str, Entry] = {}
         self.problems: list[str] = []
-        self._files = OpenFiles()
+        self._files = OpenFiles(from_disk)
         damage: list[str] = []
         foreign: dict[str, str] = {}  # tensor -> its unsupported dtype
         weight_map = _weight_map(directory)
@@ -94,8 +94,8 @@ class SafetensorsDirectory:
 
 
 @contextmanager
-def open_safetensors(directory: Path) -> Iterator[SafetensorsDirectory]:
-    opened = SafetensorsDirectory(directory)
+def open_safetensors(directory: Path, from_disk: bool = False) -> Iterator[SafetensorsDirectory]:
+    opened = SafetensorsDirectory(directory, from_disk)
     try:
         yield opened
     finally:

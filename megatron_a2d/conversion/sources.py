@@ -44,15 +44,15 @@ class Weights(NamedTuple):
 
 
 @contextmanager
-def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
+def open_hf(directory: Path, check_values: bool = False, from_disk: bool = False) -> Iterator[Weights]:
     """The weights of an HF directory; experts may be fused, and a tied LM head may be stored or not.
 
     With `check_values`, a directory that is refused is also searched for non-finite values, so that all problems are
-    reported at once.
+    reported at once. `from_disk`: past the page cache, as in OpenFiles.
     """
     check_model_files(directory)
     model_config = read_model_config(directory)
-    with open_safetensors(directory) as files:
+    with open_safetensors(directory, from_disk) as files:
         if too_few := _too_few(model_config, files.shapes, directory):
             raise UserError(files.problems or too_few)
         stored = WeightMap(model_config, files.shapes)
@@ -75,8 +75,9 @@ def open_hf(directory: Path, check_values: bool = False) -> Iterator[Weights]:
 
 
 @contextmanager
-def open_checkpoint(path: Path, allow_expert_bias: bool = False) -> Iterator[Weights]:
+def open_checkpoint(path: Path, allow_expert_bias: bool = False, from_disk: bool = False) -> Iterator[Weights]:
     """The weights of a torch_dist checkpoint saved in any layout; `path` is as for checkpoint.directory.resolve.
+    `from_disk`: past the page cache, as in OpenFiles.
 
     UserError if its routers choose experts with biases, which are not part of the weights, unless they are allowed.
     """
@@ -87,7 +88,7 @@ def open_checkpoint(path: Path, allow_expert_bias: bool = False) -> Iterator[Wei
             "directory and put config.json and the tokenizer of the model there"
         )
     model_config = read_model_config(directory / HF_FILES)
-    with open_torch_dist(directory) as stored:
+    with open_torch_dist(directory, from_disk) as stored:
         if too_few := _too_few(model_config, stored.shapes, directory):
             raise UserError(too_few)
         if not allow_expert_bias and stored.has_expert_bias():

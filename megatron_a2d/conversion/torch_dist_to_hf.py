@@ -16,12 +16,13 @@ from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, num_bytes
 from megatron_a2d.checkpoint.torch_dist_reader import read_common
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.renamed import recorded_settings
-from megatron_a2d.conversion.compare_weights import Check, Comparison, compare_weights
+from megatron_a2d.conversion.compare_weights import Comparison
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import Exported, Format, config_json, generation_json, refusals
 from megatron_a2d.conversion.hf_to_torch_dist import check_space
 from megatron_a2d.conversion.mask_token_registration import register_mask_token
 from megatron_a2d.conversion.model_card import Origin, model_card
+from megatron_a2d.conversion.read_back import Check, ReadBack, RecordedRows, only_compare
 from megatron_a2d.conversion.resumable_output import JOURNAL, describe_files, resumable_directory
 from megatron_a2d.conversion.safetensors_files import write_safetensors
 from megatron_a2d.conversion.sources import EMBEDDING, Weights, as_type, open_checkpoint, open_hf
@@ -53,19 +54,20 @@ def export(
     allow_nonfinite: bool = False,
     evaluation: dict[str, Any] | None = None,
     allow_objective_mismatch: bool = False,
-    check: Check | None = None,
+    check: Check = only_compare,
 ) -> Written:
     """Write the latest iteration of `checkpoint` (or the iteration it points to) as the HF directory `out`.
 
     `code_files` are the Python files of the format's auto_map. `evaluation` is shown in the model card.
-    `allow_objective_mismatch` permits a format that the model was not trained for. With `verify` the output is read
-    back, compared, and passed to `check` before it is renamed to `out`. Raises UserError and leaves nothing behind; an
+    `allow_objective_mismatch` permits a format that the model was not trained for. With `verify` `check` reads the
+    output back and compares it before it is renamed to `out`. Raises UserError and leaves nothing behind; an
     interrupted run is resumed by the next one.
     """
     check_new_directory(out, "--out")
     with open_checkpoint(checkpoint) as weights:
         checked = FiniteCheck(weights.tensors)
-        tensors = as_type(weights._replace(tensors=checked), dtype)
+        recorded = RecordedRows(checked, dtype)
+        tensors = recorded if verify else as_type(weights._replace(tensors=checked), dtype)
         model, origin = _describe(weights, str(tensors.dtype(EMBEDDING)).removeprefix("torch."))
         if problems := refusals(kind, model, allow_objective_mismatch):
             raise UserError(problems)
@@ -93,11 +95,8 @@ def export(
             _write_sums(work.directory, digests)
             comparison = None
             if verify:
-                with open_hf(work.directory) as written:
-                    with progress("verifying", weights.num_bytes(), "B") as advance:
-                        comparison = compare_weights(weights, written, advance, workers)
-                    if check:
-                        check(comparison, weights, written)
+                with open_hf(work.directory, from_disk=True) as written:
+                    comparison = check(ReadBack(recorded, weights, written, workers))
         return Written(out, origin.iteration, weights.model_config.num_parameters(), size, comparison)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ from megatron_a2d.checkpoint.tensor_rows import Remapped
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.conversion.compare_weights import Comparison
 from megatron_a2d.conversion.hf_config import AUTO_MAPS
+from megatron_a2d.conversion.read_back import ReadBack, ReadRows
 from megatron_a2d.conversion.sources import Weights
 from megatron_a2d.hf import CODE_FILES
 from megatron_a2d.hf.load_hf_model import load
@@ -42,6 +46,71 @@ def tensors_line(comparison: Comparison, first: Weights, second: Weights) -> str
     return f"{comparison.num_tensors} tensors, {human(comparison.num_bytes, 'B')}: bitwise equal{rounded}"
 
 
+def report_written(read_back: ReadBack) -> tuple[Comparison, list[str]]:
+    """Compare an output with its source; returns also the lines on tensors, logits and losses of `verify`.
+
+    A large output is read once for all three. UserError if a tensor or a logit differs.
+    """
+    first, second = read_back.reference, read_back.candidate
+    pair = _pair(first, second)
+    if pair.by_transformers:
+        comparison, _ = read_back.compare()
+        logits = logits_line(first, second)
+        losses = loss_by_time(second, label_shift(second))
+    else:
+        tokens_BL = _few_tokens(second)
+        with ThreadPoolExecutor(1) as beside:
+            source = StreamedModel(pair.first, pair.causal, read_rows=read_back.recorded.rows)
+            of_source = beside.submit(source.logits, tokens_BL)
+            forwards: list[Callable[[ReadRows], Any]] = [
+                lambda rows: StreamedModel(second, pair.causal, read_rows=rows).logits(tokens_BL),
+                lambda rows: loss_by_time(second, label_shift(second), rows),
+            ]
+            comparison, (of_output, losses) = read_back.compare(forwards)
+            logits = _streamed_line(pair, tokens_BL, of_source.result(), of_output)
+    lines = [tensors_line(comparison, first, second), logits]
+    return comparison, lines + loss_lines(*losses, second.model_config.vocab_size)
+
+
+class _Pair(NamedTuple):
+    """Two forms of a model, and how their logits are compared."""
+
+    first: Weights  # rounded to the dtypes of the second
+    second: Weights
+    causal: bool
+    by_transformers: bool  # one of the two; else both are streamed
+    rounded_to: torch.dtype | None
+    reason: str  # why transformers does not run it
+
+    @property
+    def hugging_face(self) -> Weights:
+        return self.second if is_hugging_face(self.second) else self.first
+
+    @property
+    def other(self) -> Weights:
+        return self.first if is_hugging_face(self.second) else self.second
+
+
+def _pair(first: Weights, second: Weights, asked: bool = False) -> _Pair:
+    """UserError if transformers is `asked` for and the model does not fit into memory."""
+    import psutil
+
+    kinds = {name: second.tensors.dtype(name) for name in first.tensors.shapes}
+    rounds = any(first.tensors.dtype(name) != kind for name, kind in kinds.items())
+    first = first._replace(tensors=Remapped(first.tensors, first.tensors.shapes, kinds, lambda span: [span]))
+    needed, free = 4 * second.model_config.num_parameters(), psutil.virtual_memory().available
+    if asked and needed > 0.8 * free:
+        raise UserError(
+            f"--logits: the model in fp32 takes {human(needed, 'B')}, and {human(free, 'B')} of memory "
+            "are free; remove --logits"
+        )
+    is_mixed = rounds and len(set(kinds.values())) > 1
+    reason = "types are mixed" if is_mixed else f"transformers would take {human(needed, 'B')}: verify --logits runs it"
+    causal = all(model_type(_configuration(weights)) in AUTOREGRESSIVE for weights in (first, second))
+    by_transformers = (asked or needed <= DEFAULT_MAX_BYTES) and not is_mixed
+    return _Pair(first, second, causal, by_transformers, next(iter(kinds.values())) if rounds else None, reason)
+
+
 def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
     """Compare fp32 logits of two forms of a model on random tokens; at least one is an HF directory.
 
@@ -49,45 +118,55 @@ def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
     both are streamed, at a few positions. If dtypes differ, the first is rounded to those of the second. UserError if
     a logit differs, or if `asked` is set and the model does not fit into memory.
     """
-    import psutil
-
-    kinds = {name: second.tensors.dtype(name) for name in first.tensors.shapes}
-    rounds = any(first.tensors.dtype(name) != kind for name, kind in kinds.items())
-    first = first._replace(tensors=Remapped(first.tensors, first.tensors.shapes, kinds, lambda span: [span]))
-    ran, other = (second, first) if is_hugging_face(second) else (first, second)
-    hf = ran.directory
-    needed, free = 4 * other.model_config.num_parameters(), psutil.virtual_memory().available
-    if asked and needed > 0.8 * free:
-        raise UserError(
-            f"--logits: the model in fp32 takes {human(needed, 'B')}, and {human(free, 'B')} of memory "
-            "are free; remove --logits"
-        )
-    is_mixed = rounds and len(set(kinds.values())) > 1
-    by_transformers = (asked or needed <= DEFAULT_MAX_BYTES) and not is_mixed
-    causal = model_type(hf) in AUTOREGRESSIVE and model_type(_configuration(other)) in AUTOREGRESSIVE
-    tokens_BL = random_tokens(other.model_config.vocab_size)
-    if by_transformers:
-        kind = next(iter(kinds.values())) if rounds else None
-        expected_BLV = transformers_logits(hf, tokens_BL, bidirectional=not causal, rounded_to=kind)
-    else:
-        tokens_BL = tokens_BL[:1, :FEW_POSITIONS]
-        with progress(f"logits of {hf.name}", ran.num_bytes(), "B") as advance:
-            expected_BLV = StreamedModel(ran, causal, advance).logits(tokens_BL)
-    with progress(f"logits of {other.directory.name}", other.num_bytes(), "B") as advance:
-        streamed = StreamedModel(other, causal, advance)
-        actual_BLV = streamed.logits(tokens_BL)
-    tolerance = 0.0
-    if not torch.equal(expected_BLV, actual_BLV):
-        with progress(f"rounding of {other.directory.name}", other.num_bytes(), "B") as advance:
-            tolerance = rounding_tolerance(other, tokens_BL, streamed, actual_BLV, advance)
-    mask = "causal" if causal else "bidirectional"
-    line = f"{mask} {compare_logits(expected_BLV, actual_BLV, hf, other.directory, tolerance)}"
-    if not by_transformers:
-        size = f"transformers would take {human(needed, 'B')}: verify --logits runs it"
-        return f"{line}; both streamed, {'types are mixed' if is_mixed else size}"
+    pair = _pair(first, second, asked)
+    if not pair.by_transformers:
+        tokens_BL = _few_tokens(second)
+        sides = [_stream(weights, pair.causal, tokens_BL)[1] for weights in (pair.first, pair.second)]
+        return _streamed_line(pair, tokens_BL, *sides)
+    hf, other = pair.hugging_face.directory, pair.other
+    tokens_BL = random_tokens(second.model_config.vocab_size)
+    expected_BLV = transformers_logits(hf, tokens_BL, bidirectional=not pair.causal, rounded_to=pair.rounded_to)
+    line = _compared(pair, tokens_BL, expected_BLV, *_stream(other, pair.causal, tokens_BL))
     if model_type(hf) in AUTOREGRESSIVE or carries_our_code(hf):
         return line
     return f"{line}; run by our own classes: the directory's Python files or auto_map are not ours and were not run"
+
+
+def _streamed_line(
+    pair: _Pair, tokens_BL: torch.Tensor, of_first_BLV: torch.Tensor, of_second_BLV: torch.Tensor
+) -> str:
+    sides = of_first_BLV, of_second_BLV
+    expected_BLV, actual_BLV = sides[::-1] if pair.hugging_face is pair.second else sides
+    return f"{_compared(pair, tokens_BL, expected_BLV, None, actual_BLV)}; both streamed, {pair.reason}"
+
+
+def _compared(
+    pair: _Pair,
+    tokens_BL: torch.Tensor,
+    expected_BLV: torch.Tensor,
+    streamed: StreamedModel | None,
+    actual_BLV: torch.Tensor,
+) -> str:
+    """A line on logits of `pair.hugging_face`, and of `pair.other` by `streamed`."""
+    other, exact_BLV, tolerance = pair.other, actual_BLV, 0.0
+    if not torch.equal(expected_BLV, actual_BLV):
+        if streamed is None:
+            streamed, exact_BLV = _stream(other, pair.causal, tokens_BL)
+        with progress(f"rounding of {other.directory.name}", other.num_bytes(), "B") as advance:
+            tolerance = rounding_tolerance(other, tokens_BL, streamed, exact_BLV, advance)
+    mask = "causal" if pair.causal else "bidirectional"
+    compared = compare_logits(expected_BLV, actual_BLV, pair.hugging_face.directory, other.directory, tolerance)
+    return f"{mask} {compared}"
+
+
+def _stream(weights: Weights, causal: bool, tokens_BL: torch.Tensor) -> tuple[StreamedModel, torch.Tensor]:
+    with progress(f"logits of {weights.directory.name}", weights.num_bytes(), "B") as advance:
+        model = StreamedModel(weights, causal, advance)
+        return model, model.logits(tokens_BL)
+
+
+def _few_tokens(weights: Weights) -> torch.Tensor:
+    return random_tokens(weights.model_config.vocab_size)[:1, :FEW_POSITIONS]
 
 
 def compare_logits(
@@ -178,10 +257,13 @@ class LossAtTime(NamedTuple):
     loss: float  # nats per masked token
 
 
-def loss_by_time(weights: Weights, label_shift: bool = True) -> tuple[str, list[LossAtTime]]:
+def loss_by_time(
+    weights: Weights, label_shift: bool = True, read_rows: ReadRows | None = None
+) -> tuple[str, list[LossAtTime]]:
     """(name of the text, cross-entropy of masked tokens at each t); [] for a model without a mask token.
 
     The text is the same at every t, and masks are nested: a token masked at one t is masked at any larger one.
+    `read_rows`: as in StreamedModel.
     """
     mask = weights.model_config.mask_token_id
     text, tokens_RL = _sample_text(weights, SAMPLES_PER_TIME)
@@ -191,8 +273,9 @@ def loss_by_time(weights: Weights, label_shift: bool = True) -> tuple[str, list[
     draws_RL[:, 0] = 1.0  # nothing predicts the first token
     masked_BL = torch.cat([draws_RL < time for time in TIMES])
     tokens_BL = tokens_RL.repeat(len(TIMES), 1)
-    with progress("loss by time", weights.num_bytes(), "B") as advance:
-        model = StreamedModel(weights, advance=advance)
+    show = nullcontext(lambda amount: None) if read_rows else progress("loss by time", weights.num_bytes(), "B")
+    with show as advance:
+        model = StreamedModel(weights, advance=advance, read_rows=read_rows)
         hidden_BLD = model.hidden(tokens_BL.masked_fill(masked_BL, mask))
         rows, positions = masked_BL.nonzero(as_tuple=True)
         losses_N = model.cross_entropy(hidden_BLD[rows, positions - int(label_shift)], tokens_BL[rows, positions])

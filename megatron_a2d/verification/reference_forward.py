@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_a2d.checkpoint.tensor_rows import RowRange, slabs
+from megatron_a2d.conversion.read_back import ReadRows
 from megatron_a2d.conversion.sources import EMBEDDING, HEAD, Weights
 
 Advance = Callable[[float], None]
@@ -23,9 +24,19 @@ Advance = Callable[[float], None]
 class StreamedModel:
     """A model whose weights (under HF names) are streamed from disk in every forward pass."""
 
-    def __init__(self, weights: Weights, causal: bool = False, advance: Advance = lambda amount: None):
+    def __init__(
+        self,
+        weights: Weights,
+        causal: bool = False,
+        advance: Advance = lambda amount: None,
+        read_rows: ReadRows | None = None,
+    ):
+        """`read_rows` yields the rows of a tensor in place of `weights`, which are then read where rows are chosen, and
+        for a tied head: it is asked for tensors in the order of the model, each once at most."""
         self._tensors, self.causal, self._advance = weights.tensors, causal, advance
+        self._read_rows = read_rows or self._stored_rows
         self._shape = weights.model_config
+        self._wide = torch.empty(0)  # one memory for all: freed and allocated it would fragment the heap
         self.chosen: list[torch.Tensor] = []  # experts [N, k] of each layer's tokens, of all forward passes so far
 
     @torch.no_grad()
@@ -66,12 +77,17 @@ class StreamedModel:
         return rows[torch.searchsorted(torch.tensor(ids), tokens_BL)]
 
     def _rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index of the first row, consecutive rows in fp32), over the complete tensor."""
+        """(index of the first row, consecutive rows in fp32), over the complete tensor; valid until the next ones."""
+        for start, rows in (self._stored_rows if name == EMBEDDING else self._read_rows)(name):
+            self._advance(rows.nbytes)
+            if rows.numel() > len(self._wide):
+                self._wide = torch.empty(rows.numel())
+            yield start, self._wide[: rows.numel()].view_as(rows).copy_(rows)
+
+    def _stored_rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         shape = self._tensors.shapes[name]
         for start, stop in slabs(shape, 0, shape[0], self._tensors.dtype(name).itemsize):
-            rows = self._tensors.read(RowRange(name, (), start, stop))
-            self._advance(rows.nbytes)
-            yield start, rows.float()
+            yield start, self._tensors.read(RowRange(name, (), start, stop))
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return torch.cat([x @ rows.T for _, rows in self._rows(name)], dim=-1)
