@@ -19,6 +19,7 @@ from megatron_a2d.data.permutation import Permutation
 from megatron_a2d.diffusion import rng as noises
 from megatron_a2d.diffusion.attention_masks import annealing_key_and_threshold
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
+from megatron_a2d.diffusion.choice_decision import draws
 from megatron_a2d.diffusion.conditional_likelihood import likelihood_samples
 from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.rng import Noise, Stream, attention_key, random_cut, uniforms
@@ -103,7 +104,7 @@ def test_the_masks_of_a_likelihood() -> None:
 
 def test_every_stream_has_its_number() -> None:
     assert {stream.name: int(stream) for stream in Stream} == {
-        "MASK": 0, "TIME": 1, "CUT": 2, "ATTENTION": 3, "CONTINUATION": 4, "STUDY_HOLE": 101, "STUDY_TIME": 102,
+        "MASK": 0, "TIME": 1, "CUT": 2, "ATTENTION": 3, "CONTINUATION": 4, "CHOICE": 5, "STUDY_HOLE": 101, "STUDY_TIME": 102,
     }  # fmt: skip
     first = {float(uniforms(1234, stream, 5, 1)[0]) for stream in Stream}
     assert len(first) == len(Stream) and uniforms(1234, Stream.MASK, 5, 1)[0] == 0.39436698157209327
@@ -130,6 +131,7 @@ def test_no_two_uses_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         "cut": lambda: random_cut(5, 0, 8, 1.0),
         "attention": lambda: attention_key(5, 0),
         "likelihood": lambda: likelihood_samples(9, 1),
+        "choices": lambda: draws.__wrapped__(9, 1),
         "hole": lambda: holes(opened, 2)(np.arange(8), 0),
         "study's times": lambda: BatchTimes(5, 99, scheme="iid").time(0),
     }
@@ -198,7 +200,8 @@ FIXED_ONES = {
     "global_batch_size", "bf16", "train_data_fingerprint", "seq_length", "reset_attention_mask", "reset_position_ids",
     "random_length_prob", "eod_mask_loss", "seed", "objective", "block_length", "ar_loss_weight", "noise_schedule",
     "timestep_sampling", "min_timestep", "mask_sampling", "mask_token_init", "label_shift", "loss_weighting", "cart_p",
-    "conversion", "attention_annealing_iters", "grafting_iters",
+    "conversion", "attention_annealing_iters", "grafting_iters", "block_length_schedule", "reset_block_grid",
+    "complementary_masks",
 }  # fmt: skip
 
 
