@@ -41,6 +41,7 @@ BENCHMARKS = {
     "masked_head_cpu": Benchmark(1, "chunked_head"),
     "sampling_cpu": Benchmark(2, "sampling", ("--model", "DEMO/exported", "--data", "DEMO/corpus_valid")),
     "likelihood_cpu": Benchmark(1, "likelihood"),
+    "choice_decisions_cpu": Benchmark(8, "choice_decisions", ("--model", "DEMO/exported")),
     "monitoring_cpu": Benchmark(1, "monitoring"),
     "aux_loss_cpu": Benchmark(1, "aux_loss"),
 }

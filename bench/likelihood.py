@@ -54,17 +54,21 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    config = A2DConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, intermediate_size=128, max_position_embeddings=512, mask_token_id=MASK,
-    )  # fmt: skip
-    scorer = Scorer(A2DForMaskedLM(config).eval())
+    scorer = Scorer(random_model())
     compared = [measure(scorer, kind, options.questions, options.rounds) for kind in ("letters", "texts")]
     settings = {
         "vocabulary": VOCABULARY, "hidden": HIDDEN, "layers": LAYERS, "mc_num": MC_NUM, "batch_tokens": BATCH_TOKENS,
         "questions": options.questions,
     }  # fmt: skip
     write(options.out, "likelihood", compared, settings=settings)
+
+
+def random_model() -> A2DForMaskedLM:
+    config = A2DConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=128, max_position_embeddings=512, mask_token_id=MASK,
+    )  # fmt: skip
+    return A2DForMaskedLM(config).eval()
 
 
 def draw_requests(kind: str, num_questions: int) -> list[tuple[list[int], list[int]]]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import expert_balance, wrong_settings
+from bench import choice_decisions, expert_balance, wrong_settings
 from bench.paired import CLOCKS, Comparison
 from bench.result_file import RESULTS, ROOT, Figure, Result, read
 from megatron_a2d.config.cli import Parser
@@ -30,6 +30,7 @@ from megatron_a2d.utils.errors import UserError
 BLOCK = re.compile(r"(<!-- bench: (?P<name>[^>]*?) -->\n).*?(<!-- end of bench: (?P=name) -->)", re.DOTALL)
 # Results that are not times of sides; their benchmarks make the tables.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "choice_decisions_cpu": choice_decisions.block,
     "expert_balance_cpu": expert_balance.block,
     "wrong_settings_cpu": wrong_settings.block,
 }

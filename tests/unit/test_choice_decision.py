@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.choice_decisions import llada
 from megatron_a2d.diffusion.choice_decision import (
     ChoiceEstimate,
     Control,
@@ -216,6 +217,14 @@ def test_questions_are_cached_and_counted(tmp_path) -> None:
     score_questions(model_of(True, seen=seen), [question()], ScoringOptions(), 0.1, again)
     again.close()
     assert seen, "another error is another answer"
+
+
+def test_llada_draws_of_the_benchmark_are_unbiased() -> None:
+    pairs = [(CONTEXT, [4, 1, 1, 3])]
+    [exact] = score(model_of(True), pairs, ScoringOptions(mc_num=15))
+    found = [llada(model_of(True), pairs, 100_000, 0, run)[0] for run in range(12)]
+    assert np.mean(found) == pytest.approx(exact.log_likelihood, abs=4 * np.std(found) / math.sqrt(11))
+    assert 0 < np.std(found) < 1
 
 
 def task(metrics: tuple[str, ...] = ("acc", "acc_norm"), **changes: object) -> SimpleNamespace:
