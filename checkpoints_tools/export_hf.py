@@ -2,8 +2,8 @@
 
     python -m checkpoints_tools.export_hf --checkpoint checkpoints/run --out exports/run --format rnd1
 
-Formats: `rnd1` (MoE, the format of the published RND1), `a2d` (any model, bidirectional), `qwen3` (any model, the
-original autoregressive format).
+Formats: `rnd1` (MoE, the format of the published RND1), `a2d` (any diffusion model), `sdar` (block diffusion without
+label shift, in the form that LMDeploy and SGLang run), `qwen3` (any model, the original autoregressive format).
 The output is read back and compared before it is renamed to --out; an interrupted run is resumed by the same command.
 """
 
@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint or an iteration of one"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write; must be new")
-    parser.add_argument("--format", choices=("rnd1", "a2d", "qwen3"), default="a2d", help="format of the export")
+    parser.add_argument(
+        "--format", choices=("rnd1", "a2d", "sdar", "qwen3"), default="a2d", help="format of the export"
+    )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB")
     parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="dtype to store")
     parser.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of results for the model card's table")

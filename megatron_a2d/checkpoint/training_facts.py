@@ -27,6 +27,8 @@ from megatron_a2d.utils.errors import UserError
 
 # The model types that are masked diffusion models unless their config.json says otherwise.
 DIFFUSION_TYPES = ("a2d", "rnd1")
+# Block diffusion without label shift; the length of a block is their `block_size`.
+SDAR_TYPES = ("sdar", "sdar_moe")
 
 
 class Trained(NamedTuple):
@@ -62,12 +64,22 @@ def read_trained(directory: str | Path) -> Trained:
         return _of_run(directory)
     path = (directory / HF_FILES if (directory / HF_FILES).is_dir() else directory) / "config.json"
     config = read_json(path, "the model's configuration")
+    if config.get("model_type") in SDAR_TYPES:
+        return _of_sdar(config, path)
     return _from(config, path, "mdlm" if config.get("model_type") in DIFFUSION_TYPES else None)
 
 
 def _of_run(directory: Path) -> Trained:
     path = directory / RUN_CONFIG
     return _from(read_json(path, "the run's settings"), path, settings()["objective"].default)
+
+
+def _of_sdar(config: Mapping[str, Any], path: Path) -> Trained:
+    length = config.get("block_size")
+    if length is None:
+        raise UserError(f"{path}: has no block_size; write the block length that the model was trained with into it")
+    known = {"objective": "block", "label_shift": False, **config, "block_length": length}
+    return _from(known, path, "block")
 
 
 def _from(values: Mapping[str, Any], path: Path, objective: str | None) -> Trained:

@@ -16,7 +16,7 @@ from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
 # model_type -> whether it is a mixture of experts (None: depends on the keys)
-MODEL_TYPES = {"qwen3": False, "qwen3_moe": True, "rnd1": True, "a2d": None}
+MODEL_TYPES = {"qwen3": False, "qwen3_moe": True, "rnd1": True, "a2d": None, "sdar": False, "sdar_moe": True}
 
 # Defaults of these models' classes for keys missing from config.json: transformers 4.57 to 5.24, and RND1's own code.
 # (For qwen3_moe they use hidden_size / num_attention_heads as head_dim.)
@@ -24,6 +24,7 @@ ABSENT = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "qwen3_moe": {"num_key_value_heads": 4},
     "rnd1": {"num_key_value_heads": 4, "head_dim": 128},
+    "sdar": {"num_key_value_heads": 32, "head_dim": 128},
 }
 
 # A hundred times the sizes of any published model. Otherwise a few bytes could request unlimited names and layers.

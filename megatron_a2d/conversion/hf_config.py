@@ -14,9 +14,10 @@ from megatron_a2d.checkpoint.training_facts import Trained
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.conversion.end_tokens import EndTokens
 
-Format = Literal["rnd1", "a2d", "qwen3"]
+Format = Literal["rnd1", "a2d", "qwen3", "sdar"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+# By model_type.
 AUTO_MAPS = {
     "a2d": {
         "AutoConfig": "configuration_a2d.A2DConfig",
@@ -28,7 +29,22 @@ AUTO_MAPS = {
         "AutoModel": "modeling_rnd.RND1Model",
         "AutoModelForMaskedLM": "modeling_rnd.RND1LM",
     },
+    # LMDeploy takes the model class from the last part of AutoModelForCausalLM, SGLang from `architectures`.
+    "sdar": {
+        "AutoConfig": "configuration_sdar.SDARConfig",
+        "AutoModel": "modeling_sdar.SDARModel",
+        "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+    },
+    "sdar_moe": {
+        "AutoConfig": "configuration_sdar.SDARMoeConfig",
+        "AutoModel": "modeling_sdar.SDARMoeModel",
+        "AutoModelForCausalLM": "modeling_sdar.SDARMoeForCausalLM",
+    },
 }
+# What the engines that run SDAR models have in their code (LMDeploy 0.18.0, SGLang 0.5.23): the mask token; LMDeploy
+# divides its max_prefill_token_num by the block length for the number of requests in a batch.
+SDAR_MASK_TOKEN_ID, SDAR_MASK_TOKEN = 151669, "<|MASK|>"
+LONGEST_SDAR_BLOCK = 8192
 NUM_DIFFUSION_STEPS = 256
 # Training settings that every export records; others only where they differ from the default.
 _RECORDED = ("objective", "label_shift", "noise_schedule", "document_attention")
@@ -73,7 +89,7 @@ def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = Fal
     problems = []
     a, trained = model.model_config, model.trained
     if not allow_objective_mismatch and (mismatch := objective_mismatch(kind, model)):
-        instead = "a2d" if kind == "qwen3" else "qwen3"
+        instead = "qwen3" if model.trained.objective == "ar" else "a2d"
         problems.append(
             f"--format {kind}: {mismatch}; use --format {instead}, or --allow-objective-mismatch to export it anyway"
         )
@@ -87,14 +103,37 @@ def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = Fal
             "it was trained without the label shift, and RND1 with it": not trained.label_shift,
         }
         problems += [f"--format rnd1: {why}; use --format a2d" for why, holds in reasons.items() if holds]
-    if kind != "qwen3" and trained.block_length:
-        problems.append(
-            f"--format {kind}: the model was trained in blocks of {trained.block_length} (--objective block), and the "
-            "modelling code of exports does not support blocks; sample and evaluate the checkpoint itself"
-        )
+        if trained.block_length:
+            problems.append(
+                f"--format rnd1: the model was trained in blocks of {trained.block_length} (--objective block), and "
+                f"RND1 has none; use --format {'a2d' if trained.label_shift else 'sdar'}"
+            )
+    if kind == "sdar":
+        problems += _sdar_refusals(a, trained)
     if kind != "qwen3" and a.mask_token_id is None:
         problems.append(f"--format {kind}: the checkpoint's hf/config.json has no mask_token_id; convert it again")
     return problems
+
+
+def _sdar_refusals(a: ModelConfig, trained: Trained) -> list[str]:
+    """Why the engines that run SDAR models would not run this one, or would run another model in silence."""
+    longest = min(a.context_length, LONGEST_SDAR_BLOCK)
+    reasons = {
+        "it was not trained in blocks (--objective block), and engines fill texts block by block": (
+            trained.objective != "block"
+        ),
+        "it was trained with the label shift, and engines read the prediction of token i at position i": (
+            trained.is_diffusion and trained.label_shift
+        ),
+        f"its mask token is {a.mask_token_id}, and engines fill masks of the fixed id {SDAR_MASK_TOKEN_ID}": (
+            a.mask_token_id not in (None, SDAR_MASK_TOKEN_ID)
+        ),
+        f"its blocks have {trained.block_length} tokens, and engines can be told {longest} at most": (
+            trained.block_length > longest
+        ),
+        "its rotary embedding is scaled (YaRN), and SDAR's form has rope_scaling null": a.yarn is not None,
+    }
+    return [f"--format sdar: {why}; use --format a2d" for why, holds in reasons.items() if holds]
 
 
 def objective_mismatch(kind: Format, model: Exported) -> str | None:
@@ -104,6 +143,11 @@ def objective_mismatch(kind: Format, model: Exported) -> str | None:
         return (
             f"the model was trained for masked diffusion (--objective {trained.objective}), and this format predicts "
             "the next token with causal attention"
+        )
+    if kind == "sdar" and trained.objective == "block" and trained.ar_loss_weight > 0:
+        return (
+            f"the model was trained with --ar-loss-weight {trained.ar_loss_weight:g}, so its finished blocks attend "
+            "causally, and engines let them attend to their whole block"
         )
     if kind != "qwen3" and trained.objective == "ar":
         return (
@@ -116,25 +160,21 @@ def objective_mismatch(kind: Format, model: Exported) -> str | None:
 def config_json(kind: Format, model: Exported) -> dict[str, Any]:
     """The export's config.json."""
     a = model.model_config
-    moe = a.is_moe
     architectures = {
-        "rnd1": "RND1",
-        "a2d": "A2DForMaskedLM",
-        "qwen3": "Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM",
-    }
-    config: dict[str, Any] = {
-        "architectures": [architectures[kind]],
-        "model_type": "qwen3_moe" if kind == "qwen3" and moe else kind,
-    }
-    if kind in AUTO_MAPS:
-        config["auto_map"] = AUTO_MAPS[kind]
+        "rnd1": "RND1", "a2d": "A2DForMaskedLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+        "sdar": "SDARForCausalLM", "sdar_moe": "SDARMoeForCausalLM",
+    }  # fmt: skip
+    model_type = f"{kind}_moe" if kind in ("qwen3", "sdar") and a.is_moe else kind
+    config: dict[str, Any] = {"architectures": [architectures[model_type]], "model_type": model_type}
+    if model_type in AUTO_MAPS:
+        config["auto_map"] = AUTO_MAPS[model_type]
     config |= _shape(a)
     config |= {
         key: model.source[key]
         for key in ("max_window_layers", "output_router_logits", "router_aux_loss_coef")
         if model.source.get(key) is not None
     }
-    config |= _special_tokens(model, first_only=kind == "rnd1")
+    config |= _special_tokens(model, first_only=kind in ("rnd1", "sdar"))
     config["torch_dtype"] = model.dtype
     scaling = a.yarn.to_rope_scaling() if a.yarn else None
     config |= _training(kind, model)
@@ -146,6 +186,10 @@ def config_json(kind: Format, model: Exported) -> dict[str, Any]:
         "is_causal": False,
         "use_cache": False,
     }
+    if kind == "sdar":
+        config |= {"block_size": config.pop("block_length"), "tie_word_embeddings": False, "sliding_window": None}
+        # LMDeploy needs a number.
+        config["pad_token_id"] = next(x for x in (config["pad_token_id"], *model.ends.ids, 0) if x is not None)
     if kind == "rnd1":
         del config["bos_token_id"]
         return config | {"moe_backend": "hf", "rope_scaling": scaling or False, "sliding_window": False}

@@ -14,17 +14,17 @@ from megatron_a2d.utils.tokenizer import read_tokenizer
 _KIND = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 
 
-def register_mask_token(directory: Path, mask_token_id: int) -> None:
+def register_mask_token(directory: Path, mask_token_id: int, new_name: str = MASK_TOKEN) -> None:
     """Make `mask_token_id` the mask token of the tokenizer in `directory`, in place.
 
-    No other token's id changes. Does nothing without a tokenizer; UserError if this kind of tokenizer cannot assign
-    that id.
+    It is named `new_name` if it has no name. No other token's id changes. Does nothing without a tokenizer; UserError
+    if this kind of tokenizer cannot assign that id.
     """
     tokens = read_tokens(directory)
     if not tokens:
         return
     is_new = mask_token_id not in tokens
-    free = (name for name in (MASK_TOKEN, f"<|mask:{mask_token_id}|>") if name not in tokens.values())
+    free = (name for name in (new_name, f"<|mask:{mask_token_id}|>") if name not in tokens.values())
     name = next(free) if is_new else tokens[mask_token_id]
     if (path := directory / "tokenizer.json").exists():
         _add(path, name, mask_token_id)

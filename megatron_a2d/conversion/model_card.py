@@ -27,6 +27,9 @@ RECIPE = (
 )  # fmt: skip
 
 
+SGLANG_CONFIG = "sglang_dllm.yaml"
+
+
 class Origin(NamedTuple):
     """The origin of an export's weights: an iteration of a run, and the run's settings ({} for a release)."""
 
@@ -52,6 +55,7 @@ def model_card(kind: Format, model: Exported, origin: Origin, evaluation: Mappin
         "Written by megatron_a2d.",
         "\n".join(f"- {fact}" for fact in _facts(kind, model, origin)),
         _usage(kind),
+        *(["## Serving", _serving(model)] if kind == "sdar" else []),
         *(["## Data", _data(origin.settings)] if trained else []),
         *(["## Recipe", _recipe(settings, wrong)] if trained and origin.settings else []),
         *(["## Learning rates by role", _learning_rates(settings)] if trained and origin.settings else []),
@@ -95,6 +99,8 @@ def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
         yield f"Weights: mean of the iterations {', '.join(map(str, origin.averaged))}."
     if mismatch := objective_mismatch(kind, model):
         yield f"**Not what it was trained for**: {mismatch}. Its quality in that use is unknown."
+    if kind != "qwen3" and model.trained.block_length:
+        yield f"Block diffusion: blocks of {model.trained.block_length} tokens, from left to right."
     if kind != "qwen3":
         shift = "position i - 1 predicts token i" if model.trained.label_shift else "position i predicts token i"
         yield f"Mask token id: {a.mask_token_id}; {shift}."
@@ -104,7 +110,8 @@ def _usage(kind: Format) -> str:
     if kind == "qwen3":
         loader, arguments, use, plain = "AutoModelForCausalLM", "", "", ""
     else:
-        loader, arguments = "AutoModelForMaskedLM", ", trust_remote_code=True"
+        loader = "AutoModelForCausalLM" if kind == "sdar" else "AutoModelForMaskedLM"
+        arguments = ", trust_remote_code=True"
         plain = ", trust_remote_code=False"  # the tokenizer has no code; transformers 5 would ask to run the model's
         use = (
             'prompt = tokenizer("def mean(values):", return_tensors="pt")\n'
@@ -116,6 +123,26 @@ def _usage(kind: Format) -> str:
         f'model = {loader}.from_pretrained("DIRECTORY"{arguments})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY"{plain})\n{use}```'
     )
+
+
+def _serving(model: Exported) -> str:
+    """How each engine is told the block length, which none reads from config.json."""
+    length = model.trained.block_length
+    wide = "; export with --dtype bf16, because LMDeploy runs these weights in float16" if "32" in model.dtype else ""
+    commands = [
+        f"lmdeploy serve api_server DIRECTORY --backend pytorch --trust-remote-code --dllm-block-length {length}",
+        "python -m sglang.launch_server --model-path DIRECTORY --trust-remote-code \\",
+        f"    --dllm-algorithm LowConfidence --dllm-algorithm-config DIRECTORY/{SGLANG_CONFIG}",
+    ]
+    return (
+        f"The model was trained in blocks of {length} tokens. Engines do not read that from config.json (their default "
+        f"is 4), so name it{wide}:\n\n```bash\n" + "\n".join(commands) + "\n```"
+    )
+
+
+def sglang_config(model: Exported) -> str:
+    """The file of SGLang's --dllm-algorithm-config."""
+    return f"block_size: {model.trained.block_length}\n"
 
 
 def _training(origin: Origin) -> str:

@@ -6,6 +6,7 @@ read or written.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -133,6 +134,21 @@ def as_megatron(weights: Weights, dtype: torch.dtype | None) -> Remapped:
     if problems:
         raise UserError(problems)
     return Remapped(weights.tensors, weights.map.megatron_shapes, dtypes, weights.map.to_hf)
+
+
+def untied(weights: Weights) -> Weights:
+    """The same weights with an LM head of its own: a copy of the embedding, if the two are tied."""
+    if not weights.model_config.tie_word_embeddings:
+        return weights
+    model_config = dataclasses.replace(weights.model_config, tie_word_embeddings=False)
+    table = WeightMap(model_config)
+    source = weights.tensors
+
+    def locate(row_range: RowRange) -> list[RowRange]:
+        return [row_range._replace(name=EMBEDDING) if row_range.name == HEAD else row_range]
+
+    dtypes = {name: source.dtype(EMBEDDING if name == HEAD else name) for name in table.hf_shapes}
+    return Weights(weights.directory, model_config, table, Remapped(source, table.hf_shapes, dtypes, locate))
 
 
 def as_type(weights: Weights, dtype: torch.dtype | None) -> RowSource:

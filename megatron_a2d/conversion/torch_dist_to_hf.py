@@ -18,14 +18,22 @@ from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.renamed import recorded_settings
 from megatron_a2d.conversion.compare_weights import Comparison
 from megatron_a2d.conversion.end_tokens import read_end_tokens
-from megatron_a2d.conversion.hf_config import Exported, Format, config_json, generation_json, refusals
+from megatron_a2d.conversion.hf_config import (
+    SDAR_MASK_TOKEN,
+    Exported,
+    Format,
+    config_json,
+    generation_json,
+    refusals,
+)
 from megatron_a2d.conversion.hf_to_torch_dist import check_space
+from megatron_a2d.conversion.mask_token import MASK_TOKEN
 from megatron_a2d.conversion.mask_token_registration import register_mask_token
-from megatron_a2d.conversion.model_card import Origin, model_card
+from megatron_a2d.conversion.model_card import SGLANG_CONFIG, Origin, model_card, sglang_config
 from megatron_a2d.conversion.read_back import Check, ReadBack, RecordedRows, only_compare
 from megatron_a2d.conversion.resumable_output import JOURNAL, describe_files, resumable_directory
 from megatron_a2d.conversion.safetensors_files import write_safetensors
-from megatron_a2d.conversion.sources import EMBEDDING, Weights, as_type, open_checkpoint, open_hf
+from megatron_a2d.conversion.sources import EMBEDDING, Weights, as_type, open_checkpoint, open_hf, untied
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.terminal.console import progress
 from megatron_a2d.utils.atomic_write import check_new_directory, read_json, write_json
@@ -65,6 +73,8 @@ def export(
     """
     check_new_directory(out, "--out")
     with open_checkpoint(checkpoint) as weights:
+        if kind == "sdar":
+            weights = untied(weights)
         checked = FiniteCheck(weights.tensors)
         recorded = RecordedRows(checked, dtype)
         tensors = recorded if verify else as_type(weights._replace(tensors=checked), dtype)
@@ -84,7 +94,9 @@ def export(
             copy_hf_files(weights.directory / HF_FILES, work.directory)
             config = config_json(kind, model)
             if config.get("mask_token_id") is not None:
-                register_mask_token(work.directory, config["mask_token_id"])
+                register_mask_token(
+                    work.directory, config["mask_token_id"], SDAR_MASK_TOKEN if kind == "sdar" else MASK_TOKEN
+                )
             for file in code_files:
                 shutil.copyfile(file, work.directory / file.name)
             write_json(work.directory / "config.json", config)
@@ -92,6 +104,8 @@ def export(
                 write_json(work.directory / "generation_config.json", generation)
             card = model_card(kind, model, origin, evaluation)
             (work.directory / "README.md").write_text(card, encoding="utf-8")
+            if kind == "sdar":
+                (work.directory / SGLANG_CONFIG).write_text(sglang_config(model), encoding="utf-8")
             _write_sums(work.directory, digests)
             comparison = None
             if verify:

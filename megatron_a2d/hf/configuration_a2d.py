@@ -21,6 +21,8 @@ class A2DConfig(PretrainedConfig):
         label_shift: True if the logits at position i - 1 predict the token at position i (the convention of the
             autoregressive base model, kept by RND1); False if those at position i do.
         num_diffusion_steps: the default number of denoising steps for sampling.
+        block_length: tokens in a block of block diffusion: a position attends to the blocks up to its own. 0: to all.
+        ar_loss_weight: weight of the next-token loss in training. Above 0, finished blocks attend causally.
     """
 
     model_type = "a2d"
@@ -52,6 +54,8 @@ class A2DConfig(PretrainedConfig):
         mask_token_id: int | None = None,
         label_shift: bool = True,
         num_diffusion_steps: int = 256,
+        block_length: int = 0,
+        ar_loss_weight: float = 0.0,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
@@ -77,6 +81,8 @@ class A2DConfig(PretrainedConfig):
         self.mask_token_id = mask_token_id
         self.label_shift = label_shift
         self.num_diffusion_steps = num_diffusion_steps
+        self.block_length = block_length
+        self.ar_loss_weight = ar_loss_weight
         if self.num_experts and not (num_experts_per_tok and moe_intermediate_size):
             raise ValueError("a config with num_experts needs num_experts_per_tok and moe_intermediate_size")
         _refuse_unsupported(kwargs)
@@ -150,7 +156,7 @@ def _yarn(found: dict[str, Any], original: int | None, longest: int) -> dict[str
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     supported = {
         "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
-        "mlp_only_layers": [], "decoder_sparse_step": 1, "block_length": 0,
+        "mlp_only_layers": [], "decoder_sparse_step": 1,
     }  # fmt: skip
     for key, value in supported.items():
         if config.get(key) not in (None, value):

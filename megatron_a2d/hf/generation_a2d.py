@@ -2,16 +2,32 @@
 
 The schedule of RND1 (Radical Numerics, 2025): all holes start masked; in each of S steps every masked position is
 predicted; after step n the floor(N * (S - n) / S) of a sample's N holes with the highest entropy stay masked, the
-others keep their tokens. The mask token is never predicted, and samples of a batch do not influence one another.
+others keep their tokens. A model of block diffusion fills its blocks one after another, each by this schedule; the S
+steps are divided over the blocks in proportion to their holes. The mask token is never predicted, and samples of a
+batch do not influence one another.
 
 Shapes: B batch, L sequence, V vocabulary, N masked positions of all samples.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
+
+
+def _plan(blocks_H: torch.Tensor, steps: int) -> list[tuple[int, int]]:
+    """(block, number of its holes that stay masked) after each step, given the block of each hole, [H]."""
+    plan: list[tuple[int, int]] = []
+    num_before = steps_before = 0
+    for block, size in zip(*(column.tolist() for column in blocks_H.unique(return_counts=True)), strict=True):
+        num_before += size
+        share = max(1, steps * num_before // len(blocks_H) - steps_before)
+        steps_before = steps * num_before // len(blocks_H)
+        # In fp32, as published: where the product is whole, its rounding decides.
+        plan += [(block, int(torch.tensor(size) * ((share - step) / share))) for step in range(1, share + 1)]
+    return plan
 
 
 class DiffusionGeneration:
@@ -52,11 +68,15 @@ class DiffusionGeneration:
             raise ValueError("need num_steps >= 1, max_new_tokens >= 0, temperature >= 0, top_k >= 0, 0 < top_p <= 1")
         tokens_BL, visible_BL = self._canvas(input_ids, attention_mask, max_new_tokens)
         masked_BL = (tokens_BL == self.config.mask_token_id) & visible_BL
-        num_holes_B = masked_BL.sum(1)
+        blocks_BL = torch.zeros_like(tokens_BL)
+        if self.config.block_length:
+            blocks_BL = (visible_BL.long().cumsum(1) - 1) // self.config.block_length
+        plans = [_plan(blocks_L[masked_L], steps) for blocks_L, masked_L in zip(blocks_BL, masked_BL, strict=True)]
         shift = int(self.config.label_shift)
-        for step in range(1, steps + 1):
-            num_left_B = num_holes_B * (steps - step) // steps
-            due_BL = masked_BL & (masked_BL.sum(1) > num_left_B)[:, None]
+        for current in itertools.zip_longest(*plans, fillvalue=(-1, 0)):
+            block_B, num_left_B = torch.tensor(current, device=tokens_BL.device).unbind(1)
+            due_BL = masked_BL & (blocks_BL == block_B[:, None])
+            due_BL &= (due_BL.sum(1) > num_left_B)[:, None]
             if not due_BL.any():
                 continue
             hidden = self.model(tokens_BL, attention_mask=None if visible_BL.all() else visible_BL)[0]
@@ -65,7 +85,7 @@ class DiffusionGeneration:
             entropies_BL = torch.full(tokens_BL.shape, torch.inf, device=tokens_BL.device)
             entropies_BL[due_BL] = -(logprobs_NV.exp() * logprobs_NV.nan_to_num(neginf=0.0)).sum(-1)
             ranks_BL = entropies_BL.argsort(dim=1, stable=True).argsort(dim=1)
-            decided_BL = due_BL & (ranks_BL < (masked_BL.sum(1) - num_left_B)[:, None])
+            decided_BL = due_BL & (ranks_BL < (due_BL.sum(1) - num_left_B)[:, None])
             chosen_NV = logprobs_NV[decided_BL[due_BL]]
             if temperature == 0:
                 tokens_BL[decided_BL] = chosen_NV.argmax(-1)

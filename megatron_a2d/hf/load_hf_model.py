@@ -32,6 +32,15 @@ def load(model_class: Any, directory: Path, trust_remote_code: bool = False, **o
         raise UserError(f"{directory}: cannot be loaded ({reason}); fetch or export it again") from error
 
 
+def diffusion_classes() -> dict[str, Any]:
+    """model_type of an export -> its model class; their import takes seconds."""
+    from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
+    from megatron_a2d.hf.modeling_rnd import RND1LM
+    from megatron_a2d.hf.modeling_sdar import SDARForCausalLM, SDARMoeForCausalLM
+
+    return {"a2d": A2DForMaskedLM, "rnd1": RND1LM, "sdar": SDARForCausalLM, "sdar_moe": SDARMoeForCausalLM}
+
+
 def _load(model_class: Any, directory: Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 

@@ -74,6 +74,17 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def block_mask(positions_BL: torch.Tensor, block_length: int, is_causal_BL: torch.Tensor | None) -> torch.Tensor:
+    """Attention of block diffusion [B, 1, L, L], True where a query (first L) attends to a key.
+
+    A position attends to the blocks up to its own, or, where `is_causal_BL`, to the positions up to itself.
+    """
+    last_BL = positions_BL // block_length * block_length + block_length - 1
+    if is_causal_BL is not None:
+        last_BL = torch.where(is_causal_BL, positions_BL, last_BL)
+    return (positions_BL[:, None, :] <= last_BL[:, :, None])[:, None]
+
+
 class KeyValueCache:
     """Keys and values of every position, for forward passes over only some positions.
 
@@ -105,7 +116,7 @@ class KeyValueCache:
 
 
 class A2DAttention(nn.Module):
-    """Grouped-query attention with norms on queries and keys; the only mask is that of padding."""
+    """Grouped-query attention with norms on queries and keys; masks are those of padding and of blocks."""
 
     def __init__(self, config: A2DConfig, layer: int):
         super().__init__()
@@ -239,20 +250,22 @@ class A2DModel(A2DPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
+        visible: torch.Tensor | None = None,
     ) -> BaseModelOutput:
         """Hidden states [B, L, D] after the last norm.
 
         `attention_mask` [B, L] is nonzero at real tokens and 0 at padding, on either side; outputs at padded
-        positions are meaningless. `position_ids` [B or 1, L] default to 0..L-1, which is also correct with padding on
-        the left, because rotary embeddings depend only on differences of positions.
+        positions are meaningless. `position_ids` [B or 1, L] count the real tokens from 0 by default; blocks begin at
+        the multiples of `config.block_length`.
 
         With a `cache` (after its `select`) the tokens are some positions of a longer sequence, given by
-        `position_ids`, and `attention_mask` is that of the full sequence.
+        `position_ids`, and `attention_mask` is that of the full sequence. `visible` [B, 1, L, keys], True where a query
+        attends to a key, replaces the mask that follows from padding and blocks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        visible = None
+        padding = None
         if attention_mask is not None:
             shape = (x.shape[0], x.shape[1] if cache is None else cache.shape[1])
             if attention_mask.shape != shape:
@@ -260,13 +273,36 @@ class A2DModel(A2DPreTrainedModel):
                     f"attention_mask has shape {tuple(attention_mask.shape)}; this model attends in both "
                     f"directions and takes the padding mask only, [batch, sequence] = {shape}"
                 )
-            visible = attention_mask.bool()[:, None, None, :]
-        if position_ids is None:
+            padding = attention_mask.bool()
+        if position_ids is None and padding is not None and cache is None:
+            position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)
+        elif position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        if visible is None:
+            visible = self._visible(position_ids, padding, input_ids)
         angles = rotary_angles(position_ids, self.config)  # type: ignore[arg-type]
         for layer in self.layers:
             x = layer(x, angles, visible, cache)
         return BaseModelOutput(last_hidden_state=self.norm(x))
+
+    def _visible(
+        self, position_ids: torch.Tensor, padding: torch.Tensor | None, input_ids: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Mask of padding and blocks, broadcastable to [B, 1, L, keys]; None: all attend to all."""
+        visible = None if padding is None else padding[:, None, None, :]
+        if not self.config.block_length:
+            return visible
+        finished = None
+        if self.config.ar_loss_weight:
+            # Blocks before the first one with a mask are finished: they attend causally, as in training.
+            if input_ids is None:
+                raise ValueError("this model needs input_ids: the masks among them decide which blocks are finished")
+            masked = input_ids == self.config.mask_token_id
+            positions = position_ids.expand_as(input_ids)
+            first = positions.masked_fill(~masked, 1 << 62).amin(1, keepdim=True)
+            finished = positions < first // self.config.block_length * self.config.block_length
+        blocks = block_mask(position_ids, self.config.block_length, finished)
+        return blocks if visible is None else blocks & visible
 
 
 class A2DForMaskedLM(DiffusionGeneration, A2DPreTrainedModel):

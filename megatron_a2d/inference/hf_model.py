@@ -1,4 +1,4 @@
-"""HF models run by transformers in one process: exports in formats a2d and rnd1, any Qwen3 for --objective ar."""
+"""HF models run by transformers in one process: our exports, SDAR's models, any Qwen3 for --objective ar."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.conversion.hf_config import num_diffusion_steps
 from megatron_a2d.conversion.mask_token import mask_token_names, read_tokens
 from megatron_a2d.conversion.sources import open_hf
-from megatron_a2d.diffusion.model_interface import Reduce, Request, Window
-from megatron_a2d.hf.load_hf_model import load
-from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM, KeyValueCache
-from megatron_a2d.hf.modeling_rnd import RND1LM
+from megatron_a2d.diffusion.attention_masks import block_causal_mask
+from megatron_a2d.diffusion.block_diffusion import BlockModel
+from megatron_a2d.diffusion.model_interface import Model, Reduce, Request, Window
+from megatron_a2d.hf.load_hf_model import diffusion_classes, load
+from megatron_a2d.hf.modeling_a2d import KeyValueCache
 from megatron_a2d.inference.loaded_model import LoadedModel, load_tokenizer, pad_token
 from megatron_a2d.megatron_compat.device import device, has_cuda
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
-DIFFUSION_TYPES = {"a2d": A2DForMaskedLM, "rnd1": RND1LM}
+DIFFUSION_TYPES = diffusion_classes()
 AUTOREGRESSIVE_TYPES = ("qwen3", "qwen3_moe")
 
 
@@ -37,18 +38,25 @@ def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel
     check_model_files(directory)
     config = read_json(directory / "config.json", "the model's configuration")
     _check_type(directory, config.get("model_type"), objective)
-    model_config = read_model_config(directory)
-    is_diffusion = objective == "mdlm"
+    model_config, trained = read_model_config(directory), read_trained(directory)
+    is_diffusion = objective != "ar"
+    if is_diffusion and trained.objective == "block":
+        objective = "block"
     mask = model_config.mask_token_id if is_diffusion else -1
     tokenizer = load_tokenizer(directory, model_config.vocab_size)
     if is_diffusion:
         check_mask_token(directory, mask, model_config.vocab_size)
-    ends, trained = read_end_tokens(directory, model_config.vocab_size), read_trained(directory)
+    ends = read_end_tokens(directory, model_config.vocab_size)
     with open_hf(directory):
         pass  # UserError unless the directory holds exactly the tensors of the model, in their shapes
     model = _load(directory, DIFFUSION_TYPES.get(str(config["model_type"]), transformers.AutoModelForCausalLM))
+    forward: Model = TransformersModel(model)
+    block_length, causal_context = 0, False
+    if objective == "block":
+        block_length, causal_context = trained.block_length, trained.ar_loss_weight > 0
+        forward = BlockModel(forward, int(mask or 0), block_length, causal_context)
     return LoadedModel(
-        forward=TransformersModel(model),
+        forward=forward,
         tokenizer=tokenizer,
         name=str(directory),
         objective=objective,
@@ -62,9 +70,11 @@ def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel
         reset_attention_mask=trained.reset_attention_mask,
         max_positions=model_config.context_length,
         num_diffusion_steps=num_diffusion_steps(config),
-        has_caches=is_diffusion,
+        has_caches=objective == "mdlm",
         device=model.device,
         pad_token_id=pad_token(directory, config, ends),
+        block_length=block_length,
+        causal_context=causal_context,
     )
 
 
@@ -132,7 +142,13 @@ class TransformersModel:
         if request.window is not None:
             return self._in_window(request, request.window, visible, reduce)
         mask = None if visible is None else visible.long()
-        hidden_BLD = self.model.model(input_ids=request.tokens, attention_mask=mask)[0]
+        blocks: dict[str, Tensor] = {}
+        if request.levels is not None:
+            see_BLL = block_causal_mask(request.levels, request.levels) & request.visible[:, None, :]
+            blocks["visible"] = see_BLL[:, None]
+            if request.positions is not None:
+                blocks["position_ids"] = request.positions
+        hidden_BLD = self.model.model(input_ids=request.tokens, attention_mask=mask, **blocks)[0]
         return reduce(hidden_BLD[request.needed], self.model.lm_head)
 
     def _in_window(

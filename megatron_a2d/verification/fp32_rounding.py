@@ -50,7 +50,7 @@ class _PerturbedModel(StreamedModel):
     """The model with magnified rounding errors of every product; routing is that of the unperturbed model."""
 
     def __init__(self, weights: Weights, exact: StreamedModel, advance: Callable[[float], None]):
-        super().__init__(weights, exact.causal, advance)
+        super().__init__(weights, exact.causal, advance, visible=exact.visible, positions=exact.positions)
         self._exact_choices: Iterator[torch.Tensor] = iter(exact.chosen)
         self._generator = torch.Generator().manual_seed(0)
 

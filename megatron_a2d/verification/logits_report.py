@@ -20,13 +20,13 @@ from megatron_a2d.conversion.hf_config import AUTO_MAPS
 from megatron_a2d.conversion.read_back import ReadBack, ReadRows
 from megatron_a2d.conversion.sources import Weights
 from megatron_a2d.hf import CODE_FILES
-from megatron_a2d.hf.load_hf_model import load
+from megatron_a2d.hf.load_hf_model import diffusion_classes, load
 from megatron_a2d.terminal.console import human, progress
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.tokenizer import read_tokenizer
 from megatron_a2d.verification.fp32_rounding import rounding_tolerance
-from megatron_a2d.verification.reference_forward import StreamedModel
+from megatron_a2d.verification.reference_forward import BlockAttention, StreamedModel
 
 NUM_POSITIONS = 64
 FEW_POSITIONS = 8  # for a large model
@@ -58,16 +58,18 @@ def report_written(read_back: ReadBack) -> tuple[Comparison, list[str]]:
         logits = logits_line(first, second)
         losses = loss_by_time(second, label_shift(second))
     else:
-        tokens_BL = _few_tokens(second)
+        text = _text(pair)
         with ThreadPoolExecutor(1) as beside:
-            source = StreamedModel(pair.first, pair.causal, read_rows=read_back.recorded.rows)
-            of_source = beside.submit(source.logits, tokens_BL)
+            source = StreamedModel(pair.first, pair.causal, read_rows=read_back.recorded.rows, visible=text.visible)
+            of_source = beside.submit(source.logits, text.tokens)
             forwards: list[Callable[[ReadRows], Any]] = [
-                lambda rows: StreamedModel(second, pair.causal, read_rows=rows).logits(tokens_BL),
+                lambda rows: StreamedModel(second, pair.causal, read_rows=rows, visible=text.visible).logits(
+                    text.tokens
+                ),
                 lambda rows: loss_by_time(second, label_shift(second), rows),
             ]
             comparison, (of_output, losses) = read_back.compare(forwards)
-            logits = _streamed_line(pair, tokens_BL, of_source.result(), of_output)
+            logits = _streamed_line(pair, text, of_source.result(), of_output)
     lines = [tensors_line(comparison, first, second), logits]
     return comparison, lines + loss_lines(*losses, second.model_config.vocab_size)
 
@@ -120,29 +122,26 @@ def logits_line(first: Weights, second: Weights, asked: bool = False) -> str:
     """
     pair = _pair(first, second, asked)
     if not pair.by_transformers:
-        tokens_BL = _few_tokens(second)
-        sides = [_stream(weights, pair.causal, tokens_BL)[1] for weights in (pair.first, pair.second)]
-        return _streamed_line(pair, tokens_BL, *sides)
-    hf, other = pair.hugging_face.directory, pair.other
-    tokens_BL = random_tokens(second.model_config.vocab_size)
-    expected_BLV = transformers_logits(hf, tokens_BL, bidirectional=not pair.causal, rounded_to=pair.rounded_to)
-    line = _compared(pair, tokens_BL, expected_BLV, *_stream(other, pair.causal, tokens_BL))
+        text = _text(pair)
+        sides = [_stream(weights, pair.causal, text)[1] for weights in (pair.first, pair.second)]
+        return _streamed_line(pair, text, *sides)
+    hf, other, text = pair.hugging_face.directory, pair.other, _text(pair)
+    expected_BLV = transformers_logits(hf, text.tokens, bidirectional=not pair.causal, rounded_to=pair.rounded_to)
+    line = _compared(pair, text, expected_BLV, *_stream(other, pair.causal, text))
     if model_type(hf) in AUTOREGRESSIVE or carries_our_code(hf):
         return line
     return f"{line}; run by our own classes: the directory's Python files or auto_map are not ours and were not run"
 
 
-def _streamed_line(
-    pair: _Pair, tokens_BL: torch.Tensor, of_first_BLV: torch.Tensor, of_second_BLV: torch.Tensor
-) -> str:
+def _streamed_line(pair: _Pair, text: _Text, of_first_BLV: torch.Tensor, of_second_BLV: torch.Tensor) -> str:
     sides = of_first_BLV, of_second_BLV
     expected_BLV, actual_BLV = sides[::-1] if pair.hugging_face is pair.second else sides
-    return f"{_compared(pair, tokens_BL, expected_BLV, None, actual_BLV)}; both streamed, {pair.reason}"
+    return f"{_compared(pair, text, expected_BLV, None, actual_BLV)}; both streamed, {pair.reason}"
 
 
 def _compared(
     pair: _Pair,
-    tokens_BL: torch.Tensor,
+    text: _Text,
     expected_BLV: torch.Tensor,
     streamed: StreamedModel | None,
     actual_BLV: torch.Tensor,
@@ -151,22 +150,42 @@ def _compared(
     other, exact_BLV, tolerance = pair.other, actual_BLV, 0.0
     if not torch.equal(expected_BLV, actual_BLV):
         if streamed is None:
-            streamed, exact_BLV = _stream(other, pair.causal, tokens_BL)
+            streamed, exact_BLV = _stream(other, pair.causal, text)
         with progress(f"rounding of {other.directory.name}", other.num_bytes(), "B") as advance:
-            tolerance = rounding_tolerance(other, tokens_BL, streamed, exact_BLV, advance)
-    mask = "causal" if pair.causal else "bidirectional"
+            tolerance = rounding_tolerance(other, text.tokens, streamed, exact_BLV, advance)
+    mask = "causal" if pair.causal else "bidirectional" if text.visible is None else "block-causal"
     compared = compare_logits(expected_BLV, actual_BLV, pair.hugging_face.directory, other.directory, tolerance)
     return f"{mask} {compared}"
 
 
-def _stream(weights: Weights, causal: bool, tokens_BL: torch.Tensor) -> tuple[StreamedModel, torch.Tensor]:
+def _stream(weights: Weights, causal: bool, text: _Text) -> tuple[StreamedModel, torch.Tensor]:
     with progress(f"logits of {weights.directory.name}", weights.num_bytes(), "B") as advance:
-        model = StreamedModel(weights, causal, advance)
-        return model, model.logits(tokens_BL)
+        model = StreamedModel(weights, causal, advance, visible=text.visible)
+        return model, model.logits(text.tokens)
 
 
-def _few_tokens(weights: Weights) -> torch.Tensor:
-    return random_tokens(weights.model_config.vocab_size)[:1, :FEW_POSITIONS]
+class _Text(NamedTuple):
+    """What logits are compared on."""
+
+    tokens: torch.Tensor  # [B, L]
+    visible: torch.Tensor | None = None  # [L, L], who attends to whom, of a model in blocks
+
+
+def _text(pair: _Pair) -> _Text:
+    """Random tokens; half of the last block of a model in blocks is masked."""
+    tokens_BL = random_tokens(pair.second.model_config.vocab_size)
+    if not pair.by_transformers:
+        tokens_BL = tokens_BL[:1, :FEW_POSITIONS]
+    directory = pair.hugging_face.directory
+    trained = read_trained(directory)
+    if not trained.block_length or model_type(directory) in AUTOREGRESSIVE:
+        return _Text(tokens_BL)
+    mask, length = int(pair.hugging_face.model_config.mask_token_id or 0), tokens_BL.shape[1]
+    begin = (length - 1) // trained.block_length * trained.block_length
+    tokens_BL = tokens_BL.masked_fill(tokens_BL == mask, mask - 1 if mask else 1)
+    tokens_BL[:, (begin + length) // 2 :] = mask
+    attention = BlockAttention.of(length, trained.block_length, trained.ar_loss_weight > 0)
+    return _Text(tokens_BL, attention.while_sampling(begin))
 
 
 def compare_logits(
@@ -215,12 +234,10 @@ def transformers_logits(
     if autoregressive:
         kind: Any = AutoModelForCausalLM
     elif ours:
-        kind = AutoModelForMaskedLM
+        is_causal_lm = "AutoModelForCausalLM" in AUTO_MAPS[model_type(directory)]
+        kind = AutoModelForCausalLM if is_causal_lm else AutoModelForMaskedLM
     else:
-        from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
-        from megatron_a2d.hf.modeling_rnd import RND1LM
-
-        kind = RND1LM if model_type(directory) == "rnd1" else A2DForMaskedLM
+        kind = diffusion_classes()[model_type(directory)]
     model = load(kind, directory, dtype=torch.float32, trust_remote_code=ours).eval()
     if rounded_to is not None:
         for parameter in model.parameters():
@@ -262,8 +279,8 @@ def loss_by_time(
 ) -> tuple[str, list[LossAtTime]]:
     """(name of the text, cross-entropy of masked tokens at each t); [] for a model without a mask token.
 
-    The text is the same at every t, and masks are nested: a token masked at one t is masked at any larger one.
-    `read_rows`: as in StreamedModel.
+    The text is the same at every t, and masks are nested: a token masked at one t is masked at any larger one. Each
+    block of a model trained in blocks sees the earlier ones unmasked, as in training. `read_rows`: as in StreamedModel.
     """
     mask = weights.model_config.mask_token_id
     text, tokens_RL = _sample_text(weights, SAMPLES_PER_TIME)
@@ -273,12 +290,21 @@ def loss_by_time(
     draws_RL[:, 0] = 1.0  # nothing predicts the first token
     masked_BL = torch.cat([draws_RL < time for time in TIMES])
     tokens_BL = tokens_RL.repeat(len(TIMES), 1)
+    noised_BL = tokens_BL.masked_fill(masked_BL, mask)
+    rows, positions = masked_BL.nonzero(as_tuple=True)
+    outputs, trained = positions - int(label_shift), read_trained(weights.directory)
     show = nullcontext(lambda amount: None) if read_rows else progress("loss by time", weights.num_bytes(), "B")
     with show as advance:
         model = StreamedModel(weights, advance=advance, read_rows=read_rows)
-        hidden_BLD = model.hidden(tokens_BL.masked_fill(masked_BL, mask))
-        rows, positions = masked_BL.nonzero(as_tuple=True)
-        losses_N = model.cross_entropy(hidden_BLD[rows, positions - int(label_shift)], tokens_BL[rows, positions])
+        if block := trained.block_length:
+            length = tokens_BL.shape[1]
+            attention = BlockAttention.of(length, block, trained.ar_loss_weight > 0)
+            model.visible, model.positions = attention.while_training(), torch.arange(length).repeat(2)
+            noised_BL = torch.cat([noised_BL, tokens_BL], dim=1)
+            # Under the label shift a block's first token is predicted by the clean copy of the one before it.
+            outputs += length * (outputs // block < positions // block)
+        hidden_BLD = model.hidden(noised_BL)
+        losses_N = model.cross_entropy(hidden_BLD[rows, outputs], tokens_BL[rows, positions])
     result = []
     for index, time in enumerate(TIMES):
         here = rows // SAMPLES_PER_TIME == index

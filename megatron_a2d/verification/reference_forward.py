@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,32 @@ from megatron_a2d.conversion.sources import EMBEDDING, HEAD, Weights
 Advance = Callable[[float], None]
 
 
+class BlockAttention(NamedTuple):
+    """Who attends to whom in block diffusion, written out: [L, L] bool, queries first."""
+
+    own_block: torch.Tensor
+    earlier_blocks: torch.Tensor
+    finished: torch.Tensor  # of a finished block's queries
+
+    @classmethod
+    def of(cls, length: int, block_length: int, causal: bool) -> BlockAttention:
+        """Finished blocks are `causal` after training with an autoregressive co-loss."""
+        places = torch.arange(length)
+        query, key = (places // block_length)[:, None], (places // block_length)[None]
+        finished = places[None] <= places[:, None] if causal else key <= query
+        return cls(key == query, key < query, finished)
+
+    def while_sampling(self, num_finished: int) -> torch.Tensor:
+        """In a text whose first `num_finished` positions are finished blocks, [L, L]."""
+        is_finished_L = torch.arange(len(self.own_block)) < num_finished
+        return torch.where(is_finished_L[:, None], self.finished, self.own_block | self.earlier_blocks)
+
+    def while_training(self) -> torch.Tensor:
+        """In a noised copy followed by a clean one, [2 L, 2 L]."""
+        noised = torch.cat([self.own_block, self.earlier_blocks], dim=1)
+        return torch.cat([noised, torch.cat([torch.zeros_like(self.own_block), self.finished], dim=1)])
+
+
 class StreamedModel:
     """A model whose weights (under HF names) are streamed from disk in every forward pass."""
 
@@ -30,9 +57,16 @@ class StreamedModel:
         causal: bool = False,
         advance: Advance = lambda amount: None,
         read_rows: ReadRows | None = None,
+        visible: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ):
         """`read_rows` yields the rows of a tensor in place of `weights`, which are then read where rows are chosen, and
-        for a tied head: it is asked for tensors in the order of the model, each once at most."""
+        for a tied head: it is asked for tensors in the order of the model, each once at most.
+
+        `visible` [L, L], True where a query attends to a key; without it, attention is full, or `causal`. `positions`
+        [L] default to 0..L-1.
+        """
+        self.visible, self.positions = visible, positions
         self._tensors, self.causal, self._advance = weights.tensors, causal, advance
         self._read_rows = read_rows or self._stored_rows
         self._shape = weights.model_config
@@ -111,13 +145,14 @@ class StreamedModel:
 
     def _mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of queries, keys and values [B, heads, L, d]."""
-        return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return F.scaled_dot_product_attention(query, key, value, self.visible, is_causal=self.causal)
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of x [B, L, heads, d] as complex numbers: j real, j + d / 2 imaginary."""
         half = x.shape[-1] // 2
         frequencies = torch.tensor([self._frequency(index / half) for index in range(half)])
-        angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None, None] * frequencies
+        positions = torch.arange(x.shape[1]) if self.positions is None else self.positions
+        angles = positions.float()[:, None, None] * frequencies
         rotated = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat([rotated.real, rotated.imag], dim=-1)
 

@@ -183,6 +183,6 @@ def test_exports_do_not_pass_for_what_they_are_not() -> None:
         Exported(model_config, {}, {}, "float32", Trained(objective, block_length=length), EndTokens((), None))
         for objective, length in (("block", 4), ("mdlm", 0))
     )
-    for kind in ("a2d", "rnd1"):
-        assert any("blocks of 4" in line for line in refusals(kind, blocks)) and not refusals(kind, plain)
+    assert any("blocks of 4" in line for line in refusals("rnd1", blocks)) and not refusals("rnd1", plain)
+    assert not refusals("a2d", blocks) and not refusals("a2d", plain)
     assert refusals("qwen3", blocks) and not refusals("qwen3", blocks, allow_objective_mismatch=True)

@@ -46,6 +46,7 @@ SHORT_FILES = {
     "megatron_a2d/diffusion/sampling/early_stop.py": "searched for by name",
     "megatron_a2d/evaluation/published_scores.py": "a table of published figures",
     "megatron_a2d/hf/configuration_rnd.py": "copied into every exported model",
+    "megatron_a2d/hf/configuration_sdar.py": "copied into every exported model",
     "megatron_a2d/hf/modeling_rnd.py": "copied into every exported model",
     "megatron_a2d/model/flops.py": "searched for by name; the planner imports it without torch",
     "megatron_a2d/model/logits_chunks.py": "shared with the planner, which imports no torch",

@@ -23,6 +23,7 @@ from megatron_a2d.data.diffusion_samples import make_sample
 from megatron_a2d.evaluation.heldout_nelbo import _token_losses, open_sources
 from megatron_a2d.evaluation.loglikelihood import label_losses
 from megatron_a2d.hf.configuration_a2d import A2DConfig
+from megatron_a2d.hf.configuration_sdar import SDARConfig
 from megatron_a2d.inference.arguments import close_model, load_model
 from megatron_a2d.training.resume import find_start
 from megatron_a2d.utils.errors import UserError
@@ -37,6 +38,7 @@ BLOCKS_AR = {**BLOCKS, "ar_loss_weight": 0.5}
 AR = {"objective": "ar"}
 WAYS: list[tuple[dict[str, Any], str]] = [
     (UNSHIFTED, "a2d"), (COSINE, "rnd1"), (PLAIN, "a2d"), (UNSHIFTED, "qwen3"), (BLOCKS, "qwen3"), (BLOCKS_AR, "qwen3"),
+    (BLOCKS, "a2d"), (BLOCKS_AR, "a2d"),
 ]  # fmt: skip
 
 
@@ -214,9 +216,13 @@ def test_a_form_that_was_trained_is_not(settings: dict[str, Any], form: Any, bas
     assert "Not what it was trained for" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_exported_code_refuses_blocks() -> None:
-    with pytest.raises(ValueError, match="block_length"):
-        A2DConfig(block_length=8)
+def test_the_exported_code_reads_them() -> None:
+    assert A2DConfig(block_length=8, ar_loss_weight=0.5).ar_loss_weight == 0.5
+    assert SDARConfig(block_size=8, label_shift=False).block_length == 8
+    with pytest.raises(ValueError, match="block_length and block_size"):
+        SDARConfig(block_size=8, block_length=4)
+    with pytest.raises(ValueError, match="label_shift"):
+        SDARConfig(block_size=8, label_shift=True)
     assert A2DConfig(block_length=0, objective="mdlm", noise_schedule="cosine").noise_schedule == "cosine"
 
 
