@@ -41,7 +41,8 @@ class Shard(NamedTuple):
 
 
 def plan_shards(paths: Sequence[Path], shard_bytes: int = SHARD_BYTES, skip_invalid: bool = False) -> list[Shard]:
-    """Divide the corpus into shards: large files are split if their format allows it, small ones combined.
+    """Divide the corpus into shards: large files are split if their format allows it, small ones combined, so that a
+    shard holds half as much as `shard_bytes` or more, whatever the rounding.
 
     UserError for a .parquet file that cannot be opened; with `skip_invalid` its reader reports it.
     """
@@ -52,7 +53,7 @@ def plan_shards(paths: Sequence[Path], shard_bytes: int = SHARD_BYTES, skip_inva
         for file_range in _file_ranges(path, shard_bytes, skip_invalid):
             file_ranges.append(file_range)
             filled += file_range.num_bytes
-            if filled >= shard_bytes:
+            if filled >= shard_bytes // 2:
                 shards.append(Shard(file_ranges))
                 file_ranges, filled = [], 0
     return [*shards, Shard(file_ranges)] if file_ranges else shards

@@ -16,7 +16,7 @@ from data_prep.tokenize_shards import Job, read_result
 from megatron_a2d.utils.errors import UserError
 
 GROUP = 1 << 24  # digests compared at a time
-_CHUNK = 1 << 24  # tokens held at a time
+_CHUNK = 1 << 20  # tokens held at a time: few enough that the same memory is used again
 
 
 def is_held_out(digests: np.ndarray, valid_fraction: float) -> np.ndarray:

@@ -48,8 +48,8 @@ class Document(NamedTuple):
 
     @property
     def is_blank(self) -> bool:
-        # The first characters nearly always decide; Unicode white space counts.
-        return not (self.data[:64].decode("utf-8", "ignore").strip() or self.text.strip())
+        # The first character nearly always decides; Unicode white space counts.
+        return not (b" " < self.data[:1] < b"\x7f" or self.text.strip())
 
 
 class Problem(NamedTuple):

@@ -47,10 +47,11 @@ class TokenWriter:
         self._files[self._partial[".bin"]].write(data)
         self._files[self._partial[".sums"]].write(self._hasher.update(data))
         self._files[self._lengths].write(lengths.astype("<i4").tobytes())
-        if len(ids) and (self._largest is None or ids.max() > self._largest[0]):
-            offset = int((ids == ids.max()).argmax())  # of booleans: ends at the first
+        largest = int(ids.max(initial=0))
+        if len(ids) and (self._largest is None or largest > self._largest[0]):
+            offset = int((ids == largest).argmax())  # of booleans: ends at the first
             document = int(np.searchsorted(np.cumsum(lengths), offset, side="right"))
-            self._largest = int(ids[offset]), self.num_documents + document
+            self._largest = largest, self.num_documents + document
         self.num_documents += len(lengths)
         self.num_tokens += len(ids)
 

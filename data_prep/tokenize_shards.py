@@ -1,10 +1,11 @@
 """Tokenisation of the shards of a corpus, each independently, into files that dedup_and_split.py combines.
 
 PREFIX.parts/00042.tokens  the tokens of a shard's documents, concatenated
-PREFIX.parts/00042.npz     lengths, digests of the texts, counts, and a key of the input and settings; written last
+PREFIX.parts/00042.npz     lengths, digests of the texts, counts, a checksum of the tokens, and a key of the input and
+                           settings; written last
 
 A shard's files depend only on its text and the settings: neither the number of workers nor an interruption changes a
-byte.
+byte. They are not flushed to the disk: a command that resumes compares the checksums.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.formats import Document
 from data_prep.gigatoken_encoder import GigatokenEncoder
 from data_prep.memory_limits import Limits
+from megatron_a2d.data.checksums import file_checksum
 from megatron_a2d.utils.atomic_write import make_parent, new_file, regular
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import parse_json
@@ -40,6 +42,9 @@ from megatron_a2d.utils.partial_files import open_lock
 
 # Bytes of text encoded at a time. Not a number of documents, so that long documents do not make a batch large.
 BATCH_BYTES = 1 << 20
+# One process imports these modules, and becomes the workers; a spawned worker would import them itself.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__, "gigatoken"])
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ class Job:
     def open_encoder(self, threads: int) -> Encoder:
         if self.encoder == "gigatoken":
             path = tokenizer_file(self.tokenizer)
-            reference = functools.partial(open_encoder, path, False, threads)
-            return GigatokenEncoder(path, self.vocab_size, self.eod_token_id, threads, reference)
+            reference = functools.partial(open_encoder, path, self.append_eod, threads)
+            return GigatokenEncoder(path, self.vocab_size, self.eod_token_id, reference)
         return open_encoder(self.tokenizer, self.append_eod, threads)
 
     def path(self, number: int, suffix: str) -> Path:
@@ -104,6 +109,7 @@ class ShardResult(NamedTuple):
     digests: np.ndarray  # [documents, 2] uint64, XXH3 of the text, 128 bits
     counts: dict[str, Any]
     key: str
+    checksum: str  # of the tokens
 
 
 def digest(data: bytes) -> bytes:
@@ -138,7 +144,8 @@ def tokenize_shard(job: Job, number: int, shard: Shard, encoder: Encoder, report
     )
     smallest = max(job.min_tokens, 1) + job.append_eod
     largest = None if job.max_tokens is None else job.max_tokens + job.append_eod
-    with new_file(job.path(number, ".tokens")) as partial, open(partial, "wb") as stream:
+    checksum = xxhash.xxh3_64()
+    with new_file(job.path(number, ".tokens"), durable=False) as partial, open(partial, "wb") as stream:
         for batch in batches(documents):
             data = [document.data for document in batch]
             encoded = encoder.encode_batch(data)
@@ -149,17 +156,18 @@ def tokenize_shard(job: Job, number: int, shard: Shard, encoder: Encoder, report
                 keep &= encoded.lengths <= largest
             ids = encoded.ids if keep.all() else encoded.ids[np.repeat(keep, encoded.lengths)]
             stream.write(memoryview(ids))  # type: ignore[arg-type]
+            checksum.update(memoryview(ids))  # type: ignore[arg-type]
             lengths.append(encoded.lengths[keep])
             digests += [digest(text) for text, kept in zip(data, keep.tolist(), strict=True) if kept]
             report(sum(document.num_bytes for document in batch), len(encoded.ids))
     counted = {**asdict(counts), "too_short": too_short, "too_long": too_long}
-    key = _key(job, shard)
-    with new_file(job.path(number, ".npz")) as partial, open(partial, "wb") as stream:
+    described = {"key": _key(job, shard), "counts": counted, "checksum": checksum.hexdigest()}
+    with new_file(job.path(number, ".npz"), durable=False) as partial, open(partial, "wb") as stream:
         np.savez(
             stream,
             lengths=np.concatenate([*lengths, np.zeros(0, dtype=np.int64)]),
             digests=np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
-            counts=np.frombuffer(json.dumps({"key": key, "counts": counted}).encode(), dtype=np.uint8),
+            counts=np.frombuffer(json.dumps(described).encode(), dtype=np.uint8),
         )
 
 
@@ -168,7 +176,7 @@ def read_result(job: Job, number: int) -> ShardResult:
     try:
         with open(job.path(number, ".npz"), "rb", opener=regular) as stream, np.load(stream) as arrays:
             said = parse_json(arrays["counts"].tobytes())
-            return ShardResult(arrays["lengths"], arrays["digests"], said["counts"], said["key"])
+            return ShardResult(arrays["lengths"], arrays["digests"], said["counts"], said["key"], said["checksum"])
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{job.path(number, '.npz')}: cannot be read ({error}); remove it and run again") from None
 
@@ -181,25 +189,25 @@ def is_done(job: Job, number: int, shard: Shard) -> bool:
         result = read_result(job, number)
     except UserError:
         return False
-    if result.key != _key(job, shard) or not job.path(number, ".tokens").exists():
+    tokens = job.path(number, ".tokens")
+    if result.key != _key(job, shard) or not tokens.exists() or file_checksum(tokens) != result.checksum:
         return False
     return job.skip_invalid or not result.counts["invalid"]
 
 
 def tokenize_shards(job: Job, todo: dict[int, Shard], workers: int, advance: Callable[[int, int], Any]) -> None:
-    """Tokenise all shards of `todo` in `workers` processes; a single shard is tokenised here, by as many threads."""
+    """Tokenise all shards of `todo` in `workers` processes; a single shard is tokenised here."""
     if workers == 1 or len(todo) <= 1:
         if todo:
             encoder = job.open_encoder(workers)
             for number, shard in todo.items():
                 tokenize_shard(job, number, shard, encoder, advance)
         return
-    context = multiprocessing.get_context("spawn")
-    shared = context.Array("q", 3)  # bytes, tokens, stop
+    shared = CONTEXT.Array("q", 3)  # bytes, tokens, stop
     # Longest first would finish sooner; in order, an interrupted job has a complete beginning.
     waiting = iter(todo.items())
     seen = [0, 0]
-    with ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (job, shared)) as pool:
+    with ProcessPoolExecutor(min(workers, len(todo)), CONTEXT, _start_worker, (job, shared)) as pool:
         running: set[Future[None]] = set()
         try:
             while True:

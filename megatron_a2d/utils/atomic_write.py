@@ -46,8 +46,11 @@ def regular(path: str | Path, flags: int) -> int:
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; on success it is renamed to `path`, else removed."""
+def new_file(path: str | Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; on success it is renamed to `path`, else removed.
+
+    Not `durable`: without waiting for the disk. For a file that is verified before it is used after a crash.
+    """
     path = Path(path)
     if kind := _irreplaceable_kind(path):
         raise UserError(f"{path}: is a {kind}, which a file must not replace; name a file")
@@ -56,9 +59,11 @@ def new_file(path: str | Path) -> Iterator[Path]:
     make_empty(partial)
     try:
         yield partial
-        fsync_path(partial)
+        if durable:
+            fsync_path(partial)
         os.replace(partial, path)
-        fsync_path(path.parent)
+        if durable:
+            fsync_path(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import sys
+import unicodedata
+from functools import partial
 
 import numpy as np
 import pytest
@@ -36,13 +39,15 @@ def test_another_encoder_does_not_take_up_old_shards(tokenizer, tmp_path):
 def test_gigatoken_gives_the_reference_ids(tokenizer):
     pytest.importorskip("gigatoken")
     texts = [*map(str.encode, gigatoken_encoder.PROBES), *map(str.encode, TEXTS)]
-    plain = open_encoder(tokenizer, False, workers=1)
     for append_eod in (True, False):
         slow = open_encoder(tokenizer, append_eod, workers=1)
         chosen = gigatoken_encoder.choose(tokenizer, slow, "auto", texts)
         assert chosen.name == "gigatoken" and f"{len(texts) + len(gigatoken_encoder.PROBES)} texts" in chosen.reason
         fast = gigatoken_encoder.GigatokenEncoder(
-            tokenizer / "tokenizer.json", slow.vocab_size, slow.eod_token_id, 1, lambda: plain
+            tokenizer / "tokenizer.json",
+            slow.vocab_size,
+            slow.eod_token_id,
+            partial(open_encoder, tokenizer, append_eod, 1),
         )
         for some in (texts, texts[:1], [b""]):
             one, other = fast.encode_batch(some), slow.encode_batch(some)
@@ -56,6 +61,21 @@ def test_gigatoken_gives_the_reference_ids(tokenizer):
         assert fast.encode_batch(newer).ids.tolist() == slow.encode_batch(newer).ids.tolist()
         assert not any(gigatoken_encoder.is_normal(text) for text in newer)
         assert fast.decode(fast.encode(["ünï"])[0][:-1] if append_eod else fast.encode(["ünï"])[0]) == "ünï"
+
+
+def test_whether_a_text_is_normal_is_seen_around_its_other_letters():
+    """The letters near one that is not ASCII decide, so every order of marks, letters and ASCII ones is tried."""
+    draw = random.Random(0)
+    marks = [c for c in map(chr, range(0x80, 0x3200)) if unicodedata.combining(c) or unicodedata.decomposition(c)]
+    letters = ["e", "=", "\n", "\u00e9", "\u4f60", "\U0001f468", "\u0378", *marks]
+    weights = [100] * 6 + [20] + [3] * len(marks)
+    texts = ["".join(draw.choices(letters, weights, k=5)) for _ in range(4000)]
+    expected = [
+        unicodedata.is_normalized("NFC", text) and not any(unicodedata.category(letter) == "Cn" for letter in text)
+        for text in texts
+    ]
+    assert 1000 < sum(expected) < 3500
+    assert [gigatoken_encoder.is_normal(text.encode()) for text in texts] == expected
 
 
 def test_gigatoken_is_not_used_where_one_id_differs(tokenizer, tmp_path, monkeypatch):

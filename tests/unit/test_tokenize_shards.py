@@ -60,12 +60,22 @@ def test_workers_and_interruption_change_no_byte(tokenizer, tmp_path, monkeypatc
         run(tokenizer, tmp_path / "three", "--input", corpus)
     assert not list(tmp_path.glob("three*.bin")) and (tmp_path / "three.parts" / "00002.npz").exists()
     (tmp_path / "three.parts" / "00001.npz").write_bytes(b"torn")
+    lost = tmp_path / "three.parts" / "00000.tokens"  # of the right size, as after a power failure
+    lost.write_bytes(bytes(lost.stat().st_size))
     again = []
     monkeypatch.setattr(
         tokenize_shards, "tokenize_shard", lambda job, n, *rest: (again.append(n), original(job, n, *rest))
     )
     assert contents(run(tokenizer, tmp_path / "three", "--input", corpus)) == expected
-    assert again[:3] == [1, 3, 4] and not (tmp_path / "three.parts").exists()
+    assert again[:4] == [0, 1, 3, 4] and not (tmp_path / "three.parts").exists()
+
+
+def test_shards_are_of_about_one_size_whatever_that_of_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for size in (50, 99, 149, 151, 999, 1949, 1951, 1990):  # the last ones are rounded to ranges below 100 bytes
+        path.write_bytes(b"x" * size)
+        sizes = [shard.num_bytes for shard in plan_shards([path], 100)]
+        assert sum(sizes) == size and all(50 <= part < 150 for part in sizes)
 
 
 @pytest.mark.parametrize("kind", ["empty", "pipe", "array", "other values"])
@@ -118,8 +128,8 @@ def test_one_writer_at_a_time_and_nothing_left_behind(tokenizer, tmp_path, monke
 
 def test_workers_end_with_the_first_process():
     code = (
-        "import multiprocessing, time; from data_prep import tokenize_shards\n"
-        "worker = multiprocessing.get_context('spawn').Process(target=tokenize_shards._end_with_parent)\n"
+        "import time; from data_prep import tokenize_shards\n"
+        "worker = tokenize_shards.CONTEXT.Process(target=tokenize_shards._end_with_parent)\n"
         "worker.start(); print(worker.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
