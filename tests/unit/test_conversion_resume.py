@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints_tools import convert_hf
+from megatron_a2d.checkpoint import tensor_rows
 from megatron_a2d.checkpoint.manifest import check_manifest
 from megatron_a2d.conversion import torch_dist_writer
 from megatron_a2d.conversion.hf_to_torch_dist import convert
@@ -28,8 +26,6 @@ from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.utils.errors import UserError
 from tests import tiny
 from tests.unit.hf_tensors import tensors_of
-
-ROOT = Path(__file__).parents[2]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -110,32 +106,30 @@ def test_another_source_or_option_starts_anew(tmp_path: Path, monkeypatch, capsy
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
-def test_sigkill_and_the_same_command_again(tmp_path: Path) -> None:
+def test_sigkill_and_the_same_command_again(tmp_path: Path, monkeypatch) -> None:
     """Several times, at other moments; in the end the checkpoint is the one of an unbroken run."""
+    monkeypatch.setattr(tensor_rows, "SLAB_BYTES", 100_000)
+    monkeypatch.setattr(torch_dist_writer, "FILE_BYTES", 4 << 20)
     tokens = {"vocab_size": 20_000, "mask_token_id": 19_999, "eos_token_id": 0}
     write_synthetic(tmp_path / "hf", hub_config("0.6B", num_hidden_layers=2, **tokens))
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom megatron_a2d.checkpoint import tensor_rows\n"
-        "from megatron_a2d.conversion import torch_dist_writer\n"
-        "tensor_rows.SLAB_BYTES, torch_dist_writer.FILE_BYTES = 100_000, 4 << 20\n"
-        "from megatron_a2d.conversion.hf_to_torch_dist import convert\nconvert(Path('hf'), Path(sys.argv[1]), workers=2)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    subprocess.run([*command, "expected"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    convert(tmp_path / "hf", tmp_path / "expected", workers=2)
     partial, seen = tmp_path / ".out.partial", []
     for wanted in (2, 9):
-        process = subprocess.Popen([*command, "out"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+        # A fork has imported everything: to start python with torch takes longer than the conversion.
+        process = multiprocessing.get_context("fork").Process(
+            target=convert, args=(tmp_path / "hf", tmp_path / "out"), kwargs={"workers": 2}
+        )
+        process.start()
         deadline = time.monotonic() + 600
-        while process.poll() is None and len(list(partial.glob("release/*.distcp"))) <= wanted:
+        while process.is_alive() and len(list(partial.glob("release/*.distcp"))) <= wanted:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         seen.append(len((partial / JOURNAL).read_text().splitlines()) - 1 if partial.exists() else -1)
         assert not (tmp_path / "out").exists() or seen[-1] == -1
     assert any(count > 0 for count in seen), seen
-    subprocess.run([*command, "out"], cwd=tmp_path, env=environment, capture_output=True)
+    convert(tmp_path / "hf", tmp_path / "out", workers=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
