@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -90,12 +91,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-report", type=Path, default=None, help="write outcomes and figures of tests/gpu as JSON")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist: the tests that share the pool of ranks in one process, the others file by file."""
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("pool" if "pool" in names else item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With pytest-xdist: file by file, and all files that use a pool of ranks in one process, which has the only pool."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # the package may be missing
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "pool" if uses_pool(config.rootpath / file) else file
+
+    return Scheduling(config, log)
+
+
+@functools.cache
+def uses_pool(file: Path) -> bool:
+    return "pool: " in file.read_text(encoding="utf-8")
 
 
 def pytest_collection_finish() -> None:
