@@ -17,7 +17,7 @@ _LARGEST_GUIDANCE = 1000
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Which positions are unmasked when (`sampler` to `cache`), and which token each gets (the rest).
+    """Which positions are unmasked when (`sampler` to `remask`), and which token each gets (the rest).
 
     sampler: the positions that a forward pass unmasks.
         rnd1        those of lowest entropy; their number follows a linear schedule over `num_steps` (RND1)
@@ -33,6 +33,8 @@ class SamplingOptions:
     cache: keys and values that are cached while a block is filled (Fast-dLLM): those before the block (prefix), or
         before and after it (dual); they are recomputed when a sequence reaches its next block. An approximation:
         cached entries do not depend on the tokens unmasked since.
+    remask: the share of a block's decided tokens that every forward pass but the block's last masks again, before it
+        predicts: those that were least certain when they were decided (after ReMDM, Wang et al. 2025).
     temperature, top_k, top_p: shape the distribution that tokens and entropies come from; 0 and 1 filter nothing.
         Temperature 0 takes the most likely token and does not change the distribution.
     greedy: take the most likely token whatever the temperature, which then only affects entropies.
@@ -47,6 +49,7 @@ class SamplingOptions:
     block_length: int = 0
     aligned_blocks: bool = False
     cache: Cache = "none"
+    remask: float = 0.0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -68,6 +71,7 @@ class SamplingOptions:
             "gamma": (0 <= self.gamma < math.inf, "must be 0 or more (nats)"),
             "threshold": (0 < self.threshold <= 1, "must be a probability above 0"),
             "block_length": (self.block_length >= 0, "must be 0 (one block) or more"),
+            "remask": (0 <= self.remask < 1, "must be a share of at least 0 and below 1"),
             "temperature": (
                 self.temperature == 0 or _SMALLEST_TEMPERATURE <= self.temperature < math.inf,
                 f"must be 0, or {_SMALLEST_TEMPERATURE} or more",

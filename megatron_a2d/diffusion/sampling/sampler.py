@@ -1,4 +1,4 @@
-"""The denoising loop: forward, score, unmask, until nothing is masked. An unmasked token is never masked again.
+"""The denoising loop: forward, score, unmask, until nothing is masked. Without `remask` no token is masked again.
 
 Every sequence of the batch follows a schedule of its own (unmask_schedule.py), so sequences do not influence one
 another, and a finished sequence leaves the batch. At equal settings `rnd1` gives the tokens of the published sampler
@@ -24,6 +24,8 @@ from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.token_scores import Scores, position_uniforms, scorer
 from megatron_a2d.diffusion.sampling.unmask_schedule import StepPlan, blocks_of, plan_steps, sizes_of
 from megatron_a2d.diffusion.sampling_options import SamplingOptions
+
+_INVERSE_GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, are evenly spread
 
 # on_step(step, tokens_BL, unmasked_BL): step counts from 1; `unmasked` are the positions unmasked in it
 OnStep = Callable[[int, Tensor, Tensor], None]
@@ -94,6 +96,7 @@ class _State:
         self.uniforms_BL: Tensor | None = None
         if not options.takes_likeliest:
             self.uniforms_BL = position_uniforms(seed, batch, length).to(canvas.tokens.device)
+        self.log_confidence_BL = torch.zeros(batch, length, device=canvas.tokens.device)  # when decided
         self.num_masked = sizes_of(self.blocks_BL)  # masked positions of each sequence, by block
         self.plans = [plan_steps(sizes, options.sampler, options.num_steps) for sizes in self.num_masked]
         self.cursors = [0] * batch  # the next step of each plan
@@ -112,6 +115,8 @@ class _State:
         sequences_S = torch.tensor(sequences, device=device)
         blocks_S = torch.tensor([step.block for step in steps], device=device)
         in_block_SL = self.blocks_BL[sequences_S] == blocks_S[:, None]
+        if self.options.remask:
+            self._remask(sequences, steps)
         candidates_SL = self.masked_BL[sequences_S] & in_block_SL
         window = None
         if self.options.cache != "none":
@@ -124,6 +129,10 @@ class _State:
         ]
         unmasked_SL = _select(self.options, scores, candidates_SL, torch.tensor(required, device=device))
         predicted_SL = _scatter(scores.tokens, candidates_SL, 0)
+        if self.options.remask:
+            self.log_confidence_BL[sequences_S] = torch.where(
+                unmasked_SL, _scatter(scores.log_confidence.float(), candidates_SL, 0), self.log_confidence_BL[sequences_S]
+            )
         unmasked_BL = torch.zeros_like(self.masked_BL)
         unmasked_BL[sequences_S] = unmasked_SL
         self.tokens_BL[sequences_S] = torch.where(unmasked_SL, predicted_SL, self.tokens_BL[sequences_S])
@@ -141,6 +150,21 @@ class _State:
         while num_masked[plan[self.cursors[sequence]].block] == 0:
             self.cursors[sequence] += 1
         return plan[self.cursors[sequence]]
+
+    def _remask(self, sequences: list[int], steps: list[StepPlan]) -> None:
+        """Mask the least certain of a block's decided tokens again, but in the last step of its plan."""
+        for sequence, step in zip(sequences, steps, strict=True):
+            decided_L = (self.blocks_BL[sequence] == step.block) & ~self.masked_BL[sequence]
+            count = int(self.options.remask * int(decided_L.sum()))
+            if step.num_left == 0 or count == 0:
+                continue
+            confidence_L = self.log_confidence_BL[sequence].masked_fill(~decided_L, torch.inf)
+            again = confidence_L.argsort(stable=True)[:count]
+            self.masked_BL[sequence, again] = True
+            self.tokens_BL[sequence, again] = self.mask_token_id
+            self.num_masked[sequence][step.block] += count
+            if self.uniforms_BL is not None:  # drawn with the same number, the token would return
+                self.uniforms_BL[sequence, again] = (self.uniforms_BL[sequence, again] + _INVERSE_GOLDEN_RATIO) % 1
 
     def _predict(
         self, model: Model, sequences_S: Tensor, candidates_SL: Tensor, window: Window | None, label_shift: bool
