@@ -38,6 +38,9 @@ PLAIN = "plain loop"
 SAMPLERS = {
     "rnd1": SamplingOptions(num_steps=STEPS),
     "rnd1, an eighth of the steps": SamplingOptions(num_steps=STEPS // 8),
+    "confidence, an eighth of the steps": SamplingOptions("confidence", num_steps=STEPS // 8),
+    "confidence, an eighth of the steps, remask 0.1": SamplingOptions("confidence", num_steps=STEPS // 8, remask=0.1),
+    "confidence, an eighth of the steps, remask 0.3": SamplingOptions("confidence", num_steps=STEPS // 8, remask=0.3),
     "threshold 0.5": SamplingOptions("threshold", num_steps=STEPS, threshold=0.5),
     "threshold 0.2": SamplingOptions("threshold", num_steps=STEPS, threshold=0.2),
     "threshold 0.1": SamplingOptions("threshold", num_steps=STEPS, threshold=0.1),

@@ -131,7 +131,9 @@ class _State:
         predicted_SL = _scatter(scores.tokens, candidates_SL, 0)
         if self.options.remask:
             self.log_confidence_BL[sequences_S] = torch.where(
-                unmasked_SL, _scatter(scores.log_confidence.float(), candidates_SL, 0), self.log_confidence_BL[sequences_S]
+                unmasked_SL,
+                _scatter(scores.log_confidence.float(), candidates_SL, 0),
+                self.log_confidence_BL[sequences_S],
             )
         unmasked_BL = torch.zeros_like(self.masked_BL)
         unmasked_BL[sequences_S] = unmasked_SL
