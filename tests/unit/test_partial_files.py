@@ -34,7 +34,7 @@ def leave(root: Path, name: str, age: float = 0.0) -> Path:
     ("name", "age", "stays"),
     [
         (f".iter_0000004.ab12.partial-{_host()}-{DEAD}", 0, False),
-        (f".iter_0000004.ab12.partial-{_host()}-{os.getpid()}", 0, False),
+        pytest.param(f".iter_0000004.ab12.partial-{_host()}-{os.getpid()}", 0, False, id="of this process"),
         (f".iter_0000004.ab12.partial-{_host()}-1", 0, True),
         (f".iter_0000004.ab12.partial-{_host()}-1", 2 * YOUNG, False),  # another process has the number now
         (".iter_0000004.ab12.partial-node-17-1", 0, True),
