@@ -216,10 +216,27 @@ def as_text(values: dict[str, str]) -> str:
     return " ".join(f"{name}={value}" for name, value in sorted(values.items())) or "nothing to set without a GPU"
 
 
+def keep_freed_memory() -> None:
+    """Have glibc reuse the memory of freed tensors. It would return large blocks to the kernel, which fills them with
+    zeros when they are allocated again, one page at a time: up to 8% of a step on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(_M_TRIM_THRESHOLD, _LARGEST_INT)
+        # Older versions refuse more than 32 MiB.
+        set_option(_M_MMAP_THRESHOLD, _LARGEST_INT) or set_option(_M_MMAP_THRESHOLD, 2**25)
+
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_INT = 2**31 - 1
+
+
 def apply(config: RunConfig) -> dict[str, str]:
     """Set the variables of `environment` in this process, and bind it to its cores; returns the variables."""
     values = environment(config, gpu := find_gpu())
     os.environ.update(values)
+    if gpu is None:
+        keep_freed_memory()
     if gpu is not None and hasattr(os, "sched_setaffinity"):
         local_rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         allowed = os.sched_getaffinity(0)

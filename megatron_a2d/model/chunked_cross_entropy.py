@@ -4,21 +4,22 @@ The forward pass keeps two numbers per position, its loss and the logarithm of t
 pass recomputes a chunk's logits and turns them into their gradient: softmax minus the label's one-hot. That costs one
 more product with the head's weight and saves [N, V] logits. All chunks share one buffer. The vocabulary may be sharded
 over tensor-parallel ranks, which all-gather four numbers per position once. On a GPU the elementwise steps are compiled
-(`_run`). The weight's gradient is accumulated in fp32, in megatron's main_grad where that is fp32 (`_gradient_buffer`,
-`_hand_over`). Shapes: N loss positions, n those of a chunk, h hidden, V this rank's shard of the vocabulary.
+(`_run`). The weight's gradient is accumulated in fp32 (weight_gradients.py). On a CPU logits
+that fit one chunk are kept instead of recomputed (`_keeps`). Shapes: N loss positions, n those of a chunk,
+h hidden, V this rank's shard of the vocabulary.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from torch import Tensor
 
 from megatron_a2d.model.logits_chunks import rows_per_chunk
+from megatron_a2d.model.weight_gradients import add_product, gradient_buffer, hand_over
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -38,7 +39,7 @@ class OutputLayer(ColumnParallelLinear):
             return super().forward(hidden.contiguous(), weight=weight)
         weight = self.weight if weight is None else weight
         rows = rows_per_chunk(len(weight), hidden.device.type)
-        return _MaskedHead.apply(hidden, weight, labels_N, self.tp_group, rows)
+        return _MaskedHead.apply(hidden, weight, labels_N, self.tp_group, rows, _keeps(hidden, rows))
 
 
 def losses_of_logits(logits_NV: Tensor, labels_N: Tensor, group: Any) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def losses_of_logits(logits_NV: Tensor, labels_N: Tensor, group: Any) -> tuple[T
 class _MaskedHead(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden_Nh: Tensor, weight_Vh: Tensor, labels_N: Tensor, group: Any, rows: int
+        ctx: Any, hidden_Nh: Tensor, weight_Vh: Tensor, labels_N: Tensor, group: Any, rows: int, keeps: bool = False
     ) -> tuple[Tensor, Tensor]:
         first = group.rank() * len(weight_Vh)
         own_N = labels_N - first  # outside [0, V): on another rank's shard
@@ -66,6 +67,7 @@ class _MaskedHead(torch.autograd.Function):
         largest, total, label, index = _over_ranks(statistics_4N, len(weight_Vh), group)
         log_denominator_N = largest + total.log()
         ctx.group, ctx.rows = group, rows
+        ctx.kept = _Kept(space, statistics_4N[0] - log_denominator_N) if keeps else None
         losses_N = log_denominator_N - label
         ctx.save_for_backward(hidden_Nh, weight_Vh, own_N, log_denominator_N, losses_N)
         correct_N = index.long() == labels_N
@@ -75,30 +77,47 @@ class _MaskedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden_Nh, weight_Vh, labels_N, log_denominator_N, losses_N = ctx.saved_tensors
-        buffer_Vh = _gradient_buffer(weight_Vh) if ctx.needs_input_grad[1] else None
+        buffer_Vh = gradient_buffer(weight_Vh) if ctx.needs_input_grad[1] else None
+        kept, ctx.kept = ctx.kept, None  # it is overwritten; a second backward pass would recompute it
         hidden_gradient = _hidden_gradient(
-            hidden_Nh, weight_Vh, labels_N, log_denominator_N, losses_N, gradient_N, ctx.rows, buffer_Vh
+            hidden_Nh, weight_Vh, labels_N, log_denominator_N, losses_N, gradient_N, ctx.rows, buffer_Vh, kept
         )
         if ctx.group.size() > 1:
             torch.distributed.all_reduce(hidden_gradient, group=ctx.group)
-        return hidden_gradient, _hand_over(weight_Vh, buffer_Vh), None, None, None
+        return hidden_gradient, hand_over(weight_Vh, buffer_Vh), None, None, None, None
+
+
+class _Kept(NamedTuple):
+    """What the backward pass of a single chunk needs instead of recomputing its logits."""
+
+    exponentials: Tensor  # [N, V], exp(logit - this shard's largest)
+    log_factor: Tensor  # [N]; softmax = exponential * exp(log_factor)
+
+
+def _keeps(hidden_Nh: Tensor, rows: int) -> bool:
+    """Whether the logits are kept for a backward pass: on a CPU, one chunk, whose exponentials `_statistics` leaves."""
+    fits = hidden_Nh.device.type == "cpu" and 0 < len(hidden_Nh) <= rows
+    return fits and hidden_Nh.dtype == torch.float32 and torch.is_grad_enabled()
 
 
 def _hidden_gradient(
     hidden_Nh: Tensor, weight_Vh: Tensor, labels_N: Tensor, log_denominator_N: Tensor, losses_N: Tensor,
-    gradient_N: Tensor, rows: int, buffer_Vh: Tensor | None,
+    gradient_N: Tensor, rows: int, buffer_Vh: Tensor | None, kept: _Kept | None,
 ) -> Tensor:  # fmt: skip
     """[N, h], from this rank's shard of the vocabulary; the weight's gradient is added to `buffer_Vh`, if any."""
     label_gradient_N = torch.expm1(-losses_N) * gradient_N  # the label's probability less one
     result_Nh = torch.empty_like(hidden_Nh)
-    space = _space(hidden_Nh, weight_Vh, rows)
+    space = kept.exponentials if kept else _space(hidden_Nh, weight_Vh, rows)
     for chunk in _chunks(hidden_Nh, rows):
-        delta_nV = _logits(hidden_Nh[chunk], weight_Vh, space)
-        _run(_become_softmax, delta_nV, log_denominator_N[chunk], gradient_N[chunk])
+        if kept:
+            delta_nV = space.mul_((kept.log_factor.exp() * gradient_N)[:, None])
+        else:
+            delta_nV = _logits(hidden_Nh[chunk], weight_Vh, space)
+            _run(_become_softmax, delta_nV, log_denominator_N[chunk], gradient_N[chunk])
         _put(delta_nV, labels_N[chunk], label_gradient_N[chunk])
         torch.mm(delta_nV, weight_Vh, out=result_Nh[chunk])
         if buffer_Vh is not None:
-            _add_product(buffer_Vh, delta_nV, hidden_Nh[chunk])
+            add_product(buffer_Vh, delta_nV, hidden_Nh[chunk])
     return result_Nh
 
 
@@ -164,42 +183,3 @@ def _over_ranks(own_4N: Tensor, vocabulary: int, group: Any) -> tuple[Tensor, Te
     total = (total_RN * (largest_RN - largest).exp()).sum(dim=0)
     index = index_RN.gather(0, winner) + winner * vocabulary
     return largest[0], total, label_RN.sum(dim=0), index[0]
-
-
-def _gradient_buffer(weight_Vh: Tensor) -> Tensor:
-    """The fp32 buffer in which the weight's gradient is accumulated: megatron's main_grad where that is fp32."""
-    main_grad = getattr(weight_Vh, "main_grad", None)
-    if main_grad is not None and main_grad.dtype == torch.float32:
-        return main_grad
-    return torch.zeros_like(weight_Vh, dtype=torch.float32)
-
-
-def _add_product(buffer_Vh: Tensor, delta_nV: Tensor, hidden_nh: Tensor) -> None:
-    """buffer += delta^T hidden, summed in fp32."""
-    if delta_nV.dtype == torch.float32:
-        buffer_Vh.addmm_(delta_nV.T, hidden_nh)
-    elif _adds_in_fp32(delta_nV.device, delta_nV.dtype):
-        torch.addmm(buffer_Vh, delta_nV.T, hidden_nh, out_dtype=torch.float32, out=buffer_Vh)
-    else:
-        buffer_Vh.add_(delta_nV.T.matmul(hidden_nh))
-
-
-@functools.cache
-def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch can add a matrix product of `dtype` to an fp32 matrix without rounding it first (tested)."""
-    matrix, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 17).all())
-
-
-def _hand_over(weight_Vh: Tensor, buffer_Vh: Tensor | None) -> Tensor | None:
-    """The weight's gradient for autograd; a placeholder where it is already in megatron's main_grad."""
-    if buffer_Vh is None or buffer_Vh is not getattr(weight_Vh, "main_grad", None):
-        return None if buffer_Vh is None else buffer_Vh.to(weight_Vh.dtype)
-    weight_Vh.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    # A tied weight also has the embedding's gradient, which autograd adds to the returned tensor.
-    needs_zeros = getattr(weight_Vh, "zero_out_wgrad", False)
-    return torch.zeros_like(weight_Vh) if needs_zeros else torch.empty_like(weight_Vh)

@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
 from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.model.swiglu import swiglu
 
 # torch 2.10 gave it a public name.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -52,11 +54,6 @@ def can_group(config: TransformerConfig) -> bool:
 def grouped_product(tokens_Ti: Tensor, weight_Eoi: Tensor, ends_E: Tensor) -> Tensor:
     """[T, o]: each token times its expert's matrix. Expert e's tokens end before ends_E[e] (int32, on the device)."""
     return _grouped_mm(tokens_Ti, weight_Eoi.transpose(1, 2), offs=ends_E)
-
-
-def _activation(inner_T2f: Tensor, probs_T: Tensor) -> Tensor:
-    """SwiGLU, weighted by the router: [T, f]."""
-    return weighted_bias_swiglu_impl(inner_T2f, None, probs_T[:, None])
 
 
 class GroupedExperts(MegatronModule):
@@ -99,9 +96,9 @@ class GroupedExperts(MegatronModule):
         ends_E = tokens_per_expert_E.to(tokens_Th.device, non_blocking=True).cumsum(0).int()
         inner_T2f = grouped_product(tokens_Th, self.weight1, ends_E)
         if not self.recomputes_activation:
-            return grouped_product(_activation(inner_T2f, probs_T), self.weight2, ends_E), None
+            return grouped_product(swiglu(inner_T2f, probs_T), self.weight2, ends_E), None
         kept = CheckpointWithoutOutput()
-        output_Th = grouped_product(kept.checkpoint(_activation, inner_T2f, probs_T), self.weight2, ends_E)
+        output_Th = grouped_product(kept.checkpoint(swiglu, inner_T2f, probs_T), self.weight2, ends_E)
         kept.discard_output_and_register_recompute(output_Th)
         return output_Th, None
 
@@ -144,3 +141,19 @@ class GroupedExperts(MegatronModule):
                 extra = ShardedObject(f"{key}{layer}._extra_state", None, shape, index, (0, tp_rank, replica[2]))
                 state[f"{prefix}linear_fc{layer}._extra_state{local}"] = extra
         return state
+
+
+class LocalMoELayer(MoELayer):
+    """megatron.core's MoE layer, in which tokens are sorted once if one rank holds all experts.
+
+    The alltoall dispatcher sorts tokens by expert, and after the exchange the ranks' chunks by this rank's experts.
+    With one rank the second sort changes nothing; forward and backward it copies all tokens twice.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        dispatcher = self.token_dispatcher
+        if not isinstance(dispatcher, MoEAlltoAllTokenDispatcher) or dispatcher.drop_and_pad:
+            return
+        if dispatcher.ep_size * dispatcher.tp_size == 1:
+            dispatcher.num_local_experts = 1  # which then is read in the condition of the second sort only

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_a2d.megatron_compat.versions import is_recomputed
+from megatron_a2d.model.local_attention import LocalSelfAttention
 
 
-class GraftedSelfAttention(SelfAttention):
+class GraftedSelfAttention(LocalSelfAttention):
     """SelfAttention that is bidirectional, and regressed on the causal operator after `start_grafting`."""
 
     _old_weights: dict[str, Tensor] | None = None

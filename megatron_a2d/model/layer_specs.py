@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -41,10 +40,14 @@ from megatron_a2d.model.emulated_layers import (
     EmulatedRowParallelLinear,
     emulated,
 )
-from megatron_a2d.model.experts import GroupedExperts, can_group
+from megatron_a2d.model.experts import GroupedExperts, LocalMoELayer, can_group
 from megatron_a2d.model.grafted_attention import GraftedSelfAttention
-from megatron_a2d.model.local_layers import CoreAttention, RMSNorm
+from megatron_a2d.model.local_attention import LocalSelfAttention
+from megatron_a2d.model.local_layers import CoreAttention
+from megatron_a2d.model.local_linear import LocalColumnParallelLinear, LocalRowParallelLinear
+from megatron_a2d.model.rms_norm import RMSNorm
 from megatron_a2d.model.router import Router
+from megatron_a2d.model.swiglu import LocalMLP
 from megatron_a2d.utils.errors import UserError
 
 Implementation = Literal["transformer_engine", "local"]
@@ -131,20 +134,20 @@ def _local_layer(
     config: TransformerConfig, mask_type: AttnMaskType, grouped: bool, recipe: str | None = None
 ) -> ModuleSpec:
     """`recipe`: that of the FP8 or FP4 products that are emulated; None: they are in the parameters' type."""
-    column = emulated(EmulatedColumnParallelLinear, recipe) if recipe else ColumnParallelLinear
-    row = emulated(EmulatedRowParallelLinear, recipe) if recipe else RowParallelLinear
+    column = emulated(EmulatedColumnParallelLinear, recipe) if recipe else LocalColumnParallelLinear
+    row = emulated(EmulatedRowParallelLinear, recipe) if recipe else LocalRowParallelLinear
     linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     # Transformer Engine fuses a norm into the linear layer that follows. The local layer's norms are stored
     # under those names, so that one checkpoint serves both.
     stored_as = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts is None:
-        mlp = ModuleSpec(module=MLP, submodules=linears)
+        mlp = ModuleSpec(module=LocalMLP, submodules=linears)
         stored_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
         experts = ModuleSpec(module=GroupedExperts if grouped else SequentialMLP, submodules=linears)
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+        mlp = ModuleSpec(module=LocalMoELayer, submodules=MoESubmodules(experts=experts, router=Router))
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=LocalSelfAttention,
         params={"attn_mask_type": mask_type},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,

@@ -1,6 +1,6 @@
 """Local layers: plain PyTorch modules for machines without Transformer Engine, exact under every layout.
 
-Megatron's own local norm refuses sequence parallelism, and its local attention builds the score matrix.
+Megatron's own local attention builds the score matrix.
 Shapes: s sequence, b batch, h hidden, n heads, d head size; activations are [s, b, h].
 """
 
@@ -16,15 +16,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """Root mean square norm (Zhang & Sennrich 2019) over the last axis."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # Under sequence parallelism each rank has other tokens: the gradient must be summed over the ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class CoreAttention(MegatronModule):

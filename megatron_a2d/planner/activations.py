@@ -36,10 +36,8 @@ def layer_activations(job: Job, on_cpu: bool = False) -> LayerActivations:
         # A norm before a linear layer is part of it, and not recomputed; a router's is a module of its own.
         norm = _norm(job, "pre_mlp_layernorm", recomputed=job.model_config.is_moe and job.recomputes("layernorm"))
         return LayerActivations(_attention(job), norm | _mlp(job), _experts(job))
-    if on_cpu:
-        return LayerActivations(_cpu_attention(job), _cpu_norm(job, "pre_mlp_layernorm") | _mlp(job), _experts(job))
     norm = _norm(job, "pre_mlp_layernorm", recomputed=job.recomputes("layernorm"))
-    return LayerActivations(_local_attention(job), norm | _mlp(job), _experts(job))
+    return LayerActivations(_local_attention(job, on_cpu), norm | _mlp(job), _experts(job))
 
 
 def _heads(job: Job) -> tuple[float, float]:
@@ -75,15 +73,15 @@ def _attention(job: Job) -> dict[str, float]:
     return kept | {"attention, output quantised": rows * queries * job.operand_bytes} if job.quantizes else kept
 
 
-def _local_attention(job: Job) -> dict[str, float]:
-    """Of the local layers with CUDA's fused norms and flash attention."""
+def _local_attention(job: Job, on_cpu: bool) -> dict[str, float]:
+    """Of the local layers with fused norms and flash attention; on a CPU norms and rotation are one function."""
     queries, keys = _heads(job)
     rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
     kept = _norm(job, "input_layernorm", recomputed=job.recomputes("layernorm")) | {
         "queries, keys, values": rows * (queries + 2 * keys) * number,  # keys and values are views of it
-        "queries, copied": rows * queries * number if _copies_queries(job) else 0.0,
+        "queries, copied": rows * queries * number if _copies_queries(job) and not on_cpu else 0.0,
         "queries and keys, scale": rows * (queries + keys) / job.model_config.head_dim * FLOAT,
-        "sines and cosines": _rotation_bytes(job),
+        "sines and cosines": _rotation_bytes(job) / (2 if on_cpu else 1),
         "queries, rotated": rows * queries * number,
         "keys, rotated and gathered": rows * keys * number * cp,
         "attention, log-sum-exp": rows * queries / job.model_config.head_dim * FLOAT,
@@ -95,42 +93,6 @@ def _local_attention(job: Job) -> dict[str, float]:
 def _rotation_bytes(job: Job) -> float:
     """Sine and cosine, each saved for queries and for keys; the same angles for all samples."""
     return 4 * job.tokens / job.micro_batch_size * job.model_config.head_dim * job.number_bytes
-
-
-def _cpu_norm(job: Job, name: str) -> dict[str, float]:
-    """Tensors of torch's norm on a CPU, which computes in fp32 and saves its intermediate results."""
-    rows, hidden = job.tokens_between_layers, job.model_config.hidden_size
-    return {
-        f"{name}, input": rows * hidden * FLOAT,
-        f"{name}, scale": rows * FLOAT,
-        f"{name}, normed": rows * hidden * FLOAT,
-        f"{name}, output": rows * hidden * job.number_bytes,
-    }
-
-
-def _cpu_attention(job: Job) -> dict[str, float]:
-    a = job.model_config
-    queries, keys = _heads(job)
-    rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
-    kept = _cpu_norm(job, "input_layernorm") | {
-        "queries, keys, values": rows * (queries + 2 * keys) * number,
-        # In an fp32 run this is the copy out of the QKV tensor.
-        "queries, in fp32": rows * queries * FLOAT if job.bf16 or _copies_queries(job) else 0.0,
-        "queries, scale": rows * queries / a.head_dim * FLOAT,
-        "queries, normed": rows * queries * FLOAT,
-        "keys, scale": rows * keys / a.head_dim * FLOAT,
-        "keys, normed": rows * keys * FLOAT,
-        "sines and cosines": _rotation_bytes(job),
-        "queries, rotated": rows * queries * number,
-        "keys, rotated and gathered": rows * keys * number * cp,
-        "attention, log-sum-exp": rows * queries / a.head_dim * FLOAT,
-        "attention, output": rows * queries * number,
-    }
-    if job.bf16:
-        kept["keys, in fp32"] = rows * keys * FLOAT  # in an fp32 run they are the input of the norm
-    if cp > 1:
-        kept["values, gathered"] = rows * keys * number * cp
-    return kept
 
 
 def _mlp(job: Job) -> dict[str, float]:

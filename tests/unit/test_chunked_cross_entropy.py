@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_a2d.model import chunked_cross_entropy
 from megatron_a2d.model.chunked_cross_entropy import _MaskedHead, _over_ranks, _statistics, rows_per_chunk
 
 HIDDEN, VOCABULARY, ROWS = 32, 509, 77
@@ -46,6 +47,35 @@ def test_losses_and_gradients_are_exact(chunk: int) -> None:
     for found, expected in zip((losses, hidden.grad, weight.grad), plain(*make()), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
     assert torch.equal(correct, (hidden @ weight.T).argmax(1) == labels)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kept_logits(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if they were recomputed, on one rank and on one of two; and a second backward pass, which recomputes them."""
+
+    def other_rank_has_larger_logits(own: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+        return own[0] + rank, own[1] + 3, own[2], own[3]
+
+    monkeypatch.setattr(chunked_cross_entropy, "_over_ranks", other_rank_has_larger_logits)
+    results = []
+    for keeps in (False, True):
+        hidden, weight, labels, scale = make()
+        losses, _ = _MaskedHead.apply(hidden, weight, labels, OneRank, ROWS, keeps)
+        for _ in range(2):
+            results.append(torch.autograd.grad((losses * scale).sum(), (hidden, weight), retain_graph=True))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_when_logits_are_kept() -> None:
+    """If they are one chunk in fp32, and there will be a backward pass."""
+    hidden = torch.zeros(8, 4)
+    assert chunked_cross_entropy._keeps(hidden, 8)
+    assert not any(
+        chunked_cross_entropy._keeps(*case) for case in ((hidden, 7), (hidden.bfloat16(), 8), (hidden[:0], 8))
+    )
+    with torch.no_grad():
+        assert not chunked_cross_entropy._keeps(hidden, 8)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
