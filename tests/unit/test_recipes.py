@@ -9,6 +9,10 @@ import pytest
 import yaml
 
 from megatron_a2d import plan, train
+from megatron_a2d.checkpoint.training_facts import Trained
+from megatron_a2d.config.model_config import ModelConfig
+from megatron_a2d.conversion.end_tokens import EndTokens
+from megatron_a2d.conversion.hf_config import Exported, refusals
 from megatron_a2d.planner.cluster import cluster_names, read_cluster
 from megatron_a2d.utils.errors import UserError
 from tests.recipe_sizes import FEWEST, GPUS, RECIPES
@@ -93,18 +97,28 @@ def test_speed_flags_are_set() -> None:
     """docs/performance.md says which, and why the others are not."""
     for name, path in RECIPES.items():
         values = yaml.safe_load(path.read_text())
-        needed = [
-            "overlap_grad_reduce",
-            "overlap_param_gather",
-            "apply_rope_fusion",
-            "gradient_accumulation_fusion",
-            "manual_gc",
-        ]
+        needed = ["overlap_grad_reduce", "overlap_param_gather", "manual_gc"]
+        if values.get("transformer_impl") == "local":  # the others need Transformer Engine
+            assert all(values.get(flag) is True for flag in needed), name
+            continue
+        needed += ["apply_rope_fusion", "gradient_accumulation_fusion"]
         if "_a" in name:
             needed += ["moe_permute_fusion", "moe_router_fusion"]
         if "30b_a3b" in name:
             needed += ["overlap_moe_expert_parallel_comm", "delay_wgrad_compute"]
         assert all(values.get(flag) is True for flag in needed), name
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_8b_block", "qwen3_30b_a3b_block"])
+def test_block_recipes_train_what_engines_serve(recipe: str) -> None:
+    """What `export_hf --format sdar` asks for, and the block grid and positions of a request."""
+    values = yaml.safe_load(RECIPES[recipe].read_text())
+    config = ModelConfig(4, 64, 4, 2, 16, 128, 151936, 40960, 1e-6, 1e6, False, mask_token_id=151669)
+    trained = Trained(**{name: values[name] for name in Trained._fields if name in values})
+    exported = Exported(config, {}, {}, "bfloat16", trained, EndTokens((), None))
+    assert trained.block_length == 32 and not refusals("sdar", exported)
+    assert refusals("sdar", exported._replace(trained=trained._replace(label_shift=True)))
+    assert values["reset_block_grid"] and values["reset_position_ids"] and values["reset_attention_mask"]
 
 
 def test_rnd1s_own_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from checkpoints_tools import export_hf
+from checkpoints_tools import convert_hf, export_hf
 from megatron_a2d.checkpoint.directory import RELEASE, RUN_CONFIG, TRACKER
-from megatron_a2d.checkpoint.training_facts import read_trained
+from megatron_a2d.checkpoint.training_facts import Trained, inherited, read_trained
 from megatron_a2d.config.settings import build
 from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.diffusion.model_interface import Request
@@ -313,3 +313,69 @@ def test_padding_moves_the_blocks_with_the_text(pairs: dict[str, tuple[Path, Pat
         alone = model.generate(prompt, max_new_tokens=NEW, num_steps=STEPS)
         padded = model.generate(torch.cat([pad, prompt], 1), attention_mask=mask, max_new_tokens=NEW, num_steps=STEPS)
         assert torch.equal(padded[:, 3:], alone), name
+
+
+# SDAR's published config.json: the keys besides the model's sizes, as in github.com/JetAstra/SDAR at c2041a8.
+PUBLISHED: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "attn_implementation": "flex_attention", "bos_token_id": 0,
+    "debug": False, "eos_token_id": 0, "block_size": 8, "mask_token_id": MASK, "ep_size": 1, "fuse_cross_entropy": True,
+    "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 512, "max_window_layers": 2,
+    "micro_forward": False, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "skip_checkpoint": False,
+    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "float32", "use_cache": False, "use_deepep": False,
+    "use_sliding_window": False,
+}  # fmt: skip
+SIZE_KEYS = (
+    "architectures", "auto_map", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same models as SDAR publishes them: its config.json, and code that is not ours."""
+    root, found = tmp_path_factory.mktemp("published"), {}
+    for kind, source in exports.items():
+        found[kind] = shutil.copytree(source, root / kind)
+        config = {key: value for key, value in config_of(source).items() if key in SIZE_KEYS} | PUBLISHED
+        (found[kind] / "config.json").write_text(json.dumps(config))
+        for path in found[kind].glob("*.py"):
+            path.write_text("raise RuntimeError('code of the directory was run')\n")
+    return found
+
+
+@pytest.mark.parametrize("kind", ["dense_tied", "moe"])
+def test_published_models_come_in_and_go_out_bitwise(kind: str, published: dict[str, Path], tmp_path: Path) -> None:
+    convert_hf.main(["--hf-model", str(published[kind]), "--out", str(tmp_path / "checkpoint")])
+    assert read_trained(tmp_path / "checkpoint" / RELEASE) == Trained("block", label_shift=False, block_length=8)
+    again = exported(tmp_path / "checkpoint", tmp_path / "again", "sdar")
+    before, after = tensors_of(published[kind]), tensors_of(again)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config, original = config_of(again), config_of(published[kind])
+    assert config["block_size"] == 8 and config["mask_token_id"] == MASK
+    for key in SIZE_KEYS:
+        assert config.get(key) == original.get(key), key
+
+
+def test_a_run_from_a_published_model_inherits_its_blocks(published: dict[str, Path], tmp_path: Path) -> None:
+    convert(published["dense_tied"], tmp_path / "checkpoint", verify=False)
+    assert inherited({"load": str(tmp_path / "checkpoint")}) == {
+        "objective": "block", "label_shift": False, "block_length": 8,
+    }  # fmt: skip
+
+
+def test_published_models_are_sampled_without_their_code(published: dict[str, Path]) -> None:
+    loaded = load_model(str(published["moe"]), {})
+    assert (loaded.objective, loaded.block_length, loaded.label_shift) == ("block", 8, False)
+    assert written(loaded)
+
+
+def test_a_model_without_its_block_length_is_refused(published: dict[str, Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(published["dense_tied"], tmp_path / "model")
+    config = config_of(directory)
+    del config["block_size"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has no block_size; write the block length"):
+        convert(directory, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
