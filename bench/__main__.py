@@ -3,6 +3,7 @@
     python -m bench                          # those whose result is of other code, of another form, or noisy
     python -m bench train_step_cpu convert_cpu    # these
     python -m bench --all
+    python -m bench --against ../older       # a step and a start also against the build in another checkout
 
 Needs a finished `make demo` (--demo) for those that measure its model, and an idle machine. Each writes its file in
 bench/results/, so that an interrupted command continues where it was; afterwards the documents' tables are made anew.
@@ -30,10 +31,13 @@ class Benchmark(NamedTuple):
     minutes: float  # on two cores
     module: str
     arguments: tuple[str, ...] = ()
+    has_against: bool = False  # compares with another build
 
 
 BENCHMARKS = {
-    "train_step_cpu": Benchmark(2, "cpu_train_step"),
+    "train_step_cpu": Benchmark(3, "cpu_train_step", has_against=True),
+    "start_cpu": Benchmark(4, "start", has_against=True),
+    "async_save_cpu": Benchmark(1, "async_save"),
     "convert_cpu": Benchmark(8, "convert"),
     "tokenize_cpu": Benchmark(4, "tokenize"),
     "mixing_cpu": Benchmark(2, "mixing"),
@@ -44,6 +48,8 @@ BENCHMARKS = {
     "choice_decisions_cpu": Benchmark(8, "choice_decisions", ("--model", "DEMO/exported")),
     "monitoring_cpu": Benchmark(1, "monitoring"),
     "aux_loss_cpu": Benchmark(1, "aux_loss"),
+    "placed_experts_cpu": Benchmark(3, "placed_experts", ("--demo", "DEMO")),
+    "scaling_cpu": Benchmark(8, "scaling"),
 }
 
 
@@ -52,6 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: those out of date")
     parser.add_argument("--all", action="store_true", help="those that are up to date as well")
     parser.add_argument("--demo", type=Path, default=Path("demo_run"), help="directory of a finished make demo")
+    parser.add_argument(
+        "--against", type=Path, metavar="DIRECTORY", help="a checkout of another commit to compare with"
+    )
     options = parser.parse_args(argv)
     if unknown := [name for name in options.names if name not in BENCHMARKS]:
         raise UserError([f"bench {name}: there are {', '.join(BENCHMARKS)}" for name in unknown])
@@ -63,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     for number, name in enumerate(chosen, start=1):
         left = sum(BENCHMARKS[other].minutes for other in chosen[number - 1 :])
         console.print(f"{number} of {len(chosen)}, {name}: {time.strftime('%H:%M')}, about {left:.0f} minutes left")
-        run(name, options.demo)
+        run(name, options.demo, options.against)
     report.main([])
     noisy = [name for name in BENCHMARKS if (result := read(name)) and result.noisy]
     if noisy:
@@ -76,10 +85,12 @@ def is_current(name: str) -> bool:
     return result is not None and result.about["sources"] == sources() and not result.noisy
 
 
-def run(name: str, demo: Path) -> None:
+def run(name: str, demo: Path, against: Path | None) -> None:
     """Run a benchmark; its progress is shown."""
     benchmark = BENCHMARKS[name]
     words = [word.replace("DEMO", str(demo)) for word in benchmark.arguments]
+    if against and benchmark.has_against:
+        words += ["--against", str(against)]
     command = module(f"bench.{benchmark.module}", *words, "--out", RESULTS / f"{name}.json")
     code = subprocess.run(command).returncode
     if code:

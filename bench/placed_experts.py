@@ -1,19 +1,25 @@
-"""Benchmark of placed experts: a training step under expert parallelism with a placement against one without.
+"""Benchmark of balanced and placed experts: a step under expert parallelism of one demo's model against another's.
 
-    make demo
-    python -m checkpoints_tools.place_experts --checkpoint demo_run/run --valid-data demo_run/corpus_valid \\
-        --expert-model-parallel-size 2
-    torchrun --nproc-per-node 2 -m bench.placed_experts --demo demo_run [--rounds 20] [--out FILE]
+    python -m bench.placed_experts --demo demo_run [--rounds 20] [--out bench/results/placed_experts_cpu.json]
+    python -m bench.placed_experts --demo demo_run --against older_demo_run --out FILE
 
-The demo's converted model on its training data, routed as it routes: experts over all processes, both kinds of steps in
-turns, a learning rate of 0 so that all steps route alike. Measured is CPU time, in which a process that waits for
-another does nothing: that of the slower rank, of a step and of its experts (forward and backward) alone; and that of
-the slower rank of each layer, summed over layers, since ranks wait for one another in every layer.
+--demo: a finished `make demo`, whose recipe balances its routers; its experts are placed (place_experts, in a copy).
+--against: another demo, such as one converted without balancing, whose experts stay in their order; without it the same
+demo's, in their order. Each model takes steps on its own training data and with its own run's balancing, at EP 2 and
+EP 4 (experts over all processes), both kinds of steps in turns, with a learning rate of 0 so that all route alike.
+
+Measured is CPU time, in which a process that waits for another does nothing: that of the slower rank, of a step and of
+its experts (forward and backward) alone; and that of the slower rank of each layer, summed over layers, since ranks
+wait for one another in every layer. Ratios above 1: the placed ones are faster.
 """
 
 from __future__ import annotations
 
-import statistics
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from functools import partial
@@ -23,21 +29,93 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.result_tables import machine
+from bench.paired import Comparison, Side, Usage, compare
+from bench.process_tree import module
+from bench.result_file import add_arguments, write
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.terminal.console import entry_point
-from megatron_a2d.utils.atomic_write import write_json
+from megatron_a2d.report.plots import read_log
+from megatron_a2d.terminal.console import console, entry_point
 from megatron_a2d.utils.errors import UserError
+
+PLACED, IN_ORDER = "placed", "in order"
+PARTS = ("step", "experts", "experts layer by layer")
+BALANCING = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_tokens", "moe_aux_loss_loads")
 
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--demo", type=Path, default=Path("demo_run"), help="output directory of make demo")
-    parser.add_argument("--rounds", type=int, default=20, help="pairs of steps after one warm-up")
-    parser.add_argument("--out", type=Path, default=None, help="write the result as JSON")
+    parser.add_argument(
+        "--against", type=Path, default=None, help="another demo's, its experts in order; default: the same"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4], help="expert-parallel sizes")
+    parser.add_argument("--job", help="with torchrun: the runs to compare (internal)")
+    add_arguments(parser, rounds=20)
     options = parser.parse_args()
+    if options.job:
+        measure(json.loads(options.job), options.rounds)
+        return
+    against = options.against or options.demo
+    for flag, demo in (("--demo", options.demo), ("--against", against)):
+        if not (demo / "run").is_dir():
+            raise UserError(f"{flag} {demo}: has no finished conversion; run make demo")
+    compared: list[Comparison] = []
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory(prefix="bench_placed_experts") as name:
+            shutil.copytree(options.demo / "run", Path(name, "run"))
+            place = ["--checkpoint", Path(name, "run"), "--valid-data", options.demo / "corpus_valid"]
+            _run(module("checkpoints_tools.place_experts", *place, "--expert-model-parallel-size", size))
+            runs = {PLACED: [f"{name}/run", str(options.demo)], IN_ORDER: [str(against / "run"), str(against)]}
+            result = Path(name, "result.json")
+            torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", size, "-m", "bench.placed_experts"]
+            job = json.dumps({"runs": runs, "result": str(result)})
+            _run(module(*map(str, torchrun), "--rounds", options.rounds, "--job", job))
+            compared += map(Comparison.from_json, json.loads(result.read_text()))
+    settings = {"against": "another demo" if options.against else "the same demo"}
+    write(options.out, "placed_experts", compared, settings=settings)
+
+
+def _run(words: list[str]) -> None:
+    if code := subprocess.run(words).returncode:
+        console.print(f"failed with exit code {code}: {' '.join(words[:6])} ...")
+        sys.exit(code)
+
+
+def measure(job: dict[str, Any], rounds: int) -> None:
+    """One rank of a comparison; the first writes the result."""
+    from megatron_a2d.distributed import environment, process_groups
+
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    ranks = environment.world_size()
+    console.quiet = environment.rank() > 0
+    parts: dict[str, dict[str, list[Usage]]] = {name: {kind: [] for kind in job["runs"]} for name in PARTS}
+
+    def recorded(kind: str, step: Any) -> Side:
+        def side() -> Usage:
+            used = step()
+            for name, usage in zip(PARTS, used, strict=True):
+                parts[name][kind].append(usage)
+            return Usage(*used[0])
+
+        return side
+
+    steps = {kind: prepared(Path(run), Path(demo), ranks, kind == PLACED) for kind, (run, demo) in job["runs"].items()}
+    sides = {kind: recorded(kind, step) for kind, step in steps.items()}
+    compare(f"EP {ranks}, step", sides, [(IN_ORDER, PLACED)], rounds=rounds)
+    if dist.get_rank() == 0:
+        found = [
+            Comparison(
+                f"EP {ranks}, {name}", {kind: used[-rounds:] for kind, used in kinds.items()}, [(IN_ORDER, PLACED)]
+            )
+            for name, kinds in parts.items()
+        ]
+        Path(job["result"]).write_text(json.dumps([compared.to_json() for compared in found]))
+    process_groups.finalize()
+
+
+def prepared(run: Path, demo: Path, ranks: int, place: bool) -> Any:
+    """A function that takes a step of a run's newest checkpoint, and returns the usages of PARTS."""
     from megatron_a2d.checkpoint.directory import HF_FILES, resolve
     from megatron_a2d.checkpoint.placement_file import find_placement
     from megatron_a2d.config.model_config import read_model_config
@@ -45,65 +123,54 @@ def main() -> None:
     from megatron_a2d.distributed import process_groups
     from megatron_a2d.training import data_setup, initialization, train_step
 
-    directory, ranks = resolve(options.demo / "run"), process_groups.world_size()
+    directory, started = resolve(run), next(record for record in read_log(run) if record["kind"] == "start")
+    balancing = {name: started["settings"][name] for name in BALANCING if started["settings"].get(name) is not None}
     config = build(
         dict(seq_length=128, micro_batch_size=8, global_batch_size=8 * ranks, lr=0.0, weight_decay=0.0, num_workers=0,
-             train_data_path=str(options.demo / "corpus_train"), expert_model_parallel_size=ranks,
-             use_distributed_optimizer=True)
+             train_data_path=str(demo / "corpus_train"), expert_model_parallel_size=ranks,
+             use_distributed_optimizer=True) | balancing
     )  # fmt: skip
     model_config = read_model_config(directory / HF_FILES)
-    placement = find_placement(config, model_config, directory)
-    if not placement or not placement.applies_to(ranks):
-        raise UserError(f"--demo {options.demo}: has no placement for {ranks} processes; run place_experts first")
-    process_groups.initialize(config.parallel)
+    if not dist.is_initialized():
+        process_groups.initialize(config.parallel)
     data, _ = data_setup.open_datasets(config, model_config)
+    state = initialization.build_train_state(model_config, config)
+    if place:
+        placement = find_placement(config, model_config, directory)
+        assert placement and placement.applies_to(ranks)
+        state.place_experts(placement)
+    initialization.load_checkpoint(state, directory, weights_only=True)
+    experts = ExpertTime(state.models[0])
+    batches = data_setup.micro_batches(config, model_config, data, 1, 0)
 
-    def prepared(place: bool) -> Any:
-        state = initialization.build_train_state(model_config, config)
-        if place:
-            state.place_experts(placement)
-        initialization.load_checkpoint(state, directory, weights_only=True)
-        return state, ExpertTime(state.models[0]), data_setup.micro_batches(config, model_config, data, 1, 0)
-
-    def step(state: Any, experts: ExpertTime, batches: Any) -> tuple[float, ...]:
-        """CPU seconds of the slower rank: of the step, of its experts, and of each layer's experts."""
+    def step() -> list[Usage]:
         iteration = [next(batches) for _ in range(batches.num_microbatches)]
         state.scheduler.step(1)
-        experts.seconds, begin = [0.0] * model_config.num_layers, time.process_time()
+        experts.seconds = [Usage(0.0, 0.0)] * model_config.num_layers
+        begin = _now()
         train_step.train_step(state.chunks, state.optimizer, iteration)
-        taken = torch.tensor([time.process_time() - begin, sum(experts.seconds), *experts.seconds])
+        own = [_since(begin), Usage(*map(sum, zip(*experts.seconds, strict=True))), *experts.seconds]
+        taken = torch.tensor(own)
         dist.all_reduce(taken, op=dist.ReduceOp.MAX)
-        return float(taken[0]), float(taken[1]), float(taken[2:].sum())
+        return [Usage(*values.tolist()) for values in (taken[0], taken[1], taken[2:].sum(0))]
 
-    kinds = [prepared(False), prepared(True)]
-    times = [[step(*kind) for kind in kinds] for _ in range(options.rounds + 1)][1:]
-    names = ("step", "experts", "experts layer by layer")
-    medians = {
-        name: [statistics.median(pair[kind][number] for pair in times) for kind in (0, 1)]
-        for number, name in enumerate(names)
-    }
-    ratios = {
-        name: statistics.median(without[number] / placed[number] for without, placed in times)
-        for number, name in enumerate(names)
-    }
-    if dist.get_rank() == 0:
-        for name in names:
-            before, after = medians[name]
-            print(f"EP {ranks}, {name}: {before:.3f} -> {after:.3f} CPU s of the slower rank, {ratios[name]:.2f}x")
-        if options.out:
-            write_json(
-                options.out,
-                {"machine": machine(), "expert_model_parallel_size": ranks, "placement": placement.describe(ranks),
-                 "ratios": ratios, "median_seconds": medians, "seconds": times},
-            )  # fmt: skip
-    process_groups.finalize()
+    return step
+
+
+def _now() -> Usage:
+    return Usage(time.perf_counter(), time.process_time())
+
+
+def _since(begin: Usage) -> Usage:
+    now = _now()
+    return Usage(now.wall - begin.wall, now.cpu - begin.cpu)
 
 
 class ExpertTime:
-    """CPU seconds that a model's experts take, forward and backward."""
+    """Time that a model's experts take, forward and backward, by layer."""
 
     def __init__(self, model: Any):
-        self.seconds: list[float] = []  # by layer
+        self.seconds: list[Usage] = []
         for number, layer in enumerate(model.decoder.layers):
             experts, end = layer.mlp.experts, partial(self._end, number)
             experts.register_forward_pre_hook(self._begin)
@@ -112,10 +179,11 @@ class ExpertTime:
             experts.register_full_backward_hook(end)
 
     def _begin(self, *_: Any) -> None:
-        self._started = time.process_time()
+        self._started = _now()
 
     def _end(self, number: int, *_: Any) -> None:
-        self.seconds[number] += time.process_time() - self._started
+        before, taken = self.seconds[number], _since(self._started)
+        self.seconds[number] = Usage(before.wall + taken.wall, before.cpu + taken.cpu)
 
 
 if __name__ == "__main__":

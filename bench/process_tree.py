@@ -45,13 +45,19 @@ def module(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-W", "ignore", "-m", name, *map(str, arguments)]
 
 
-def run(words: Sequence[str], environment: Mapping[str, str] | None = None, code: int = 0) -> Usage:
-    """Run a command once, its output discarded; RuntimeError with its last lines for another exit code than `code`."""
+def run(
+    words: Sequence[str], environment: Mapping[str, str] | None = None, code: int = 0, directory: Path | None = None
+) -> Usage:
+    """Run a command once, its output discarded; RuntimeError with its last lines for another exit code than `code`.
+
+    `directory`: the checkout that it runs in, and whose packages it imports.
+    """
     read, write = os.pipe()
+    own = {"PYTHONPATH": str(directory)} if directory else {}
     with tempfile.TemporaryFile("w+") as log:
         finished = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _ABOVE, str(write), *words], stdout=log, stderr=log,
-            env={**os.environ, **(environment or {})}, pass_fds=[write],
+            [sys.executable, "-I", "-S", "-c", _ABOVE, str(write), *words], stdout=log, stderr=log, cwd=directory,
+            env={**os.environ, **own, **(environment or {})}, pass_fds=[write],
         )  # fmt: skip
         os.close(write)
         with open(read) as result:
@@ -62,9 +68,11 @@ def run(words: Sequence[str], environment: Mapping[str, str] | None = None, code
     return Usage(*map(float, measured))
 
 
-def command(words: Sequence[str], environment: Mapping[str, str] | None = None, code: int = 0) -> Side:
+def command(
+    words: Sequence[str], environment: Mapping[str, str] | None = None, code: int = 0, directory: Path | None = None
+) -> Side:
     """A side that runs a command."""
-    return lambda: run(words, environment, code)
+    return lambda: run(words, environment, code, directory)
 
 
 def peak_memory(words: Sequence[str]) -> int:

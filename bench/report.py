@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import choice_decisions, expert_balance, wrong_settings
+from bench import choice_decisions, expert_balance, scaling, wrong_settings
 from bench.paired import CLOCKS, Comparison
 from bench.result_file import RESULTS, ROOT, Figure, Result, read
 from megatron_a2d.config.cli import Parser
@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "choice_decisions_cpu": choice_decisions.block,
     "expert_balance_cpu": expert_balance.block,
     "wrong_settings_cpu": wrong_settings.block,
+    "scaling_cpu": scaling.block,
 }
 
 

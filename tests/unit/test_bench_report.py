@@ -134,7 +134,7 @@ def test_all_benchmarks_are_there_and_what_is_up_to_date_is_not_run_again(
     """Of other code, and noisy, ones are; the order is that of the list."""
     assert all(find_spec(f"bench.{benchmark.module}") for benchmark in batch.BENCHMARKS.values())
     ran: list[str] = []
-    monkeypatch.setattr(batch, "run", lambda name, demo: ran.append(name))
+    monkeypatch.setattr(batch, "run", lambda name, demo, against: ran.append(name))
     monkeypatch.setattr(batch.report, "main", lambda argv: ran.append("report"))
     steady = Comparison("x", {"a": [Usage(1.0, 1.0)] * 3, "b": [Usage(1.0, 1.0)] * 3}, [("a", "b")])
     noisy = Comparison("x", {"a": [Usage(n, n) for n in (1.0, 2.0, 3.0)], "b": [Usage(1.0, 1.0)] * 3}, [("a", "b")])
