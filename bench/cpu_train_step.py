@@ -1,6 +1,6 @@
 """Benchmark of our training step on a CPU, against a plain script's and against an older build's.
 
-    python -m bench.cpu_train_step [--rounds 15] [--out bench/results/train_step_cpu.json]
+    python -m bench.cpu_train_step [--rounds 11] [--out bench/results/train_step_cpu.json]
     git worktree add ../older c26157c && python -m bench.cpu_train_step --against ../older --out FILE
 
 Two small shapes, dense and MoE, and both in bf16 as well. The plain script: Hugging Face's model, made bidirectional,
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="which models")
     parser.add_argument("--micro-batch-size", type=int, default=BATCH, help=f"of a batch of {BATCH} samples")
     parser.add_argument("--no-bf16", action="store_true", help="fp32 alone")
-    add_arguments(parser, rounds=15)
+    add_arguments(parser, rounds=11)
     options = parser.parse_args()
     if options.against and not (options.against / "megatron_a2d").is_dir():
         raise UserError(f"--against {options.against}: holds no megatron_a2d; give a checkout of this project")

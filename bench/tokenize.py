@@ -1,6 +1,6 @@
 """Benchmark of data_prep.tokenize_corpus against Megatron-LM's preprocessing and against the bare tokenizer library.
 
-    python -m bench.tokenize [--megabytes 640] [--workers 2] [--rounds 3] [--out bench/results/tokenize_cpu.json]
+    python -m bench.tokenize [--megabytes 320] [--workers 2] [--rounds 3] [--out bench/results/tokenize_cpu.json]
 
 The corpus is available in every installation: source code and documentation of Python's standard library and of the
 installed packages (.py, .pyi, .md, .rst, .txt), one document per file, at most 20,000 characters each. It is repeated
@@ -13,7 +13,7 @@ classic    the loop of preprocess_data.py: lines of the file go through a multip
 ours       the complete command in a separate process: start, reading, parsing, validating, encoding, writing
 raw        encode_batch of gigatoken on a list in memory, with as many threads: without its start, reading and writing
 
-Ours and raw: the entire corpus. Ours and classic: the first 41 MB. In turns, on the same cores; the corpus in the page
+Ours and raw: the entire corpus. Ours and classic: the first 21 MB. In turns, on the same cores; the corpus in the page
 cache (warm) and dropped from it (cold, checked; raw reads nothing while it is timed). `raw / ours` is the part of the
 bare library's speed that is left.
 
@@ -47,12 +47,12 @@ from megatron_a2d.utils.errors import UserError
 
 KINDS, MAX_CHARS = {".py", ".pyi", ".md", ".rst", ".txt"}, 20_000
 VOCABULARY = 16_384
-BEGINNING = 41_000_000  # bytes that the classic method processes
+BEGINNING = 21_000_000  # bytes that the classic method processes
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench.tokenize", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--megabytes", type=int, default=640, help="size of the corpus")
+    parser.add_argument("--megabytes", type=int, default=320, help="size of the corpus")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes or threads")
     parser.add_argument("--work", type=Path, default=None, metavar="DIR", help="a folder on the disk to measure")
     add_arguments(parser, rounds=3)
