@@ -33,14 +33,20 @@ def main(name: str, size: int, repeats: int = 5) -> None:
         print(json.dumps(values), flush=True)
 
 
-def repeated(run: Callable[[], object], repeats: int) -> list[float]:
-    """CPU seconds of each run after one warm-up."""
+def repeated(run: Callable[[], object], repeats: int, shortest: float = 0.0) -> list[float]:
+    """CPU seconds of a run, measured `repeats` times, after one warm-up.
+
+    With `shortest` each value is the mean of as many runs as take so many seconds; not where ranks wait for each other.
+    """
+    begin = time.process_time()
     run()
+    count = max(1, int(shortest / max(1e-6, time.process_time() - begin)))
     values = []
     for _ in range(repeats):
         begin = time.process_time()
-        run()
-        values.append(time.process_time() - begin)
+        for _ in range(count):
+            run()
+        values.append((time.process_time() - begin) / count)
     return values
 
 
@@ -135,7 +141,7 @@ def start_time(num_documents: int, length: int, repeats: int) -> list[float]:
             dataset.tokens(0)
             dataset.tokens(num_documents * length // SAMPLE_LENGTH - 1)
 
-        return repeated(start, repeats)
+        return repeated(start, repeats, shortest=0.05)
 
 
 def conversion_memory(hidden_size: int, num_layers: int, num_experts: int) -> list[float]:
