@@ -192,6 +192,19 @@ def test_fewer_passes_and_the_same_decisions(monkeypatch: pytest.MonkeyPatch) ->
     assert 90 * 24 < all_passes <= 128 * 24, "all draws but those that repeat a mask"
 
 
+def test_control_masks_know_a_model_that_does_not_look_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses that depend on the token alone are the same under all masks: no draw adds anything."""
+    preference = torch.tensor([0.0, 2.0, 0.0, -1.0, 1.0, 0.0])
+    monkeypatch.setattr(
+        test_conditional_likelihood, "logits_fn", lambda tokens: preference.expand(*tokens.shape, len(preference))
+    )
+    [found], number = passes(0.005, [question()])
+    for (_, tokens), scored in zip(EASY, found, strict=True):
+        assert scored.log_likelihood == pytest.approx(float(preference.log_softmax(-1)[tokens].sum()), abs=1e-4)
+        assert scored.standard_error < 1e-4
+    assert number <= (1 + 8 + 4) + (1 + 6 + 4) + 3, "the first look decides"
+
+
 def test_a_question_is_its_own_business() -> None:
     """Results do not depend on the batches, on the other questions or on their order."""
     other = question(((CONTEXT, [2, 2, 1, 4, 3]), ([1, 1], [3, 3, 1, 2, 4, 4, 1, 2, 3])))
