@@ -15,24 +15,13 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_a2d.checkpoint.manifest import Entry
+from megatron_a2d.checkpoint.metadata_index import Chunk, Index, Location, StoredTensor
+from megatron_a2d.checkpoint.metadata_writer import write_index
 from megatron_a2d.checkpoint.tensor_rows import RowRange, RowSource, StreamedFile, bytes_of, slabs
 from megatron_a2d.checkpoint.torch_save_zip import archive_frame
 from megatron_a2d.conversion.qwen3_weight_map import WeightMap
@@ -85,7 +74,7 @@ def write_torch_dist(
     ]
     run_jobs(jobs, workers, advance)
     directory = work.directory / subdirectory
-    _write_metadata(directory, source, weights, files, len(empty_state))
+    write_index(directory, _index(source, weights, files, len(empty_state)))
     torch.save(common, directory / "common.pt")
     write_json(directory / "metadata.json", FORMAT)  # last: marks the checkpoint as complete
     return {name: Entry(**work.done[f"{subdirectory}/{name}"]) for name in files}
@@ -152,35 +141,19 @@ def _write_file(
     work.record(name, {"size": size, "crc32": f"{crc:08x}"})
 
 
-def _write_metadata(
-    directory: Path, source: RowSource, weights: WeightMap, files: dict[str, list[_Chunk]], state_length: int
-) -> None:
-    """Write .metadata with torch's writer: the chunks of each tensor and their locations."""
-    items: dict[str, Any] = {}
-    results: list[WriteResult] = []
-    for key in weights.extra_state_keys():  # all share one empty state at the start of the first file
-        items[key] = BytesStorageMetadata()
-        location = _StorageInfo(next(iter(files)), 0, state_length)
-        results.append(WriteResult(MetadataIndex(key), state_length, location))
+def _index(source: RowSource, weights: WeightMap, files: dict[str, list[_Chunk]], state_length: int) -> Index:
+    """The chunks of each tensor and their locations."""
+    first = next(iter(files))  # all extra states share an empty one at its start
+    objects = dict.fromkeys(weights.extra_state_keys(), Location(first, 0, state_length))
+    tensors: dict[str, StoredTensor] = {}
     for file, chunks in files.items():
         for chunk in chunks:
             key = chunk.row_range.name
-            if key not in items:
-                properties, size = TensorProperties(dtype=source.dtype(key)), torch.Size(weights.megatron_shapes[key])
-                items[key] = TensorStorageMetadata(properties, size, [])
-            metadata = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-            index = MetadataIndex(key, metadata.offsets, len(items[key].chunks))
-            items[key].chunks.append(metadata)
-            results.append(WriteResult(index, chunk.length, _StorageInfo(file, chunk.offset, chunk.length)))
-    writer = _Writer(directory, sync_files=False)
-    writer.finish(Metadata(items), [results])
-
-
-class _Writer(dcp.FileSystemWriter):
-    """A writer that does not record the directory it writes to."""
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
+            if key not in tensors:
+                tensors[key] = StoredTensor(source.dtype(key), weights.megatron_shapes[key], [])
+            location = Location(file, chunk.offset, chunk.length)
+            tensors[key].chunks.append(Chunk(chunk.offsets, chunk.sizes, location))
+    return Index(tensors, objects)
 
 
 def _empty_state() -> bytes:

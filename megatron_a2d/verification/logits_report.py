@@ -31,8 +31,9 @@ from megatron_a2d.verification.reference_forward import BlockAttention, Streamed
 NUM_POSITIONS = 64
 FEW_POSITIONS = 8  # for a large model
 AUTOREGRESSIVE = ("qwen3", "qwen3_moe")
-# transformers loads the complete model; by default only for models within the converters' memory bound.
-DEFAULT_MAX_BYTES = 500_000_000
+# transformers loads the complete model; by default only one that adds little to the converters' own memory.
+DEFAULT_MAX_BYTES = 200_000_000
+_MODULE_BYTES = 16_000  # of transformers' objects for a tensor, which outweigh the values of many narrow experts
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLES_PER_TIME = 2
 
@@ -109,7 +110,8 @@ def _pair(first: Weights, second: Weights, asked: bool = False) -> _Pair:
     is_mixed = rounds and len(set(kinds.values())) > 1
     reason = "types are mixed" if is_mixed else f"transformers would take {human(needed, 'B')}: verify --logits runs it"
     causal = all(model_type(_configuration(weights)) in AUTOREGRESSIVE for weights in (first, second))
-    by_transformers = (asked or needed <= DEFAULT_MAX_BYTES) and not is_mixed
+    is_small = needed + _MODULE_BYTES * len(kinds) <= DEFAULT_MAX_BYTES
+    by_transformers = (asked or is_small) and not is_mixed
     return _Pair(first, second, causal, by_transformers, next(iter(kinds.values())) if rounds else None, reason)
 
 
