@@ -4,7 +4,8 @@
 
 One process, a dense model whose checkpoint takes longer to write than a step to compute. A step counts if the writer
 was busy from its start to its end; before it a save is started (the pause of training that this takes is given as
-well), after it the save is completed. One thread: on two cores the writer has one and the step the other.
+well), after it the save is completed. It is the first step of the save, which also copies each page that it changes.
+The step has threads for all cores, so the writer competes with it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bench.cpu_train_step import COMMON
 from bench.paired import Usage, compare, in_process
@@ -38,7 +37,6 @@ def main() -> None:
     add_arguments(parser, rounds=15)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bench_async_save", dir=options.work) as name:
         step, save = prepared(Path(name))
         pauses: list[float] = []
@@ -87,7 +85,7 @@ def prepared(folder: Path) -> tuple[Callable[[], None], Callable[[], Any]]:
 
     def save() -> Any:
         state.iteration = 1
-        return checkpointing.CheckpointWriter(state, config, files)
+        return checkpointing.CheckpointWriter(state, config, files, in_background=True)
 
     return step, save
 

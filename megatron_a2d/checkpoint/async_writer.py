@@ -28,9 +28,12 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class ChunkWriter:
-    """Process that writes this rank's planned `chunks` to `directory`; it starts at construction."""
+    """Process that writes this rank's planned `chunks` to `directory`; it starts at construction.
 
-    def __init__(self, chunks: FileSystemWriterAsync, directory: Path):
+    `in_background`: training needs the CPUs at the same time, so the process takes only what training leaves.
+    """
+
+    def __init__(self, chunks: FileSystemWriterAsync, directory: Path, in_background: bool = False):
         self._chunks = chunks
         self._is_empty = not chunks.write_buckets
         buckets = chunks.write_buckets or []
@@ -39,7 +42,7 @@ class ChunkWriter:
         transforms = [chunks.transforms] if hasattr(chunks, "transforms") else []
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe(duplex=False)
-        arguments = (theirs, os.getpid(), buckets, transforms, directory)
+        arguments = (theirs, os.getpid(), buckets, transforms, directory, in_background)
         self._process = context.Process(target=_write, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -77,9 +80,18 @@ def without_queues() -> Iterator[None]:
         filesystem_async._results_queue = original
 
 
-def _write(connection: Connection, parent: int, buckets: list[Any], transforms: list[Any], directory: Path) -> None:
+def _write(
+    connection: Connection,
+    parent: int,
+    buckets: list[Any],
+    transforms: list[Any],
+    directory: Path,
+    in_background: bool,
+) -> None:
     """Main function of the writer process. No garbage collection: GPU tensors in its memory belong to the parent."""
     gc.disable()
+    if in_background:
+        os.nice(19)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler only records it
     _end_with(parent)
     results = _Results({})
@@ -89,7 +101,8 @@ def _write(connection: Connection, parent: int, buckets: list[Any], transforms: 
         for value in results.value.values():
             if isinstance(value, Exception):
                 raise value
-        entries = measure(directory, [os.path.basename(path) for path, *_ in buckets])
+        names = [os.path.basename(path) for path, *_ in buckets]
+        entries = measure(directory, names, num_threads=1) if in_background else measure(directory, names)
         connection.send((results.value, entries))
     except Exception as error:
         connection.send(error if isinstance(error, OSError) else RuntimeError(str(error)))

@@ -30,10 +30,10 @@ class Entry(NamedTuple):
     crc32: str  # 8 hexadecimal digits
 
 
-def measure(directory: Path, names: Iterable[str]) -> dict[str, Entry]:
+def measure(directory: Path, names: Iterable[str], num_threads: int = _THREADS) -> dict[str, Entry]:
     """Read the files `names` (relative to `directory`) once, several at a time."""
     names = list(names)
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         return dict(zip(names, pool.map(lambda name: _measure(directory / name), names), strict=True))
 
 

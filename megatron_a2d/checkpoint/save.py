@@ -42,9 +42,13 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
 class CollectiveSave:
-    """One save, in steps: after each, `raise_on_failure` raises SaveError on all ranks if it failed on one of them."""
+    """One save, in steps: after each, `raise_on_failure` raises SaveError on all ranks if it failed on one of them.
 
-    def __init__(self) -> None:
+    `in_background`: training goes on while it writes.
+    """
+
+    def __init__(self, in_background: bool = False) -> None:
+        self._in_background = in_background
         self._error: str | None = None
 
     def attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -76,7 +80,7 @@ class CollectiveSave:
         self.raise_on_failure()
         assert isinstance(request, AsyncRequest)
         (self._finalize,) = request.finalize_fns
-        self._writer = self.attempt(ChunkWriter, strategy.chunks, directory)
+        self._writer = self.attempt(ChunkWriter, strategy.chunks, directory, self._in_background)
         self.raise_on_failure()
 
     def is_written(self) -> bool:

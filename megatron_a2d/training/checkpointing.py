@@ -78,13 +78,14 @@ class CheckpointManager:
     def save(self, state: TrainState, last: bool) -> None:
         """Save this iteration; with --async-save only start the save, unless it is the run's `last` checkpoint."""
         self.finish(last=False)
+        in_background = self._config.training.async_save and not last
         try:
             begin = time.perf_counter()
-            self._running = CheckpointWriter(state, self._config, self._hf_files)
+            self._running = CheckpointWriter(state, self._config, self._hf_files, in_background)
             self._seconds = time.perf_counter() - begin
         except SaveError as error:
             self._failed(error, state.iteration, last)
-        if last or not self._config.training.async_save:
+        if not in_background:
             self.finish(last)
 
     def poll(self) -> None:
@@ -125,11 +126,12 @@ class CheckpointManager:
 class CheckpointWriter:
     """One save: the checkpoint `--save`/iter_NNNNNNN of the state at construction, complete when `finish` returns.
 
-    `hf_files` holds the source model's configuration and tokenizer. All methods are collective. The constructor and
-    `finish` raise SaveError on all ranks if any rank cannot write; earlier checkpoints are then unchanged.
+    `hf_files` holds the source model's configuration and tokenizer; `in_background` leaves the CPUs to training. All
+    methods are collective. The constructor and `finish` raise SaveError on all ranks if any rank cannot write; earlier
+    checkpoints are then unchanged.
     """
 
-    def __init__(self, state: TrainState, config: RunConfig, hf_files: Path):
+    def __init__(self, state: TrainState, config: RunConfig, hf_files: Path, in_background: bool = False):
         assert config.training.save is not None
         self._config, self._hf_files, self.iteration = config, hf_files, state.iteration
         self._placement = state.placement
@@ -138,7 +140,7 @@ class CheckpointWriter:
         # A random suffix: a writer process that outlives a killed run must not touch the next run's files.
         partial = partial_path(self._root / f"{self._final.name}.{secrets.token_hex(4)}")
         self._partial = self._root / from_first_rank(partial.name)
-        self._save = CollectiveSave()
+        self._save = CollectiveSave(in_background)
         with self._all_or_nothing():
             if dist.get_rank() == 0:
                 self._save.attempt(_make_room, self._root, self._partial)
