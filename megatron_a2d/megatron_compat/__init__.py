@@ -11,8 +11,10 @@ import functools
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
+FUSER = "megatron.core.jit"
 
 
 def make_triton_optional() -> None:
@@ -25,13 +27,37 @@ def make_triton_optional() -> None:
     """
     if TRITON_KERNELS in sys.modules or importlib.util.find_spec("triton") is not None:
         return
-    module = ModuleType(TRITON_KERNELS, "Placeholder for kernels that only run on a GPU.")
     names = {"GLOBAL_BLOCK_SIZE": 1024, "paged_stash_copy_kernel": None, "paged_stash_pop_kernel": None}
-    vars(module).update(names)
-    sys.modules[TRITON_KERNELS] = module
+    _replace(TRITON_KERNELS, "Placeholder for kernels that only run on a GPU.", names)
+
+
+def compile_nothing_without_triton() -> None:
+    """Replace megatron.core's choice of a compiler for small functions; call before megatron.core is imported.
+
+    It is torch's, which compiles nothing for a GPU without triton, and whose import takes as long as all of torch's.
+    """
+    if FUSER in sys.modules or importlib.util.find_spec("triton") is not None:
+        return
+
+    def as_it_is(function: Any) -> Any:
+        return function
+
+    def do_nothing() -> None:
+        pass
+
+    names = {"jit_fuser": as_it_is, "noop_decorator": as_it_is}
+    _replace(FUSER, "Placeholder for the choice of a compiler.", names)
+    vars(sys.modules[FUSER]).update(enable_jit_fuser=do_nothing, disable_jit_fuser=do_nothing)
+
+
+def _replace(module: str, doc: str, names: dict[str, Any]) -> None:
+    replacement = ModuleType(module, doc)
+    vars(replacement).update(names)
+    sys.modules[module] = replacement
 
 
 make_triton_optional()
+compile_nothing_without_triton()
 
 
 @functools.cache

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.utils._device
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -161,8 +164,12 @@ def _use_cpu_generator() -> None:
 
 
 def _never_compile() -> None:
-    """Disable megatron.core's compilation of small functions, which costs half a minute at the first step on a CPU."""
-    torch.compiler.set_stance("force_eager")
+    """Disable megatron.core's compilation of small functions, which costs half a minute at the first step on a CPU.
+
+    Without triton it compiles none of those (`compile_nothing_without_triton`), and setting this imports the compiler.
+    """
+    if importlib.util.find_spec("triton") is not None or "torch._dynamo" in sys.modules:
+        torch.compiler.set_stance("force_eager")
 
 
 def _accept_cpu_split_sizes() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.jit import jit_fuser
 from transformers import AutoModelForCausalLM
 
 from megatron_a2d import megatron_compat
@@ -95,13 +97,17 @@ def test_random_state_tracker_forks_the_cpu_generator() -> None:
 
 @cpu_only
 def test_nothing_is_compiled() -> None:
+    """By megatron.core's decorator: it is replaced, or torch's, which compiles nothing then."""
     calls = []
 
-    @torch.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
-    assert double(torch.ones(1)).item() == 2 and not calls
+    if jit_fuser is torch.compile:
+        compiled = torch.compile(double, backend=lambda graph, inputs: calls.append(1) or graph.forward)
+        assert compiled(torch.ones(1)).item() == 2 and not calls
+    else:
+        assert jit_fuser(double) is double
 
 
 @cpu_only
@@ -186,6 +192,26 @@ def test_no_triton_is_needed() -> None:
     assert ours.returncode == 0, ours.stderr
     if not versions.is_before(0, 17):  # the control
         assert plain.returncode == 1 and "triton" in plain.stderr
+
+
+@cpu_only
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="with triton megatron.core compiles")
+@pytest.mark.skipif(not versions.is_before(0, 17), reason="a router for inference is compiled")
+def test_torchs_compiler_is_not_imported() -> None:
+    """Neither by megatron.core nor by the optimizer; its import would take as long as all others. Control: it is known
+    to `sys.modules` by this name."""
+    code = """
+import sys, torch
+import megatron_a2d.training.train_step
+from megatron_a2d.megatron_compat import fused_adam, install
+install()
+fused_adam.Adam([torch.ones(2, requires_grad=True)])
+print("torch._dynamo" in sys.modules)
+torch.optim.AdamW([torch.ones(2, requires_grad=True)])
+print("torch._dynamo" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.split() == ["False", "True"], run.stderr
 
 
 @pytest.mark.parametrize(("adam_w_mode", "weight_decay"), [(True, 0.0), (True, 0.1), (False, 0.1)])
