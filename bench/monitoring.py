@@ -3,7 +3,7 @@
     python -m bench.monitoring [--rounds 25] [--out bench/results/monitoring_cpu.json]
 
 The MoE model and batch of bench.cpu_train_step; both kinds of steps take turns in one process. A run computes its
-diagnostics in one step per --log-interval, so their overhead is divided by that.
+diagnostics in one step per --log-interval, and pays that part of the difference.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import warnings
 
 from bench.cpu_train_step import BATCH, SEQ_LENGTH, SHAPES
-from bench.paired import Spread, compare, in_process
-from bench.result_file import Figure, add_arguments, write
+from bench.paired import compare, in_process
+from bench.result_file import add_arguments, write
 from bench.train_step_variants import LEARNING_RATE, Batches, model_config_of
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
@@ -47,12 +47,7 @@ def main() -> None:
 
     sides = {"monitored": in_process(lambda: run(monitor)), "not": in_process(lambda: run(None))}
     compared = compare("a step", sides, [("monitored", "not")], rounds=options.rounds)
-    interval = config.training.log_interval
-    overhead = [
-        100 * (watched.cpu / plain.cpu - 1) / interval for watched, plain in zip(*compared.runs.values(), strict=True)
-    ]
-    figure = Figure(f"of a run that logs every {interval} iterations", "%", [Spread.of(overhead).median])
-    write(options.out, "monitoring", [compared], [figure], SHAPES["moe"] | sizes)
+    write(options.out, "monitoring", [compared], settings=SHAPES["moe"] | sizes)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def compare(
         console.print(f"  {name}{f', {cache}' if cache else ''}: round {number + 1} of {rounds}", style="dim")
     compared = Comparison(name, runs, list(pairs), cache)
     for line in lines(compared):
-        console.print(line)
+        console.print(line, soft_wrap=True)
     return compared
 
 
