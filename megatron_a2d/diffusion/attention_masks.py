@@ -1,13 +1,13 @@
-"""Attention masks as boolean tensors, put together from document boundaries, annealing and block levels.
+"""Attention masks, put together from document boundaries, annealing and block levels.
 
-Every function takes the queries of this process and all keys. Whether a query attends to a key is a pure function of
-the two and of the sample, independent of layout and batch. Shapes: B batch, Q this rank's queries, K all keys.
+Whether a query attends to a key is a pure function of the two and of the sample, independent of layout and batch. So a
+mask is encoded as a few numbers per position, from which any part of it is computed where it is needed
+(model/tiled_attention.py). Shapes: B batch, Q some of the queries, K all keys.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,27 +21,40 @@ _ALWAYS = 1 << 53
 _INCREMENT, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-def attention_mask(
-    documents_BK: Tensor | None,
-    annealing_B2: Tensor | None,
-    levels_BK: Tensor | None,
-    num_keys: int,
-    slice_queries: Callable[[Tensor], Tensor],
+def encoded_mask(
+    documents_BK: Tensor | None, annealing_B2: Tensor | None, levels_BK: Tensor | None, num_keys: int
 ) -> Tensor | None:
-    """[B, 1, Q, K] bool, True where attention is masked, as megatron has it; None: full attention.
+    """The attention mask of a micro-batch as a few numbers per position, [B, F, K] int64; None: full attention.
 
+    F = 2: document and level; F = 4 while attention is annealed: also key and threshold, the same for all positions.
     Each argument that is given restricts attention: to the document of a position, to what `annealed` unmasks, to what
-    `block_causal_mask` does. `slice_queries` takes this rank's queries out of a tensor of whole sequences.
+    `block_causal_mask` does. Kilobytes, where the mask itself has a byte for each pair of positions.
     """
-    allowed = []
-    if documents_BK is not None:
-        allowed.append(slice_queries(documents_BK)[:, :, None] == documents_BK[:, None, :])
+    given = [tensor for tensor in (documents_BK, annealing_B2, levels_BK) if tensor is not None]
+    if not given:
+        return None
+    everywhere_BK = given[0].new_zeros(len(given[0]), num_keys)
+    fields = [everywhere_BK if tensor is None else tensor for tensor in (documents_BK, levels_BK)]
     if annealing_B2 is not None:
-        (queries_Q,) = slice_queries(torch.arange(num_keys, device=annealing_B2.device)[None])
-        allowed.append(annealed(annealing_B2, queries_Q, num_keys))
-    if levels_BK is not None:
-        allowed.append(block_causal_mask(slice_queries(levels_BK), levels_BK))
-    return ~functools.reduce(torch.logical_and, allowed)[:, None] if allowed else None
+        fields += [everywhere_BK + column[:, None] for column in annealing_B2.T]
+    return torch.stack(fields, dim=1)
+
+
+def allowed_entries(encoded_BFK: Tensor, queries: slice, causal: bool = False) -> Tensor:
+    """[B, Q, K] bool, True where a query of the slice attends to a key. `causal`: to none after itself."""
+    places_K = torch.arange(encoded_BFK.size(2), device=encoded_BFK.device)
+    keys, own = encoded_BFK[:, :, None, :].unbind(1), encoded_BFK[:, :, queries, None].unbind(1)
+    return are_allowed(own, keys, places_K[queries, None], places_K, causal)
+
+
+def are_allowed(
+    query: Sequence[Tensor], key: Sequence[Tensor], query_place: Tensor, key_place: Tensor, causal: bool
+) -> Tensor:
+    """bool, True where a query attends to a key: elementwise, from the F fields and the position of each."""
+    allowed = (query[0] == key[0]) & _is_visible_level(query[1], key[1])
+    if len(query) == 4:
+        allowed = allowed & _is_annealed(query[2], query[3], query_place, key_place)
+    return allowed & (key_place <= query_place) if causal else allowed
 
 
 def annealing_key_and_threshold(seed: int, sample_index: int, iteration: int, num_steps: int) -> np.ndarray | None:
@@ -66,9 +79,7 @@ def annealed(annealing_B2: Tensor, queries_Q: Tensor, num_keys: int) -> Tensor:
     """
     keys_K = torch.arange(num_keys, device=queries_Q.device)
     key_B, threshold_B = annealing_B2[:, 0, None, None], annealing_B2[:, 1, None, None]
-    numbers_BQK = key_B + ((queries_Q[:, None] << 32) + keys_K) * _INCREMENT
-    random_BQK = _shifted_right(_mixed(numbers_BQK), 11) < threshold_B
-    return random_BQK | (keys_K <= queries_Q[:, None])
+    return _is_annealed(key_B, threshold_B, queries_Q[:, None], keys_K)
 
 
 def block_causal_mask(own_BQ: Tensor, levels_BK: Tensor) -> Tensor:
@@ -77,8 +88,16 @@ def block_causal_mask(own_BQ: Tensor, levels_BK: Tensor) -> Tensor:
     The level of a position of block diffusion (block_diffusion.py sets it) is 2 * start of its block if it is noised,
     2 * start + 1 if it is clean, or 2 * position + 1 if the clean copy is causal.
     """
-    queries, keys = own_BQ[:, :, None], levels_BK[:, None, :]
-    return (keys == queries) | ((keys % 2 == 1) & (keys < queries))
+    return _is_visible_level(own_BQ[:, :, None], levels_BK[:, None, :])
+
+
+def _is_visible_level(query: Tensor, key: Tensor) -> Tensor:
+    return (key == query) | ((key % 2 == 1) & (key < query))
+
+
+def _is_annealed(key: Tensor, threshold: Tensor, query_place: Tensor, key_place: Tensor) -> Tensor:
+    numbers = key + ((query_place << 32) + key_place) * _INCREMENT
+    return (_shifted_right(_mixed(numbers), 11) < threshold) | (key_place <= query_place)
 
 
 def _mixed(numbers: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor
 
 from megatron_a2d.config.model_config import ModelConfig
-from megatron_a2d.diffusion.attention_masks import attention_mask
+from megatron_a2d.diffusion.attention_masks import encoded_mask
 from megatron_a2d.distributed.step_timers import both_ways
 from megatron_a2d.megatron_compat.device import has_cuda, send
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
@@ -291,13 +291,13 @@ class DiffusionLM(LanguageModule):
     def _attention_inputs(
         self, tokens_bs: Tensor, documents: Tensor | None, annealing: Tensor | None, levels: Tensor | None
     ) -> tuple[Tensor | None, PackedSeqParams | None]:
-        """The attention mask, or the packed sequences."""
+        """The encoded attention mask, or the packed sequences."""
         if self.packs_documents:
             assert len(tokens_bs) == 1, "packed sequences need micro-batches of one sample"
             return None, packed_sequences(documents, tokens_bs.size(1))
         documents = None if documents is None else send(documents)
         length = tokens_bs.size(1) * parallel_state.get_context_parallel_world_size()
-        return attention_mask(documents, annealing, levels, length, lambda whole: cp_slice(whole, dim=1)), None
+        return encoded_mask(documents, annealing, levels, length), None
 
     def _rotary(self, hidden: Tensor | None, positions: Tensor | None) -> Tensor:
         """Rotary angles of this rank's slice of the sequence, [s, b or 1, 1, head size]."""

@@ -17,6 +17,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_a2d.model.masked_attention import Mask, dense_mask, no_mask, sparse_attention
+
 
 class CoreAttention(MegatronModule):
     """Scaled dot-product attention, bidirectional or causal. [s, b, n, d] in, [s, b, n * d] out.
@@ -45,33 +47,27 @@ class CoreAttention(MegatronModule):
             self.context_parallel_group = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """`attention_mask` [b, 1, s, all positions] is True where attention is masked, as in megatron."""
-        if self.context_parallel_group is not None:
+        """`attention_mask` [b, F, all positions] is encoded (diffusion/attention_masks.py); None: full attention."""
+        group, num_queries = self.context_parallel_group, query.size(0)
+        if group is not None:
             # Backward sums the ranks' gradients of each slice and returns the sum to its owner.
-            key, value = (
-                gather_from_sequence_parallel_region(tensor, group=self.context_parallel_group)
-                for tensor in (key, value)
-            )
-        allowed = None if attention_mask is None else ~attention_mask
-        is_causal = self.is_causal
-        if is_causal and (allowed is not None or self.context_parallel_group is not None):
-            past = self._past(query.size(0), key.size(0), query.device)
-            allowed, is_causal = past if allowed is None else past & allowed, False
+            key, value = (gather_from_sequence_parallel_region(tensor, group=group) for tensor in (key, value))
+        mask = None
+        if attention_mask is not None or (self.is_causal and group is not None):
+            first = 0 if group is None else torch.distributed.get_rank(group) * num_queries
+            encoded = no_mask(key.size(0), key.device) if attention_mask is None else attention_mask
+            mask = Mask(encoded, slice(first, first + num_queries), self.is_causal)
+            context = sparse_attention(query, key, value, mask, self.softmax_scale)
+            if context is not None:
+                return context.flatten(2)
         query_bnsd, key_bnsd, value_bnsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context_bnsd = F.scaled_dot_product_attention(
             query_bnsd,
             key_bnsd,
             value_bnsd,
-            attn_mask=allowed,
-            is_causal=is_causal,
+            attn_mask=None if mask is None else dense_mask(mask),
+            is_causal=self.is_causal and mask is None,
             scale=self.softmax_scale,
             enable_gqa=True,
         )
-        return context_bnsd.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
-
-    def _past(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        """[queries, keys], True where a key is not after its query; the queries are this rank's slice."""
-        group = self.context_parallel_group
-        first = 0 if group is None else torch.distributed.get_rank(group) * num_queries
-        queries = torch.arange(first, first + num_queries, device=device)
-        return torch.arange(num_keys, device=device)[None, :] <= queries[:, None]
+        return context_bnsd.permute(2, 0, 1, 3).reshape(num_queries, query.size(1), -1)

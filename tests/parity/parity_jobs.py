@@ -7,8 +7,6 @@ held against the same slice of the one-process reference, whatever layout made t
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +22,6 @@ from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import RunConfig, build
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.model import experts
 from megatron_a2d.training.checkpointing import CheckpointWriter
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
 from megatron_a2d.training.initialization import build_train_state, initialize_state, load_checkpoint, set_to_mean
@@ -35,6 +32,7 @@ from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import count_loads, forward_backward, loss_totals, train_step
 from megatron_a2d.training.training_diagnostics import Monitor
 from megatron_a2d.training.validation import run_validation
+from tests.parity.arithmetic import Reversed, small_tiles, split_contractions
 from tests.tiny import MASK_TOKEN_ID
 
 # Large enough to see every part of the update, and an epsilon that keeps Adam from turning the rounding
@@ -56,18 +54,19 @@ def train_steps(
     pieces: int = 1,
     reverse: bool = False,
     in_fp32: bool = False,
+    in_tiles: bool = False,
 ) -> dict[str, Any]:
     """Train a few steps; returns losses, gradient norms and the largest differences from `reference`.
 
     relative: the worst tensor's root mean square difference over its root mean square, instead of the largest absolute
     one. pieces: matrix products sum their contraction in so many pieces. reverse: the samples of a batch backwards.
-    in_fp32: what is refused without bf16 is done all the same.
+    in_fp32: what is refused without bf16 is done all the same. in_tiles: masked attention is, like long sequences'.
     """
     config, state, batches = _start(checkpoint, settings, fix_experts, {"bf16": True} if in_fp32 else {})
     if reverse:
-        batches = _Reversed(batches)
+        batches = Reversed(batches)
     losses, norms, gradients = [], [], {}
-    with _split_contractions(pieces):
+    with split_contractions(pieces), small_tiles() if in_tiles else contextlib.nullcontext():
         for _ in range(num_steps):
             loss, norm, gradients = _step(config, state, batches)
             losses.append(loss)
@@ -90,48 +89,6 @@ def train_steps(
             result[name] = float(values.max()) if len(values) else float("nan")
         result["gradient_distance"] = _distance(gradients, expected["gradients"])
     return result
-
-
-class _Reversed:
-    """The micro-batches of an iteration, last one first."""
-
-    def __init__(self, batches: Any):
-        self.num_microbatches = batches.num_microbatches
-        self._batches, self._waiting = batches, []
-
-    def __next__(self) -> Any:
-        if not self._waiting:
-            self._waiting = [next(self._batches) for _ in range(self.num_microbatches)]
-        return self._waiting.pop()
-
-    def __iter__(self) -> Any:
-        return self
-
-
-@contextlib.contextmanager
-def _split_contractions(pieces: int) -> Iterator[None]:
-    """a @ b as a sum over slices of the contraction, each rounded to a's dtype, as in tensor parallelism."""
-    original, method = torch.matmul, torch.Tensor.matmul
-
-    def split(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
-        if b.dim() != 2 or pieces == 1:
-            return original(a, b, **options)
-        parts = zip(a.tensor_split(pieces, -1), b.tensor_split(pieces, 0), strict=True)
-        return torch.stack([original(left, right, **options) for left, right in parts]).sum(0)
-
-    def split_groups(tokens: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        if pieces == 1:
-            return grouped_product(tokens, weight, ends)
-        bounds = itertools.pairwise([0, *ends.tolist()])
-        return torch.cat([split(tokens[a:b], matrix.T) for matrix, (a, b) in zip(weight, bounds, strict=True)])
-
-    grouped_product = experts.grouped_product
-    torch.matmul, torch.Tensor.matmul = split, split  # type: ignore[assignment]
-    experts.grouped_product = split_groups
-    try:
-        yield
-    finally:
-        torch.matmul, torch.Tensor.matmul, experts.grouped_product = original, method, grouped_product
 
 
 def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> dict[str, Any]:

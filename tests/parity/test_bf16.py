@@ -111,6 +111,15 @@ def test_layout_is_within_the_bound(
     assert all(value <= bound[name] for name, value in differences.items()), (differences, bound)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["block + ar", "isolated"])
+def test_attention_in_tiles_is_within_the_bound(
+    kind: str, bf16_cases: dict[str, Case], bf16_references: dict[str, Any], bounds: dict[str, Bounds], pool: Pool
+) -> None:
+    differences = compare(pool, bf16_cases[kind], bf16_references[kind], 1, BF16, relative=True, in_tiles=True)
+    assert all(value <= bounds[kind][name] for name, value in differences.items()), (differences, bounds[kind])
+
+
 def test_the_bound_sees_errors(
     bf16_cases: dict[str, Case], bf16_references: dict[str, Any], bounds: dict[str, Bounds], pool: Pool
 ) -> None:

@@ -77,6 +77,22 @@ def test_layout_equals_one_process(
     assert all(value < TOLERANCE for value in differences.values()), differences
 
 
+TILED = [layout for layout in LAYOUTS if layout.case in ("block", "block + ar", "annealing", "isolated")]
+TILED += [Layout("ar", "CP2", 2, CP), Layout("grafting", "CP2 x PP2, EP2", 4, {**CP, **PP, **EP})]
+TILED += [Layout("block", "recomputed", 1, {"recompute_granularity": "full"})]
+
+
+@each(TILED, quick=lambda layout: layout.case == "block + ar")
+def test_attention_in_tiles_equals_one_process(
+    layout: Layout, cases: dict[str, Case], references: dict[str, Any], pool: Pool
+) -> None:
+    """Masked entries are not computed, and what is computed is as under the dense mask."""
+    differences = compare(
+        pool, cases[layout.case], references[layout.case], layout.ranks, layout.settings, in_tiles=True
+    )
+    assert all(value < TOLERANCE for value in differences.values()), differences
+
+
 def test_the_comparison_sees_small_errors(cases: dict[str, Case], references: dict[str, Any], pool: Pool) -> None:
     """Negative control: a learning rate that is off by one part in a thousand."""
     differences = compare(pool, cases["moe"], references["moe"], 1, {"lr": 1.001e-2})
