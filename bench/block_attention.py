@@ -10,8 +10,8 @@ process during one pass. Ratios are above 1 where tiles are faster.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -40,7 +40,7 @@ def main() -> None:
         compared.append(compare(name, sides, [("dense mask", "tiles")], rounds=options.rounds))
         memory = {kind: peak_bytes(kind, length) for kind in KINDS}
         figures += [Figure(f"peak memory, {length:,} tokens, {kind}", "bytes", [float(memory[kind])]) for kind in KINDS]
-        print(f"{name}: peak memory {memory['tiles'] / memory['dense mask']:.2f} of a dense mask's")
+        print(f"{name}: peak memory {memory['tiles'] / max(1, memory['dense mask']):.2f} of a dense mask's")
     settings = {"block_length": BLOCK, "num_attention_heads": HEADS, "head_dim": HEAD_SIZE, "lengths": lengths}
     write(options.out, "block_attention", compared, figures, settings)
 
@@ -57,11 +57,11 @@ def attention(kind: str, length: int) -> Callable[[], None]:
 
     def run() -> None:
         if kind == "tiles":
-            output = sparse_attention(*tensors, mask, None)
+            output = sparse_attention(tensors[0], tensors[1], tensors[2], mask, None)
             assert output is not None
         else:
-            heads_first = (tensor.permute(1, 2, 0, 3) for tensor in tensors)
-            output = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=dense_mask(mask))
+            query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in tensors)
+            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense_mask(mask))
             output = output.permute(2, 0, 1, 3)
         torch.autograd.grad(output, tensors, gradient)
 
@@ -74,12 +74,18 @@ def peak_bytes(kind: str, length: int) -> int:
 
 
 def _resident_growth(kind: str, length: int) -> int:
-    """Growth of the process's largest resident size during one pass, of a process that has made a short one."""
+    """Growth of the process's resident size during one pass, at its largest; after a short pass."""
     attention(kind, 256)()
     run = attention(kind, length)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size begins anew
+    before = _status_bytes("VmRSS")
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(name: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
