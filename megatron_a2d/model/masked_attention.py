@@ -35,7 +35,7 @@ class Mask(NamedTuple):
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float | None) -> Tensor | None:
     """Attention [s, b, n, d] that skips masked entries; None where a dense mask is faster or all there is."""
-    if key.size(0) < SHORTEST:
+    if key.size(0) < SHORTEST or key.is_meta:  # a rehearsal's tensors have no values
         return None
     if query.is_cpu and has_kernel() and (groups := _once_per_mask("tiles", mask, lambda: _tiles_of_samples(mask))):
         return _tiled(query, key, value, groups, scale)
@@ -112,6 +112,8 @@ def _once_per_mask(what: str, mask: Mask, make: Callable[[], Any]) -> Any:
     A mask is known by its memory and the number of changes to it. It is kept, so that no other takes its place there.
     """
     tensor, queries, causal = mask
+    if tensor.is_meta:  # of no memory to be known by
+        return make()
     name = (what, tensor.data_ptr(), tensor._version, tensor.shape, queries.start, queries.stop, causal)
     if name not in _made:
         _made[name] = tensor, make()
