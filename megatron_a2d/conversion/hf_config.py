@@ -188,6 +188,7 @@ def config_json(kind: Format, model: Exported) -> dict[str, Any]:
     }
     if kind == "sdar":
         config |= {"block_size": config.pop("block_length"), "tie_word_embeddings": False, "sliding_window": None}
+        config["fuse_cross_entropy"] = True  # SDAR's own modelling code asks for it
         # LMDeploy needs a number.
         config["pad_token_id"] = next(x for x in (config["pad_token_id"], *model.ends.ids, 0) if x is not None)
     if kind == "rnd1":

@@ -94,6 +94,7 @@ def test_config_json_is_what_engines_read(kind: str, exports: dict[str, Path]) -
     assert config["mask_token_id"] == MASK and config["block_size"] == BLOCK and "block_length" not in config
     assert config["pad_token_id"] == tiny.END_OF_TEXT and config["eos_token_id"] == tiny.TURN_END
     assert config["label_shift"] is False and config["objective"] == "block"
+    assert config["fuse_cross_entropy"] is True, "SDAR's own modelling code"
     if kind == "moe":
         experts = {
             "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True,
