@@ -50,8 +50,8 @@ class RowSource(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
-        """The rows of `row_range`, [stop - start, *rest]."""
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
+        """The rows of `row_range`, [stop - start, *rest]; in `memory`, of their size, if no other is needed."""
 
 
 class Remapped:
@@ -71,9 +71,12 @@ class Remapped:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
-        parts = [self._source.read(part) for part in self._locate(row_range)]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
+        located = self._locate(row_range)
+        if len(located) == 1:
+            rows = self._source.read(located[0], memory)
+        else:
+            rows = torch.cat([self._source.read(part) for part in located])
         return cast(rows, self._dtypes[row_range.name], row_range.name)
 
 
@@ -95,8 +98,8 @@ class FiniteCheck:
         self._source = source
         self.non_finite: set[str] = set()
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
-        rows = self._source.read(row_range)
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
+        rows = self._source.read(row_range, memory)
         if not is_finite(rows):
             self.non_finite.add(row_range.name)
         return rows
@@ -192,20 +195,42 @@ class StreamedFile:
             if error.errno != errno.EINVAL:  # the file system does not support direct I/O
                 raise
             self._descriptor = os.open(path, flags, 0o666)
-        self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # page-aligned, as direct I/O requires
-        self._filled = 0
+        # Page-aligned, as direct I/O requires; rows that are read into it may go beyond the end of a block.
+        self._memory = memoryview(mmap.mmap(-1, 2 * _BLOCK_BYTES))
+        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._filled = 0  # bytes, fewer than a block
+
+    def room(self, size: int) -> memoryview | None:
+        """Memory for the next `size` bytes, which `write` then need not copy; None for more than a block."""
+        return self._memory[self._filled : self._filled + size] if size <= _BLOCK_BYTES else None
+
+    def write_tensor(self, rows: torch.Tensor) -> None:
+        """Write the values of a contiguous tensor, whose memory, if it is that of `room`, is valid no longer."""
+        if rows.data_ptr() == self._address + self._filled:
+            self._filled += rows.nbytes
+            self._flush_block()
+        else:
+            self.write(bytes_of(rows))
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
         while rest:
             part = rest[: _BLOCK_BYTES - self._filled]
-            self._block[self._filled : self._filled + len(part)] = part
+            self._memory[self._filled : self._filled + len(part)] = part
             self._filled, rest = self._filled + len(part), rest[len(part) :]
-            if self._filled == _BLOCK_BYTES:
-                self._flush()
+            self._flush_block()
 
-    def _flush(self) -> None:
-        rest = self._block[: self._filled]
+    def _flush_block(self) -> None:
+        """Write whole pages once a block is full."""
+        if self._filled >= _BLOCK_BYTES:
+            left = self._filled % min(mmap.PAGESIZE, _BLOCK_BYTES)
+            whole = self._filled - left
+            self._flush(whole)
+            self._memory[:left] = self._memory[whole : whole + left]
+            self._filled = left
+
+    def _flush(self, size: int) -> None:
+        rest = self._memory[:size]
         while rest:
             try:
                 count = os.write(self._descriptor, rest)
@@ -214,7 +239,6 @@ class StreamedFile:
                     raise
             else:
                 rest = rest[count:]
-        self._filled = 0
 
     def _use_cache(self) -> bool:
         """Write through the page cache from now on; False if that is so already."""
@@ -229,7 +253,7 @@ class StreamedFile:
         try:
             if kind is None:
                 self._use_cache()  # the end of the file does not fill a page
-                self._flush()
+                self._flush(self._filled)
         finally:
             os.close(self._descriptor)
 
@@ -257,13 +281,23 @@ class OpenFiles:
             raise UserError(f"{path}: ends after byte {offset + len(data)}; the file is truncated, fetch it again")
         return data
 
-    def read_tensor(self, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor of the values at `offset`. Plain reads: mapped pages count as memory."""
+    def read_tensor(
+        self,
+        path: Path,
+        offset: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        memory: memoryview | None = None,
+    ) -> torch.Tensor:
+        """A contiguous tensor of the values at `offset`, in `memory` if it is of their size. Plain reads: mapped pages
+        count as memory."""
         if self._direct:
             return self._read_pages(path, offset, shape, dtype)
-        memory = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-        self.read_into(path, offset, memory.data)
-        return torch.from_numpy(memory).view(dtype).view(tuple(shape))
+        size = math.prod(shape) * dtype.itemsize
+        if memory is None or len(memory) != size:
+            memory = np.empty(size, np.uint8).data
+        self.read_into(path, offset, memory)
+        return torch.frombuffer(memory, dtype=dtype).view(tuple(shape)) if size else torch.empty(shape, dtype=dtype)
 
     def read_into(self, path: Path, offset: int, rest: memoryview) -> None:
         """Fill `rest` with the bytes at `offset`."""

@@ -61,16 +61,16 @@ class TorchDistCheckpoint:
             raise UserError(f"{self._directory}: {name} has the dtype {dtype}, which weights do not have")
         return dtype
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
-        """Rows of a tensor, without its leading axes."""
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
+        """Rows of a tensor, without its leading axes; in `memory` if one read gives them all."""
         rest = self.shapes[row_range.name][len(row_range.lead) + 1 :]
         box = Box(
             (*row_range.lead, row_range.start, *(0 for _ in rest)),
             (*(index + 1 for index in row_range.lead), row_range.stop, *rest),
         )
-        return self.read_box(row_range.name, box).reshape(row_range.stop - row_range.start, *rest)
+        return self.read_box(row_range.name, box, memory).reshape(row_range.stop - row_range.start, *rest)
 
-    def read_box(self, name: str, box: Box) -> torch.Tensor:
+    def read_box(self, name: str, box: Box, memory: memoryview | None = None) -> torch.Tensor:
         """A box of a tensor, assembled from all overlapping chunks; every element must be stored exactly once."""
         dtype, overlaps = self.dtype(name), []
         for chunk in self._tensors[name].near(box):
@@ -79,7 +79,7 @@ class TorchDistCheckpoint:
                 overlaps.append((chunk, overlap))
         self._check_cover(name, box, [overlap for _, overlap in overlaps])
         if len(overlaps) == 1:
-            return self._read_overlap(name, *overlaps[0], dtype)
+            return self._read_overlap(name, *overlaps[0], dtype, memory)
         result = torch.empty(tuple(b - a for a, b in zip(box.start, box.stop, strict=True)), dtype=dtype)
         for chunk, overlap in overlaps:
             target = [slice(a - b, c - b) for a, b, c in zip(overlap.start, box.start, overlap.stop, strict=True)]
@@ -133,7 +133,9 @@ class TorchDistCheckpoint:
                 f"{missing or 'some elements are stored twice'}; the checkpoint is damaged, use another iteration"
             )
 
-    def _read_overlap(self, name: str, chunk: Chunk, box: Box, dtype: torch.dtype) -> torch.Tensor:
+    def _read_overlap(
+        self, name: str, chunk: Chunk, box: Box, dtype: torch.dtype, memory: memoryview | None = None
+    ) -> torch.Tensor:
         """The part of a chunk in `box`, whose indices are those of the full tensor."""
         path, location = self._directory / chunk.location.file, chunk.location
         try:
@@ -147,7 +149,7 @@ class TorchDistCheckpoint:
             ) from None
         offsets = tuple(a - b for a, b in zip(box.start, chunk.offsets, strict=True))
         lengths = tuple(b - a for a, b in zip(box.start, box.stop, strict=True))
-        return read_box(self._files, path, self._payloads[location], chunk.sizes, dtype, offsets, lengths)
+        return read_box(self._files, path, self._payloads[location], chunk.sizes, dtype, offsets, lengths, memory)
 
 
 class _Grid:
@@ -178,6 +180,7 @@ def read_box(
     dtype: torch.dtype,
     offsets: tuple[int, ...],
     lengths: tuple[int, ...],
+    memory: memoryview | None = None,
 ) -> torch.Tensor:
     """The box of `lengths` at `offsets` of a contiguous tensor of `sizes`, whose values start at byte `begin`."""
     axes = len(sizes)
@@ -193,7 +196,7 @@ def read_box(
     strides = [math.prod(sizes[i + 1 :]) for i in range(axes)]
     if inner == 0 or math.prod(lengths[:inner]) == 1:  # one run
         first = sum(a * b for a, b in zip(offsets, strides, strict=True))
-        return files.read_tensor(path, begin + first * dtype.itemsize, lengths, dtype)
+        return files.read_tensor(path, begin + first * dtype.itemsize, lengths, dtype, memory)
     result = torch.empty(lengths, dtype=dtype)
     data, position = bytes_of(result), 0
     for outer in itertools.product(*(range(offsets[i], offsets[i] + lengths[i]) for i in range(inner))):

@@ -43,7 +43,7 @@ class RandomWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
         shape = self.shapes[row_range.name]
         width = torch.Size(shape[1:]).numel()
         count = (row_range.stop - row_range.start) * width

@@ -48,8 +48,8 @@ class RecordedRows:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype or self._source.dtype(name)
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
-        rows, piece = self._read(row_range)
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
+        rows, piece = self._read(row_range, memory)
         self._pieces.setdefault(row_range.name, []).append(piece)
         return rows
 
@@ -76,8 +76,8 @@ class RecordedRows:
         """Read the source again."""
         return self._read(row_range)[1]
 
-    def _read(self, row_range: RowRange) -> tuple[torch.Tensor, Piece]:
-        found = self._source.read(row_range)
+    def _read(self, row_range: RowRange, memory: memoryview | None = None) -> tuple[torch.Tensor, Piece]:
+        found = self._source.read(row_range, memory)
         rows = cast(found, self.dtype(row_range.name), row_range.name)
         rounding = largest_difference(found, rows) if found.dtype != rows.dtype else 0.0
         return rows, Piece(row_range.start, row_range.stop, _checksum(rows), rounding)

@@ -79,7 +79,7 @@ class SafetensorsDirectory:
     def dtype(self, name: str) -> torch.dtype:
         return self.entries[name].dtype
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
         entry = self.entries[row_range.name]
         axes = len(row_range.lead)
         rest = entry.shape[axes + 1 :]
@@ -87,7 +87,8 @@ class SafetensorsDirectory:
         for size, index in zip(entry.shape, (*row_range.lead, row_range.start), strict=False):
             first = first * size + index
         offset = entry.offset + first * math.prod(rest) * entry.dtype.itemsize
-        return self._files.read_tensor(entry.path, offset, (row_range.stop - row_range.start, *rest), entry.dtype)
+        shape = (row_range.stop - row_range.start, *rest)
+        return self._files.read_tensor(entry.path, offset, shape, entry.dtype, memory)
 
     def close(self) -> None:
         self._files.close()
@@ -264,9 +265,11 @@ def _write_file(
             digest.update(part)
         for name in names:
             shape = source.shapes[name]
+            size = math.prod(shape[1:]) * source.dtype(name).itemsize
             for start, stop in slabs(shape, 0, shape[0], source.dtype(name).itemsize):
-                data = bytes_of(source.read(RowRange(name, (), start, stop)).contiguous())
-                file.write(data)
-                digest.update(data)
-                advance(len(data))
+                room = file.room((stop - start) * size)
+                rows = source.read(RowRange(name, (), start, stop), room).contiguous()
+                digest.update(bytes_of(rows))
+                file.write_tensor(rows)
+                advance(rows.nbytes)
     work.record(file_name, {"sha256": digest.hexdigest()})

@@ -122,20 +122,23 @@ def _write_file(
     size = crc = 0
     with StreamedFile(work.directory / name) as file:
 
-        def write(data: bytes | memoryview) -> None:
+        def write(data: bytes) -> None:
             nonlocal size, crc
-            file.write(data)
             size, crc = size + len(data), zlib.crc32(data, crc)
+            file.write(data)
 
         write(first)
         for chunk in chunks:
             assert size == chunk.offset, (name, chunk, size)
             key, lead, start, stop = chunk.row_range
+            matrix, itemsize = chunk.sizes[len(lead) :], source.dtype(key).itemsize
             prefix, suffix = archive_frame(source.dtype(key), chunk.sizes)
             write(prefix)
-            for first_row, end in slabs(chunk.sizes[len(lead) :], start, stop, source.dtype(key).itemsize):
-                rows = source.read(RowRange(key, lead, first_row, end)).contiguous()
-                write(bytes_of(rows))
+            for first_row, end in slabs(matrix, start, stop, itemsize):
+                room = file.room((end - first_row) * math.prod(matrix[1:]) * itemsize)
+                rows = source.read(RowRange(key, lead, first_row, end), room).contiguous()
+                size, crc = size + rows.nbytes, zlib.crc32(bytes_of(rows), crc)
+                file.write_tensor(rows)
                 advance(rows.nbytes)
             write(suffix)
     work.record(name, {"size": size, "crc32": f"{crc:08x}"})

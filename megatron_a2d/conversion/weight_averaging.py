@@ -43,7 +43,7 @@ class MeanRows:
     def dtype(self, name: str) -> torch.dtype:
         return self._sources[0].dtype(name)
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
         total = None
         for source, factor in zip(self._sources, self._factors, strict=True):
             rows = source.read(row_range).float().mul_(factor) if factor != 1 else source.read(row_range).float()

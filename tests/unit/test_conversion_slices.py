@@ -38,7 +38,7 @@ class Tensors:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
         return self._tensors[row_range.name][row_range.lead][row_range.start : row_range.stop]
 
 

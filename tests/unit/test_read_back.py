@@ -154,7 +154,7 @@ class _OneValueOff:
     def __init__(self, source, name: str):
         self.shapes, self.dtype, self._source, self._name = source.shapes, source.dtype, source, name
 
-    def read(self, row_range: RowRange) -> torch.Tensor:
+    def read(self, row_range: RowRange, memory: memoryview | None = None) -> torch.Tensor:
         rows = self._source.read(row_range)
         if row_range.name == self._name and row_range.stop == self.shapes[self._name][0]:
             rows.view(-1)[-1] += 1
