@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
 
@@ -50,6 +51,10 @@ class _SwiGLU(torch.autograd.Function):
 
 class LocalMLP(MLP):
     """megatron.core's MLP with the SwiGLU above."""
+
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, pg_collection: Any = None, **_: Any):
+        # Of a class that it does not know megatron.core 0.16 passes no process groups, and 0.19 those of a MoE layer.
+        super().__init__(config, submodules, tp_group=pg_collection.tp if pg_collection else None)
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,6 +21,8 @@ from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
 from megatron_a2d.model import experts
 from megatron_a2d.model.experts import GroupedExperts
+from megatron_a2d.model.local_linear import LocalColumnParallelLinear, LocalRowParallelLinear
+from megatron_a2d.model.swiglu import LocalMLP
 from megatron_a2d.model.transformer_config import build_transformer_config
 
 EXPERTS, HIDDEN, ROWS = 4, 32, 48
@@ -106,6 +109,22 @@ def test_an_activation_that_is_computed_again(pair: tuple[GroupedExperts, Sequen
     for one, other in zip(plain, recomputed, strict=True):
         assert torch.equal(one, other)
     assert held_again < held
+
+
+def test_the_dense_layers_mlp_is_built_by_either_version(pair: tuple[GroupedExperts, SequentialMLP]) -> None:
+    """megatron.core 0.16 passes no process groups to a class that it does not know, 0.19 those of a MoE layer."""
+    config, linears = (
+        pair[0].config,
+        MLPSubmodules(linear_fc1=LocalColumnParallelLinear, linear_fc2=LocalRowParallelLinear),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    for options in ({}, {"pg_collection": groups, "is_mtp_layer": False, "name": "mlp"}):
+        mlp = LocalMLP(config, linears, **options)
+        output, bias = mlp(torch.ones(5, 2, HIDDEN))
+        assert bias is None
+        inner = F.linear(torch.ones(5, 2, HIDDEN), mlp.linear_fc1.weight)
+        gate, up = inner.chunk(2, dim=-1)
+        assert_same(output, F.linear(F.silu(gate) * up, mlp.linear_fc2.weight))
 
 
 def test_a_rank_without_tokens_in_bf16(pair: tuple[GroupedExperts, SequentialMLP]) -> None:
