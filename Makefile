@@ -53,7 +53,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-latest-cpu test-parity test-te test-rehearsal test-faults test-slurm test-mutants fuzz \
+.PHONY: help setup demo test test-latest test-latest-cpu test-engines test-parity test-te test-rehearsal test-faults test-slurm test-mutants fuzz \
   check data convert-hf train plan export verify inspect publish generate evaluate study bench bench-report gpu
 
 help:  ## list of targets
@@ -130,6 +130,20 @@ test-latest-cpu: setup $(VENV)/installed_newest  ## the same on Python 3.11, wit
 	$(TESTS_NEWEST) $(call in_two,$(VENV)) $(ARGS)
 else
 test-latest-cpu: test
+endif
+
+ifneq ($(MADE),)
+# Their code is fetched, never kept in the repository: 0.9 GB under $(VENV). SDAR's is at the commit that was tried.
+$(VENV)/installed_engines: constraints/engines.txt | $(VENV)/installed
+	@pip() { $(PY) -m pip --disable-pip-version-check --quiet install --no-deps --upgrade "$$@"; } && \
+	  pip --target $(VENV)/engines/lmdeploy --requirement constraints/engines.txt && \
+	  pip --target $(VENV)/engines/transformers5 transformers==5.24.0 && rm -rf $(VENV)/engines/sdar && \
+	  git clone --quiet https://github.com/JetAstra/SDAR $(VENV)/engines/sdar && \
+	  git -C $(VENV)/engines/sdar checkout --quiet c2041a8
+	@touch $@
+
+test-engines: setup $(VENV)/installed_engines  ## exports under LMDeploy's modules and SDAR's own code (fetches 250 MB)
+	A2D_ENGINES=$(CURDIR)/$(VENV)/engines $(TESTS) tests/engines $(ARGS)
 endif
 
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes tests/parity/RESULTS.md
