@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -45,10 +46,29 @@ from megatron_a2d.model.grafted_attention import GraftedSelfAttention
 from megatron_a2d.model.local_attention import LocalSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention
 from megatron_a2d.model.local_linear import LocalColumnParallelLinear, LocalRowParallelLinear
-from megatron_a2d.model.rms_norm import RMSNorm
+from megatron_a2d.model.rms_norm import RMSNorm, TorchRMSNorm
 from megatron_a2d.model.router import Router
 from megatron_a2d.model.swiglu import LocalMLP
 from megatron_a2d.utils.errors import UserError
+
+
+class Parts(NamedTuple):
+    """The modules of a local layer."""
+
+    column: type
+    row: type
+    norm: type
+    attention: type
+    mlp: type
+    moe: type
+
+
+FUSED_PARTS = Parts(
+    LocalColumnParallelLinear, LocalRowParallelLinear, RMSNorm, LocalSelfAttention, LocalMLP, LocalMoELayer
+)
+# For emulation. Rounding to few bits turns a last bit into a step wherever a value lies on a tie, so that all but the
+# products is computed by the formulas of what is emulated.
+TORCHS_PARTS = Parts(ColumnParallelLinear, RowParallelLinear, TorchRMSNorm, SelfAttention, MLP, MoELayer)
 
 Implementation = Literal["transformer_engine", "local"]
 
@@ -102,8 +122,9 @@ def build_block_spec(
         recipes = [emulation and emulation.of_layer(first + n, config.num_layers) for n in range(num_layers)]
         # Emulated experts are not grouped, and all layers of a model store theirs in one way.
         grouped = config.moe_grouped_gemm and can_group(config) and emulation is None
-        specs = {recipe: _local_layer(config, mask_type, grouped, recipe) for recipe in dict.fromkeys(recipes)}
-        layers, final_norm = [specs[recipe] for recipe in recipes], RMSNorm
+        parts = TORCHS_PARTS if emulation else FUSED_PARTS
+        specs = {recipe: _local_layer(config, mask_type, grouped, parts, recipe) for recipe in dict.fromkeys(recipes)}
+        layers, final_norm = [specs[recipe] for recipe in recipes], parts.norm
         for layer in specs.values() if grafts else ():
             layer.submodules.self_attention.module = GraftedSelfAttention
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
@@ -131,39 +152,39 @@ def _moe_submodules(mlp: Any) -> MoESubmodules:
 
 
 def _local_layer(
-    config: TransformerConfig, mask_type: AttnMaskType, grouped: bool, recipe: str | None = None
+    config: TransformerConfig, mask_type: AttnMaskType, grouped: bool, parts: Parts, recipe: str | None = None
 ) -> ModuleSpec:
     """`recipe`: that of the FP8 or FP4 products that are emulated; None: they are in the parameters' type."""
-    column = emulated(EmulatedColumnParallelLinear, recipe) if recipe else LocalColumnParallelLinear
-    row = emulated(EmulatedRowParallelLinear, recipe) if recipe else LocalRowParallelLinear
+    column = emulated(EmulatedColumnParallelLinear, recipe) if recipe else parts.column
+    row = emulated(EmulatedRowParallelLinear, recipe) if recipe else parts.row
     linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     # Transformer Engine fuses a norm into the linear layer that follows. The local layer's norms are stored
     # under those names, so that one checkpoint serves both.
     stored_as = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts is None:
-        mlp = ModuleSpec(module=LocalMLP, submodules=linears)
+        mlp = ModuleSpec(module=parts.mlp, submodules=linears)
         stored_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
         experts = ModuleSpec(module=GroupedExperts if grouped else SequentialMLP, submodules=linears)
-        mlp = ModuleSpec(module=LocalMoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+        mlp = ModuleSpec(module=parts.moe, submodules=MoESubmodules(experts=experts, router=Router))
     attention = ModuleSpec(
-        module=LocalSelfAttention,
+        module=parts.attention,
         params={"attn_mask_type": mask_type},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
             core_attention=CoreAttention,
             linear_proj=row,
-            q_layernorm=RMSNorm,
-            k_layernorm=RMSNorm,
+            q_layernorm=parts.norm,
+            k_layernorm=parts.norm,
         ),
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=parts.norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=parts.norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=stored_as,

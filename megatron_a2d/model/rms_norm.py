@@ -28,6 +28,13 @@ class RMSNorm(torch.nn.RMSNorm):
         return _Norm.apply(x, self.weight, self.eps)
 
 
+class TorchRMSNorm(RMSNorm):
+    """The norm by torch's own function on every device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.RMSNorm.forward(self, x)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]

@@ -97,7 +97,7 @@ def test_equal_to_the_emulation(
     this carries is seen in the emulation itself, with operands off by a last bit.
     """
     job, path, parallel = wide[kind], str(tmp_path / "reference.pt"), LAYOUTS[layout]
-    seed = 9 if is_exact and parallel else 3  # one with which no value of an exact case lies on a tie
+    seed = (11 if parallel else 4) if is_exact else 3  # with which no value of an exact case lies on a tie
     batch = {"seq_length": 64, "global_batch_size": 4, "seed": seed}
     settings = {**job["settings"], **batch, "fp4_recipe": "nvfp4", **more, **parallel}
 
