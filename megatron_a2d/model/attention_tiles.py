@@ -10,7 +10,7 @@ Shapes: F the mask's fields, K all keys, C chunks, Q the queries of a chunk.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from megatron_a2d.diffusion.attention_masks import allowed_entries
 CHUNK = 64  # queries: shorter chunks compute fewer masked entries, longer ones need fewer and larger calls
 # Documents shorter than this may share a chunk; so few open keys, or closed ones between mixed ones, are mixed.
 SHORT = 32
+MOST = 256  # queries that a call copies
 
 Range = tuple[int, int]  # of positions: the first, and one past the last
 Ranges = tuple[Range, ...]
@@ -55,7 +56,21 @@ def tiles_of(encoded_FK: Tensor, queries: slice, causal: bool) -> list[Tiles]:
     for parts in mixed.values():
         rows, columns, masks = zip(*parts, strict=True)
         calls.append(Tiles(rows, columns, torch.stack(masks)))
-    return calls
+    return [piece for call in calls for piece in pieces(call, MOST)]
+
+
+def pieces(call: Tiles, most: int) -> Iterator[Tiles]:
+    """Calls of at most so many queries: a call copies its queries and keys, unless they are one range."""
+    queries, keys, mask = call
+    if mask is None and length(queries[0]) > most:
+        yield from (
+            Tiles(((part,),), (own,), None) for ranges, own in zip(queries, keys, strict=True) for part in ranges
+        )
+        return
+    step = max(1, most // length(queries[0]))
+    for first in range(0, len(queries), step):
+        part = slice(first, first + step)
+        yield Tiles(queries[part], keys[part], None if mask is None else mask[part])
 
 
 def _unmasked(chunks: list[Range], is_open_CK: Tensor) -> list[Tiles]:

@@ -61,6 +61,7 @@ MASKS = {name: encoded for name, encoded in ENCODED.items() if encoded is not No
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tiles, "CHUNK", 16)
     monkeypatch.setattr(attention_tiles, "SHORT", 8)
+    monkeypatch.setattr(attention_tiles, "MOST", 32)
     monkeypatch.setattr(masked_attention, "SHORTEST", 0)
     monkeypatch.setattr(masked_attention, "_LARGEST_SHARE", 2.0)
 
@@ -133,6 +134,8 @@ def test_compiled_kernel_reads_the_same_mask(name: str) -> None:
 def test_work_follows_the_open_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every open entry is computed once, and few others; calls grow with the logarithm of the length."""
     monkeypatch.undo()
+    most = attention_tiles.MOST
+    monkeypatch.setattr(attention_tiles, "MOST", 1 << 30)
     counts = []
     for length in (256, 512, 1024, 2048):
         encoded_FK = encoded_levels(length)[0]
@@ -140,6 +143,10 @@ def test_work_follows_the_open_entries(monkeypatch: pytest.MonkeyPatch) -> None:
         num_open = int(allowed_entries(encoded_FK[None], slice(0, 2 * length)).sum())
         assert num_open <= sum(call.num_entries for call in calls) <= (1 + 64 / length) * num_open
         counts.append(len(calls))
+        pieces = [piece for call in calls for piece in attention_tiles.pieces(call, most)]
+        assert sum(piece.num_entries for piece in pieces) == sum(call.num_entries for call in calls)
+        copied = [piece.queries for piece in pieces if len(piece.queries) > 1 or len(piece.queries[0]) > 1]
+        assert max(sum(map(attention_tiles.length, queries)) for queries in copied) <= most
     assert counts == [counts[0] + more for more in range(4)]
 
 
