@@ -43,7 +43,7 @@ BENCHMARKS = {
     "mixing_cpu": Benchmark(2, "mixing"),
     "loader_cpu": Benchmark(1, "loader"),
     "masked_head_cpu": Benchmark(1, "chunked_head"),
-    "block_attention_cpu": Benchmark(2, "block_attention"),
+    "block_attention_cpu": Benchmark(6, "block_attention"),
     "sampling_cpu": Benchmark(2, "sampling", ("--model", "DEMO/exported", "--data", "DEMO/corpus_valid")),
     "likelihood_cpu": Benchmark(1, "likelihood"),
     "choice_decisions_cpu": Benchmark(8, "choice_decisions", ("--model", "DEMO/exported")),

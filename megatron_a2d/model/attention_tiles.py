@@ -4,7 +4,7 @@ About a quarter of block diffusion's square of 2 L x 2 L is open. Queries are cu
 (all of its queries attend to it), closed (none does) or mixed. Open keys need no mask. Those of all chunks of a range
 make one tile, those of either half of them two smaller ones, and so on; tiles of equal size are one call of the kernel,
 so there are few. Mixed keys are computed under a mask. A query's parts are joined afterwards (tiled_attention.py).
-Shapes: F the mask's fields, K all keys, C chunks, Q the queries of a chunk.
+Shapes: F the mask's fields, K all keys in G groups, C chunks, Q the queries of a chunk in R groups.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_a2d.diffusion.attention_masks import allowed_entries
+from megatron_a2d.diffusion.attention_masks import are_allowed
 
 CHUNK = 64  # queries: shorter chunks compute fewer masked entries, longer ones need fewer and larger calls
 # Documents shorter than this may share a chunk; so few open keys, or closed ones between mixed ones, are mixed.
@@ -44,13 +44,21 @@ def tiles_of(encoded_FK: Tensor, queries: slice, causal: bool) -> list[Tiles]:
     """The calls that compute the attention of some queries of one sample, counted from the slice's start."""
     chunks, opens = _chunks(encoded_FK[:, queries]), []
     mixed: dict[tuple[int, ...], list[tuple[Ranges, Ranges, Tensor]]] = defaultdict(list)
+    groups_K = _groups(encoded_FK, causal)
+    firsts_G = torch.searchsorted(groups_K, torch.arange(int(groups_K[-1]) + 1))
+    keys_FG = encoded_FK[:, firsts_G]
     for first, end in chunks:
-        chunk = slice(queries.start + first, queries.start + end)
-        (allowed_QK,) = allowed_entries(encoded_FK[None], chunk, causal)
-        is_open_K = _open_keys(allowed_QK)
+        groups_Q = groups_K[queries.start + first : queries.start + end]
+        own = slice(int(groups_Q[0]), int(groups_Q[-1]) + 1)
+        allowed_RG = are_allowed(
+            keys_FG[:, own, None].unbind(), keys_FG[:, None].unbind(), firsts_G[own, None], firsts_G, causal
+        )
+        is_visible_K = allowed_RG.any(0)[groups_K]
+        is_open_K = _open_keys(allowed_RG.all(0)[groups_K], is_visible_K)
         opens.append(is_open_K)
-        if keys := _mixed_keys(allowed_QK, is_open_K):
-            mask = torch.cat([allowed_QK[:, start:stop] for start, stop in keys], dim=1)
+        if keys := _mixed_keys(is_visible_K & ~is_open_K, is_open_K):
+            columns_k = torch.cat([groups_K[start:stop] for start, stop in keys])
+            mask = allowed_RG[groups_Q - own.start][:, columns_k]
             mixed[tuple(mask.shape)].append((((first, end),), keys, mask))
     calls = _unmasked(chunks, torch.stack(opens))
     for parts in mixed.values():
@@ -101,6 +109,14 @@ def length(ranges: Iterable[Range]) -> int:
     return sum(end - first for first, end in ranges)
 
 
+def _groups(encoded_FK: Tensor, causal: bool) -> Tensor:
+    """[K], numbers of the groups of consecutive positions that attend alike, and are attended to alike."""
+    changes = encoded_FK.diff(dim=1).any(0)
+    if causal or len(encoded_FK) > 2:
+        changes = torch.ones_like(changes)
+    return torch.nn.functional.pad(changes.cumsum(0), (1, 0))
+
+
 def _chunks(encoded_FQ: Tensor) -> list[Range]:
     """Chunks of the queries. One begins where a document or a copy of it does, unless another would be too short."""
     documents, levels = encoded_FQ[:2].diff(dim=1)
@@ -116,21 +132,22 @@ def _chunks(encoded_FQ: Tensor) -> list[Range]:
     return chunks
 
 
-def _open_keys(allowed_QK: Tensor) -> Tensor:
-    """[K] bool, keys that all queries attend to; whole chunks of them before mixed keys, so that chunks share tiles."""
-    is_open_K, is_closed_K = allowed_QK.all(0), ~allowed_QK.any(0)
+def _open_keys(is_open_K: Tensor, is_visible_K: Tensor) -> Tensor:
+    """[K] bool, of the keys that all queries attend to, whole chunks of them before mixed keys, so that chunks share
+    tiles; and no short ranges."""
+    is_open_K = is_open_K.clone()
     for first, end in _runs(is_open_K):
         kept = end - first
-        if end < len(is_closed_K) and not is_closed_K[end]:
+        if end < len(is_visible_K) and is_visible_K[end]:
             kept = kept // CHUNK * CHUNK
         is_open_K[first + (kept if kept >= SHORT else 0) : end] = False
     return is_open_K
 
 
-def _mixed_keys(allowed_QK: Tensor, is_open_K: Tensor) -> Ranges:
-    """The other keys to which any query attends, and the few between two of them."""
+def _mixed_keys(is_mixed_K: Tensor, is_open_K: Tensor) -> Ranges:
+    """The ranges of mixed keys, joined where they are a few closed ones apart."""
     found: list[Range] = []
-    for first, end in _runs(allowed_QK.any(0) & ~is_open_K):
+    for first, end in _runs(is_mixed_K):
         if found and first - found[-1][1] < SHORT and not is_open_K[found[-1][1] : first].any():
             first, _ = found.pop()
         found.append((first, end))
