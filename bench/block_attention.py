@@ -5,8 +5,9 @@
 
 Forward and backward pass of one layer's attention, 8 heads of 64, blocks of 32, for samples of 512 to 4,096 tokens:
 twice as many positions, of whose pairs a quarter is open; the mask is made in every pass. And a training step of a
-model of 4 layers at 2,048 tokens. --against: a checkout of another commit. Every side is a process of its own, of which one runs at a time (block_worker.py);
-peak memory is the growth of the first pass. Ratios are above 1 where this build is faster.
+model of 4 layers at 2,048 tokens. --against: a checkout of another commit. Every side is a process of its own, of
+which one runs at a time (block_worker.py); peak memory is the growth of the first pass. Ratios are above 1 where this
+build, which computes few masked entries, is faster.
 """
 
 from __future__ import annotations
