@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_a2d.config.core_attention import isolates_documents, own_attention_problems
 from megatron_a2d.config.fp8_recipe import chosen_recipe, emulation_of
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, flag, settings
@@ -32,47 +33,11 @@ def find_performance_problems(config: RunConfig, model_config: ModelConfig | Non
     problems += [
         *_fp8_problems(config), *_gathered_fp8_problems(config), *_emulation_problems(config),
         *_memory_problems(config), *_overlap_problems(config), *_hybridep_problems(config), *_graph_problems(config),
-        *_engine_problems(config),
+        *_engine_problems(config), *own_attention_problems(config),
     ]  # fmt: skip
     if model_config is not None:
         problems += [*_expert_problems(config, model_config), *_size_problems(config, model_config)]
     return problems
-
-
-def isolates_documents(config: RunConfig) -> bool:
-    """Whether there are samples with intra-document attention."""
-    return config.data.reset_attention_mask or config.data.random_length_prob > 0
-
-
-def refuses_transformer_engine(config: RunConfig) -> str | None:
-    """The settings, if any, that Transformer Engine's layers do not support; None if there are none.
-
-    They take no dense mask: documents are packed sequences, one sample at a time. Their context parallelism shards
-    causal sequences differently from ours, and they restart positions in each document.
-    """
-    isolated, parallel = isolates_documents(config), config.parallel
-    refused = (
-        (
-            "isolated documents (--reset-attention-mask, --random-length-prob) and --micro-batch-size above 1",
-            isolated and config.training.micro_batch_size > 1,
-        ),
-        (
-            "isolated documents (--reset-attention-mask, --random-length-prob) and --context-parallel-size above 1",
-            isolated and parallel.context_parallel_size > 1,
-        ),
-        (
-            "--reset-position-ids without --reset-attention-mask",
-            config.data.reset_position_ids and not config.data.reset_attention_mask,
-        ),
-        ("--conversion annealing", config.diffusion.conversion == "annealing"),
-        ("--conversion grafting", config.diffusion.conversion == "grafting"),
-        ("--objective block", config.diffusion.objective == "block"),
-        (
-            "--objective ar with --context-parallel-size above 1",
-            config.diffusion.objective == "ar" and parallel.context_parallel_size > 1,
-        ),
-    )
-    return next((what for what, chosen in refused if chosen), None)
 
 
 def needs_transformer_engine(config: RunConfig) -> list[str]:
@@ -296,11 +261,6 @@ def _engine_problems(config: RunConfig) -> Iterator[str]:
     if config.training.transformer_impl == "local":
         for name in needs_transformer_engine(config):
             yield f"{_shown(config, name)}: only Transformer Engine has it; use --transformer-impl auto, or remove it"
-    elif refused := refuses_transformer_engine(config):
-        if config.training.transformer_impl == "transformer_engine":
-            yield f"--transformer-impl transformer_engine: does not go with {refused}; use local"
-        for name in needs_transformer_engine(config):
-            yield f"{_shown(config, name)}: needs Transformer Engine, which does not go with {refused}; remove one"
 
 
 def _expert_problems(config: RunConfig, model_config: ModelConfig) -> Iterator[str]:

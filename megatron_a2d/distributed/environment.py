@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_a2d.config.settings import RunConfig
-from megatron_a2d.config.validate_performance import refuses_transformer_engine
 from megatron_a2d.utils.errors import UserError
 
 
@@ -99,7 +98,7 @@ def environment(config: RunConfig, gpu: Gpu | None) -> dict[str, str]:
 
 def _communicates_beside_norms(config: RunConfig) -> bool:
     parallel, performance = config.parallel, config.performance
-    if config.training.transformer_impl == "local" or refuses_transformer_engine(config):
+    if config.training.transformer_impl == "local":
         return False  # the variables are Transformer Engine's
     return (
         parallel.overlap_grad_reduce

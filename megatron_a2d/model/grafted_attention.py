@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_a2d.megatron_compat.versions import is_recomputed
 from megatron_a2d.model.local_attention import LocalSelfAttention
 
 
-class GraftedSelfAttention(LocalSelfAttention):
+class GraftedSelfAttention(SelfAttention):
     """SelfAttention that is bidirectional, and regressed on the causal operator after `start_grafting`."""
 
     _old_weights: dict[str, Tensor] | None = None
@@ -62,6 +63,10 @@ class GraftedSelfAttention(LocalSelfAttention):
             return torch.func.functional_call(self, self._old_weights, arguments, options)[0]
         finally:
             self._runs_old = self.core_attention.is_causal = False
+
+
+class LocalGraftedSelfAttention(GraftedSelfAttention, LocalSelfAttention):
+    """The same in the local layers."""
 
 
 def relative_errors(new: Tensor, old: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_a2d.config.fp8_recipe import Emulation, emulation_of
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, flag
-from megatron_a2d.config.validate_performance import needs_transformer_engine, refuses_transformer_engine
+from megatron_a2d.config.validate_performance import needs_transformer_engine
 from megatron_a2d.megatron_compat.device import has_cuda
 from megatron_a2d.megatron_compat.versions import missing_router_product
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
@@ -42,7 +42,7 @@ from megatron_a2d.model.emulated_layers import (
     emulated,
 )
 from megatron_a2d.model.experts import GroupedExperts, LocalMoELayer, can_group
-from megatron_a2d.model.grafted_attention import GraftedSelfAttention
+from megatron_a2d.model.grafted_attention import GraftedSelfAttention, LocalGraftedSelfAttention
 from megatron_a2d.model.local_attention import LocalSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention
 from megatron_a2d.model.local_linear import LocalColumnParallelLinear, LocalRowParallelLinear
@@ -69,6 +69,9 @@ FUSED_PARTS = Parts(
 # For emulation. Rounding to few bits turns a last bit into a step wherever a value lies on a tie, so that all but the
 # products is computed by the formulas of what is emulated.
 TORCHS_PARTS = Parts(ColumnParallelLinear, RowParallelLinear, TorchRMSNorm, SelfAttention, MLP, MoELayer)
+# Transformer Engine fuses a norm into the linear layer that follows. A norm before it is stored under the same name, so
+# that one checkpoint serves both.
+_NORM_OF_ATTENTION = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 Implementation = Literal["transformer_engine", "local"]
 
@@ -76,18 +79,14 @@ Implementation = Literal["transformer_engine", "local"]
 def choose_implementation(config: RunConfig) -> Implementation:
     """Resolve --transformer-impl for this machine and run."""
     requested = config.training.transformer_impl
-    refused = refuses_transformer_engine(config)
     available = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
-    if requested == "transformer_engine" and refused:
-        raise UserError(f"--transformer-impl transformer_engine: does not go with {refused}; use local")
-    if requested != "local" and not refused and available:
+    if requested != "local" and available:
         return "transformer_engine"
     missing = "package transformer_engine is not installed" if has_cuda() else "machine has no CUDA device"
     if requested == "transformer_engine":
         raise UserError(f"--transformer-impl transformer_engine: this {missing}; use local")
     if needed := needs_transformer_engine(config):
-        reason = f"does not go with {refused}" if refused else f"this {missing}"
-        raise UserError(f"{flag(name)}: needs Transformer Engine, but {reason}; remove it" for name in needed)
+        raise UserError(f"{flag(name)}: needs Transformer Engine, but this {missing}; remove it" for name in needed)
     return "local"
 
 
@@ -105,18 +104,25 @@ def build_block_spec(
     causal: bool,
     vp_stage: int | None = None,
     grafts: bool = False,
+    own_attention: bool = False,
     emulation: Emulation | None = None,
 ) -> TransformerBlockSubmodules:
     """The spec of the layers that this (virtual) pipeline stage builds, and of the final norm.
 
-    `grafts`: attention can be regressed on its causal form. `emulation`: of FP8 or FP4. (Local layers only, both.)
+    `grafts`: attention can be regressed on its causal form. `own_attention`: Transformer Engine's layers have our core
+    attention, which takes any mask. `emulation`: of FP8 or FP4, in local layers.
     """
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layers, final_norm = [_transformer_engine_layer(config, mask_type)] * num_layers, TENorm
+        layer = _transformer_engine_layer(config, mask_type)
+        if own_attention:
+            layer.submodules.self_attention.submodules.core_attention = CoreAttention
+        if grafts:
+            _graft(layer.submodules)
+        layers, final_norm = [layer] * num_layers, TENorm
     else:
         first = get_transformer_layer_offset(config, vp_stage) if emulation else 0
         recipes = [emulation and emulation.of_layer(first + n, config.num_layers) for n in range(num_layers)]
@@ -126,7 +132,7 @@ def build_block_spec(
         specs = {recipe: _local_layer(config, mask_type, grouped, parts, recipe) for recipe in dict.fromkeys(recipes)}
         layers, final_norm = [specs[recipe] for recipe in recipes], parts.norm
         for layer in specs.values() if grafts else ():
-            layer.submodules.self_attention.module = GraftedSelfAttention
+            layer.submodules.self_attention.module = LocalGraftedSelfAttention
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
 
 
@@ -145,6 +151,16 @@ def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType
     return layer
 
 
+def _graft(layer: TransformerLayerSubmodules) -> None:
+    """Grafted attention, and its norm in front of it, since grafting teaches attention alone, not the norm."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    layer.self_attention.module = GraftedSelfAttention
+    layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    layer.input_layernorm = TENorm
+    layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **_NORM_OF_ATTENTION}
+
+
 def _moe_submodules(mlp: Any) -> MoESubmodules:
     """Of a MoE layer's spec, which megatron.core writes as a ModuleSpec (0.16.1) or a partial (0.19.2)."""
     submodules: MoESubmodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
@@ -158,9 +174,7 @@ def _local_layer(
     column = emulated(EmulatedColumnParallelLinear, recipe) if recipe else parts.column
     row = emulated(EmulatedRowParallelLinear, recipe) if recipe else parts.row
     linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
-    # Transformer Engine fuses a norm into the linear layer that follows. The local layer's norms are stored
-    # under those names, so that one checkpoint serves both.
-    stored_as = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    stored_as = dict(_NORM_OF_ATTENTION)
     if config.num_moe_experts is None:
         mlp = ModuleSpec(module=parts.mlp, submodules=linears)
         stored_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

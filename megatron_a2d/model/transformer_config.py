@@ -161,6 +161,9 @@ def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any
         # Otherwise a graph is captured as that of a step's first micro-batch, and every later one, with fused
         # accumulation, replaces the gradients of those before it (Transformer Engine's pull request 2715).
         fields["disable_parameter_transpose_cache"] = True
+    if config.diffusion.conversion == "grafting":
+        # Otherwise the FP8 copies of a micro-batch's first weights, the old operator's, also serve the new operator.
+        fields["disable_parameter_transpose_cache"] = True
     if performance.recompute_granularity == "full":
         fields.update(
             recompute_granularity="full",

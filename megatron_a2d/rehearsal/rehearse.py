@@ -15,7 +15,6 @@ from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import PerformanceConfig, RunConfig, flag, settings
 from megatron_a2d.config.validate_performance import (
     needs_transformer_engine,
-    refuses_transformer_engine,
     without_effect,
 )
 from megatron_a2d.planner.cluster import Cluster
@@ -62,7 +61,7 @@ def choose_layers(config: RunConfig, has_engine: bool) -> Layers:
         notes.append("--cuda-graph-impl: a step before the graphs are captured")
     if config.training.load or config.data.train_data_path or config.data.data_mixture:
         notes.append("checkpoint and data are not read; --dry-run checks them")
-    if requested != "local" and not refuses_transformer_engine(config):
+    if requested != "local":
         if has_engine:
             return Layers("transformer_engine", config, notes)
         off = needs_transformer_engine(config)

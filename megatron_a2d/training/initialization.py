@@ -39,10 +39,10 @@ from megatron_a2d.checkpoint.state_dict import (
     sharding_metadata,
 )
 from megatron_a2d.checkpoint.torch_dist_reader import EXPERT_BIAS, read_common
+from megatron_a2d.config.core_attention import isolates_documents, own_attention_reason
 from megatron_a2d.config.fp8_recipe import emulation_of, engine_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
-from megatron_a2d.config.validate_performance import isolates_documents
 from megatron_a2d.megatron_compat import schedule_plans
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version, device
 from megatron_a2d.megatron_compat.versions import mark_expert_parameters
@@ -109,12 +109,14 @@ def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | No
     """This rank's pipeline stage of the model, or one of its virtual stages; the weights are uninitialised."""
     transformer_config = build_transformer_config(model_config, config)
     implementation, emulation = choose_implementation(config), emulation_of(config)
+    own_attention = own_attention_reason(config) is not None
     spec = build_block_spec(
         transformer_config,
         implementation,
         causal=config.diffusion.objective == "ar",
         vp_stage=vp_stage,
         grafts=config.diffusion.conversion == "grafting",
+        own_attention=own_attention,
         emulation=emulation,
     )
     model = DiffusionLM(
@@ -124,7 +126,7 @@ def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | No
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         vp_stage=vp_stage,
-        packs_documents=implementation == "transformer_engine" and isolates_documents(config),
+        packs_documents=implementation == "transformer_engine" and isolates_documents(config) and not own_attention,
         output_layer=output_layer(emulation),
     ).to(device())
     if config.balancing.moe_router_enable_expert_bias:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from megatron_a2d.config.settings import build
-from megatron_a2d.config.validate_performance import refuses_transformer_engine
 from tests.cases import VARIANTS
 from tests.parity.layouts import LAYOUTS, Layout
-from tests.parity.parity_jobs import SETTINGS
 
 DENSE_FUSIONS = {"apply_rope_fusion": True, "gradient_accumulation_fusion": True}
 FUSIONS = {**DENSE_FUSIONS, "moe_permute_fusion": True, "moe_router_fusion": True}
@@ -35,12 +32,15 @@ def is_dense(case: str) -> bool:
     return case.startswith("dense")
 
 
-def fusions(case: str) -> dict[str, Any]:
-    return DENSE_FUSIONS if is_dense(case) else FUSIONS
+def fusions(case: str, micro_batch_size: int = 1) -> dict[str, Any]:
+    """All that the case can have: each sample of block diffusion has positions of its own."""
+    found = DENSE_FUSIONS if is_dense(case) else FUSIONS
+    return found | {"apply_rope_fusion": False} if "block" in case and micro_batch_size > 1 else found
 
 
-def fused_kernels(case: str) -> frozenset[str]:
-    return frozenset(FUSED_KERNELS if is_dense(case) else FUSED_MOE_KERNELS)
+def fused_kernels(case: str, own: dict[str, Any]) -> frozenset[str]:
+    found = FUSED_KERNELS if is_dense(case) else FUSED_MOE_KERNELS
+    return frozenset(found if own["apply_rope_fusion"] else found - FUSED_KERNELS)
 
 
 def variant_of(case: str) -> dict[str, Any]:
@@ -48,17 +48,12 @@ def variant_of(case: str) -> dict[str, Any]:
     return VARIANTS.get(case, {"isolated": {"reset_attention_mask": True}, "ar": {"objective": "ar"}}.get(case, {}))
 
 
-def refused(layout: Layout) -> str | None:
-    """Why Transformer Engine's layers are not chosen there."""
-    return refuses_transformer_engine(build(SETTINGS | variant_of(layout.case) | layout.settings))
-
-
 def _fused_layouts() -> list[EngineCase]:
-    """Every layout of the parity tests that these layers can have, with all fusions."""
+    """Every layout of the parity tests, with all fusions."""
     return [
-        EngineCase(layout._replace(settings=fusions(layout.case) | layout.settings), {}, fused_kernels(layout.case))
+        EngineCase(layout._replace(settings=own | layout.settings), {}, fused_kernels(layout.case, own))
         for layout in LAYOUTS
-        if not refused(layout)
+        for own in [fusions(layout.case, layout.settings.get("micro_batch_size", 1))]
     ]
 
 
@@ -67,9 +62,10 @@ def _selective(*modules: str) -> dict[str, Any]:
 
 
 BALANCED = {"moe_aux_loss_coeff": 0.1, "moe_aux_loss_tokens": "by_kind", "moe_z_loss_coeff": 0.01}
+NOT_FUSED = "dense", "dense_tied", "moe", "ar", "isolated", "frozen", "cart", "block", "annealing", "grafting"
 # On one process: name, what is set with Transformer Engine's layers, and what is set on both sides.
 _ONE_PROCESS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
-    *((case, "no fusion", {}, {}) for case in ("dense", "dense_tied", "moe", "ar", "isolated", "frozen", "cart")),
+    *((case, "no fusion", {}, {}) for case in NOT_FUSED),
     *((case, "all fusions", fusions(case), {}) for case in ("dense", "dense_tied", "moe", "isolated", "frozen")),
     *(("dense", name, {name: True}, {}) for name in DENSE_FUSIONS),
     *(("moe", name, {name: True}, {}) for name in ("moe_permute_fusion", "moe_router_fusion")),
@@ -99,6 +95,15 @@ _ONE_PROCESS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         {**BALANCED, "moe_router_load_balancing_type": "seq_aux_loss"},
     ),
     ("dense", "micro-batches of 4", DENSE_FUSIONS, {"micro_batch_size": 4}),
+    (
+        "isolated",
+        "micro-batches of 4, recompute core_attn",
+        {**FUSIONS, **_selective("core_attn")},
+        {"micro_batch_size": 4},
+    ),
+    ("moe", "positions from 0 in each document, not isolated", FUSIONS, {"reset_position_ids": True}),
+    ("block", "recompute full", {**FUSIONS, "recompute_granularity": "full"}, {}),
+    ("annealing", "one expert at a time", {**FUSIONS, "moe_grouped_gemm": False}, {}),
 ]
 
 CASES = [
@@ -109,5 +114,6 @@ CASES = [
 QUICK = {
     "dense: TP2+SP", "dense_tied: PP2", "dense: CP2", "moe: DP2, overlap", "moe: TP2+SP, ETP2", "isolated: TP2+SP, EP2",
     "moe: no fusion", "ar: no fusion", "frozen: all fusions", "moe: recompute moe_act, layernorm",
-    "moe: EP2, allgather dispatcher", "moe: balanced experts, recompute moe",
+    "moe: EP2, allgather dispatcher", "moe: balanced experts, recompute moe", "block + ar: VPP2 x TP2+SP, EP2",
+    "grafting: no fusion",
 }  # fmt: skip

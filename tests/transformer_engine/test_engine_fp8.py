@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import VARIANTS
 from tests.parity.layouts import CP, EP, OVERLAP, PP, TP_SP
 from tests.parity.pool import Pool
 from tests.transformer_engine.engine_cases import fusions
@@ -103,6 +104,36 @@ def test_equal_to_the_emulation(
     # A last bit can put a value on the other side of a tie of the rounding, and what is computed of it follows; a weight
     # that was not rounded again, or in the wrong direction, changes all of them.
     assert found["loss"] < 1e-3 and found["gradients"] < plain["gradients"] / 4, plain
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("variant", "recipe"),
+    [
+        (variant, recipe)
+        for variant in ("block + ar", "annealing", "grafting")
+        for recipe in RECIPES
+        if (variant, recipe) != ("grafting", "delayed")  # refused
+    ],
+)
+def test_own_attention_equal_to_the_emulation(
+    variant: str,
+    recipe: str,
+    wide: dict[str, Any],
+    emulated: Emulated,
+    engine_pool: EnginePool,
+    engine_results: EngineResults,
+) -> None:
+    """With our core attention in the place of Transformer Engine's. Grafting in its second step: the old operator's
+    weights are other ones than the new operator's, and FP8 copies of the one must not serve the other."""
+    shared, num_steps = VARIANTS[variant] | fusions("moe"), 2 if variant == "grafting" else 1
+    reference = emulated("moe", recipe, num_steps, **VARIANTS[variant])
+    found, plain = (
+        engine_steps(engine_pool, wide["moe"], name, reference, num_steps=num_steps, **shared)
+        for name in (recipe, "none")
+    )
+    record_step(engine_results, ("moe", recipe, variant), found, plain)
+    assert found["loss"] < 1e-3 and found["gradients"] < plain["gradients"] / 4, (found, plain)
 
 
 # Tokens of a process are whole blocks of 128 where they are gathered.

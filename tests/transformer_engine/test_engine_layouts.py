@@ -11,13 +11,9 @@ from typing import Any
 
 import pytest
 
-from megatron_a2d.config.settings import build
-from megatron_a2d.config.validate_performance import find_performance_problems
 from tests.cases import Case
-from tests.parity.layouts import LAYOUTS, Layout
-from tests.parity.parity_jobs import SETTINGS
 from tests.parity.test_layouts import compare
-from tests.transformer_engine.engine_cases import CASES, QUICK, EngineCase, refused, variant_of
+from tests.transformer_engine.engine_cases import CASES, QUICK, EngineCase
 from tests.transformer_engine.engine_pool import EnginePool
 from tests.transformer_engine.engine_results import EngineResults
 
@@ -44,15 +40,3 @@ def test_equal_to_local_layers(
     engine_results.add("fp32", layout.case, layout.name, str(layout.ranks), **shown)
     assert case.kernels <= engine_pool.calls.keys()
     assert all(value < TOLERANCE for value in differences.values()), differences
-
-
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if refused(layout)], ids=str)
-def test_refused_layouts(layout: Layout, engine_results: EngineResults) -> None:
-    """Asked for, Transformer Engine's layers are an error that names what they cannot do; left to choose, local ones are
-    taken."""
-    reason = refused(layout)
-    settings = SETTINGS | variant_of(layout.case) | layout.settings
-    problems = find_performance_problems(build({**settings, "transformer_impl": "transformer_engine"}), None)
-    assert any(str(reason) in problem for problem in problems), problems
-    assert not any(str(reason) in problem for problem in find_performance_problems(build(settings), None))
-    engine_results.add("refused", layout.case, layout.name, str(reason).replace("--", ""))

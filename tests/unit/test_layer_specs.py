@@ -21,7 +21,7 @@ from megatron_a2d.config.settings import build
 from megatron_a2d.model import layer_specs
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
 from megatron_a2d.model.emulated_layers import EmulatedOutputLayer
-from megatron_a2d.model.grafted_attention import GraftedSelfAttention
+from megatron_a2d.model.grafted_attention import GraftedSelfAttention, LocalGraftedSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention
 from megatron_a2d.model.router import Router
 from tests.unit.test_training import QWEN3_8B, QWEN3_30B_A3B
@@ -55,13 +55,13 @@ def test_the_mask_is_part_of_the_spec(
         assert len(block.layer_specs) == 2
         for layer in block.layer_specs:
             assert layer.submodules.self_attention.params == {"attn_mask_type": mask}
-            assert layer.submodules.self_attention.module is not GraftedSelfAttention
+            assert not issubclass(layer.submodules.self_attention.module, GraftedSelfAttention)
             assert num_experts is None or layer.submodules.mlp.submodules.router is Router
         if implementation == "transformer_engine":
             assert asked.pop() == {"num_experts": num_experts, "moe_grouped_gemm": grouped, "qk_layernorm": True}
         elif not causal:
             grafted = layer_specs.build_block_spec(config, implementation, causal, grafts=True).layer_specs[0]
-            assert grafted.submodules.self_attention.module is GraftedSelfAttention
+            assert grafted.submodules.self_attention.module is LocalGraftedSelfAttention
     assert not asked
 
 

@@ -127,11 +127,8 @@ def test_settings_without_effect_are_refused() -> None:
         {"conversion": "annealing", "attention_annealing_iters": 5}, {"conversion": "grafting", "grafting_iters": 2},
         {"objective": "block", "block_length": 4},
     ):  # fmt: skip
-        name = "objective" if "objective" in masked else "conversion"
-        assert problems(**masked, transformer_impl="transformer_engine") == (
-            f"--transformer-impl transformer_engine: does not go with --{name} {masked[name]}; use local"
-        )
-        assert problems(**masked) == problems(**masked, transformer_impl="local") == ""
+        for layers in ("auto", "local", "transformer_engine"):
+            assert problems(**masked, transformer_impl=layers) == ""
     for good in (
         {"conversion": "annealing", "attention_annealing_iters": 5}, {"loss_weighting": "cart", "cart_p": 0.5},
         {"objective": "ar", "conversion": "random"}, {"lr_mult": {**frozen, "norm": 0.1}},
