@@ -86,8 +86,9 @@ def test_objectives_on_top(recipe: str, capsys: pytest.CaptureFixture[str]) -> N
         if objective.stem in ("annealing", "block", "block_ar", "grafting") and "cuda_graph_impl" in values:
             with pytest.raises(UserError, match="--cuda-graph-scope attn: with --"):
                 train.main(lines)
-            lines = ["--cuda-graph-scope", "mlp", "--no-apply-rope-fusion", *lines]
-        train.main(lines)
+            train.main(["--cuda-graph-scope", "mlp", "--no-apply-rope-fusion", *lines])
+        else:
+            train.main(lines)
         train.main([*lines, str(own / "portable.yaml")])
     assert "128 processes = TP" in capsys.readouterr().out
 
