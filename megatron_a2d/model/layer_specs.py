@@ -168,7 +168,11 @@ def _moe_submodules(mlp: Any) -> MoESubmodules:
 
 
 def _local_layer(
-    config: TransformerConfig, mask_type: AttnMaskType, grouped: bool, parts: Parts, recipe: str | None = None
+    config: TransformerConfig,
+    mask_type: AttnMaskType,
+    grouped: bool,
+    parts: Parts = FUSED_PARTS,
+    recipe: str | None = None,
 ) -> ModuleSpec:
     """`recipe`: that of the FP8 or FP4 products that are emulated; None: they are in the parameters' type."""
     column = emulated(EmulatedColumnParallelLinear, recipe) if recipe else parts.column
