@@ -164,22 +164,14 @@ def _objective_problems(config: RunConfig) -> list[str]:
         belongs(name, is_block, "--objective block")
     need("block_length", not is_block or diffusion.block_length >= 1, "--objective block needs at least 1 token")
     problems += find_schedule_problems(config)
-    need(
-        "complementary_masks", not diffusion.complementary_masks or diffusion.noise_schedule == "linear",
-        "has no complement under --noise-schedule cosine, where mirrored times mask other fractions; use linear",
-    )  # fmt: skip
-    need(
-        "complementary_masks", not diffusion.complementary_masks or diffusion.mask_sampling == "bernoulli",
-        "is not supported with --mask-sampling exact_count; use bernoulli",
-    )  # fmt: skip
-    need(
-        "complementary_masks", not diffusion.complementary_masks or config.training.global_batch_size % 2 == 0,
-        f"needs an even --global-batch-size, not {config.training.global_batch_size}",
-    )  # fmt: skip
-    need(
-        "complementary_masks", not diffusion.complementary_masks or conversion != "grafting",
-        "is not supported with --conversion grafting, whose first iterations mask nothing",
-    )  # fmt: skip
+    batch_size = config.training.global_batch_size
+    for good, why in (
+        (diffusion.noise_schedule == "linear", "needs --noise-schedule linear, whose times have complements"),
+        (diffusion.mask_sampling == "bernoulli", "needs --mask-sampling bernoulli"),
+        (batch_size % 2 == 0, f"needs an even --global-batch-size, not {batch_size}"),
+        (conversion != "grafting", "is not supported with --conversion grafting, whose first iterations mask nothing"),
+    ):  # fmt: skip
+        need("complementary_masks", not diffusion.complementary_masks or good, why)
     need("ar_loss_weight", 0 <= diffusion.ar_loss_weight < math.inf, "must be a finite number, not negative")
     need(
         "loss_weighting", not is_block or diffusion.loss_weighting != "cart",

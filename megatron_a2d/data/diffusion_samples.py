@@ -47,9 +47,10 @@ class TextPairs:
         return self._texts.eod_token_id()
 
 
-def num_texts(num_samples: int, complementary_masks: bool) -> int:
-    """Texts in the first `num_samples` samples of a run."""
-    return (num_samples + 1) // 2 if complementary_masks else num_samples
+def num_texts(config: RunConfig) -> int:
+    """Texts that the whole run reads."""
+    samples = config.training.train_iters * config.training.global_batch_size
+    return samples // 2 if config.diffusion.complementary_masks else samples
 
 
 def make_sample(

@@ -23,9 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_a2d.diffusion.rng import Stream, uniforms
+from megatron_a2d.diffusion.rng import INVERSE_GOLDEN_RATIO, Stream, uniforms
 
-_INVERSE_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 CONTROL_MASKS = 8  # at most, besides the full one
 
 
@@ -53,7 +52,7 @@ def draws(num_tokens: int, num_draws: int, seed: int = 0) -> WeightedMasks:
     masks = np.zeros((num_draws, num_tokens), dtype=bool)
     weights = np.zeros(num_draws)
     for draw in range(num_draws):
-        fraction = (offset + draw * _INVERSE_GOLDEN_RATIO) % 1
+        fraction = (offset + draw * INVERSE_GOLDEN_RATIO) % 1
         size = min(1 + int((fraction >= probabilities.cumsum()).sum()), num_tokens - 1)
         order = uniforms(seed, Stream.CHOICE, 1 + draw, num_tokens).argsort()
         masks[draw, order[:size]] = True

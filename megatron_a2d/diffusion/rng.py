@@ -16,9 +16,10 @@ import numpy as np
 
 from megatron_a2d.diffusion.noise_schedule import SCHEDULES, Schedule
 
-# The golden ratio's inverse as a 64-bit fixed-point fraction. Multiples of it, modulo 1, spread any run
-# of consecutive indices evenly (the additive recurrence of Weyl; Kronecker sequence).
-_INVERSE_GOLDEN_RATIO = 0x9E3779B97F4A7C15
+# Multiples of the golden ratio's inverse, modulo 1, spread any run of consecutive indices evenly (the additive
+# recurrence of Weyl; Kronecker sequence).
+INVERSE_GOLDEN_RATIO = (5**0.5 - 1) / 2
+_INVERSE_IN_64_BITS = 0x9E3779B97F4A7C15  # as a fixed-point fraction, exact for all indices
 _MASK_64 = (1 << 64) - 1
 _LARGEST = 1 - 2.0**-53  # of the numbers that `uniforms` draws
 
@@ -75,7 +76,7 @@ class Noise:
         if self.timestep_sampling == "uniform":
             fraction = uniforms(self.seed, Stream.TIME, sample_index, 1)[0]
         else:
-            fraction = ((_first_time(self.seed) + sample_index * _INVERSE_GOLDEN_RATIO) & _MASK_64) / 2.0**64
+            fraction = ((_first_time(self.seed) + sample_index * _INVERSE_IN_64_BITS) & _MASK_64) / 2.0**64
         return self.min_timestep + (1 - self.min_timestep) * float(fraction)
 
     def times(self, sample_index: int, count: int = 1, reserved: int | None = None) -> list[float]:
@@ -84,8 +85,8 @@ class Noise:
 
         A complement's times are mirrored: uniform in [min_timestep, 1] like those of the other half of its pair.
         """
-        pair, is_complement = divmod(sample_index, 2) if self.complementary else (sample_index, 0)
-        first = pair * (count if reserved is None else reserved)
+        number, is_complement = self._number(sample_index)
+        first = number * (count if reserved is None else reserved)
         times = [self.time(first + number) for number in range(count)]
         return [1 + self.min_timestep - time for time in times] if is_complement else times
 
@@ -96,9 +97,13 @@ class Noise:
         both with a probability of at most min_timestep (linear schedule). Each half is distributed as any sample, so
         that the loss is unbiased.
         """
-        pair, is_complement = divmod(sample_index, 2) if self.complementary else (sample_index, 0)
-        values = uniforms(self.seed, Stream.MASK, pair, length)
+        number, is_complement = self._number(sample_index)
+        values = uniforms(self.seed, Stream.MASK, number, length)
         return _LARGEST - values if is_complement else values
+
+    def _number(self, sample_index: int) -> tuple[int, int]:
+        """The number by which a sample draws, shared by the halves of a pair, and whether it is the complement."""
+        return divmod(sample_index, 2) if self.complementary else (sample_index, 0)
 
 
 @lru_cache(maxsize=64)

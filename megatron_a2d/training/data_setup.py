@@ -42,7 +42,7 @@ def open_datasets(
     if data.data_mixture:
         sources = read_mixture(data.data_mixture)
         train_data = MixedDataset(sources, data.seq_length, seed=data.seed, **checks)
-        train_data.check_epochs(num_texts_of(config))
+        train_data.check_epochs(num_texts(config))
         valid_paths = {source.name: source.valid_path for source in sources if source.valid_path}
     elif data.train_data_path:
         train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, **checks)
@@ -76,12 +76,6 @@ def open_datasets(
             f"fingerprint {found}; restore the data, or start another run"
         )
     return train_data, valid_data
-
-
-def num_texts_of(config: RunConfig) -> int:
-    """Texts (dataset samples) that the whole run reads."""
-    samples = config.training.train_iters * config.training.global_batch_size
-    return num_texts(samples, config.diffusion.complementary_masks)
 
 
 def micro_batches(

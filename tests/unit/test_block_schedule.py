@@ -43,9 +43,10 @@ def test_samples_follow_their_iteration_and_validation_does_not() -> None:
         ({"block_length_schedule": "1:6,2:4"}, "its 10 iterations leave none of --train-iters 10"),
         ({"objective": "mdlm", "block_length": 0}, "--block-length-schedule 1:2, 4:1,40:1: has no effect without"),
         ({"objective": "mdlm", "block_length": 0, "block_length_schedule": "", "reset_block_grid": True}, "--reset-block-grid True: has no effect without --objective block"),
-        ({"complementary_masks": True, "noise_schedule": "cosine"}, "--complementary-masks True: has no complement"),
+        ({"complementary_masks": True, "noise_schedule": "cosine"}, "--complementary-masks True: needs --noise-schedule linear"),
         ({"complementary_masks": True, "global_batch_size": 3}, "needs an even --global-batch-size, not 3"),
-        ({"objective": "mdlm", "block_length": 0, "block_length_schedule": "", "complementary_masks": True, "mask_sampling": "exact_count"}, "not supported with --mask-sampling exact_count"),
+        ({"objective": "mdlm", "block_length": 0, "block_length_schedule": "", "complementary_masks": True, "conversion": "grafting", "grafting_iters": 2}, "--complementary-masks True: is not supported with --conversion grafting"),
+        ({"objective": "mdlm", "block_length": 0, "block_length_schedule": "", "complementary_masks": True, "mask_sampling": "exact_count"}, "--complementary-masks True: needs --mask-sampling bernoulli"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(changes: dict[str, Any], problem: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from megatron_a2d.config.settings import build
 from megatron_a2d.data.dataloader import make_batch
 from megatron_a2d.data.diffusion_samples import TextPairs, num_texts
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
@@ -71,4 +72,5 @@ def test_each_text_twice_in_a_row() -> None:
     batch = make_batch(pairs, lambda tokens, index: corrupt(tokens, index, NOISE, pairs.documents(index)), 4, 4)
     assert batch.labels[:, 0].tolist() == [2, 2, 3, 3] and batch.documents is not None
     assert batch.documents[:, 0].tolist() == [20, 20, 30, 30] and pairs.eod_token_id() == 3
-    assert (num_texts(8, True), num_texts(8, False)) == (4, 8)
+    run = {"train_iters": 4, "global_batch_size": 2}
+    assert (num_texts(build({**run, "complementary_masks": True})), num_texts(build(run))) == (4, 8)

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_a2d.diffusion.model_interface import Model, Request, Window
+from megatron_a2d.diffusion.rng import INVERSE_GOLDEN_RATIO
 from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.token_scores import Scores, position_uniforms, scorer
 from megatron_a2d.diffusion.sampling.unmask_schedule import StepPlan, blocks_of, plan_steps, sizes_of
 from megatron_a2d.diffusion.sampling_options import SamplingOptions
-
-_INVERSE_GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, modulo 1, are evenly spread
 
 # on_step(step, tokens_BL, unmasked_BL): step counts from 1; `unmasked` are the positions unmasked in it
 OnStep = Callable[[int, Tensor, Tensor], None]
@@ -166,7 +165,7 @@ class _State:
             self.tokens_BL[sequence, again] = self.mask_token_id
             self.num_masked[sequence][step.block] += count
             if self.uniforms_BL is not None:  # drawn with the same number, the token would return
-                self.uniforms_BL[sequence, again] = (self.uniforms_BL[sequence, again] + _INVERSE_GOLDEN_RATIO) % 1
+                self.uniforms_BL[sequence, again] = (self.uniforms_BL[sequence, again] + INVERSE_GOLDEN_RATIO) % 1
 
     def _predict(
         self, model: Model, sequences_S: Tensor, candidates_SL: Tensor, window: Window | None, label_shift: bool
