@@ -13,7 +13,7 @@ PY := $(firstword $(wildcard $(BIN)/python3 $(BIN)/python) $(BIN)/python3)
 tests_of = OMP_NUM_THREADS=1 $(if $(MADE),A2D_TRANSFORMERS4=$(CURDIR)/$(1)/transformers4 \
   A2D_TRANSFORMER_ENGINE=$(CURDIR)/$(1)/transformer_engine) $(2) -m pytest
 TESTS := $(call tests_of,$(VENV),$(PY))
-# Two processes where the environment has pytest-xdist (ARGS=-n0: one); what shares a pool of ranks stays in one of them.
+# Two processes where the environment has pytest-xdist (ARGS=-n0: one); what shares a pool of ranks stays together.
 in_two = $(if $(wildcard $(1)/lib/python3*/site-packages/xdist),--numprocesses 2 --dist loadfile)
 
 # What the environment is built with: its own Python if it is there, else any from 3.11 on, under any name. Each name is

@@ -95,13 +95,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With pytest-xdist: file by file, and all files that use a pool of ranks in one process, which has the only pool."""
+    """With pytest-xdist: file by file, and a directory's files that use a pool of ranks in one process, which has it."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # the package may be missing
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "pool" if uses_pool(config.rootpath / file) else file
+            return str(Path(file).parent) if uses_pool(config.rootpath / file) else file
 
     return Scheduling(config, log)
 
