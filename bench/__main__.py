@@ -3,7 +3,7 @@
     python -m bench                          # those whose result is of other code, of another form, or noisy
     python -m bench train_step_cpu convert_cpu    # these
     python -m bench --all
-    python -m bench --against ../older       # a step and a start also against the build in another checkout
+    python -m bench --against ../older       # steps, starts, block attention also against the build in another checkout
 
 Needs a finished `make demo` (--demo) for those that measure its model, and an idle machine. Each writes its file in
 bench/results/, so that an interrupted command continues where it was; afterwards the documents' tables are made anew.
@@ -43,7 +43,7 @@ BENCHMARKS = {
     "mixing_cpu": Benchmark(2, "mixing"),
     "loader_cpu": Benchmark(1, "loader"),
     "masked_head_cpu": Benchmark(1, "chunked_head"),
-    "block_attention_cpu": Benchmark(6, "block_attention"),
+    "block_attention_cpu": Benchmark(6, "block_attention", has_against=True),
     "sampling_cpu": Benchmark(2, "sampling", ("--model", "DEMO/exported", "--data", "DEMO/corpus_valid")),
     "likelihood_cpu": Benchmark(1, "likelihood"),
     "choice_decisions_cpu": Benchmark(8, "choice_decisions", ("--model", "DEMO/exported")),
