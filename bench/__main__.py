@@ -44,7 +44,7 @@ BENCHMARKS = {
     "loader_cpu": Benchmark(1, "loader"),
     "masked_head_cpu": Benchmark(1, "chunked_head"),
     "block_attention_cpu": Benchmark(6, "block_attention", has_against=True),
-    "sampling_cpu": Benchmark(2, "sampling", ("--model", "DEMO/exported", "--data", "DEMO/corpus_valid")),
+    "sampling_cpu": Benchmark(6, "sampling", ("--model", "DEMO/exported", "--data", "DEMO/corpus_valid")),
     "likelihood_cpu": Benchmark(1, "likelihood"),
     "choice_decisions_cpu": Benchmark(8, "choice_decisions", ("--model", "DEMO/exported")),
     "monitoring_cpu": Benchmark(1, "monitoring"),
