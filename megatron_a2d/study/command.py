@@ -29,6 +29,7 @@ STUDIES = {
     "masks": "mask_sampling",
     "precision": "low_precision",
     "routers": "routers",
+    "block": "block_lengths",
 }
 
 

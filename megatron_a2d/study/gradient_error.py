@@ -84,7 +84,7 @@ def _compare(loaded: LoadedRun, exact: LoadedRun, make: MakeSample, batch_size: 
     found: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
     for run, gradients in ((loaded, found), (exact, expected)):
-        one_batch(run, make, batch_size, first)
+        one_batch(run, run.train_data, make, batch_size, first)
         shards = owned_shards(run.state)
         gradients += [shard.gradient().float().clone() for shard in shards]
     squares = [

@@ -1,7 +1,8 @@
 """Moments of loss and gradient over independent batches: their variance, and the gradient noise scale.
 
 The statistics of these sums are in confidence.py. Batches come in groups, so that the spread over groups gives the
-uncertainty. Every scheme sees the same tokens and the same uniform numbers for its masks; only timesteps differ.
+uncertainty. Every scheme sees the same tokens and the same uniform numbers for its masks; only timesteps differ. With
+complementary masks a batch has half of the texts, each twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_a2d.data.dataloader import MakeSample, MicroBatches
+from megatron_a2d.data.dataloader import MakeSample, MicroBatches, Samples
+from megatron_a2d.data.diffusion_samples import TextPairs
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
 from megatron_a2d.diffusion.rng import Noise, Stream, uniforms
 from megatron_a2d.megatron_compat.device import device
@@ -31,14 +33,15 @@ class BatchTimes(Noise):
     """Noise whose timesteps depend on a sample's index in its batch of `batch_size`: the schemes compared with ours.
 
     iid: independent. antithetic: in pairs, t and 1 - t. stratified: frac(u + index / batch_size), one u per batch
-    (MDLM's low-discrepancy sampler). by_index: as in training, independent of the batch.
+    (MDLM's low-discrepancy sampler). by_index: as in training, independent of the batch. complementary: by_index for
+    pairs of samples, the second with the first one's complement as its mask (--complementary-masks).
     """
 
     scheme: str = "by_index"
     batch_size: int = 1
 
     def time(self, sample_index: int) -> float:
-        if self.scheme == "by_index":
+        if self.scheme in ("by_index", "complementary"):
             return super().time(sample_index)
         batch, place = divmod(sample_index, self.batch_size)
         if self.scheme == "iid":
@@ -87,6 +90,7 @@ def gradient_moments(
     Returns {"groups": [moments], "all": moments, "losses": [one per batch], "batch_size"}.
     """
     shards = owned_shards(loaded.state)
+    texts = TextPairs(loaded.train_data) if scheme == "complementary" else loaded.train_data
     total = _Sums(shards)
     groups, losses = [], []
     with progress(f"gradients, {scheme}", num_groups * batches_per_group, "batches") as advance:
@@ -96,7 +100,7 @@ def gradient_moments(
                 replicate = group * batches_per_group + number
                 make = _make(loaded, replicate, batch_size, scheme, mask_sampling)
                 first = 0 if same_tokens else replicate * batch_size
-                losses.append(one_batch(loaded, _relocated(make, first), batch_size, first))
+                losses.append(one_batch(loaded, texts, _relocated(make, first), batch_size, first))
                 sums.add()
                 total.add()
                 advance(1)
@@ -119,6 +123,7 @@ def _make(loaded: LoadedRun, replicate: int, batch_size: int, scheme: str, mask_
         scheme=scheme,
         batch_size=batch_size,
         mask_sampling=mask_sampling,
+        complementary=scheme == "complementary",
     )
     return lambda tokens, index: corrupt(tokens, index, noise)
 
@@ -132,11 +137,13 @@ def _relocated(make: MakeSample, first: int) -> MakeSample:
     return made
 
 
-def one_batch(loaded: LoadedRun, make: Callable[[np.ndarray, int], Corrupted], batch_size: int, first: int) -> float:
-    """Run one batch, leaving its gradient in the parameter shards; returns its loss."""
+def one_batch(
+    loaded: LoadedRun, texts: Samples, make: Callable[[np.ndarray, int], Corrupted], batch_size: int, first: int
+) -> float:
+    """Run one batch of `texts`, leaving its gradient in the parameter shards; returns its loss."""
     chunks = loaded.state.chunks
     batches = MicroBatches(
-        loaded.train_data, make, micro_batch_size=loaded.config.training.micro_batch_size, global_batch_size=batch_size,
+        texts, make, micro_batch_size=loaded.config.training.micro_batch_size, global_batch_size=batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size(),
         start_sample=first, num_workers=0,
     )  # fmt: skip

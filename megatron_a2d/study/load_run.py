@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,3 +46,12 @@ def load_run(values: dict[str, Any]) -> LoadedRun:
     state = build_train_state(model_config, config)
     load_checkpoint(state, directory, weights_only=True)
     return LoadedRun(config, model_config, state, train_data, next(iter(valid_data.values())))
+
+
+@contextmanager
+def other_weights(loaded: LoadedRun, checkpoint: str) -> Iterator[None]:
+    """The model with the weights of another checkpoint, then with its own again. Collective."""
+    load_checkpoint(loaded.state, resolve(checkpoint), weights_only=True)
+    yield
+    assert loaded.config.training.load is not None
+    load_checkpoint(loaded.state, resolve(loaded.config.training.load), weights_only=True)

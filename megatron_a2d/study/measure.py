@@ -41,11 +41,13 @@ def main(argv: list[str] | None = None) -> None:
         process_groups.finalize()
 
 
-def likelihood(loaded: LoadedRun) -> dict[str, Any]:
-    """NELBO (objective ar: negative log-likelihood), with its table by t."""
+def likelihood(loaded: LoadedRun, block_length: int | None = None) -> dict[str, Any]:
+    """NELBO (objective ar: negative log-likelihood), with its table by t. `block_length` replaces the settings'."""
+    from megatron_a2d.config.settings import build
     from megatron_a2d.training.validation import run_validation
 
-    result = run_validation(loaded.state, loaded.config, loaded.model_config, loaded.valid_data)
+    config = build({**loaded.config.to_dict(), "block_length": block_length}) if block_length else loaded.config
+    result = run_validation(loaded.state, config, loaded.model_config, loaded.valid_data)
     return {**result.to_dict(), **result.tables()}
 
 
@@ -70,18 +72,14 @@ def infill(loaded: LoadedRun, hole_length: int = 16) -> dict[str, Any]:
 
 def drift(loaded: LoadedRun, reference: str) -> dict[str, float]:
     """|W - W0| / |W0| by role; `reference` holds W0."""
-    from megatron_a2d.checkpoint.directory import resolve
-    from megatron_a2d.training.initialization import load_checkpoint
+    from megatron_a2d.study.load_run import other_weights
     from megatron_a2d.training.param_shards import owned_shards
     from megatron_a2d.training.weight_drift import Drift
 
     shards = owned_shards(loaded.state)
     now = [shard.weight().clone() for shard in shards]
-    load_checkpoint(loaded.state, resolve(reference), weights_only=True)
-    moved = Drift(shards).measure(lambda number, shard: now[number])
-    assert loaded.config.training.load is not None
-    load_checkpoint(loaded.state, resolve(loaded.config.training.load), weights_only=True)
-    return moved
+    with other_weights(loaded, reference):
+        return Drift(shards).measure(lambda number, shard: now[number])
 
 
 def gradients(loaded: LoadedRun, **options: Any) -> dict[str, Any]:
@@ -105,6 +103,13 @@ def loads(loaded: LoadedRun, **options: Any) -> list[dict[str, Any]]:
     return router_loads(loaded, **options)
 
 
+def generation(loaded: LoadedRun, **options: Any) -> dict[str, Any]:
+    """Infilling and continuations in the model's own blocks (generation_eval.py)."""
+    from megatron_a2d.study import generation_eval
+
+    return generation_eval.generation(loaded, **options)
+
+
 _KINDS: dict[str, Callable[..., Any]] = {
     "likelihood": likelihood,
     "cloze": cloze,
@@ -113,6 +118,7 @@ _KINDS: dict[str, Callable[..., Any]] = {
     "gradients": gradients,
     "gradient_error": error,
     "loads": loads,
+    "generation": generation,
 }
 
 

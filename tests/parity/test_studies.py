@@ -13,6 +13,7 @@ from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import build
 from megatron_a2d.study import command
 from megatron_a2d.study.ablations import (
+    block_lengths,
     critical_batch_size,
     low_precision,
     lr_by_role,
@@ -29,6 +30,7 @@ SMALL = (
     (lr_by_role, "RATIOS", (1.0, 0.0)), (lr_by_role, "ATTENTION_LR", (1.0,)), (critical_batch_size, "FACTORS", (0.5, 1.0)),
     (critical_batch_size, "NUM_GROUPS", 2), (critical_batch_size, "BATCHES_PER_GROUP", 2), (timestep_sampling, "NUM_GROUPS", 2),
     (timestep_sampling, "BATCHES_PER_GROUP", 2), (low_precision, "NUM_BATCHES", 1), (mask_sampling, "NUM_GROUPS", 2), (mask_sampling, "BATCHES_PER_GROUP", 2),
+    (block_lengths, "NUM_TEXTS", 4), (block_lengths, "NUM_HOLES", 4), (block_lengths, "TOKENS_PER_PASS", (1, 8)),
 )  # fmt: skip
 
 
@@ -70,6 +72,18 @@ def test_a_whole_study(
         before, together, attention = rows
         assert set(attention["drift"].values()) - {attention["drift"]["attention"]} == {0.0}
         assert min(together["drift"].values()) > 0 and before["AR perplexity"] != together["AR perplexity"]
+    if name == "block":
+        before, *rows = rows
+        for row in rows:
+            own, short, long = (row[column] for column in ("NELBO, own attention", "block NELBO, 4", "block NELBO, 32"))
+            if row["variant"] != "SCP":
+                assert own == (short if row["variant"].startswith("block 4") else long), "one model, blocks, and masks"
+            assert short != long and 0 <= row["infilling as sampled"] <= 1
+            assert row["text"][0]["tokens_per_pass"] == pytest.approx(1, rel=0.1)
+        assert (
+            len({row["AR perplexity"] for row in rows}) == 7 and before["text"][0]["nll"] != before["held out"]["nll"]
+        )
+        assert min(row["tokens per forward pass"] for row in rows) >= 1
     if name == "precision":
         errors = {row["variant"]: [at["relative_error"] for at in row["gradient"]] for row in rows}
         for plain, mxfp8, nvfp4 in zip(errors["bf16"], errors["mxfp8"], errors["nvfp4"], strict=True):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_a2d.config.settings import build
+from megatron_a2d.diffusion.corruption import Corrupted
+from megatron_a2d.study import gradient_moments
 from megatron_a2d.study.ablations import critical_batch_size
 from megatron_a2d.study.confidence import Moments, mean_interval, paired_difference, ratio_interval, verdict
 from megatron_a2d.study.gradient_moments import BatchTimes
@@ -100,3 +105,39 @@ def test_times_of_a_batch(scheme: str) -> None:
         assert all(
             a + b == pytest.approx(1.001) for batch in batches for a, b in zip(batch[::2], batch[1::2], strict=True)
         )
+
+
+class Texts:
+    """Each text's tokens are its number."""
+
+    def tokens(self, sample_index: int, /) -> np.ndarray:
+        return np.full(30, sample_index)
+
+
+@pytest.mark.parametrize("same_tokens", [False, True])
+@pytest.mark.parametrize("scheme", ["by_index", "complementary"])
+def test_complements_are_measured_on_half_the_texts(
+    scheme: str, same_tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches of 4 samples: 4 texts each, or 2, each under a mask and its complement."""
+    batches: list[list[Corrupted]] = []
+
+    def one_batch(loaded: Any, texts: Any, make: Any, size: int, first: int) -> float:
+        batches.append([make(texts.tokens(index), index) for index in range(first, first + size)])
+        return 0.0
+
+    monkeypatch.setattr(gradient_moments, "owned_shards", lambda state: [])
+    monkeypatch.setattr(gradient_moments, "_Sums", lambda shards: SimpleNamespace(add=lambda: None, read=dict))
+    monkeypatch.setattr(gradient_moments, "one_batch", one_batch)
+    loaded: Any = SimpleNamespace(
+        config=build({"train_iters": 1, "label_shift": False}), model_config=SimpleNamespace(mask_token_id=99),
+        train_data=Texts(), state=None,
+    )  # fmt: skip
+    gradient_moments.gradient_moments(loaded, 4, 1, 2, scheme=scheme, same_tokens=same_tokens)
+    pairs = scheme == "complementary"
+    texts = [[0, 0, 1, 1], [2, 2, 3, 3]] if pairs else [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [[sample.labels[0] for sample in batch] for batch in batches] == ([texts[0]] * 2 if same_tokens else texts)
+    masked = [[sample.tokens == 99 for sample in batch] for batch in batches]
+    for one, other, *_ in masked:
+        assert bool((one | other).all()) == pairs and not one.all()
+    assert any((one != other).any() for one, other in zip(*masked, strict=True)), "replicates have their own noise"

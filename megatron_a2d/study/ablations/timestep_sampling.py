@@ -20,6 +20,7 @@ SCHEMES = {
     "antithetic": "antithetic pairs",
     "stratified": "low discrepancy by batch (MDLM)",
     "by_index": "low discrepancy by index (ours)",
+    "complementary": "by index, complementary masks",
 }
 MODES = {False: "data and noise", True: "noise alone"}
 NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
@@ -27,7 +28,8 @@ NUM_GROUPS, BATCHES_PER_GROUP = 16, 8
 
 def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> list[Job]:
     """All schemes at half and twice the recipe's batch size, before and after SCP; one seed, many batches."""
-    sizes = [max(2, base.training.global_batch_size // 2), 2 * base.training.global_batch_size]
+    # Even, for pairs of complements.
+    sizes = [2 * max(1, base.training.global_batch_size // 4), 2 * base.training.global_batch_size]
     measures = tuple(
         Measure(
             f"{scheme} {size} {MODES[same]}", "gradients",
@@ -66,16 +68,19 @@ def report(records: list[Record], images: Path) -> Report:
     for record in records:
         for size in sizes:
             for mode in MODES.values():
-                baseline = variances(record[f"iid {size} {mode}"])
+                of_scheme = {scheme: variances(record[f"{scheme} {size} {mode}"]) for scheme in SCHEMES}
                 for scheme, name in SCHEMES.items():
-                    found = variances(record[f"{scheme} {size} {mode}"])
                     line = [record["checkpoint"], size, mode, name]
                     row: Record = {"checkpoint": record["checkpoint"], "batch": size, "varied": mode, "scheme": scheme}
                     for quantity in Variances._fields:
-                        ours, theirs = getattr(found, quantity), getattr(baseline, quantity)
+                        ours, theirs, plain = (
+                            getattr(of_scheme[other], quantity) for other in (scheme, "iid", "by_index")
+                        )
                         row[quantity] = statistics.fmean(ours)
                         found_ratio = ratio_interval(ours, theirs)
                         row[f"{quantity}_ratio"] = list(found_ratio)
+                        if scheme == "complementary":
+                            row[f"{quantity}_to_by_index"] = list(ratio_interval(ours, plain))
                         line += [f"{row[quantity]:.4g}", "1" if scheme == "iid" else found_ratio.format(2)]
                     lines.append(line)
                     rows.append(row)
@@ -97,8 +102,9 @@ def report(records: list[Record], images: Path) -> Report:
     text = (
         f"{table}\nVariance over {batches} batches: of the gradient, summed over all parameters (tr V); of the loss, "
         f"in (nats/token)^2; ratio to independent times, with a 95% interval (jackknife over {NUM_GROUPS} groups). All "
-        "schemes use the same tokens and the same uniform numbers for the masks. With noise alone, every batch holds "
-        "the same tokens, and only times and masks are resampled.\n\n"
+        "schemes but the last use the same tokens and the same uniform numbers for the masks; with complementary masks "
+        "a batch has half as many texts, each twice, under a mask and its complement. With noise alone, every batch "
+        "holds the same tokens, and only times and masks are resampled.\n\n"
         f"{_findings(rows)}\n![results](time-sampling.png)\n"
     )
     return Report(text, rows)
@@ -106,18 +112,18 @@ def report(records: list[Record], images: Path) -> Report:
 
 def _findings(rows: list[Record]) -> str:
     """Per scheme and quantity, the number of settings in which it differs from independent timesteps."""
+    compared = [(scheme, "ratio", "independent times") for scheme in SCHEMES if scheme != "iid"]
+    compared.append(("complementary", "to_by_index", "the same times without complements"))
     lines = []
-    for scheme, name in SCHEMES.items():
-        if scheme == "iid":
-            continue
+    for scheme, column, baseline in compared:
         for quantity in Variances._fields:
-            ratios = [row[f"{quantity}_ratio"] for row in rows if row["scheme"] == scheme]
+            ratios = [row[f"{quantity}_{column}"] for row in rows if row["scheme"] == scheme]
             lower, higher = sum(high < 1 for _, _, high in ratios), sum(low > 1 for _, low, _ in ratios)
             values = sorted(value for value, _, _ in ratios)
             lines.append(
-                f"- {name}, variance of the {quantity}: {values[0]:.2f} to {values[-1]:.2f} times that of independent "
-                f"times; lower in {lower} of {len(ratios)} settings, higher in {higher}, no significant difference in "
-                "the others\n"
+                f"- {SCHEMES[scheme]}, variance of the {quantity}: {values[0]:.2f} to {values[-1]:.2f} times that of "
+                f"{baseline}; lower in {lower} of {len(ratios)} settings, higher in {higher}, no significant "
+                "difference in the others\n"
             )
     return "".join(lines)
 
@@ -130,7 +136,7 @@ def _draw(path: Path, rows: list[Record]) -> None:
                 if scheme == "iid":
                     continue
                 chosen = [row[f"{quantity}_ratio"] for row in rows if row["scheme"] == scheme]
-                places = [place + 0.22 * (number - 2) for place in range(len(settings))]
+                places = [place + 0.18 * (number - 2.5) for place in range(len(settings))]
                 low = [value - lower for value, lower, _ in chosen]
                 high = [upper - value for value, _, upper in chosen]
                 axis.errorbar(
@@ -150,7 +156,7 @@ STUDY = Study(
 The loss of a sample depends on its time t, so the spread of times over a batch adds to the variance of loss and
 gradient. Compared at equal batch, before and after conversion: independent times, antithetic pairs (t and 1 - t), one
 stratified set per batch (MDLM), and this project's low-discrepancy times by sample index, which do not depend on the
-batch.
+batch; these also with complementary masks, each text twice under a mask and its complement (LLaDA2.0).
 """,
     plan=plan,
     report=report,
