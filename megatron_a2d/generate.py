@@ -152,7 +152,7 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
     try:
         from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
-        SamplingOptions(**given)
+        SamplingOptions(**{"block_length": 1} | given)  # a block diffusion model has its own, known once it is loaded
     except ValueError as error:
         problems += [flag(problem) for problem in str(error).split("; ")]
     values = given_settings(options, LAYOUT, problems)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+
+from megatron_a2d.checkpoint.directory import RUN_CONFIG, TRACKER, resolve
+from megatron_a2d.config.settings import build
 
 # Objectives and conversions, on the MoE model; the rest of them stays as it is.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -51,3 +57,14 @@ def copy_of(trained: dict[str, Any], tmp_path: Path, **changes: Any) -> dict[str
     """The settings of a copy of the run."""
     shutil.copytree(trained["settings"]["save"], tmp_path / "run")
     return {**trained["settings"], "save": str(tmp_path / "run"), **changes}
+
+
+def as_trained(checkpoint: str | Path, run: Path, settings: dict[str, Any]) -> Path:
+    """A run's directory with a copy of a converted checkpoint, as if it had been trained with these settings."""
+    directory = run / "iter_0000010"
+    shutil.copytree(resolve(checkpoint), directory)
+    torch.save({"iteration": 10, "consumed_samples": 80}, directory / "common.pt")
+    (directory / RUN_CONFIG).write_text(json.dumps(build(settings).to_dict()))
+    (directory / "manifest.json").unlink()
+    (run / TRACKER).write_text("10\n")
+    return run

@@ -31,7 +31,8 @@ class SamplingOptions:
     aligned_blocks: blocks are slices of the sequence itself, given tokens included, as in the training of a block
         diffusion model.
     cache: keys and values that are cached while a block is filled (Fast-dLLM): those before the block (prefix), or
-        before and after it (dual); they are recomputed when a sequence reaches its next block. An approximation:
+        before and after it (dual). With aligned blocks `prefix` is exact, as finished blocks never change, and they are
+        computed once. Otherwise they are recomputed when a sequence reaches its next block, and an approximation:
         cached entries do not depend on the tokens unmasked since.
     remask: the share of a block's decided tokens that every forward pass but the block's last masks again, before it
         predicts: those that were least certain when they were decided (after ReMDM, Wang et al. 2025).
@@ -83,8 +84,16 @@ class SamplingOptions:
             "cache": (self.cache in CACHES, f"must be one of {', '.join(CACHES)}"),
         }
         found = [f"{name} {getattr(self, name)}: {why}" for name, (good, why) in ranges.items() if not good]
-        if self.aligned_blocks and (self.block_length == 0 or self.cache != "none" or self.cfg_scale):
-            found.append("block_length: a block diffusion model needs its own length, and no cache or guidance")
-        if self.cache != "none" and self.block_length == 0:
+        if self.aligned_blocks:
+            excluded = {
+                "block_length": (self.block_length == 0, "block diffusion needs the length that was trained"),
+                "cache": (
+                    self.cache == "dual",
+                    "block diffusion attends to nothing after the block, use prefix",
+                ),
+                "cfg_scale": (self.cfg_scale > 0, "block diffusion is sampled without guidance, use 0"),
+            }
+            found += [f"{name} {getattr(self, name)}: {why}" for name, (bad, why) in excluded.items() if bad]
+        elif self.cache != "none" and self.block_length == 0:
             found.append(f"cache {self.cache}: has no effect without blocks, set block_length")
         return found

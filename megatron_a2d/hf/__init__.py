@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_A2D = ["configuration_a2d.py", "generation_a2d.py", "modeling_a2d.py"]
+_A2D = ["configuration_a2d.py", "generation_a2d.py", "kv_cache_a2d.py", "modeling_a2d.py"]
 _SDAR = [*_A2D, "configuration_sdar.py", "modeling_sdar.py"]
 _FILES = {
     "a2d": _A2D, "rnd1": [*_A2D, "configuration_rnd.py", "modeling_rnd.py"], "sdar": _SDAR, "sdar_moe": _SDAR,

@@ -3,10 +3,10 @@
 The schedule of RND1 (Radical Numerics, 2025): all holes start masked; in each of S steps every masked position is
 predicted; after step n the floor(N * (S - n) / S) of a sample's N holes with the highest entropy stay masked, the
 others keep their tokens. A model of block diffusion fills its blocks one after another, each by this schedule; the S
-steps are divided over the blocks in proportion to their holes. The mask token is never predicted, and samples of a
-batch do not influence one another.
+steps are divided over the blocks in proportion to their holes. The keys and values of finished blocks, which never
+change, are cached. The mask token is never predicted, and samples of a batch do not influence one another.
 
-Shapes: B batch, L sequence, V vocabulary, N masked positions of all samples.
+Shapes: B batch, L sequence, S samples in a forward pass, D hidden, V vocabulary, N masked positions of all samples.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from .kv_cache_a2d import KeyValueCache
 
 
 def _plan(blocks_H: torch.Tensor, steps: int) -> list[tuple[int, int]]:
@@ -48,6 +51,7 @@ class DiffusionGeneration:
         top_k: int = 0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
+        use_cache: bool = True,
         **ignored_by_none: Any,
     ) -> torch.Tensor:
         """Fill the holes of `input_ids` [B, L] and `max_new_tokens` more at the end; int64 [B, L + max_new_tokens].
@@ -57,6 +61,7 @@ class DiffusionGeneration:
         prompts of different lengths are padded on the left, as for every `generate`; without it, prompts that start
         with `config.pad_token_id` are refused. `num_steps` defaults to `config.num_diffusion_steps`. Temperature 0
         takes the most likely token; `top_k` 0 and `top_p` 1 filter nothing; `generator` makes draws reproducible.
+        `use_cache` False computes finished blocks again in every step; the text is the same.
         Raises ValueError for arguments out of range, and for a hole at the first position, which no position
         predicts under the label shift.
         """
@@ -72,16 +77,21 @@ class DiffusionGeneration:
         if self.config.block_length:
             blocks_BL = (visible_BL.long().cumsum(1) - 1) // self.config.block_length
         plans = [_plan(blocks_L[masked_L], steps) for blocks_L, masked_L in zip(blocks_BL, masked_BL, strict=True)]
-        shift = int(self.config.label_shift)
+        blocks = _CachedBlocks(self, visible_BL) if use_cache and self.config.block_length else None
         for current in itertools.zip_longest(*plans, fillvalue=(-1, 0)):
             block_B, num_left_B = torch.tensor(current, device=tokens_BL.device).unbind(1)
             due_BL = masked_BL & (blocks_BL == block_B[:, None])
             due_BL &= (due_BL.sum(1) > num_left_B)[:, None]
             if not due_BL.any():
                 continue
-            hidden = self.model(tokens_BL, attention_mask=None if visible_BL.all() else visible_BL)[0]
-            rows, positions = due_BL.nonzero(as_tuple=True)
-            logprobs_NV = self._log_probabilities(hidden[rows, positions - shift], temperature, top_k, top_p)
+            # The positions whose output predicts those that are due.
+            needed_BL = F.pad(due_BL[:, 1:], (0, 1)) if self.config.label_shift else due_BL
+            if blocks is None:
+                hidden_BLD = self.model(tokens_BL, attention_mask=None if visible_BL.all() else visible_BL)[0]
+                hidden_ND = hidden_BLD[needed_BL]
+            else:
+                hidden_ND = blocks.hidden_states(tokens_BL, needed_BL, block_B)
+            logprobs_NV = self._log_probabilities(hidden_ND, temperature, top_k, top_p)
             entropies_BL = torch.full(tokens_BL.shape, torch.inf, device=tokens_BL.device)
             entropies_BL[due_BL] = -(logprobs_NV.exp() * logprobs_NV.nan_to_num(neginf=0.0)).sum(-1)
             ranks_BL = entropies_BL.argsort(dim=1, stable=True).argsort(dim=1)
@@ -155,3 +165,33 @@ class DiffusionGeneration:
             values = values.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, -torch.inf)
             logits_NV = torch.full_like(logits_NV, -torch.inf).scatter(-1, indices, values)
         return logits_NV.log_softmax(-1)
+
+
+class _CachedBlocks:
+    """Forward passes of block diffusion over the current blocks, with a cache of the finished ones."""
+
+    def __init__(self, model: DiffusionGeneration, visible_BL: torch.Tensor):
+        self.model, self.visible_BL = model, visible_BL
+        self.positions_BL = (visible_BL.long().cumsum(1) - 1).clamp(min=0)
+        self.cache = KeyValueCache(*visible_BL.shape)
+        self.first_B = visible_BL.new_zeros(len(visible_BL), dtype=torch.long)  # position that is not cached
+
+    def hidden_states(self, tokens_BL: torch.Tensor, needed_BL: torch.Tensor, block_B: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, D] of the needed positions, in the samples that have some.
+
+        Computed are the current block and what has been finished since the last pass.
+        """
+        length = self.model.config.block_length
+        samples_S = needed_BL.any(1).nonzero()[:, 0]
+        start_S, positions_SL = block_B[samples_S] * length, self.positions_BL[samples_S]
+        active_SL = (positions_SL >= self.first_B[samples_S, None]) & (positions_SL < start_S[:, None] + length)
+        active_SL = (active_SL | needed_BL[samples_S]) & self.visible_BL[samples_S]
+        self.first_B[samples_S] = start_S
+        num_keys = int(active_SL.any(0).nonzero().max()) + 1
+        columns_SA = self.cache.select(samples_S, active_SL, num_keys)
+        mask_SAE = self.model.model.block_mask(positions_SL.gather(1, columns_SA), positions_SL[:, :num_keys], start_S)
+        self.cache.visible = mask_SAE & self.visible_BL[samples_S, None, :num_keys]
+        hidden_1ND = self.model.model(
+            tokens_BL[samples_S][active_SL][None], position_ids=positions_SL[active_SL][None], cache=self.cache
+        )[0]
+        return hidden_1ND[0][needed_BL[samples_S][active_SL]]

@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_a2d import A2DConfig
 from .generation_a2d import DiffusionGeneration
+from .kv_cache_a2d import KeyValueCache
 
 
 class A2DRMSNorm(nn.Module):
@@ -74,47 +75,6 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def block_mask(positions_BL: torch.Tensor, block_length: int, is_causal_BL: torch.Tensor | None) -> torch.Tensor:
-    """Attention of block diffusion [B, 1, L, L], True where a query (first L) attends to a key.
-
-    A position attends to the blocks up to its own, or, where `is_causal_BL`, to the positions up to itself.
-    """
-    last_BL = positions_BL // block_length * block_length + block_length - 1
-    if is_causal_BL is not None:
-        last_BL = torch.where(is_causal_BL, positions_BL, last_BL)
-    return (positions_BL[:, None, :] <= last_BL[:, :, None])[:, None]
-
-
-class KeyValueCache:
-    """Keys and values of every position, for forward passes over only some positions.
-
-    An approximation for a bidirectional model: positions that are not recomputed keep their old keys and values, which
-    do not reflect tokens that have changed since.
-    """
-
-    def __init__(self, num_slots: int, length: int):
-        self.shape = (num_slots, length)
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def select(self, slots_B: torch.Tensor, columns_BA: torch.Tensor, valid_BA: torch.Tensor) -> KeyValueCache:
-        """Set the positions of the next forward pass: column a of sample b is position `columns_BA[b, a]` of slot
-        `slots_B[b]`, where `valid_BA`."""
-        rows_BA = slots_B[:, None].expand_as(columns_BA)
-        self.slots_B, self.valid_BA, self.places = slots_B, valid_BA, (rows_BA[valid_BA], columns_BA[valid_BA])
-        return self
-
-    def update(self, layer: int, new: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new keys and values [B, heads, A, head_dim]; returns those of all positions [B, heads, L, head_dim]."""
-        if layer not in self.layers:
-            heads, head_dim = new[0].shape[1], new[0].shape[3]
-            shape = (*self.shape, heads, head_dim)
-            self.layers[layer] = (new[0].new_zeros(shape), new[1].new_zeros(shape))
-        for stored, tensor in zip(self.layers[layer], new, strict=True):
-            stored[self.places] = tensor.transpose(1, 2)[self.valid_BA]
-        key, value = (stored[self.slots_B].transpose(1, 2) for stored in self.layers[layer])
-        return key, value
-
-
 class A2DAttention(nn.Module):
     """Grouped-query attention with norms on queries and keys; masks are those of padding and of blocks."""
 
@@ -143,7 +103,8 @@ class A2DAttention(nn.Module):
         key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), angles)
         value = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
-            key, value = cache.update(self.layer, (key, value))
+            packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            return self.o_proj(cache.attend(self.layer, *packed, self.scale).flatten(1))[None]
         # Keys and values are repeated rather than grouped inside the kernel: with a padding mask, PyTorch's
         # fused kernels refuse grouped queries and it falls back to one that stores all attention weights.
         key, value = (t.repeat_interleave(self.queries_per_key, dim=1) for t in (key, value))
@@ -258,27 +219,26 @@ class A2DModel(A2DPreTrainedModel):
         positions are meaningless. `position_ids` [B or 1, L] count the real tokens from 0 by default; blocks begin at
         the multiples of `config.block_length`.
 
-        With a `cache` (after its `select`) the tokens are some positions of a longer sequence, given by
-        `position_ids`, and `attention_mask` is that of the full sequence. `visible` [B, 1, L, keys], True where a query
-        attends to a key, replaces the mask that follows from padding and blocks.
+        With a `cache` (after its `select`) the tokens are the selected positions of several sequences, [1, N], and
+        `position_ids` gives their places; the cache has the mask. `visible` [B, 1, L, L], True where a query attends to
+        a key, replaces the mask that follows from padding and blocks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         padding = None
         if attention_mask is not None:
-            shape = (x.shape[0], x.shape[1] if cache is None else cache.shape[1])
-            if attention_mask.shape != shape:
+            if attention_mask.shape != x.shape[:2]:
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}; this model attends in both "
-                    f"directions and takes the padding mask only, [batch, sequence] = {shape}"
+                    f"directions and takes the padding mask only, [batch, sequence] = {tuple(x.shape[:2])}"
                 )
             padding = attention_mask.bool()
-        if position_ids is None and padding is not None and cache is None:
+        if position_ids is None and padding is not None:
             position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)
         elif position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
-        if visible is None:
+        if visible is None and cache is None:
             visible = self._visible(position_ids, padding, input_ids)
         angles = rotary_angles(position_ids, self.config)  # type: ignore[arg-type]
         for layer in self.layers:
@@ -292,17 +252,28 @@ class A2DModel(A2DPreTrainedModel):
         visible = None if padding is None else padding[:, None, None, :]
         if not self.config.block_length:
             return visible
-        finished = None
-        if self.config.ar_loss_weight:
-            # Blocks before the first one with a mask are finished: they attend causally, as in training.
-            if input_ids is None:
-                raise ValueError("this model needs input_ids: the masks among them decide which blocks are finished")
+        if input_ids is not None:
             masked = input_ids == self.config.mask_token_id
-            positions = position_ids.expand_as(input_ids)
-            first = positions.masked_fill(~masked, 1 << 62).amin(1, keepdim=True)
-            finished = positions < first // self.config.block_length * self.config.block_length
-        blocks = block_mask(position_ids, self.config.block_length, finished)
+            first = position_ids.expand_as(masked).masked_fill(~masked, 1 << 62).amin(1)
+        elif self.config.ar_loss_weight:
+            raise ValueError("this model needs input_ids: the masks among them decide which blocks are finished")
+        else:
+            first = position_ids.new_zeros(1)
+        blocks = self.block_mask(position_ids, position_ids, first)[:, None]
         return blocks if visible is None else blocks & visible
+
+    def block_mask(self, queries_BA: torch.Tensor, keys_BK: torch.Tensor, first_mask_B: torch.Tensor) -> torch.Tensor:
+        """[B, A, K] bool, True where a query attends to a key; both are given by their positions.
+
+        A position attends to the blocks up to its own. After training with an autoregressive co-loss a position of a
+        finished block, one before that of the first mask, attends to the positions up to itself.
+        """
+        length = self.config.block_length
+        last_BA = queries_BA // length * length + length - 1
+        if self.config.ar_loss_weight:
+            finished_BA = queries_BA < (first_mask_B // length * length)[:, None]
+            last_BA = torch.where(finished_BA, queries_BA, last_BA)
+        return keys_BK[:, None, :] <= last_BA[:, :, None]
 
 
 class A2DForMaskedLM(DiffusionGeneration, A2DPreTrainedModel):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from .configuration_rnd import RND1Config
 from .generation_a2d import DiffusionGeneration
+from .kv_cache_a2d import KeyValueCache
 from .modeling_a2d import A2DForMaskedLM, A2DModel
 
 # Imported here because transformers 4 copies only the files that this one imports directly.
-__all__ = ["RND1LM", "DiffusionGeneration", "RND1Model"]
+__all__ = ["RND1LM", "DiffusionGeneration", "KeyValueCache", "RND1Model"]
 
 
 class RND1Model(A2DModel):

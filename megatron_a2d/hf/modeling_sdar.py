@@ -5,10 +5,19 @@ from __future__ import annotations
 from .configuration_a2d import A2DConfig
 from .configuration_sdar import SDARConfig, SDARMoeConfig
 from .generation_a2d import DiffusionGeneration
+from .kv_cache_a2d import KeyValueCache
 from .modeling_a2d import A2DForMaskedLM, A2DModel
 
 # Imported here because transformers 4 copies only the files that this one imports directly.
-__all__ = ["A2DConfig", "DiffusionGeneration", "SDARForCausalLM", "SDARModel", "SDARMoeForCausalLM", "SDARMoeModel"]
+__all__ = [
+    "A2DConfig",
+    "DiffusionGeneration",
+    "KeyValueCache",
+    "SDARForCausalLM",
+    "SDARModel",
+    "SDARMoeForCausalLM",
+    "SDARMoeModel",
+]
 
 
 class SDARModel(A2DModel):

@@ -28,7 +28,8 @@ SAMPLING = {
     "gamma": "sampler eb: entropy bound per step, nats",
     "threshold": "sampler threshold: probability above which a token is unmasked",
     "block_length": "fill holes from left to right in blocks of N tokens (semi-autoregressive); 0: all at once",
-    "cache": "KV cache with blocks, of the tokens before the block (prefix) or around it (dual); approximate",
+    "cache": "KV cache with blocks, of the tokens before the block (prefix) or around it (dual); approximate; for "
+    "block diffusion models exact, and prefix the default",
     "remask": "share of a block's decided tokens that each step masks again, the least certain ones; 0: none",
     "temperature": "0: always the most likely token",
     "top_k": "sample from the K most likely tokens; 0: all",
@@ -63,12 +64,13 @@ def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **default
                 "give that, or leave the flag out"
             )
         given |= {"block_length": loaded.block_length, "aligned_blocks": True}
+        defaults = {"cache": "prefix", **defaults}
     try:
         chosen = SamplingOptions(**{"temperature": 0.1, "num_steps": loaded.num_diffusion_steps, **defaults, **given})
     except ValueError as error:
         raise UserError([flag(problem) for problem in str(error).split("; ")]) from None
     if chosen.cache != "none" and not loaded.has_caches:
-        raise UserError(f"--cache {chosen.cache}: a parallel model has no KV cache; use an exported model")
+        raise UserError(f"--cache {chosen.cache}: needs an exported model, and this is a checkpoint; export it")
     meaning = {"gamma": ("eb",), "threshold": ("threshold",)}
     for name, samplers in meaning.items():
         if name in given and chosen.sampler not in samplers:

@@ -18,10 +18,10 @@ from megatron_a2d.conversion.mask_token import mask_token_names, read_tokens
 from megatron_a2d.conversion.sources import open_hf
 from megatron_a2d.diffusion.attention_masks import block_causal_mask
 from megatron_a2d.diffusion.block_diffusion import BlockModel
-from megatron_a2d.diffusion.model_interface import Model, Reduce, Request, Window
+from megatron_a2d.diffusion.model_interface import Model, Reduce, Request
 from megatron_a2d.hf.load_hf_model import diffusion_classes, load
-from megatron_a2d.hf.modeling_a2d import KeyValueCache
 from megatron_a2d.inference.loaded_model import LoadedModel, load_tokenizer, pad_token
+from megatron_a2d.inference.packed_windows import PackedWindows
 from megatron_a2d.megatron_compat.device import device, has_cuda
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
@@ -70,7 +70,7 @@ def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel
         reset_attention_mask=trained.reset_attention_mask,
         max_positions=model_config.context_length,
         num_diffusion_steps=num_diffusion_steps(config),
-        has_caches=objective == "mdlm",
+        has_caches=is_diffusion,
         device=model.device,
         pad_token_id=pad_token(directory, config, ends),
         block_length=block_length,
@@ -134,39 +134,19 @@ class TransformersModel:
 
     def __init__(self, model: Any):
         self.model = model
-        self._cache: KeyValueCache | None = None
+        self._windows = PackedWindows()
 
     @torch.no_grad()
     def __call__(self, request: Request, reduce: Reduce) -> tuple[Tensor, ...]:
-        visible = None if bool(request.visible.all()) else request.visible
+        inputs: dict[str, Any] = {}
         if request.window is not None:
-            return self._in_window(request, request.window, visible, reduce)
-        mask = None if visible is None else visible.long()
-        blocks: dict[str, Tensor] = {}
-        if request.levels is not None:
+            request, inputs["cache"] = self._windows.pack(request, request.window)
+        elif request.levels is not None:
             see_BLL = block_causal_mask(request.levels, request.levels) & request.visible[:, None, :]
-            blocks["visible"] = see_BLL[:, None]
-            if request.positions is not None:
-                blocks["position_ids"] = request.positions
-        hidden_BLD = self.model.model(input_ids=request.tokens, attention_mask=mask, **blocks)[0]
+            inputs["visible"] = see_BLL[:, None]
+        elif not bool(request.visible.all()):
+            inputs["attention_mask"] = request.visible.long()
+        if request.positions is not None:
+            inputs["position_ids"] = request.positions
+        hidden_BLD = self.model.model(input_ids=request.tokens, **inputs)[0]
         return reduce(hidden_BLD[request.needed], self.model.lm_head)
-
-    def _in_window(
-        self, request: Request, window: Window, visible: Tensor | None, reduce: Reduce
-    ) -> tuple[Tensor, ...]:
-        length, num_slots = request.tokens.shape[1], int(window.slots.max()) + 1
-        cache = self._cache
-        # A sampler's first pass computes all positions of its samples, so entries of earlier samples are overwritten.
-        if cache is None or cache.shape[1] != length or cache.shape[0] < num_slots:
-            cache = self._cache = KeyValueCache(num_slots, length)
-        counts_B = window.active.sum(1)
-        # Each sample's active positions from left to right, then padding to a rectangle.
-        columns_BA = (~window.active).long().argsort(dim=1, stable=True)[:, : int(counts_B.max())]
-        valid_BA = torch.arange(columns_BA.shape[1], device=counts_B.device) < counts_B[:, None]
-        hidden_BAD = self.model.model(
-            input_ids=request.tokens.gather(1, columns_BA),
-            attention_mask=visible,
-            position_ids=columns_BA,
-            cache=cache.select(window.slots, columns_BA, valid_BA),
-        )[0]
-        return reduce(hidden_BAD[request.needed.gather(1, columns_BA) & valid_BA], self.model.lm_head)

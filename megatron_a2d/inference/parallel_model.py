@@ -31,8 +31,10 @@ from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.diffusion.block_diffusion import BlockModel
 from megatron_a2d.diffusion.model_interface import Model, Reduce, Request
 from megatron_a2d.distributed import process_groups
+from megatron_a2d.hf.kv_cache_a2d import KeyValueCache
 from megatron_a2d.inference.hf_model import check_mask_token
 from megatron_a2d.inference.loaded_model import LoadedModel, load_tokenizer, pad_token
+from megatron_a2d.inference.packed_windows import PackedWindows
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.initialization import build_model
@@ -91,7 +93,7 @@ def load_parallel_model(path: str | Path, values: dict[str, Any], objective: str
         reset_attention_mask=trained.reset_attention_mask,
         max_positions=model_config.context_length,
         num_diffusion_steps=num_diffusion_steps(hf_config),
-        has_caches=False,
+        has_caches=objective == "block",  # other objectives may have Transformer Engine's attention
         device=device(),
         pad_token_id=pad_token(hf_files, hf_config, ends),
         is_output_rank=dist.get_rank() == 0,
@@ -112,6 +114,7 @@ class ParallelModel:
 
     def __init__(self, model: DiffusionLM, config: RunConfig):
         self.model = model
+        self._windows = PackedWindows()
         layout = config.parallel
         self._seq_shards = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
         owns_results = [False] * dist.get_world_size()
@@ -120,12 +123,14 @@ class ParallelModel:
 
     @torch.no_grad()
     def __call__(self, request: Request, reduce: Reduce) -> tuple[Tensor, ...]:
-        assert request.window is None, "a parallel model has no KV cache"
+        cache = None
+        if request.window is not None:
+            request, cache = self._windows.pack(request, request.window)
         batch, length = request.tokens.shape
         padding = -length % self._seq_shards  # sequence parallelism shards the sequence evenly
         request = Request(*(None if rows is None else F.pad(rows, (0, padding)) for rows in request))  # type: ignore[arg-type]
         results = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, request, reduce),
+            forward_step_func=partial(_forward_step, request, cache, reduce),
             data_iterator=None,
             model=[self.model],
             num_microbatches=1,
@@ -140,7 +145,9 @@ class ParallelModel:
         return tuple(column.to(request.tokens.device) for column in box[0])
 
 
-def _forward_step(request: Request, reduce: Reduce, batches: Any, model: DiffusionLM) -> tuple[Tensor, Any]:
+def _forward_step(
+    request: Request, cache: KeyValueCache | None, reduce: Reduce, batches: Any, model: DiffusionLM
+) -> tuple[Tensor, Any]:
     """megatron's `forward_step_func`: hidden states between stages, those of the needed positions on the last."""
     # Padding is masked off as a separate document.
     documents = None if bool(request.visible.all()) else (~request.visible).long()
@@ -150,5 +157,6 @@ def _forward_step(request: Request, reduce: Reduce, batches: Any, model: Diffusi
         documents=documents,
         positions=request.positions,
         levels=request.levels,
+        cache=cache,
     )
     return hidden, lambda rows, non_loss_data: reduce(rows, model.head)

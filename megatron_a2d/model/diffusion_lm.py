@@ -32,6 +32,7 @@ from megatron_a2d.distributed.step_timers import both_ways
 from megatron_a2d.megatron_compat.device import has_cuda, send
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
 from megatron_a2d.model.expert_placement import Slots, with_original_numbers
+from megatron_a2d.model.local_layers import AttentionCache
 
 
 def cp_slice(tensor: Tensor, dim: int) -> Tensor:
@@ -198,9 +199,13 @@ class DiffusionLM(LanguageModule):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         levels: Tensor | None = None,
+        cache: AttentionCache | None = None,
     ) -> Tensor:
-        """Inference: hidden states [N, h] of the chosen positions, of which `head` makes logits."""
-        hidden_sbh = self._decode(tokens_bs, documents, positions, None, levels)
+        """Inference: hidden states [N, h] of the chosen positions, of which `head` makes logits.
+
+        With a `cache` the tokens [1, s] are packed positions of several sequences, and the cache has their mask.
+        """
+        hidden_sbh = self._decode(tokens_bs, documents, positions, None, levels, cache)
         return self._select(self._full_sequence(hidden_sbh), indices_N) if self.post_process else hidden_sbh
 
     def logits(
@@ -227,6 +232,7 @@ class DiffusionLM(LanguageModule):
         positions: Tensor | None,
         annealing: Tensor | None,
         levels: Tensor | None,
+        cache: AttentionCache | None = None,
     ) -> Tensor:
         """Embedding (first stage) and transformer layers: the stage's hidden states [s, b, h]."""
         if self.watch_tokens is not None:
@@ -234,8 +240,11 @@ class DiffusionLM(LanguageModule):
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None
         if hidden is not None and not hidden.requires_grad and torch.is_grad_enabled() and not self.post_process:
             hidden.requires_grad_()  # all of a first stage may be frozen; the schedule wants a gradient of each stage
-        mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)
-        rotary = self._rotary(hidden, positions)
+        mask: Any = cache
+        packed = None
+        if cache is None:
+            mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)
+        rotary = self._rotary(hidden, positions, cache and cache.length)
         return self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary, packed_seq_params=packed)
 
     # For --overlap-moe-expert-parallel-comm, megatron.core interleaves the forward pass of one micro-batch with the
@@ -299,9 +308,12 @@ class DiffusionLM(LanguageModule):
         length = tokens_bs.size(1) * parallel_state.get_context_parallel_world_size()
         return encoded_mask(documents, annealing, levels, length), None
 
-    def _rotary(self, hidden: Tensor | None, positions: Tensor | None) -> Tensor:
-        """Rotary angles of this rank's slice of the sequence, [s, b or 1, 1, head size]."""
-        length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
+    def _rotary(self, hidden: Tensor | None, positions: Tensor | None, length: int | None = None) -> Tensor:
+        """Rotary angles of this rank's slice of the sequence, [s, b or 1, 1, head size].
+
+        `length`: the positions are below it; None: below the length of the sequence.
+        """
+        length = length or self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
         # packed_seq=True: megatron must not slice the angles itself; its slices are balanced for causal masks.
         angles = self.rotary_pos_emb(length, packed_seq=True)
         if isinstance(angles, tuple):

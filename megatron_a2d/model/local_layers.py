@@ -6,7 +6,7 @@ Shapes: s sequence, b batch, h hidden, n heads, d head size; activations are [s,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,16 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_a2d.model.masked_attention import Mask, dense_mask, no_mask, sparse_attention
+
+
+class AttentionCache(Protocol):
+    """What sampling passes instead of a mask: attends to cached keys and values too (hf/kv_cache_a2d.py)."""
+
+    length: int  # of the longest sequence
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention [s, n, d] of query [s, n, d] to key and value [s, n or fewer, d], which it stores."""
+        ...
 
 
 class CoreAttention(MegatronModule):
@@ -39,6 +49,7 @@ class CoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         assert attn_mask_type in (AttnMaskType.no_mask, AttnMaskType.causal)
+        self.layer_number = layer_number
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale
         self.context_parallel_group = None
@@ -46,8 +57,13 @@ class CoreAttention(MegatronModule):
             assert pg_collection is not None
             self.context_parallel_group = pg_collection.cp
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | AttentionCache | None, **_: Any
+    ) -> Tensor:
         """`attention_mask` [b, F, all positions] is encoded (diffusion/attention_masks.py); None: full attention."""
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            rows = (tensor.squeeze(1) for tensor in (query, key, value))
+            return attention_mask.attend(self.layer_number, *rows, self.softmax_scale).flatten(1).unsqueeze(1)
         group, num_queries = self.context_parallel_group, query.size(0)
         if group is not None:
             # Backward sums the ranks' gradients of each slice and returns the sum to its owner.

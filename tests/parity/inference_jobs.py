@@ -10,6 +10,7 @@ import torch
 
 from megatron_a2d import megatron_compat
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
+from megatron_a2d.hf.kv_cache_a2d import KeyValueCache
 from megatron_a2d.inference.parallel_model import load_parallel_model
 from megatron_a2d.model.local_layers import CoreAttention
 from tests.parity.parity_jobs import SETTINGS, _start
@@ -51,12 +52,29 @@ def _packed_attention(
     return torch.cat(pieces).flatten(1)
 
 
-def sample(checkpoint: str, layout: dict[str, Any], options: dict[str, Any], rows: list[list[int]]) -> dict[str, Any]:
-    """Fill the holes of `rows` with a sharded model."""
+def sample(
+    checkpoint: str,
+    layout: dict[str, Any],
+    options: dict[str, Any],
+    rows: list[list[int]],
+    breaks_cache: bool = False,
+) -> dict[str, Any]:
+    """Fill the holes of `rows` with a sharded model. `breaks_cache`: keys are stored a position too far to the left."""
     megatron_compat.install()
     opened = load_parallel_model(checkpoint, layout)
     canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in rows], MASK_TOKEN_ID)
-    sampled = denoise(opened.forward, canvas, opened.mask_token_id, SamplingOptions(**options), seed=3)
+    original = KeyValueCache._updated
+
+    def shifted(self: KeyValueCache, layer: int, *tensors: torch.Tensor) -> Any:
+        return original(self, layer, *(tensor.roll(-1, 0) for tensor in tensors))
+
+    KeyValueCache._updated = shifted if breaks_cache else original  # type: ignore[method-assign]
+    try:
+        sampled = denoise(
+            opened.forward, canvas, opened.mask_token_id, SamplingOptions(**options), label_shift=opened.label_shift, seed=3
+        )  # fmt: skip
+    finally:
+        KeyValueCache._updated = original  # type: ignore[method-assign]
     return {"tokens": sampled.tokens.tolist(), "num_forwards": sampled.num_forwards}
 
 

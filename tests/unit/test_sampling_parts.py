@@ -44,9 +44,14 @@ def test_settings_that_need_or_exclude_others():
         assert SamplingOptions(cache=cache, block_length=4).cache == cache
         with pytest.raises(ValueError, match=rf"^cache {cache}: has no effect without blocks"):
             SamplingOptions(cache=cache)
-    SamplingOptions(aligned_blocks=True, block_length=4)
-    for others in ({}, {"block_length": 4, "cache": "dual"}, {"block_length": 4, "cfg_scale": 0.5}):
-        with pytest.raises(ValueError, match=r"^block_length: a block diffusion model needs its own"):
+    for cache in ("none", "prefix"):
+        assert SamplingOptions(aligned_blocks=True, block_length=4, cache=cache).cache == cache
+    for others, problem in (
+        ({}, "block_length 0: block diffusion needs the length"),
+        ({"block_length": 4, "cache": "dual"}, "cache dual: block diffusion attends to nothing after"),
+        ({"block_length": 4, "cfg_scale": 0.5}, "cfg_scale 0.5: block diffusion is sampled without"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{problem}[^;]*$"):
             SamplingOptions(aligned_blocks=True, **others)
     with pytest.raises(ValueError, match=r"num_steps 0: .*; top_k -1: "):
         SamplingOptions(num_steps=0, top_k=-1)

@@ -18,17 +18,18 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from checkpoints_tools import convert_hf, export_hf
-from megatron_a2d.checkpoint.directory import RELEASE, RUN_CONFIG, TRACKER
+from megatron_a2d.checkpoint.directory import RELEASE
 from megatron_a2d.checkpoint.training_facts import Trained, inherited, read_trained
-from megatron_a2d.config.settings import build
 from megatron_a2d.conversion.hf_to_torch_dist import convert
 from megatron_a2d.diffusion.model_interface import Request
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas
+from megatron_a2d.diffusion.sampling_options import Cache
 from megatron_a2d.hf.load_hf_model import diffusion_classes
 from megatron_a2d.inference.arguments import close_model, load_model
 from megatron_a2d.inference.loaded_model import LoadedModel
 from megatron_a2d.utils.errors import UserError
 from tests import tiny
+from tests.cases import as_trained
 from tests.unit.hf_tensors import tensors_of
 
 MASK, BLOCK = 151669, 4
@@ -45,15 +46,10 @@ def trained(root: Path, kind: str, settings: dict[str, Any], mask: int = MASK, *
     """A run's checkpoint with these settings."""
     hf = tiny.write_hf(root / "hf", kind, **SIZES | sizes)
     convert(hf, root / "checkpoint", mask, verify=False)
-    directory = root / "run" / "iter_0000010"
-    directory.parent.mkdir()
-    shutil.move(root / "checkpoint" / RELEASE, directory)
-    torch.save({"iteration": 10, "consumed_samples": 80}, directory / "common.pt")
-    (directory / RUN_CONFIG).write_text(json.dumps(build(settings).to_dict()))
-    (directory / "manifest.json").unlink()
-    (root / "run" / TRACKER).write_text("10\n")
+    run = as_trained(root / "checkpoint", root / "run", settings)
     shutil.rmtree(hf)
-    return root / "run"
+    shutil.rmtree(root / "checkpoint")
+    return run
 
 
 def exported(run: Path, out: Path, form: str, *flags: str) -> Path:
@@ -191,12 +187,13 @@ def pairs(
     return found
 
 
-def written(loaded: LoadedModel) -> list[list[int]]:
+def written(loaded: LoadedModel, cache: Cache = "none") -> list[list[int]]:
     """What our sampler writes behind PROMPTS."""
     rows = [[*prompt, *[loaded.mask_token_id] * NEW] for prompt in PROMPTS]
     options = SamplingOptions(
-        num_steps=STEPS, greedy=True, temperature=1.0, block_length=loaded.block_length, aligned_blocks=True
-    )
+        num_steps=STEPS, greedy=True, temperature=1.0, block_length=loaded.block_length, aligned_blocks=True,
+        cache=cache,
+    )  # fmt: skip
     canvas = make_canvas(rows, loaded.mask_token_id)
     sampled = denoise(loaded.forward, canvas, loaded.mask_token_id, options, label_shift=loaded.label_shift)
     return [
@@ -295,6 +292,7 @@ def test_exports_are_sampled_and_evaluated_as_their_checkpoints(pairs: dict[str,
                     levels=levels_L.expand_as(both_BL), positions=places_L.repeat(2).expand_as(both_BL),
                 )  # fmt: skip
                 (noised,) = loaded.forward(request, lambda rows, head: (head(rows),))
+                assert written(loaded, "prefix") == written(loaded), (name, path)
                 results.append((loaded.objective, loaded.block_length, written(loaded), noised))
             finally:
                 close_model()

@@ -21,15 +21,13 @@ from torch import Tensor
 
 from megatron_a2d.diffusion.model_interface import Model, Request, Window
 from megatron_a2d.diffusion.rng import INVERSE_GOLDEN_RATIO
-from megatron_a2d.diffusion.sampling.early_stop import after_eos
-from megatron_a2d.diffusion.sampling.token_scores import Scores, position_uniforms, scorer
+from megatron_a2d.diffusion.sampling.batch_state import BatchState, Canvas, IsFinal, output_positions, scatter
+from megatron_a2d.diffusion.sampling.token_scores import Scores, scorer
 from megatron_a2d.diffusion.sampling.unmask_schedule import StepPlan, blocks_of, plan_steps, sizes_of
 from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
 # on_step(step, tokens_BL, unmasked_BL): step counts from 1; `unmasked` are the positions unmasked in it
 OnStep = Callable[[int, Tensor, Tensor], None]
-# is_final(sequence, tokens): whether a text that begins with these tokens is truncated within them
-IsFinal = Callable[[int, list[int]], bool]
 
 
 class Sampled(NamedTuple):
@@ -65,49 +63,37 @@ def denoise(
     _check(canvas, label_shift)
     if is_final and not end_token_ids:
         raise ValueError("is_final needs end_token_ids: the first of them fills the remaining masked positions")
-    state = _State(canvas, mask_token_id, options, seed, tuple(end_token_ids), is_final)
+    state = Denoising(canvas, mask_token_id, options, label_shift, seed, tuple(end_token_ids), is_final)
     while sequences := state.unfinished():
-        unmasked_BL = state.advance(model, sequences, label_shift)
+        unmasked_BL = state.advance(model, sequences)
         if on_step is not None:
             on_step(state.step, state.tokens_BL.clone(), unmasked_BL)
     return Sampled(state.tokens_BL, state.num_forwards)
 
 
-class _State:
-    """The state of the batch during denoising."""
+class Denoising(BatchState):
+    """Masked diffusion by a schedule: which candidates of its current block each sequence unmasks."""
 
     def __init__(
         self,
         canvas: Canvas,
         mask_token_id: int,
         options: SamplingOptions,
+        label_shift: bool,
         seed: int | Sequence[int],
         end_token_ids: tuple[int, ...],
         is_final: IsFinal | None,
     ):
-        self.canvas, self.mask_token_id, self.options, self.end_token_ids, self.is_final = (
-            canvas, mask_token_id, options, end_token_ids, is_final,
-        )  # fmt: skip
+        super().__init__(canvas, mask_token_id, options, label_shift, seed, end_token_ids, is_final)
         batch, length = canvas.tokens.shape
-        self.tokens_BL = canvas.tokens.masked_fill(canvas.editable, mask_token_id)
-        self.masked_BL = canvas.editable.clone()
         self.blocks_BL = blocks_of(canvas.editable, options.block_length, options.aligned_blocks)
-        self.uniforms_BL: Tensor | None = None
-        if not options.takes_likeliest:
-            self.uniforms_BL = position_uniforms(seed, batch, length).to(canvas.tokens.device)
         self.log_confidence_BL = torch.zeros(batch, length, device=canvas.tokens.device)  # when decided
         self.num_masked = sizes_of(self.blocks_BL)  # masked positions of each sequence, by block
         self.plans = [plan_steps(sizes, options.sampler, options.num_steps) for sizes in self.num_masked]
         self.cursors = [0] * batch  # the next step of each plan
         self.cached_blocks = [-1] * batch
-        self.num_forwards = [0] * batch
-        self.num_written = [0] * batch  # unmasked positions before each sequence's first masked one
-        self.step = 0
 
-    def unfinished(self) -> list[int]:
-        return [sequence for sequence, num_masked in enumerate(self.num_masked) if any(num_masked)]
-
-    def advance(self, model: Model, sequences: list[int], label_shift: bool) -> Tensor:
+    def advance(self, model: Model, sequences: list[int]) -> Tensor:
         """Run one forward pass over `sequences`; returns the positions that it unmasked, [B, L]."""
         device = self.tokens_BL.device
         steps = [self._advance_cursor(sequence) for sequence in sequences]
@@ -117,33 +103,25 @@ class _State:
         if self.options.remask:
             self._remask(sequences, steps)
         candidates_SL = self.masked_BL[sequences_S] & in_block_SL
-        window = None
-        if self.options.cache != "none":
-            window = self._update_window(sequences, steps, in_block_SL, label_shift)
-        scores = self._predict(model, sequences_S, candidates_SL, window, label_shift)
+        needed_SL = output_positions(candidates_SL, self.label_shift)
+        window = self._window(sequences, sequences_S, steps, in_block_SL, needed_SL)
+        scores = self._predict(model, sequences_S, candidates_SL, needed_SL, window)
         # Each forward pass unmasks at least one position of each sequence.
         required = [
             max(self.num_masked[sequence][step.block] - step.num_left, 1)
             for sequence, step in zip(sequences, steps, strict=True)
         ]
         unmasked_SL = _select(self.options, scores, candidates_SL, torch.tensor(required, device=device))
-        predicted_SL = _scatter(scores.tokens, candidates_SL, 0)
         if self.options.remask:
             self.log_confidence_BL[sequences_S] = torch.where(
                 unmasked_SL,
-                _scatter(scores.log_confidence.float(), candidates_SL, 0),
+                scatter(scores.log_confidence.float(), candidates_SL, 0),
                 self.log_confidence_BL[sequences_S],
             )
-        unmasked_BL = torch.zeros_like(self.masked_BL)
-        unmasked_BL[sequences_S] = unmasked_SL
-        self.tokens_BL[sequences_S] = torch.where(unmasked_SL, predicted_SL, self.tokens_BL[sequences_S])
-        self.masked_BL &= ~unmasked_BL
         for sequence, step, count in zip(sequences, steps, unmasked_SL.sum(1).tolist(), strict=True):
             self.num_masked[sequence][step.block] -= count
             self.cursors[sequence] += 1
-            self.num_forwards[sequence] += 1
-        self.step += 1
-        return unmasked_BL | self._finish_ended()
+        return self.unmask(sequences, sequences_S, unmasked_SL, scatter(scores.tokens, candidates_SL, 0))
 
     def _advance_cursor(self, sequence: int) -> StepPlan:
         """Move the cursor past the steps of blocks that were filled early; returns the step that it then points to."""
@@ -168,17 +146,15 @@ class _State:
                 self.uniforms_BL[sequence, again] = (self.uniforms_BL[sequence, again] + INVERSE_GOLDEN_RATIO) % 1
 
     def _predict(
-        self, model: Model, sequences_S: Tensor, candidates_SL: Tensor, window: Window | None, label_shift: bool
+        self, model: Model, sequences_S: Tensor, candidates_SL: Tensor, needed_SL: Tensor, window: Window | None
     ) -> Scores:
         """Run the model on these sequences and score the candidates, [N].
 
-        The model computes the positions of `window` (all of them if None) and returns the output positions that predict
-        candidates. Under guidance the batch is doubled: the second half has the given tokens masked and cache slots of
-        its own.
+        The model computes the positions of `window` (all of them if None) and returns the needed output positions.
+        Under guidance the batch is doubled: the second half has the given tokens masked and cache slots of its own.
         """
         options = self.options
         tokens_SL, visible_SL = self.tokens_BL[sequences_S], self.canvas.visible[sequences_S]
-        needed_SL = _output_positions(candidates_SL, label_shift)
         if options.cfg_scale:
             given_SL = visible_SL & ~self.canvas.editable[sequences_S]
             tokens_SL = torch.cat([tokens_SL, tokens_SL.masked_fill(given_SL, self.mask_token_id)])
@@ -190,58 +166,42 @@ class _State:
         reduce = scorer(options, self.mask_token_id, uniforms_N)
         return Scores(*model(Request(tokens_SL, visible_SL, needed_SL, window), reduce))
 
-    def _update_window(
-        self, sequences: list[int], steps: list[StepPlan], in_block_SL: Tensor, label_shift: bool
-    ) -> Window:
-        """Record which block each cache is for; returns the positions to compute; the others are cached.
+    def _window(
+        self, sequences: list[int], sequences_S: Tensor, steps: list[StepPlan], in_block_SL: Tensor, needed_SL: Tensor
+    ) -> Window | None:
+        """The positions to compute, and a record of what is then cached; None: all, and nothing is.
 
-        They are the block (and, for `prefix`, everything after it), or the whole sequence if its block is a new one.
+        For a block diffusion model see `block_window`. For a bidirectional one they are the block (and, for `prefix`,
+        everything after it), or the whole sequence if its block is a new one.
         """
+        if self.options.cache == "none":
+            return None
+        if self.options.aligned_blocks:
+            length = self.options.block_length
+            start_S = in_block_SL.long().argmax(1) // length * length
+            positions_L = torch.arange(in_block_SL.shape[1], device=in_block_SL.device)
+            # The last position before the block predicts its first one, and attends to nothing of it.
+            reads_block_S = (needed_SL & (positions_L >= start_S[:, None])).any(1)
+            window = self.block_window(sequences_S, start_S + length * reads_block_S, needed_SL)
+            self.num_cached_B[sequences_S] = start_S
+            return window
         is_new = [self.cached_blocks[sequence] != step.block for sequence, step in zip(sequences, steps, strict=True)]
         for sequence, step in zip(sequences, steps, strict=True):
             self.cached_blocks[sequence] = step.block
-        active_SL = in_block_SL | _output_positions(in_block_SL, label_shift)
+        active_SL = in_block_SL | output_positions(in_block_SL, self.label_shift)
         if self.options.cache == "prefix":
             active_SL = active_SL.long().cumsum(1) > 0
-        sequences_S = torch.tensor(sequences, device=in_block_SL.device)
         active_SL |= torch.tensor(is_new, device=in_block_SL.device)[:, None]
         active_SL &= self.canvas.visible[sequences_S]
         return Window(sequences_S, active_SL)
 
-    def _finish_ended(self) -> Tensor:
-        """Fill the remaining masks of sequences whose text has ended; returns the positions filled, [B, L]."""
-        if not self.end_token_ids:
-            return torch.zeros_like(self.masked_BL)
-        unused_BL = after_eos(self.tokens_BL, self.masked_BL, self.canvas.editable, self.end_token_ids)
-        if self.is_final is not None:
-            for sequence in self._call_is_final(self.is_final):
-                unused_BL[sequence] = self.masked_BL[sequence]
-        finished_B = ~(self.masked_BL & ~unused_BL).any(1)
-        filled_BL = unused_BL & finished_B[:, None]
-        self.tokens_BL.masked_fill_(filled_BL, self.end_token_ids[0])
-        self.masked_BL &= ~filled_BL
-        for sequence in finished_B.nonzero()[:, 0].tolist():
-            self.num_masked[sequence] = [0] * len(self.num_masked[sequence])
-        return filled_BL
-
-    def _call_is_final(self, is_final: IsFinal) -> list[int]:
-        """The sequences for which `is_final` returns True; records how many tokens it has seen of each."""
-        written_BL = self.canvas.editable & (self.masked_BL.cumsum(1) == 0)
-        final = []
-        for sequence in self.unfinished():
-            written = self.tokens_BL[sequence][written_BL[sequence]].tolist()
-            if len(written) > self.num_written[sequence] and is_final(sequence, written):
-                final.append(sequence)
-            self.num_written[sequence] = len(written)
-        return final
-
 
 def _select(options: SamplingOptions, scores: Scores, candidates_SL: Tensor, required_S: Tensor) -> Tensor:
     """The candidates to unmask, at least `required` per sequence, [S, L] bool."""
-    entropies_SL = _scatter(scores.entropy, candidates_SL, torch.inf)
+    entropies_SL = scatter(scores.entropy, candidates_SL, torch.inf)
     if options.sampler == "rnd1":
         return lowest(entropies_SL, candidates_SL, required_S)
-    neg_confidence_SL = _scatter(-scores.log_confidence, candidates_SL, torch.inf)
+    neg_confidence_SL = scatter(-scores.log_confidence, candidates_SL, torch.inf)
     selected_SL = lowest(neg_confidence_SL, candidates_SL, required_S)
     if options.sampler == "eb":
         selected_SL |= entropy_bounded(neg_confidence_SL, entropies_SL, candidates_SL, options.gamma)
@@ -250,51 +210,12 @@ def _select(options: SamplingOptions, scores: Scores, candidates_SL: Tensor, req
     return selected_SL
 
 
-def _output_positions(predicted_SL: Tensor, label_shift: bool) -> Tensor:
-    """The positions of the model's output that predict these positions, [S, L] bool."""
-    if not label_shift:
-        return predicted_SL
-    return torch.nn.functional.pad(predicted_SL[:, 1:], (0, 1))
-
-
-def _scatter(values_N: Tensor, candidates_SL: Tensor, elsewhere: float) -> Tensor:
-    """Values of the candidates at their positions, [S, L], and `elsewhere` at all others."""
-    scattered_SL = torch.full(candidates_SL.shape, elsewhere, dtype=values_N.dtype, device=values_N.device)
-    scattered_SL[candidates_SL] = values_N
-    return scattered_SL
-
-
 def _check(canvas: Canvas, label_shift: bool) -> None:
     shapes = {tuple(tensor.shape) for tensor in canvas}
     if len(shapes) > 1 or canvas.tokens.dim() != 2 or canvas.editable.dtype != torch.bool:
         raise ValueError("tokens, editable and visible must all be [batch, sequence], and editable boolean")
     if label_shift and canvas.editable[:, 0].any():
         raise ValueError("position 0 is a hole, and under the label shift no position predicts it; put a token there")
-
-
-class Canvas(NamedTuple):
-    """A batch to denoise, all [B, L]."""
-
-    tokens: Tensor  # int64; masks in the holes, padding at the right
-    editable: Tensor  # bool, True in the holes
-    visible: Tensor  # bool, False at the padding
-
-    def to(self, device: torch.device) -> Canvas:
-        return Canvas(*(tensor.to(device) for tensor in self))
-
-
-def make_canvas(sequences: Sequence[Sequence[int]], mask_token_id: int, pad_token_id: int = 0) -> Canvas:
-    """Stack sequences of tokens, padded at the right; every mask token is a hole.
-
-    The published package has one padding token after the holes: append it to reproduce its output.
-    """
-    shape = (len(sequences), max(len(sequence) for sequence in sequences))
-    tokens_BL = torch.full(shape, pad_token_id, dtype=torch.long)
-    visible_BL = torch.zeros(shape, dtype=torch.bool)
-    for index, sequence in enumerate(sequences):
-        tokens_BL[index, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        visible_BL[index, : len(sequence)] = True
-    return Canvas(tokens_BL, visible_BL & (tokens_BL == mask_token_id), visible_BL)
 
 
 def lowest(costs_BL: Tensor, candidates_BL: Tensor, count_B: Tensor) -> Tensor:
