@@ -43,6 +43,62 @@ BENCHMARKS = {
     "mixing_cpu": Benchmark(2, "mixing"),
     "loader_cpu": Benchmark(1, "loader"),
     "masked_head_cpu": Benchmark(1, "chunked_head"),
-    "block_attention_cpu": Benchmark(6, "block_attention"),
-    "sampling_cpu": Benchmark(2, "sampling", ("--model", "DEMO/exported", "--data", "DEMO/corpus_valid")),
+    "block_attention_cpu": Benchmark(6, "block_attention", has_against=True),
+    "sampling_cpu": Benchmark(6, "sampling", ("--model", "DEMO/exported", "--data", "DEMO/corpus_valid")),
     "block_sampling_cpu": Benchmark(6, "block_sampling"),
+    "likelihood_cpu": Benchmark(1, "likelihood"),
+    "choice_decisions_cpu": Benchmark(8, "choice_decisions", ("--model", "DEMO/exported")),
+    "monitoring_cpu": Benchmark(1, "monitoring"),
+    "aux_loss_cpu": Benchmark(1, "aux_loss"),
+    "placed_experts_cpu": Benchmark(3, "placed_experts", ("--demo", "DEMO")),
+    "scaling_cpu": Benchmark(8, "scaling"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: those out of date")
+    parser.add_argument("--all", action="store_true", help="those that are up to date as well")
+    parser.add_argument("--demo", type=Path, default=Path("demo_run"), help="directory of a finished make demo")
+    parser.add_argument(
+        "--against", type=Path, metavar="DIRECTORY", help="a checkout of another commit to compare with"
+    )
+    options = parser.parse_args(argv)
+    if unknown := [name for name in options.names if name not in BENCHMARKS]:
+        raise UserError([f"bench {name}: there are {', '.join(BENCHMARKS)}" for name in unknown])
+    chosen = options.names or [name for name in BENCHMARKS if options.all or not is_current(name)]
+    if any("DEMO" in " ".join(BENCHMARKS[name].arguments) for name in chosen) and not options.demo.is_dir():
+        raise UserError(f"--demo {options.demo}: there is no such directory; run make demo")
+    for name in (name for name in BENCHMARKS if name not in chosen and not options.names):
+        console.print(f"{name}: up to date")
+    for number, name in enumerate(chosen, start=1):
+        left = sum(BENCHMARKS[other].minutes for other in chosen[number - 1 :])
+        console.print(f"{number} of {len(chosen)}, {name}: {time.strftime('%H:%M')}, about {left:.0f} minutes left")
+        run(name, options.demo, options.against)
+    report.main([])
+    noisy = [name for name in BENCHMARKS if (result := read(name)) and result.noisy]
+    if noisy:
+        console.print(f"noisy in part: {', '.join(noisy)}; the same command on an idle machine repeats them")
+
+
+def is_current(name: str) -> bool:
+    """Whether the result is of this code and has no noisy figure."""
+    result = read(name)
+    return result is not None and result.about["sources"] == sources() and not result.noisy
+
+
+def run(name: str, demo: Path, against: Path | None) -> None:
+    """Run a benchmark; its progress is shown."""
+    benchmark = BENCHMARKS[name]
+    words = [word.replace("DEMO", str(demo)) for word in benchmark.arguments]
+    if against and benchmark.has_against:
+        words += ["--against", str(against)]
+    command = module(f"bench.{benchmark.module}", *words, "--out", RESULTS / f"{name}.json")
+    code = subprocess.run(command).returncode
+    if code:
+        console.print(f"{name}: failed with exit code {code}")
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -78,8 +78,7 @@ def randomised(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.1, generator=generator)
+            parameter.normal_(std=0.1, generator=generator).add_(parameter.dim() == 1)
     return model.eval()
 
 

@@ -229,9 +229,7 @@ def _generate(
     options: argparse.Namespace, loaded: LoadedModel, sampling: SamplingOptions, prompts: Iterator[Prompt]
 ) -> Iterator[Result]:
     """Denoise in batches, in the order of the input. A sample's seed depends only on its number in the input."""
-    from megatron_a2d.diffusion.sampling import denoise, kept_positions, make_canvas, row_seed
-    from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, plan_steps, sizes_of
-    from megatron_a2d.inference.prompts import to_row
+    from megatron_a2d.diffusion.sampling import denoise, kept_positions, make_canvas, most_forward_passes, row_seed
 
     reserve = None
     if options.reserve_last == "eos" and not loaded.end_token_ids:
@@ -239,7 +237,9 @@ def _generate(
     if options.reserve_last:
         reserve = loaded.end_token_ids[0] if options.reserve_last == "eos" else loaded.pad_token_id
     jobs = (
-        (prompt, sample, to_row(prompt, loaded, reserve)) for prompt in prompts for sample in range(options.num_samples)
+        (prompt, sample, _row(prompt, loaded, sampling, reserve))
+        for prompt in prompts
+        for sample in range(options.num_samples)
     )
     numbered = enumerate(jobs)
     console = PlainConsole()
@@ -247,11 +247,8 @@ def _generate(
     for batch in _batches(numbered, options.batch_size):
         canvas = make_canvas([row for _, (_, _, row) in batch], loaded.mask_token_id)
         editable = canvas.editable.tolist()
-        # The largest number of forward passes; some samplers need fewer.
-        blocks = blocks_of(canvas.editable, sampling.block_length, sampling.aligned_blocks)
-        plans = [plan_steps(sizes, sampling.sampler, sampling.num_steps) for sizes in sizes_of(blocks)]
         view = LiveView(
-            canvas.tokens.tolist(), editable, max(map(len, plans)),
+            canvas.tokens.tolist(), editable, most_forward_passes(canvas.editable, sampling),
             lambda ids: loaded.tokenizer.decode(ids, skip_special_tokens=False), console,
         )  # fmt: skip
         with view if shows else nullcontext():
@@ -273,6 +270,20 @@ def _generate(
                 sum(editable[index][position] for position in kept), sampled.num_forwards[index],
                 _replay(view, index, kept, loaded) if options.save_html else [],
             )  # fmt: skip
+
+
+def _row(prompt: Prompt, loaded: LoadedModel, sampling: SamplingOptions, reserve: int | None) -> list[int]:
+    """The tokens to denoise. UserError if the sampler cannot fill their holes."""
+    from megatron_a2d.inference.prompts import to_row
+
+    row = to_row(prompt, loaded, reserve)
+    ends_in_hole = reserve is None and [isinstance(part, int) for part in prompt.parts] == [False, True]
+    if sampling.sampler == "self_speculative" and not ends_in_hole:
+        raise UserError(
+            f"{prompt.where}: --sampler self_speculative writes from left to right, so it continues texts and fills no "
+            "other holes (nor those of --reserve-last); give a prompt, or choose another sampler"
+        )
+    return row
 
 
 def _batches(jobs: Iterable[_Job], size: int) -> Iterator[list[_Job]]:

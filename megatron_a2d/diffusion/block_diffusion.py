@@ -111,6 +111,7 @@ class BlockModel:
         positions_L = torch.arange(tokens_BL.size(1), device=tokens_BL.device)
         starts_L = positions_L // self._block_length * self._block_length
         masked_BL = tokens_BL == self._mask_token_id
-        first_B = torch.where(masked_BL.any(1), masked_BL.long().argmax(1), tokens_BL.size(1))
-        is_context_BL = positions_L < (first_B // self._block_length * self._block_length)[:, None]
+        start_B = masked_BL.long().argmax(1) // self._block_length * self._block_length
+        # Without a mask all is finished, a short last block too.
+        is_context_BL = (positions_L < start_B[:, None]) | ~masked_BL.any(1, keepdim=True)
         return torch.where(is_context_BL, 2 * (positions_L if self._causal_context else starts_L) + 1, 2 * starts_L)

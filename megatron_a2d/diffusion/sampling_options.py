@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Sampler = Literal["rnd1", "eb", "confidence", "threshold"]
+Sampler = Literal["rnd1", "eb", "confidence", "threshold", "self_speculative"]
 Cache = Literal["none", "prefix", "dual"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
+SELF_SPECULATIVE: Sampler = "self_speculative"
 CACHES: tuple[str, ...] = get_args(Cache)
 # Logits stay finite in fp32.
 _SMALLEST_TEMPERATURE = 1e-6
@@ -26,7 +27,10 @@ class SamplingOptions:
         eb          by falling confidence, while the sum of their entropies minus the largest one is at most `gamma`
                     nats (entropy-bounded unmasking, Ben-Hamu et al. 2025)
         threshold   all whose token has probability `threshold` or more, at least one (Fast-dLLM, Wu et al. 2025)
-    num_steps: forward passes in all, divided over the blocks; eb and threshold usually need fewer.
+        self_speculative  those at which a bidirectional draft of the block agrees with autoregressive decoding, and the
+                    next one (sampling/self_speculation.py); for block diffusion with an autoregressive co-loss
+    num_steps: forward passes in all, divided over the blocks; eb and threshold usually need fewer. self_speculative
+        needs as many as its drafts ask for.
     block_length: holes are filled from left to right in blocks of this many tokens (semi-autoregressive); 0: one block.
     aligned_blocks: blocks are slices of the sequence itself, given tokens included, as in the training of a block
         diffusion model.
@@ -84,6 +88,10 @@ class SamplingOptions:
             "cache": (self.cache in CACHES, f"must be one of {', '.join(CACHES)}"),
         }
         found = [f"{name} {getattr(self, name)}: {why}" for name, (good, why) in ranges.items() if not good]
+        if self.sampler == SELF_SPECULATIVE and (self.remask or self.cfg_scale):
+            found.append(
+                f"sampler {self.sampler}: decides tokens once and has no guidance, leave out remask and cfg_scale"
+            )
         if self.aligned_blocks:
             excluded = {
                 "block_length": (self.block_length == 0, "block diffusion needs the length that was trained"),

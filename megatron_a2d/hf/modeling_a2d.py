@@ -103,8 +103,8 @@ class A2DAttention(nn.Module):
         key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), angles)
         value = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
-            packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-            return self.o_proj(cache.attend(self.layer, *packed, self.scale).flatten(1))[None]
+            query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            return self.o_proj(cache.attend(self.layer, query, key, value, self.scale).flatten(1))[None]
         # Keys and values are repeated rather than grouped inside the kernel: with a padding mask, PyTorch's
         # fused kernels refuse grouped queries and it falls back to one that stores all attention weights.
         key, value = (t.repeat_interleave(self.queries_per_key, dim=1) for t in (key, value))

@@ -23,7 +23,8 @@ LAYOUT = (
 # Sampling setting (its flag has the same name) -> help.
 SAMPLING = {
     "sampler": "tokens unmasked per step; rnd1: lowest entropy first, on a fixed schedule; confidence: highest "
-    "probability first (low-confidence remasking); eb: entropy-bounded; threshold: all above a probability",
+    "probability first (low-confidence remasking); eb: entropy-bounded; threshold: all above a probability; "
+    "self_speculative: autoregressive decoding of drafted blocks, for models trained with --ar-loss-weight",
     "num_steps": "maximum number of denoising steps (default: the model's num_diffusion_steps)",
     "gamma": "sampler eb: entropy bound per step, nats",
     "threshold": "sampler threshold: probability above which a token is unmasked",
@@ -41,7 +42,9 @@ SAMPLING = {
 
 def add_sampling_flags(group: Any) -> None:
     """Add a flag per setting of SAMPLING; only those given on the command line are set."""
-    choices = {"sampler": ("rnd1", "eb", "confidence", "threshold"), "cache": ("none", "prefix", "dual")}
+    choices = {
+        "sampler": ("rnd1", "eb", "confidence", "threshold", "self_speculative"), "cache": ("none", "prefix", "dual"),
+    }  # fmt: skip
     whole = ("num_steps", "block_length", "top_k")
     for name, text in SAMPLING.items():
         kind: dict[str, Any] = {"type": int if name in whole else float, "metavar": "N" if name in whole else "X"}
@@ -71,7 +74,13 @@ def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **default
         raise UserError([flag(problem) for problem in str(error).split("; ")]) from None
     if chosen.cache != "none" and not loaded.has_caches:
         raise UserError(f"--cache {chosen.cache}: needs an exported model, and this is a checkpoint; export it")
-    meaning = {"gamma": ("eb",), "threshold": ("threshold",)}
+    if chosen.sampler == "self_speculative" and not loaded.causal_context:
+        raise UserError(
+            f"--sampler {chosen.sampler}: needs a block diffusion model with an autoregressive co-loss (trained with "
+            f"--objective block and --ar-loss-weight above 0), which {loaded.name} is not; choose another sampler"
+        )
+    scheduled = ("rnd1", "confidence", "eb", "threshold")
+    meaning = {"gamma": ("eb",), "threshold": ("threshold",), "num_steps": scheduled}
     for name, samplers in meaning.items():
         if name in given and chosen.sampler not in samplers:
             raise UserError(f"{flag(name)} {given[name]}: has no effect with --sampler {chosen.sampler}; remove it")

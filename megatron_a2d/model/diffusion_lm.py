@@ -240,11 +240,13 @@ class DiffusionLM(LanguageModule):
         hidden = self.embedding(tokens_bs, None) if self.pre_process else None
         if hidden is not None and not hidden.requires_grad and torch.is_grad_enabled() and not self.post_process:
             hidden.requires_grad_()  # all of a first stage may be frozen; the schedule wants a gradient of each stage
-        mask: Any = cache
-        packed = None
+        mask: Any
         if cache is None:
             mask, packed = self._attention_inputs(tokens_bs, documents, annealing, levels)
-        rotary = self._rotary(hidden, positions, cache and cache.length)
+            rotary = self._rotary(hidden, positions)
+        else:
+            mask, packed = cache, None
+            rotary = self._rotary(hidden, positions, cache.length)
         return self.decoder(hidden, attention_mask=mask, rotary_pos_emb=rotary, packed_seq_params=packed)
 
     # For --overlap-moe-expert-parallel-comm, megatron.core interleaves the forward pass of one micro-batch with the

@@ -62,8 +62,9 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """`attention_mask` [b, F, all positions] is encoded (diffusion/attention_masks.py); None: full attention."""
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
-            rows = (tensor.squeeze(1) for tensor in (query, key, value))
-            return attention_mask.attend(self.layer_number, *rows, self.softmax_scale).flatten(1).unsqueeze(1)
+            query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
+            attended = attention_mask.attend(self.layer_number, query, key, value, self.softmax_scale)
+            return attended.flatten(1).unsqueeze(1)
         group, num_queries = self.context_parallel_group, query.size(0)
         if group is not None:
             # Backward sums the ranks' gradients of each slice and returns the sum to its owner.

@@ -17,6 +17,7 @@ from tests.tiny import MASK_TOKEN_ID
 BLOCK = 6
 # -1: a hole. Prompts that end within a block and at its end; N is a multiple of 2 in some passes only.
 ROWS = [[5, 7, *[-1] * 17], [20, *[-1] * 6, 90, 91, *[-1] * 3], [100, 101, 102, 103, 104, 105, *[-1] * 5]]
+CONTINUED = [ROWS[0], ROWS[2]]
 OPTIONS: dict[str, Any] = {"num_steps": 16, "block_length": BLOCK, "aligned_blocks": True, "temperature": 1.0}
 TP, PP, EP = ({f"{kind}_model_parallel_size": 2} for kind in ("tensor", "pipeline", "expert"))
 SP = {"sequence_parallel": True}
@@ -24,7 +25,6 @@ LAYOUTS: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
     ("dense", 1, {}, {}),
     ("dense", 2, {**TP, **SP}, {"label_shift": False}),
     ("dense_tied", 2, PP, {"ar_loss_weight": 0.5}),
-    ("dense", 4, {"tensor_model_parallel_size": 4}, {}),  # more ranks than key-value heads
     ("moe", 2, EP, {"label_shift": False, "ar_loss_weight": 0.5}),
     ("moe", 4, {**TP, **SP, **EP, **PP}, {}),
 ]
@@ -46,14 +46,16 @@ def test_every_layout_caches_exactly(
     )
     export_hf.main(["--checkpoint", str(run), "--out", str(tmp_path / "export"), "--format", "a2d", "--no-verify"])
     loaded = load_hf_model(tmp_path / "export")
-    canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in ROWS], MASK_TOKEN_ID)
-    alone = denoise(
-        loaded.forward, canvas, MASK_TOKEN_ID, SamplingOptions(**OPTIONS), label_shift=loaded.label_shift, seed=3
-    )
-    expected = {"tokens": alone.tokens.tolist(), "num_forwards": alone.num_forwards}
-    job = {"checkpoint": str(run), "layout": layout, "rows": ROWS}
-    for cache in ("prefix", "none"):
-        assert pool.run("sample", ranks, **job, options={**OPTIONS, "cache": cache}) == [expected] * ranks, cache
+    jobs = [(ROWS, OPTIONS), (CONTINUED, {**OPTIONS, "sampler": "self_speculative"})]
+    for rows, options in jobs[: 1 + loaded.causal_context]:
+        canvas = make_canvas([[MASK_TOKEN_ID if token < 0 else token for token in row] for row in rows], MASK_TOKEN_ID)
+        alone = denoise(
+            loaded.forward, canvas, MASK_TOKEN_ID, SamplingOptions(**options), label_shift=loaded.label_shift, seed=3
+        )
+        expected = {"tokens": alone.tokens.tolist(), "num_forwards": alone.num_forwards}
+        for cache in ("prefix", "none"):
+            job = {"checkpoint": str(run), "layout": layout, "rows": rows, "options": {**options, "cache": cache}}
+            assert pool.run("sample", ranks, **job) == [expected] * ranks, (options, cache)
 
 
 def test_ranks_with_a_broken_cache_are_noticed(cases: dict[str, Case], pool: Pool, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_a2d.conversion.hf_config import Exported, refusals
 from megatron_a2d.diffusion.attention_masks import block_causal_mask
 from megatron_a2d.diffusion.block_diffusion import BlockModel, corrupt_blocks
 from megatron_a2d.diffusion.corruption import corrupt, next_token
-from megatron_a2d.diffusion.model_interface import Request
+from megatron_a2d.diffusion.model_interface import Request, from_logits
 from megatron_a2d.diffusion.rng import Noise
 from megatron_a2d.diffusion.sampling.unmask_schedule import blocks_of, sizes_of
 
@@ -156,7 +156,7 @@ def test_writing_sees_what_training_saw(causal: bool) -> None:
     model = BlockModel(lambda request, reduce: seen.append(request.levels) or (), MASK, BLOCK, causal)
     training = visible(corrupt_blocks(TOKENS, 0, NOISE, BLOCK, causal_context=causal).levels)
     for start in range(0, LENGTH, BLOCK):
-        tokens = torch.from_numpy(np.where(np.arange(LENGTH) < start + 2, TOKENS, MASK))[None]
+        tokens = torch.from_numpy(np.where(np.arange(LENGTH) < start + 1, TOKENS, MASK))[None]
         model(Request(tokens, tokens >= 0, tokens == MASK), lambda hidden, head: ())
         see = visible(seen[-1][0])
         for query in range(max(start - 1, 0), min(start + BLOCK, LENGTH)):
@@ -164,6 +164,14 @@ def test_writing_sees_what_training_saw(causal: bool) -> None:
             for key in range(LENGTH):
                 in_block = start <= key < start + BLOCK and query >= start
                 assert bool(see[query, key]) == bool(training[row, key if in_block else LENGTH + key]), (query, key)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_text_without_masks_is_finished(causal: bool) -> None:
+    """Its short last block too: everything sees what the clean copy saw in training."""
+    model = BlockModel(from_logits(lambda tokens: tokens), MASK, BLOCK, causal)
+    training = visible(corrupt_blocks(TOKENS, 0, NOISE, BLOCK, causal_context=causal).levels)
+    assert torch.equal(visible(model.levels(torch.from_numpy(TOKENS)[None])[0]), training[LENGTH:, LENGTH:])
 
 
 def test_aligned_blocks_are_pieces_of_the_text() -> None:

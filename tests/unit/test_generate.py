@@ -13,6 +13,7 @@ import pytest
 
 from megatron_a2d import generate
 from megatron_a2d.diffusion.sampling import kept_positions
+from megatron_a2d.hf.kv_cache_a2d import KeyValueCache
 from megatron_a2d.terminal.live_view import MASK_BLOCK
 from megatron_a2d.utils.errors import UserError
 from tests.unit import tiny_exports
@@ -116,6 +117,61 @@ def test_samplers_and_caches_write_texts(exports, capsys):
     ):  # fmt: skip
         texts.add(run(capsys, exports["a2d"], "--prompt", "x = ", "--max-new-tokens", "20", *arguments))
     assert len(texts) >= 5 and all(text.startswith("x = ") for text in texts)
+
+
+def test_block_models_are_cached_by_default(exports, capsys, monkeypatch):
+    """Exactly: the text is that without a cache."""
+    passes, select = [], KeyValueCache.select
+    monkeypatch.setattr(
+        KeyValueCache, "select", lambda self, slots, active, keys: passes.append(keys) or select(self, slots, active, keys)
+    )  # fmt: skip
+    arguments = ("--prompt", "def mean(values):", "--prompt", "x", "--max-new-tokens", "30", "--num-steps", "12")
+    text = run(capsys, exports["block"], *arguments)
+    assert len(passes) >= 12 and passes[0] < max(passes)
+    assert text == run(capsys, exports["block"], *arguments, "--cache", "prefix")
+    passes.clear()
+    assert text == run(capsys, exports["block"], *arguments, "--cache", "none") and not passes
+
+
+def test_self_speculation(exports, capsys):
+    """Reports tokens per forward pass; refused without the co-loss it needs, and for holes."""
+    arguments = ("--prompt", "def mean(values):", "--max-new-tokens", "20", "--temperature", "0")
+    speculative = (*arguments, "--sampler", "self_speculative")
+    generate.main(["--model", str(exports["co_loss"]), *speculative, "--stats"])
+    text, stats = capsys.readouterr()
+    found = re.search(r"(\d+) tokens in (\d+) forward passes \(per text\): [\d.]+ tokens per forward", stats)
+    assert found and int(found[2]) <= 40 and text.startswith("def mean(values):")
+    assert text != run(capsys, exports["co_loss"], *arguments, "--num-steps", "3")
+    assert text == run(capsys, exports["co_loss"], *speculative, "--cache", "none")
+
+
+BAD_BLOCK_ARGUMENTS = {
+    "dual cache": ("block", ["--prompt", "a", "--cache", "dual"], "--cache dual: block diffusion attends to nothing"),
+    "guidance": ("block", ["--prompt", "a", "--cfg-scale", "1"], "--cfg-scale 1.0: block diffusion is sampled without"),
+    "other blocks": ("block", ["--prompt", "a", "--block-length", "4"], "--block-length 4: the model was trained in bl"),
+    "no blocks": ("a2d", ["--prompt", "a", "--sampler", "self_speculative"], "--sampler self_speculative: needs a block"),
+    "no co-loss": ("block", ["--prompt", "a", "--sampler", "self_speculative"], "--sampler self_speculative: needs a"),
+    "a hole": (
+        "co_loss", ["--infill", "a <|hole:4|> b", "--sampler", "self_speculative"], "--infill: --sampler self_specul",
+    ),
+    "a reserved place": (
+        "co_loss", ["--prompt", "a", "--sampler", "self_speculative", "--reserve-last", "pad"], "--reserve-last",
+    ),
+    "steps": (
+        "co_loss", ["--prompt", "a", "--sampler", "self_speculative", "--num-steps", "4"], "--num-steps 4: has no eff",
+    ),
+    "remasking": (
+        "co_loss", ["--prompt", "a", "--sampler", "self_speculative", "--remask", "0.1"], "leave out remask",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_BLOCK_ARGUMENTS)
+def test_bad_arguments_of_block_models(case, exports):
+    kind, arguments, message = BAD_BLOCK_ARGUMENTS[case]
+    with pytest.raises(UserError) as error:
+        generate.main(["--model", str(exports[kind]), *arguments])
+    assert message in str(error.value) and len(error.value.problems) == 1
 
 
 def test_reserves_the_last_place(exports, capsys):

@@ -31,7 +31,7 @@ def byte_tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> dict[str, Path]:
-    """One export of each format, with random weights."""
+    """One export of each format, and of block diffusion without and with an autoregressive co-loss; random weights."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     sizes = {
@@ -40,11 +40,14 @@ def exports(tmp_path_factory) -> dict[str, Path]:
         "mask_token_id": tokenizer.token_to_id("<|mask|>"), "eos_token_id": tokenizer.token_to_id("<|endoftext|>"),
         "num_diffusion_steps": 8, "initializer_range": 0.3,
     }  # fmt: skip
+    blocks = {"objective": "block", "block_length": 8}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     directories = {}
     for kind, model in (
         ("a2d", A2DForMaskedLM(A2DConfig(**sizes))),
         ("rnd1", RND1LM(RND1Config(**sizes | experts))),
+        ("block", A2DForMaskedLM(A2DConfig(**sizes | blocks))),
+        ("co_loss", A2DForMaskedLM(A2DConfig(**sizes | blocks, ar_loss_weight=0.5))),
     ):
         directories[kind] = tmp_path_factory.mktemp(kind)
         model.save_pretrained(directories[kind])

@@ -7,13 +7,14 @@ shift the one before the predicted position.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_a2d.diffusion.model_interface import Window
+from megatron_a2d.diffusion.model_interface import Model, Window
 from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.token_scores import position_uniforms
 from megatron_a2d.diffusion.sampling_options import SamplingOptions
@@ -47,7 +48,7 @@ def make_canvas(sequences: Sequence[Sequence[int]], mask_token_id: int, pad_toke
     return Canvas(tokens_BL, visible_BL & (tokens_BL == mask_token_id), visible_BL)
 
 
-class BatchState:
+class BatchState(ABC):
     """Tokens of the batch and what is still masked; a way of sampling adds which positions a forward pass unmasks."""
 
     def __init__(
@@ -74,6 +75,10 @@ class BatchState:
         self.num_forwards = [0] * batch
         self.num_written = [0] * batch  # unmasked positions before each sequence's first masked one
         self.step = 0
+
+    @abstractmethod
+    def advance(self, model: Model, sequences: list[int]) -> Tensor:
+        """Run one forward pass over `sequences`; returns the positions that it unmasked, [B, L]."""
 
     def unfinished(self) -> list[int]:
         sequences: list[int] = self.masked_BL.any(1).nonzero()[:, 0].tolist()

@@ -22,9 +22,10 @@ from torch import Tensor
 from megatron_a2d.diffusion.model_interface import Model, Request, Window
 from megatron_a2d.diffusion.rng import INVERSE_GOLDEN_RATIO
 from megatron_a2d.diffusion.sampling.batch_state import BatchState, Canvas, IsFinal, output_positions, scatter
+from megatron_a2d.diffusion.sampling.self_speculation import SelfSpeculation
 from megatron_a2d.diffusion.sampling.token_scores import Scores, scorer
 from megatron_a2d.diffusion.sampling.unmask_schedule import StepPlan, blocks_of, plan_steps, sizes_of
-from megatron_a2d.diffusion.sampling_options import SamplingOptions
+from megatron_a2d.diffusion.sampling_options import SELF_SPECULATIVE, SamplingOptions
 
 # on_step(step, tokens_BL, unmasked_BL): step counts from 1; `unmasked` are the positions unmasked in it
 OnStep = Callable[[int, Tensor, Tensor], None]
@@ -58,12 +59,13 @@ def denoise(
     one of them with nothing masked before it; positions still masked are filled with the first of them. `is_final` is
     called with the tokens of a sequence's holes before the first masked position, whenever there are more of them; if
     it returns True, the sequence is finished in the same way. Raises ValueError for a hole at position 0 under the
-    shift, and for `is_final` without end tokens.
+    shift, for `is_final` without end tokens, and for texts that a self-speculative sampler cannot continue.
     """
     _check(canvas, label_shift)
     if is_final and not end_token_ids:
         raise ValueError("is_final needs end_token_ids: the first of them fills the remaining masked positions")
-    state = Denoising(canvas, mask_token_id, options, label_shift, seed, tuple(end_token_ids), is_final)
+    kind: type[BatchState] = SelfSpeculation if options.sampler == SELF_SPECULATIVE else Denoising
+    state = kind(canvas, mask_token_id, options, label_shift, seed, tuple(end_token_ids), is_final)
     while sequences := state.unfinished():
         unmasked_BL = state.advance(model, sequences)
         if on_step is not None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_a2d.diffusion.sampling_options import Sampler
+from megatron_a2d.diffusion.sampling_options import SELF_SPECULATIVE, Sampler, SamplingOptions
 
 
 class StepPlan(NamedTuple):
@@ -31,6 +31,14 @@ def plan_steps(sizes: Sequence[int], sampler: Sampler, num_steps: int) -> list[S
         before = num_steps * end // num_holes
         result += [StepPlan(block, left) for left in counts_left(size, sampler, share)]
     return result
+
+
+def most_forward_passes(editable_BL: Tensor, options: SamplingOptions) -> int:
+    """The largest number of forward passes of any sequence; some samplers need fewer."""
+    if options.sampler == SELF_SPECULATIVE:
+        return 2 * int(editable_BL.sum(1).max())  # a draft and its verification decide at least one token
+    blocks_BL = blocks_of(editable_BL, options.block_length, options.aligned_blocks)
+    return max(len(plan_steps(sizes, options.sampler, options.num_steps)) for sizes in sizes_of(blocks_BL))
 
 
 def counts_left(num_holes: int, sampler: Sampler, num_steps: int) -> list[int]:
