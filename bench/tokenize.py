@@ -1,4 +1,4 @@
-"""Benchmark of data_prep.tokenize_corpus against Megatron-LM's preprocessing and against the bare tokenizer library.
+"""Benchmark of data_prep.tokenize_corpus against Megatron-LM's preprocessing and against the tokenizer library alone.
 
     python -m bench.tokenize [--megabytes 320] [--workers 2] [--rounds 3] [--out bench/results/tokenize_cpu.json]
 
@@ -11,11 +11,13 @@ trivial. The tokenizer is trained on the first pass, with a vocabulary of 16,384
 classic    the loop of preprocess_data.py: lines of the file go through a multiprocessing pool, 32 at a time; a worker
            parses one and calls the Hugging Face tokenizer on it; the first process adds it to megatron.core's builder
 ours       the complete command in a separate process: start, reading, parsing, validating, encoding, writing
-raw        encode_batch of gigatoken on a list in memory, with as many threads: without its start, reading and writing
+gigatoken  the same work by the library alone, in a separate process: its own reader of the same file, encode_files with
+           as many threads, the tokens written and flushed; without checks, checksums, split and resumption
+encode     encode_batch of gigatoken on a list in memory: without start, reading and writing
 
-Ours and raw: the entire corpus. Ours and classic: the first 21 MB. In turns, on the same cores; the corpus in the page
-cache (warm) and dropped from it (cold, checked; raw reads nothing while it is timed). `raw / ours` is the part of the
-bare library's speed that is left.
+Ours, gigatoken, encode: the entire corpus. Ours and classic: the first 21 MB. In turns, on the same cores; the corpus
+in the page cache (warm) and dropped from it (cold, checked; encode reads nothing while it is timed). `gigatoken / ours`
+is the part of the library's speed that is left, `encode / ours` the share of encoding.
 
 Memory: total resident memory of all processes of a job, sampled, once for each size.
 """
@@ -73,9 +75,12 @@ def measure(directory: Path, size: int, workers: int, rounds: int, out: Path | N
             "--valid-fraction", 0, "--workers", workers, "--encoder", "gigatoken",
         )  # fmt: skip
 
-    def raw() -> Usage:
-        words = module("bench.tokenize_raw", corpus, tokenizer, workers)
-        environment = {**os.environ, "RAYON_NUM_THREADS": str(workers)}
+    threads = {"RAYON_NUM_THREADS": str(workers)}
+    alone = module("bench.tokenize_raw", "files", corpus, tokenizer, workers, directory / "gigatoken")
+
+    def encode() -> Usage:
+        words = module("bench.tokenize_raw", "encode", corpus, tokenizer, workers)
+        environment = {**os.environ, **threads}
         printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
         return Usage(*map(float, printed.split()))
 
@@ -83,16 +88,23 @@ def measure(directory: Path, size: int, workers: int, rounds: int, out: Path | N
     compared = [
         compare(
             name, sides, pairs, rounds=rounds, cache=cache, warm_up=0,
-            prepare=before(cache, [text], [directory / f"{written}.{end}" for end in ("bin", "idx", "json", "sums")]),
+            prepare=before(
+                cache, [text],
+                [directory / f"{name}.{end}" for name in written for end in ("bin", "idx", "json", "sums")],
+            ),
         )
         for cache in CACHES
         for name, written, text, sides, pairs in (
-            (f"{sizes['all'] / 1e6:.0f} MB", "all", corpus,
-             {"ours": command(tokenize(corpus, "all")), "raw": raw}, [("raw", "ours")]),
-            (f"{sizes['beginning'] / 1e6:.0f} MB", "some", beginning,
+            (f"{sizes['all'] / 1e6:.0f} MB", ("all", "gigatoken"), corpus,
+             {"ours": command(tokenize(corpus, "all")), "gigatoken": command(alone, threads), "encode": encode},
+             [("gigatoken", "ours"), ("encode", "ours")]),
+            (f"{sizes['beginning'] / 1e6:.0f} MB", ("some",), beginning,
              {"ours": command(tokenize(beginning, "some")), "classic": command(classic_words)}, [("classic", "ours")]),
         )
     ]  # fmt: skip
+    run(alone, threads)
+    if (directory / "gigatoken.idx").stat().st_size != 4 * documents:  # its reader ends at a line that it cannot read
+        raise UserError("bench.tokenize: gigatoken has not read all documents; the comparison is invalid")
     figures = [
         Figure(f"peak memory, {sizes[key] / 1e6:.0f} MB", "bytes", [float(peak_memory(tokenize(text, f"peak_{key}")))])
         for key, text in (("beginning", beginning), ("all", corpus))

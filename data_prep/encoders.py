@@ -54,6 +54,15 @@ class Encoder(Protocol):
         """The text of the tokens, special ones included."""
         ...
 
+    def use_threads(self, count: int) -> None:
+        """Encode on `count` threads from now on; a process that was forked must use one."""
+        ...
+
+    def delimiter(self) -> bytes | None:
+        """The text of the end-of-document token, if documents encoded together with it after each have the ids that
+        they have alone; None if it may be read otherwise, or there is none."""
+        ...
+
 
 class HFEncoder:
     """A `tokenizer.json`. Text that spells a special token becomes that token, as in transformers."""
@@ -61,9 +70,7 @@ class HFEncoder:
     name = "tokenizers"
 
     def __init__(self, path: Path, append_eod: bool, workers: int):
-        # The library starts its threads with the first batch; their number is fixed from then on.
-        os.environ["RAYON_NUM_THREADS"] = str(workers)
-        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        self.use_threads(workers)
         self._tokenizer = read_tokenizer(path, f"--tokenizer {path}")
         # Some tokenizer.json files were saved with truncation or padding enabled; a corpus must have neither.
         self._tokenizer.no_truncation()
@@ -91,6 +98,24 @@ class HFEncoder:
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
+    def use_threads(self, count: int) -> None:
+        # The library starts its threads with the first batch on several; their number is fixed from then on.
+        os.environ["RAYON_NUM_THREADS"] = str(count)
+        os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"
+
+    def delimiter(self) -> bytes | None:
+        added = self._tokenizer.get_added_tokens_decoder()
+        end = None if self.eod_token_id is None else added.get(self.eod_token_id)
+        if end is None or end.lstrip or end.rstrip or end.single_word or end.normalized:
+            return None
+        # The leftmost of the added tokens is found: none may begin in the document and end in its delimiter.
+        text = end.content
+        for token in added.values():
+            within = token is not end and text in token.content
+            if within or any(token.content.endswith(text[:size]) for size in range(1, len(text))):
+                return None
+        return text.encode("utf-8")
+
 
 class SentencePieceEncoder:
     """A sentencepiece `.model`; documents end with its </s>."""
@@ -104,7 +129,7 @@ class SentencePieceEncoder:
             self._processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise UserError(f"--tokenizer {path}: cannot be read ({error}); download it again") from None
-        self._workers = workers
+        self.use_threads(workers)
         self.vocab_size = self._processor.vocab_size()
         self.eod_token_id = self._processor.eos_id() if append_eod else None
         if self.eod_token_id is not None and self.eod_token_id < 0:
@@ -119,6 +144,12 @@ class SentencePieceEncoder:
 
     def decode(self, token_ids: list[int]) -> str:
         return self._processor.decode(token_ids)
+
+    def use_threads(self, count: int) -> None:
+        self._workers = count
+
+    def delimiter(self) -> bytes | None:
+        return None  # in a text </s> is text
 
 
 def tokenizer_file(tokenizer: Path) -> Path:

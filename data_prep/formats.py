@@ -65,14 +65,12 @@ Reader = Callable[[FileRange, str, Limits], Iterator[Item]]
 
 def parse_line(line: bytes, json_key: str) -> bytes | str | None:
     """The text of one JSON line as bytes; a str that says why the line is invalid; None for a blank line."""
+    try:
+        return orjson.loads(line)[json_key].encode("utf-8")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass  # the standard library decides about what orjson refuses, with a better message
     if line.isspace():
         return None
-    try:
-        text = orjson.loads(line)[json_key]
-        if isinstance(text, str):
-            return text.encode("utf-8")
-    except (ValueError, LookupError, TypeError):
-        pass  # the standard library decides about what orjson refuses, with a better message
     try:
         content = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -7,10 +7,9 @@ extra `data`), the reference encodes.
 
 from __future__ import annotations
 
-import functools
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +34,7 @@ PROBES = (
 
 
 class GigatokenEncoder:
-    """The gigatoken encoder; `reference` opens the encoder whose ids it must reproduce.
+    """The gigatoken encoder; `reference` is the encoder whose ids it must reproduce.
 
     Documents that Unicode normal form NFC would change, or may change under a newer Unicode than Python's, are encoded
     by the reference: the two libraries implement different Unicode versions, order some combining marks differently
@@ -44,29 +43,50 @@ class GigatokenEncoder:
 
     name = "gigatoken"
 
-    def __init__(self, path: Path, vocab_size: int, eod_token_id: int | None, reference: Callable[[], Encoder]):
+    def __init__(self, path: Path, reference: Encoder):
         import gigatoken
 
         load: Any = gigatoken.Tokenizer.from_sentencepiece if path.suffix == ".model" else gigatoken.Tokenizer
         self._tokenizer = load(str(path))
-        self.vocab_size, self.eod_token_id = vocab_size, eod_token_id
-        self._end = np.array([] if eod_token_id is None else [eod_token_id], dtype=np.uint32)
-        self._reference = functools.cache(reference)
+        self.vocab_size, self.eod_token_id = reference.vocab_size, reference.eod_token_id
+        self._end = np.array([] if self.eod_token_id is None else [self.eod_token_id], dtype=np.uint32)
+        self._dtype = token_dtype(self.vocab_size)
+        self._delimiter, self._reference = reference.delimiter(), reference
 
     def encode_batch(self, texts: list[bytes]) -> Encoded:
-        changed = {number: text for number, text in enumerate(texts) if not is_normal(text)}
-        # Text by text is as fast as a batch, and does without awkward, whose import takes 0.2 s.
-        fast = self._tokenizer.encode
-        parts = [fast(b"" if number in changed else text) for number, text in enumerate(texts)]
-        if changed:
-            ids, lengths = self._reference().encode_batch([*changed.values()])
-            for number, part in zip(changed, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
-                parts[number] = part[: len(part) - len(self._end)]
-        with_ends = [array for part in parts for array in (part, self._end)]
-        # One pass over the ids: concatenates, and narrows them to the token file's dtype.
-        ids = np.concatenate([self._end[:0], *with_ends], dtype=token_dtype(self.vocab_size), casting="unsafe")
-        lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)) + len(self._end)
-        return Encoded(ids, lengths)
+        changed = not_normal(texts)
+        if not changed:
+            return self._encode_normal(texts)
+        left = [*texts]
+        for number in changed:
+            left[number] = b""
+        encoded = self._encode_normal(left)
+        ids, lengths = self._reference.encode_batch([texts[number] for number in changed])
+        parts = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
+        for number, part in zip(changed, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
+            parts[number] = part
+        encoded.lengths[changed] = lengths
+        return Encoded(np.concatenate(parts), encoded.lengths)
+
+    def _encode_normal(self, texts: list[bytes]) -> Encoded:
+        """All texts in one call, with delimiters; by halves, down to a single text, where one spells the delimiter.
+
+        A call for each text would take longer, and the library's batches import awkward, which takes 0.2 s.
+        """
+        if self._delimiter is None:
+            return _concatenate([self._encode_one(text) for text in texts])
+        ids = self._tokenizer.encode(self._delimiter.join([*texts, b""]))
+        ends = np.flatnonzero(ids == self.eod_token_id) + 1
+        if len(ends) == len(texts):
+            return Encoded(ids.astype(self._dtype), np.diff(ends, prepend=0))
+        if len(texts) == 1:
+            return self._encode_one(texts[0])
+        half = len(texts) // 2
+        return _concatenate([self._encode_normal(texts[:half]), self._encode_normal(texts[half:])])
+
+    def _encode_one(self, text: bytes) -> Encoded:
+        ids = np.concatenate([self._tokenizer.encode(text), self._end], dtype=self._dtype, casting="unsafe")
+        return Encoded(ids, np.array([len(ids)]))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         ids, lengths = self.encode_batch([text.encode("utf-8") for text in texts])
@@ -74,6 +94,32 @@ class GigatokenEncoder:
 
     def decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids).decode("utf-8", "replace")
+
+    def use_threads(self, count: int) -> None:
+        self._reference.use_threads(count)  # its own encoding uses the calling thread
+
+    def delimiter(self) -> bytes | None:
+        return self._delimiter
+
+
+def _concatenate(parts: list[Encoded]) -> Encoded:
+    return Encoded(np.concatenate([part.ids for part in parts]), np.concatenate([part.lengths for part in parts]))
+
+
+def not_normal(texts: list[bytes]) -> list[int]:
+    """The numbers of the texts that are not `is_normal`, in order."""
+    return _not_normal(texts, [number for number, text in enumerate(texts) if not text.isascii()])
+
+
+def _not_normal(texts: list[bytes], numbers: list[int]) -> list[int]:
+    """Those among `numbers`: together first, then by halves, since hardly any are."""
+    # No character composes with a line feed.
+    if not numbers or is_normal(b"\n".join([texts[number] for number in numbers])):
+        return []
+    if len(numbers) == 1:
+        return numbers
+    half = len(numbers) // 2
+    return _not_normal(texts, numbers[:half]) + _not_normal(texts, numbers[half:])
 
 
 def is_normal(text: bytes) -> bool:
@@ -106,32 +152,32 @@ class Chosen(NamedTuple):
 
     name: str  # "gigatoken" or "reference"
     reason: str  # one line for the report
+    encoder: Encoder
 
 
 def choose(tokenizer: Path, reference: Encoder, requested: Choice, texts: Sequence[bytes]) -> Chosen:
     """Whether gigatoken may encode a corpus of which `texts` are a sample."""
     if requested == "reference":
-        return Chosen("reference", f"{reference.name}, as requested")
-    problem, compared = _compare(tokenizer, reference, [*map(str.encode, PROBES), *texts])
-    if problem and requested == "gigatoken":
-        raise UserError(f"--encoder gigatoken: {problem}; leave the flag out to encode with {reference.name}")
-    if problem:
-        return Chosen("reference", f"{reference.name}, because {problem}")
-    return Chosen("gigatoken", f"gigatoken, with the ids of {reference.name} on {compared}")
+        return Chosen("reference", f"{reference.name}, as requested", reference)
+    fast, outcome = _compare(tokenizer, reference, [*map(str.encode, PROBES), *texts])
+    if fast:
+        return Chosen("gigatoken", f"gigatoken, with the ids of {reference.name} on {outcome}", fast)
+    if requested == "gigatoken":
+        raise UserError(f"--encoder gigatoken: {outcome}; leave the flag out to encode with {reference.name}")
+    return Chosen("reference", f"{reference.name}, because {outcome}", reference)
 
 
-def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[str, str]:
-    """(why gigatoken cannot be used, or ''; what was compared)."""
+def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[GigatokenEncoder | None, str]:
+    """(gigatoken, and what was compared), or (None, and why it cannot be used)."""
     try:
-        path = tokenizer_file(tokenizer)
-        fast = GigatokenEncoder(path, reference.vocab_size, reference.eod_token_id, lambda: reference)
+        fast = GigatokenEncoder(tokenizer_file(tokenizer), reference)
     except ImportError:
-        return "gigatoken is not installed (in the clone, pip install --editable '.[data]')", ""
+        return None, "gigatoken is not installed (in the clone, pip install --editable '.[data]')"
     # Its Rust code may also panic, which is not an Exception.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return f"gigatoken does not support this tokenizer ({' '.join(str(error).split())[:120]})", ""
+        return None, f"gigatoken does not support this tokenizer ({' '.join(str(error).split())[:120]})"
     expected, found = reference.encode_batch(texts), fast.encode_batch(texts)
     if not np.array_equal(expected.lengths, found.lengths) or not np.array_equal(expected.ids, found.ids):
         bounds = np.cumsum(expected.lengths)[:-1]
@@ -139,8 +185,8 @@ def _compare(tokenizer: Path, reference: Encoder, texts: list[bytes]) -> tuple[s
             texts, np.split(expected.ids, bounds), np.split(found.ids, np.cumsum(found.lengths)[:-1]), strict=True
         )
         text = next(text for text, ours, theirs in pairs if not np.array_equal(ours, theirs))
-        return f"gigatoken gives different ids, for instance for {text[:40].decode('utf-8', 'ignore')!r}", ""
-    return "", f"{len(texts)} texts, {len(expected.ids):,} tokens of this corpus"
+        return None, f"gigatoken gives different ids, for instance for {text[:40].decode('utf-8', 'ignore')!r}"
+    return fast, f"{len(texts)} texts, {len(expected.ids):,} tokens of this corpus"
 
 
 def corpus_sample(shards: Sequence[Shard], json_key: str, limits: Limits = DEFAULT_LIMITS) -> list[bytes]:

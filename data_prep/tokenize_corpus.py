@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,7 +34,7 @@ from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.gigatoken_encoder import choose, corpus_sample
 from data_prep.indexed_dataset_writer import TokenWriter, check_free, open_writers
 from data_prep.memory_limits import add_limits, read_limits
-from data_prep.tokenize_shards import Job, hold, is_done, tokenize_shards
+from data_prep.tokenize_shards import Job, hold, is_done, start_workers, tokenize_shards
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.data.checksums import file_checksum
 from megatron_a2d.data.tokenizer_fingerprint import vocabulary_of
@@ -83,34 +83,38 @@ def tokenize(
     limits = read_limits(arguments)
     chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(shards, json_key, limits))
     job = Job(
-        directory=Path(f"{prefix}.parts"), tokenizer=arguments.tokenizer, encoder=chosen.name,
-        vocab_size=reference.vocab_size, eod_token_id=reference.eod_token_id, append_eod=arguments.append_eod,
-        json_key=json_key, min_tokens=arguments.min_tokens,
+        directory=Path(f"{prefix}.parts"), encoder=chosen.name, eod_token_id=reference.eod_token_id,
+        append_eod=arguments.append_eod, json_key=json_key, min_tokens=arguments.min_tokens,
         max_tokens=arguments.max_tokens, skip_invalid=arguments.on_error == "skip", limits=limits,
         tokenizer_checksum=file_checksum(tokenizer_file(arguments.tokenizer)),
     )  # fmt: skip
-    with hold(job.directory):
-        _tokenize(arguments, reference, shards, job, {"encoder": chosen.reason, "passed_over": passed_over})
+    facts = {"encoder": chosen.reason, "passed_over": passed_over}
+    with hold(job.directory) as lock:
+        _tokenize(arguments, chosen.encoder, shards, job, lock, facts)
 
 
 def _tokenize(
-    arguments: argparse.Namespace, reference: Encoder, shards: list[Shard], job: Job, facts: dict[str, Any]
+    arguments: argparse.Namespace, encoder: Encoder, shards: list[Shard], job: Job, lock: IO[str], facts: dict[str, Any]
 ) -> None:
     prefix, prefixes = prefixes_of(arguments, job.json_key)
-    todo = missing_shards(job, shards)
-    size = sum(shard.num_bytes for shard in shards)
     begin = time.perf_counter()
+    todo = missing_shards(job, shards)
+    size, left = (sum(shard.num_bytes for shard in some) for some in (shards, todo.values()))
+    encoder.use_threads(arguments.workers)
     try:
-        with _progress(size, size - sum(shard.num_bytes for shard in todo.values())) as advance:
-            tokenize_shards(job, todo, arguments.workers, advance)
+        with (
+            start_workers(job, encoder, min(arguments.workers, len(todo)), lock) as workers,
+            _progress(size, size - left) as advance,
+        ):
+            tokenize_shards(job, todo, encoder, workers, advance)
     except UserError:
         if not list(job.directory.glob("*.npz")):
             shutil.rmtree(job.directory, ignore_errors=True)  # there is nothing to resume from
         raise
-    description = {"tokenizer": str(arguments.tokenizer), "eod_token_id": reference.eod_token_id}
+    description = {"tokenizer": str(arguments.tokenizer), "eod_token_id": job.eod_token_id}
     if vocabulary := vocabulary_of(tokenizer_file(arguments.tokenizer)):
         description |= vocabulary.description()
-    with open_writers(prefixes, reference.vocab_size, description) as writers:
+    with open_writers(prefixes, encoder.vocab_size, description) as writers:
         total = sum(path.stat().st_size for path in job.directory.glob("*.tokens")) // writers[0].dtype.itemsize
         with progress("write", total, "tokens") as advance_tokens:
             counts = merge(job, len(shards), writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens)
@@ -225,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     prefix = arguments.output_prefix
     if prefix.endswith("/") or Path(prefix).is_dir():
         raise UserError(f"--output-prefix {prefix}: is a directory; append a file name prefix")
-    reference = open_encoder(arguments.tokenizer, arguments.append_eod, arguments.workers)
+    reference = open_encoder(arguments.tokenizer, arguments.append_eod, workers=1)
     check_free([name for key in arguments.json_keys for name in prefixes_of(arguments, key)[1]])
     skip_invalid = arguments.on_error == "skip"
     inputs = find_inputs(arguments.input, skip_invalid)

@@ -11,7 +11,7 @@ byte. They are not flushed to the disk: a command that resumes compares the chec
 from __future__ import annotations
 
 import fcntl
-import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -24,15 +24,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from data_prep.corpus_shards import Counts, Shard, read_file_range
-from data_prep.encoders import Encoder, open_encoder, tokenizer_file
+from data_prep.encoders import Encoder
 from data_prep.formats import Document
-from data_prep.gigatoken_encoder import GigatokenEncoder
 from data_prep.memory_limits import Limits
 from megatron_a2d.data.checksums import file_checksum
 from megatron_a2d.utils.atomic_write import make_parent, new_file, regular
@@ -42,9 +41,8 @@ from megatron_a2d.utils.partial_files import open_lock
 
 # Bytes of text encoded at a time. Not a number of documents, so that long documents do not make a batch large.
 BATCH_BYTES = 1 << 20
-# One process imports these modules, and becomes the workers; a spawned worker would import them itself.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__, "gigatoken"])
+# Workers have the modules and the tokenizer of the first process, which loads them once.
+CONTEXT = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,7 @@ class Job:
     """Settings that the workers share."""
 
     directory: Path
-    tokenizer: Path
     encoder: str  # "gigatoken" or "reference"
-    vocab_size: int
     append_eod: bool
     eod_token_id: int | None
     json_key: str
@@ -64,20 +60,13 @@ class Job:
     limits: Limits
     tokenizer_checksum: str
 
-    def open_encoder(self, threads: int) -> Encoder:
-        if self.encoder == "gigatoken":
-            path = tokenizer_file(self.tokenizer)
-            reference = functools.partial(open_encoder, path, self.append_eod, threads)
-            return GigatokenEncoder(path, self.vocab_size, self.eod_token_id, reference)
-        return open_encoder(self.tokenizer, self.append_eod, threads)
-
     def path(self, number: int, suffix: str) -> Path:
         return self.directory / f"{number:05d}{suffix}"
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[None]:
-    """Create and lock `directory`; UserError if another process on this machine holds it."""
+def hold(directory: Path) -> Iterator[IO[str]]:
+    """Create and lock `directory`; UserError if another process on this machine holds it. Yields the open lock."""
     make_parent(directory / "x")
     with open_lock(directory / ".lock") as lock:
         try:
@@ -88,7 +77,7 @@ def hold(directory: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # the file system has no locks
-        yield
+        yield lock
 
 
 def _key(job: Job, shard: Shard) -> str:
@@ -195,62 +184,93 @@ def is_done(job: Job, number: int, shard: Shard) -> bool:
     return job.skip_invalid or not result.counts["invalid"]
 
 
-def tokenize_shards(job: Job, todo: dict[int, Shard], workers: int, advance: Callable[[int, int], Any]) -> None:
-    """Tokenise all shards of `todo` in `workers` processes; a single shard is tokenised here."""
-    if workers == 1 or len(todo) <= 1:
-        if todo:
-            encoder = job.open_encoder(workers)
-            for number, shard in todo.items():
-                tokenize_shard(job, number, shard, encoder, advance)
+class Workers(NamedTuple):
+    """Processes that tokenise shards."""
+
+    executor: ProcessPoolExecutor
+    number: int
+    shared: Any  # bytes read, tokens, whether to stop
+
+
+@contextmanager
+def start_workers(job: Job, encoder: Encoder, number: int, lock: IO[str]) -> Iterator[Workers | None]:
+    """`number` processes with the `encoder`; None for a single one. `lock` is not for them.
+
+    They are forked at once, while this process has no threads yet: a progress bar is one.
+    """
+    if number <= 1:
+        yield None
         return
-    shared = CONTEXT.Array("q", 3)  # bytes, tokens, stop
+    encoder.use_threads(1)
+    gc.freeze()  # collections in the workers do not look at what they have from here
+    shared = CONTEXT.Array("q", 3)
+    with ProcessPoolExecutor(number, CONTEXT, _start_worker, (job, encoder, shared, lock)) as executor:
+        try:
+            executor.submit(int)
+            gc.unfreeze()
+            yield Workers(executor, number, shared)
+        finally:
+            shared[2] = 1  # workers that are still busy stop after their batch
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def tokenize_shards(
+    job: Job,
+    todo: dict[int, Shard],
+    encoder: Encoder,
+    workers: Workers | None,
+    advance: Callable[[int, int], Any],
+) -> None:
+    """Tokenise all shards of `todo` by the `workers`, or here if there are none."""
+    if workers is None:
+        for number, shard in todo.items():
+            tokenize_shard(job, number, shard, encoder, advance)
+        return
     # Longest first would finish sooner; in order, an interrupted job has a complete beginning.
     waiting = iter(todo.items())
     seen = [0, 0]
-    with ProcessPoolExecutor(min(workers, len(todo)), CONTEXT, _start_worker, (job, shared)) as pool:
-        running: set[Future[None]] = set()
-        try:
-            while True:
-                while len(running) < 2 * workers and (item := next(waiting, None)):
-                    running.add(pool.submit(_work, *item))
-                if not running:
-                    return
-                done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                now = list(shared[:2])
-                advance(now[0] - seen[0], now[1] - seen[1])
-                seen = now
-                for future in done:
-                    future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "--workers: a worker was killed, most likely out of memory; run the same command again with fewer "
-                "--workers to resume"
-            ) from None
-        finally:
-            shared[2] = 1  # workers that are still busy stop after their batch
-            pool.shutdown(wait=False, cancel_futures=True)
+    running: set[Future[None]] = set()
+    try:
+        while True:
+            while len(running) < 2 * workers.number and (item := next(waiting, None)):
+                running.add(workers.executor.submit(_work, *item))
+            if not running:
+                return
+            done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            now = list(workers.shared[:2])
+            advance(now[0] - seen[0], now[1] - seen[1])
+            seen = now
+            for future in done:
+                future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "--workers: a worker was killed, most likely out of memory; run the same command again with fewer "
+            "--workers to resume"
+        ) from None
 
 
-_worker: Any = None  # of this process: job, encoder, the array shared with the main process
+_worker: Any = None  # of this process: job, encoder, the array shared with the first process
 
 
-def _start_worker(job: Job, shared: Any) -> None:
+def _start_worker(job: Job, encoder: Encoder, shared: Any, lock: IO[str]) -> None:
     global _worker
-    # Ctrl-C reaches every process; only the main one handles it, and stops the others.
+    lock.close()  # only the first process holds the directory
+    # Ctrl-C reaches every process; only the first one handles it, and stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = job, job.open_encoder(threads=1), shared
+    _worker = job, encoder, shared
 
 
 def _end_with_parent() -> None:
-    """Exit with the main process: a worker would otherwise wait for work forever once that was killed."""
+    """Exit with the first process: a worker would otherwise wait for work forever once that was killed."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
 
 class _StoppedError(Exception):
-    """The main process has asked the workers to stop."""
+    """The first process has asked the workers to stop."""
 
 
 def _work(number: int, shard: Shard) -> None:

@@ -86,7 +86,8 @@ def identity(directory: Path) -> str:
     """The identity of an iteration's weights: a digest of the sizes and checksums of its tensor files."""
     if (directory / MANIFEST).exists():
         return _digest(read_manifest(directory))
-    return _digest(measure(directory, [path.name for path in directory.glob("*.distcp")]))
+    # The algorithm of the placements that were written first.
+    return _digest(measure(directory, [path.name for path in directory.glob("*.distcp")], algorithm="crc32"))
 
 
 def carried(placement: ExpertPlacement, entries: Mapping[str, Entry]) -> ExpertPlacement:
@@ -95,7 +96,7 @@ def carried(placement: ExpertPlacement, entries: Mapping[str, Entry]) -> ExpertP
 
 
 def _digest(entries: Mapping[str, Entry]) -> str:
-    lines = [f"{name} {entry.size} {entry.crc32}" for name, entry in entries.items() if name.endswith(".distcp")]
+    lines = [f"{name} {entry.size} {entry.checksum}" for name, entry in entries.items() if name.endswith(".distcp")]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 

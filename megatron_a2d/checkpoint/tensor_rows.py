@@ -13,7 +13,10 @@ import mmap
 import os
 import re
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +30,7 @@ from megatron_a2d.utils.errors import UserError
 # same memory.
 SLAB_BYTES = 4 << 20
 _BLOCK_BYTES = 4 << 20  # written at once
+_MOST_UNUSED = 64  # blocks of memory kept to be read into again
 _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system does not have it
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -115,11 +119,22 @@ class FiniteCheck:
 
 
 def is_finite(rows: torch.Tensor) -> bool:
-    """Whether there is no NaN and no infinity. The extremes show both, in one pass at memory bandwidth."""
+    """Whether there is no NaN and no infinity.
+
+    The bits of numbers with one sign are ordered as their magnitudes are, with infinity and the NaNs at the end: the
+    largest as signed integers is that of the positive numbers, as unsigned ones that of the negative ones.
+    """
     if not rows.numel():
         return True
-    low, high = rows.aminmax()
-    return math.isfinite(float(low)) and math.isfinite(float(high))
+    width = rows.element_size()
+    bits = np.frombuffer(bytes_of(rows.contiguous()), f"i{width}")
+    infinity = _bits_of_infinity(rows.dtype)
+    return bool(bits.max() < infinity and bits.view(f"u{width}").max() < infinity + (1 << (8 * width - 1)))
+
+
+@lru_cache
+def _bits_of_infinity(dtype: torch.dtype) -> int:
+    return int(np.frombuffer(bytes_of(torch.tensor([math.inf], dtype=dtype)), f"i{dtype.itemsize}")[0])
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -272,6 +287,7 @@ class OpenFiles:
         self._descriptors: dict[tuple[Path, int], int] = {}
         self._lock = threading.Lock()
         self._direct = _DIRECT if from_disk else 0
+        self._unused: deque[mmap.mmap] = deque(maxlen=_MOST_UNUSED)
 
     def read_bytes(self, path: Path, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`; UserError, before a buffer is allocated, if the file ends earlier."""
@@ -311,11 +327,22 @@ class OpenFiles:
         """Direct I/O moves complete pages into aligned memory: the tensor is a view into those around it."""
         size, skipped = math.prod(shape) * dtype.itemsize, offset % mmap.PAGESIZE
         length = -(-(skipped + size) // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = np.empty(length + mmap.PAGESIZE, np.uint8)
-        aligned = memory.data[-memory.ctypes.data % mmap.PAGESIZE :][:length]
+        aligned = self._pages(length)
         filled = max(0, self._read_direct(path, offset - skipped, aligned) - skipped)
         self.read_into(path, offset + filled, aligned[skipped + filled : skipped + size])
         return torch.frombuffer(aligned, dtype=dtype, count=math.prod(shape), offset=skipped).view(tuple(shape))
+
+    def _pages(self, length: int) -> memoryview:
+        """Aligned memory, which is used again when no tensor lies in it any longer: new memory has to be zeroed."""
+        try:
+            memory = self._unused.pop()
+        except IndexError:
+            memory = None
+        if memory is None or len(memory) < length:
+            memory = mmap.mmap(-1, max(length, SLAB_BYTES + 2 * mmap.PAGESIZE))
+        pages = np.frombuffer(memory, np.uint8, length)
+        weakref.finalize(pages, self._unused.append, memory)
+        return pages.data
 
     def _read_direct(self, path: Path, offset: int, rest: memoryview) -> int:
         """The number of bytes read by direct I/O; fewer than asked for at the end of the file and where it fails."""

@@ -7,9 +7,11 @@ range must have the checksum that it had in the source. So damage is found, and 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import Queue
 from typing import NamedTuple, TypeVar
 
@@ -67,11 +69,6 @@ class RecordedRows:
                 position = piece.stop
         return result
 
-    def rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """A tensor, read again, in the ranges in which the output is read."""
-        for start, stop, _ in self.ranges(name):
-            yield start, self._read(RowRange(name, (), start, stop))[0]
-
     def expected(self, row_range: RowRange) -> Piece:
         """Read the source again."""
         return self._read(row_range)[1]
@@ -116,7 +113,7 @@ class ReadBack:
         readers = [_Reader(self.candidate.tensors.shapes) for _ in forwards]
         differences: dict[str, float] = {}
         rounding = 0.0
-        with ThreadPoolExecutor(max(1, len(readers))) as pool:
+        with _forward_threads(len(readers)) as pool:
             results = [pool.submit(reader.run, forward) for reader, forward in zip(readers, forwards, strict=True)]
             try:
                 for read in self._all_rows():
@@ -161,6 +158,19 @@ class ReadBack:
         if _checksum(rows) != piece.checksum:
             difference = largest_difference(self.reference.tensors.read(row_range), rows)
         return _Read(row_range.name, row_range.start, row_range.stop, rows, piece.rounding, difference)
+
+
+@contextmanager
+def _forward_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A thread for each forward pass, with a quarter of the processors for its products: they run beside one another
+    and the reading, and OpenMP's idle threads are busy."""
+    before = torch.get_num_threads()
+    few = max(1, min(before, (os.cpu_count() or 1) // 4))
+    try:
+        with ThreadPoolExecutor(max(1, count), initializer=torch.set_num_threads, initargs=(few,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 # Verifies an output before it is renamed to its final name: runs `compare`, and raises UserError to reject it.

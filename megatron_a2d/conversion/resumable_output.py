@@ -16,12 +16,12 @@ import json
 import os
 import shutil
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+from megatron_a2d.checkpoint.manifest import ALGORITHMS, Hasher
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.terminal.console import console, progress
 from megatron_a2d.utils.atomic_write import check_new_directory, fsync_path, make_parent, regular
@@ -32,6 +32,11 @@ from megatron_a2d.utils.partial_files import open_lock
 JOURNAL = ".journal"
 _IO_CHUNK = 1 << 20
 _CHECKERS = 4  # threads
+# Checksums by their key in the journal.
+_HASHERS: dict[str, Callable[[], Hasher]] = {
+    "sha256": hashlib.sha256,
+    **{name: hasher for name, (_, hasher) in ALGORITHMS.items()},
+}
 
 
 class ResumableOutput:
@@ -44,7 +49,7 @@ class ResumableOutput:
         self._journal, self._lock = journal, threading.Lock()
 
     def record(self, name: str, facts: dict[str, Any]) -> None:
-        """Record the file `name`, relative to the directory, as complete; `facts` holds its "crc32" or its "sha256".
+        """Record the file `name`, relative to the directory, as complete; `facts` holds one of _HASHERS.
 
         Thread-safe.
         """
@@ -163,15 +168,15 @@ def _is_inside(partial: Path, name: Any) -> bool:
 
 
 def _is_intact(path: Path, facts: dict[str, Any], advance: Callable[[float], None]) -> bool:
-    crc, sha = 0, hashlib.sha256()
+    algorithm = next((name for name in _HASHERS if name in facts), None)
+    if algorithm is None:
+        return False
+    hasher = _HASHERS[algorithm]()
     with open(path, "rb", opener=regular) as file:
         while chunk := file.read(_IO_CHUNK):
-            if "sha256" in facts:
-                sha.update(chunk)
-            else:
-                crc = zlib.crc32(chunk, crc)
+            hasher.update(chunk)
             advance(len(chunk))
-    return facts["sha256"] == sha.hexdigest() if "sha256" in facts else facts.get("crc32") == f"{crc:08x}"
+    return bool(facts[algorithm] == hasher.hexdigest())
 
 
 def _size(path: Path) -> int:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import io
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 
 from megatron_a2d.checkpoint.manifest import Entry
 from megatron_a2d.checkpoint.metadata_index import Chunk, Index, Location, StoredTensor
@@ -77,7 +77,7 @@ def write_torch_dist(
     write_index(directory, _index(source, weights, files, len(empty_state)))
     torch.save(common, directory / "common.pt")
     write_json(directory / "metadata.json", FORMAT)  # last: marks the checkpoint as complete
-    return {name: Entry(**work.done[f"{subdirectory}/{name}"]) for name in files}
+    return {name: Entry.of(work.done[f"{subdirectory}/{name}"]) for name in files}
 
 
 def _plan(source: RowSource, weights: WeightMap, begin: int) -> dict[str, list[_Chunk]]:
@@ -119,12 +119,13 @@ def _write_file(
     first: bytes,
     advance: Callable[[float], None],
 ) -> None:
-    size = crc = 0
+    size, checksum = 0, xxhash.xxh3_64()
     with StreamedFile(work.directory / name) as file:
 
         def write(data: bytes) -> None:
-            nonlocal size, crc
-            size, crc = size + len(data), zlib.crc32(data, crc)
+            nonlocal size
+            size += len(data)
+            checksum.update(data)
             file.write(data)
 
         write(first)
@@ -137,11 +138,12 @@ def _write_file(
             for first_row, end in slabs(matrix, start, stop, itemsize):
                 room = file.room((end - first_row) * math.prod(matrix[1:]) * itemsize)
                 rows = source.read(RowRange(key, lead, first_row, end), room).contiguous()
-                size, crc = size + rows.nbytes, zlib.crc32(bytes_of(rows), crc)
+                size += rows.nbytes
+                checksum.update(bytes_of(rows))
                 file.write_tensor(rows)
                 advance(rows.nbytes)
             write(suffix)
-    work.record(name, {"size": size, "crc32": f"{crc:08x}"})
+    work.record(name, Entry(size, checksum.hexdigest()).stored())
 
 
 def _index(source: RowSource, weights: WeightMap, files: dict[str, list[_Chunk]], state_length: int) -> Index:

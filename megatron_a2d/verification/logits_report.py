@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,17 +59,17 @@ def report_written(read_back: ReadBack) -> tuple[Comparison, list[str]]:
         losses = loss_by_time(second, label_shift(second))
     else:
         text = _text(pair)
-        with ThreadPoolExecutor(1) as beside:
-            source = StreamedModel(pair.first, pair.causal, read_rows=read_back.recorded.rows, visible=text.visible)
-            of_source = beside.submit(source.logits, text.tokens)
-            forwards: list[Callable[[ReadRows], Any]] = [
-                lambda rows: StreamedModel(second, pair.causal, read_rows=rows, visible=text.visible).logits(
-                    text.tokens
-                ),
-                lambda rows: loss_by_time(second, label_shift(second), rows),
-            ]
-            comparison, (of_output, losses) = read_back.compare(forwards)
-            logits = _streamed_line(pair, text, of_source.result(), of_output)
+
+        def logits_of(weights: Weights) -> Callable[[ReadRows], Any]:
+            # The source's rows are those of the output, which `compare` accepts only if all bits are the same.
+            return lambda rows: StreamedModel(weights, pair.causal, read_rows=rows, visible=text.visible).logits(
+                text.tokens
+            )
+
+        comparison, (of_source, of_output, losses) = read_back.compare(
+            [logits_of(pair.first), logits_of(second), lambda rows: loss_by_time(second, label_shift(second), rows)]
+        )
+        logits = _streamed_line(pair, text, of_source, of_output)
     lines = [tensors_line(comparison, first, second), logits]
     return comparison, lines + loss_lines(*losses, second.model_config.vocab_size)
 

@@ -200,9 +200,9 @@ def test_other_logits_leave_no_output(tool: str, size: str, run: Path, tmp_path:
     streamed = []
 
     def rotate_otherwise(model: StreamedModel, x: torch.Tensor) -> torch.Tensor:
-        """A fault of one side: the first one that is streamed."""
-        streamed.append(model)
-        return x if model is streamed[0] else rotate(model, x)
+        """A fault of one side: the first one whose logits are streamed; the losses have other texts."""
+        streamed.extend([model] if len(x) <= 2 else [])
+        return x if streamed and model is streamed[0] else rotate(model, x)
 
     monkeypatch.setattr(StreamedModel, "_rotate", rotate_otherwise)
     with pytest.raises(UserError, match=r"logits (of|differ)") as refusal:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from xxhash import xxh3_64_hexdigest
 
 from checkpoints_tools import convert_hf
 from megatron_a2d.checkpoint import tensor_rows
@@ -141,13 +142,17 @@ def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
 
 def test_a_full_disk_keeps_what_is_complete(tmp_path: Path, capsys) -> None:
     with pytest.raises(OSError, match="full"), resumable_directory(tmp_path / "out", "--out", {}) as work:
-        (work.directory / "a").write_bytes(b"1234")
-        work.record("a", {"crc32": "9be3e0a3"})
+        for name, facts in (
+            ("a", {"xxh3": xxh3_64_hexdigest(b"1234")}), ("b", {"crc32": "9be3e0a3"}),
+            ("c", {"xxh3": "0" * 16}), ("d", {"crc32": "0" * 8}), ("e", {}),
+        ):  # fmt: skip
+            (work.directory / name).write_bytes(b"1234")
+            work.record(name, facts)
         raise OSError(28, "full")
     assert "the disk is full" in " ".join(capsys.readouterr().err.split())
     with resumable_directory(tmp_path / "out", "--out", {}) as work:
-        assert list(work.done) == ["a"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+        assert list(work.done) == ["a", "b"]  # CRC-32: journals of earlier versions
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
 
 
 def test_nothing_is_kept_of_a_source_that_is_refused(tmp_path: Path, monkeypatch) -> None:

@@ -90,9 +90,16 @@ def test_casts_that_would_make_infinities() -> None:
     assert cast(torch.tensor([math.nan]), torch.float16, "w").isnan().all()
 
 
-@pytest.mark.parametrize(("values", "expected"), [([], True), ([1.0, -2.0], True), ([1.0, math.nan], False), ([-math.inf, 0.0], False), ([0.0, math.inf], False)])  # fmt: skip
-def test_what_is_finite(values: list[float], expected: bool) -> None:
-    assert is_finite(torch.tensor(values)) == expected
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_finite(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for values in ([], [1.0, -2.0], [0.0], [-1.0], [-0.0, -1.0], [largest, -largest], [torch.finfo(dtype).tiny]):
+        assert is_finite(torch.tensor(values, dtype=dtype))
+    negative_nan = torch.tensor(math.nan, dtype=dtype).neg()
+    for bad in (math.inf, -math.inf, math.nan, negative_nan):
+        for others in ([], [1.0], [-1.0], [largest, -largest]):
+            assert not is_finite(torch.tensor([*others, bad, *others], dtype=dtype))
+    assert not is_finite(torch.tensor([[1.0, math.inf], [2.0, 3.0]], dtype=dtype).T)  # not contiguous
 
 
 def test_tensors_that_are_not_finite_are_named_in_the_models_order() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import unicodedata
-from functools import partial
 
 import numpy as np
 import pytest
 
 from data_prep import gigatoken_encoder, tokenize_shards
 from data_prep.corpus_shards import Shard, plan_shards
-from data_prep.encoders import Encoded, open_encoder
+from data_prep.encoders import END_OF_TEXT, Encoded, open_encoder
 from data_prep.memory_limits import DEFAULT_LIMITS
 from tests.unit import corpus_kinds
 from tests.unit.corpus_kinds import TEXTS, contents, problem, run, write_jsonl, write_kind
@@ -25,9 +25,7 @@ def test_another_encoder_does_not_take_up_old_shards(tokenizer, tmp_path):
     (shard,) = plan_shards([write_kind(tmp_path, ".jsonl", TEXTS)])
     keys = {
         tokenize_shards._key(
-            tokenize_shards.Job(
-                tmp_path, tokenizer, name, 310, True, eod, "text", 1, None, False, DEFAULT_LIMITS, "sum"
-            ),
+            tokenize_shards.Job(tmp_path, name, True, eod, "text", 1, None, False, DEFAULT_LIMITS, "sum"),
             shard,
         )
         for name in ("gigatoken", "reference")
@@ -43,12 +41,7 @@ def test_gigatoken_gives_the_reference_ids(tokenizer):
         slow = open_encoder(tokenizer, append_eod, workers=1)
         chosen = gigatoken_encoder.choose(tokenizer, slow, "auto", texts)
         assert chosen.name == "gigatoken" and f"{len(texts) + len(gigatoken_encoder.PROBES)} texts" in chosen.reason
-        fast = gigatoken_encoder.GigatokenEncoder(
-            tokenizer / "tokenizer.json",
-            slow.vocab_size,
-            slow.eod_token_id,
-            partial(open_encoder, tokenizer, append_eod, 1),
-        )
+        fast = gigatoken_encoder.GigatokenEncoder(tokenizer / "tokenizer.json", slow)
         for some in (texts, texts[:1], [b""]):
             one, other = fast.encode_batch(some), slow.encode_batch(some)
             assert np.array_equal(one.ids, other.ids) and np.array_equal(one.lengths, other.lengths)
@@ -61,6 +54,55 @@ def test_gigatoken_gives_the_reference_ids(tokenizer):
         assert fast.encode_batch(newer).ids.tolist() == slow.encode_batch(newer).ids.tolist()
         assert not any(gigatoken_encoder.is_normal(text) for text in newer)
         assert fast.decode(fast.encode(["ünï"])[0][:-1] if append_eod else fast.encode(["ünï"])[0]) == "ünï"
+
+
+def test_documents_that_are_encoded_together_have_their_own_ids(tokenizer, monkeypatch):
+    """Also next to others that spell the end of a document, or that the reference must encode."""
+    pytest.importorskip("gigatoken")
+    texts = ["", "a", "  b ", "u\u0308 c", f"d {END_OF_TEXT}", "\n", "<|endoftext|", f"{END_OF_TEXT}<|", "e\u0301", "f"]
+    draw = random.Random(0)
+    for append_eod in (True, False):
+        slow = open_encoder(tokenizer, append_eod, workers=1)
+        fast = gigatoken_encoder.GigatokenEncoder(tokenizer / "tokenizer.json", slow)
+        assert fast.delimiter() == (END_OF_TEXT.encode() if append_eod else None)
+        counted = _Counted(fast._tokenizer)
+        monkeypatch.setattr(fast, "_tokenizer", counted)
+        for count in (1, 2, 3, 10, 40):
+            some = [text.encode() for text in draw.choices(texts, k=count)]
+            one, other = fast.encode_batch(some), slow.encode_batch(some)
+            assert one.ids.tolist() == other.ids.tolist() and one.lengths.tolist() == other.lengths.tolist()
+        counted.calls = 0
+        fast.encode_batch([b"x"] * 40)
+        assert counted.calls == (1 if append_eod else 40)
+
+
+class _Counted:
+    """gigatoken's tokenizer, whose calls are counted."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.calls = tokenizer, 0
+
+    def encode(self, text):
+        self.calls += 1
+        return self._tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("token", "given"),
+    [
+        ("", True), ("<|end|>", True), ("x<", False), (f"a{END_OF_TEXT[:6]}", False), (f"a{END_OF_TEXT}b", False),
+        ("strips", False), ("single_word", False),
+    ],
+)  # fmt: skip
+def test_an_end_that_may_be_read_otherwise_delimits_nothing(token, given, tokenizer, tmp_path):
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    (end,) = (item for item in content["added_tokens"] if item["content"] == END_OF_TEXT)
+    if token in ("strips", "single_word"):
+        end["lstrip" if token == "strips" else token] = True
+    elif token:
+        content["added_tokens"].append({**end, "id": 400, "content": token})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert open_encoder(tmp_path, append_eod=True, workers=1).delimiter() == (END_OF_TEXT.encode() if given else None)
 
 
 def test_whether_a_text_is_normal_is_seen_around_its_other_letters():
@@ -76,6 +118,15 @@ def test_whether_a_text_is_normal_is_seen_around_its_other_letters():
     ]
     assert 1000 < sum(expected) < 3500
     assert [gigatoken_encoder.is_normal(text.encode()) for text in texts] == expected
+    few = [number for number, normal in enumerate(expected) if not normal][:60:20]
+    some = [text for number, text in enumerate(texts) if expected[number] or number in few]
+    for part in (texts, some, few and [texts[few[0]]], [], ["a", "\u0301"], ["\u0301"]):
+        assert gigatoken_encoder.not_normal([text.encode() for text in part]) == [
+            number
+            for number, text in enumerate(part)
+            if not unicodedata.is_normalized("NFC", text)
+            or any(unicodedata.category(letter) == "Cn" for letter in text)
+        ]
 
 
 def test_gigatoken_is_not_used_where_one_id_differs(tokenizer, tmp_path, monkeypatch):

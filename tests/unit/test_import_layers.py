@@ -37,7 +37,6 @@ APART = {
 
 # Files of fewer than 40 lines, besides __init__ and __main__, and why each is a file.
 SHORT_FILES = {
-    "bench/tokenize_raw.py": "runs in a process of its own, which imports nothing else",
     "launch/eval/local/local_pass_at_1.py": "lm-eval loads it from beside the task's YAML",
     "launch/eval/tasks/pass_at_1.py": "lm-eval loads it from beside the task's YAML",
     "launch/random_model.py": "shared by two scripts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_damage_to_any_file_is_named(name: str, directory: Path) -> None:
     whole = path.read_bytes()
     flip_a_bit(path)
     (line,) = check_manifest(directory)
-    assert line.startswith(f"{path}: is damaged (CRC-32 ")
+    assert line.startswith(f"{path}: is damaged (XXH3 ")
     assert check_manifest(directory, checksums=False) == []
     path.write_bytes(whole[:-1])
     (line,) = check_manifest(directory, checksums=False)
@@ -94,8 +95,22 @@ def test_all_problems_are_listed(directory: Path) -> None:
 
 def test_files_that_are_known_are_not_read_again(directory: Path) -> None:
     """The checksum that a rank found for its own file is taken as it is."""
-    write_manifest(directory, {"common.pt": Entry(9000, "00000000")})
-    assert [line for line in check_manifest(directory) if "not 00000000" in line]
+    write_manifest(directory, {"common.pt": Entry(9000, "0" * 16)})
+    assert [line for line in check_manifest(directory) if f"not {'0' * 16}" in line]
+
+
+def test_manifests_of_earlier_versions_are_verified(directory: Path) -> None:
+    """Their checksums are CRC-32."""
+    files = {
+        name: {"size": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+        for name in list_files(directory)
+        for data in [(directory / name).read_bytes()]
+    }
+    write_json(directory / MANIFEST, {"files": files})
+    assert check_manifest(directory) == []
+    flip_a_bit(directory / "common.pt")
+    (line,) = check_manifest(directory)
+    assert line.startswith(f"{directory / 'common.pt'}: is damaged (CRC-32 ")
 
 
 def test_a_conversion_has_a_manifest(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_file_of_any_name(checkpoint: Path, tmp_path: Path) -> None:
     later = tmp_path / "iter_0000003"
     shutil.copytree(directory, later)
     manifest = json.loads((later / MANIFEST).read_text())
-    manifest["files"]["__0_0.distcp"]["crc32"] = "00000000"  # other weights
+    manifest["files"]["__0_0.distcp"]["xxh3"] = "0" * 16  # other weights
     (later / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="other weights"):
         found(later, path)

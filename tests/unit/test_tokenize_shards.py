@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from data_prep import dedup_and_split, tokenize_corpus, tokenize_shards
+from data_prep import dedup_and_split, encoders, tokenize_corpus, tokenize_shards
 from data_prep.corpus_shards import plan_shards
 from data_prep.encoders import open_encoder
 from megatron_a2d.data.indexed_dataset import TokenFile
@@ -142,6 +142,37 @@ def test_workers_end_with_the_first_process():
     while _alive(worker) and time.monotonic() < end:
         time.sleep(0.05)
     assert not _alive(worker)
+
+
+def test_workers_take_over_the_tokenizer_and_leave_the_lock(tokenizer, tmp_path, monkeypatch):
+    """It is loaded once; and what kills the first process alone does not keep the directory locked."""
+    corpus = write_kind(tmp_path, ".jsonl", TEXTS)
+    loads = tmp_path / "loads"
+    for name in ("HFEncoder", "SentencePieceEncoder"):
+        kind = getattr(encoders, name)
+
+        def start(self, *arguments, start=kind.__init__):
+            with open(loads, "a") as stream:
+                stream.write("x")
+            start(self, *arguments)
+
+        monkeypatch.setattr(kind, "__init__", start)
+    monkeypatch.setattr(tokenize_corpus, "plan_shards", lambda paths, **options: plan_shards(paths, 3000, **options))
+    run(tokenizer, tmp_path / "out", "--input", corpus, "--workers", 2)
+    assert loads.read_text() == "x"
+
+    encoder = SimpleNamespace(use_threads=lambda count: None)
+    with (
+        tokenize_shards.hold(tmp_path / "parts") as lock,
+        tokenize_shards.start_workers(None, encoder, 2, lock) as workers,
+    ):
+        opened = workers.executor.submit(_opened_files).result()
+        assert str(tmp_path / "parts" / ".lock") in _opened_files() and str(tmp_path / "parts" / ".lock") not in opened
+
+
+def _opened_files() -> list[str]:
+    links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.lexists(link)]
 
 
 def _alive(process: Path) -> bool:
