@@ -2,7 +2,7 @@
 
 megatron.core's own writers report through queues, and hang when one of them is killed. Here one process per rank
 writes, measures what it wrote, and answers through a pipe, which also closes if the process dies without an answer. A
-forked process keeps the tensors as they were.
+forked process keeps the tensors as they were; beside training on CPUs it gets copies of them (fork_memory.py).
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch import Tensor
 
+from megatron_a2d.checkpoint.fork_memory import copy_to_mapping, not_inherited
 from megatron_a2d.checkpoint.manifest import Entry, measure
 from megatron_a2d.megatron_compat.device import has_cuda
 
@@ -31,20 +33,31 @@ class ChunkWriter:
     """Process that writes this rank's planned `chunks` to `directory`; it starts at construction.
 
     `in_background`: training needs the CPUs at the same time, so the process takes only what training leaves.
+    `changing`: the tensors that training changes meanwhile.
     """
 
-    def __init__(self, chunks: FileSystemWriterAsync, directory: Path, in_background: bool = False):
+    def __init__(
+        self,
+        chunks: FileSystemWriterAsync,
+        directory: Path,
+        in_background: bool = False,
+        changing: Iterable[Tensor] = (),
+    ):
         self._chunks = chunks
         self._is_empty = not chunks.write_buckets
         buckets = chunks.write_buckets or []
+        withheld: Iterable[Tensor] = ()
         if has_cuda():
             buckets = chunks.preload_tensors(buckets)  # copies from the GPU
+        elif in_background:
+            buckets, withheld = _copied(buckets), changing
         transforms = [chunks.transforms] if hasattr(chunks, "transforms") else []
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe(duplex=False)
         arguments = (theirs, os.getpid(), buckets, transforms, directory, in_background)
         self._process = context.Process(target=_write, args=arguments, daemon=True)
-        self._process.start()
+        with not_inherited(withheld):
+            self._process.start()
         theirs.close()
         # The process has them now; megatron.core's finalizer reads only their number.
         chunks.write_buckets = [()] * len(buckets)  # type: ignore[list-item]
@@ -80,6 +93,14 @@ def without_queues() -> Iterator[None]:
         filesystem_async._results_queue = original
 
 
+def _copied(buckets: list[Any]) -> list[Any]:
+    """`buckets` with copies of their tensors."""
+    copies = iter(copy_to_mapping([tensor for *_, (_, tensors) in buckets for _, tensor in tensors]))
+    return [
+        (*names, (objects, [(item, next(copies)) for item, _ in tensors])) for *names, (objects, tensors) in buckets
+    ]
+
+
 def _write(
     connection: Connection,
     parent: int,
@@ -91,7 +112,7 @@ def _write(
     """Main function of the writer process. No garbage collection: GPU tensors in its memory belong to the parent."""
     gc.disable()
     if in_background:
-        os.nice(19)
+        _leave_the_cpus()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler only records it
     _end_with(parent)
     results = _Results({})
@@ -106,6 +127,14 @@ def _write(
         connection.send((results.value, entries))
     except Exception as error:
         connection.send(error if isinstance(error, OSError) else RuntimeError(str(error)))
+
+
+def _leave_the_cpus() -> None:
+    """Run only where nothing else does. A process of the lowest priority would still hold a CPU for milliseconds when a
+    thread of a step wakes up there; one of Linux's policy for idle times gives way at once."""
+    os.nice(19)
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _end_with(parent: int) -> None:

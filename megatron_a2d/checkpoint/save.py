@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,17 @@ class CollectiveSave:
         if error := next(filter(None, errors), None):
             raise SaveError(error)
 
-    def start_writing(self, state: dict[str, Any], directory: Path, content_metadata: dict[str, Any]) -> None:
+    def start_writing(
+        self,
+        state: dict[str, Any],
+        directory: Path,
+        content_metadata: dict[str, Any],
+        changing: Iterable[torch.Tensor] = (),
+    ) -> None:
         """Start to write megatron's files of `state` to the existing empty `directory`; collective.
 
-        When it returns, the tensors in `state` may change: the values at the time of the call are written.
+        When it returns, the tensors in `state` may change: the values at the time of the call are written. `changing`:
+        those and others that training changes meanwhile.
         """
         sharded, common = save_preprocess({**state, "content_metadata": content_metadata})
         if dist.get_rank() == 0:
@@ -80,7 +87,7 @@ class CollectiveSave:
         self.raise_on_failure()
         assert isinstance(request, AsyncRequest)
         (self._finalize,) = request.finalize_fns
-        self._writer = self.attempt(ChunkWriter, strategy.chunks, directory, self._in_background)
+        self._writer = self.attempt(ChunkWriter, strategy.chunks, directory, self._in_background, changing)
         self.raise_on_failure()
 
     def is_written(self) -> bool:

@@ -145,7 +145,7 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 self._save.attempt(_make_room, self._root, self._partial)
             self._save.raise_on_failure()
-            self._save.start_writing(_sharded_state(state), self._partial, dict(CONTENT_METADATA))
+            self._save.start_writing(_sharded_state(state), self._partial, dict(CONTENT_METADATA), state.tensors())
 
     def is_written(self) -> bool:
         """Whether all ranks have written their files, so that `finish` does not wait for a disk."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_a2d.checkpoint.placement_file import ExpertPlacement
 from megatron_a2d.model.diffusion_lm import DiffusionLM
@@ -67,6 +69,16 @@ class TrainState:
     def _optimizers(self) -> list[Any]:
         """The members of a chained optimizer: that of the experts, and that of all other parameters."""
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What a step changes: weights, gradients, and the optimizer's main weights and moments."""
+        for chunk in self.chunks:
+            yield from chunk.parameters()
+            yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
+        for part in self._optimizers:
+            for parameter, moments in part.optimizer.state.items() if part.optimizer else ():
+                yield parameter
+                yield from (value for value in moments.values() if isinstance(value, Tensor))
 
     def restore_weights(self) -> None:
         """Set the model's weights from the main weights, for a resumed run. Collective."""

@@ -1,17 +1,30 @@
-"""The process that writes a rank's chunks: its priority, and what becomes of its errors."""
+"""The process that writes a rank's chunks: its priority, its memory, and what becomes of its errors."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_a2d import megatron_compat
 from megatron_a2d.checkpoint import async_writer
+from megatron_a2d.config.model_config import model_config_from_hf
+from megatron_a2d.config.settings import build
+from megatron_a2d.distributed import process_groups
+from megatron_a2d.megatron_compat.device import has_cuda
 from megatron_a2d.training import checkpointing
+from megatron_a2d.training.initialization import build_train_state
+from megatron_a2d.training.optimizer import update_parameters
+from tests.tiny import hub_config
 
+megatron_compat.install()
 NO_CHUNKS: Any = SimpleNamespace(write_buckets=[])
 
 
@@ -22,14 +35,65 @@ def test_only_a_writer_beside_training_leaves_it_the_cpus(
     """With nothing else to do, training waits: then the process may use all CPUs, in competition with other jobs."""
 
     def seen(directory: Path, names: list[str], num_threads: int = 8) -> dict[str, Any]:
-        return {"niceness": os.nice(0), "num_threads": num_threads, "names": names}
+        policy = os.sched_getscheduler(0) if sys.platform == "linux" else None
+        return {"niceness": os.nice(0), "policy": policy, "num_threads": num_threads, "names": names}
 
     monkeypatch.setattr(async_writer, "measure", seen)
     entries: Any = async_writer.ChunkWriter(NO_CHUNKS, tmp_path, in_background).finish()
     ours = os.nice(0)
+    if (policy := entries.pop("policy")) is not None:
+        assert (policy == os.SCHED_IDLE) == in_background
     assert entries == {
         "niceness": 19 if in_background else ours, "num_threads": 1 if in_background else 8, "names": [],
     }  # fmt: skip
+
+
+@pytest.mark.skipif(has_cuda(), reason="with a GPU the copies on the host are what is written")
+@pytest.mark.parametrize("in_background", [True, False])
+def test_beside_training_the_process_has_copies_alone(
+    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory has nothing where training changes tensors; a process that training waits for has no copies."""
+    weights, written = torch.full((1 << 16,), 3.0), []
+
+    def write(connection: Any, parent: int, buckets: list[Any], *_: Any) -> None:
+        ((name, key, (objects, ((item, tensor),))),) = buckets
+        assert (name, key, objects, item) == ("file", "key", [b"object"], "weights")
+        connection.send(({}, {"copied": tensor.data_ptr() != weights.data_ptr(), "value": float(tensor[-1])}))
+
+    def withheld(tensors: Iterable[torch.Tensor]) -> Any:
+        written.append(list(tensors))
+        return nullcontext()
+
+    monkeypatch.setattr(async_writer, "_write", write)
+    monkeypatch.setattr(async_writer, "not_inherited", withheld)
+    chunks: Any = SimpleNamespace(write_buckets=[("file", "key", ([b"object"], [("weights", weights)]))])
+    writer = async_writer.ChunkWriter(chunks, tmp_path, in_background, [weights])
+    weights.zero_()
+    assert writer.finish() == {"copied": in_background, "value": 3.0}
+    assert written == [[weights] if in_background else []]
+
+
+def test_what_a_step_changes() -> None:
+    """The memory of weights, gradients and both moments: nothing that a step changes is shared with the writer."""
+    config = build({"use_distributed_optimizer": True, "train_iters": 10})
+    process_groups.initialize(config.parallel)
+    try:
+        state = build_train_state(model_config_from_hf(hub_config("moe"), "moe"), config)
+        for parameter in state.models[0].parameters():
+            parameter.main_grad.fill_(0.1)
+        assert update_parameters(state.optimizer)
+        memory = {tensor.untyped_storage().data_ptr() for tensor in state.tensors()}
+        for parameter in state.models[0].parameters():
+            assert {part.untyped_storage().data_ptr() for part in (parameter, parameter.main_grad)} <= memory
+        moments = [value for part in state.optimizer.chained_optimizers for value in part.optimizer.state.values()]
+        assert moments and all(
+            value[name].untyped_storage().data_ptr() in memory
+            for value in moments
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+    finally:
+        process_groups.finalize()
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyError("anything")])
