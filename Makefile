@@ -13,8 +13,9 @@ PY := $(firstword $(wildcard $(BIN)/python3 $(BIN)/python) $(BIN)/python3)
 tests_of = OMP_NUM_THREADS=1 $(if $(MADE),A2D_TRANSFORMERS4=$(CURDIR)/$(1)/transformers4 \
   A2D_TRANSFORMER_ENGINE=$(CURDIR)/$(1)/transformer_engine) $(2) -m pytest
 TESTS := $(call tests_of,$(VENV),$(PY))
-# Two processes where the environment has pytest-xdist (ARGS=-n0: one); what shares a pool of ranks stays together.
-in_two = $(if $(wildcard $(1)/lib/python3*/site-packages/xdist),--numprocesses 2 --dist loadfile)
+# Two processes where the environment has pytest-xdist (ARGS=-n0: one); what shares a pool of ranks stays together, and
+# these long suites come first, as they are collected: the many files of unit tests then end at the same time.
+in_two = $(if $(wildcard $(1)/lib/python3*/site-packages/xdist),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
 # What the environment is built with: its own Python if it is there, else any from 3.11 on, under any name. Each name is
 # tried, for one can be there without the Python that it stands for (pyenv's). The newest megatron-core needs 3.12.
@@ -79,18 +80,20 @@ endef
 export LACKING
 
 # Make the environment $(2) with the Python $(1), with the pins of its version. torch first: left to another package's
-# wish, the newest one would be taken.
+# wish, the newest one would be taken. The folders that tests put in front of the environment's packages are filled
+# meanwhile. Python compiles the modules that it imports, a tenth of all.
 define install
 @"$(1)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("error: PYTHON=$(1): is Python %d.%d; 3.11 or \
 later is needed" % v[:2])'
 @"$(1)" -m venv $(2)
 @pins=$$($(2)/bin/python3 -c 'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")') && \
-  echo "making $(2): $$($(2)/bin/python3 --version), the packages of constraints/$$pins.txt, a minute or a few" && \
-  pip() { $(2)/bin/python3 -m pip --disable-pip-version-check --quiet install "$$@"; } && \
-  pip --constraint constraints/$$pins.txt torch && \
-  pip --constraint constraints/$$pins.txt --editable '.[dev,plot]' && \
-  pip --no-deps --upgrade --target $(2)/transformers4 --requirement constraints/transformers4.txt && \
-  pip --no-deps --upgrade --target $(2)/transformer_engine --requirement constraints/transformer_engine_$$pins.txt
+  echo "making $(2): $$($(2)/bin/python3 --version), the packages of constraints/$$pins.txt, a minute" || exit; \
+  pip() { $(2)/bin/python3 -m pip --disable-pip-version-check --quiet install --no-compile "$$@"; }; \
+  beside() { pip --no-deps --upgrade --target $(2)/transformers4 --requirement constraints/transformers4.txt && \
+    pip --no-deps --upgrade --target $(2)/transformer_engine --requirement constraints/transformer_engine_$$pins.txt; }; \
+  packages() { pip --constraint constraints/$$pins.txt torch && \
+    pip --constraint constraints/$$pins.txt --editable '.[dev,plot]'; }; \
+  beside & packages; failed=$$?; wait $$! && exit $$failed
 @touch $@
 endef
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -83,13 +83,14 @@ def main(argv: list[str] | None = None) -> None:
     _make("convert-hf", HF_MODEL=out / "qwen3_tiny_moe", OUT=out / "checkpoint")
     _train("launch/recipes/demo_cpu.yaml", out / "checkpoint", out / "run", data)
     _make("export", CHECKPOINT=out / "run", OUT=out / "exported", FORMAT="rnd1")
-    _module("megatron_a2d.report", out / "run", "--out", out / "report.png")
+    plots = _start([_python(), "-m", "megatron_a2d.report", str(out / "run"), "--out", str(out / "report.png")])
 
     _title("4  Held-out text with holes, filled before and after conversion")
     holes = out / "holes"
     _module("launch.held_out_holes", "--data", out / "corpus_valid", "--tokenizer", tokenizer, "--out", holes)
-    for name, model in (("before", out / "checkpoint"), ("after", out / "exported")):
-        _fill(model, holes / "holes.jsonl", holes / f"{name}.jsonl")
+    models = {"before": out / "checkpoint", "after": out / "exported"}
+    fills = [_fill(model, holes / "holes.jsonl", holes / f"{name}.jsonl") for name, model in models.items()]
+    _finish(plots, *fills)
     filled = compare(
         holes / "truth.jsonl",
         holes / "before.jsonl",
@@ -97,50 +98,62 @@ def main(argv: list[str] | None = None) -> None:
         read_tokenizer(tokenizer / "tokenizer.json", "the demo's tokenizer"),
     )
     shown = most_improved(filled)
-    _make(
-        "generate",
-        MODEL=out / "exported",
-        PREFIX=shown.prefix,
-        SUFFIX=shown.suffix,
-        ARGS=f"--hole-length {HOLE_LENGTH} --greedy",
-    )
+    variables = dict(PREFIX=shown.prefix, SUFFIX=shown.suffix, ARGS=f"--hole-length {HOLE_LENGTH} --greedy")
+    infill = _start(_make_command("generate", MODEL=out / "exported", **variables))
+    table = _closing_table(out, filled)
+    _finish(infill)
 
     _title("5  What conversion bought")
     console.print(_hole_panel(shown, len(filled)))
-    console.print(_closing_table(out, filled, time.perf_counter() - begin))
+    table.add_row("time", f"{(time.perf_counter() - begin) / 60:.1f} minutes")
+    console.print(table)
 
 
 def _title(text: str) -> None:
     console.rule(Text(text, style="bold"), align="left")
 
 
-def _run(command: list[str], environment: dict[str, str] | None = None, stdout: Path | None = None) -> None:
-    """Print a command as one would type it, and run it; its output goes to `stdout` if given."""
+class _Job(NamedTuple):
+    """A running command, and how one would type it."""
+
+    shown: str
+    process: subprocess.Popen[bytes]
+
+
+def _start(command: list[str], environment: dict[str, str] | None = None, stdout: Path | None = None) -> _Job:
+    """Print a command as one would type it, and start it; its output goes to `stdout` if given."""
     shown = " ".join(_quote(word) for word in command) + (f" > {stdout}" if stdout else "")
     console.print(Text("$", style="bold green"), Text(shown), soft_wrap=True)
     # The variables of the outer make must not reach the inner ones.
     outer = ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS")
     inherited = {name: value for name, value in os.environ.items() if name not in outer}
     with stdout.open("wb") if stdout else contextlib.nullcontext() as file:
-        result = subprocess.run(command, env={**inherited, **(environment or {})}, stdout=file)
-    if result.returncode:
-        raise UserError(f"`{shown}` failed with exit code {result.returncode}; its message is above")
+        return _Job(shown, subprocess.Popen(command, env={**inherited, **(environment or {})}, stdout=file))
+
+
+def _finish(*jobs: _Job) -> None:
+    """Wait for commands; UserError if one of them failed."""
+    try:
+        codes = [job.process.wait() for job in jobs]
+    finally:
+        for job in jobs:
+            job.process.kill()  # without effect on what has ended
+    for job, code in zip(jobs, codes, strict=True):
+        if code:
+            raise UserError(f"`{job.shown}` failed with exit code {code}; its message is above")
 
 
 def _module(name: str, *arguments: Any) -> None:
-    _run([_python(), "-m", name, *map(str, arguments)])
+    _finish(_start([_python(), "-m", name, *map(str, arguments)]))
 
 
 def _make(target: str, **variables: Any) -> None:
-    _run(
-        [
-            "make",
-            "--no-print-directory",
-            "--silent",
-            target,
-            *(f"{key}={value}" for key, value in variables.items()),
-        ]
-    )
+    _finish(_start(_make_command(target, **variables)))
+
+
+def _make_command(target: str, **variables: Any) -> list[str]:
+    given = (f"{key}={value}" for key, value in variables.items())
+    return ["make", "--no-print-directory", "--silent", target, *given]
 
 
 def _train(recipe: str, load: Path, save: Path, data: tuple[Any, ...]) -> None:
@@ -148,12 +161,13 @@ def _train(recipe: str, load: Path, save: Path, data: tuple[Any, ...]) -> None:
         _python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_a2d.train",
         "--config", recipe, "--load", load, "--save", save, *data,
     ]  # fmt: skip
-    _run([str(word) for word in command], {"OMP_NUM_THREADS": "1"})
+    _finish(_start([str(word) for word in command], {"OMP_NUM_THREADS": "1"}))
 
 
-def _fill(model: Path, holes: Path, out: Path) -> None:
+def _fill(model: Path, holes: Path, out: Path) -> _Job:
     arguments = ("--model", model, "--input", holes, "--jsonl", "--greedy", "--num-steps", HOLE_LENGTH)
-    _run([_python(), "-m", "megatron_a2d.generate", *map(str, arguments)], stdout=out)
+    # One of two that run at the same time.
+    return _start([_python(), "-m", "megatron_a2d.generate", *map(str, arguments)], {"OMP_NUM_THREADS": "1"}, out)
 
 
 def _python() -> str:
@@ -187,7 +201,7 @@ def _hole_panel(hole: Filled, num_holes: int) -> Panel:
     return Panel(Group(*rows), title=Text("a hole in held-out text"), subtitle=Text(rule), title_align="left")
 
 
-def _closing_table(out: Path, filled: list[Filled], seconds: float) -> Table:
+def _closing_table(out: Path, filled: list[Filled]) -> Table:
     from launch.unigram_baseline import unigram_entropy
     from megatron_a2d.data.indexed_dataset import TokenFile
     from megatron_a2d.report.plots import draw_nelbo_by_t, read_log
@@ -223,7 +237,6 @@ def _closing_table(out: Path, filled: list[Filled], seconds: float) -> Table:
         ("TensorBoard logs", str(events.parent if events else "missing")),
         ("plots", f"{plot}, {out / 'report.png'}"),
         ("exported model", f"{out / 'exported'} ({human(model_config.num_parameters())} parameters)"),
-        ("time", f"{seconds / 60:.1f} minutes"),
     ]
     for row in rows:
         table.add_row(*row)

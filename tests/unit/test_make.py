@@ -79,15 +79,19 @@ def test_any_python_makes_the_environment(pythons: dict[str, int], chosen: str, 
     assert code == 0, said
     venv, *installs = called
     assert venv.endswith(f"{chosen} -m venv .venv")
-    # The other two are older or other packages, which tests put in front of the environment (transformers, TE).
-    assert [f"--constraint constraints/{pins}.txt" in line for line in installs] == [True, True, False, False]
+    own, beside = ([line for line in installs if ("--target" in line) == beside] for beside in (False, True))
+    assert [line.endswith(" torch") for line in own] == [True, False], "torch first"
+    assert all(f"--constraint constraints/{pins}.txt" in line for line in own)
+    # Older or other packages, which tests put in front of the environment; at the same time. TE goes with the
+    # environment's megatron-core.
+    assert [line.split()[-1] for line in beside] == [
+        "constraints/transformers4.txt", f"constraints/transformer_engine_{pins}.txt",
+    ]  # fmt: skip
     assert machine.make("setup")[2] == [], "it is made once"
     # What is there is kept when its pins change, also where an earlier name appears on PATH.
     machine.python("python3.11", 11)
     os.utime(machine.clone / ".venv" / "installed", (1e9, 1e9))
     assert f"--constraint constraints/{pins}.txt" in "".join(machine.make("setup")[2])
-    # What goes with the environment's megatron-core is its Transformer Engine.
-    assert installs[-1].endswith(f"--requirement constraints/transformer_engine_{pins}.txt")
     # Under 3.12 and later the tests of the newest megatron-core need no environment of their own.
     _, said, called = machine.make("test-latest", PYTHON312="")
     assert (".venv/bin/python3 -m pytest" in "".join(called)) == (pins == "py312"), said
@@ -102,6 +106,15 @@ def test_any_python_makes_the_environment(pythons: dict[str, int], chosen: str, 
         ".venv/newest/megatron_core", version, ".venv/newest/transformer_engine", "constraints/transformer_engine_py312.txt",
     ] if pins == "py311" else [])  # fmt: skip
     assert tests.endswith(".venv/bin/python3 -m pytest some")
+
+
+@pytest.mark.parametrize("refused", ["torch", "dev,plot", "transformers4", "transformer_engine"])
+def test_an_installation_that_fails_is_no_environment(refused: str, machine: Machine) -> None:
+    machine.python("python3", 11)
+    python = machine.path / "python3"
+    python.write_text(python.read_text().replace("  *) echo", f'  *) case "$*" in *{refused}*) exit 1 ;; esac; echo'))
+    code, said, _ = machine.make("setup")
+    assert code and not (machine.clone / ".venv" / "installed").exists(), said
 
 
 def test_no_python_is_new_enough(machine: Machine) -> None:
