@@ -122,8 +122,10 @@ def _serve(rank: int, pipe: Any) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     modules = [importlib.import_module(name) for name in _JOBS]
-    gc.freeze()  # megatron collects garbage twice a save: half a second each over torch's objects, and a copy of them all
     while True:
+        # megatron collects garbage twice a save: half a second each over torch's objects, and a copy of them all. What
+        # an earlier job has left is passed over too.
+        gc.freeze()
         try:
             job, num_ranks, store, kwargs = pipe.recv()
         except EOFError:
