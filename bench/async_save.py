@@ -4,8 +4,9 @@
 
 One process, a dense model whose checkpoint takes longer to write than a step to compute. A step counts if the writer
 was busy from its start to its end; before it a save is started (the pause of training that this takes is given as
-well), after it the save is completed. It is the first step of the save, which also copies each page that it changes.
-The step has threads for all cores, so the writer competes with it.
+well), after it the save is completed. It is the first step of the save, which would also copy each page that it shares
+with the writer and changes. The step has threads for all cores, so the writer competes with it; CPU time is that of the
+training process alone.
 """
 
 from __future__ import annotations

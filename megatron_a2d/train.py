@@ -12,6 +12,7 @@ codes: utils/exit_codes.py.
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import time
@@ -131,6 +132,7 @@ def _run(config: RunConfig, options: Options) -> None:
     from megatron_a2d.training import train_loop
     from megatron_a2d.training.startup_checks import check_run
 
+    gc.freeze()  # collections of garbage in the run pass over what the imports have made
     # Only the first rank reads files; meanwhile the others wait for it to join the process group.
     if rank() == 0 and config.training.save and not options.dry_run:
         hold_directory(config.training.save, "--save")

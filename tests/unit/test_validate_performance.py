@@ -16,6 +16,7 @@ from megatron_a2d.config.settings import build, settings
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.megatron_compat import versions
 from megatron_a2d.model import transformer_config
+from megatron_a2d.terminal.console import PYTHONS_GC_THRESHOLD, entry_point
 from megatron_a2d.training import gradient_noise
 from megatron_a2d.training.manual_gc import ManualGC
 from megatron_a2d.utils.errors import UserError
@@ -256,6 +257,17 @@ def test_fusions_without_transformer_engine_are_refused() -> None:
     with pytest.raises(UserError) as refusal:
         choose_implementation(build({"apply_rope_fusion": True, "bf16": True, "fp8_recipe": "auto"}))
     assert [line.partition(":")[0] for line in refusal.value.problems] == ["--fp8-recipe", "--apply-rope-fusion"]
+
+
+def test_only_training_collects_garbage_as_python_does() -> None:
+    """A command's imports leave none; in training it can hold a GPU's memory."""
+    try:
+        entry_point(lambda: None)
+        assert gc.get_threshold()[0] >= 100_000
+        ManualGC(build({}).performance)
+        assert gc.get_threshold() == PYTHONS_GC_THRESHOLD and PYTHONS_GC_THRESHOLD[0] < 10_000
+    finally:
+        gc.set_threshold(*PYTHONS_GC_THRESHOLD)
 
 
 def test_garbage_is_collected_when_said() -> None:
