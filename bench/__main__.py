@@ -45,7 +45,7 @@ BENCHMARKS = {
     "masked_head_cpu": Benchmark(1, "chunked_head"),
     "block_attention_cpu": Benchmark(6, "block_attention", has_against=True),
     "sampling_cpu": Benchmark(6, "sampling", ("--model", "DEMO/exported", "--data", "DEMO/corpus_valid")),
-    "block_sampling_cpu": Benchmark(6, "block_sampling"),
+    "block_sampling_cpu": Benchmark(8, "block_sampling"),
     "likelihood_cpu": Benchmark(1, "likelihood"),
     "choice_decisions_cpu": Benchmark(8, "choice_decisions", ("--model", "DEMO/exported")),
     "monitoring_cpu": Benchmark(1, "monitoring"),

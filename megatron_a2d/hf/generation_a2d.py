@@ -57,13 +57,13 @@ class DiffusionGeneration:
         """Fill the holes of `input_ids` [B, L] and `max_new_tokens` more at the end; int64 [B, L + max_new_tokens].
 
         Mask tokens in `input_ids` are holes. New tokens after the first of `generation_config.eos_token_id` are
-        padding (`pad_token_id`, else that token), as in every `generate`. `attention_mask` is 0 at padding;
-        prompts of different lengths are padded on the left, as for every `generate`; without it, prompts that start
-        with `config.pad_token_id` are refused. `num_steps` defaults to `config.num_diffusion_steps`. Temperature 0
-        takes the most likely token; `top_k` 0 and `top_p` 1 filter nothing; `generator` makes draws reproducible.
-        `use_cache` False computes finished blocks again in every step; the text is the same.
-        Raises ValueError for arguments out of range, and for a hole at the first position, which no position
-        predicts under the label shift.
+        padding (`pad_token_id`, else that token), as in every `generate`; a sample that has ended is not computed
+        further. `attention_mask` is 0 at padding; prompts of different lengths are padded on the left, as for every
+        `generate`; without it, prompts that start with `config.pad_token_id` are refused. `num_steps` defaults to
+        `config.num_diffusion_steps`. Temperature 0 takes the most likely token; `top_k` 0 and `top_p` 1 filter nothing;
+        `generator` makes draws reproducible. `use_cache` False computes finished blocks again in every step; the text
+        is the same. Raises ValueError for arguments out of range, and for a hole at the first position, which no
+        position predicts under the label shift.
         """
         given = sorted(name for name, value in ignored_by_none.items() if value is not None)
         if given:
@@ -102,19 +102,28 @@ class DiffusionGeneration:
             else:
                 tokens_BL[decided_BL] = torch.multinomial(chosen_NV.exp(), 1, generator=generator)[:, 0]
             masked_BL &= ~decided_BL
+            masked_BL &= ~self._has_ended(tokens_BL, masked_BL, max_new_tokens)[:, None]
         return self._padded_behind_end(tokens_BL, max_new_tokens)
+
+    def _end_tokens(self) -> list[int]:
+        # transformers does not always read generation_config.json; config.json has only one end token.
+        ends = (getattr(self, "generation_config", None) or self.config).eos_token_id
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+    def _has_ended(self, tokens_BL: torch.Tensor, masked_BL: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """[B] bool: samples with an end-of-text token among the new ones and nothing masked before it."""
+        is_end_BL = torch.isin(tokens_BL, tokens_BL.new_tensor(self._end_tokens()))
+        is_end_BL[:, : tokens_BL.shape[1] - max_new_tokens] = False
+        return (is_end_BL & (masked_BL.cumsum(1) == 0)).any(1)
 
     def _padded_behind_end(self, tokens_BL: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
         """Replace new tokens after a sample's first end-of-text token by padding; holes in the prompt are unchanged."""
-        # transformers does not always read generation_config.json; config.json has only one end token.
-        settings = getattr(self, "generation_config", None) or self.config
-        ends = settings.eos_token_id
-        if ends is None or max_new_tokens == 0:
+        ends = self._end_tokens()
+        if not ends or max_new_tokens == 0:
             return tokens_BL
-        ends = [ends] if isinstance(ends, int) else list(ends)
-        padding = settings.pad_token_id
+        padding = (getattr(self, "generation_config", None) or self.config).pad_token_id
         new_BN = tokens_BL[:, -max_new_tokens:]
-        ended_BN = torch.isin(new_BN, torch.tensor(ends, device=new_BN.device))
+        ended_BN = torch.isin(new_BN, new_BN.new_tensor(ends))
         new_BN[ended_BN.cumsum(1) - ended_BN.long() > 0] = ends[0] if padding is None else padding
         return tokens_BL
 

@@ -21,7 +21,7 @@ from megatron_a2d.model import emulated_layers, layer_specs, transformer_config
 from megatron_a2d.training import initialization, optimizer
 from megatron_a2d.training.param_gather import zero_gradients
 from megatron_a2d.training.train_step import forward_backward
-from tests.parity import parity_jobs, run_job
+from tests.parity import inference_jobs, parity_jobs, run_job
 from tests.transformer_engine import defects, layer_products
 from tests.transformer_engine.pretend_gpu import CUDA, HOPPER, use_gpu
 from tests.transformer_engine.stand_in.extension import CALLS
@@ -44,6 +44,13 @@ def run(settings: dict[str, Any], capability: tuple[int, int] = HOPPER, **faults
     as_on_a_gpu(capability)
     assert layer_specs.choose_implementation(build(parity_jobs.SETTINGS | settings)) == "transformer_engine"
     return {**run_job.run(settings, **faults), "calls": dict(CALLS)}
+
+
+def sample(layout: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """inference_jobs.sample, from a checkpoint, with Transformer Engine's layers."""
+    as_on_a_gpu(HOPPER)
+    assert layer_specs.choose_implementation(build(layout)) == "transformer_engine"
+    return {**inference_jobs.sample(layout=layout, **options), "calls": dict(CALLS)}
 
 
 def fp8_products(checkpoint: str, settings: dict[str, Any], capability: tuple[int, int]) -> dict[str, Any]:

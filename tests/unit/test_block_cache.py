@@ -224,3 +224,23 @@ def test_generate_of_an_export_caches_exactly(
         whole = model.generate(**given, max_new_tokens=13, num_steps=steps, use_cache=False)
         assert torch.equal(cached, whole) and not (cached[:, widest:] == MASK).any()
         assert num_passes == len(computed) and few < 0.5 * sum(computed)
+
+
+@pytest.mark.parametrize("block_length", [0, 4])
+def test_generate_of_an_export_stops_at_the_end_of_text(block_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once nothing before it is masked: the rest would be padding."""
+    model, passes = model_of(block_length=block_length), []
+    forward = type(model.model).forward
+    monkeypatch.setattr(
+        type(model.model), "forward", lambda self, *a, **k: passes.append(a[0].numel()) or forward(self, *a, **k)
+    )  # fmt: skip
+    prompts = torch.tensor([[4, 9, 1], [5, 8, 7]])
+    free = model.generate(prompts, max_new_tokens=12, num_steps=12)
+    computed, end = sum(passes), int(free[0, 8])
+    passes.clear()
+    model.config.eos_token_id, model.config.pad_token_id = end, 0
+    found = model.generate(prompts, max_new_tokens=12, num_steps=12)
+    for row, whole in zip(found.tolist(), free.tolist(), strict=True):
+        stop = whole.index(end, 3) + 1 if end in whole[3:] else len(whole)
+        assert row == whole[:stop] + [0] * (len(whole) - stop)
+    assert sum(passes) < computed or not block_length
