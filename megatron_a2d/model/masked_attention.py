@@ -35,13 +35,19 @@ class Mask(NamedTuple):
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float | None) -> Tensor | None:
     """Attention [s, b, n, d] that skips masked entries; None where a dense mask is faster or all there is."""
-    if key.size(0) < SHORTEST or key.is_meta:  # a rehearsal's tensors have no values
+    if key.size(0) < SHORTEST:
         return None
     if query.is_cpu and has_kernel() and (groups := _once_per_mask("tiles", mask, lambda: _tiles_of_samples(mask))):
         return _tiled(query, key, value, groups, scale)
-    if query.is_cuda and importlib.util.find_spec("triton"):
-        return flex_attention(query, key, value, mask, scale, torch.compile)
+    if query.is_cuda and has_triton():
+        # Kept for the backward pass, a view of the layer's QKV tensor would keep queries and keys with it.
+        return flex_attention(query, key, value.contiguous(), mask, scale, torch.compile)
     return None
+
+
+def has_triton() -> bool:
+    """Whether torch can compile FlexAttention's kernels."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def dense_mask(mask: Mask) -> Tensor:

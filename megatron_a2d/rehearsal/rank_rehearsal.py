@@ -24,8 +24,9 @@ from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.data.dataloader import Batch, MicroBatches
 from megatron_a2d.data.diffusion_samples import make_sample
 from megatron_a2d.distributed import process_groups
+from megatron_a2d.model import masked_attention
 from megatron_a2d.rehearsal.balanced_routing import Routing
-from megatron_a2d.rehearsal.cuda_names import CudaNames
+from megatron_a2d.rehearsal.cuda_names import CudaNames, flex_attention
 from megatron_a2d.rehearsal.step_trace import Event, StepTrace, Wait
 from megatron_a2d.training.initialization import build_train_state
 from megatron_a2d.training.optimizer import update_parameters
@@ -73,7 +74,8 @@ def rehearse_rank(
     Routing.experts_per_token = model_config.num_experts_per_tok if model_config.is_moe else 1
     batches = _micro_batches(config, model_config)
     trace = StepTrace()
-    with trace, CudaNames(), torch.autograd.set_multithreading_enabled(False):
+    flex = patch.multiple(masked_attention, has_triton=lambda: True, flex_attention=flex_attention)
+    with trace, flex, CudaNames(), torch.autograd.set_multithreading_enabled(False):
         progress(f"rank {rank}: model and optimizer")
         with _modules_listed_once():
             state = build_train_state(model_config, config)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_a2d.rehearsal import dataless_gpu
 from megatron_a2d.rehearsal.balanced_routing import Routing, balanced_counts
-from megatron_a2d.rehearsal.cuda_names import CudaNames
+from megatron_a2d.rehearsal.cuda_names import CudaNames, flex_attention
 from megatron_a2d.rehearsal.step_trace import StepTrace
 
 
@@ -68,6 +68,17 @@ def test_saved_for_backward_is_held_until_then() -> None:
         loss.backward()
         del loss
         assert trace.now == 64 * 64 * 4, "the weight's gradient"
+
+
+def test_flex_attention_keeps_its_output_and_one_number_a_row() -> None:
+    query, key, value = (on_gpu(600, 2, heads, 64, dtype=torch.bfloat16).requires_grad_() for heads in (8, 2, 2))
+    with StepTrace() as trace, CudaNames():
+        output = flex_attention(query, key, value)
+        held = output.numel() * 2 + 600 * 2 * 8 * 4
+        assert output.shape == query.shape and (trace.now, trace.peak) == (held, held)
+        output.backward(on_gpu(*output.shape, dtype=torch.bfloat16))
+    for tensor in (query, key, value):
+        assert tensor.grad is not None and tensor.grad.shape == tensor.shape
 
 
 WAITS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
