@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from bench import report
 from bench.process_tree import module
-from bench.result_file import RESULTS, read, sources
+from bench.result_file import RESULTS, build_name, read, sources
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import console, entry_point
 from megatron_a2d.utils.errors import UserError
@@ -67,8 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [name for name in options.names if name not in BENCHMARKS]:
         raise UserError([f"bench {name}: there are {', '.join(BENCHMARKS)}" for name in unknown])
     chosen = options.names or [name for name in BENCHMARKS if options.all or not is_current(name)]
-    if any("DEMO" in " ".join(BENCHMARKS[name].arguments) for name in chosen) and not options.demo.is_dir():
-        raise UserError(f"--demo {options.demo}: there is no such directory; run make demo")
+    uses_demo = any("DEMO" in " ".join(BENCHMARKS[name].arguments) for name in chosen)
+    if uses_demo and not (options.demo / "exported").is_dir():
+        raise UserError(f"--demo {options.demo}: is not the directory of a finished demo; run make demo")
+    if options.against:
+        build_name(options.against)  # before hours of measuring
+        if not any(BENCHMARKS[name].has_against for name in chosen):
+            compare = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.has_against)
+            raise UserError(f"--against {options.against}: only {compare} compare builds; name one, or leave it out")
     for name in (name for name in BENCHMARKS if name not in chosen and not options.names):
         console.print(f"{name}: up to date")
     for number, name in enumerate(chosen, start=1):

@@ -21,10 +21,9 @@ from typing import Any
 from bench.cpu_train_step import COMMON, OURS
 from bench.paired import Comparison, compare
 from bench.process_tree import Worker
-from bench.result_file import ROOT, Figure, add_arguments, commit, write
+from bench.result_file import ROOT, Figure, add_arguments, build_name, write
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
-from megatron_a2d.utils.errors import UserError
 
 SIZES = {"block_length": 32, "heads": 8, "head_size": 64}
 LENGTHS, STEP_LENGTH = (512, 1024, 2048, 4096), 2048
@@ -41,11 +40,9 @@ def main() -> None:
     parser.add_argument("--step-length", type=int, default=STEP_LENGTH, help="tokens of the training step's sample")
     add_arguments(parser, rounds=5)
     options = parser.parse_args()
-    if options.against and not (options.against / "megatron_a2d").is_dir():
-        raise UserError(f"--against {options.against}: holds no megatron_a2d; give a checkout of this project")
     places = {OURS: (ROOT, False), "dense mask": (ROOT, True)}
     if options.against:
-        places[f"build {commit(options.against)}"] = (options.against.resolve(), False)
+        places[build_name(options.against)] = (options.against.resolve(), False)
     jobs = {f"attention, {length:,} tokens": {"kind": "attention", "length": length} for length in options.lengths}
     jobs[f"training step, {options.step_length:,} tokens"] = {
         "kind": "step", "length": options.step_length, "model": MODEL,

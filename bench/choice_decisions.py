@@ -12,7 +12,8 @@ log-likelihood and, if lengths differ, another one the best per character. It is
 - LLaDA's draws (Nie et al. 2025, appendix B.5): 128 a choice, numbers of masked tokens spread evenly over batches of
   32, masks drawn anew for each; twice, to see how often two such runs agree.
 
-Counts are of sequences that the model runs, equal ones once; they do not depend on the machine.
+Counts are of sequences that the model runs, equal ones once; they do not depend on the machine. LLaDA's own code runs
+all 128 of a choice; how many of them differ is counted as well.
 """
 
 from __future__ import annotations
@@ -89,12 +90,14 @@ def block(stored: dict[str, Any]) -> str:
         "decisions",
         "passes a choice: few",
         "all",
-        "LLaDA's / few",
+        "LLaDA's, equal ones once",
+        "LLaDA's 128 / few",
         *(f"equal: {s}" for s in shares),
     ]
     rows = [
         [row["model"], row["choices"], str(row["decisions"]), f"{row['few']:.1f}", f"{row['all']:.1f}",
-         f"{LLADA_DRAWS / row['few']:.1f}x", *(f"{row['equal'][share]:.1%}" for share in shares)]
+         f"{row['llada_distinct']:.1f}", f"{LLADA_DRAWS / row['few']:.1f}x",
+         *(f"{row['equal'][share]:.1%}" for share in shares)]
         for row in stored["rows"]
     ]  # fmt: skip
     return f"{markdown_table(head, rows)}\n`{stored['command']}` at {stored['commit']}.\n"
@@ -172,6 +175,7 @@ def measure(name: str, loaded: Any, questions: list[Question]) -> dict[str, Any]
 
     few, passes = ours(ERROR)
     every, all_passes = ours(0)
+    counted.num_sequences = 0
     with progress(f"{name}, LLaDA's draws", len(questions), "questions") as advance:
         pairs = []
         for number, question in enumerate(questions):
@@ -180,6 +184,7 @@ def measure(name: str, loaded: Any, questions: list[Question]) -> dict[str, Any]
     first, second = (decide(questions, [found[run] for found in pairs]) for run in range(2))
     row = {
         "decisions": len(few.best), "few": passes, "all": all_passes,
+        "llada_distinct": counted.num_sequences / (2 * num_choices),
         "equal": {
             "few and all": few.agreement(every), "few and LLaDA's": few.agreement(first),
             "LLaDA's twice": first.agreement(second),

@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.paired import Comparison, Side, compare
 from bench.process_tree import Worker
-from bench.result_file import ROOT, add_arguments, commit, write
+from bench.result_file import ROOT, add_arguments, build_name, write
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.errors import UserError
@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("--no-bf16", action="store_true", help="fp32 alone")
     add_arguments(parser, rounds=11)
     options = parser.parse_args()
-    if options.against and not (options.against / "megatron_a2d").is_dir():
-        raise UserError(f"--against {options.against}: holds no megatron_a2d; give a checkout of this project")
     if options.micro_batch_size < 1 or BATCH % options.micro_batch_size:
         raise UserError(f"--micro-batch-size {options.micro_batch_size}: must divide {BATCH}")
+    if options.against:
+        build_name(options.against)  # before anything is measured
     compared = [
         measure(shape, bf16, options.micro_batch_size, options.against, options.rounds)
         for bf16 in ((False,) if options.no_bf16 else (False, True))
@@ -67,7 +67,7 @@ def measure(shape: str, bf16: bool, micro_batch_size: int, against: Path | None,
     job = {"model": SHAPES[shape], "micro_batch_size": micro_batch_size, "batch": BATCH, "seq_length": SEQ_LENGTH}
     places = {OURS: (ROOT, "ours"), THEIRS: (ROOT, "hugging_face")}
     if against:
-        places[f"build {commit(against)}"] = (against.resolve(), "ours")
+        places[build_name(against)] = (against.resolve(), "ours")
     with ExitStack() as stack:
         sides: dict[str, Side] = {
             side: stack.enter_context(Worker(words(job | {"kind": kind, "bf16": bf16}), directory))

@@ -65,7 +65,8 @@ def main() -> None:
             shutil.copytree(options.demo / "run", Path(name, "run"))
             place = ["--checkpoint", Path(name, "run"), "--valid-data", options.demo / "corpus_valid"]
             _run(module("checkpoints_tools.place_experts", *place, "--expert-model-parallel-size", size))
-            runs = {PLACED: [f"{name}/run", str(options.demo)], IN_ORDER: [str(against / "run"), str(against)]}
+            other = f"another demo's, {IN_ORDER}" if options.against else IN_ORDER
+            runs = {PLACED: [f"{name}/run", str(options.demo)], other: [str(against / "run"), str(against)]}
             result = Path(name, "result.json")
             torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", size, "-m", "bench.placed_experts"]
             job = json.dumps({"runs": runs, "result": str(result)})
@@ -102,12 +103,11 @@ def measure(job: dict[str, Any], rounds: int) -> None:
 
     steps = {kind: prepared(Path(run), Path(demo), ranks, kind == PLACED) for kind, (run, demo) in job["runs"].items()}
     sides = {kind: recorded(kind, step) for kind, step in steps.items()}
-    compare(f"EP {ranks}, step", sides, [(IN_ORDER, PLACED)], rounds=rounds)
+    pairs = [(kind, PLACED) for kind in sides if kind != PLACED]
+    compare(f"EP {ranks}, step", sides, pairs, rounds=rounds)
     if dist.get_rank() == 0:
         found = [
-            Comparison(
-                f"EP {ranks}, {name}", {kind: used[-rounds:] for kind, used in kinds.items()}, [(IN_ORDER, PLACED)]
-            )
+            Comparison(f"EP {ranks}, {name}", {kind: used[-rounds:] for kind, used in kinds.items()}, pairs)
             for name, kinds in parts.items()
         ]
         Path(job["result"]).write_text(json.dumps([compared.to_json() for compared in found]))

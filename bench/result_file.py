@@ -23,6 +23,7 @@ from bench.paired import Comparison, Spread
 from bench.result_tables import machine
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.utils.atomic_write import write_json
+from megatron_a2d.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -131,6 +132,13 @@ def commit(directory: Path = ROOT) -> str | None:
         return git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def build_name(directory: Path) -> str:
+    """What results call the build in another checkout; UserError if `directory` (--against) holds none."""
+    if not (directory / "megatron_a2d").is_dir():
+        raise UserError(f"--against {directory}: holds no megatron_a2d; give a checkout of this project")
+    return f"build {commit(directory) or directory.resolve().name}"
 
 
 def sources() -> str:

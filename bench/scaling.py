@@ -5,7 +5,8 @@
 
 A point is the median of several runs in a process of its own (bench/scaling_jobs.py). The exponent b of y = a x^b is a
 least-squares fit of log y over log x, of the whole curve and of its upper half: what is constant at small sizes, such
-as the cost of starting, hides in the whole. Points of other code are measured anew.
+as the cost of starting, hides in the whole. Peaks of memory and the planner's search are of one run. Points of other
+code or of another machine, and noisy ones, are measured anew.
 """
 
 from __future__ import annotations
@@ -88,9 +89,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def earlier(out: Path) -> dict[str, dict[str, list[float]]]:
-    """Points of the same code in the result file."""
+    """Points of the same code and machine in the result file that are not noisy."""
     stored = json.loads(out.read_text()) if out.is_file() else {}
-    return dict(stored["points"]) if stored.get("sources") == sources() else {}
+    if (stored.get("sources"), stored.get("machine")) != (sources(), machine()):
+        return {}
+    return {
+        name: {size: values for size, values in points.items() if not is_noisy(values)}
+        for name, points in stored["points"].items()
+    }
+
+
+def is_noisy(values: list[float]) -> bool:
+    """Whether several runs of a point differ too much; a single one cannot show it."""
+    return len(values) > 1 and Spread.of(values).noisy
 
 
 def measure(name: str, size: int, rounds: int, work: Path | None) -> list[float]:
@@ -121,7 +132,7 @@ def exponents(points: dict[str, list[float]]) -> str:
     sizes, values = medians(points)
     if len(sizes) < 2:
         return "-"
-    if any(Spread.of(found).noisy for found in points.values() if len(found) > 1):
+    if any(map(is_noisy, points.values())):
         return "noisy"
     half = min(len(sizes) // 2, len(sizes) - 2)
     return f"{fit(sizes, values):.2f}, {fit(sizes[half:], values[half:]):.2f}"
@@ -135,7 +146,7 @@ def block(stored: dict[str, Any]) -> str:
             continue
         points = stored["points"][name]
         sizes, values = medians(points)
-        noisy = [len(found) > 1 and Spread.of(found).noisy for _, found in sorted(points.items(), key=_size)]
+        noisy = [is_noisy(found) for _, found in sorted(points.items(), key=_size)]
         shown = ["noisy" if bad else _text(value) for value, bad in zip(values, noisy, strict=True)]
         rows.append(
             [curve.title, f"{sizes[0]:,} to {sizes[-1]:,}", f"{shown[0]} to {shown[-1]} {curve.y}", exponents(points)]

@@ -21,12 +21,11 @@ from typing import NamedTuple
 from bench.mixing import write_sources
 from bench.paired import CLOCKS, Comparison, compare
 from bench.process_tree import command, module, run
-from bench.result_file import ROOT, Figure, add_arguments, commit, write
+from bench.result_file import ROOT, Figure, add_arguments, build_name, write
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.conversion.qwen3_shapes import hub_config
 from megatron_a2d.conversion.random_weights import write_synthetic
 from megatron_a2d.terminal.console import entry_point
-from megatron_a2d.utils.errors import UserError
 
 BIN = {"BIN": str(Path(sys.executable).parent), "NPROC": "1"}  # for launch/train.sh
 RECIPE = "launch/recipes/qwen3_8b.yaml"
@@ -55,11 +54,9 @@ def main() -> None:
     parser.add_argument("--against", type=Path, metavar="DIRECTORY", help="a checkout of another commit")
     add_arguments(parser, rounds=5)
     options = parser.parse_args()
-    if options.against and not (options.against / "megatron_a2d").is_dir():
-        raise UserError(f"--against {options.against}: holds no megatron_a2d; give a checkout of this project")
-    builds = {"ours": ROOT} | (
-        {f"build {commit(options.against)}": options.against.resolve()} if options.against else {}
-    )
+    builds = {"ours": ROOT}
+    if options.against:
+        builds[build_name(options.against)] = options.against.resolve()
     with tempfile.TemporaryDirectory(prefix="bench_start") as name:
         folder = Path(name)
         write_synthetic(folder / "hf", hub_config("30B-A3B", **SMALL))

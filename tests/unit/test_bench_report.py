@@ -144,6 +144,7 @@ def test_all_benchmarks_are_there_and_what_is_up_to_date_is_not_run_again(
     results["loader_cpu"] = Result("loader", [steady], [], {"sources": "older"})
     results.pop("train_step_cpu")
     monkeypatch.setattr(batch, "read", results.get)
+    (tmp_path / "exported").mkdir()
     batch.main(["--demo", str(tmp_path)])
     assert ran == ["train_step_cpu", "convert_cpu", "loader_cpu", "report"]
     assert "noisy in part: convert_cpu" in capsys.readouterr().err
@@ -152,5 +153,19 @@ def test_all_benchmarks_are_there_and_what_is_up_to_date_is_not_run_again(
     assert ran == ["loader_cpu", "aux_loss_cpu", "report"]
     with pytest.raises(UserError, match="bench nothing: there are train_step_cpu"):
         batch.main(["nothing"])
-    with pytest.raises(UserError, match="run make demo"):
-        batch.main(["--demo", str(tmp_path / "none"), "--all"])
+    ran.clear()
+    for words, message in (
+        (["--demo", str(tmp_path / "none"), "--all"], "run make demo"),
+        (["--demo", str(tmp_path / "exported"), "--all"], "not the directory of a finished demo"),
+        (["loader_cpu", "train_step_cpu", "--against", str(tmp_path)], "holds no megatron_a2d"),
+        (["loader_cpu", "--against", str(result_file.ROOT)], "only train_step_cpu, start_cpu, .* compare builds"),
+    ):
+        with pytest.raises(UserError, match=message):
+            batch.main(words)
+    assert not ran, "refused before anything is measured"
+
+
+def test_another_build_has_its_commit_or_else_its_folder_as_name(tmp_path: Path) -> None:
+    assert result_file.build_name(result_file.ROOT) == f"build {result_file.commit()}"
+    (tmp_path / "older" / "megatron_a2d").mkdir(parents=True)
+    assert result_file.build_name(tmp_path / "older") == "build older"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.choice_decisions import llada
+from bench.choice_decisions import block, llada, measure
 from megatron_a2d.diffusion.choice_decision import (
     ChoiceEstimate,
     Control,
@@ -238,6 +238,17 @@ def test_llada_draws_of_the_benchmark_are_unbiased() -> None:
     found = [llada(model_of(True), pairs, 100_000, 0, run)[0] for run in range(12)]
     assert np.mean(found) == pytest.approx(exact.log_likelihood, abs=4 * np.std(found) / math.sqrt(11))
     assert 0 < np.std(found) < 1
+
+
+def test_the_benchmark_counts_sequences_of_all_methods_alike() -> None:
+    """Equal ones once: of two tokens there are three masks, however many LLaDA draws."""
+    short = Question(((CONTEXT, [4, 1]), ([1, 1], [3, 3])), ((1.0, 1.0),))
+    row = measure("short", model_of(True), [short])
+    assert (row["few"], row["all"], row["llada_distinct"]) == (3, 3, 3)
+    stored = {"rows": [{"model": "m", "choices": "c"} | row], "command": "x", "commit": "y"}
+    head, _, cells = block(stored).splitlines()[:3]
+    shown = dict(zip(head.split(" | "), cells.split(" | "), strict=True))
+    assert (shown["LLaDA's, equal ones once"], shown["LLaDA's 128 / few"]) == ("3.0", "42.7x")
 
 
 def task(metrics: tuple[str, ...] = ("acc", "acc_norm"), **changes: object) -> SimpleNamespace:

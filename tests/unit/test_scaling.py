@@ -32,7 +32,7 @@ def test_every_curve_has_a_job_and_a_point_for_each_size() -> None:
 
 
 def test_points_of_the_same_code_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted command measures what is missing; other code, everything."""
+    """An interrupted command measures what is missing, and noisy points; other code or another machine, everything."""
     out, asked = tmp_path / "scaling_cpu.json", []
 
     def measure(name: str, size: int, rounds: int, work: Path | None) -> list[float]:
@@ -51,11 +51,17 @@ def test_points_of_the_same_code_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
     stored = json.loads(out.read_text())
     assert stored["points"]["gpus"] == {str(size): [float(size)] * 3 for size in sizes}
     assert scaling.exponents(stored["points"]["gpus"]) == "1.00, 1.00"
-    out.write_text(json.dumps(stored | {"sources": "older"}))
-    asked.clear()
-    asked += [0, 0, 0]
-    scaling.main(command)
-    assert asked[3:] == sizes
+    noisy = {**stored["points"]["gpus"], str(sizes[1]): [1.0, 2.0, 3.0]}
+    for changes, wanted in (
+        ({"sources": "older"}, sizes),
+        ({"machine": {**stored["machine"], "cores": 1000}}, sizes),
+        ({"points": {"gpus": noisy}}, sizes[1:2]),
+        ({}, []),
+    ):
+        out.write_text(json.dumps(stored | changes))
+        asked[:] = [0, 0, 0]
+        scaling.main(command)
+        assert asked[3:] == wanted
 
 
 def test_the_table_shows_no_noisy_value() -> None:
