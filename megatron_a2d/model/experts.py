@@ -20,12 +20,11 @@ from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
 from megatron_a2d.megatron_compat.device import device
 from megatron_a2d.model.swiglu import swiglu
+from megatron_a2d.model.weight_gradients import add_product, gradient_buffer, hand_over
 
 # torch 2.10 gave it a public name.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -53,7 +52,37 @@ def can_group(config: TransformerConfig) -> bool:
 
 def grouped_product(tokens_Ti: Tensor, weight_Eoi: Tensor, ends_E: Tensor) -> Tensor:
     """[T, o]: each token times its expert's matrix. Expert e's tokens end before ends_E[e] (int32, on the device)."""
+    if tokens_Ti.device.type == "cpu":
+        return _ProductsOneByOne.apply(tokens_Ti, weight_Eoi, ends_E.diff(prepend=ends_E.new_zeros(1)).tolist())
     return _grouped_mm(tokens_Ti, weight_Eoi.transpose(1, 2), offs=ends_E)
+
+
+class _ProductsOneByOne(torch.autograd.Function):
+    """The same on a CPU, with the weights' gradient added to megatron's main_grad as it is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_Ti: Tensor, weight_Eoi: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(tokens_Ti, weight_Eoi)
+        ctx.counts = counts
+        output_To = tokens_Ti.new_empty(len(tokens_Ti), weight_Eoi.size(1))
+        for tokens, weight, output in zip(tokens_Ti.split(counts), weight_Eoi, output_To.split(counts), strict=True):
+            torch.mm(tokens, weight.T, out=output)
+        return output_To
+
+    @staticmethod
+    def backward(ctx: Any, gradient_To: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        tokens_Ti, weight_Eoi = ctx.saved_tensors
+        gradients = gradient_To.split(ctx.counts)
+        tokens_gradient = buffer_Eoi = None
+        if ctx.needs_input_grad[0]:
+            tokens_gradient = torch.empty_like(tokens_Ti)
+            for gradient, weight, output in zip(gradients, weight_Eoi, tokens_gradient.split(ctx.counts), strict=True):
+                torch.mm(gradient, weight, out=output)
+        if ctx.needs_input_grad[1]:
+            buffer_Eoi = gradient_buffer(weight_Eoi)
+            for buffer, gradient, tokens in zip(buffer_Eoi, gradients, tokens_Ti.split(ctx.counts), strict=True):
+                add_product(buffer, gradient, tokens)
+        return tokens_gradient, hand_over(weight_Eoi, buffer_Eoi), None
 
 
 class GroupedExperts(MegatronModule):
@@ -141,19 +170,3 @@ class GroupedExperts(MegatronModule):
                 extra = ShardedObject(f"{key}{layer}._extra_state", None, shape, index, (0, tp_rank, replica[2]))
                 state[f"{prefix}linear_fc{layer}._extra_state{local}"] = extra
         return state
-
-
-class LocalMoELayer(MoELayer):
-    """megatron.core's MoE layer, in which tokens are sorted once if one rank holds all experts.
-
-    The alltoall dispatcher sorts tokens by expert, and after the exchange the ranks' chunks by this rank's experts.
-    With one rank the second sort changes nothing; forward and backward it copies all tokens twice.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        dispatcher = self.token_dispatcher
-        if not isinstance(dispatcher, MoEAlltoAllTokenDispatcher) or dispatcher.drop_and_pad:
-            return
-        if dispatcher.ep_size * dispatcher.tp_size == 1:
-            dispatcher.num_local_experts = 1  # which then is read in the condition of the second sort only

@@ -41,11 +41,12 @@ from megatron_a2d.model.emulated_layers import (
     EmulatedRowParallelLinear,
     emulated,
 )
-from megatron_a2d.model.experts import GroupedExperts, LocalMoELayer, can_group
+from megatron_a2d.model.experts import GroupedExperts, can_group
 from megatron_a2d.model.grafted_attention import GraftedSelfAttention, LocalGraftedSelfAttention
 from megatron_a2d.model.local_attention import LocalSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention
 from megatron_a2d.model.local_linear import LocalColumnParallelLinear, LocalRowParallelLinear
+from megatron_a2d.model.local_moe import LocalMoELayer
 from megatron_a2d.model.rms_norm import RMSNorm, TorchRMSNorm
 from megatron_a2d.model.router import Router
 from megatron_a2d.model.swiglu import LocalMLP

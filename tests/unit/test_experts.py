@@ -19,7 +19,6 @@ from megatron_a2d.checkpoint.state_dict import state_to_load, state_to_save
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
-from megatron_a2d.model import experts
 from megatron_a2d.model.experts import GroupedExperts
 from megatron_a2d.model.local_linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megatron_a2d.model.swiglu import LocalMLP
@@ -29,16 +28,9 @@ EXPERTS, HIDDEN, ROWS = 4, 32, 48
 LAYER = [(0, 1, 3)]  # the second of three layers, as megatron prepends it
 
 
-def one_by_one(tokens: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """What torch's grouped product computes."""
-    starts = [0, *ends.tolist()]
-    return torch.cat([tokens[starts[e] : starts[e + 1]] @ weight[e].T for e in range(len(weight))])
-
-
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[GroupedExperts, SequentialMLP]]:
+def pair() -> Iterator[tuple[GroupedExperts, SequentialMLP]]:
     """The two modules, with the same weights."""
-    monkeypatch.setattr(experts, "grouped_product", one_by_one)
     settings = build({})
     process_groups.initialize(settings.parallel)
     model_config = ModelConfig(3, HIDDEN, 4, 2, 8, 64, 64, 64, 1e-6, 1e6, False, EXPERTS, 2, ROWS)
