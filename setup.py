@@ -43,6 +43,8 @@ setup(
         # lm-eval 0.4.13; it brings datasets.
         "eval": ["lm-eval>=0.4.9"],
         "plot": ["matplotlib"],
+        # For --wandb-project.
+        "wandb": ["wandb"],
         "data": DATA,
         # For `make test-mutants`.
         "mutants": ["mutmut", "coverage"],

@@ -54,7 +54,7 @@ def measure(directory: Path, seconds: float, rounds: int) -> list[Figure]:
     figures = []
     for name, data, settings in (("plain", plain, {}), ("all options", mixed, EVERYTHING)):
         maker = make_sample(build({"seq_length": LENGTH, **settings}), model_config, data, 1, for_training=True)
-        arguments = {"micro_batch_size": SIZE, "global_batch_size": SIZE}
+        arguments: dict[str, Any] = {"micro_batch_size": SIZE, "global_batch_size": SIZE}
         with MicroBatches(data, maker, num_workers=0, **arguments) as batches:
             speeds = [_speed(batches, seconds / rounds) for _ in range(rounds)]
         with MicroBatches(data, maker, num_workers=1, **arguments) as batches:

@@ -194,7 +194,7 @@ def _print(
     console.print(
         f"{config.training.model or config.training.load}: {human(model_config.num_parameters())} parameters{active}; "
         f"{options.gpus} {cluster.gpu}, {price}; "
-        f"{human(tokens)} tokens/step, {human(config.training.train_iters * tokens)} in total"
+        f"{human(tokens)} tokens/step, {human(config.num_samples * config.data.seq_length)} in total"
     )
 
 

@@ -174,7 +174,7 @@ def describe(
     epochs: dict[str, float] | None = None,
 ) -> str:
     """The sizes of a run and the environment variables that it sets, as printed at its start and by --dry-run."""
-    parallel, training, data = config.parallel, config.training, config.data
+    parallel, data = config.parallel, config.data
     tp, pp, cp, ep, etp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -183,23 +183,17 @@ def describe(
         parallel.expert_tensor_parallel_size,
     )
     dp = config.data_parallel_size(processes)
-    tokens = training.global_batch_size * data.seq_length
     model = f"{'MoE' if model_config.is_moe else 'dense'}, {human(model_config.num_parameters())} parameters"
     if model_config.is_moe:
         model += f", {human(model_config.num_active_parameters())} active"
-    microbatches = training.global_batch_size // (training.micro_batch_size * dp)
     need = memory(job_of(config, model_config, processes, cluster), cluster)
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in need._asdict().items() if size)
     lines = [
         ("start", start),
         ("model", model),
         ("layout", f"{processes} processes = TP {tp} x PP {pp} x CP {cp} x DP {dp}, experts EP {ep} x ETP {etp}"),
-        (
-            "batch",
-            f"{training.global_batch_size} samples x {data.seq_length} tokens = {human(tokens)} tokens, "
-            f"{microbatches} micro-batches of {training.micro_batch_size}",
-        ),
-        ("run", f"{training.train_iters} iterations = {human(training.train_iters * tokens)} tokens"),
+        ("batch", _describe_batch(config, dp)),
+        ("run", f"{config.num_iterations} iterations = {human(config.num_samples * data.seq_length)} tokens"),
         ("data", ", ".join(f"{count:.3g} epochs of {name}" for name, count in (epochs or {}).items())),
         (
             "memory",
@@ -208,6 +202,23 @@ def describe(
         ("environ", environment.as_text(environment.environment(config, environment.find_gpu()))),
     ]
     return "\n".join(one_line(f"{name:<8}{text}") for name, text in lines if text)
+
+
+def _describe_batch(config: RunConfig, dp: int) -> str:
+    """The global batch and its micro-batches; with a schedule their ranges."""
+    training, length, spans = config.training, config.data.seq_length, config.batch_sizes.spans
+    smallest, largest = (choose(span.batch_size for span in spans) for choose in (min, max))
+    share = training.micro_batch_size * dp
+    if smallest == largest:
+        return (
+            f"{largest} samples x {length} tokens = {human(largest * length)} tokens, {largest // share} micro-batches "
+            f"of {training.micro_batch_size}"
+        )
+    return (
+        f"{smallest} to {largest} samples x {length} tokens = {human(smallest * length)} to {human(largest * length)} "
+        f"tokens, {smallest // share} to {largest // share} micro-batches of {training.micro_batch_size}; "
+        f"{spans[-1].batch_size} samples from sample {spans[-1].sample} (iteration {spans[-1].iteration}) on"
+    )
 
 
 if __name__ == "__main__":

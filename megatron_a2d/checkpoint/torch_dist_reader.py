@@ -267,6 +267,9 @@ def _are_counts(value: Any, axes: int) -> bool:
 _COMMON: dict[str, Callable[[Any], bool]] = {
     "iteration": _is_count,
     "consumed_samples": lambda value: value is None or _is_count(value),
+    "consumed_tokens": _is_count,
+    "skipped_samples": lambda value: _are_counts(value, axes=2) and all(len(ends) == 2 for ends in value),
+    "rollbacks": _is_count,
     "averaged_iterations": lambda value: type(value) in (list, tuple) and all(map(_is_count, value)),
     "optimizer_step": _is_count,
     "router_loads": lambda value: _are_counts(value, axes=3),

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from megatron_a2d.config.renamed import modernise, modernise_flags, warn_of_key
-from megatron_a2d.config.settings import RunConfig, Setting, build, flag, settings
+from megatron_a2d.config.settings import ALTERNATIVES, RunConfig, Setting, build, flag, settings
 from megatron_a2d.utils.atomic_write import read_yaml
 from megatron_a2d.utils.errors import UserError, nearest
 
@@ -82,7 +82,8 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = 
         elif item.kind is dict:
             options.update(nargs="+", metavar="ROLE=FACTOR")
         elif item.kind is list:
-            options.update(nargs="*", metavar="NAME")
+            count: Any = len(item.metavar) if isinstance(item.metavar, tuple) else "*"
+            options.update(nargs=count, metavar=item.metavar)
         else:
             options["metavar"] = "|".join(item.kind) if isinstance(item.kind, tuple) else item.kind.__name__.upper()
         group.add_argument(flag(item.name), **options)
@@ -110,8 +111,8 @@ def parse_run(
     problems: list[str] = []
     values: dict[str, Any] = {}
     for recipe in options.config:
-        values.update(_read_recipe(recipe, problems))
-    values.update(given_settings(options, settings(), problems))
+        _override(values, _read_recipe(recipe, problems))
+    _override(values, given_settings(options, settings(), problems))
     if problems:
         raise UserError(problems)
     config = build(inherit(values) | values)
@@ -119,6 +120,15 @@ def parse_run(
         yaml.safe_dump(config.to_dict(), sys.stdout, sort_keys=False)
         sys.exit(0)
     return config, options
+
+
+def _override(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Add `given`; where it sets one of several alternatives, the earlier source's others are dropped."""
+    for names in ALTERNATIVES:
+        if any(given.get(name) for name in names):
+            for name in names:
+                values.pop(name, None)
+    values.update(given)
 
 
 def given_settings(options: argparse.Namespace, names: Iterable[str], problems: list[str]) -> dict[str, Any]:
@@ -170,8 +180,10 @@ def _convert(item: Setting, given: Any) -> Any:
     if item.kind is dict:
         return _convert_factors(given)
     if item.kind is list:
-        return _convert_names(item, given)
-    return _convert_text(given) if item.kind is str else _convert_number(item.kind, given)
+        return _convert_list(item, given)
+    if item.kind is str:
+        return item.read(_convert_text(given)) if item.read else _convert_text(given)
+    return _convert_number(item.kind, given)
 
 
 def _convert_text(given: Any) -> str:
@@ -217,9 +229,16 @@ def _convert_factors(given: Any) -> dict[str, float]:
     return factors
 
 
-def _convert_names(item: Setting, given: Any) -> tuple[str, ...]:
+def _convert_list(item: Setting, given: Any) -> tuple[Any, ...]:
+    shown = item.metavar if isinstance(item.metavar, str) else " ".join(item.metavar)
     if not isinstance(given, list | tuple):
-        raise ValueError(f"must be a list of {', '.join(item.choices)}")
+        raise ValueError(f"must be a list of {', '.join(item.choices) or shown}")
+    if isinstance(item.metavar, tuple) and len(given) not in (0, len(item.metavar)):
+        raise ValueError(f"must be a list of {len(item.metavar)} numbers, {shown}")
+    if item.element is int:
+        return tuple(_convert_number(int, value) for value in given)
+    if item.read:
+        return tuple(item.read(_convert_text(value)) for value in given)
     for name in given:
         if not isinstance(name, str) or name not in item.choices:
             raise ValueError(f"{name!r} is none of {', '.join(item.choices)}{nearest(str(name), item.choices)}")

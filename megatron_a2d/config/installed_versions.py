@@ -1,4 +1,4 @@
-"""Settings that the installed megatron-core or Transformer Engine is too old for, found before either is imported.
+"""Settings that an installed package is too old for, or that need an optional one; found before any is imported.
 
 Planning, and `--dry-run --settings-only`, are for another machine and do not ask.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from megatron_a2d.config.settings import RunConfig, flag
 
@@ -22,8 +23,13 @@ _FIRST_VERSIONS = (
 
 
 def find_version_problems(config: RunConfig) -> list[str]:
-    """A line for each setting that needs a newer package. Packages that are missing are not judged here."""
-    return [
+    """A line for each setting that needs a newer package, or one that is no requirement of this one."""
+    project = config.training.wandb_project
+    without_wandb = (
+        f"--wandb-project {project}: needs the package wandb, which is not installed; install it, or remove this"
+    )
+    missing = [without_wandb] if project and find_spec("wandb") is None else []
+    return missing + [
         f"{_shown(config, name)}: needs {package} {_dotted(first)}, and {_dotted(found)} is installed; remove it, or "
         f"install {package} {_dotted(first)} or later"
         for name, package, first in _needs(config)

@@ -106,7 +106,7 @@ def _can_be(item: Setting, value: Any) -> bool:
     if isinstance(item.kind, tuple):
         return isinstance(value, str) and value in item.kind
     if item.kind is list:
-        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+        return isinstance(value, list) and all(type(part) is item.element for part in value)
     if item.kind is dict:
         return isinstance(value, dict) and all(_is_number(factor) for factor in value.values())
     if item.kind in (bool, str):

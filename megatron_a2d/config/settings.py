@@ -12,13 +12,27 @@ import functools
 import inspect
 import itertools
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_a2d.config.balancing_config import BalancingConfig
+from megatron_a2d.config.batch_schedule import BatchSchedule, batch_schedule, read_pairs
+from megatron_a2d.config.optimization_config import LearningRateSchedule, OptimizationConfig
 from megatron_a2d.config.performance_config import PerformanceConfig
+from megatron_a2d.config.skipped_samples import SkippedSamples, read_range
 
 ROLES = ("attention", "mlp", "router", "norm", "embedding", "head")
+# Settings of which a run has one. What a flag gives replaces the recipe's, whichever of them that is.
+ALTERNATIVES = (
+    ("train_iters", "train_samples", "train_tokens"),
+    ("rampup_batch_size", "batch_schedule"),
+    ("lr_warmup_iters", "lr_warmup_samples"),
+    ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    ("attention_annealing_iters", "attention_annealing_samples"),
+    ("grafting_iters", "grafting_samples"),
+    ("block_length_schedule", "block_length_schedule_samples"),
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,8 @@ class DataConfig:
     """prefetch threads of the data loader; 0: samples are prepared inside the step"""
     seed: int = 1234
     """seed of the sample order and, with a sample's index, of its noise"""
+    skip_samples: tuple[str, ...] = field(default=(), metadata={"metavar": "FROM-TO", "read": read_range})
+    """ranges of sample indices, both ends included, that the run leaves out; its checkpoints remember them"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,8 @@ class DiffusionConfig:
     block_length_schedule: str = ""
     """block: earlier lengths and their iterations, LENGTH:ITERATIONS,...; with 1:500,4:500 blocks have one token, as in
     an autoregressive model, then 4, then --block-length. Validation always uses that"""
+    block_length_schedule_samples: str = ""
+    """block: the same schedule in samples, LENGTH:SAMPLES,...: a sample's length does not depend on the batch size"""
     reset_block_grid: bool = False
     """block: count blocks from the beginning of each document of a sample, as engines do from that of a request"""
     ar_loss_weight: float = 0.0
@@ -133,36 +151,12 @@ class DiffusionConfig:
     (Chandrasegaran et al. 2025); random: none, --load gives the architecture, weights are random (LLaDA)"""
     attention_annealing_iters: int = 0
     """annealing: iterations until attention is fully bidirectional"""
+    attention_annealing_samples: int = 0
+    """annealing: samples until attention is fully bidirectional, instead of iterations"""
     grafting_iters: int = 0
     """grafting: iterations of regression on clean text, during which the layers are swapped one after another"""
-
-
-@dataclass(frozen=True)
-class OptimizationConfig:
-    """AdamW, its learning rates and their schedule."""
-
-    lr: float = 1e-4
-    """peak learning rate"""
-    min_lr: float = 0.0
-    """learning rate at the end of the decay"""
-    lr_mult: dict[str, float] = field(default_factory=dict)
-    """factors on lr and min_lr by role, ROLE=FACTOR ...; 0 freezes; roles: attention mlp router norm embedding head"""
-    lr_warmup_iters: int = 0
-    """iterations of linear learning rate warm-up from 0"""
-    lr_decay_style: Literal["cosine", "WSD", "linear", "constant"] = "cosine"
-    """shape of the decay after the warm-up; WSD: stable, then a decay over lr_wsd_decay_iters"""
-    lr_wsd_decay_iters: int = 0
-    """iterations of WSD's final decay"""
-    weight_decay: float = 0.1
-    """decoupled weight decay; not applied to vectors (norms)"""
-    adam_beta1: float = 0.9
-    """decay rate of Adam's first moment"""
-    adam_beta2: float = 0.95
-    """decay rate of Adam's second moment"""
-    adam_eps: float = 1e-8
-    """Adam's epsilon"""
-    clip_grad: float = 1.0
-    """maximum gradient norm; 0: no clipping"""
+    grafting_samples: int = 0
+    """grafting: samples of this regression, instead of iterations; the last iteration is completed"""
 
 
 @dataclass(frozen=True)
@@ -182,12 +176,20 @@ class TrainingConfig:
     """load only the weights of --load: no optimizer state, and start at iteration 0"""
     verify_checkpoint: bool = True
     """verify the checkpoint's files by the checksums in its manifest before loading; without: only their sizes"""
-    train_iters: int = 1000
+    train_iters: int | None = 1000
     """total number of iterations"""
+    train_samples: int | None = None
+    """total number of samples, instead of --train-iters; the learning rate then follows the samples, too"""
+    train_tokens: int | None = None
+    """the same in tokens, of --seq-length each sample"""
     micro_batch_size: int = 1
     """samples per micro-batch and data-parallel process"""
     global_batch_size: int = 8
-    """samples per iteration over all processes"""
+    """samples per iteration over all processes; with a schedule: of its last iterations, and of validation"""
+    rampup_batch_size: tuple[int, ...] = field(default=(), metadata={"metavar": ("START", "INCREMENT", "SAMPLES")})
+    """batch size ramp as Megatron's: from START in steps of INCREMENT to --global-batch-size over SAMPLES samples"""
+    batch_schedule: str = field(default="", metadata={"read": read_pairs})
+    """file of batch sizes, in lines of SAMPLES BATCH: after so many samples iterations have BATCH samples"""
     bf16: bool = False
     """train in bfloat16 with fp32 main weights and gradients; otherwise fp32"""
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
@@ -203,6 +205,11 @@ class TrainingConfig:
     """save and exit once the run has lasted this many minutes; 0: never"""
     max_skipped_steps: int = 5
     """consecutive steps with non-finite gradients after which the run saves and exits"""
+    on_spike: Literal["continue", "rollback"] = "continue"
+    """if the loss is far above the recent ones: only say so, or go back to the newest checkpoint from before the log
+    interval and skip the samples since then"""
+    max_rollbacks: int = 3
+    """rollbacks of a run after which it only says so"""
     keep_latest_k: int = 0
     """number of checkpoints to keep; older ones are removed when a new one is complete; 0: keep all"""
     save_retain_interval: int = 0
@@ -220,6 +227,8 @@ class TrainingConfig:
     initial weights in host memory"""
     tensorboard_dir: str | None = None
     """TensorBoard directory; default: tensorboard/ in --save"""
+    wandb_project: str | None = None
+    """project of Weights & Biases that also gets the metrics; needs the package wandb"""
     profile: bool = False
     """write a trace of a few iterations, and their time by phase, to profile/ in --save (docs/profiling.md)"""
     profile_step_start: int = 10
@@ -249,6 +258,57 @@ class RunConfig:
         """Input positions per sample: block diffusion reads each sample twice, noised and clean."""
         return self.data.seq_length * (2 if self.diffusion.objective == "block" else 1)
 
+    @property
+    def batch_sizes(self) -> BatchSchedule:
+        """Global batch sizes over the run. ValueError for settings that validate.py refuses."""
+        training = self.training
+        return batch_schedule(training.global_batch_size, training.rampup_batch_size, training.batch_schedule)
+
+    @property
+    def skipped(self) -> SkippedSamples:
+        return SkippedSamples.read(self.data.skip_samples)
+
+    @property
+    def train_samples(self) -> int | None:
+        """Samples by --train-samples or --train-tokens; None: the run is counted in iterations."""
+        tokens = self.training.train_tokens
+        return self.training.train_samples if tokens is None else tokens // max(1, self.data.seq_length)
+
+    @property
+    def length(self) -> str:
+        """The setting that decides the run's length, as errors show it."""
+        given = {name: getattr(self.training, name) for name in ALTERNATIVES[0]}
+        return ", ".join(f"{flag(name)} {value}" for name, value in given.items() if value is not None)
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of the run. A last batch that the given samples do not fill is left out, as in Megatron."""
+        if self.train_samples is not None:
+            return self.batch_sizes.iterations_within(self.train_samples)
+        assert self.training.train_iters is not None
+        return self.training.train_iters
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all iterations of the run."""
+        return self.batch_sizes.samples_before(self.num_iterations)
+
+    @property
+    def lr_schedule(self) -> LearningRateSchedule:
+        """Lengths of the learning rate's phases, in samples with --train-samples or --train-tokens."""
+        settings = self.optimization
+        if self.train_samples is None:
+            return LearningRateSchedule(self.num_iterations, settings.lr_warmup_iters, settings.lr_wsd_decay_iters)
+        return LearningRateSchedule(self.train_samples, settings.lr_warmup_samples, settings.lr_wsd_decay_samples)
+
+    @property
+    def grafting_iters(self) -> int:
+        """Iterations of grafting, those that begin within --grafting-samples."""
+        samples = self.diffusion.grafting_samples
+        if not samples:
+            return self.diffusion.grafting_iters
+        return self.batch_sizes.iteration_of(samples - 1) + 1
+
     def data_parallel_size(self, world_size: int) -> int:
         parallel = self.parallel
         return world_size // (
@@ -267,11 +327,14 @@ class Setting:
 
     name: str
     group: str
-    kind: Any  # int, float, str, bool, dict, list (of strings of `choices`), or a tuple of allowed strings
+    kind: Any  # int, float, str, bool, dict, list (of `element`), or a tuple of allowed strings
     default: Any
     help: str
     optional: bool = False
-    choices: tuple[str, ...] = ()
+    element: type = str  # of a list
+    choices: tuple[str, ...] = ()  # for a list's elements; (): any
+    metavar: str | tuple[str, ...] = "NAME"  # of a list; a tuple: of each element of a list of fixed length
+    read: Callable[[str], str] | None = None  # of a text: the value that it stands for, such as a file's; ValueError
 
 
 @functools.cache
@@ -281,20 +344,21 @@ def settings() -> dict[str, Setting]:
     for group, cls in get_type_hints(RunConfig).items():
         docs, hints, defaults = _field_docs(cls), get_type_hints(cls), cls()
         for item in dataclasses.fields(cls):
-            kind, optional = _kind(hints[item.name])
+            kind, optional, element = _kind(hints[item.name])
             default = getattr(defaults, item.name)
-            choices = item.metadata.get("choices", ())
-            result[item.name] = Setting(item.name, group, kind, default, docs[item.name], optional, choices)
+            help_text = docs[item.name]
+            result[item.name] = Setting(item.name, group, kind, default, help_text, optional, element, **item.metadata)
     return result
 
 
-def _kind(hint: Any) -> tuple[Any, bool]:
-    if get_origin(hint) is Literal:
-        return get_args(hint), False
-    if get_origin(hint) in (dict, tuple):
-        return (dict if get_origin(hint) is dict else list), False
+def _kind(hint: Any) -> tuple[Any, bool, type]:
+    """Kind, whether it is optional, and the type of a list's elements."""
     members = [member for member in get_args(hint) if member is not type(None)]
-    return (members[0], True) if members else (hint, False)
+    if get_origin(hint) is Literal:
+        return get_args(hint), False, str
+    if get_origin(hint) in (dict, tuple):
+        return (dict, False, str) if get_origin(hint) is dict else (list, False, members[0])
+    return (members[0], True, str) if members else (hint, False, str)
 
 
 def _field_docs(cls: Any) -> dict[str, str]:
@@ -308,6 +372,8 @@ def _field_docs(cls: Any) -> dict[str, str]:
 
 def build(values: dict[str, Any]) -> RunConfig:
     """A RunConfig from settings by name; the rest have their defaults."""
+    if any(values.get(name) is not None for name in ("train_samples", "train_tokens")):
+        values = {"train_iters": None, **values}
     groups = {}
     for group, cls in get_type_hints(RunConfig).items():
         own = {name: value for name, value in values.items() if settings()[name].group == group}

@@ -9,10 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from megatron_a2d.config.block_schedule import find_schedule_problems
+from megatron_a2d.config.block_schedule import find_block_schedule_problems
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import ROLES, ParallelConfig, RunConfig, flag, settings
 from megatron_a2d.config.validate_balancing import find_balancing_problems, needs_experts
+from megatron_a2d.config.validate_batch import (
+    find_length_problems,
+    find_odd,
+    find_schedule_problems,
+    find_undividable,
+)
 from megatron_a2d.config.validate_performance import find_performance_problems
 
 NO_START = "--load: is missing; give the checkpoint to start from, as python -m checkpoints_tools.convert_hf writes it"
@@ -35,7 +41,9 @@ def find_problems(config: RunConfig, model_config: ModelConfig | None, world_siz
 
 def find_general_problems(config: RunConfig) -> list[str]:
     """Problems that do not depend on the layout and the model. (The planner checks them once for all layouts.)"""
-    return _range_problems(config) + _objective_problems(config) + list(find_balancing_problems(config))
+    problems = _range_problems(config) + _objective_problems(config) + list(find_balancing_problems(config))
+    without_length = find_length_problems(config)
+    return problems + (without_length or list(find_schedule_problems(config)))
 
 
 def find_layout_problems(config: RunConfig, model_config: ModelConfig | None, world_size: int) -> list[str]:
@@ -58,8 +66,8 @@ def _range_problems(config: RunConfig) -> list[str]:
 
     for name in (
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
-        "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "train_iters",
-        "micro_batch_size", "global_batch_size", "save_interval", "max_skipped_steps", "eval_interval",
+        "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
+        "micro_batch_size", "save_interval", "max_skipped_steps", "eval_interval",
         "eval_iters", "log_interval",
     ):  # fmt: skip
         need(name, values[name] >= 1, "must be at least 1")
@@ -68,7 +76,9 @@ def _range_problems(config: RunConfig) -> list[str]:
         "num_workers",
         "seed",
         "lr_warmup_iters",
+        "lr_warmup_samples",
         "lr_wsd_decay_iters",
+        "lr_wsd_decay_samples",
         "weight_decay",
         "clip_grad",
         "min_lr",
@@ -103,25 +113,16 @@ def _range_problems(config: RunConfig) -> list[str]:
     if values["profile"]:
         first, last = values["profile_step_start"], values["profile_step_end"]
         need("profile_step_start", 1 <= first <= last, f"must lie between 1 and --profile-step-end {last}")
-        need("profile_step_end", last <= values["train_iters"], f"exceeds --train-iters {values['train_iters']}")
     for name in ("keep_latest_k", "save_retain_interval", "async_save", "profile"):
         need(name, not values[name] or bool(values["save"]), "has no effect without --save; add it or remove this")
-    need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
+    rolls_back, default = values["on_spike"] == "rollback", settings()["max_rollbacks"].default
+    need("on_spike", not rolls_back or bool(values["save"]), "has no checkpoints to go back to without --save; add it")
+    need("max_rollbacks", values["max_rollbacks"] >= 1, "must be at least 1")
     need(
-        "lr_warmup_iters", values["lr_warmup_iters"] < max(2, values["train_iters"]),
-        f"the warm-up does not end within --train-iters {values['train_iters']}; shorten it",
+        "max_rollbacks", rolls_back or values["max_rollbacks"] == default,
+        "has no effect without --on-spike rollback; add it or remove this",
     )  # fmt: skip
-    if values["lr_decay_style"] == "WSD":
-        need(
-            "lr_wsd_decay_iters",
-            1 <= values["lr_wsd_decay_iters"] <= values["train_iters"] - values["lr_warmup_iters"],
-            f"WSD's final decay must be at least 1 and fit into --train-iters {values['train_iters']}",
-        )
-    else:
-        need(
-            "lr_wsd_decay_iters", values["lr_wsd_decay_iters"] == 0,
-            f"has no effect with --lr-decay-style {values['lr_decay_style']}; remove it",
-        )  # fmt: skip
+    need("min_lr", not 0 < values["lr"] < values["min_lr"], f"exceeds --lr {values['lr']}; lower it")
     if all(values["lr_mult"].get(role) == 0 for role in ROLES):
         problems.append("--lr-mult: freezes every role, so nothing would be trained; set one above 0")
     for role, factor in values["lr_mult"].items():
@@ -160,26 +161,38 @@ def _objective_problems(config: RunConfig) -> list[str]:
         "mask_sampling", not is_block or diffusion.mask_sampling == "bernoulli",
         "is not supported with --objective block, whose blocks have separate times; use bernoulli",
     )  # fmt: skip
-    for name in ("block_length", "block_length_schedule", "reset_block_grid", "ar_loss_weight"):
+    for name in (
+        "block_length", "block_length_schedule", "block_length_schedule_samples", "reset_block_grid", "ar_loss_weight",
+    ):  # fmt: skip
         belongs(name, is_block, "--objective block")
     need("block_length", not is_block or diffusion.block_length >= 1, "--objective block needs at least 1 token")
-    problems += find_schedule_problems(config)
-    batch_size = config.training.global_batch_size
+    has_length = not find_length_problems(config)
+    problems += find_block_schedule_problems(config, has_length)
+    odd = find_odd(config.batch_sizes) if has_length else ""
     for good, why in (
         (diffusion.noise_schedule == "linear", "needs --noise-schedule linear, whose times have complements"),
         (diffusion.mask_sampling == "bernoulli", "needs --mask-sampling bernoulli"),
-        (batch_size % 2 == 0, f"needs an even --global-batch-size, not {batch_size}"),
+        (not odd, odd),
         (conversion != "grafting", "is not supported with --conversion grafting, whose first iterations mask nothing"),
     ):  # fmt: skip
         need("complementary_masks", not diffusion.complementary_masks or good, why)
+    halved = [item for item in config.skipped.ranges if item.first % 2 or not item.last % 2]
+    if diffusion.complementary_masks and halved:
+        whole = f"{halved[0].first - halved[0].first % 2}-{halved[0].last | 1}"
+        problems.append(f"--skip-samples {halved[0]}: --complementary-masks has two samples of a text; use {whole}")
     need("ar_loss_weight", 0 <= diffusion.ar_loss_weight < math.inf, "must be a finite number, not negative")
     need(
         "loss_weighting", not is_block or diffusion.loss_weighting != "cart",
         "is not supported with --objective block, whose blocks have different contexts; use mdlm or uniform",
     )  # fmt: skip
-    for name, owner in (("attention_annealing_iters", "annealing"), ("grafting_iters", "grafting")):
-        belongs(name, conversion == owner, f"--conversion {owner}")
-        need(name, conversion != owner or getattr(diffusion, name) >= 1, f"--conversion {owner} needs at least 1")
+    for name, owner in (("attention_annealing", "annealing"), ("grafting", "grafting")):
+        in_iters, in_samples = f"{name}_iters", f"{name}_samples"
+        for phase in (in_iters, in_samples):
+            belongs(phase, conversion == owner, f"--conversion {owner}")
+        if conversion == owner:
+            given = [value for value in (getattr(diffusion, in_iters), getattr(diffusion, in_samples)) if value]
+            need(in_iters, bool(given) and min(given) >= 1, f"--conversion {owner} needs at least 1")
+            need(in_samples, len(given) < 2, f"{flag(in_iters)} is given too; remove one of them")
     need(
         "conversion", not is_block or conversion in ("scp", "random"),
         "is not supported with --objective block, which has its own attention mask; use scp",
@@ -208,17 +221,9 @@ def _layout_problems(config: RunConfig, world_size: int) -> list[str]:
             "processes of a pipeline stage; change the sizes or the number of processes"
         )
     dp = world_size // (tp * pp * cp)
-    share = max(1, training.micro_batch_size) * dp
-    if training.global_batch_size % share:
-        problems.append(
-            f"--global-batch-size {training.global_batch_size}: is not a multiple of --micro-batch-size "
-            f"{training.micro_batch_size} x {dp} data-parallel processes; use a multiple of {share}"
-        )
-    elif parallel.num_virtual_stages_per_pipeline_rank > 1 and training.global_batch_size // share % pp:
-        problems.append(
-            f"--global-batch-size {training.global_batch_size}: the interleaved schedule needs a multiple of {pp} "
-            f"micro-batches, not {training.global_batch_size // share}; use a multiple of {share * pp}"
-        )
+    if not find_length_problems(config):
+        interleaved = pp if parallel.num_virtual_stages_per_pipeline_rank > 1 else 1
+        problems += find_undividable(config.batch_sizes, max(1, training.micro_batch_size), dp, interleaved)
     if parallel.num_virtual_stages_per_pipeline_rank > 1 and pp == 1:
         problems.append(
             f"--num-virtual-stages-per-pipeline-rank {parallel.num_virtual_stages_per_pipeline_rank}: has no effect "

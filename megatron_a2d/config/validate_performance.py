@@ -11,6 +11,7 @@ from megatron_a2d.config.core_attention import isolates_documents, own_attention
 from megatron_a2d.config.fp8_recipe import chosen_recipe, emulation_of
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, flag, settings
+from megatron_a2d.config.validate_batch import changes_batch_size
 
 # Settings that need Transformer Engine.
 _NEEDS_TRANSFORMER_ENGINE = (
@@ -250,6 +251,12 @@ def _graph_problems(config: RunConfig) -> Iterator[str]:
         )
     if "moe" in performance.recompute_modules and "moe_router" in scope:
         yield "--cuda-graph-scope moe_router: not with --recompute-modules moe; remove one"
+    overlaps = performance.overlap_moe_expert_parallel_comm
+    if (config.parallel.pipeline_model_parallel_size > 1 or overlaps) and changes_batch_size(config):
+        yield (
+            f"--cuda-graph-impl {impl}: the graphs of a pipeline, and those with overlapped experts, are captured for "
+            "one number of micro-batches, and this run's batch size changes; use a constant batch, or none"
+        )
     if isolates_documents(config):
         yield (
             f"--cuda-graph-impl {impl}: with intra-document attention kernel sizes change from batch to "

@@ -22,11 +22,13 @@ from megatron_a2d.utils.printable import one_line
 RECIPE = (
     "objective", "loss_weighting", "conversion", "noise_schedule", "timestep_sampling", "min_timestep", "label_shift",
     "reset_attention_mask", "seq_length",
-    "global_batch_size", "lr", "min_lr", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay",
+    "global_batch_size", "rampup_batch_size", "batch_schedule", "lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples",
+    "lr_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "seed",
 )  # fmt: skip
 
 
+_SHOWN_IF_SET = ("rampup_batch_size", "batch_schedule", "lr_warmup_samples", "lr_wsd_decay_samples")
 SGLANG_CONFIG = "sglang_dllm.yaml"
 
 
@@ -175,7 +177,12 @@ def _data(settings: Mapping[str, Any]) -> str:
 
 def recipe_rows(settings: Mapping[str, Any], wrong: Sequence[str]) -> list[tuple[str, str]]:
     """(setting, value) of the recipe; `settings` are the valid ones, `wrong` the names of the malformed ones."""
-    shown = {name: str(value) for name, value in settings.items()} | dict.fromkeys(wrong, "not recorded")
+    if not re.fullmatch(r"[\d:,]*", str(settings.get("batch_schedule", ""))):  # the one free text of the recipe
+        wrong = [*wrong, "batch_schedule"]
+    unset = [name for name in _SHOWN_IF_SET if not settings.get(name)]
+    shown = {name: str(value) for name, value in settings.items() if name not in unset} | dict.fromkeys(
+        wrong, "not recorded"
+    )
     return [(name, shown[name]) for name in RECIPE if name in shown]
 
 

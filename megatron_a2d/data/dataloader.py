@@ -1,13 +1,14 @@
 """Micro-batches of one data-parallel rank, prepared ahead by background threads.
 
-Sample indices of iteration k, with M micro-batches and R data-parallel ranks:
+Places of the samples of the n-th micro-batch of rank r, of R data-parallel ranks:
 
-    start_sample + k * global_batch_size + (m * R + r) * micro_batch_size + (0 .. micro_batch_size - 1)
+    start_sample + (n * R + r) * micro_batch_size + (0 .. micro_batch_size - 1)
 
-So the set of samples of an iteration depends on (k, global_batch_size) alone, and resuming needs one integer,
-`start_sample`. A sample is a pure function of its index, and batches are returned in order: the number of workers does
-not change them. Preparing a batch takes far less time than training on it, so one thread suffices; more threads help if
-reading a sample waits for a disk or a network.
+An iteration takes as many micro-batches of each rank as its global batch needs. So all ranks together read the samples
+in order, whatever the layout and the batch size, and resuming needs one integer, `start_sample`. The index of a sample
+is its place, unless samples before it are skipped (config/skipped_samples.py). A sample is a pure function of its
+index, and batches are returned in order: the number of workers does not change them. Preparing a batch takes far less
+time than training on it, so one thread suffices; more threads help if reading a sample waits for a disk or a network.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_a2d.config.skipped_samples import NONE_SKIPPED, SkippedSamples
 from megatron_a2d.diffusion.attention_masks import fully_annealed
 from megatron_a2d.utils.atomic_write import new_file
 from megatron_a2d.utils.errors import UserError
@@ -57,9 +59,11 @@ class Batch(NamedTuple):
     masked_weights: Tensor | None = None  # [b, s] float32; None: all weights are those of masked tokens
 
 
-def make_batch(dataset: Samples, make_sample: MakeSample, first: int, size: int) -> Batch:
-    """The samples first .. first + size - 1 as one batch."""
-    indices = range(first, first + size)
+def make_batch(
+    dataset: Samples, make_sample: MakeSample, first: int, size: int, skipped: SkippedSamples = NONE_SKIPPED
+) -> Batch:
+    """The samples at the places first .. first + size - 1 of those that are not `skipped`, as one batch."""
+    indices = [skipped.index_of(place) for place in range(first, first + size)]
     samples = [make_sample(dataset.tokens(index), index) for index in indices]
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
@@ -104,7 +108,7 @@ def write_batch(path: Path, batch: Batch) -> None:
 
 
 class MicroBatches(Iterator[Batch]):
-    """An endless iterator: an iteration of training takes `num_microbatches` of it.
+    """An endless iterator over this rank's micro-batches; `iteration` takes those of one global batch.
 
     num_workers: threads that prepare batches ahead; 0: each batch is prepared by its `next`. An error in a worker is
     raised by the `next` that would have returned its batch, and ends the iterator. `close` (or a `with` block) stops
@@ -122,22 +126,16 @@ class MicroBatches(Iterator[Batch]):
         dp_size: int = 1,
         start_sample: int = 0,
         num_workers: int = 1,
+        skipped: SkippedSamples = NONE_SKIPPED,
     ):
         if not 0 <= dp_rank < dp_size or min(micro_batch_size, global_batch_size) < 1 or start_sample < 0:
             raise ValueError(f"{micro_batch_size=} {global_batch_size=} {dp_rank=} {dp_size=} {start_sample=}")
-        if global_batch_size % (micro_batch_size * dp_size):
-            raise UserError(
-                f"--global-batch-size {global_batch_size}: not a multiple of --micro-batch-size "
-                f"{micro_batch_size} x {dp_size} data-parallel ranks; change one of them"
-            )
-        self.num_microbatches = global_batch_size // (micro_batch_size * dp_size)
         self._dataset = dataset
-        self._make_sample = make_sample
+        self._make_sample, self._skipped = make_sample, skipped
         self._size = micro_batch_size
-        # iteration k, micro-batch m is number n = k * num_microbatches + m of this rank, and the formula
-        # above is start_sample + (n * R + r) * micro_batch_size.
         self._next = start_sample + dp_rank * micro_batch_size
         self._stride = dp_size * micro_batch_size
+        self.num_microbatches = self._number_of(global_batch_size)
         self._closed = False
         self._pending: deque[Future[Batch]] = deque()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches") if num_workers else None
@@ -145,14 +143,27 @@ class MicroBatches(Iterator[Batch]):
         for _ in range(max(4, 2 * num_workers) if self._pool else 0):
             self._submit()
 
-    def samples(self, first: int, size: int) -> Batch:
-        """The samples first .. first + size - 1, regardless of their rank."""
-        return make_batch(self._dataset, self._make_sample, first, size)
+    def iteration(self, global_batch_size: int) -> list[Batch]:
+        """This rank's micro-batches of the next iteration."""
+        return [next(self) for _ in range(self._number_of(global_batch_size))]
 
-    def _arguments(self) -> tuple[Samples, MakeSample, int, int]:
+    def _number_of(self, global_batch_size: int) -> int:
+        """Micro-batches per rank; UserError if they do not divide the batch."""
+        if global_batch_size % self._stride:
+            raise UserError(
+                f"--global-batch-size {global_batch_size}: not a multiple of --micro-batch-size {self._size} x "
+                f"{self._stride // self._size} data-parallel ranks; change one of them"
+            )
+        return global_batch_size // self._stride
+
+    def samples(self, first: int, size: int) -> Batch:
+        """The samples at the places first .. first + size - 1, regardless of their rank."""
+        return make_batch(self._dataset, self._make_sample, first, size, self._skipped)
+
+    def _arguments(self) -> tuple[Samples, MakeSample, int, int, SkippedSamples]:
         first = self._next
         self._next += self._stride
-        return self._dataset, self._make_sample, first, self._size
+        return self._dataset, self._make_sample, first, self._size, self._skipped
 
     def _submit(self) -> None:
         assert self._pool is not None

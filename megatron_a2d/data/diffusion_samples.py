@@ -48,8 +48,8 @@ class TextPairs:
 
 
 def num_texts(config: RunConfig) -> int:
-    """Texts that the whole run reads."""
-    samples = config.training.train_iters * config.training.global_batch_size
+    """Texts that the whole run reads, or passes over."""
+    samples = config.skipped.index_of(config.num_samples - 1) + 1
     return samples // 2 if config.diffusion.complementary_masks else samples
 
 
@@ -59,8 +59,8 @@ def make_sample(
     """The function that turns a sample's tokens into the objective's inputs, labels and weights.
 
     `for_training` applies --random-length-prob, --mask-sampling, --complementary-masks, --loss-weighting,
-    --ar-loss-weight, --block-length-schedule and --conversion. Validation does not split samples, uses the weights of
-    the likelihood bound, and the converted model's attention.
+    --ar-loss-weight, the schedule of block lengths and --conversion. Validation does not split samples, uses the
+    weights of the likelihood bound, and the converted model's attention.
     """
     data, diffusion = config.data, config.diffusion
     isolated = data.reset_attention_mask
@@ -84,19 +84,26 @@ def make_sample(
             complementary=diffusion.complementary_masks and for_training,
         )
 
+    skipped = config.skipped
+    grafting_iters = config.grafting_iters if for_training else 0
+    is_annealed = for_training and diffusion.conversion == "annealing"
+
+    def iteration_of(index: int) -> int:
+        """The iteration that trains on the sample: fixed on resume, as the order of the samples is."""
+        return config.batch_sizes.iteration_of(skipped.place_of(index))
+
     def make(tokens: np.ndarray, index: int) -> Corrupted:
-        iteration = index // config.training.global_batch_size  # fixed on resume, as the order of the samples is
         documents = dataset.documents(index) if has_documents else None
         cut = random_cut(noise_seed, index, len(tokens), cut_probability) if cut_probability else None
         segments = attention_segments(documents if isolated else None, cut, len(tokens))
         if noise is None:
             sample = next_token(tokens, segments, visible)
-        elif for_training and iteration < diffusion.grafting_iters:
+        elif grafting_iters and iteration_of(index) < grafting_iters:
             sample = without_loss(tokens, segments)
         elif diffusion.objective == "block":
             length = diffusion.block_length
             if for_training:
-                length = block_length_at(iteration, diffusion.block_length_schedule, length)
+                length = _block_length(config, index, iteration_of(index))
             grid = positions_within(attention_segments(documents, cut, len(tokens)))
             sample = corrupt_blocks(
                 tokens, index, noise, length, segments, visible,
@@ -110,12 +117,25 @@ def make_sample(
             positions = positions_within(attention_segments(documents, cut, len(tokens)))
             repeats = config.input_length // data.seq_length
             sample = sample._replace(positions=None if positions is None else np.tile(positions, repeats))
-        if for_training and diffusion.conversion == "annealing":
-            steps = diffusion.attention_annealing_iters
-            sample = sample._replace(annealing=annealing_key_and_threshold(noise_seed, index, iteration, steps))
+        if is_annealed:
+            place, count = index, diffusion.attention_annealing_samples
+            if not count:
+                place, count = iteration_of(index), diffusion.attention_annealing_iters
+            sample = sample._replace(annealing=annealing_key_and_threshold(noise_seed, index, place, count))
         return sample
 
     return make
+
+
+def _block_length(config: RunConfig, index: int, iteration: int) -> int:
+    """Tokens per block of a training sample, the same for both samples of a text with complementary masks."""
+    diffusion = config.diffusion
+    place, schedule = index, diffusion.block_length_schedule_samples
+    if schedule and diffusion.complementary_masks:
+        place -= index % 2
+    elif not schedule:
+        place, schedule = iteration, diffusion.block_length_schedule
+    return block_length_at(place, schedule, diffusion.block_length)
 
 
 def find_data_problems(config: RunConfig, files: Sequence[TokenFile]) -> Iterator[str]:

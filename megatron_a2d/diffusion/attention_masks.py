@@ -57,14 +57,15 @@ def are_allowed(
     return allowed & (key_place <= query_place) if causal else allowed
 
 
-def annealing_key_and_threshold(seed: int, sample_index: int, iteration: int, num_steps: int) -> np.ndarray | None:
+def annealing_key_and_threshold(seed: int, sample_index: int, place: int, count: int) -> np.ndarray | None:
     """Key and threshold for `annealed`, [2] int64: DiffuLLaMA's attention annealing (Gong et al. 2024).
 
-    A share (iteration + 1) / num_steps of the entries above the diagonal is unmasked. None once all of them are.
+    A share (place + 1) / count of the entries above the diagonal is unmasked, by the `place` of the sample or of its
+    iteration among the `count` that annealing takes. None once all of them are.
     """
-    if iteration + 1 >= num_steps:
+    if place + 1 >= count:
         return None
-    return np.array([attention_key(seed, sample_index), _ALWAYS * (iteration + 1) // num_steps], dtype=np.int64)
+    return np.array([attention_key(seed, sample_index), _ALWAYS * (place + 1) // count], dtype=np.int64)
 
 
 def fully_annealed() -> np.ndarray:

@@ -70,7 +70,7 @@ def open_sources(
     return sources
 
 
-def _token_losses(loaded: LoadedModel, batch: Batch, needed_BL: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(loaded: LoadedModel, batch: Batch, needed_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats at each needed position, and whether its label is the argmax, [N] on the CPU."""
     losses, correct = torch.zeros(needed_BL.numel()), torch.zeros(needed_BL.numel(), dtype=torch.bool)
     for indices_PX, real_PX in _passes(batch):
@@ -138,7 +138,7 @@ def evaluate_sources(
             size = min(config.training.micro_batch_size, len(columns.table) - start)
             batch = make_batch(source.dataset, make, start, size)
             needed_BL = batch.weights > 0
-            losses_N, correct_N = _token_losses(loaded, batch, needed_BL)
+            losses_N, correct_N = token_losses(loaded, batch, needed_BL)
             sums = sample_sums(losses_N, batch.weights[needed_BL], correct_N, needed_BL.nonzero()[:, 0], size)
             columns.put(batch.sample_index, batch.times, batch.num_maskable, sums)
             advance(size)

@@ -62,8 +62,8 @@ class Plan(NamedTuple):
 
     @property
     def days(self) -> float:
-        """Duration of all --train-iters."""
-        return self.config.training.train_iters * self.time.total / SECONDS_A_DAY
+        """Duration of the run, with as many tokens/s during a ramp of the batch size as after it."""
+        return self.config.num_samples / self.job.global_batch_size * self.time.total / SECONDS_A_DAY
 
     @property
     def cost(self) -> float:

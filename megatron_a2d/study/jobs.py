@@ -8,6 +8,7 @@ and, with another recipe and --launcher, on a cluster.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megatron_a2d.config.settings import RunConfig
@@ -15,6 +16,7 @@ from megatron_a2d.utils.errors import UserError
 
 # Seeds of a study's runs: the order of samples and their noise. Validation has a separate seed, the same for all.
 FIRST_SEED = 1000
+_LENGTHS = ("train_iters", "lr_warmup_iters", "lr_wsd_decay_iters")
 BASE = ""  # as `Job.start`: the checkpoint given with --load
 
 
@@ -53,7 +55,8 @@ def scaled_batch(base: RunConfig, factor: float, largest: int = 1) -> dict[str, 
     The learning rate scales with the square root of the batch size (for Adam: Malladi et al. 2022; branches as in
     Merrill et al. 2025); warm-up and decay keep their lengths in tokens. The base's iterations (training, warm-up,
     decay, validation) are first rounded to multiples of the `largest` factor of a study, so that all branches see
-    exactly the same tokens and are evaluated on the same held-out samples. UserError for a fractional batch size.
+    exactly the same tokens and are evaluated on the same held-out samples; lengths in samples, to multiples of its
+    largest batch. UserError for a fractional batch size.
     """
     training, optimization = base.training, base.optimization
     if training.global_batch_size * factor % 1:
@@ -66,12 +69,29 @@ def scaled_batch(base: RunConfig, factor: float, largest: int = 1) -> dict[str, 
     def scaled(count: int, least: int) -> int:
         return round(max(least, round(count / largest)) * largest / factor)
 
-    values = {
-        "global_batch_size": batch,
-        "micro_batch_size": min(training.micro_batch_size, batch),
-        "train_iters": scaled(training.train_iters, 1),
+    def whole(samples: int, least: int) -> int:
+        return (
+            max(least, round(samples / (training.global_batch_size * largest))) * training.global_batch_size * largest
+        )
+
+    lengths: dict[str, Any] = {
+        "train_iters": scaled(base.num_iterations, 1),
         "lr_warmup_iters": scaled(optimization.lr_warmup_iters, 0),
         "lr_wsd_decay_iters": scaled(optimization.lr_wsd_decay_iters, 0),
+    }
+    if base.train_samples is not None:
+        lengths = {
+            "train_samples": whole(base.train_samples, 1),
+            "train_tokens": None,
+            "lr_warmup_samples": whole(optimization.lr_warmup_samples, 0),
+            "lr_wsd_decay_samples": whole(optimization.lr_wsd_decay_samples, 0),
+        }
+    values = {
+        "global_batch_size": batch,
+        "rampup_batch_size": [],
+        "batch_schedule": "",
+        "micro_batch_size": min(training.micro_batch_size, batch),
+        **lengths,
         "lr": optimization.lr * factor**0.5,
         "min_lr": optimization.min_lr * factor**0.5,
         "log_interval": max(1, round(training.log_interval / factor)),
@@ -80,6 +100,25 @@ def scaled_batch(base: RunConfig, factor: float, largest: int = 1) -> dict[str, 
     }
     assert values.keys() <= base.to_dict().keys()
     return values
+
+
+def ramped_batch(base: RunConfig, factors: Sequence[float], largest: int = 1) -> dict[str, Any]:
+    """The settings of the base run with a batch size that grows by `factors`, each for an equal part of the tokens.
+
+    As many tokens, warm-up and decay as with `scaled_batch`; the learning rate is that of the first factor throughout.
+    """
+    first, last = (scaled_batch(base, factor, largest) for factor in (factors[0], factors[-1]))
+    batch = first["global_batch_size"]
+    if base.train_samples is None:
+        in_samples = {name.replace("iters", "samples"): first[name] * batch for name in _LENGTHS}
+        last |= in_samples | {"train_iters": None, "lr_warmup_iters": 0, "lr_wsd_decay_iters": 0}
+    biggest = last["global_batch_size"]
+    steps = last["train_samples"] // biggest
+    sizes = [scaled_batch(base, factor, largest)["global_batch_size"] for factor in factors]
+    begins = [round(number * steps / len(factors)) * biggest for number in range(len(factors))]
+    pairs = dict(zip(begins, sizes, strict=True))  # with too few steps the larger of two batches
+    schedule = ",".join(f"{begin}:{size}" for begin, size in pairs.items())
+    return {**last, "batch_schedule": schedule, "lr": first["lr"], "min_lr": first["min_lr"]}
 
 
 def ar_settings(base: RunConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import yaml
 
 from megatron_a2d.checkpoint.directory import latest_iteration
 from megatron_a2d.config.renamed import modernise_record
-from megatron_a2d.config.settings import RunConfig, settings
+from megatron_a2d.config.settings import RunConfig, build, settings
 from megatron_a2d.report.plots import read_log
 from megatron_a2d.study.jobs import BASE, Job, Measure, resolved
 from megatron_a2d.terminal.console import console
@@ -154,7 +154,7 @@ class Runner:
         return self._starts.get(start) or str(self._out / start)
 
     def _is_trained(self, job: Job) -> bool:
-        return latest_iteration(self._out / job.name) == self._settings(job)["train_iters"]
+        return latest_iteration(self._out / job.name) == build(self._settings(job)).num_iterations
 
     def _run_job(self, job: Job) -> None:
         """Run or resume one job."""

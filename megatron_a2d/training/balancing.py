@@ -44,7 +44,7 @@ class RunBalancing:
 
     def __init__(self, models: list[DiffusionLM], config: RunConfig, mask_token_id: int | None):
         settings = config.balancing
-        self._settings, self._train_iters = settings, config.training.train_iters
+        self._settings, self._num_iterations = settings, config.num_iterations
         self._routers = [router for model in models for router in routers(model)]
         self.routing = LoadBalancing(settings, models[0].config, mask_token_id)
         for model in models:
@@ -115,8 +115,8 @@ class RunBalancing:
     @torch.no_grad()
     def anneal(self, iteration: int) -> None:
         """After `iteration`: over the last tenth of the run the biases go to zero, in equal steps but for updates."""
-        left = self._train_iters - iteration
-        if 0 <= left < math.ceil(_ANNEALED_SHARE * self._train_iters):
+        left = self._num_iterations - iteration
+        if 0 <= left < math.ceil(_ANNEALED_SHARE * self._num_iterations):
             for router in self._routers:
                 if router.expert_bias is not None:
                     router.expert_bias *= left / (left + 1)

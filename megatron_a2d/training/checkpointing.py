@@ -107,7 +107,10 @@ class CheckpointManager:
         # --keep-latest-k may remove the checkpoint that the run started from: the next save copies hf/ from this one.
         self._hf_files = path / HF_FILES
         waited = self._seconds + time.perf_counter() - begin
-        self._log.event("checkpoint", iteration=save.iteration, path=str(path), seconds_waited=round(waited, 3))
+        self._log.event(
+            "checkpoint", iteration=save.iteration, **self._log.consumed(save.iteration), path=str(path),
+            seconds_waited=round(waited, 3),
+        )  # fmt: skip
         self._log.say(f"checkpoint {path}")
         if dist.get_rank() == 0:
             note_progress(save.iteration)
@@ -145,7 +148,8 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 self._save.attempt(_make_room, self._root, self._partial)
             self._save.raise_on_failure()
-            self._save.start_writing(_sharded_state(state), self._partial, dict(CONTENT_METADATA), state.tensors())
+            tensors = _sharded_state(state, config)
+            self._save.start_writing(tensors, self._partial, dict(CONTENT_METADATA), state.tensors())
 
     def is_written(self) -> bool:
         """Whether all ranks have written their files, so that `finish` does not wait for a disk."""
@@ -186,7 +190,7 @@ class CheckpointWriter:
             ) from None
 
 
-def _sharded_state(state: TrainState) -> dict[str, Any]:
+def _sharded_state(state: TrainState, config: RunConfig) -> dict[str, Any]:
     """Everything that a checkpoint stores: models, optimizer, schedule, counters."""
     state.gather_parameters()
     model, step = models_to_save(state.models), adam_step(state.optimizer)
@@ -202,6 +206,9 @@ def _sharded_state(state: TrainState) -> dict[str, Any]:
         "scheduler": state.scheduler.state_dict(),
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
+        "consumed_tokens": state.consumed_samples * config.data.seq_length,
+        "skipped_samples": [list(item) for item in state.skipped.ranges],
+        "rollbacks": state.rollbacks,
         **({} if loads is None else {"router_loads": loads}),
     }
 

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.skipped_samples import NONE_SKIPPED
 from megatron_a2d.config.validate import NO_DATA
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.data.blended_dataset import MixedDataset, read_mixture
@@ -86,9 +87,9 @@ def micro_batches(
     start_sample: int,
     for_training: bool = True,
 ) -> MicroBatches:
-    """This rank's micro-batches, starting at the global sample index `start_sample`.
+    """This rank's micro-batches, starting after `start_sample` samples.
 
-    `for_training=False` makes validation samples (see make_sample).
+    `for_training=False` makes validation samples (see make_sample), of which none is skipped.
     """
     if for_training and config.diffusion.complementary_masks:
         dataset = TextPairs(dataset)
@@ -101,4 +102,5 @@ def micro_batches(
         dp_size=parallel_state.get_data_parallel_world_size(),
         start_sample=start_sample,
         num_workers=config.data.num_workers,
+        skipped=config.skipped if for_training else NONE_SKIPPED,
     )

@@ -26,14 +26,19 @@ class GradientNoiseScale:
     """Moving averages of tr S and |G|^2, and the small batch that they need in addition to the full one."""
 
     def __init__(self, config: RunConfig):
-        self._size, self._batch_size = small_batch_size(config), config.training.global_batch_size
+        self._config = config
+        self._sizes: tuple[int, int] | None = None  # of the last small batch and of the full one, in samples
         self._noise, self._signal = 0.0, 0.0
 
     def small_batch(self, micro_batches: list[Batch]) -> list[Batch] | None:
         """This rank's part of the small batch; None if a step cannot be divided."""
-        if self._size is None:
+        found = small_batch_size(self._config, len(micro_batches))
+        if found is None:
             return None
-        count, size = self._size
+        count, size = found
+        ranks = parallel_state.get_data_parallel_world_size()
+        full = len(micro_batches) * self._config.training.micro_batch_size
+        self._sizes = count * size * ranks, full * ranks
         return [
             Batch._make(None if tensor is None else tensor[:size] for tensor in batch)
             for batch in micro_batches[:count]
@@ -41,9 +46,8 @@ class GradientNoiseScale:
 
     def estimate(self, small: float, large: float) -> dict[str, float]:
         """Metrics by name, from the squared gradient norms of the small and of the full batch."""
-        assert self._size is not None
-        count, size = self._size
-        b, B = count * size * parallel_state.get_data_parallel_world_size(), self._batch_size
+        assert self._sizes is not None
+        b, B = self._sizes
         noise, signal = (small - large) / (1 / b - 1 / B), (B * large - b * small) / (B - b)
         if math.isfinite(noise):
             self._noise = _EMA_DECAY * self._noise + (1 - _EMA_DECAY) * noise
@@ -52,14 +56,16 @@ class GradientNoiseScale:
         return {"tr_sigma": noise, "grad_norm_sq": signal, "grad_noise_scale": scale}
 
 
-def small_batch_size(config: RunConfig) -> tuple[int, int] | None:
-    """(micro-batches, samples per micro-batch) of a rank's small batch; None if a step cannot be divided."""
+def small_batch_size(config: RunConfig, num_microbatches: int) -> tuple[int, int] | None:
+    """(micro-batches, samples per micro-batch) of a rank's small batch; None if a step cannot be divided.
+
+    `num_microbatches`: of the full batch, on each rank.
+    """
     training = config.training
     least = config.parallel.pipeline_model_parallel_size if config.parallel.virtual_pipeline_size else 1
-    share = training.global_batch_size // (training.micro_batch_size * parallel_state.get_data_parallel_world_size())
-    if share >= 4 * least:
+    if num_microbatches >= 4 * least:
         return least, training.micro_batch_size
     if training.micro_batch_size > 1 and config.performance.cuda_graph_impl == "none":
         return least, max(1, training.micro_batch_size // 4)
     # CUDA graphs replay with the micro-batch size that they were captured with.
-    return (least, training.micro_batch_size) if share > least else None
+    return (least, training.micro_batch_size) if num_microbatches > least else None

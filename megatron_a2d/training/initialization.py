@@ -43,6 +43,7 @@ from megatron_a2d.config.core_attention import isolates_documents, own_attention
 from megatron_a2d.config.fp8_recipe import emulation_of, engine_scaling
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.skipped_samples import SkippedSamples
 from megatron_a2d.megatron_compat import schedule_plans
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version, device
 from megatron_a2d.megatron_compat.versions import mark_expert_parameters
@@ -102,7 +103,8 @@ def build_train_state(model_config: ModelConfig, config: RunConfig) -> TrainStat
     if model_config.is_moe:
         masked = config.diffusion.objective != "ar"
         balancing = RunBalancing(models, config, model_config.mask_token_id if masked else None)
-    return TrainState(chunks, optimizer, build_scheduler(config, optimizer), balancing)
+    scheduler, counts_samples = build_scheduler(config, optimizer), config.train_samples is not None
+    return TrainState(chunks, optimizer, scheduler, balancing, counts_samples=counts_samples)
 
 
 def build_model(model_config: ModelConfig, config: RunConfig, vp_stage: int | None = None) -> DiffusionLM:
@@ -158,14 +160,14 @@ def initialize_state(
 def _load(
     state: TrainState, config: RunConfig, model_config: ModelConfig, directory: Path, weights_only: bool
 ) -> Grafting:
-    diffusion, source = config.diffusion, config.training.load
-    grafting = Grafting(diffusion.grafting_iters, model_config.num_layers)
+    source = config.training.load
+    grafting = Grafting(config.grafting_iters, model_config.num_layers)
     unfinished = grafting.is_active(0 if weights_only else iteration_of(directory))
     if unfinished and not weights_only:
         if not source:
             raise UserError(
-                f"--load: is missing; {directory} is from before the end of --grafting-iters "
-                f"{diffusion.grafting_iters}, which needs the checkpoint that the run started from; pass it again"
+                f"--load: is missing; {directory} is from before the end of the {config.grafting_iters} iterations of "
+                "grafting, which need the checkpoint that the run started from; pass it again"
             )
         load_checkpoint(state, resolve(source), weights_only=True)
         grafting.remember(state)
@@ -197,6 +199,7 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
         )
     step: int = common["optimizer_step"]
     scheduler = {name: common["scheduler"].get(name) for name in state.scheduler.state_dict()}
+    scheduler["num_steps"] = common["consumed_samples" if state.counts_samples else "iteration"]  # may have changed
     if any(type(value) not in (int, float, str, bool) for value in scheduler.values()):
         raise UserError(f"{directory}: the schedule in common.pt is damaged; use another iteration")
     optimizer = None
@@ -216,6 +219,8 @@ def load_checkpoint(state: TrainState, directory: Path, weights_only: bool) -> N
     state.scheduler.load_state_dict(scheduler)
     state.iteration = common["iteration"]
     state.consumed_samples = common["consumed_samples"]
+    state.skipped = SkippedSamples.of(common.get("skipped_samples", []))
+    state.rollbacks = common.get("rollbacks", 0)
     if state.balancing:
         try:
             state.balancing.load_state(common.get("router_loads"))

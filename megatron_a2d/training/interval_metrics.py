@@ -28,7 +28,6 @@ class IntervalMetrics:
 
     def __init__(self, config: RunConfig, model_config: ModelConfig):
         self._seq_length = config.data.seq_length
-        self._tokens_per_step = config.training.global_batch_size * config.data.seq_length
         self._model_config, self._input_length = model_config, config.input_length
         self._positions_per_token = config.input_length / config.data.seq_length
         self._causal = config.diffusion.objective == "ar"
@@ -44,18 +43,23 @@ class IntervalMetrics:
         self._buckets = torch.zeros(2 * NUM_BUCKETS, _NUM_COLUMNS, dtype=torch.float64, device=device())
         self._aux_losses = torch.zeros(len(AuxLosses._fields), dtype=torch.float64, device=device())
         self._grad_norm, self._steps, self._updates, self._seconds = 0.0, 0, 0, 0.0
-        self._repeated = self._balanced = 0
+        self._repeated = self._balanced = self._samples = 0
         self.resume()
 
     def resume(self) -> None:
         self._begin = time.perf_counter()
 
-    def add(self, result: StepResult, grafting_error: Tensor | None = None) -> None:
-        """Add a step. `grafting_error`: the step regressed attention (--conversion grafting) with this summed error."""
+    def add(self, result: StepResult, num_samples: int, grafting_error: Tensor | None = None) -> None:
+        """Add a step on a global batch of `num_samples`.
+
+        `grafting_error`: the step regressed attention (--conversion grafting) with this summed error.
+        """
         now = time.perf_counter()
         self._seconds += now - self._begin
         self._begin = now
         self._steps += 1
+        self._samples += num_samples
+        self._batch_size = num_samples
         self._repeated += result.repeated
         if math.isfinite(result.grad_norm):  # skipped steps are not part of the means
             totals = self._totals[0 if grafting_error is None else 1]
@@ -81,7 +85,7 @@ class IntervalMetrics:
         dist.all_reduce(self._totals)
         dist.all_reduce(self._buckets)
         totals, grafting = (Totals(*row) for row in self._totals.tolist())
-        tokens_per_second = self._steps * self._tokens_per_step / self._seconds
+        tokens_per_second = self._samples * self._seq_length / self._seconds
         values: dict[str, Any] = {
             "loss": _ratio(totals.weighted_loss, totals.num_maskable),
             "cross_entropy": _ratio(totals.masked_cross_entropy, totals.masked_positions),
@@ -90,6 +94,7 @@ class IntervalMetrics:
             "grad_norm": self._grad_norm / max(self._updates, 1),
             "lr": max(group["lr"] for group in state.optimizer.param_groups),
             "tokens_per_second": tokens_per_second,
+            "batch_size": self._batch_size,  # of the last step
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_samples * self._seq_length,
         }

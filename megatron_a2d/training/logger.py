@@ -1,4 +1,4 @@
-"""Run log: lines in the terminal, log.jsonl and TensorBoard; only rank 0 writes.
+"""Run log: lines in the terminal, log.jsonl, TensorBoard and, with --wandb-project, wandb; only rank 0 writes.
 
 SAVE/log.jsonl      one JSON object per line, {"kind": "start" | "train" | "validation" | "checkpoint" | "end", ...}
 SAVE/tensorboard/   the same metrics as curves
@@ -9,25 +9,29 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.skipped_samples import Range
 from megatron_a2d.terminal.console import console, human
 from megatron_a2d.training.stop_conditions import SkippedSteps
 from megatron_a2d.training.tensorboard_layout import layout
 from megatron_a2d.training.validation import ValidationResult
+from megatron_a2d.training.wandb_run import WandbRun
 from megatron_a2d.utils.atomic_write import finite
 from megatron_a2d.utils.partial_files import open_log
 
 
 class RunLog:
-    """The three outputs of a run's metrics and events; does nothing with `enabled=False` (ranks other than 0)."""
+    """The outputs of a run's metrics and events; does nothing with `enabled=False` (ranks other than 0)."""
 
     def __init__(self, config: RunConfig, iteration: int, enabled: bool):
         self._enabled = enabled
+        self._batch_sizes, self._seq_length = config.batch_sizes, config.data.seq_length
         self._objective = config.diffusion.objective
         self._expert_ranks = config.parallel.expert_model_parallel_size
         if not enabled:
@@ -35,8 +39,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         training = config.training
-        self._total = training.train_iters
-        self._begin = (iteration, time.monotonic())
+        self._total, self._total_samples = config.num_iterations, config.num_samples
+        self._begin = self._batch_sizes.samples_before(iteration), time.monotonic()
         root = Path(training.save) if training.save else None
         tensorboard = training.tensorboard_dir or (root / "tensorboard" if root else None)
         # A resumed run repeats iterations: TensorBoard drops the older records from `purge_step` on.
@@ -51,12 +55,16 @@ class RunLog:
             TextColumn("{task.fields[numbers]}", markup=False), TextColumn("eta"), TimeRemainingColumn(),
             console=console, transient=True,
         )  # fmt: skip
-        self._task = self._progress.add_task(
-            "training", total=training.train_iters, completed=iteration, numbers="", start=True
-        )
+        self._task = self._progress.add_task("training", total=self._total, completed=iteration, numbers="", start=True)
         self._progress.start()
+        self._wandb = WandbRun(config, iteration, self.say) if training.wandb_project else None
         if tensorboard:
             self.say(f"curves: python -m megatron_a2d.report {root or tensorboard} --tensorboard")
+
+    def consumed(self, iteration: int) -> dict[str, int]:
+        """Samples and tokens that the run has trained on after so many iterations."""
+        samples = self._batch_sizes.samples_before(iteration)
+        return {"consumed_samples": samples, "consumed_tokens": samples * self._seq_length}
 
     def say(self, message: str) -> None:
         """Print one line."""
@@ -74,18 +82,19 @@ class RunLog:
                 self.say(f"warning: {self._jsonl.name}: cannot be written now ({error.strerror})")
 
     def train(self, iteration: int, values: dict[str, Any]) -> None:
-        """Log the means of a log interval to all three outputs."""
+        """Log the means of a log interval to all outputs."""
         if not self._enabled:
             return
         self.event("train", iteration=iteration, **values)
-        self._curves("train", iteration, values)
+        self._plot("train", iteration, values)
         mfu = values.get("mfu")
         learnt = f"loss {values['loss']:.4f}  acc {values['accuracy']:.1%}"
         if "grafting_error" in values and not math.isfinite(values["loss"]):
             learnt = f"grafting error {values['grafting_error']:.4f}"
         numbers = (
             f"{learnt}  grad {values['grad_norm']:.2f}  "
-            f"lr {values['lr']:.2e}  {human(values['tokens_per_second'], 'tok')}/s  "
+            f"lr {values['lr']:.2e}  {human(values['consumed_tokens'], 'tok')}  "
+            f"{human(values['tokens_per_second'], 'tok')}/s  "
             f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
         )
         by_ranks = values.get("moe", {}).get("rank_imbalance", {})
@@ -93,17 +102,17 @@ class RunLog:
             numbers += f"  busiest rank {busiest:.2f} x"
         self._progress.update(self._task, completed=iteration, numbers=numbers)
         if not console.is_terminal:  # lines instead of a progress bar
-            elapsed = time.monotonic() - self._begin[1]
-            eta = elapsed / (iteration - self._begin[0]) * (self._total - iteration)
+            samples, elapsed = self._batch_sizes.samples_before(iteration), time.monotonic() - self._begin[1]
+            eta = elapsed / (samples - self._begin[0]) * (self._total_samples - samples)
             self.say(f"iteration {iteration:>{len(str(self._total))}}/{self._total}  {numbers}  eta {eta:.0f} s")
 
     def validation(self, iteration: int, result: ValidationResult, source: str | None = None) -> None:
         """Log a validation; `source`: the source of a mixture whose held-out data it used."""
         values = result.to_dict()
         where = {"source": source} if source else {}
-        self.event("validation", iteration=iteration, **values, **result.tables(), **where)
+        self.event("validation", iteration=iteration, **self.consumed(iteration), **values, **result.tables(), **where)
         if self._enabled:
-            self._curves(f"validation/{source}" if source else "validation", iteration, values)
+            self._plot(f"validation/{source}" if source else "validation", iteration, values)
         what, tokens = ("NLL", "next") if self._objective == "ar" else ("NELBO", "masked")
         self.say(
             f"validation at {iteration}{f' on {source}' if source else ''}: {what} {result.nelbo} nats/token, "
@@ -121,13 +130,22 @@ class RunLog:
         cause = f"the loss of samples {shown}" if culprits else "the losses are finite, their gradient"
         self.say(
             f"iteration {iteration}: {cause} is not finite, no rank updated its weights "
-            f"({skipped.in_a_row} in a row, {skipped.total} in total; samples {first_sample} to {end_sample - 1})"
+            f"({skipped.in_a_row} in a row, {skipped.total} in total; samples {first_sample}-{end_sample - 1})"
         )
 
-    def spike(self, iteration: int, loss: float) -> None:
-        """Log a loss far above the recent ones."""
-        self.event("spike", iteration=iteration, loss=loss)
-        self.say(f"iteration {iteration}: the loss {loss:.4f} is far above the recent ones")
+    def spike(self, iteration: int, loss: float, samples: Range) -> None:
+        """Log a loss far above the recent ones, and the samples of its log interval."""
+        self.event("spike", iteration=iteration, loss=loss, samples=[samples.first, samples.last + 1])
+        self.say(f"iteration {iteration}: the loss {loss:.4f} is far above the recent ones (samples {samples})")
+
+    def rollback(self, iteration: int, target: int, samples: Range, number: int, limit: int) -> None:
+        """Log that the run goes back to the checkpoint of iteration `target` and leaves out the samples since then."""
+        skipped = [samples.first, samples.last + 1]
+        self.event("rollback", iteration=iteration, to=target, samples=skipped, number=number)
+        self.say(
+            f"iteration {iteration}: rollback {number} of at most {limit}, to the checkpoint of iteration {target}; "
+            f"samples {samples} are skipped from now on"
+        )
 
     def crowding(self, iteration: int, warning: str) -> None:
         """Log that masked tokens have crowded on the same experts for long."""
@@ -143,12 +161,23 @@ class RunLog:
                         sink.close()
                 except OSError as error:
                     self.say(f"warning: the log is incomplete ({error.strerror})")
+            if self._wandb:
+                self._wandb.close()
 
-    def _curves(self, group: str, iteration: int, values: dict[str, Any]) -> None:
-        """TensorBoard curves of all numbers, nested ones by path; lists are only in log.jsonl."""
+    def _plot(self, group: str, iteration: int, values: dict[str, Any]) -> None:
+        """Curves of all numbers in TensorBoard and wandb."""
+        curves = dict(_curves(group, values))
         if self._tensorboard:
-            for name, value in values.items():
-                if isinstance(value, dict):
-                    self._curves(f"{group}/{name}", iteration, value)
-                elif isinstance(value, float | int) and math.isfinite(value):
-                    self._tensorboard.add_scalar(f"{group}/{name}", value, iteration)
+            for name, value in curves.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+        if self._wandb:
+            self._wandb.log(curves, iteration)
+
+
+def _curves(group: str, values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """All finite numbers, nested ones by path; lists are only in log.jsonl."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _curves(f"{group}/{name}", value)
+        elif isinstance(value, float | int) and math.isfinite(value):
+            yield f"{group}/{name}", value

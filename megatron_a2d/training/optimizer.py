@@ -81,21 +81,21 @@ def reuses_gradient_buffer(config: RunConfig, scaling: Scaling | None) -> bool:
 
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up and decay, counted in iterations."""
-    settings, iterations = config.optimization, config.training.train_iters
+    """Warm-up and decay, counted in iterations, or in samples if the run's length is."""
+    settings, schedule = config.optimization, config.lr_schedule
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters,
-        lr_decay_steps=iterations,
+        lr_warmup_steps=schedule.warmup,
+        lr_decay_steps=schedule.total,
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=iterations,
+        wd_incr_steps=schedule.total,
         wd_incr_style="constant",
-        wsd_decay_steps=settings.lr_wsd_decay_iters or None,
+        wsd_decay_steps=schedule.wsd_decay or None,
         lr_wsd_decay_style="cosine" if settings.lr_decay_style == "WSD" else None,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,

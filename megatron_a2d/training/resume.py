@@ -3,12 +3,14 @@
 A resumed run must be the run that was stopped. Its settings are of three kinds:
 
 fixed      what determines samples and noise (seed, seq_length, reset_attention_mask, reset_position_ids,
-           random_length_prob, eod_mask_loss, global_batch_size, and the tokens: train_data_fingerprint), the objective
-           (all diffusion settings), and the dtype (bf16): another value is an error.
+           random_length_prob, eod_mask_loss, the schedule of batch sizes, and the tokens: train_data_fingerprint), the
+           objective (all diffusion settings), and the dtype (bf16): another value is an error.
 reported   the settings of the optimizer and of load balancing, FP8 or FP4 and the layers that are kept in bf16, forced
-           load balancing, and train_iters may change; the log says so. If a role was frozen (--lr-mult ROLE=0) and
+           load balancing, and the run's length may change; the log says so. If a role was frozen (--lr-mult ROLE=0) and
            no longer is, its moments start at zero: the checkpoint has none.
 free       the layout, micro_batch_size, intervals, paths, workers, what is verified.
+
+Samples that the checkpoint's run skipped (--skip-samples) stay skipped; later ones may be added.
 """
 
 from __future__ import annotations
@@ -29,21 +31,23 @@ from megatron_a2d.checkpoint.directory import (
 from megatron_a2d.checkpoint.manifest import MANIFEST, check_manifest
 from megatron_a2d.checkpoint.training_facts import contradictions, read_trained
 from megatron_a2d.config.balancing_config import BalancingConfig
+from megatron_a2d.config.optimization_config import OptimizationConfig
 from megatron_a2d.config.settings import (
+    ALTERNATIVES,
     DataConfig,
     DiffusionConfig,
-    OptimizationConfig,
     RunConfig,
     TrainingConfig,
     flag,
-    settings,
 )
+from megatron_a2d.config.skipped_samples import SkippedSamples
 from megatron_a2d.config.validate import NO_START
 from megatron_a2d.utils.errors import UserError
 
-_FREE = {"train_data_path", "valid_data_path", "data_mixture", "verify_tokenizer", "num_workers"}
+# Skipped samples may be added if they are still ahead (`with_skipped`).
+_FREE = {"train_data_path", "valid_data_path", "data_mixture", "verify_tokenizer", "num_workers", "skip_samples"}
 FIXED = (
-    "global_batch_size", "bf16",
+    "global_batch_size", "rampup_batch_size", "batch_schedule", "bf16",
     *(
         item.name
         for group in (DataConfig, DiffusionConfig)
@@ -51,10 +55,11 @@ FIXED = (
         if item.name not in _FREE
     ),
 )  # fmt: skip
-# train_iters is the length of the learning rate's decay.
+# The run's length is that of the learning rate's decay.
 REPORTED = (
-    "train_iters", "fp8_recipe", "fp4_recipe", "fp8_output_proj", "first_last_layers_bf16",
-    "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
+    "train_iters", "train_samples", "train_tokens", "fp8_recipe", "fp4_recipe", "fp8_output_proj",
+    "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+    "moe_router_force_load_balancing",
     *(item.name for group in (OptimizationConfig, BalancingConfig) for item in dataclasses.fields(group)),
 )  # fmt: skip
 
@@ -84,6 +89,10 @@ def find_start(config: RunConfig, report: Callable[[str], None] = lambda line: N
         if problems := differences(config, start.directory):
             raise UserError(problems)
         for name, was, now in _changes(config, start.directory, REPORTED):
+            if name in ALTERNATIVES[0] and getattr(config.training, name) is None:
+                continue  # the length is now given by another setting, which is reported
+            if name in ALTERNATIVES[0] and was == str(None):
+                was = _recorded_length(start.directory)
             iteration = iteration_of(start.directory)
             report(f"{flag(name)} {now}: was {was} until iteration {iteration}, and applies from now on")
     return start
@@ -101,7 +110,7 @@ def _find_in_save(config: RunConfig, iterations: list[int], report: Callable[[st
     else:
         directory = _newest_intact(save, iterations, training, report)
     # Until grafting ends, the causal attention that it replaces is read from --load.
-    grafts = iteration_of(directory) < config.diffusion.grafting_iters
+    grafts = iteration_of(directory) < config.grafting_iters
     if training.load and grafts and (problems := _damage(resolve(training.load), training)):
         raise UserError(f"{problem}; restore the file" for problem in problems)
     return directory
@@ -124,6 +133,29 @@ def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, 
         for problem in problems:
             report(f"{problem}; {directory.name} is skipped")
     raise UserError([*skipped, f"--save {save}: contains no intact checkpoint; empty it to start from --load again"])
+
+
+def newest_intact_until(training: TrainingConfig, iteration: int, report: Callable[[str], None]) -> Path | None:
+    """The newest intact checkpoint in --save of that iteration or an earlier one; None if there is none."""
+    assert training.save is not None
+    earlier = [number for number in list_iterations(training.save) if number <= iteration]
+    try:
+        return _newest_intact(Path(training.save), earlier, training, report) if earlier else None
+    except UserError:
+        return None
+
+
+def with_skipped(config: RunConfig, skipped: SkippedSamples, consumed_samples: int) -> RunConfig:
+    """`config` with the samples that its checkpoint has `skipped`, too. UserError if it would skip a trained one."""
+    try:
+        together = skipped.with_more(config.skipped, consumed_samples)
+    except ValueError as error:
+        iteration = config.batch_sizes.iteration_of(consumed_samples)
+        raise UserError(
+            f"--skip-samples {' '.join(config.data.skip_samples)}: {error} until iteration {iteration}; skip later "
+            "ones, or resume from an earlier checkpoint with --ckpt-step"
+        ) from None
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, skip_samples=together.texts()))
 
 
 def _find_in_load(config: RunConfig, report: Callable[[str], None]) -> Start:
@@ -177,14 +209,21 @@ def _changes(config: RunConfig, directory: Path, names: tuple[str, ...]) -> list
     A setting that the checkpoint does not record was added later; the run behaved as with its default.
     """
     recorded = read_run_settings(directory)
-    now = config.to_dict()
-    pairs = [(name, recorded.get(name, settings()[name].default), now[name]) for name in names]
+    now, defaults = config.to_dict(), RunConfig().to_dict()
+    pairs = [(name, recorded.get(name, defaults[name]), now[name]) for name in names]
     return [
         (name, _text(was), _text(value))
         for name, was, value in pairs
         # The fingerprint is empty if it was not recorded, or is not computed yet.
         if was != value and (name != "train_data_fingerprint" or (was and value))
     ]
+
+
+def _recorded_length(directory: Path) -> str:
+    """The length of the run that wrote `directory`, as a flag."""
+    recorded = read_run_settings(directory)
+    given = {flag(name): recorded[name] for name in ALTERNATIVES[0] if recorded.get(name) is not None}
+    return " ".join(f"{name} {value}" for name, value in given.items())
 
 
 def _iteration(name: str, root: Path, there: list[int], wanted: int) -> Path:
@@ -205,4 +244,6 @@ def _damage(directory: Path, training: TrainingConfig) -> list[str]:
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={factor}" for key, factor in value.items()) or "no factors"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -17,11 +17,12 @@ from megatron_a2d.checkpoint.placement_file import ExpertPlacement, find_placeme
 from megatron_a2d.config.installed_versions import find_version_problems
 from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.skipped_samples import SkippedSamples
 from megatron_a2d.config.validate import find_problems, missing_inputs
 from megatron_a2d.conversion.qwen3_shapes import shape_problems
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.memory import check_memory
-from megatron_a2d.training.resume import Start, differences, find_start
+from megatron_a2d.training.resume import Start, differences, find_start, with_skipped
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
@@ -59,7 +60,7 @@ class Checked(NamedTuple):
 
 def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None) -> Checked:
     """Every check that one process can make, of checkpoint and data too; UserError with the problems."""
-    from megatron_a2d.checkpoint.torch_dist_reader import check_pickles
+    from megatron_a2d.checkpoint.torch_dist_reader import check_pickles, read_common
     from megatron_a2d.conversion.mask_token import choose_mask_token
     from megatron_a2d.conversion.sources import open_checkpoint
     from megatron_a2d.data.diffusion_samples import make_sample, num_texts
@@ -73,6 +74,10 @@ def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None)
     check_memory(config, model_config, processes, cluster)
     placement = find_placement(config, model_config, start.directory)
     check_pickles(start.directory)  # before megatron.core unpickles whatever it finds
+    if not start.weights_only:
+        common = read_common(start.directory)
+        consumed, ranges = common.get("consumed_samples") or 0, common.get("skipped_samples", [])
+        config = with_skipped(config, SkippedSamples.of(ranges), consumed)
     with open_checkpoint(start.directory, allow_expert_bias=True):
         pass  # raises unless it has exactly the model's tensors, in their shapes
     if config.diffusion.objective != "ar":

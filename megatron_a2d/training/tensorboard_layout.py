@@ -45,6 +45,6 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[Any]]]:
     charts = dict(charts)
     if config.diffusion.ar_loss_weight:
         charts["diffusion and next-token loss"] = ["Multiline", ["train/(diffusion_loss|ar_loss)$"]]
-    if config.diffusion.grafting_iters:
+    if config.grafting_iters:
         charts["error of grafting"] = ["Multiline", ["train/grafting_error$"]]
     return {first: charts, **dict(others)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch.distributed as dist
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from megatron_a2d.checkpoint.directory import HF_FILES
 from megatron_a2d.checkpoint.placement_file import ExpertPlacement
 from megatron_a2d.config.model_config import ModelConfig
-from megatron_a2d.config.settings import RunConfig, TrainingConfig
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.skipped_samples import Range
 from megatron_a2d.data.background_scan import BackgroundScan
 from megatron_a2d.data.dataloader import MicroBatches, write_batch
 from megatron_a2d.data.packed_dataset import PackedDataset
@@ -27,6 +29,8 @@ from megatron_a2d.training.logger import RunLog
 from megatron_a2d.training.loss_spikes import SpikeDetector
 from megatron_a2d.training.manual_gc import ManualGC
 from megatron_a2d.training.profiler import Profile
+from megatron_a2d.training.resume import Start, with_skipped
+from megatron_a2d.training.spike_rollback import Rollback, find_rollback
 from megatron_a2d.training.stop_conditions import SkippedSteps, StopRequests
 from megatron_a2d.training.train_state import TrainState
 from megatron_a2d.training.train_step import train_step
@@ -48,12 +52,35 @@ def train(
     `weights_only`: begin a new run from its weights instead of resuming it. `placement`: of the experts over
     expert-parallel ranks. Collective.
     """
+    requests, spikes = StopRequests(config.training), SpikeDetector()
+    begin, rollback = Start(start, weights_only), None
+    while True:
+        state, exit_code, rollback = _train(config, model_config, begin, placement, requests, spikes, rollback)
+        if rollback is None:
+            return state, exit_code
+        # A rollback is a resume in the same process: everything is built anew, after the old state has been freed.
+        config, begin = rollback.applied_to(config), Start(rollback.start, weights_only=False)
+        del state
+        gc.collect()
+
+
+def _train(
+    config: RunConfig,
+    model_config: ModelConfig,
+    begin: Start,
+    placement: ExpertPlacement | None,
+    requests: StopRequests,
+    spikes: SpikeDetector,
+    rolled_back: Rollback | None,
+) -> tuple[TrainState, int, Rollback | None]:
+    """Train until the run ends or a spike asks for a rollback; `rolled_back`: the one by which it starts here."""
+    start, weights_only = begin
     # What the run consists of. Rank 0 has scanned the data files (startup_checks.py); reads check every token again.
     train_data, valid_data = open_datasets(config, model_config, start / HF_FILES, scan=False)
     state = build_train_state(model_config, config)
     if placement:
         state.place_experts(placement)
-    training = config.training
+    training, batch_sizes, num_iterations = config.training, config.batch_sizes, config.num_iterations
     monitor = Monitor(config, model_config, state) if training.monitor else None
     # Drift is measured from the weights that the run began with. A resumed run reads those into the model first, and
     # `initialize_state` overwrites them with the checkpoint; for a new run they are what it leaves in the model.
@@ -62,19 +89,23 @@ def train(
     grafting = initialize_state(state, config, model_config, start, weights_only)
     if monitor and weights_only:
         monitor.remember_start()
+    config = with_skipped(config, state.skipped, state.consumed_samples)
+    state.skipped = config.skipped
+    state.rollbacks = rolled_back.number if rolled_back else state.rollbacks
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, model_config, train_data, config.data.seed, state.consumed_samples)
     saves = CheckpointManager(config, start / HF_FILES, log)
     # Files with checksums are verified at every read; the others are scanned once in the background.
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and file.needs_scan])
-    interval_metrics, spikes = IntervalMetrics(config, model_config), SpikeDetector()
+    interval_metrics = IntervalMetrics(config, model_config)
     crowding = CrowdingDetector(model_config.num_experts, model_config.num_experts_per_tok)
-    requests, skipped = StopRequests(training), SkippedSteps(training.max_skipped_steps)
+    skipped = SkippedSteps(training.max_skipped_steps)
     profile = Profile(config, state, log)
     graphs, manual_gc = CudaGraphs(state, config), ManualGC(config.performance)
     hang_timeout = 60 * config.parallel.distributed_timeout_minutes
     end: tuple[str, int] | None = None
+    rollback: Rollback | None = None
     try:
         # The log's head, and the validation that later ones are compared with.
         variables = environment.environment(config, environment.find_gpu())
@@ -86,54 +117,70 @@ def train(
         if placement:
             log.say(placement.describe(config.parallel.expert_model_parallel_size))
         log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
-        if state.iteration >= training.train_iters:
-            log.say(f"the run is complete: --train-iters {training.train_iters}; raise it to continue")
+        if state.iteration >= num_iterations:
+            log.say(f"the run is complete: {config.length}; raise it to continue")
+        if ranges := state.skipped.texts():
+            log.say(f"skipped samples: {' '.join(ranges)}")
+        if rolled_back:  # saved at once: a restart must not run into the same samples, nor resume from after the spike
+            saves.save(state, last=False)
+            saves.finish(last=False)
         mark("first step", state.iteration, limit=hang_timeout)
         if state.iteration == 0:
             _validate(state, config, model_config, valid_data, log)
         interval_metrics.restart()
-        while state.iteration < training.train_iters and end is None:
+        logged = state.iteration
+        while state.iteration < num_iterations and end is None:
             mark("reading samples", state.iteration + 1, limit=hang_timeout)
             scan.check()  # raises what the background scan has found
 
-            # One step: learning rate, micro-batches, forward and backward passes, update.
+            # One step: batch size, learning rate, micro-batches, forward and backward passes, update.
+            batch_size = batch_sizes.batch_size_at(state.consumed_samples)
             # megatron's scheduler has a learning rate of 0 before its first step. Stepped before the update, iteration
             # n trains at warm-up's n-th rate; skipped updates count, so the schedule depends on the iteration alone.
-            state.scheduler.step(1)
+            state.scheduler.step(batch_size if state.counts_samples else 1)
             graphs.before_step()
             grafts = grafting.is_active(state.iteration)
-            observer = monitor if is_logged(training, state.iteration + 1) else None
+            observer = monitor if is_logged(config, state.iteration + 1) else None
             with profile.measure(state.iteration + 1), grafting.step(state):
                 with phase("data"):
-                    step_batches = [next(batches) for _ in range(batches.num_microbatches)]
+                    step_batches = batches.iteration(batch_size)
                 result = train_step(state.chunks, state.optimizer, step_batches, observer)
-            interval_metrics.add(result, grafting.take_error() if grafts else None)
+            interval_metrics.add(result, batch_size, grafting.take_error() if grafts else None)
             first_sample = state.consumed_samples
             state.iteration += 1
             if state.balancing:
                 state.balancing.anneal(state.iteration)
-            state.consumed_samples += training.global_batch_size
+            state.consumed_samples += batch_size
             profile.after(state.iteration, log)
             manual_gc.after_step(state.iteration)
 
             # A gradient that is not finite: no rank has updated its weights, and too many such steps end the run.
             if skipped.add(result.grad_norm):
                 culprits = process_groups.union(result.not_finite)
-                log.skipped(state.iteration, first_sample, state.consumed_samples, culprits, skipped)
+                indices = [state.skipped.index_of(place) for place in (first_sample, state.consumed_samples - 1)]
+                log.skipped(state.iteration, indices[0], indices[1] + 1, culprits, skipped)
             end = requests.reason(state.iteration)
             if skipped.too_many:
                 end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", NOT_FINITE
-            last = state.iteration == training.train_iters or end is not None
+            last = state.iteration == num_iterations or end is not None
 
             # Log, validate, save, each at its interval.
-            if last or is_logged(training, state.iteration):
+            if last or is_logged(config, state.iteration):
                 values = interval_metrics.read(state) | (observer.read() if observer else {})
                 log.train(state.iteration, values)
                 if not grafts and spikes.is_spike(values["loss"]):
-                    log.spike(state.iteration, values["loss"])
+                    places = batch_sizes.samples_before(logged), state.consumed_samples - 1
+                    log.spike(state.iteration, values["loss"], Range(*map(state.skipped.index_of, places)))
+                    if training.on_spike == "rollback":
+                        mark("rollback", limit=CHECKPOINTS)
+                        saves.finish(last=False)
+                        rollback = find_rollback(config, state, logged, log)
+                logged = state.iteration
+                if rollback:
+                    break
                 if warning := crowding.check(values.get("moe")):
                     log.crowding(state.iteration, warning)
-            if state.iteration % training.eval_interval == 0 or state.iteration == training.train_iters:
+            if state.iteration % training.eval_interval == 0 or state.iteration == num_iterations:
                 _validate(state, config, model_config, valid_data, log)
             mark("checkpoint", limit=CHECKPOINTS)
             if training.save and (last or state.iteration % training.save_interval == 0):
@@ -141,8 +188,11 @@ def train(
             else:
                 saves.poll()
             interval_metrics.resume()
+        if rollback:
+            _write_last_batch(config, batches, state, log, "spike")
+            return state, 0, rollback
         if skipped.too_many:
-            _write_last_batch(config.training, batches, state, log)
+            _write_last_batch(config, batches, state, log, "not_finite")
         reason, exit_code = end or ("complete", 0)
         log.event("end", iteration=state.iteration, reason=reason, exit_code=exit_code)
         if end:
@@ -153,30 +203,31 @@ def train(
         batches.close()
         scan.close()
         log.close()
-    return state, exit_code
+    return state, exit_code, None
 
 
-def is_logged(training: TrainingConfig, iteration: int) -> bool:
+def is_logged(config: RunConfig, iteration: int) -> bool:
     """Whether the iteration ends a log interval."""
-    return iteration == training.train_iters or iteration % training.log_interval == 0
+    return iteration == config.num_iterations or iteration % config.training.log_interval == 0
 
 
-def _write_last_batch(training: TrainingConfig, batches: MicroBatches, state: TrainState, log: RunLog) -> None:
-    """Write the last global batch to SAVE/not_finite_iter_NNNNNNN.npz.
+def _write_last_batch(config: RunConfig, batches: MicroBatches, state: TrainState, log: RunLog, what: str) -> None:
+    """Write the last global batch to SAVE/WHAT_iter_NNNNNNN.npz, for megatron_a2d.inspect_batch.
 
-    With the checkpoint's weights it reproduces the step whose gradient was not finite.
+    With the checkpoint's weights it reproduces the step.
     """
-    if not training.save or dist.get_rank() > 0:
+    if not config.training.save or dist.get_rank() > 0:
         return
-    size = training.global_batch_size
-    path = Path(training.save) / f"not_finite_iter_{state.iteration:07d}.npz"
+    first = config.batch_sizes.samples_before(state.iteration - 1)
+    path = Path(config.training.save) / f"{what}_iter_{state.iteration:07d}.npz"
     try:
-        write_batch(path, batches.samples(state.consumed_samples - size, size))
+        write_batch(path, batches.samples(first, state.consumed_samples - first))
     except (OSError, UserError) as error:
         log.say(f"warning: {path}: the last batch could not be written ({error})")
         return
     log.say(
-        f"the last batch is in {path}: tokens, labels, loss weights, times and sample indices, as the model saw them"
+        f"the last batch is in {path}: tokens, labels, loss weights, times and sample indices, as the model saw them "
+        f"(python -m megatron_a2d.inspect_batch {path})"
     )
 
 

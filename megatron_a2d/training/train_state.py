@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_a2d.checkpoint.placement_file import ExpertPlacement
+from megatron_a2d.config.skipped_samples import NONE_SKIPPED, SkippedSamples
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.balancing import RunBalancing
 from megatron_a2d.training.param_gather import gather_weights
@@ -27,6 +28,9 @@ class TrainState:
     balancing: RunBalancing | None = None  # of the routers; None for a dense model
     iteration: int = 0
     consumed_samples: int = 0
+    skipped: SkippedSamples = NONE_SKIPPED  # so far
+    rollbacks: int = 0  # of --on-spike, so far
+    counts_samples: bool = False  # the scheduler's steps are samples; else iterations
     placement: ExpertPlacement | None = None  # of the experts of `models`, for this layout or another one
 
     @property

@@ -47,7 +47,7 @@ class Monitor:
         if state.balancing and "moe_router" not in replayed:  # nothing is counted inside a CUDA graph replay
             self._routers = RouterCounts(state.balancing, state.models[0].expert_orders)
         self._noise_scale = GradientNoiseScale(config)
-        self._grafting_iters = config.diffusion.grafting_iters
+        self._grafting_iters = config.grafting_iters
         self._drift: Drift | None = None
         self._values: dict[str, Any] = {}
 

@@ -88,6 +88,7 @@ def test_settings_that_are_bound(trained: dict[str, Any]) -> None:
     values = build(settings).to_dict()
     others: dict[str, Any] = {
         "noise_schedule": "cosine", "timestep_sampling": "uniform", "objective": "ar", "reset_attention_mask": True,
+        "rampup_batch_size": [4, 2, 16],
     }  # fmt: skip
     for name in FIXED:
         if name == "train_data_fingerprint":  # tests/unit/test_bad_data.py

@@ -26,6 +26,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.exit_codes import ENDINGS
 from tests.fuzz.odd import ODD_WORDS, copy_of, damage
@@ -48,6 +50,8 @@ RUN = (
     "--block-length 4", "--valid-data-path {tokens}", "--config {recipe}", "--data-mixture {mixture}", "--world-size 8",
     "--tensor-model-parallel-size 2", "--micro-batch-size 2", "--ckpt-step 2", "--cluster {cluster}", "--save {run}",
     "--expert-model-parallel-size 2", "--model {hf}", "--settings-only", "--bf16", "--cuda-graph-scope attn",
+    "--train-samples 64", "--train-tokens 4096", "--rampup-batch-size 4 2 16", "--batch-schedule {batches}",
+    "--lr-warmup-samples 8", "--skip-samples 4-7 12-12", "--on-spike rollback",
 )  # fmt: skip
 COMMANDS = {
     "train": Command(
@@ -67,6 +71,7 @@ COMMANDS = {
         "probe --out {out} --config {recipe} --load {checkpoint} --train-data-path {tokens} --valid-data-path {tokens} "
         "--plan --seq-length 32", ("--seeds 2", "--jobs 2", "--launcher x", "--page {out}", "--lr 0.1"),
     ),
+    "inspect_batch": Command("megatron_a2d.inspect_batch", "{batch} --model {export}", ("--show 1", "--ckpt-step 2")),
     "report": Command("megatron_a2d.study.__main__", "report {run} --out {out}.png"),
     "generate": Command(
         "megatron_a2d.generate", "--model {export} --prompt ab --max-new-tokens 4 --num-steps 2",
@@ -150,6 +155,7 @@ def make_inputs(root: Path) -> dict[str, Path]:
         }}),
         "cluster.yaml": (Path(__file__).parents[2] / "launch" / "clusters" / "h100.yaml").read_text(),
         "evaluation_recipe.yaml": "mc_num: 2\nbatch_tokens: 64\n",
+        "batches.txt": "samples batch\n0 4\n16 8\n",
         "prompts.jsonl": '{"prompt": "ab"}\n{"prefix": "a", "suffix": "b", "hole_length": 2}\n',
         "corpus.jsonl": "".join(json.dumps({"text": f"text {n} of the corpus"}) + "\n" for n in range(40)),
         "results.json": json.dumps({"held_out": {"nelbo": 3.0}, "tasks": {"x": {"acc": 0.5}}}),
@@ -157,12 +163,19 @@ def make_inputs(root: Path) -> dict[str, Path]:
             "model": "m", "objective": "mdlm", "held_out": {"all": {"nelbo": 3.0}}, "tasks": {}, "results": {},
         }),
     }  # fmt: skip
+    tokens = np.arange(16).reshape(2, 8)
+    of_samples = {"times": np.ones(2, np.float32), "sample_index": np.arange(2), "num_maskable": np.full(2, 7)}
+    np.savez(root / "batch.npz", tokens=tokens, labels=tokens, weights=np.ones((2, 8), np.float32), **of_samples)
     for name, text in texts.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(text)
     inputs = {Path(name).stem if "/" not in name else "evaluated": root / name for name in texts}
     inputs["evaluated"] = root / "evaluated"
-    return inputs | {name: root / name for name in ("hf", "checkpoint", "trained", "export", "tokens", "run")}
+    return (
+        inputs
+        | {name: root / name for name in ("hf", "checkpoint", "trained", "export", "tokens", "run")}
+        | {"batch": root / "batch.npz"}
+    )
 
 
 class Outcome(NamedTuple):

@@ -99,7 +99,8 @@ def monitored(checkpoint: str, settings: dict[str, Any], num_steps: int = 2) -> 
     monitor.remember_start()
     for _ in range(num_steps):
         state.scheduler.step(1)
-        interval_metrics.add(train_step(state.chunks, state.optimizer, _one_iteration(batches), monitor))
+        result = train_step(state.chunks, state.optimizer, _one_iteration(batches), monitor)
+        interval_metrics.add(result, config.training.global_batch_size)
     values = interval_metrics.read(state) | monitor.read()
     del values["tokens_per_second"]
     return values

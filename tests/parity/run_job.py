@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import itertools
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -80,7 +82,8 @@ class Faults:
     the background first. poison: steps of this process in which the last rank's loss is not a number. signal_at: (step,
     rank, signal) sent in the middle of a step. unwritable: a directory in the place of this file keeps every checkpoint
     from being written. hold_writer: (file, step): chunks are written when the file is there, which the first rank makes
-    before that step. kill_writer: the rank whose first writing process gets SIGKILL.
+    before that step. kill_writer: the rank whose first writing process gets SIGKILL. spikes: numbers of the logged
+    losses, counted from 1, that are spikes.
     """
 
     save: str | None
@@ -91,6 +94,7 @@ class Faults:
     unwritable: str | None = None
     hold_writer: tuple[str, int] | None = None
     kill_writer: int | None = None
+    spikes: tuple[int, ...] = ()
     losses: list[float] = field(default_factory=list)
     newest: list[int | None] = field(default_factory=list)
     _managers: list[Any] = field(default_factory=list)
@@ -102,7 +106,7 @@ class Faults:
         replacements = [
             (train_loop, "train_step", self._train_step), (train_loop, "CheckpointManager", self._remember_manager),
             (checkpointing, "CheckpointWriter", self._count_save), (async_writer, "_write", self._write),
-            (checkpointing, "_make_room", self._make_room),
+            (checkpointing, "_make_room", self._make_room), (train_loop, "SpikeDetector", self._spike_detector),
         ]  # fmt: skip
         with contextlib.ExitStack() as stack:
             for owner, name, replacement in replacements:
@@ -127,6 +131,12 @@ class Faults:
         dist.all_reduce(totals)
         self.losses.append(float(totals[0] / totals[4]))
         return result
+
+    def _spike_detector(self) -> Any:
+        if not self.spikes:
+            return self._originals["SpikeDetector"]()
+        numbers = itertools.count(1)
+        return SimpleNamespace(is_spike=lambda loss: next(numbers) in self.spikes)
 
     def _remember_manager(self, *arguments: Any) -> Any:
         self._managers.append(self._originals["CheckpointManager"](*arguments))

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
+from megatron_a2d.config.skipped_samples import NONE_SKIPPED
 from megatron_a2d.data.diffusion_samples import attention_segments, make_sample, positions_within
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
@@ -188,6 +189,7 @@ def test_training_and_validation_ask_for_their_own(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(data_setup.parallel_state, "get_data_parallel_world_size", lambda: 2)
     config = build({
         "micro_batch_size": 2, "global_batch_size": 12, "eval_iters": 5, "num_workers": 3, "seed": 77, "seq_length": 9,
+        "skip_samples": ("40-44",),
     })  # fmt: skip
     ours = {
         "make": "maker",
@@ -200,7 +202,7 @@ def test_training_and_validation_ask_for_their_own(monkeypatch: pytest.MonkeyPat
     data, held_out = SimpleNamespace(), SimpleNamespace(num_samples=43)
     data_setup.micro_batches(config, MODEL, data, config.data.seed, 36)  # type: ignore[arg-type]
     assert asked.pop() == (config, MODEL, data, 77, True)
-    assert made.pop() == {"dataset": data, "start_sample": 36, **ours}
+    assert made.pop() == {"dataset": data, "start_sample": 36, "skipped": config.skipped, **ours}
 
     fetched: list[int] = []
     state: Any = SimpleNamespace(chunks=["chunk"], gather_parameters=lambda: fetched.append(1))
@@ -209,5 +211,5 @@ def test_training_and_validation_ask_for_their_own(monkeypatch: pytest.MonkeyPat
             state, build(config.to_dict() | {"eval_iters": batches}), MODEL, held_out  # type: ignore[arg-type]
         )  # fmt: skip
         assert asked.pop()[2:] == (held_out, VALIDATION_SEED, False) and VALIDATION_SEED == 0
-        assert made[-1] == {"dataset": held_out, "start_sample": 0, **ours}
+        assert made[-1] == {"dataset": held_out, "start_sample": 0, "skipped": NONE_SKIPPED, **ours}
         assert found == (["chunk"], made.pop(), wanted * 12, 12) and fetched.pop()

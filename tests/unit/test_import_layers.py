@@ -23,7 +23,7 @@ LAYERS = (
     ("planner", "verification", "report"),
     ("training",),
     ("inference", "evaluation", "preflight", "study", "rehearsal"),
-    ("train", "generate", "evaluate", "plan"),
+    ("train", "generate", "evaluate", "plan", "inspect_batch"),
 )
 ORDER = {package: (number, place) for number, layer in enumerate(LAYERS) for place, package in enumerate(layer)}
 # Packages of which neither may import the other, although one lies below: model and data meet in training alone.

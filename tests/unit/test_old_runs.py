@@ -168,10 +168,11 @@ FREE = {
         "expert_tensor_parallel_size", "moe_token_dispatcher_type", "moe_expert_placement", "use_distributed_optimizer",
         "overlap_grad_reduce", "overlap_param_gather", "micro_batch_size",
     ),
-    "when to give up": ("distributed_timeout_minutes", "max_skipped_steps"),
+    "when to give up": ("distributed_timeout_minutes", "max_skipped_steps", "on_spike", "max_rollbacks"),
+    "samples ahead; those of the checkpoint stay": ("skip_samples",),
     "a place; what lies there is bound by its fingerprint": ("train_data_path", "data_mixture"),
     "what is read, written or shown, not trained": (
-        "valid_data_path", "eval_interval", "eval_iters", "log_interval", "monitor", "tensorboard_dir", "profile",
+        "valid_data_path", "eval_interval", "eval_iters", "log_interval", "monitor", "tensorboard_dir", "wandb_project", "profile",
         "profile_step_start", "profile_step_end", "save", "save_interval", "async_save", "keep_latest_k", "save_retain_interval",
         "on_save_error", "verify_checkpoint", "verify_tokenizer",
     ),
@@ -189,7 +190,7 @@ FREE = {
     ),
 }  # fmt: skip
 REPORTED_ONES = {
-    "lr", "min_lr", "lr_mult", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay", "adam_beta1",
+    "lr", "min_lr", "lr_mult", "lr_warmup_iters", "lr_warmup_samples", "lr_wsd_decay_samples", "train_samples", "train_tokens", "lr_decay_style", "lr_wsd_decay_iters", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_eps", "clip_grad", "train_iters", "fp8_recipe", "fp4_recipe", "fp8_output_proj", "first_last_layers_bf16",
     "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
     "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_tokens", "moe_aux_loss_loads", "moe_z_loss_coeff",
@@ -197,7 +198,8 @@ REPORTED_ONES = {
     "moe_pad_expert_input_to_capacity",
 }  # fmt: skip
 FIXED_ONES = {
-    "global_batch_size", "bf16", "train_data_fingerprint", "seq_length", "reset_attention_mask", "reset_position_ids",
+    "global_batch_size", "rampup_batch_size", "batch_schedule", "attention_annealing_samples", "grafting_samples",
+    "block_length_schedule_samples", "bf16", "train_data_fingerprint", "seq_length", "reset_attention_mask", "reset_position_ids",
     "random_length_prob", "eod_mask_loss", "seed", "objective", "block_length", "ar_loss_weight", "noise_schedule",
     "timestep_sampling", "min_timestep", "mask_sampling", "mask_token_init", "label_shift", "loss_weighting", "cart_p",
     "conversion", "attention_annealing_iters", "grafting_iters", "block_length_schedule", "reset_block_grid",
@@ -208,6 +210,8 @@ FIXED_ONES = {
 def other_value(name: str) -> Any:
     """A value that the setting does not have by default."""
     setting = settings()[name]
+    if name in ("rampup_batch_size", "skip_samples"):
+        return {"rampup_batch_size": (4, 2, 16), "skip_samples": ("4-5",)}[name]
     if isinstance(setting.kind, tuple):
         return next(choice for choice in setting.kind if choice != setting.default)
     others = {bool: not setting.default, dict: {"mlp": 0.5}, list: setting.choices[-1:], str: "another"}
@@ -218,6 +222,15 @@ def test_every_setting_is_fixed_reported_or_free() -> None:
     free = [name for names in FREE.values() for name in names]
     assert sorted([*FIXED_ONES, *REPORTED_ONES, *free]) == sorted(RunConfig().to_dict()), "each has one place"
     assert sorted(FIXED) == sorted(FIXED_ONES) and sorted(REPORTED) == sorted(REPORTED_ONES)
+
+
+def test_a_record_from_before_a_setting(tmp_path: Path) -> None:
+    """A setting that it lacks had its default: nothing is refused, nothing told."""
+    (tmp_path / "iter_0000003").mkdir()
+    write_json(tmp_path / "iter_0000003" / "run.json", {"train_data_fingerprint": "some"})
+    config = build({"verify_checkpoint": False, "save": str(tmp_path), "train_data_fingerprint": "some"})
+    told: list[str] = []
+    assert find_start(config, told.append).directory.name == "iter_0000003" and told == []
 
 
 @pytest.mark.parametrize("name", list(RunConfig().to_dict()))
@@ -239,4 +252,6 @@ def test_a_resume_under_another_setting(name: str, tmp_path: Path) -> None:
             continue
         told: list[str] = []
         find_start(config, told.append)
-        assert len(told) == (name in REPORTED_ONES) and all(line.startswith(f"{flag(name)} ") for line in told)
+        assert len(told) == (name in REPORTED_ONES)
+        length = f"--train-iters 1000: was {flag(name)} 1 until"  # back from another unit of the run's length
+        assert all(line.startswith((f"{flag(name)} ", length)) for line in told)

@@ -22,7 +22,7 @@ from tests.unit.test_training import NAMES
 ITERATIONS, PEAK, LEAST = 12, 0.8, 0.2
 
 
-def rates(scale: float = 1.0, **settings: Any) -> list[float]:
+def rates(scale: float = 1.0, increment: int = 1, **settings: Any) -> list[float]:
     """The learning rate of iterations 1, 2, ... of a group with this factor; the loop asks for it before each."""
     values = {"lr": PEAK, "min_lr": LEAST, "train_iters": ITERATIONS, "weight_decay": 0.3} | settings
     group: dict[str, Any] = {"params": [], "wd_mult": 1.0, "lr": 0.0}
@@ -33,7 +33,7 @@ def rates(scale: float = 1.0, **settings: Any) -> list[float]:
     scheduler = build_scheduler(build(values), optimizer)
     found = []
     for _ in range(ITERATIONS + 2):
-        scheduler.step(1)
+        scheduler.step(increment)
         found.append(group["lr"])
         assert group["weight_decay"] == 0.3, "weight decay does not change"
     return found
@@ -63,6 +63,21 @@ def test_rates_of_every_iteration(style: str, last: int, warm_up: int, scale: fl
         for iteration in range(1, ITERATIONS + 3)
     ]
     assert found == pytest.approx([scale * rate for rate in expected], rel=1e-12)
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "WSD"])
+def test_rates_by_samples(style: str) -> None:
+    """Counted in samples, iterations of 5 samples have the rates of the same schedule in iterations; the end may lie
+    within an iteration."""
+    by_iterations = rates(lr_decay_style=style, lr_warmup_iters=4, lr_wsd_decay_iters=3 * (style == "WSD"))
+    settings = {
+        "train_iters": None, "train_samples": 5 * ITERATIONS, "global_batch_size": 5, "lr_decay_style": style,
+        "lr_warmup_samples": 20, "lr_wsd_decay_samples": 15 * (style == "WSD"),
+    }  # fmt: skip
+    assert rates(increment=5, **settings) == pytest.approx(by_iterations, rel=1e-12)
+    found = rates(increment=5, **{**settings, "train_samples": 5 * ITERATIONS + 3})
+    assert found[:4] == pytest.approx(by_iterations[:4], rel=1e-12)
+    assert LEAST < found[ITERATIONS - 1] < found[ITERATIONS - 2] and found[ITERATIONS] == LEAST
 
 
 @pytest.mark.parametrize("tied", [False, True])

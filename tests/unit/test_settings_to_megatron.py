@@ -38,6 +38,7 @@ OPTIMIZATION: dict[str, Any] = dict(
     lr=0.5, min_lr=0.125, lr_mult={"mlp": 0.75}, lr_warmup_iters=3, lr_decay_style="WSD", lr_wsd_decay_iters=7,
     weight_decay=0.0625, adam_beta1=0.85, adam_beta2=0.9375, adam_eps=1e-5, clip_grad=2.5,
 )  # fmt: skip
+BY_SAMPLES: dict[str, Any] = dict(lr_warmup_samples=5, lr_wsd_decay_samples=9)
 LAYOUT: dict[str, Any] = dict(
     tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=3, context_parallel_size=5,
     num_virtual_stages_per_pipeline_rank=4, expert_model_parallel_size=7, expert_tensor_parallel_size=11,
@@ -45,7 +46,7 @@ LAYOUT: dict[str, Any] = dict(
 
 
 def test_these_are_all_settings_of_the_optimizer() -> None:
-    assert set(OPTIMIZATION) == {item.name for item in dataclasses.fields(OptimizationConfig)}
+    assert {*OPTIMIZATION, *BY_SAMPLES} == {item.name for item in dataclasses.fields(OptimizationConfig)}
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -95,6 +96,10 @@ def test_the_optimizer(distributed: bool, monkeypatch: pytest.MonkeyPatch) -> No
         start_wd=0.0625, end_wd=0.0625, wd_incr_steps=40, wd_incr_style="constant", wsd_decay_steps=7,
         lr_wsd_decay_style="cosine", use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True,
     )  # fmt: skip
+    by_samples = build({**values, **BY_SAMPLES, "train_iters": None, "train_samples": 50, "global_batch_size": 4})
+    of_samples: Any = optimizer.build_scheduler(by_samples, SimpleNamespace())  # type: ignore[arg-type]
+    lengths = {"lr_warmup_steps": 5, "lr_decay_steps": 50, "wd_incr_steps": 50, "wsd_decay_steps": 9}
+    assert of_samples == fields | lengths
 
 
 def fields_of(model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, **values: Any) -> dict[str, Any]:
@@ -200,8 +205,17 @@ def test_every_setting_is_read() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    # Read where it is written, as ParallelConfig.virtual_pipeline_size.
-    assert set(settings()) - read == {"num_virtual_stages_per_pipeline_rank"} and "virtual_pipeline_size" in read
+    # Read where they are written, as ParallelConfig.virtual_pipeline_size and properties of RunConfig.
+    properties = {
+        "virtual_pipeline_size": {"num_virtual_stages_per_pipeline_rank"},
+        "num_iterations": {"train_iters", "train_tokens"},
+        "batch_sizes": {"rampup_batch_size", "batch_schedule"},
+        "grafting_iters": {"grafting_samples"},
+        "lr_schedule": {"lr_warmup_iters", "lr_warmup_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"},
+    }
+    unread = set(settings()) - read
+    assert unread <= set().union(*properties.values()) and properties.keys() <= read
+    assert {"num_virtual_stages_per_pipeline_rank", "train_tokens", "batch_schedule"} <= unread
 
 
 PACKAGE = Path(megatron_a2d.__file__).parent

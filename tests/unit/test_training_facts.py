@@ -20,7 +20,7 @@ from megatron_a2d.conversion.torch_dist_to_hf import export
 from megatron_a2d.conversion.weight_averaging import average
 from megatron_a2d.data.dataloader import make_batch
 from megatron_a2d.data.diffusion_samples import make_sample
-from megatron_a2d.evaluation.heldout_nelbo import _token_losses, open_sources
+from megatron_a2d.evaluation.heldout_nelbo import open_sources, token_losses
 from megatron_a2d.evaluation.loglikelihood import label_losses
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.configuration_sdar import SDARConfig
@@ -255,12 +255,12 @@ def test_held_out_documents_are_seen_as_in_training(settings: dict[str, Any], ba
             config = build({**known, "seq_length": 128, "reset_attention_mask": opened.reset_attention_mask})
             batch = make_batch(dataset, make_sample(config, opened.model_config, dataset, 0), 0, 4)
             needed = batch.weights > 0
-            losses, correct = _token_losses(opened, batch, needed)
+            losses, correct = token_losses(opened, batch, needed)
             assert batch.documents is not None and len(losses) == len(correct) == int(needed.sum()) > 50
             if expected is None:
                 expected = whole_rows(opened, batch, needed)
             torch.testing.assert_close(losses, expected, rtol=2e-4, atol=2e-4)
-            assert (_token_losses(opened, batch._replace(documents=None), needed)[0] - expected).abs().max() > 0.01
+            assert (token_losses(opened, batch._replace(documents=None), needed)[0] - expected).abs().max() > 0.01
         finally:
             close_model()
 

@@ -144,15 +144,14 @@ def test_recipes_are_possible(name: str) -> None:
     )
 
 
-def test_cuda_graphs_get_full_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_get_full_micro_batches() -> None:
     """Of the small batch of the noise scale: (micro-batches, samples of each)."""
-    monkeypatch.setattr(gradient_noise.parallel_state, "get_data_parallel_world_size", lambda: 1)
 
-    def small(samples: int, **more: Any) -> Any:
-        return gradient_noise.small_batch_size(build({"micro_batch_size": 8, "global_batch_size": samples, **more}))
+    def small(num_microbatches: int, **more: Any) -> Any:
+        return gradient_noise.small_batch_size(build({"micro_batch_size": 8, **more}), num_microbatches)
 
-    assert [small(samples) for samples in (8, 16, 32)] == [(1, 2), (1, 2), (1, 8)]
-    recorded = [small(samples, cuda_graph_impl="transformer_engine") for samples in (8, 16, 32)]
+    assert [small(count) for count in (1, 2, 4)] == [(1, 2), (1, 2), (1, 8)]
+    recorded = [small(count, cuda_graph_impl="transformer_engine") for count in (1, 2, 4)]
     assert recorded == [None, (1, 8), (1, 8)]
 
 

@@ -23,8 +23,8 @@ def conversions(base: RunConfig) -> dict[str, dict[str, Any]]:
     return {
         # From scratch every layer has to learn, so all roles have the full learning rate.
         "random": {"conversion": "random", "finetune": False, "lr_mult": {}},
-        "annealing": {"conversion": "annealing", "attention_annealing_iters": max(1, base.training.train_iters // 2)},
-        "grafting": {"conversion": "grafting", "grafting_iters": max(1, base.training.train_iters // 4)},
+        "annealing": {"conversion": "annealing", "attention_annealing_iters": max(1, base.num_iterations // 2)},
+        "grafting": {"conversion": "grafting", "grafting_iters": max(1, base.num_iterations // 4)},
         "scp": {"conversion": "scp"},
     }
 
@@ -32,7 +32,7 @@ def conversions(base: RunConfig) -> dict[str, dict[str, Any]]:
 def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> list[Job]:
     """Every method with every seed, at equal tokens."""
     ways = conversions(base)
-    interval = max(1, base.training.train_iters // NUM_VALIDATIONS)
+    interval = max(1, base.num_iterations // NUM_VALIDATIONS)
     assert {name for changes in ways.values() for name in changes} <= settings().keys()
     return [
         Job(

@@ -63,7 +63,7 @@ def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> li
     """Every way to balance, from each start; loads are counted at the start and at `NUM_CHECKPOINTS` checkpoints."""
     causal = ar_settings(base)
     kept = (Measure("ar", "likelihood", causal), Measure("cloze", "cloze", causal))
-    iterations = base.training.train_iters
+    iterations = base.num_iterations
     fixed = {
         **dataclasses.asdict(BalancingConfig()),  # the recipe may balance
         "save_interval": max(1, iterations // NUM_CHECKPOINTS),

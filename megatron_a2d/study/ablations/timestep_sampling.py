@@ -33,7 +33,8 @@ def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> li
     measures = tuple(
         Measure(
             f"{scheme} {size} {MODES[same]}", "gradients",
-            {"micro_batch_size": min(size, base.training.micro_batch_size), "global_batch_size": size},
+            {"micro_batch_size": min(size, base.training.micro_batch_size), "global_batch_size": size,
+             "rampup_batch_size": [], "batch_schedule": ""},
             {"batch_size": size, "num_groups": NUM_GROUPS, "batches_per_group": BATCHES_PER_GROUP, "scheme": scheme,
              "same_tokens": same},
         )

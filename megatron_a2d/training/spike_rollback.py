@@ -1,0 +1,53 @@
+"""--on-spike rollback: back to the newest checkpoint from before a loss spike, without the samples since then.
+
+PaLM (Chowdhery et al. 2022, section 5.1) got past its spikes in this way, by hand. Here the samples that are left out
+are a range of indices, so the run after a rollback is exactly one that resumes from there with --skip-samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from megatron_a2d.checkpoint.directory import iteration_of
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.skipped_samples import Range, SkippedSamples
+from megatron_a2d.distributed.process_groups import from_first_rank
+from megatron_a2d.training.logger import RunLog
+from megatron_a2d.training.resume import newest_intact_until
+from megatron_a2d.training.train_state import TrainState
+
+
+class Rollback(NamedTuple):
+    """Where the run goes back to, which samples it leaves out, and how often it has gone back, this time included."""
+
+    start: Path
+    samples: Range
+    number: int
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        """The run's settings from now on."""
+        skipped = SkippedSamples.of([*config.skipped.ranges, self.samples])
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, skip_samples=skipped.texts()))
+
+
+def find_rollback(config: RunConfig, state: TrainState, before: int, log: RunLog) -> Rollback | None:
+    """The rollback for a spike after iteration `before`; None, and a line in the log, if there is none. Collective."""
+    training = config.training
+    if state.rollbacks >= training.max_rollbacks:
+        log.say(f"no rollback: --max-rollbacks {training.max_rollbacks} have been made; the run continues")
+        return None
+    assert training.save is not None
+    found = newest_intact_until(training, before, log.say) if dist.get_rank() == 0 else None
+    start = from_first_rank(found)
+    if start is None:
+        log.say(f"no rollback: --save {training.save} holds no intact checkpoint from before; the run continues")
+        return None
+    first = config.batch_sizes.samples_before(iteration_of(start))
+    samples = Range(config.skipped.index_of(first), config.skipped.index_of(state.consumed_samples - 1))
+    rollback = Rollback(start, samples, state.rollbacks + 1)
+    log.rollback(state.iteration, iteration_of(start), rollback.samples, rollback.number, training.max_rollbacks)
+    return rollback
