@@ -47,7 +47,7 @@ def lengthening(train_iters: int) -> str:
 def variants(base: RunConfig) -> dict[str, Variant]:
     """SCP, whose one block is the whole text, and three ways with blocks, each without and with the co-loss."""
     found = {SCP: Variant({}, base.data.seq_length)}
-    schedule = {"block_length_schedule": lengthening(base.training.train_iters)}
+    schedule = {"block_length_schedule": lengthening(base.num_iterations)}
     for weight in (0.0, AR_LOSS_WEIGHT):
         for name, length, changes in ((SHORT, 4, {}), (LONG, 32, {}), (LENGTHENED, 32, schedule)):
             blocks = Variant({}, length, weight)
