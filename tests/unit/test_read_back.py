@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -270,9 +271,13 @@ def test_reads_past_the_page_cache(support: str, tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "preadv", read)
     files = OpenFiles(from_disk=True)
-    for start, stop in [(0, 1), (0, 20_000), (2047, 2048), (5000, 19_999), (19_990, 20_000)]:
-        found = files.read_tensor(tmp_path / "file", 1 + 2 * start, (stop - start,), torch.int16)
-        assert torch.equal(found, values[start:stop])
+    ranges = [(0, 1), (0, 20_000), (2047, 2048), (5000, 19_999), (19_990, 20_000)]
+    for kept in (1, len(ranges)):  # memory is used again once a tensor is gone, not before
+        found: deque[torch.Tensor] = deque(maxlen=kept)
+        for start, stop in ranges:
+            found.append(files.read_tensor(tmp_path / "file", 1 + 2 * start, (stop - start,), torch.int16))
+            expected = [values[begin:end] for begin, end in ranges[: ranges.index((start, stop)) + 1]][-kept:]
+            assert all(map(torch.equal, found, expected)) and len(found) == len(expected)
     with pytest.raises(UserError, match="ends after byte 40001"):
         files.read_tensor(tmp_path / "file", 1, (20_001,), torch.int16)
     assert bool(direct) == (support != "refused at the opening")
