@@ -23,9 +23,9 @@ from bench.paired import Comparison, compare
 from bench.process_tree import command, module, peak_memory, run
 from bench.result_file import Figure, add_arguments, write
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.conversion.qwen3_shapes import hub_config
 from megatron_a2d.conversion.random_weights import write_synthetic
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
+from megatron_a2d.families.qwen3 import hub_config
 from megatron_a2d.terminal.console import console, entry_point
 
 NARROW: dict[str, Any] = dict(

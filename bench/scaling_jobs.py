@@ -147,8 +147,8 @@ def start_time(num_documents: int, length: int, repeats: int) -> list[float]:
 def conversion_memory(hidden_size: int, num_layers: int, num_experts: int) -> list[float]:
     """Peak bytes of convert_hf, without verification, on random weights."""
     from bench.process_tree import module, peak_memory
-    from megatron_a2d.conversion.qwen3_shapes import hub_config
     from megatron_a2d.conversion.random_weights import write_synthetic
+    from megatron_a2d.families.qwen3 import hub_config
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("A2D_BENCH_WORK")) as name:
         shape: dict[str, Any] = dict(
@@ -165,7 +165,7 @@ def conversion_memory(hidden_size: int, num_layers: int, num_experts: int) -> li
 def search_time(gpus: int) -> list[float]:
     """CPU seconds of the planner's search for Qwen3-30B-A3B's recipe."""
     from megatron_a2d.config.cli import Parser, parse_run
-    from megatron_a2d.conversion.qwen3_shapes import named_model_config
+    from megatron_a2d.config.named_models import named_model_config
     from megatron_a2d.planner.cluster import read_cluster
     from megatron_a2d.planner.search import search
 

@@ -23,8 +23,8 @@ from bench.paired import CLOCKS, Comparison, compare
 from bench.process_tree import command, module, run
 from bench.result_file import ROOT, Figure, add_arguments, build_name, write
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.conversion.qwen3_shapes import hub_config
 from megatron_a2d.conversion.random_weights import write_synthetic
+from megatron_a2d.families.qwen3 import hub_config
 from megatron_a2d.terminal.console import entry_point
 
 BIN = {"BIN": str(Path(sys.executable).parent), "NPROC": "1"}  # for launch/train.sh

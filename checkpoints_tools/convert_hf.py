@@ -1,4 +1,4 @@
-"""Command that converts an HF Qwen3 or Qwen3-MoE model to a checkpoint that training loads in any layout.
+"""Command that converts an HF model of a supported family to a checkpoint that training loads in any layout.
 
     python -m checkpoints_tools.convert_hf --hf-model Qwen/Qwen3-30B-A3B-Base --out checkpoints/qwen3-30b-a3b
 
@@ -19,7 +19,7 @@ from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.convert_hf", description="Convert a Hugging Face Qwen3.")
+    parser = Parser(prog="python -m checkpoints_tools.convert_hf", description="Convert a Hugging Face model.")
     parser.add_argument("--hf-model", required=True, metavar="DIR|HUB_ID", help="the model to convert")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must be new")
     parser.add_argument(

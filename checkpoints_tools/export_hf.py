@@ -3,7 +3,7 @@
     python -m checkpoints_tools.export_hf --checkpoint checkpoints/run --out exports/run --format rnd1
 
 Formats: `rnd1` (MoE, the format of the published RND1), `a2d` (any diffusion model), `sdar` (block diffusion without
-label shift, in the form that LMDeploy and SGLang run), `qwen3` (any model, the original autoregressive format).
+label shift, in the form that LMDeploy and SGLang run), `qwen3`, `qwen2`, `llama` (the original autoregressive formats).
 The output is read back and compared before it is renamed to --out; an interrupted run is resumed by the same command.
 """
 
@@ -26,7 +26,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write; must be new")
     parser.add_argument(
-        "--format", choices=("rnd1", "a2d", "sdar", "qwen3"), default="a2d", help="format of the export"
+        "--format",
+        choices=("rnd1", "a2d", "sdar", "qwen3", "qwen2", "llama"),
+        default="a2d",
+        help="format of the export",
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB")
     parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="dtype to store")

@@ -1,4 +1,4 @@
-"""Command that writes an HF model with random weights in the shape of any Qwen3, for tests and benchmarks.
+"""Command that writes an HF model with random weights in the shape of any published model, for tests and benchmarks.
 
     python -m checkpoints_tools.synthesize --size 30B-A3B --num-hidden-layers 4 --out /tmp/qwen3-30b-a3b-4-layers
 
@@ -16,10 +16,13 @@ from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    from megatron_a2d.conversion.qwen3_shapes import SIZES, hub_config
+    from megatron_a2d.families.qwen3 import SIZES, hub_config
+    from megatron_a2d.families.registry import published_config, with_layers
 
-    parser = Parser(prog="python -m checkpoints_tools.synthesize", description="Write a Qwen3 with random weights.")
-    parser.add_argument("--size", required=True, metavar="|".join(SIZES), help="the model whose shape to take")
+    parser = Parser(prog="python -m checkpoints_tools.synthesize", description="Write a model with random weights.")
+    parser.add_argument(
+        "--size", required=True, metavar=f"{'|'.join(SIZES)}|NAME", help="the Qwen3, or the model on the hub, to copy"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write; must be new")
     parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="number of layers, instead of the model's")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="dtype to store")
@@ -31,10 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.checkpoint.tensor_rows import DTYPES
     from megatron_a2d.conversion.random_weights import write_synthetic
 
-    depth = {} if options.num_hidden_layers is None else {"num_hidden_layers": options.num_hidden_layers}
+    config = published_config(options.size) or hub_config(options.size)
+    if options.num_hidden_layers is not None:
+        config = with_layers(config, options.num_hidden_layers)
     size = write_synthetic(
         options.out,
-        hub_config(options.size, **depth),
+        config,
         DTYPES[options.dtype],
         options.fused,
         parse_size("--max-shard-size", options.max_shard_size),

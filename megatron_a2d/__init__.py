@@ -1,3 +1,3 @@
-"""megatron_a2d: turns an autoregressive Qwen3 or Qwen3-MoE into a masked diffusion language model."""
+"""megatron_a2d: turns an autoregressive language model into a masked diffusion language model."""
 
 __version__ = "0.1.0"

@@ -56,7 +56,7 @@ class Option(NamedTuple):
 
 
 OPTIONS = {
-    "objective": Option(str, "mdlm", "ar: an autoregressive Qwen3, for a baseline before conversion", ("mdlm", "ar")),
+    "objective": Option(str, "mdlm", "ar: an autoregressive model, for a baseline before conversion", ("mdlm", "ar")),
     "valid_data_path": Option(str, [], "held-out datasets, PREFIX or NAME=PREFIX ..."),
     "seq_length": Option(int, 1024, "held-out data: tokens per sample; that of training gives comparable losses"),
     "num_samples": Option(int, 512, "held-out data: samples per dataset"),
@@ -127,7 +127,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any], 
     parser = Parser(
         prog="python -m megatron_a2d.evaluate", description="Evaluate a model: held-out NELBO and lm-eval tasks."
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="an export, a checkpoint, or a Qwen3 directory")
+    parser.add_argument("--model", required=True, metavar="DIR", help="an export, a checkpoint, or a model of the hub")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, as launch/eval/*.yaml")
     parser.add_argument(

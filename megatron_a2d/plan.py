@@ -22,9 +22,9 @@ from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.training_facts import inherited
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.model_config import ModelConfig, read_model_config
+from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.planner import plan_table
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.requirements import requirements

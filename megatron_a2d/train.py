@@ -22,9 +22,9 @@ from typing import NamedTuple
 from megatron_a2d.checkpoint.training_facts import inherited
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.model_config import ModelConfig
+from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.distributed import environment
 from megatron_a2d.distributed.environment import check_launch, rank, world_size
 from megatron_a2d.planner.cluster import Cluster, add_cluster, read_cluster
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
     """Settings and options. UserError with every problem that shows before torch is imported."""
     parser = Parser(
-        prog="python -m megatron_a2d.train", description="Train a masked diffusion or autoregressive Qwen3."
+        prog="python -m megatron_a2d.train", description="Train a masked diffusion or autoregressive language model."
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run, --rehearse: the number of processes")

@@ -40,7 +40,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """dense, dense_tied and moe; and moe with isolated documents, and with the autoregressive objective."""
+    """dense, dense_tied, moe and qwen2; and moe with isolated documents, and with the autoregressive objective."""
     from checkpoints_tools import convert_hf
 
     root = tmp_path_factory.mktemp("cases")
@@ -48,7 +48,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     write_tokens(root / "valid", 20, 250, seed=1)
     settings = {"train_data_path": str(root / "train"), "valid_data_path": str(root / "valid")}
     cases = {}
-    for kind in ("dense", "dense_tied", "moe"):
+    for kind in ("dense", "dense_tied", "moe", "qwen2"):
         write_hf(root / kind, kind)
         convert_hf.main(["--hf-model", str(root / kind), "--out", str(root / f"{kind}_checkpoint")])
         cases[kind] = Case(root / kind, str(root / f"{kind}_checkpoint"), settings)

@@ -1,4 +1,4 @@
-"""Tiny random Qwen3 and Qwen3-MoE models, as objects and as ordinary Hugging Face directories.
+"""Tiny random models, of Qwen3 and of the other families, as objects and as ordinary Hugging Face directories.
 
     hf_model("moe")                      a transformers model in fp32
     write_hf(path, "dense_tied")         config.json, weights, tokenizer: what a download from the hub holds
@@ -18,6 +18,29 @@ from typing import Any
 import torch
 
 KINDS = ("dense", "dense_tied", "moe")
+# Of the other families that transformers has classes for: what they change in the config.json of `dense`.
+QWEN2: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_bias": None, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": QWEN2,
+    "llama": LLAMA,
+    "llama3": {
+        **LLAMA,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen2_tied": {**QWEN2, "head_dim": None, "tie_word_embeddings": True},  # as published: heads fill the hidden size
+}
 VOCAB_SIZE = 256
 NUM_TOKENS = 250  # used by the tokenizer; the mask token is the next id
 MASK_TOKEN_ID = NUM_TOKENS
@@ -27,7 +50,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 def hub_config(kind: str, **overrides: Any) -> dict[str, Any]:
     """config.json as on the hub, with the names of transformers 4."""
-    assert kind in KINDS, kind
+    assert kind in KINDS or kind in FAMILIES, kind
     moe = kind == "moe"
     config: dict[str, Any] = {
         "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
@@ -67,26 +90,24 @@ def hub_config(kind: str, **overrides: Any) -> dict[str, Any]:
             "output_router_logits": False,
             "router_aux_loss_coef": 0.001,
         }
-    return copy.deepcopy(config | overrides)  # transformers writes into what it is given
+    config |= {**FAMILIES.get(kind, {}), **overrides}
+    own = FAMILIES.get(kind, {})
+    # transformers writes into what it is given
+    return copy.deepcopy({key: value for key, value in config.items() if value is not None or key not in own})
 
 
 def hf_model(kind: str, seed: int = 0, gate_scale: float = 0.5, **overrides: Any) -> Any:
-    """A Qwen3ForCausalLM or Qwen3MoeForCausalLM in fp32, eval mode; `overrides` are keys of config.json.
+    """A model of transformers in fp32, eval mode; `overrides` are keys of config.json.
 
     `gate_scale`: of the router's weights; at 0.5 a token all but decides for one expert, which rounding can change.
     """
     import transformers
 
     config = hub_config(kind, **overrides)
-    name = config["architectures"][0]
-    classes = {
-        "Qwen3ForCausalLM": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-        "Qwen3MoeForCausalLM": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
-    }
-    config_class, model_class = classes[name]
+    model_class = getattr(transformers, config["architectures"][0])
     # The class knows its own name and type; the type of the weights is fp32 here.
     ours = ("architectures", "model_type", "torch_dtype")
-    hf_config = config_class(**{key: value for key, value in config.items() if key not in ours})
+    hf_config = model_class.config_class(**{key: value for key, value in config.items() if key not in ours})
     hf_config._attn_implementation = "sdpa"
     model = model_class(hf_config).float()
     generator = torch.Generator().manual_seed(seed)
@@ -95,6 +116,8 @@ def hf_model(kind: str, seed: int = 0, gate_scale: float = 0.5, **overrides: Any
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in parameter_name:
                 parameter.copy_(1 + 0.2 * noise)
+            elif parameter_name.endswith(".bias"):
+                parameter.copy_(0.5 * noise)
             else:
                 scale = gate_scale if parameter_name.endswith("mlp.gate.weight") else 0.08
                 parameter.copy_(scale * noise)

@@ -35,7 +35,7 @@ from megatron_a2d.utils.errors import UserError
 CONTENT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 _EXTRA = "_extra_state"
-# The modules whose empty extra state megatron expects: those of conversion/qwen3_weight_map.py.
+# The modules whose empty extra state megatron expects: those of conversion/weight_map.py.
 _MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
 
 

@@ -169,7 +169,7 @@ def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: st
     ]
     unknown = [name for name in found if name not in expected]
     problems += [
-        f"{where}: {_tensors(names, list(found[names[0]]))} unknown; only unmodified Qwen3 and Qwen3-MoE are supported"
+        f"{where}: {_tensors(names, list(found[names[0]]))} unknown; only models of supported families are read"
         for names in _by_kind(unknown)
     ]
     wrong = [name for name in found if name in expected and tuple(found[name]) != tuple(expected[name])]

@@ -22,13 +22,9 @@ from megatron_a2d.checkpoint.directory import (
 )
 from megatron_a2d.config.renamed import modernise_record, name_in, recorded_settings
 from megatron_a2d.config.settings import RunConfig, flag, settings
+from megatron_a2d.families.registry import kind_of
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
-
-# The model types that are masked diffusion models unless their config.json says otherwise.
-DIFFUSION_TYPES = ("a2d", "rnd1")
-# Block diffusion without label shift; the length of a block is their `block_size`.
-SDAR_TYPES = ("sdar", "sdar_moe")
 
 
 class Trained(NamedTuple):
@@ -64,9 +60,12 @@ def read_trained(directory: str | Path) -> Trained:
         return _of_run(directory)
     path = (directory / HF_FILES if (directory / HF_FILES).is_dir() else directory) / "config.json"
     config = read_json(path, "the model's configuration")
-    if config.get("model_type") in SDAR_TYPES:
-        return _of_sdar(config, path)
-    return _from(config, path, "mdlm" if config.get("model_type") in DIFFUSION_TYPES else None)
+    trained = kind_of(config, str(path)).family.diffusion
+    if trained is None:
+        return _from(config, path, None)
+    if trained.objective == "block":
+        return _of_blocks(config, path)
+    return _from({"label_shift": trained.label_shift, **config}, path, trained.objective)
 
 
 def _of_run(directory: Path) -> Trained:
@@ -74,7 +73,8 @@ def _of_run(directory: Path) -> Trained:
     return _from(read_json(path, "the run's settings"), path, settings()["objective"].default)
 
 
-def _of_sdar(config: Mapping[str, Any], path: Path) -> Trained:
+def _of_blocks(config: Mapping[str, Any], path: Path) -> Trained:
+    """Of a model in SDAR's form."""
     length = config.get("block_size")
     if length is None:
         raise UserError(f"{path}: has no block_size; write the block length that the model was trained with into it")

@@ -1,7 +1,6 @@
-"""Architecture of a Qwen3 or Qwen3-MoE model, read from a Hugging Face `config.json`.
+"""Architecture of a model of a supported family (families/), read from a Hugging Face `config.json`.
 
-Only this module knows the names of Hugging Face's configuration keys. Both spellings are
-read: the hub's (`rope_theta`, `num_experts`) and those of transformers 5 (`rope_parameters`,
+Both spellings are read: the hub's (`rope_theta`, `num_experts`) and those of transformers 5 (`rope_parameters`,
 `num_local_experts`). Anything that is not implemented is an error, never ignored.
 """
 
@@ -11,21 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_a2d.config.rotary import YarnScaling, agreed, is_positive, read_rotary
+from megatron_a2d.config.rotary import RopeScaling, agreed, is_positive, read_rotary
+from megatron_a2d.families.registry import Kind, kind_of
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
-
-# model_type -> whether it is a mixture of experts (None: depends on the keys)
-MODEL_TYPES = {"qwen3": False, "qwen3_moe": True, "rnd1": True, "a2d": None, "sdar": False, "sdar_moe": True}
-
-# Defaults of these models' classes for keys missing from config.json: transformers 4.57 to 5.24, and RND1's own code.
-# (For qwen3_moe they use hidden_size / num_attention_heads as head_dim.)
-ABSENT = {
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "qwen3_moe": {"num_key_value_heads": 4},
-    "rnd1": {"num_key_value_heads": 4, "head_dim": 128},
-    "sdar": {"num_key_value_heads": 32, "head_dim": 128},
-}
 
 # A hundred times the sizes of any published model. Otherwise a few bytes could request unlimited names and layers.
 MOST = {"num_hidden_layers": 10_000, "num_experts": 65_536}
@@ -53,13 +41,14 @@ class ModelConfig:
     norm_topk_prob: bool = True
     initializer_range: float = 0.02
     mask_token_id: int | None = None
-    yarn: YarnScaling | None = None
+    rope_scaling: RopeScaling | None = None
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = True
 
     @property
     def context_length(self) -> int:
         """Maximum number of positions; that of YaRN if `max_position_embeddings` was not raised."""
-        extended = round(self.yarn.factor * self.yarn.original_max_position_embeddings) if self.yarn else 0
-        return max(self.max_position_embeddings, extended)
+        return max(self.max_position_embeddings, self.rope_scaling.extended_length if self.rope_scaling else 0)
 
     @property
     def is_moe(self) -> bool:
@@ -79,7 +68,9 @@ class ModelConfig:
 
     def _weights(self, experts: int) -> int:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
-        attention = self.hidden_size * self.head_dim * (2 * heads + 2 * groups) + 2 * self.head_dim
+        attention = self.hidden_size * self.head_dim * (2 * heads + 2 * groups)
+        attention += self.head_dim * (heads + 2 * groups) if self.add_qkv_bias else 0
+        attention += 2 * self.head_dim if self.qk_layernorm else 0
         if self.is_moe:
             mlp = self.hidden_size * (3 * self.moe_intermediate_size * experts + self.num_experts)
         else:
@@ -97,89 +88,92 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 
 def model_config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
     """Raises UserError with every problem of `config`; `where` names its file."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-        raise UserError(
-            f"{where}: model_type {model_type!r} is not supported; "
-            f"give a Qwen3 or Qwen3-MoE model (one of {', '.join(MODEL_TYPES)})"
-        )
+    kind = kind_of(config, where)
     if config.get("quantization_config") or config.get("compression_config"):
         raise UserError(f"{where}: {quantised(_method(config))}")
     problems: list[str] = []
 
-    def get(*names: str, default: Any = None) -> Any:
-        found = {name: config[name] for name in names if config.get(name) is not None}
+    def get(name: str, default: Any = None) -> Any:
+        keys = kind.spellings(name)
+        found = {key: config[key] for key in keys if config.get(key) is not None}
         if found:
             return agreed(found, where, problems)
-        if default is None:
-            problems.append(f"{where}: {names[0]} is missing; use the config.json that belongs to the weights")
+        value = kind.absent(name, default, config)
+        if value is None:
+            problems.append(f"{where}: {keys[0]} is missing; use the config.json that belongs to the weights")
             return 1
-        return default
+        return value
 
-    def size(*names: str, default: Any = None) -> int:
-        value = get(*names, default=default)
+    def size(name: str, default: int | None = None) -> int:
+        value, key = get(name, default), kind.spellings(name)[0]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(f"{where}: {names[0]} is {value!r}, not a positive whole number; correct the file")
+            problems.append(f"{where}: {key} is {value!r}, not a positive whole number; correct the file")
             return 1
-        if value > (most := MOST.get(names[0], 2**31 - 1)):
-            problems.append(
-                f"{where}: {names[0]} is {value}, more than the {most:,} that are supported; correct the file"
-            )
+        if value > (most := MOST.get(name, 2**31 - 1)):
+            problems.append(f"{where}: {key} is {value}, more than the {most:,} that are supported; correct the file")
             return 1
         return value
 
     def number(name: str, default: float) -> float:
-        value = get(name, default=default)
+        value = get(name, default)
         if not is_positive(value):
-            problems.append(f"{where}: {name} is {value!r}, not a positive number; correct the file")
+            problems.append(f"{where}: {kind.spellings(name)[0]} is {value!r}, not a positive number; correct the file")
             return default
         return float(value)
 
-    def flag(name: str, default: bool) -> bool:
-        value = get(name, default=default) if default else config.get(name) or False
+    def flag(name: str, constant: bool | None = None) -> bool:
+        if constant is not None:
+            return constant
+        key = kind.spellings(name)[0]
+        value = get(name, default=kind.model_type.absent.get(key, False)) or False
         if not isinstance(value, bool):
-            problems.append(f"{where}: {name} is {value!r}, neither true nor false; correct the file")
+            problems.append(f"{where}: {key} is {value!r}, neither true nor false; correct the file")
         return bool(value)
-
-    def absent(name: str, default: int) -> int:
-        return default if name in config else ABSENT.get(model_type, {}).get(name, default)
 
     num_heads = size("num_attention_heads")
     hidden_size = size("hidden_size")
-    is_moe = MODEL_TYPES[model_type]
+    is_moe = kind.model_type.is_moe
     if is_moe is None:
-        is_moe = bool(config.get("num_experts") or config.get("num_local_experts"))
+        is_moe = any(config.get(key) for key in kind.spellings("num_experts"))
     experts: dict[str, Any] = {}
     if is_moe:
         experts = {
-            "num_experts": size("num_experts", "num_local_experts"),
+            "num_experts": size("num_experts"),
             "num_experts_per_tok": size("num_experts_per_tok"),
             "moe_intermediate_size": size("moe_intermediate_size"),
-            "norm_topk_prob": flag("norm_topk_prob", default=model_type == "rnd1"),
+            "norm_topk_prob": flag("norm_topk_prob", kind.family.norm_topk_prob),
         }
     max_position_embeddings = size("max_position_embeddings", default=32768)
-    rotary = read_rotary(config, where, max_position_embeddings, problems)
+    rotary = read_rotary(config, where, max_position_embeddings, problems, kind)
     model_config = ModelConfig(
         num_layers=size("num_hidden_layers"),
         hidden_size=hidden_size,
         num_attention_heads=num_heads,
-        num_key_value_heads=size("num_key_value_heads", default=absent("num_key_value_heads", num_heads)),
-        head_dim=size("head_dim", default=absent("head_dim", max(1, hidden_size // num_heads))),
+        num_key_value_heads=size("num_key_value_heads", default=num_heads),
+        head_dim=size("head_dim", default=max(1, hidden_size // num_heads)),
         intermediate_size=size("intermediate_size"),
         vocab_size=size("vocab_size"),
         max_position_embeddings=max_position_embeddings,
         rms_norm_eps=number("rms_norm_eps", 1e-6),
         rope_theta=rotary.theta,
-        tie_word_embeddings=flag("tie_word_embeddings", default=False),
+        tie_word_embeddings=flag("tie_word_embeddings"),
         initializer_range=number("initializer_range", 0.02),
-        mask_token_id=config.get("mask_token_id"),
-        yarn=rotary.yarn,
+        mask_token_id=_mask_token_id(config, kind),
+        rope_scaling=rotary.scaling,
+        add_qkv_bias=flag("add_qkv_bias", kind.family.add_qkv_bias),
+        qk_layernorm=flag("qk_layernorm", kind.family.qk_layernorm),
         **experts,
     )
-    problems += _unsupported(config, model_config, where)
+    problems += _unsupported(config, model_config, where, kind)
     if problems:
         raise UserError(problems)
     return model_config
+
+
+def _mask_token_id(config: dict[str, Any], kind: Kind) -> Any:
+    """As the file has it, which is checked later; else the family's."""
+    found = config.get("mask_token_id")
+    return found if found is not None or kind.family.diffusion is None else kind.family.diffusion.mask_token_id
 
 
 def quantised(how: str) -> str:
@@ -196,8 +190,9 @@ def _method(config: dict[str, Any]) -> str:
     return str(method or "quantization_config")[:40]
 
 
-def _unsupported(config: dict[str, Any], model_config: ModelConfig, where: str) -> list[str]:
+def _unsupported(config: dict[str, Any], model_config: ModelConfig, where: str, kind: Kind) -> list[str]:
     problems = []
+    unmodified = f"use an unmodified {kind.family.title}"
     mask = model_config.mask_token_id
     if mask is not None and (not isinstance(mask, int) or not 0 <= mask < model_config.vocab_size):
         problems.append(
@@ -216,20 +211,16 @@ def _unsupported(config: dict[str, Any], model_config: ModelConfig, where: str) 
             f"{where}: num_experts_per_tok {model_config.num_experts_per_tok} exceeds "
             f"num_experts {model_config.num_experts}; correct the file"
         )
-    expected = {
-        "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
-        "mlp_only_layers": [], "decoder_sparse_step": 1,
-    }  # fmt: skip
-    for key, value in expected.items():
-        found = config.get(key)
+    for key, value in kind.family.fixed.items():
+        found = config.get(key) if key in config else kind.model_type.absent.get(key)
         if found is not None and found != value:
-            problems.append(f"{where}: {key} is {found!r}, and only {value!r} is supported; use an unmodified Qwen3")
-    full = ["full_attention"] * model_config.num_layers
-    if (layers := config.get("layer_types")) is not None and layers != full:
-        problems.append(f"{where}: layer_types is {str(layers)[:60]}, and only full_attention in each of the "
-                        f"{model_config.num_layers} layers is supported; use an unmodified Qwen3")  # fmt: skip
+            problems.append(f"{where}: {key} is {found!r}, and only {value!r} is supported; {unmodified}")
+    for key, value in {"layer_types": "full_attention", **kind.family.per_layer}.items():
+        if (layers := config.get(key)) is not None and layers != [value] * model_config.num_layers:
+            problems.append(f"{where}: {key} is {str(layers)[:60]}, and only {value} in each of the "
+                            f"{model_config.num_layers} layers is supported; {unmodified}")  # fmt: skip
     if config.get("per_layer_config"):
-        problems.append(f"{where}: per_layer_config sets individual layers differently; use an unmodified Qwen3")
+        problems.append(f"{where}: per_layer_config sets individual layers differently; {unmodified}")
     types = {key: str(config[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)}
     agreed(types, where, problems)
     return problems

@@ -13,8 +13,11 @@ from typing import Any, Literal, NamedTuple, get_args
 from megatron_a2d.checkpoint.training_facts import Trained
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.conversion.end_tokens import EndTokens
+from megatron_a2d.families.family import Family
+from megatron_a2d.families.registry import autoregressive_formats, family_of_format
 
-Format = Literal["rnd1", "a2d", "qwen3", "sdar"]
+# Those that end in a family's name are of autoregressive models, which classes of transformers read.
+Format = Literal["rnd1", "a2d", "sdar", "qwen3", "qwen2", "llama"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 # By model_type.
@@ -49,6 +52,7 @@ NUM_DIFFUSION_STEPS = 256
 # Training settings that every export records; others only where they differ from the default.
 _RECORDED = ("objective", "label_shift", "noise_schedule", "document_attention")
 _NONE = Trained().as_exported()
+_OF_EXPERTS = ("decoder_sparse_step", "mlp_only_layers")
 
 
 class AuxLossCoefficient(NamedTuple):
@@ -89,13 +93,13 @@ def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = Fal
     problems = []
     a, trained = model.model_config, model.trained
     if not allow_objective_mismatch and (mismatch := objective_mismatch(kind, model)):
-        instead = "qwen3" if model.trained.objective == "ar" else "a2d"
+        instead = autoregressive_format(a) or "qwen3" if model.trained.objective == "ar" else "a2d"
         problems.append(
             f"--format {kind}: {mismatch}; use --format {instead}, or --allow-objective-mismatch to export it anyway"
         )
+    problems += _layer_refusals(kind, model)
     if kind == "rnd1":
         reasons = {
-            "it is dense, and RND1 models are mixtures of experts": not a.is_moe,
             "it does not normalise the weights of the chosen experts (norm_topk_prob), and RND1 does": (
                 a.is_moe and not a.norm_topk_prob
             ),
@@ -110,9 +114,42 @@ def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = Fal
             )
     if kind == "sdar":
         problems += _sdar_refusals(a, trained)
-    if kind != "qwen3" and a.mask_token_id is None:
+    if not is_autoregressive(kind) and a.mask_token_id is None:
         problems.append(f"--format {kind}: the checkpoint's hf/config.json has no mask_token_id; convert it again")
     return problems
+
+
+def is_autoregressive(kind: Format) -> bool:
+    """Whether a format is of models that predict the next token, read by transformers' own classes."""
+    return kind in autoregressive_formats()
+
+
+def autoregressive_format(a: ModelConfig) -> str | None:
+    """The format in which transformers' own classes read a model with these layers; None if there is none."""
+    fitting = (name for name, family in autoregressive_formats().items() if not _differences(family, a))
+    return next(fitting, None)
+
+
+def _differences(family: Family, a: ModelConfig) -> list[str]:
+    """How a model's layers differ from those of a family."""
+    shape = "a mixture of experts" if a.is_moe else "dense"
+    found = [] if family.type_of(a.is_moe) else [f"it is {shape}, and {family.title} models are not"]
+    for has, there, what in (
+        (a.add_qkv_bias, family.add_qkv_bias, "biases of queries, keys and values"),
+        (a.qk_layernorm, family.qk_layernorm, "norms on queries and keys"),
+    ):
+        if there not in (None, has):
+            found.append(
+                f"it has {what}, and {family.title} none" if has else f"it has no {what}, and {family.title} does"
+            )
+    return found
+
+
+def _layer_refusals(kind: Format, model: Exported) -> list[str]:
+    family, a = family_of_format(kind), model.model_config
+    assert family is not None, kind
+    instead = (autoregressive_format(a) if is_autoregressive(kind) else None) or "a2d"
+    return [f"--format {kind}: {difference}; use --format {instead}" for difference in _differences(family, a)]
 
 
 def _sdar_refusals(a: ModelConfig, trained: Trained) -> list[str]:
@@ -131,7 +168,8 @@ def _sdar_refusals(a: ModelConfig, trained: Trained) -> list[str]:
         f"its blocks have {trained.block_length} tokens, and engines can be told {longest} at most": (
             trained.block_length > longest
         ),
-        "its rotary embedding is scaled (YaRN), and SDAR's form has rope_scaling null": a.yarn is not None,
+        "its rotary embedding is scaled (YaRN or llama3), and SDAR's form has rope_scaling null": a.rope_scaling
+        is not None,
     }
     return [f"--format sdar: {why}; use --format a2d" for why, holds in reasons.items() if holds]
 
@@ -139,7 +177,7 @@ def _sdar_refusals(a: ModelConfig, trained: Trained) -> list[str]:
 def objective_mismatch(kind: Format, model: Exported) -> str | None:
     """How format `kind` contradicts the training objective; None if it does not, or none is recorded."""
     trained = model.trained
-    if kind == "qwen3" and trained.is_diffusion and not trained.is_causal:
+    if is_autoregressive(kind) and trained.is_diffusion and not trained.is_causal:
         return (
             f"the model was trained for masked diffusion (--objective {trained.objective}), and this format predicts "
             "the next token with causal attention"
@@ -149,7 +187,7 @@ def objective_mismatch(kind: Format, model: Exported) -> str | None:
             f"the model was trained with --ar-loss-weight {trained.ar_loss_weight:g}, so its finished blocks attend "
             "causally, and engines let them attend to their whole block"
         )
-    if kind != "qwen3" and trained.objective == "ar":
+    if not is_autoregressive(kind) and trained.objective == "ar":
         return (
             "the model was trained to predict the next token (--objective ar), and this format fills masks with "
             "bidirectional attention"
@@ -160,15 +198,13 @@ def objective_mismatch(kind: Format, model: Exported) -> str | None:
 def config_json(kind: Format, model: Exported) -> dict[str, Any]:
     """The export's config.json."""
     a = model.model_config
-    architectures = {
-        "rnd1": "RND1", "a2d": "A2DForMaskedLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-        "sdar": "SDARForCausalLM", "sdar_moe": "SDARMoeForCausalLM",
-    }  # fmt: skip
-    model_type = f"{kind}_moe" if kind in ("qwen3", "sdar") and a.is_moe else kind
-    config: dict[str, Any] = {"architectures": [architectures[model_type]], "model_type": model_type}
-    if model_type in AUTO_MAPS:
-        config["auto_map"] = AUTO_MAPS[model_type]
-    config |= _shape(a)
+    family = family_of_format(kind)
+    described = family.type_of(a.is_moe) if family else None
+    assert family is not None and described is not None, "refused before"
+    config: dict[str, Any] = {"architectures": [described.architecture], "model_type": described.name}
+    if described.name in AUTO_MAPS:
+        config["auto_map"] = AUTO_MAPS[described.name]
+    config |= _shape(a, family)
     config |= {
         key: model.source[key]
         for key in ("max_window_layers", "output_router_logits", "router_aux_loss_coef")
@@ -176,9 +212,9 @@ def config_json(kind: Format, model: Exported) -> dict[str, Any]:
     }
     config |= _special_tokens(model, first_only=kind in ("rnd1", "sdar"))
     config["torch_dtype"] = model.dtype
-    scaling = a.yarn.to_rope_scaling() if a.yarn else None
+    scaling = a.rope_scaling.to_rope_scaling() if a.rope_scaling else None
     config |= _training(kind, model)
-    if kind == "qwen3":
+    if is_autoregressive(kind):
         return config | {"rope_scaling": scaling, "sliding_window": None, "use_cache": True}
     config |= {
         "mask_token_id": a.mask_token_id,
@@ -202,7 +238,7 @@ def generation_json(kind: Format, model: Exported) -> dict[str, Any]:
     ends: dict[str, Any] = {}
     if model.ends.ids:
         ends["eos_token_id"] = model.ends.ids[0] if len(model.ends.ids) == 1 else list(model.ends.ids)
-    if kind == "qwen3":
+    if is_autoregressive(kind):
         return model.source_generation | ends
     tokens = _special_tokens(model, first_only=kind == "rnd1")
     if kind == "rnd1":
@@ -223,15 +259,15 @@ def num_diffusion_steps(config: Mapping[str, Any]) -> int:
 def _training(kind: Format, model: Exported) -> dict[str, Any]:
     """The training settings that converting the export back needs (training_facts.py); none for a causal model."""
     trained = model.trained
-    if kind == "qwen3" and not trained.is_diffusion:
+    if is_autoregressive(kind) and not trained.is_diffusion:
         return {}
     facts = {name: value for name, value in trained.as_exported().items() if name in _RECORDED or value != _NONE[name]}
-    if kind == "qwen3":
+    if is_autoregressive(kind):
         facts["mask_token_id"] = model.model_config.mask_token_id
     return facts
 
 
-def _shape(a: ModelConfig) -> dict[str, Any]:
+def _shape(a: ModelConfig, family: Family) -> dict[str, Any]:
     shape: dict[str, Any] = {
         "vocab_size": a.vocab_size,
         "hidden_size": a.hidden_size,
@@ -240,24 +276,22 @@ def _shape(a: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": a.num_key_value_heads,
         "head_dim": a.head_dim,
         "intermediate_size": a.intermediate_size,
-        "hidden_act": "silu",
         "max_position_embeddings": a.max_position_embeddings,
         "initializer_range": a.initializer_range,
         "rms_norm_eps": a.rms_norm_eps,
         "rope_theta": a.rope_theta,
         "tie_word_embeddings": a.tie_word_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-    }
+    } | {key: value for key, value in family.fixed.items() if a.is_moe or key not in _OF_EXPERTS}
+    if family.add_qkv_bias is None and a.add_qkv_bias:
+        shape["add_qkv_bias"] = True
+    if family.qk_layernorm is None and not a.qk_layernorm:
+        shape["qk_layernorm"] = False
     if a.is_moe:
         shape |= {
             "num_experts": a.num_experts,
             "num_experts_per_tok": a.num_experts_per_tok,
             "moe_intermediate_size": a.moe_intermediate_size,
             "norm_topk_prob": a.norm_topk_prob,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
         }
     return shape
 

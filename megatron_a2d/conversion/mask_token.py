@@ -2,10 +2,13 @@
 
 Qwen3's embedding has more entries than its tokenizer has tokens (151936 and 151669), so the mask uses an unused id and
 nothing is resized. RND1 uses the first unused id, 151669; so do we, unless the tokenizer already has a mask token.
+Llama's tokenizers use every id, but not every token is one of text: Llama 3 has reserved ones, and Llama 2, which
+spells unknown characters by bytes, never needs its unknown token.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,13 @@ from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.tokenizer import read_tokenizer
 
 MASK_TOKEN = "<|mask|>"
+_RESERVED = re.compile(r"<\|?(?:reserved(?:_special)?_token_?|unused_?|extra_)\d+\|?>")  # Llama 3: with "|"
 
 
 def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, configured: int | None) -> int:
     """The mask token id for the model in `directory`: `requested` (--mask-token-id), else `configured` (its
-    config.json), else the tokenizer's mask token, else the first id that its tokenizer does not use.
+    config.json), else the tokenizer's mask token, else the first id that its tokenizer does not use, else the first of
+    a token that no text has.
 
     Raises UserError when the choice is outside the embedding or is a token of ordinary text.
     """
@@ -37,12 +42,22 @@ def choose_mask_token(directory: Path, vocab_size: int, requested: int | None, c
         return _first_unused(directory, tokens, vocab_size) if own is None else own
     if not isinstance(requested, int) or isinstance(requested, bool) or not 0 <= requested < vocab_size:
         raise UserError(f"{where}: is outside the embedding; choose an id from 0 to {vocab_size - 1}")
-    if requested in tokens and tokens[requested] not in mask_token_names(directory):
+    # That of a diffusion model may be declared nowhere but in config.json (LLaDA: <|mdm_mask|>).
+    is_own = requested == configured and "mask" in tokens.get(requested, "").lower()
+    if is_in_text(directory, requested, tokens) and not is_own:
         raise UserError(
             f"{where}: is the token {tokens[requested]!r}, which text uses; choose an unused id"
-            + (f", such as {free}" if (free := _free(tokens, vocab_size)) is not None else "")
+            + (f", such as {free}" if (free := _free(directory, tokens, vocab_size)) is not None else "")
         )
     return requested
+
+
+def is_in_text(directory: Path, token_id: int, tokens: dict[int, str]) -> bool:
+    """Whether a text may have this token; `tokens` are those of the tokenizer of `directory`."""
+    token = tokens.get(token_id)
+    if token is None or token in mask_token_names(directory):
+        return False
+    return token_id not in _not_in_text(directory, tokens)
 
 
 def read_tokens(directory: Path) -> dict[int, str]:
@@ -94,7 +109,7 @@ def _is_counted(vocabulary: list[tuple[Any, Any]], added: list[tuple[Any, Any]])
 def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> int:
     if not tokens:
         raise UserError(f"{directory}: has no tokenizer, so unused ids are unknown; give --mask-token-id")
-    free = _free(tokens, vocab_size)
+    free = _free(directory, tokens, vocab_size)
     if free is not None:
         return free
     raise UserError(
@@ -103,8 +118,20 @@ def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> i
     )
 
 
-def _free(tokens: dict[int, str], vocab_size: int) -> int | None:
-    return next((i for i in range(vocab_size) if i not in tokens), None)
+def _free(directory: Path, tokens: dict[int, str], vocab_size: int) -> int | None:
+    """The first id that no text has."""
+    unused = next((i for i in range(vocab_size) if i not in tokens), None)
+    return next(iter(_not_in_text(directory, tokens)), None) if unused is None else unused
+
+
+def _not_in_text(directory: Path, tokens: dict[int, str]) -> list[int]:
+    """Ids of tokens that exist and that no text is tokenized to: reserved ones, and one for unknown characters in a
+    vocabulary that has every byte."""
+    reserved = sorted(i for i, token in tokens.items() if _RESERVED.fullmatch(token))
+    path = directory / "tokenizer.json"
+    model = read_json(path, "the tokenizer").get("model") if path.exists() else None
+    unknown = _member(model, "unk_token") if _member(model, "byte_fallback") is True else None
+    return reserved + [i for i, token in tokens.items() if token == unknown]
 
 
 def _declared(directory: Path, tokens: dict[int, str]) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_a2d.config.renamed import recorded_settings
 from megatron_a2d.config.settings import ROLES
-from megatron_a2d.conversion.hf_config import Exported, Format, objective_mismatch
+from megatron_a2d.conversion.hf_config import Exported, Format, is_autoregressive, objective_mismatch
 from megatron_a2d.terminal.console import human
 from megatron_a2d.utils.printable import one_line
 
@@ -53,7 +53,7 @@ def model_card(kind: Format, model: Exported, origin: Origin, evaluation: Mappin
     settings, wrong = recorded_settings(origin.settings)
     sections = [
         _front_matter(kind, model),
-        "# Masked diffusion language model" if kind != "qwen3" else "# Language model",
+        "# Masked diffusion language model" if not is_autoregressive(kind) else "# Language model",
         "Written by megatron_a2d.",
         "\n".join(f"- {fact}" for fact in _facts(kind, model, origin)),
         _usage(kind),
@@ -82,7 +82,7 @@ def _named(name: str | None) -> str:
 def _front_matter(kind: Format, model: Exported) -> str:
     lines = ["library_name: transformers"]
     lines += ["pipeline_tag: text-generation"]
-    lines += ["tags:", "- diffusion-language-model"] if kind != "qwen3" else []
+    lines += ["tags:", "- diffusion-language-model"] if not is_autoregressive(kind) else []
     lines += [f"base_model: {base}"] if (base := _base_model(model)) else []
     lines += [f"license: {name}"] if (name := license_of(model)) else []
     return "\n".join(["---", *lines, "---"])
@@ -101,15 +101,15 @@ def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
         yield f"Weights: mean of the iterations {', '.join(map(str, origin.averaged))}."
     if mismatch := objective_mismatch(kind, model):
         yield f"**Not what it was trained for**: {mismatch}. Its quality in that use is unknown."
-    if kind != "qwen3" and model.trained.block_length:
+    if not is_autoregressive(kind) and model.trained.block_length:
         yield f"Block diffusion: blocks of {model.trained.block_length} tokens, from left to right."
-    if kind != "qwen3":
+    if not is_autoregressive(kind):
         shift = "position i - 1 predicts token i" if model.trained.label_shift else "position i predicts token i"
         yield f"Mask token id: {a.mask_token_id}; {shift}."
 
 
 def _usage(kind: Format) -> str:
-    if kind == "qwen3":
+    if is_autoregressive(kind):
         loader, arguments, use, plain = "AutoModelForCausalLM", "", "", ""
     else:
         loader = "AutoModelForCausalLM" if kind == "sdar" else "AutoModelForMaskedLM"

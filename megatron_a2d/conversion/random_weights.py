@@ -1,7 +1,7 @@
-"""HF models with random weights in the shape of any Qwen3, for tests and benchmarks of conversion.
+"""HF models with random weights in the shape of any published model, for tests and benchmarks of conversion.
 
-Each value is a function of its tensor's name and its index. Matrices have the standard deviation
-`initializer_range`, norms vary around one, so that swapping any two tensors is detected.
+Each value is a function of its tensor's name and its index. Matrices and biases have the standard
+deviation `initializer_range`, norms vary around one, so that swapping any two tensors is detected.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from megatron_a2d.checkpoint.directory import copy_hf_files
 from megatron_a2d.checkpoint.tensor_rows import RowRange, num_bytes
 from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.conversion.hf_to_torch_dist import check_space
-from megatron_a2d.conversion.qwen3_weight_map import WeightMap
 from megatron_a2d.conversion.resumable_output import resumable_directory
 from megatron_a2d.conversion.safetensors_files import write_safetensors
+from megatron_a2d.conversion.weight_map import WeightMap
+from megatron_a2d.families.registry import kind_of
 from megatron_a2d.terminal.console import progress
 from megatron_a2d.utils.atomic_write import write_json
 
@@ -32,12 +33,13 @@ class RandomWeights:
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, fused: bool = False, seed: int = 0):
         model_config = model_config_from_hf(config, "the configuration")
+        renamed = kind_of(config, "the configuration").family.tensor_names
         names = [
             f"model.layers.{layer}.mlp.experts.{name}"
             for layer in range(model_config.num_layers)
             for name in ("gate_up_proj", "down_proj")
         ]
-        self.shapes: Mapping[str, tuple[int, ...]] = WeightMap(model_config, names if fused else ()).hf_shapes
+        self.shapes: Mapping[str, tuple[int, ...]] = WeightMap(model_config, names if fused else (), renamed).hf_shapes
         self._dtype, self._seed, self._scale = dtype, seed, model_config.initializer_range
 
     def dtype(self, name: str) -> torch.dtype:
@@ -49,7 +51,8 @@ class RandomWeights:
         count = (row_range.stop - row_range.start) * width
         start = (zlib.crc32(f"{self._seed} {row_range.name}".encode()) + row_range.start * width) % _POOL
         rows = torch.empty(count, dtype=self._dtype)
-        pool = self._norms if len(shape) == 1 else self._matrices
+        is_norm = len(shape) == 1 and not row_range.name.endswith(".bias")
+        pool = self._norms if is_norm else self._matrices
         filled = 0
         while filled < count:
             take = min(_POOL - start, count - filled)

@@ -7,6 +7,7 @@ read or written.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -20,17 +21,19 @@ from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.checkpoint.model_files import check_model_files
 from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, Remapped, RowRange, RowSource, account, num_bytes, slabs
 from megatron_a2d.checkpoint.torch_dist_reader import open_torch_dist
-from megatron_a2d.config.model_config import ModelConfig, read_model_config
-from megatron_a2d.conversion.qwen3_weight_map import FUSED_PARTS, WeightMap
+from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf, read_model_config
 from megatron_a2d.conversion.safetensors_files import SafetensorsDirectory, open_safetensors
+from megatron_a2d.conversion.weight_map import FUSED_PARTS, WeightMap
+from megatron_a2d.families.registry import FAMILIES, Kind, kind_of
 from megatron_a2d.terminal.console import progress
+from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Weights(NamedTuple):
-    """A model's weights. `tensors` has the names and shapes of the files on the hub: one per layer and expert."""
+    """A model's weights. `tensors` has the standard names, one per layer and expert (conversion/weight_map.py)."""
 
     directory: Path
     model_config: ModelConfig
@@ -52,20 +55,24 @@ def open_hf(directory: Path, check_values: bool = False, from_disk: bool = False
     reported at once. `from_disk`: past the page cache, as in OpenFiles.
     """
     check_model_files(directory)
-    model_config = read_model_config(directory)
+    config = read_json(directory / "config.json", "the model's configuration")
+    model_config = model_config_from_hf(config, str(directory / "config.json"))
+    kind = kind_of(config, str(directory / "config.json"))
+    names = kind.family.tensor_names
+    embedding, head = names.get(EMBEDDING, EMBEDDING), names.get(HEAD, HEAD)
     with open_safetensors(directory, from_disk) as files:
         if too_few := _too_few(model_config, files.shapes, directory):
             raise UserError(files.problems or too_few)
-        stored = WeightMap(model_config, files.shapes)
+        stored = WeightMap(model_config, files.shapes, names)
         expected = dict(stored.hf_shapes)
-        if model_config.tie_word_embeddings and HEAD in files.shapes:
-            expected[HEAD] = expected[EMBEDDING]
+        if model_config.tie_word_embeddings and head in files.shapes:
+            expected[head] = expected[embedding]
         if problems := files.problems + account(expected, files.shapes, str(directory)):
-            if renamed := _foreign_names(model_config, files.shapes, directory):
-                raise UserError(renamed)
+            if other := _other_model(model_config, files.shapes, directory, kind):
+                raise UserError(other)
             raise UserError(problems + (_non_finite(files, directory) if check_values else []))
-        if HEAD in expected and HEAD not in stored.hf_shapes:
-            _check_tied(files, directory)
+        if head in expected and head not in stored.hf_shapes:
+            _check_tied(files, directory, embedding, head)
         canonical = WeightMap(model_config)
 
         def locate(row_range: RowRange) -> list[RowRange]:
@@ -159,8 +166,32 @@ def as_type(weights: Weights, dtype: torch.dtype | None) -> RowSource:
     return Remapped(weights.tensors, shapes, dict.fromkeys(shapes, dtype), lambda row_range: [row_range])
 
 
-def _foreign_names(model_config: ModelConfig, found: Mapping[str, tuple], directory: Path) -> str | None:
-    """A problem if most tensors have other names than in Qwen3, as in wrappers and multimodal models; else None."""
+def _other_model(model_config: ModelConfig, found: Mapping[str, tuple], directory: Path, kind: Kind) -> str | None:
+    """A problem if the tensors are those of another kind of model than config.json's, as a whole; else None."""
+    for family in (family for family in FAMILIES if family.type_of(model_config.is_moe)):
+        for bias, norms in itertools.product((False, True), repeat=2):
+            other = dataclasses.replace(model_config, add_qkv_bias=bias, qk_layernorm=norms)
+            if other == model_config and family.tensor_names == kind.family.tensor_names:
+                continue
+            if family.describes(bias, norms) and not account(
+                WeightMap(other, found, family.tensor_names).hf_shapes, found, ""
+            ):
+                return (
+                    f"{directory}: config.json is {kind.family.title}'s ({_layers(model_config)}), and the tensors are "
+                    f"{family.title}'s ({_layers(other)}); use the config.json that belongs to the weights"
+                )
+    return _foreign_names(model_config, found, directory, kind)
+
+
+def _layers(a: ModelConfig) -> str:
+    biases = "biases" if a.add_qkv_bias else "no biases"
+    return f"{biases} of queries, keys and values, {'norms' if a.qk_layernorm else 'no norms'} on queries and keys"
+
+
+def _foreign_names(model_config: ModelConfig, found: Mapping[str, tuple], directory: Path, kind: Kind) -> str | None:
+    """A problem if most tensors have other names than the family's, as in wrappers and multimodal models; else None."""
+    if kind.family.tensor_names:
+        return None
     table = WeightMap(model_config).hf_shapes
     parts = {part for name in table for part in name.split(".")} | FUSED_PARTS
 
@@ -175,9 +206,9 @@ def _foreign_names(model_config: ModelConfig, found: Mapping[str, tuple], direct
     if len(renamed) < 2 or 2 * len(renamed) < len(missing):
         return None
     return (
-        f"{directory}: tensor names differ from Qwen3's ({plain_names[renamed[0]]} instead of {renamed[0]}, and "
-        f"{len(renamed) - 1} others); rename them, or load the model with the code that saved it and save only its "
-        "language model with transformers' save_pretrained"
+        f"{directory}: tensor names differ from {kind.family.title}'s ({plain_names[renamed[0]]} instead of "
+        f"{renamed[0]}, and {len(renamed) - 1} others); rename them, or load the model with the code that saved it and "
+        "save only its language model with transformers' save_pretrained"
     )
 
 
@@ -190,12 +221,12 @@ def _non_finite(files: SafetensorsDirectory, directory: Path) -> list[str]:
     return checked.problems(directory)
 
 
-def _check_tied(files: SafetensorsDirectory, directory: Path) -> None:
-    shape, types = files.shapes[HEAD], {files.dtype(HEAD), files.dtype(EMBEDDING)}
+def _check_tied(files: SafetensorsDirectory, directory: Path, embedding: str, head: str) -> None:
+    shape, types = files.shapes[head], {files.dtype(head), files.dtype(embedding)}
     for start, stop in slabs(shape, 0, shape[0], 4):
-        head, embedding = (files.read(RowRange(name, (), start, stop)) for name in (HEAD, EMBEDDING))
-        if len(types) > 1 or not torch.equal(head, embedding):
+        first, second = (files.read(RowRange(name, (), start, stop)) for name in (head, embedding))
+        if len(types) > 1 or not torch.equal(first, second):
             raise UserError(
-                f"{directory}: config.json ties {HEAD} to {EMBEDDING}, but the two tensors differ; "
+                f"{directory}: config.json ties {head} to {embedding}, but the two tensors differ; "
                 "set tie_word_embeddings to false, or use the config.json that belongs to the weights"
             )

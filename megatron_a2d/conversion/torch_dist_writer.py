@@ -24,8 +24,8 @@ from megatron_a2d.checkpoint.metadata_index import Chunk, Index, Location, Store
 from megatron_a2d.checkpoint.metadata_writer import write_index
 from megatron_a2d.checkpoint.tensor_rows import RowRange, RowSource, StreamedFile, bytes_of, slabs
 from megatron_a2d.checkpoint.torch_save_zip import archive_frame
-from megatron_a2d.conversion.qwen3_weight_map import WeightMap
 from megatron_a2d.conversion.resumable_output import ResumableOutput
+from megatron_a2d.conversion.weight_map import WeightMap
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.utils.atomic_write import write_json
 

@@ -1,4 +1,4 @@
-"""Modelling code shipped with exported models: Qwen3 and Qwen3-MoE with bidirectional attention, or in blocks.
+"""Modelling code shipped with exported models: Qwen3, Qwen2.5 and Llama with bidirectional attention, or in blocks.
 
 The files listed below are copied into an export, where `transformers` loads them with `trust_remote_code=True`;
 therefore they import nothing but torch, transformers and each other (relatively). This file is not copied, and is

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 
 class A2DConfig(PretrainedConfig):
-    """A Qwen3 (`num_experts` 0) or Qwen3-MoE model whose attention is bidirectional.
+    """A dense model (`num_experts` 0) or a mixture of experts whose attention is bidirectional.
 
     Args beyond Qwen3's:
         mask_token_id: the mask token; never predicted.
@@ -23,6 +23,8 @@ class A2DConfig(PretrainedConfig):
         num_diffusion_steps: the default number of denoising steps for sampling.
         block_length: tokens in a block of block diffusion: a position attends to the blocks up to its own. 0: to all.
         ar_loss_weight: weight of the next-token loss in training. Above 0, finished blocks attend causally.
+        add_qkv_bias: biases of queries, keys and values, as in Qwen2.5.
+        qk_layernorm: norms on queries and keys, as in Qwen3.
     """
 
     model_type = "a2d"
@@ -56,6 +58,8 @@ class A2DConfig(PretrainedConfig):
         num_diffusion_steps: int = 256,
         block_length: int = 0,
         ar_loss_weight: float = 0.0,
+        add_qkv_bias: bool = False,
+        qk_layernorm: bool = True,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
@@ -83,6 +87,8 @@ class A2DConfig(PretrainedConfig):
         self.num_diffusion_steps = num_diffusion_steps
         self.block_length = block_length
         self.ar_loss_weight = ar_loss_weight
+        self.add_qkv_bias = add_qkv_bias
+        self.qk_layernorm = qk_layernorm
         if self.num_experts and not (num_experts_per_tok and moe_intermediate_size):
             raise ValueError("a config with num_experts needs num_experts_per_tok and moe_intermediate_size")
         _refuse_unsupported(kwargs)
@@ -111,14 +117,14 @@ def _agreed(spellings: dict[str, Any]) -> Any:
 def _rotary(
     theta: float | None, scaling: Any, parameters: Any, longest: int, others: dict[str, Any]
 ) -> tuple[float, dict[str, Any] | None]:
-    """`rope_theta`, and `rope_scaling` with all of YaRN's settings; None without it."""
+    """`rope_theta`, and `rope_scaling` with all settings of YaRN or llama3; None without them."""
     objects = {"rope_scaling": scaling or {}, "rope_parameters": parameters or {}}
     places = {f"{key}.rope_theta": found.get("rope_theta") for key, found in objects.items()}
     base = _agreed({"rope_theta": theta, **places})
     if scaling and theta is None and places["rope_scaling.rope_theta"] is None and base is not None:
         raise ValueError("rope_theta is only in rope_parameters, which transformers ignores next to rope_scaling")
     original = others.pop("original_max_position_embeddings", None)
-    read = [_yarn(found, original, longest) for found in objects.values() if found]
+    read = [_scaling(found, original, longest) for found in objects.values() if found]
     if len(read) == 2 and read[0] != read[1]:
         raise ValueError(f"rope_scaling is {scaling} and rope_parameters is {parameters}, which contradict")
     for found in (others, *objects.values()):
@@ -127,14 +133,23 @@ def _rotary(
     return float(base or 1e6), read[0] if read else None
 
 
-def _yarn(found: dict[str, Any], original: int | None, longest: int) -> dict[str, Any] | None:
+def _scaling(found: dict[str, Any], original: int | None, longest: int) -> dict[str, Any] | None:
     kind = _agreed({key: found.get(key) for key in ("rope_type", "type")}) or "default"
     if kind == "default":
         return None
-    if kind != "yarn":
-        raise ValueError(f"rotary embeddings of type {kind!r} are not supported, only 'default' and 'yarn'")
     name = "original_max_position_embeddings"
-    original = _agreed({name: original, f"in the scaling, {name}": found.get(name)}) or longest
+    original = _agreed({name: original, f"in the scaling, {name}": found.get(name)})
+    if kind == "yarn":
+        return _yarn(found, name, original or longest, longest)
+    if kind != "llama3":
+        raise ValueError(f"rotary embeddings of type {kind!r} are not supported, only 'default', 'yarn' and 'llama3'")
+    numbers = {key: found.get(key) for key in ("factor", "low_freq_factor", "high_freq_factor")} | {name: original}
+    if missing := [key for key, value in numbers.items() if not value]:
+        raise ValueError(f"llama3's {', '.join(missing)} must be positive numbers")
+    return {"rope_type": "llama3", "attention_factor": 1.0, **numbers}
+
+
+def _yarn(found: dict[str, Any], name: str, original: int, longest: int) -> dict[str, Any]:
     factor = found.get("factor") or longest / original
     if factor < 1 or (factor == 1 and not found.get("factor")):
         raise ValueError(f"YaRN's factor is {found.get('factor')!r}, and it must be at least 1")

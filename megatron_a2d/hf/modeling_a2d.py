@@ -1,6 +1,6 @@
-"""Qwen3 and Qwen3-MoE transformers with bidirectional attention, for masked diffusion.
+"""Transformers of Llama's, Qwen2.5's, Qwen3's and Qwen3-MoE's kind with bidirectional attention, for masked diffusion.
 
-Equal to Hugging Face's Qwen3ForCausalLM / Qwen3MoeForCausalLM without the causal mask; parameters have the
+Equal to Hugging Face's Qwen3ForCausalLM, Qwen2ForCausalLM and so on without the causal mask; parameters have the
 same names (with separate experts). Needs only torch and transformers (4.57 or 5).
 
 Shapes: B batch, L sequence, D hidden, N = B * L tokens, K experts per token, V vocabulary.
@@ -47,9 +47,12 @@ def rotary_angles(positions_BL: torch.Tensor, config: A2DConfig) -> torch.Tensor
     size = config.head_dim
     exponents = torch.arange(0, size, 2, device=positions_BL.device, dtype=torch.float32) / size
     frequencies = 1.0 / config.rope_theta**exponents
-    if yarn := config.rope_scaling:
-        slowed = yarn_blend(size, config.rope_theta, yarn).to(frequencies.device)
-        frequencies = frequencies / yarn["factor"] * slowed + frequencies * (1 - slowed)
+    if scaling := config.rope_scaling:
+        if scaling["rope_type"] == "llama3":
+            slowed = llama3_blend(frequencies, scaling)
+        else:
+            slowed = yarn_blend(size, config.rope_theta, scaling).to(frequencies.device)
+        frequencies = frequencies / scaling["factor"] * slowed + frequencies * (1 - slowed)
     return (positions_BL.float()[..., None] * frequencies)[:, None]
 
 
@@ -68,6 +71,13 @@ def yarn_blend(size: int, theta: float, yarn: dict[str, Any]) -> torch.Tensor:
     return ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
 
+def llama3_blend(frequencies: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
+    """Llama 3.1's interpolation weight of each frequency, [size / 2]: from 0 (fast ones) to 1."""
+    turns = frequencies * scaling["original_max_position_embeddings"] / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    return ((high - turns) / (high - low)).clamp(0, 1)
+
+
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Rotate x [B, heads, L, head_dim]: element j pairs with j + head_dim / 2."""
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -76,24 +86,26 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 class A2DAttention(nn.Module):
-    """Grouped-query attention with norms on queries and keys; masks are those of padding and of blocks."""
+    """Grouped-query attention; masks are those of padding and of blocks."""
 
     def __init__(self, config: A2DConfig, layer: int):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         # YaRN's attention factor scales both queries and keys.
-        yarn = config.rope_scaling
-        self.scale = yarn["attention_factor"] ** 2 / config.head_dim**0.5 if yarn else None
+        scaling = config.rope_scaling
+        self.scale = scaling["attention_factor"] ** 2 / config.head_dim**0.5 if scaling else None
         self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.add_qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.add_qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.add_qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = A2DRMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = A2DRMSNorm(config.head_dim, config.rms_norm_eps)
+        norms = [
+            A2DRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_layernorm else nn.Identity() for _ in range(2)
+        ]
+        self.q_norm, self.k_norm = norms
 
     def forward(
         self, x: torch.Tensor, angles: torch.Tensor, visible: torch.Tensor | None, cache: KeyValueCache | None

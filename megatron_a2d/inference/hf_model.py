@@ -1,4 +1,4 @@
-"""HF models run by transformers in one process: our exports, SDAR's models, any Qwen3 for --objective ar."""
+"""HF models in one process: our exports, SDAR's, Dream's and LLaDA's models, autoregressive ones for --objective ar."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import transformers
 from torch import Tensor
 
 from megatron_a2d.checkpoint.model_files import check_model_files
+from megatron_a2d.checkpoint.tensor_rows import RowRange, slabs
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.conversion.end_tokens import read_end_tokens
-from megatron_a2d.conversion.hf_config import num_diffusion_steps
-from megatron_a2d.conversion.mask_token import mask_token_names, read_tokens
-from megatron_a2d.conversion.sources import open_hf
+from megatron_a2d.conversion.hf_config import Exported, config_json, num_diffusion_steps
+from megatron_a2d.conversion.mask_token import is_in_text, read_tokens
+from megatron_a2d.conversion.sources import EMBEDDING, HEAD, Weights, open_hf
 from megatron_a2d.diffusion.attention_masks import block_causal_mask
 from megatron_a2d.diffusion.block_diffusion import BlockModel
 from megatron_a2d.diffusion.model_interface import Model, Reduce, Request
+from megatron_a2d.families.registry import autoregressive_types, diffusion_types
+from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.load_hf_model import diffusion_classes, load
+from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
 from megatron_a2d.inference.loaded_model import LoadedModel, load_tokenizer, pad_token
 from megatron_a2d.inference.packed_windows import PackedWindows
 from megatron_a2d.megatron_compat.device import device, has_cuda
@@ -27,7 +31,9 @@ from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
 DIFFUSION_TYPES = diffusion_classes()
-AUTOREGRESSIVE_TYPES = ("qwen3", "qwen3_moe")
+AUTOREGRESSIVE_TYPES = autoregressive_types()
+# Diffusion models whose own code is neither ours nor part of transformers: our classes run their tensors.
+DESCRIBED_TYPES = tuple(name for name in diffusion_types() if name not in DIFFUSION_TYPES)
 
 
 def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel:
@@ -47,9 +53,11 @@ def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel
     if is_diffusion:
         check_mask_token(directory, mask, model_config.vocab_size)
     ends = read_end_tokens(directory, model_config.vocab_size)
-    with open_hf(directory):
-        pass  # UserError unless the directory holds exactly the tensors of the model, in their shapes
-    model = _load(directory, DIFFUSION_TYPES.get(str(config["model_type"]), transformers.AutoModelForCausalLM))
+    with open_hf(directory) as weights:  # UserError unless it holds exactly the model's tensors, in their shapes
+        if config["model_type"] in DESCRIBED_TYPES:
+            model = _of_described(weights, Exported(model_config, config, {}, "float32", trained, ends))
+    if config["model_type"] not in DESCRIBED_TYPES:
+        model = _load(directory, DIFFUSION_TYPES.get(config["model_type"], transformers.AutoModelForCausalLM))
     forward: Model = TransformersModel(model)
     block_length, causal_context = 0, False
     if objective == "block":
@@ -86,8 +94,9 @@ def check_mask_token(directory: Path, mask: Any, vocab_size: int) -> None:
             f"{path}: mask_token_id is {mask!r}, not a token of the model (0 to {vocab_size - 1}); "
             "write the id that the model was trained with into the file"
         )
-    token = read_tokens(directory).get(mask)
-    if token is not None and token not in mask_token_names(directory) and "mask" not in token.lower():
+    tokens = read_tokens(directory)
+    token = tokens.get(mask, "")
+    if is_in_text(directory, mask, tokens) and "mask" not in token.lower():
         raise UserError(
             f"{path}: mask_token_id is {mask}, which the tokenizer uses for {token!r}; write the id that the model "
             "was trained with into the file, or use the model's own tokenizer"
@@ -98,18 +107,18 @@ def _check_type(directory: Path, model_type: Any, objective: str) -> None:
     if objective == "ar":
         if model_type not in AUTOREGRESSIVE_TYPES:
             raise UserError(
-                f"--model {directory}: model_type {model_type!r} is not an autoregressive Qwen3 "
-                f"({' or '.join(AUTOREGRESSIVE_TYPES)}); remove --objective ar for a diffusion model"
+                f"--model {directory}: model_type {model_type!r} is not an autoregressive model of "
+                f"a supported family ({' or '.join(AUTOREGRESSIVE_TYPES)}); remove --objective ar for a diffusion model"
             )
-    elif model_type not in DIFFUSION_TYPES:
+    elif model_type not in DIFFUSION_TYPES and model_type not in DESCRIBED_TYPES:
         remedy = (
             "give --objective ar to evaluate it as it is, or convert it, train it and export it first"
             if model_type in AUTOREGRESSIVE_TYPES
             else "convert it, train it and export it first"
         )
         raise UserError(
-            f"--model {directory}: model_type {model_type!r} is not one of this project's diffusion models "
-            f"({' or '.join(DIFFUSION_TYPES)}); {remedy}"
+            f"--model {directory}: model_type {model_type!r} is not one of the diffusion models that are known "
+            f"({', '.join([*DIFFUSION_TYPES, *DESCRIBED_TYPES])}); {remedy}"
         )
 
 
@@ -127,6 +136,23 @@ def _load(directory: Path, model_class: Any) -> Any:
                 "its weights and config.json do not belong together, export the model again"
             )
     return model.eval().to(device())
+
+
+def _of_described(weights: Weights, described: Exported) -> A2DForMaskedLM:
+    """A model of a supported family, in our classes, whose tensors have the standard names."""
+    named = config_json("a2d", described)
+    config = A2DConfig(**{key: value for key, value in named.items() if key not in ("model_type", "auto_map")})
+    with torch.device("meta"):
+        model = A2DForMaskedLM(config)
+    dtype = None if has_cuda() else torch.float32
+    state = {}
+    for name, shape in weights.tensors.shapes.items():
+        rows = [weights.tensors.read(RowRange(name, (), *span)) for span in slabs(shape, 0, shape[0], 4)]
+        state[name] = torch.cat(rows).to(dtype=dtype)
+    if described.model_config.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False).to(device())
 
 
 class TransformersModel:

@@ -45,7 +45,7 @@ from megatron_a2d.utils.errors import UserError
 def load_parallel_model(path: str | Path, values: dict[str, Any], objective: str = "mdlm") -> LoadedModel:
     """Load the model of a checkpoint in the parallel layout `values` (names of LAYOUT). Collective under torchrun.
 
-    Objective and label shift come from the checkpoint; `objective` is that of a converted, untrained Qwen3.
+    Objective and label shift come from the checkpoint; `objective` is that of a converted, untrained model.
     """
     directory = resolve(path)
     hf_files = directory / HF_FILES

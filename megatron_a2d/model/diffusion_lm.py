@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor
 
 from megatron_a2d.config.model_config import ModelConfig
+from megatron_a2d.config.rotary import Llama3Scaling
 from megatron_a2d.diffusion.attention_masks import encoded_mask
 from megatron_a2d.distributed.step_timers import both_ways
 from megatron_a2d.megatron_compat.device import has_cuda, send
@@ -65,12 +66,29 @@ class YarnAngles(YarnRotaryEmbedding):
         pass
 
 
+class Llama3Angles(RotaryEmbedding):
+    """megatron's rotary embedding with Llama 3.1's scaling; of its settings megatron's own takes the factor alone."""
+
+    def __init__(self, head_dim: int, scaling: Llama3Scaling, **common: Any):
+        super().__init__(head_dim, rotary_percent=1.0, **common)
+        frequencies: Tensor = self.inv_freq  # type: ignore[has-type]
+        self.inv_freq = self._apply_scaling(
+            frequencies,
+            scaling.factor,
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+            scaling.original_max_position_embeddings,
+        )
+
+
 def rotary_embedding(model_config: ModelConfig) -> RotaryEmbedding:
-    """The rotary embedding, scaled by YaRN if the architecture sets it, on the device used for training."""
+    """The rotary embedding, scaled as the architecture says, on the device used for training."""
     common: dict[str, Any] = dict(rotary_base=model_config.rope_theta, use_cpu_initialization=not has_cuda())
-    yarn = model_config.yarn
+    yarn = model_config.rope_scaling
     if yarn is None:
         return RotaryEmbedding(model_config.head_dim, rotary_percent=1.0, **common)
+    if isinstance(yarn, Llama3Scaling):
+        return Llama3Angles(model_config.head_dim, yarn, **common)
     return YarnAngles(
         model_config.head_dim,
         scaling_factor=yarn.factor,

@@ -168,16 +168,26 @@ class _Emulated:
     is_first_microbatch = True  # of a batch: delayed scaling updates the weight's scale only then (`follow_batches`)
 
     def _forward_impl(
-        self, input: Tensor, weight: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any, **_: Any
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: Any,
+        **_: Any,
     ) -> Tensor:
         """Called by megatron.core's linear layers as their matrix product."""
         if sequence_parallel:
             input = tensor_parallel.gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
             input = tensor_parallel.copy_to_tensor_model_parallel_region(input, group=tp_group)
-        if self.recipe != "delayed":
-            return EmulatedProduct.apply(input, weight, _ROUNDINGS[self.recipe])
-        return self._delayed_product(input, weight)
+        if self.recipe == "delayed":
+            output = self._delayed_product(input, weight)
+        else:
+            output = EmulatedProduct.apply(input, weight, _ROUNDINGS[self.recipe])
+        return output if bias is None else output + bias
 
     def _delayed_product(self, input: Tensor, weight: Tensor) -> Tensor:
         if "_scales" not in vars(self):

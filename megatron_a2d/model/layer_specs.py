@@ -144,7 +144,9 @@ def output_layer(emulation: Emulation | None) -> type[OutputLayer]:
 
 def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
     )
     layer.submodules.self_attention.params["attn_mask_type"] = mask_type
     if config.num_moe_experts is not None:
@@ -193,8 +195,8 @@ def _local_layer(
             linear_qkv=column,
             core_attention=CoreAttention,
             linear_proj=row,
-            q_layernorm=parts.norm,
-            k_layernorm=parts.norm,
+            q_layernorm=parts.norm if config.qk_layernorm else None,
+            k_layernorm=parts.norm if config.qk_layernorm else None,
         ),
     )
     return ModuleSpec(

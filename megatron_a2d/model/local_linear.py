@@ -61,7 +61,8 @@ class _Local:
             return super()._forward_impl(input=input, weight=weight, **options)  # type: ignore[misc]
         if options["allreduce_dgrad"]:
             input = tensor_parallel.copy_to_tensor_model_parallel_region(input, group=options["tp_group"])
-        return LinearProduct.apply(input, weight)
+        output = LinearProduct.apply(input, weight)
+        return output if options["bias"] is None else output + options["bias"]
 
 
 class LocalColumnParallelLinear(_Local, ColumnParallelLinear):

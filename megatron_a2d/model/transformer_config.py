@@ -44,14 +44,14 @@ def build_transformer_config(model_config: ModelConfig, config: RunConfig) -> Tr
         num_query_groups=model_config.num_key_value_heads,
         kv_channels=model_config.head_dim,
         ffn_hidden_size=model_config.intermediate_size,
-        # Qwen3: RMS norms, norms on queries and keys, SwiGLU, no biases, no dropout.
+        # What all families have: RMS norms, SwiGLU, no dropout, no biases but those of queries, keys and values.
         normalization="RMSNorm",
         layernorm_epsilon=model_config.rms_norm_eps,
-        qk_layernorm=True,
+        qk_layernorm=model_config.qk_layernorm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=model_config.add_qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -82,10 +82,10 @@ def build_transformer_config(model_config: ModelConfig, config: RunConfig) -> Tr
         batch_p2p_comm=False,
         overlap_p2p_comm=interleaved,  # the plain schedule has nothing to overlap with
     )
-    if model_config.yarn:
+    if model_config.rope_scaling:
         # Queries and keys times the attention factor are scores times its square. megatron.core has its own way, which
         # its fused kernel cannot do, and which is lost for packed sequences (0.16.1, rope_utils.py).
-        fields["softmax_scale"] = model_config.yarn.attention_factor**2 / model_config.head_dim**0.5
+        fields["softmax_scale"] = model_config.rope_scaling.attention_factor**2 / model_config.head_dim**0.5
     if model_config.is_moe:
         fields.update(
             num_moe_experts=model_config.num_experts,

@@ -60,11 +60,11 @@ def _norm(job: Job, name: str, recomputed: bool = False) -> dict[str, float]:
 
 def _attention(job: Job) -> dict[str, float]:
     queries, keys = _heads(job)
-    rows, number = job.tokens, job.number_bytes
+    rows, number, normed = job.tokens, job.number_bytes, job.model_config.qk_layernorm
     kept = _norm(job, "input_layernorm") | {
-        # Each is a copy out of the QKV tensor, which is freed.
-        "queries, keys, values": rows * (queries + 2 * keys) * number,
-        "queries and keys, scale": rows * (queries + keys) / job.model_config.head_dim * FLOAT,
+        # Each is a copy out of the QKV tensor, which is freed; only norms keep the queries and keys that they read.
+        "queries, keys, values": rows * ((queries + keys) * normed + keys) * number,
+        "queries and keys, scale": rows * (queries + keys) / job.model_config.head_dim * FLOAT * normed,
         "queries, normed and rotated": rows * queries * number,
         "keys, normed and rotated": rows * keys * number,
         "attention, log-sum-exp": rows * queries / job.model_config.head_dim * FLOAT,
@@ -77,10 +77,11 @@ def _local_attention(job: Job, on_cpu: bool) -> dict[str, float]:
     """Of the local layers with fused norms and flash attention; on a CPU norms and rotation are one function."""
     queries, keys = _heads(job)
     rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
+    normed = job.model_config.qk_layernorm
     kept = _norm(job, "input_layernorm", recomputed=job.recomputes("layernorm")) | {
         "queries, keys, values": rows * (queries + 2 * keys) * number,  # keys and values are views of it
-        "queries, copied": rows * queries * number if _copies_queries(job) and not on_cpu else 0.0,
-        "queries and keys, scale": rows * (queries + keys) / job.model_config.head_dim * FLOAT,
+        "queries, copied": rows * queries * number if _copies_queries(job) and normed and not on_cpu else 0.0,
+        "queries and keys, scale": rows * (queries + keys) / job.model_config.head_dim * FLOAT * normed,
         "sines and cosines": _rotation_bytes(job) / (2 if on_cpu else 1),
         "queries, rotated": rows * queries * number,
         "keys, rotated and gathered": rows * keys * number * cp,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf
-from megatron_a2d.conversion.qwen3_shapes import hub_config
+from megatron_a2d.families.qwen3 import hub_config
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.memory import memory

@@ -102,10 +102,13 @@ def _layer_parameters(sizes: _Sizes, prefix: str) -> list[Parameter]:
         Parameter(f"{prefix}.input_layernorm.weight", a.hidden_size),
         Parameter(f"{prefix}.self_attention.linear_proj.weight", a.hidden_size * heads),
         Parameter(f"{prefix}.self_attention.linear_qkv.weight", a.hidden_size * (heads + 2 * groups)),
-        Parameter(f"{prefix}.self_attention.q_layernorm.weight", a.head_dim),
-        Parameter(f"{prefix}.self_attention.k_layernorm.weight", a.head_dim),
-        Parameter(f"{prefix}.pre_mlp_layernorm.weight", a.hidden_size),
     ]
+    if a.add_qkv_bias:
+        found.append(Parameter(f"{prefix}.self_attention.linear_qkv.bias", heads + 2 * groups))
+    if a.qk_layernorm:
+        found.append(Parameter(f"{prefix}.self_attention.q_layernorm.weight", a.head_dim))
+        found.append(Parameter(f"{prefix}.self_attention.k_layernorm.weight", a.head_dim))
+    found.append(Parameter(f"{prefix}.pre_mlp_layernorm.weight", a.hidden_size))
     if not a.is_moe:
         width = a.intermediate_size // sizes.tensor
         return [
@@ -196,10 +199,14 @@ def _chunk_values(key: _ChunkKey) -> Values:
     parameters, buffers = _chunk_parameters(key.sizes, key.is_first, key.is_last), _chunk_buffers(key)
     return Values(
         of_parameters=sum(parameter.total for parameter in parameters),
-        of_matrices=sum(parameter.total for parameter in parameters if ".linear_" in parameter.name),
+        of_matrices=sum(parameter.total for parameter in parameters if _is_matrix(parameter)),
         in_buffers=sum(buffer.numel for buffer in buffers),
         in_shards=sum(buffer.numel // buffer.replicas for buffer in buffers),
     )
+
+
+def _is_matrix(parameter: Parameter) -> bool:
+    return ".linear_" in parameter.name and not parameter.name.endswith(".bias")
 
 
 @functools.lru_cache(1024)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.model_config import ModelConfig
+from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.routing import Routing
 from megatron_a2d.planner.search import Plan, make_plan

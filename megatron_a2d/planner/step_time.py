@@ -222,7 +222,8 @@ def _memory_traffic(job: Job) -> float:
     tokens, between = job.tokens, job.tokens_between_layers
     queries, keys = a.num_attention_heads * a.head_dim / tp, a.num_key_value_heads * a.head_dim / tp
     values = between * a.hidden_size * 2 * ELEMENTWISE * 2  # two norms and two residual sums
-    values += tokens * (queries + keys) * 2 * ELEMENTWISE  # norms and rotary embedding of queries and keys
+    # Norms, where the model has them, and rotary embedding of queries and keys.
+    values += tokens * (queries + keys) * (2 if a.qk_layernorm else 1) * ELEMENTWISE
     values += tokens * (queries + 2 * keys) * 4  # split of the QKV tensor forward, concatenation backward
     casts = 0.0 if not job.quantizes or job.fused_kernels else _cast_bytes(job) / BF16
     values += casts * (2 * between * a.hidden_size + tokens * (2 * queries + 2 * keys))

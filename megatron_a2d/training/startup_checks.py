@@ -16,10 +16,10 @@ from megatron_a2d.checkpoint.directory import HF_FILES, list_iterations, resolve
 from megatron_a2d.checkpoint.placement_file import ExpertPlacement, find_placement
 from megatron_a2d.config.installed_versions import find_version_problems
 from megatron_a2d.config.model_config import ModelConfig, read_model_config
+from megatron_a2d.config.named_models import shape_problems
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.skipped_samples import SkippedSamples
 from megatron_a2d.config.validate import find_problems, missing_inputs
-from megatron_a2d.conversion.qwen3_shapes import shape_problems
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.memory import check_memory
 from megatron_a2d.training.resume import Start, differences, find_start, with_skipped

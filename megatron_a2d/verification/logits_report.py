@@ -18,6 +18,7 @@ from megatron_a2d.conversion.compare_weights import Comparison
 from megatron_a2d.conversion.hf_config import AUTO_MAPS
 from megatron_a2d.conversion.read_back import ReadBack, ReadRows
 from megatron_a2d.conversion.sources import Weights
+from megatron_a2d.families.registry import autoregressive_types
 from megatron_a2d.hf import CODE_FILES
 from megatron_a2d.hf.load_hf_model import diffusion_classes, load
 from megatron_a2d.terminal.console import human, progress
@@ -29,7 +30,7 @@ from megatron_a2d.verification.reference_forward import BlockAttention, Streamed
 
 NUM_POSITIONS = 64
 FEW_POSITIONS = 8  # for a large model
-AUTOREGRESSIVE = ("qwen3", "qwen3_moe")
+AUTOREGRESSIVE = autoregressive_types()
 # transformers loads the complete model; by default only one that adds little to the converters' own memory.
 DEFAULT_MAX_BYTES = 200_000_000
 _MODULE_BYTES = 16_000  # of transformers' objects for a tensor, which outweigh the values of many narrow experts
@@ -107,10 +108,14 @@ def _pair(first: Weights, second: Weights, asked: bool = False) -> _Pair:
             "are free; remove --logits"
         )
     is_mixed = rounds and len(set(kinds.values())) > 1
-    reason = "types are mixed" if is_mixed else f"transformers would take {human(needed, 'B')}: verify --logits runs it"
+    hf = second if is_hugging_face(second) else first
+    has_class = model_type(hf.directory) in (*AUTOREGRESSIVE, *AUTO_MAPS)
+    reason = f"transformers would take {human(needed, 'B')}: verify --logits runs it"
+    if is_mixed or not has_class:
+        reason = "types are mixed" if is_mixed else "transformers has no class of its own for it"
     causal = all(model_type(_configuration(weights)) in AUTOREGRESSIVE for weights in (first, second))
     is_small = needed + _MODULE_BYTES * len(kinds) <= DEFAULT_MAX_BYTES
-    by_transformers = (asked or is_small) and not is_mixed
+    by_transformers = (asked or is_small) and not is_mixed and has_class
     return _Pair(first, second, causal, by_transformers, next(iter(kinds.values())) if rounds else None, reason)
 
 

@@ -1,4 +1,4 @@
-"""Reference forward pass of Qwen3 and Qwen3-MoE that streams the weights from disk, a few rows of a matrix at a time.
+"""Reference forward pass of every family that streams the weights from disk, a few rows of a matrix at a time.
 
 Written from the formulas and independent of the models in this project, so that agreement with them is evidence. Slow,
 in fp32 on the CPU, with memory bounded by a few slabs and the activations.
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_a2d.checkpoint.tensor_rows import RowRange, slabs
+from megatron_a2d.config.rotary import Llama3Scaling
 from megatron_a2d.conversion.read_back import ReadRows
 from megatron_a2d.conversion.sources import EMBEDDING, HEAD, Weights
 
@@ -127,19 +128,24 @@ class StreamedModel:
         return torch.cat([x @ rows.T for _, rows in self._rows(name)], dim=-1)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        (_, weight), *_ = self._rows(name)
-        return F.rms_norm(x, (x.shape[-1],), weight, self._shape.rms_norm_eps)
+        return F.rms_norm(x, (x.shape[-1],), self._vector(name), self._shape.rms_norm_eps)
+
+    def _vector(self, name: str) -> torch.Tensor:
+        """A bias comes in the pieces in which it was read, one of each group of heads."""
+        return torch.cat([rows.clone() for _, rows in self._rows(name)])
 
     def _attention(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
         a = self._shape
-        query, key, value = (
-            self._linear(x, f"{prefix}{name}_proj.weight").unflatten(-1, (-1, a.head_dim)) for name in "qkv"
-        )
-        query, key = self._norm(query, prefix + "q_norm.weight"), self._norm(key, prefix + "k_norm.weight")
+        rows = [self._linear(x, f"{prefix}{name}_proj.weight") for name in "qkv"]
+        if a.add_qkv_bias:
+            rows = [y + self._vector(f"{prefix}{name}_proj.bias") for name, y in zip("qkv", rows, strict=True)]
+        query, key, value = (y.unflatten(-1, (-1, a.head_dim)) for y in rows)
+        if a.qk_layernorm:
+            query, key = self._norm(query, prefix + "q_norm.weight"), self._norm(key, prefix + "k_norm.weight")
         query, key = self._rotate(query), self._rotate(key)
         key, value = (t.repeat_interleave(a.num_attention_heads // a.num_key_value_heads, dim=2) for t in (key, value))
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        scale = a.yarn.attention_factor**2 if a.yarn else 1.0
+        scale = a.rope_scaling.attention_factor**2 if a.rope_scaling else 1.0
         mixed = self._mix(scale * query, key, value)
         return self._linear(mixed.transpose(1, 2).flatten(2), prefix + "o_proj.weight")
 
@@ -160,12 +166,18 @@ class StreamedModel:
         """Radians per position of the rotary frequency at the fraction `part` (0 to 1) of the spectrum.
 
         YaRN: a frequency with more than `beta_fast` rotations in the original context is kept, one with less than
-        `beta_slow` is divided by `factor`; both bounds and the interpolation are linear in `part`.
+        `beta_slow` is divided by `factor`; both bounds and the interpolation are linear in `part`. Llama 3.1: the same
+        with bounds and an interpolation that are linear in the number of rotations.
         """
-        theta, yarn = self._shape.rope_theta, self._shape.yarn
+        theta, yarn = self._shape.rope_theta, self._shape.rope_scaling
         frequency = theta**-part
         if yarn is None:
             return frequency
+        if isinstance(yarn, Llama3Scaling):
+            rotations = frequency * yarn.original_max_position_embeddings / (2 * math.pi)
+            kept = (rotations - yarn.low_freq_factor) / (yarn.high_freq_factor - yarn.low_freq_factor)
+            kept = min(max(kept, 0.0), 1.0)
+            return frequency * kept + frequency / yarn.factor * (1 - kept)
         half = self._shape.head_dim / 2
         fast, slow = (
             half * math.log(yarn.original_max_position_embeddings / (2 * math.pi * rotations), theta)

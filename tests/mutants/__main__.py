@@ -25,7 +25,7 @@ WORK = ROOT / "build" / "mutants"
 TARGETS = (
     "megatron_a2d/diffusion",
     "megatron_a2d/data",
-    "megatron_a2d/conversion/qwen3_weight_map.py",
+    "megatron_a2d/conversion/weight_map.py",
     "megatron_a2d/checkpoint/tensor_rows.py",
     "megatron_a2d/training/optimizer.py",
     "megatron_a2d/training/resume.py",

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_a2d.conversion.hf_to_torch_dist import convert
-from megatron_a2d.conversion.qwen3_shapes import hub_config
 from megatron_a2d.conversion.random_weights import write_synthetic
+from megatron_a2d.families.qwen3 import hub_config
 from tests.parity.pool import Pool
 
 # Large enough that .metadata and the archives' frames are small compared with the values.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.model_config import ModelConfig
+from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.planner.workload import job_of
 from tests.recipe_sizes import FEWEST, GPUS, RECIPES
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests.cases import Case
+from tests.parity.layouts import TP_SP
 from tests.parity.test_layouts import compare
-from tests.transformer_engine.engine_cases import CASES, QUICK, EngineCase
+from tests.transformer_engine.engine_cases import CASES, DENSE_FUSIONS, QUICK, EngineCase
 from tests.transformer_engine.engine_pool import EnginePool
 from tests.transformer_engine.engine_results import EngineResults
 
@@ -39,4 +40,14 @@ def test_equal_to_local_layers(
     shown = differences | ({"gradients": float("nan")} if layout.is_sharded else {})
     engine_results.add("fp32", layout.case, layout.name, str(layout.ranks), **shown)
     assert case.kernels <= engine_pool.calls.keys()
+    assert all(value < TOLERANCE for value in differences.values()), differences
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["no fusion", "all fusions"])
+def test_biases_and_no_norms_on_queries_and_keys(
+    fused: bool, cases: dict[str, Case], reference: Reference, engine_pool: EnginePool
+) -> None:
+    """Qwen2.5's layers."""
+    settings = {**TP_SP, **(DENSE_FUSIONS if fused else {})}
+    differences = compare(engine_pool, cases["qwen2"], reference("qwen2"), 2, settings)
     assert all(value < TOLERANCE for value in differences.values()), differences

@@ -109,7 +109,7 @@ def no_config(directory: Path) -> None:
 
 
 def not_qwen(directory: Path) -> None:
-    (directory / "hf" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (directory / "hf" / "config.json").write_text(json.dumps({"model_type": "bert"}))
 
 
 def dense_weights(directory: Path) -> None:
@@ -140,7 +140,7 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("mask outside the embedding", lambda root: damaged(root, mask_outside), "not a token id"),
     ("mask is an ordinary token", lambda root: damaged(root, mask_is_a_word), "which text uses"),
     ("no config", lambda root: damaged(root, no_config), "config"),
-    ("not Qwen", lambda root: damaged(root, not_qwen), "llama"),
+    ("not Qwen", lambda root: damaged(root, not_qwen), "bert"),
     ("no metadata", lambda root: damaged(root, no_metadata), "incomplete"),
     ("file is gone", lambda root: damaged(root, no_tokenizer, intact=False), "tokenizer.json: is missing"),
     ("bit is flipped", lambda root: damaged(root, flipped_bit, intact=False), "__0_0.distcp: is damaged"),

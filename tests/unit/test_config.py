@@ -10,9 +10,9 @@ import yaml
 
 from megatron_a2d.config.cli import Parser, add_settings, parse_run
 from megatron_a2d.config.model_config import ModelConfig
+from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.settings import RunConfig, build, settings
 from megatron_a2d.config.validate import find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.utils.errors import UserError
 
 MOE = ModelConfig(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)

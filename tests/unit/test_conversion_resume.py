@@ -19,11 +19,11 @@ from megatron_a2d.checkpoint import tensor_rows
 from megatron_a2d.checkpoint.manifest import check_manifest
 from megatron_a2d.conversion import torch_dist_writer
 from megatron_a2d.conversion.hf_to_torch_dist import convert
-from megatron_a2d.conversion.qwen3_shapes import hub_config
 from megatron_a2d.conversion.random_weights import write_synthetic
 from megatron_a2d.conversion.resumable_output import JOURNAL, resumable_directory
 from megatron_a2d.conversion.torch_dist_to_hf import export
 from megatron_a2d.conversion.workers import run_jobs
+from megatron_a2d.families.qwen3 import hub_config
 from megatron_a2d.utils.errors import UserError
 from tests import tiny
 from tests.unit.hf_tensors import tensors_of

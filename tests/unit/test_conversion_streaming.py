@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from checkpoints_tools import convert_hf, export_hf, synthesize
 from megatron_a2d.checkpoint import tensor_rows as rows
 from megatron_a2d.conversion.hf_to_torch_dist import convert
-from megatron_a2d.conversion.qwen3_shapes import SIZES, hub_config
 from megatron_a2d.conversion.random_weights import write_synthetic
 from megatron_a2d.conversion.safetensors_files import plan_shards
 from megatron_a2d.conversion.torch_dist_to_hf import export
+from megatron_a2d.families.qwen3 import SIZES, hub_config
 from megatron_a2d.utils.errors import UserError
 from tests import tiny
 from tests.unit.hf_tensors import assert_bitwise_equal, fuse_experts, tensors_of

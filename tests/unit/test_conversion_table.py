@@ -10,8 +10,8 @@ import pytest
 
 from megatron_a2d.checkpoint.tensor_rows import RowRange
 from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf
-from megatron_a2d.conversion.qwen3_shapes import SIZES, hub_config
-from megatron_a2d.conversion.qwen3_weight_map import WeightMap
+from megatron_a2d.conversion.weight_map import WeightMap
+from megatron_a2d.families.qwen3 import SIZES, hub_config
 from tests import tiny
 
 

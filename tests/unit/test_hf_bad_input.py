@@ -71,7 +71,7 @@ DENSE: dict[str, tuple[Callable[[Path], object], str]] = {
         "header entry is damaged",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
-    "foreign architecture": (lambda d: edit_config(d, model_type="llama"), "model_type 'llama' is not supported"),
+    "foreign architecture": (lambda d: edit_config(d, model_type="bert"), "model_type 'bert' is not supported"),
     "no config": (lambda d: (d / "config.json").unlink(), "configuration is missing"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
     "tokenizer of another model": (

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "megatron_a2d"
 # From the bottom up. A package may import those of lower layers, and those that stand before it in its own.
 LAYERS = (
     ("utils",),
-    ("config", "terminal", "diffusion", "hf"),
+    ("families", "config", "terminal", "diffusion", "hf"),
     ("megatron_compat", "distributed", "data"),
     ("checkpoint", "conversion", "model"),
     ("planner", "verification", "report"),
@@ -31,6 +31,7 @@ APART = {
     ("model", "data"),
     ("diffusion", "terminal"),
     ("hf", "config"),
+    ("hf", "families"),
     ("hf", "diffusion"),
     ("conversion", "diffusion"),
 }
@@ -127,7 +128,7 @@ def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("modules", "forbidden"),
     [
-        (("utils", "config", "terminal"), {"torch", "numpy", "megatron", "transformers"}),
+        (("utils", "families", "config", "terminal"), {"torch", "numpy", "megatron", "transformers"}),
         (("diffusion", "conversion", "hf"), {"megatron"}),
     ],
 )

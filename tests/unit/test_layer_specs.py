@@ -31,7 +31,7 @@ megatron_compat.install()
 
 def transformer(num_experts: int | None = None, **fields: Any) -> TransformerConfig:
     return TransformerConfig(
-        num_layers=2, hidden_size=64, num_attention_heads=4, num_moe_experts=num_experts, **fields
+        num_layers=2, hidden_size=64, num_attention_heads=4, num_moe_experts=num_experts, qk_layernorm=True, **fields
     )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
 from megatron_a2d.model import local_linear
-from megatron_a2d.model.local_attention import normed_and_rotated
-from megatron_a2d.model.local_linear import LinearProduct
+from megatron_a2d.model.local_attention import normed_and_rotated, rotated
+from megatron_a2d.model.local_linear import LinearProduct, LocalColumnParallelLinear
 from megatron_a2d.model.rms_norm import _Norm
 from megatron_a2d.model.swiglu import swiglu
 
@@ -43,6 +43,17 @@ def test_linear_product(shape: tuple[int, ...], has_onednn: bool, monkeypatch: p
     monkeypatch.setattr(local_linear, "_has_onednn", lambda: has_onednn)
     inputs = random(*shape), random(40, 24, seed=1)
     same(gradients(LinearProduct.apply, *inputs), gradients(F.linear, *inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_layer_with_a_bias() -> None:
+    """As megatron.core calls it for queries, keys and values."""
+
+    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        options = {"bias": bias, "allreduce_dgrad": False, "sequence_parallel": False}
+        return LocalColumnParallelLinear._forward_impl(None, x, weight, **options)  # type: ignore[arg-type]
+
+    inputs = random(5, 3, 24), random(40, 24, seed=1), random(40, seed=2)
+    same(gradients(layer, *inputs), gradients(F.linear, *inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_this_torch_has_onednns_product() -> None:
@@ -103,16 +114,13 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> N
     same(found, gradients(plain_norm, *inputs), rtol=tolerance, atol=20 * tolerance)
 
 
-def plain_attention_inputs(qkv: torch.Tensor, query_weight: torch.Tensor, key_weight: torch.Tensor, angles: Any) -> Any:
-    """As megatron.core computes them, one after another."""
+def plain_attention_inputs(qkv: torch.Tensor, *weights: torch.Tensor, angles: Any) -> Any:
+    """As megatron.core computes them, one after another; without `weights` queries and keys have no norms."""
     width = qkv.size(-1)
     query, key, value = qkv.flatten(3).split([2 * width, width, width], dim=-1)
     query = query.reshape(*query.shape[:2], -1, width)
-    rotated = (
-        _apply_rotary_pos_emb_bshd(plain_norm(part, weight), angles)
-        for part, weight in ((query, query_weight), (key, key_weight))
-    )
-    return torch.cat([*rotated, value], dim=2)
+    parts = [plain_norm(*pair) for pair in zip((query, key), weights, strict=True)] if weights else [query, key]
+    return torch.cat([*(_apply_rotary_pos_emb_bshd(part, angles) for part in parts), value], dim=2)
 
 
 @pytest.mark.parametrize("angles_per_sample", [False, True])
@@ -127,5 +135,14 @@ def test_norms_and_rotation(dtype: torch.dtype, tolerance: float, angles_per_sam
         return torch.cat(normed_and_rotated(*tensors, angles, EPS), dim=2)
 
     inputs = [tensor.to(dtype) for tensor in inputs]
-    plain = gradients(lambda *tensors: plain_attention_inputs(*tensors, angles), *inputs)
+    plain = gradients(lambda *tensors: plain_attention_inputs(*tensors, angles=angles), *inputs)
     same(gradients(ours, *inputs), plain, rtol=tolerance, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_rotation_without_norms(dtype: torch.dtype, tolerance: float) -> None:
+    qkv, half = random(6, 3, 2, 4, 8).to(dtype), random(6, 3, 1, 4, seed=3) * 3
+    angles = torch.cat([half, half], dim=-1)
+    plain = gradients(lambda tensor: plain_attention_inputs(tensor, angles=angles), qkv)
+    ours = gradients(lambda tensor: torch.cat(rotated(tensor, angles), dim=2), qkv)
+    same(ours, plain, rtol=tolerance, atol=20 * tolerance)

@@ -63,6 +63,26 @@ def declare_beside(directory: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
 
 
+def fill(directory: Path, name: str) -> None:
+    """As in Llama 3, no id is left; the first token beyond the text's is not reserved."""
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    kind = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    names = ["<|finetune|>", *(name.format(i) for i in range(1, tiny.VOCAB_SIZE - tiny.NUM_TOKENS))]
+    content["added_tokens"] += [{"id": tiny.NUM_TOKENS + i, "content": token, **kind} for i, token in enumerate(names)]
+    path.write_text(json.dumps(content))
+
+
+def fill_with_an_unknown(directory: Path) -> None:
+    """As in Llama 2."""
+    fill(directory, "<word {}>")
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"][-4]["content"] = "<unk>"
+    content["model"] |= {"byte_fallback": True, "unk_token": "<unk>"}
+    path.write_text(json.dumps(content))
+
+
 # What is done to the tokenizer before conversion, --mask-token-id, and the id and name that are right.
 CASES: dict[str, tuple[Any, int | None, int, str]] = {
     "none": (lambda d: None, None, 250, "<|mask|>"),
@@ -77,7 +97,10 @@ CASES: dict[str, tuple[Any, int | None, int, str]] = {
     "another beside a gap": (declare_with_a_gap, 254, 254, "<|mask|>"),
     "declared beside": (declare_beside, None, 252, "[MSK]"),
     "declared without an id": (lambda d: declare(d, "[MASK]"), None, 250, "<|mask|>"),
-}
+    "every id is used, some are reserved": (lambda d: fill(d, "<|reserved_special_token_{}|>"), None, 251, "<|reserved_special_token_1|>"),
+    "a reserved one by id": (lambda d: fill(d, "<|reserved_special_token_{}|>"), 253, 253, "<|reserved_special_token_3|>"),
+    "every id is used, unknown characters are bytes": (fill_with_an_unknown, None, 252, "<unk>"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

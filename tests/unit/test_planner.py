@@ -12,9 +12,9 @@ import pytest
 from megatron_a2d import plan
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.gpus import rates_of
+from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.settings import build
 from megatron_a2d.config.validate import find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.model.flops import train_flops_per_token
 from megatron_a2d.planner import search as searching
 from megatron_a2d.planner.calibration import (

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.config.model_config import read_model_config
+from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.settings import build
-from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.model import chunked_cross_entropy
 from megatron_a2d.model.logits_chunks import rows_per_chunk
 from megatron_a2d.planner import memory as planned
@@ -29,12 +29,13 @@ from tests.unit.test_chunked_cross_entropy import Memory, OneRank
 from tests.unit.test_planner import B200, JOB
 
 # Of the layers' activations; routing is uneven, and the all-to-all dispatcher keeps some tensors as well.
-ACTIVATIONS_WITHIN = {"dense": 1e-3, "dense_tied": 1e-3, "moe": 0.05}
+ACTIVATIONS_WITHIN = {"dense": 1e-3, "dense_tied": 1e-3, "moe": 0.05, "qwen2": 1e-3}
 
 LAYOUTS = {
     "dense, one process": ("dense", 1, {}),
     "dense, one process, bf16": ("dense", 1, {"bf16": True}),
     "dense, TP2+SP": ("dense", 2, TP_SP),
+    "qwen2, TP2+SP x DP2, distributed": ("qwen2", 4, {**TP_SP, **DISTRIBUTED}),
     "tied, PP2 x DP2, distributed": ("dense_tied", 4, {**PP, **DISTRIBUTED, "bf16": True}),
     "dense, CP2 x DP2, distributed, overlap": ("dense", 4, {**CP, **OVERLAP}),
     "moe, EP2 x DP4, distributed, bf16": ("moe", 4, {**EP, **DISTRIBUTED, "bf16": True}),

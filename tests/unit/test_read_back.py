@@ -16,10 +16,10 @@ from megatron_a2d.checkpoint.tensor_rows import OpenFiles, RowRange, bytes_of
 from megatron_a2d.conversion import hf_to_torch_dist, read_back, torch_dist_to_hf
 from megatron_a2d.conversion.compare_weights import compare_weights
 from megatron_a2d.conversion.hf_to_torch_dist import convert
-from megatron_a2d.conversion.qwen3_weight_map import WeightBlock
 from megatron_a2d.conversion.read_back import ReadBack, ReadRows, RecordedRows
 from megatron_a2d.conversion.sources import Weights, as_type, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_to_hf import export
+from megatron_a2d.conversion.weight_map import WeightBlock
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.verification import logits_report
 from tests import tiny

@@ -16,8 +16,8 @@ import pytest
 from megatron_a2d import train
 from megatron_a2d.config import installed_versions
 from megatron_a2d.config.cli import Parser, parse_run
+from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.validate import find_problems
-from megatron_a2d.conversion.qwen3_shapes import named_model_config
 from megatron_a2d.rehearsal import rehearse
 from megatron_a2d.rehearsal.event_listing import Repeated, fold, text_of
 from megatron_a2d.rehearsal.pipeline_pairing import pair

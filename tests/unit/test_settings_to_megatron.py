@@ -131,6 +131,8 @@ def test_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain["moe_router_pre_softmax"] is True and plain["params_dtype"] == torch.float32
     assert plain["deallocate_pipeline_outputs"] is True and plain["virtual_pipeline_model_parallel_size"] is None
     assert fields_of(DENSE, monkeypatch)["num_moe_experts"] is None
+    qwen2 = fields_of(dataclasses.replace(DENSE, add_qkv_bias=True, qk_layernorm=False), monkeypatch)
+    assert (qwen2["add_qkv_bias"], qwen2["qk_layernorm"], qwen2["add_bias_linear"]) == (True, False, False)
 
 
 def test_the_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:

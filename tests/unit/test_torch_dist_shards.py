@@ -27,9 +27,9 @@ from megatron_a2d.checkpoint.tensor_rows import RowRange
 from megatron_a2d.checkpoint.torch_dist_reader import open_torch_dist
 from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.conversion.hf_to_torch_dist import convert
-from megatron_a2d.conversion.qwen3_weight_map import WeightMap
 from megatron_a2d.conversion.sources import open_checkpoint
 from megatron_a2d.conversion.torch_dist_to_hf import export
+from megatron_a2d.conversion.weight_map import WeightMap
 from megatron_a2d.utils.errors import UserError
 from tests import tiny
 from tests.unit.hf_tensors import assert_bitwise_equal, tensors_of

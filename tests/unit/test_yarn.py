@@ -58,10 +58,12 @@ def test_frequencies_and_temperature_are_those_of_transformers(name: str) -> Non
     megatron_compat.install()
     found = model_config(SCALINGS[name])
     frequencies, temperature = of_transformers(SCALINGS[name])
-    assert found.yarn and found.yarn.attention_factor == pytest.approx(temperature, rel=1e-12)
+    assert found.rope_scaling and found.rope_scaling.attention_factor == pytest.approx(temperature, rel=1e-12)
     angles = rotary_embedding(found)(7, packed_seq=True)[0][6, 0, 0]
     assert torch.allclose(angles, (6 * frequencies).repeat(2), rtol=1e-6, atol=0)
-    config = A2DConfig(head_dim=found.head_dim, max_position_embeddings=512, rope_scaling=found.yarn.to_rope_scaling())
+    config = A2DConfig(
+        head_dim=found.head_dim, max_position_embeddings=512, rope_scaling=found.rope_scaling.to_rope_scaling()
+    )
     assert config.rope_scaling["attention_factor"] == pytest.approx(temperature, rel=1e-12)
     exported_angles = rotary_angles(torch.tensor([[6]]), config)[0, 0, 0]
     assert torch.allclose(exported_angles, 6 * frequencies, rtol=1e-6, atol=0)
@@ -95,9 +97,9 @@ def test_streamed_logits_and_those_of_an_export(kind: str, models: Path, tmp_pat
     expected = transformers_logits(models / kind)
     with open_hf(models / kind) as weights:
         assert (StreamedModel(weights).logits(tokens()) - expected).abs().max() <= 2e-5
-        cold = dataclasses.replace(weights.model_config.yarn, attention_factor=1.0)  # type: ignore[type-var]
+        cold = dataclasses.replace(weights.model_config.rope_scaling, attention_factor=1.0)  # type: ignore[type-var]
         for wrong in (None, cold, dataclasses.replace(cold, factor=1.0)):
-            other = weights._replace(model_config=dataclasses.replace(weights.model_config, yarn=wrong))
+            other = weights._replace(model_config=dataclasses.replace(weights.model_config, rope_scaling=wrong))
             assert (StreamedModel(other).logits(tokens()) - expected).abs().max() > 1e-2, wrong
     for form in ("a2d", "qwen3", *(["rnd1"] if kind == "moe" else [])):
         directory = tmp_path / form
@@ -200,13 +202,13 @@ AGREEMENTS: dict[str, dict[str, Any]] = {
 def test_spellings_that_agree_are_one_setting(name: str) -> None:
     config = tiny.hub_config("moe", **AGREEMENTS[name])
     found = model_config_from_hf(config, "config.json")
-    expected = model_config(SHORT).yarn
-    assert (found.yarn, found.rope_theta, found.num_experts) == (expected, 1e6, 8)
+    expected = model_config(SHORT).rope_scaling
+    assert (found.rope_scaling, found.rope_theta, found.num_experts) == (expected, 1e6, 8)
     own = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
     for key in {"dtype", "torch_dtype"} & set(own):
         own[key] = own[key].removeprefix("torch.")  # transformers takes the short name alone
     config_class = A2DConfig(**own, mask_token_id=250)
-    assert model_config_from_hf(config_class.to_dict(), "to_dict").yarn == expected
+    assert model_config_from_hf(config_class.to_dict(), "to_dict").rope_scaling == expected
 
 
 @pytest.mark.parametrize(

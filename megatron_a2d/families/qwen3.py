@@ -1,12 +1,10 @@
-"""Model shapes of the published Qwen3 sizes, from their `config.json`."""
+"""Qwen3 and Qwen3-MoE (Qwen, 2025): norms on queries and keys, no biases; experts renormalised as config.json says."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
-from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf, read_model_config
+from megatron_a2d.families.family import Family, ModelType
 from megatron_a2d.utils.errors import UserError, nearest
 
 # hidden size, layers, heads, KV heads, MLP width, tied embeddings; MoE also: experts, width of an expert
@@ -65,34 +63,18 @@ def hub_config(size: str, **overrides: Any) -> dict[str, Any]:
     return config | overrides
 
 
-def named_model_config(name: str) -> ModelConfig:
-    """The shape of --model: a directory with a config.json, or a published Qwen3 by name (without network access).
-
-    Raises UserError for any other name.
-    """
-    if Path(name).is_dir():
-        return read_model_config(name)
-    match = re.fullmatch(r"(?:Qwen/)?Qwen3-([\w.]+(?:-A\d+B)?)(?:-(?:Base|Instruct|Thinking)(?:-\d+)?)?", name)
-    if not match or match[1] not in SIZES:
-        known = [f"Qwen/Qwen3-{size}" for size in SIZES]
-        raise UserError(
-            f"--model {name}: is neither a directory nor a Qwen3{nearest(name, known)}; give one such as "
-            f"Qwen/Qwen3-8B-Base ({', '.join(SIZES)})"
-        )
-    return model_config_from_hf(hub_config(match[1]), name)
-
-
-def shape_problems(named: str, found: ModelConfig) -> list[str]:
-    """One line for each dimension in which the checkpoint differs from --model."""
-    expected = named_model_config(named)
-    sizes = [
-        "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-        "tie_word_embeddings", "num_experts", "num_experts_per_tok",
-        "moe_intermediate_size" if expected.is_moe else "intermediate_size",
-    ]  # fmt: skip
-    return [
-        f"--model {named}: has {size} {getattr(expected, size)}, the checkpoint {getattr(found, size)}; "
-        "load that model's checkpoint, or change --model"
-        for size in sizes
-        if getattr(expected, size) != getattr(found, size)
-    ]
+QWEN3 = Family(
+    title="Qwen3",
+    model_types=(
+        # What transformers 4.57 to 5.24 take for missing keys; Qwen3-MoE: hidden size / heads as head_dim.
+        ModelType("qwen3", "Qwen3ForCausalLM", absent={"num_key_value_heads": 32, "head_dim": 128}),
+        ModelType("qwen3_moe", "Qwen3MoeForCausalLM", is_moe=True, absent={"num_key_value_heads": 4}),
+    ),
+    fixed={
+        "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
+        "mlp_only_layers": [], "decoder_sparse_step": 1,
+    },
+    export_format="qwen3",
+    owners=("Qwen",),
+    published={f"Qwen3-{size}": hub_config(size) for size in SIZES},
+)  # fmt: skip

@@ -1,4 +1,7 @@
-"""The weight map between Hugging Face's Qwen3 and Qwen3-MoE tensors and megatron.core's global tensors.
+"""The weight map between the tensors of Hugging Face models and megatron.core's global tensors.
+
+The table has the standard names, those of Llama, Qwen2.5 and Qwen3 in transformers. A family with names of its own
+lists them beside the standard ones (families/family.py, `tensor_names`); all but files uses the standard names.
 
 Every matrix of a megatron tensor interleaves the rows (output features) of one or more HF tensors, its parts, by a
 single rule: each part is cut into the same number of groups, and the groups follow one another, part after part.
@@ -16,8 +19,9 @@ The rule has an exact inverse, so both directions use the same table. Nothing is
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megatron_a2d.checkpoint.tensor_rows import RowRange
 from megatron_a2d.config.model_config import ModelConfig
@@ -42,7 +46,7 @@ class TensorMap:
 
     megatron: str
     parts: Sequence[Part]
-    models: str = "all"  # all, dense, moe, untied
+    models: str = "all"  # those that have it: a key of `_HAS`
     is_grouped_by_kv_head: bool = False
     fused: Part | None = None  # the same rows in one HF tensor of all experts, as transformers 5 may write them
 
@@ -68,8 +72,26 @@ TABLE = (
         ],
         is_grouped_by_kv_head=True,
     ),
-    TensorMap(DECODER + "self_attention.q_layernorm.weight", [Part("D", LAYER + "self_attn.q_norm.weight")]),
-    TensorMap(DECODER + "self_attention.k_layernorm.weight", [Part("D", LAYER + "self_attn.k_norm.weight")]),
+    TensorMap(
+        DECODER + "self_attention.linear_qkv.bias",
+        [
+            Part("Q", LAYER + "self_attn.q_proj.bias"),
+            Part("K", LAYER + "self_attn.k_proj.bias"),
+            Part("K", LAYER + "self_attn.v_proj.bias"),
+        ],
+        models="qkv_bias",
+        is_grouped_by_kv_head=True,
+    ),
+    TensorMap(
+        DECODER + "self_attention.q_layernorm.weight",
+        [Part("D", LAYER + "self_attn.q_norm.weight")],
+        models="qk_norm",
+    ),
+    TensorMap(
+        DECODER + "self_attention.k_layernorm.weight",
+        [Part("D", LAYER + "self_attn.k_norm.weight")],
+        models="qk_norm",
+    ),
     TensorMap(DECODER + "self_attention.linear_proj.weight", [Part("HQ", LAYER + "self_attn.o_proj.weight")]),
     # dense
     TensorMap(
@@ -163,11 +185,16 @@ class WeightMap:
     """The table for one architecture.
 
     `hf_names`, the tensors of an HF directory, decide per layer whether experts are fused; without them every expert
-    has separate tensors, as in the files on the hub.
+    has separate tensors, as in the files on the hub. `renamed`: a family's `tensor_names`; empty: the standard ones.
     """
 
-    def __init__(self, model_config: ModelConfig, hf_names: Collection[str] = ()):
-        self.model_config = model_config
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        hf_names: Collection[str] = (),
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.model_config, self._renamed = model_config, renamed
         self.hf_shapes: dict[str, tuple[int, ...]] = {}
         self.megatron_shapes: dict[str, tuple[int, ...]] = {}
         self.megatron_keys: dict[str, str] = {}
@@ -235,11 +262,12 @@ class WeightMap:
         sizes = _sizes(self.model_config)
         names = dict(zip(("layer", "expert"), lead, strict=False))
         parts, hf_lead = entry.parts, lead[2:]
-        if entry.fused and entry.fused.name.format(**names) in hf_names:
+        if entry.fused and not self._renamed and entry.fused.name.format(**names) in hf_names:
             parts, hf_lead = [entry.fused], lead[1:]
         row_ranges = []
         for part in parts:
-            name, shape = part.name.format(**names), tuple(sizes[letter] for letter in part.axes)
+            own_name = self._renamed[part.name] if self._renamed else part.name
+            name, shape = own_name.format(**names), tuple(sizes[letter] for letter in part.axes)
             self.hf_shapes[name] = shape
             row_ranges.append(RowRange(name, hf_lead, 0, shape[len(hf_lead)]))
         counts = (self.model_config.num_layers, self.model_config.num_experts)[: len(lead)]
@@ -262,10 +290,18 @@ def _sizes(model_config: ModelConfig) -> Mapping[str, int]:
     }  # fmt: skip
 
 
+_HAS: dict[str, Callable[[ModelConfig], bool]] = {
+    "all": lambda a: True,
+    "dense": lambda a: not a.is_moe,
+    "moe": lambda a: a.is_moe,
+    "untied": lambda a: not a.tie_word_embeddings,
+    "qkv_bias": lambda a: a.add_qkv_bias,
+    "qk_norm": lambda a: a.qk_layernorm,
+}
+
+
 def _has(model_config: ModelConfig, models: str) -> bool:
-    if models == "untied":
-        return not model_config.tie_word_embeddings
-    return models == "all" or model_config.is_moe == (models == "moe")
+    return _HAS[models](model_config)
 
 
 def _per_layer(entry: TensorMap) -> bool:
