@@ -32,7 +32,7 @@ class Machine:
     def __init__(self, directory: Path):
         self.clone, self.path, self.calls = directory / "clone", directory / "bin", directory / "calls"
         self.path.mkdir()
-        for tool in ("make", "bash", "env", "sed", "expand", "touch", "dirname", "grep", "cat"):
+        for tool in ("make", "bash", "env", "sed", "expand", "touch", "dirname", "grep", "cat", "mv", "rm"):
             (self.path / tool).symlink_to(str(shutil.which(tool)))
         shutil.copytree(ROOT / "launch", self.clone / "launch", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "constraints", self.clone / "constraints")
@@ -115,6 +115,49 @@ def test_an_installation_that_fails_is_no_environment(refused: str, machine: Mac
     python.write_text(python.read_text().replace("  *) echo", f'  *) case "$*" in *{refused}*) exit 1 ;; esac; echo'))
     code, said, _ = machine.make("setup")
     assert code and not (machine.clone / ".venv" / "installed").exists(), said
+
+
+# git without a network, and one that has it.
+NO_NETWORK = """#!/bin/sh
+echo "fatal: unable to access '$3/': Could not resolve host: github.com" >&2
+exit 128
+"""
+CLONES = """#!/bin/sh
+echo "git $*" >> "$CALLS"
+[ "$1" != clone ] || /bin/mkdir -p "$4"
+"""
+
+
+def test_engines_without_github(machine: Machine) -> None:
+    """One line says what is not tested and why; the rest is tested. A later run clones what is missing."""
+    machine.python("python3.11", 11)
+    (machine.path / "git").write_text(NO_NETWORK)
+    (machine.path / "git").chmod(0o755)
+    code, said, called = machine.make("test-engines")
+    assert code == 0 and called[-1].endswith(" -m pytest tests/engines"), said
+    (line,) = [line for line in said.splitlines() if "SDAR" in line]
+    assert "SDAR's own code is not tested (unable to access" in line and "Could not resolve host: github.com)" in line
+    folders = [line.split(" --target ")[1].split()[0] for line in called if " --target .venv/engines/" in line]
+    assert folders == [
+        f".venv/engines/{name}" for name in ("lmdeploy", "sglang", "transformers5", "transformers_sglang")
+    ]
+    (machine.path / "git").write_text(CLONES)
+    code, said, called = machine.make("test-engines")
+    assert code == 0 and "SDAR" not in said and not any(" -m pip " in line for line in called), said
+    assert [line.split()[1] for line in called if line.startswith("git ")] == ["clone", "-C"]
+    assert (machine.clone / ".venv" / "engines" / "sdar").is_dir()
+    assert not any(line.startswith("git ") for line in machine.make("test-engines")[2]), "it is cloned once"
+
+
+def test_engines_without_a_package_index(machine: Machine) -> None:
+    machine.python("python3.11", 11)
+    assert machine.make("setup")[0] == 0
+    python = machine.clone / ".venv" / "bin" / "python3"
+    refusing = '; case "$*" in *engines*) exit 1 ;; esac'
+    python.write_text(python.read_text().replace('>> "$CALLS"', '>> "$CALLS"' + refusing, 1))
+    code, said, called = machine.make("test-engines")
+    assert code and "error: test-engines: pip could not install the engines" in said and "nothing was tested" in said
+    assert not any("pytest" in line for line in called) and not (machine.clone / ".venv" / "installed_engines").exists()
 
 
 def test_no_python_is_new_enough(machine: Machine) -> None:
