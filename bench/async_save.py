@@ -2,11 +2,11 @@
 
     python -m bench.async_save [--work DIR] [--rounds 15] [--out bench/results/async_save_cpu.json]
 
-One process, a dense model whose checkpoint takes longer to write than a step to compute. A step counts if the writer
-was busy from its start to its end; before it a save is started (the pause of training that this takes is given as
-well), after it the save is completed. It is the first step of the save, which would also copy each page that it shares
-with the writer and changes. The step has threads for all cores, so the writer competes with it; CPU time is that of the
-training process alone.
+One process, a dense model whose checkpoint takes longer to write than a step to compute. Before each step a save is
+started (the pause of training that this takes is given as well), after it the save is completed; how many steps outlast
+the writer is given too, as they are less disturbed. It is the first step of the save, which would also copy each page
+that it shares with the writer and changes. The step has threads for all cores, so the writer competes with it; CPU time
+is that of the training process alone.
 """
 
 from __future__ import annotations
@@ -41,24 +41,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_async_save", dir=options.work) as name:
         step, save = prepared(Path(name))
         pauses: list[float] = []
+        outlasted: list[bool] = []
 
         def while_writing() -> Usage:
-            for _ in range(10):
-                begin = time.perf_counter()
-                writer = save()
-                pauses.append(time.perf_counter() - begin)
-                usage, writing = timed(), not writer.is_written()
-                writer.finish()
-                if writing:
-                    return usage
-            raise UserError("bench.async_save: the disk writes a checkpoint in less than a step; give another --work")
+            begin = time.perf_counter()
+            writer = save()
+            pauses.append(time.perf_counter() - begin)
+            usage = timed()
+            outlasted.append(writer.is_written())
+            writer.finish()
+            return usage
 
         timed = in_process(step)
         sides = {WRITING: while_writing, OTHERWISE: timed}
         step()  # the optimizer has its state from here on
         compared = compare("a step", sides, [(WRITING, OTHERWISE)], rounds=options.rounds)
-    figure = Figure("pause of training at the start of a save", "s", pauses)
-    write(options.out, "async_save", [compared], [figure], MODEL | {"seq_length": SEQ_LENGTH, "batch": BATCH})
+    if sum(outlasted) > len(outlasted) / 2:
+        raise UserError("bench.async_save: the disk writes a checkpoint in less than a step; give another --work")
+    figures = [
+        Figure("pause of training at the start of a save", "s", pauses),
+        Figure("steps that outlasted the writer", "%", [100 * sum(outlasted) / len(outlasted)]),
+    ]
+    write(options.out, "async_save", [compared], figures, MODEL | {"seq_length": SEQ_LENGTH, "batch": BATCH})
 
 
 def prepared(folder: Path) -> tuple[Callable[[], None], Callable[[], Any]]:

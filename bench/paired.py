@@ -7,8 +7,8 @@
 A side is a function that runs once and returns its Usage: `in_process`, `process_tree.command` and `workers.Worker`
 make such functions. A round runs every side once, the next round in the opposite order (AB BA AB ...), so that a
 machine that gets slower or faster meets all of them. A ratio is taken within a round. What is reported is the median
-over rounds with the quartiles; quartiles further apart than NOISY of the median, or too few rounds to have any, make
-it noisy, and documents do not show it.
+over rounds with the quartiles (of three or four rounds, the smallest and the largest). If these are further apart than
+NOISY of the median, or there are fewer rounds, it is noisy, and documents do not show it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megatron_a2d.terminal.console import console
 
 NOISY = 0.10  # of the median, between the quartiles
 FEWEST = 3  # rounds
+FEWEST_WITH_QUARTILES = 5  # of fewer the smallest and largest stand in for the quartiles
 CLOCKS = ("cpu", "wall")
 
 
@@ -61,6 +62,8 @@ class Spread(NamedTuple):
         if len(values) == 1:
             return cls(values[0], values[0], values[0], 1)
         lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) < FEWEST_WITH_QUARTILES:
+            lower, upper = min(values), max(values)
         return cls(middle, lower, upper, len(values))
 
     @property

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import choice_decisions, expert_balance, scaling, wrong_settings
-from bench.paired import CLOCKS, Comparison
+from bench.paired import CLOCKS, FEWEST_WITH_QUARTILES, Comparison
 from bench.result_file import RESULTS, ROOT, Figure, Result, read
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.study.results_page import markdown_table
@@ -119,7 +119,8 @@ def caption(result: Result, comparisons: list[Comparison]) -> str:
     """Machine, versions, command and commit, in a line."""
     about, machine = result.about, result.about["machine"]
     rounds = sorted({len(next(iter(item.runs.values()))) for item in comparisons})
-    spread = f"Medians (quartiles) of {' or '.join(map(str, rounds))} rounds in turns. " if rounds else ""
+    kind = "quartiles" if rounds and rounds[0] >= FEWEST_WITH_QUARTILES else "smallest to largest"
+    spread = f"Medians ({kind}) of {' or '.join(map(str, rounds))} rounds in turns. " if rounds else ""
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"
     return f"{spread}{where}; `{about['command']}` at {about['commit']}.\n"
 

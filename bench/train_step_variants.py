@@ -117,7 +117,7 @@ def hugging_face_step(
     if experts is not None:
         network.set_experts_implementation(experts)
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
+        network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     noise = Noise(1, batches.mask_token_id)
     samples = MicroBatches(

@@ -61,7 +61,7 @@ TABLE = """\
 | --- | --- |
 | peak, moe | 123 MB |
 
-Medians (quartiles) of 3 rounds in turns. C, 2 cores, 1 threads, torch 2; `python -m bench.x` at abc.
+Medians (smallest to largest) of 3 rounds in turns. C, 2 cores, 1 threads, torch 2; `python -m bench.x` at abc.
 """
 
 
@@ -119,7 +119,7 @@ def test_a_result_file_says_what_was_measured(tmp_path: Path, monkeypatch: pytes
         (Figure("x", "bytes", [1.43e9]), "1.43 GB"),
         (Figure("x", "bytes", [1.2e7]), "12 MB"),
         (Figure("x", "", [0.0123]), "0.0123"),
-        (Figure("x", "tokens/s", [1e6, 1.01e6, 1.02e6]), "1,010,000 (1,005,000 to 1,015,000) tokens/s"),
+        (Figure("x", "tokens/s", [1e6, 1.01e6, 1.02e6]), "1,010,000 (1,000,000 to 1,020,000) tokens/s"),
         (Figure("x", "ms", [1.0, 2.0, 3.0]), "noisy"),
         (Figure("x", "", [2.5e-7]), "2.5e-07"),
     ],

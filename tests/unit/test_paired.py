@@ -56,8 +56,10 @@ def test_ratios_are_of_the_same_round() -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ([1.0, 1.04, 1.08, 1.04], "1.04 (1.03 to 1.05)"),
-        ([0.9, 1.0, 1.1, 1.2], "noisy"),  # quartiles 0.975 and 1.125
+        ([1.0, 1.04, 1.08, 1.06, 1.02], "1.04 (1.02 to 1.06)"),
+        ([0.9, 1.0, 1.1, 1.2, 1.3], "noisy"),  # quartiles 1.0 and 1.2
+        ([1.0, 1.02, 1.09], "1.02 (1.00 to 1.09)"),  # too few for quartiles: the smallest and the largest
+        ([1.0, 1.1, 1.2], "noisy"),
         ([1.0, 1.0], "noisy"),  # nothing to judge by
         ([1.0], "noisy"),
     ],
@@ -80,8 +82,8 @@ def test_stored_and_read_again() -> None:
     stored = compared.to_json()
     assert Comparison.from_json(stored) == compared
     assert stored["ratios"] == [
-        {"of": "a", "over": "b", "cpu": {"median": 2.5, "quartiles": [2.25, 2.75], "noisy": True},
-         "wall": {"median": 2.5, "quartiles": [2.25, 2.75], "noisy": True}}
+        {"of": "a", "over": "b", "cpu": {"median": 2.5, "quartiles": [2.0, 3.0], "noisy": True},
+         "wall": {"median": 2.5, "quartiles": [2.0, 3.0], "noisy": True}}
     ]  # fmt: skip
     assert stored["median_seconds"]["b"] == {"cpu": 1, "wall": 1.5}
 
