@@ -30,7 +30,7 @@ from megatron_a2d.utils.errors import UserError
 # same memory.
 SLAB_BYTES = 4 << 20
 _BLOCK_BYTES = 4 << 20  # written at once
-_MOST_UNUSED = 64  # blocks of memory kept to be read into again
+_MOST_UNUSED = 4  # blocks of memory kept to be read into again
 _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system does not have it
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -126,6 +126,9 @@ def is_finite(rows: torch.Tensor) -> bool:
     """
     if not rows.numel():
         return True
+    if not rows.is_contiguous():  # in their place: a copy of each piece would stay in the allocator's memory
+        low, high = rows.aminmax()
+        return math.isfinite(float(low)) and math.isfinite(float(high))
     width = rows.element_size()
     bits = np.frombuffer(bytes_of(rows.contiguous()), f"i{width}")
     infinity = _bits_of_infinity(rows.dtype)

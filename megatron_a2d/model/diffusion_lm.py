@@ -10,8 +10,7 @@ positions, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -208,30 +207,8 @@ class DiffusionLM(LanguageModule):
         It is `forward` because megatron's pipeline schedules call the model through DistributedDataParallel, which
         forwards only that method. They also pass the hidden states between stages: hence two return types.
         """
-        with self._last_mlp_at(indices_N, tokens_bs):
-            hidden_sbh = self._decode(tokens_bs, documents, positions, annealing, levels)
+        hidden_sbh = self._decode(tokens_bs, documents, positions, annealing, levels)
         return self._losses(hidden_sbh, labels_N, indices_N) if self.post_process else hidden_sbh
-
-    @contextmanager
-    def _last_mlp_at(self, indices_N: Tensor, tokens_bs: Tensor) -> Iterator[None]:
-        """The last layer's MLP computed for the loss positions alone, which are all that is read of its output.
-
-        Portable layers on a CPU; a layer that is recomputed in the backward pass would find another micro-batch's.
-        """
-        config = self.config
-        mlp: Any = self.decoder.layers[-1].mlp if self.post_process and self.decoder.layers else None
-        recomputes, pads = config.recompute_granularity is not None, config.moe_pad_expert_input_to_capacity
-        on_cpu = tokens_bs.device.type == "cpu"
-        if not (hasattr(mlp, "wanted") and on_cpu) or config.sequence_parallel or recomputes or pads:
-            yield
-            return
-        wanted_bs = torch.zeros_like(tokens_bs, dtype=torch.bool)
-        wanted_bs.view(-1)[indices_N] = True
-        mlp.wanted = wanted_bs.T.flatten()
-        try:
-            yield
-        finally:
-            mlp.wanted = None
 
     def hidden_states(
         self,

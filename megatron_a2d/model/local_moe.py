@@ -18,8 +18,6 @@ from megatron_a2d.model.token_rows import copied, rows_of, summed
 class LocalMoELayer(MoELayer):
     """megatron.core's MoE layer."""
 
-    wanted: Tensor | None = None  # [T] bool, the tokens whose output is read (DiffusionLM sets it); None: all
-
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         dispatcher = self.token_dispatcher
@@ -41,8 +39,3 @@ class LocalMoELayer(MoELayer):
         weights_R = weights_TE.T.masked_select(chosen_TE.T)
         outputs_Rh, _bias = self.experts(copied(hidden_states.flatten(0, 1), rows), chosen_TE.sum(0), weights_R)
         return summed(outputs_Rh, rows).view_as(hidden_states), None
-
-    def route(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Weights [T, E], and the choices that experts compute, [T, E] bool."""
-        weights_TE, chosen_TE = super().route(*arguments, **options)
-        return weights_TE, chosen_TE if self.wanted is None else chosen_TE & self.wanted[:, None]

@@ -15,8 +15,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
-from megatron_a2d.model.token_rows import copied, rows_of, summed
-
 
 def swiglu(inner: Tensor, weights: Tensor | None = None) -> Tensor:
     """[..., f]. `weights` [...] fp32 multiply the rows."""
@@ -54,8 +52,6 @@ class _SwiGLU(torch.autograd.Function):
 class LocalMLP(MLP):
     """megatron.core's MLP with the SwiGLU above."""
 
-    wanted: Tensor | None = None  # [T] bool, the tokens whose output is read (DiffusionLM sets it); None: all
-
     def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, pg_collection: Any = None, **_: Any):
         # Of a class that it does not know megatron.core 0.16 passes no process groups, and 0.19 those of a MoE layer.
         super().__init__(config, submodules, tp_group=pg_collection.tp if pg_collection else None)
@@ -64,11 +60,6 @@ class LocalMLP(MLP):
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The output [s, b, h] and no bias, as megatron.core calls it."""
-        if self.wanted is None:
-            inner, _bias = self.linear_fc1(hidden_states)
-            output, _bias = self.linear_fc2(swiglu(inner, per_token_scale))
-            return output, None
-        rows = rows_of(self.wanted[:, None])
-        inner, _bias = self.linear_fc1(copied(hidden_states.flatten(0, 1), rows)[:, None])
-        output, _bias = self.linear_fc2(swiglu(inner))
-        return summed(output[:, 0], rows).view_as(hidden_states), None
+        inner, _bias = self.linear_fc1(hidden_states)
+        output, _bias = self.linear_fc2(swiglu(inner, per_token_scale))
+        return output, None

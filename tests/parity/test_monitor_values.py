@@ -155,7 +155,8 @@ def expected_values(kind: str, batches: list[Any], learning_rates: list[float]) 
     values |= {
         "loss": float(totals[0] / totals[4]), "cross_entropy": float(totals[1] / totals[2]),
         "accuracy": float(totals[3] / totals[2]), "mask_ratio": float(totals[2] / totals[4]),
-        "grad_norm": sum(norms) / len(norms), "lr": learning_rates[-1], "consumed_samples": 0, "consumed_tokens": 0,
+        "grad_norm": sum(norms) / len(norms), "lr": learning_rates[-1], "batch_size": BATCH,
+        "consumed_samples": 0, "consumed_tokens": 0,
     }  # fmt: skip
     for name, table, above, below in (("loss_by_t", 0, 0, 4), ("accuracy_by_mask_ratio", 1, 3, 2)):
         values |= {

@@ -1,9 +1,8 @@
-"""The portable layers' MLPs in one process: megatron.core's MoE layer, and a last layer computed where it is read."""
+"""The portable MoE layer in one process against megatron.core's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -47,11 +46,6 @@ def test_rows_and_their_sums(dtype: torch.dtype) -> None:
     assert torch.equal(values.grad, tokens[rows.token])
 
 
-@pytest.fixture(params=["dense", "moe"])
-def model(request: pytest.FixtureRequest) -> Iterator[DiffusionLM]:
-    yield from built(request.param)
-
-
 def built(kind: str, **settings: Any) -> Iterator[DiffusionLM]:
     """A model with random weights in one process."""
     config = build(settings)
@@ -89,24 +83,3 @@ def test_moe_layer_is_megatrons(settings: dict[str, Any]) -> None:
             found = gradients(layer, output)
             results.append(found | {"output": output.detach(), "input": hidden.grad})
         assert_same(*results)
-
-
-@pytest.mark.parametrize("positions", [[1, 2, 7, 10], [], list(range(SAMPLES * LENGTH))])
-def test_last_mlp_at_the_loss_positions(
-    positions: list[int], model: DiffusionLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It computes those alone; losses and all gradients are as if it computed every position."""
-    tokens = torch.arange(SAMPLES * LENGTH).view(SAMPLES, LENGTH)
-    mlp, seen = model.decoder.layers[-1].mlp, []
-    part, choices = (mlp.experts, 2) if hasattr(mlp, "experts") else (mlp.linear_fc1, 1)
-    part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2).size(0)))
-    results = []
-    for restricted in (True, False):
-        if not restricted:
-            monkeypatch.setattr(model, "_last_mlp_at", lambda *_: nullcontext())
-        losses, correct = model(tokens, torch.tensor(positions, dtype=torch.int64) * 3, torch.tensor(positions).long())
-        found = gradients(model, losses)
-        results.append(found | {"losses": losses.detach(), "correct": correct.float()})
-    assert_same(*results)
-    assert seen == [choices * len(positions), choices * SAMPLES * LENGTH]
-    assert mlp.wanted is None
