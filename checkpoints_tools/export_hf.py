@@ -14,6 +14,7 @@ from pathlib import Path
 from checkpoints_tools.options import add_streaming_options, check_streaming_options, parse_size
 from checkpoints_tools.verify import print_lines, report_into
 from megatron_a2d.config.cli import Parser
+from megatron_a2d.families.registry import export_formats
 from megatron_a2d.terminal.console import entry_point, human
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.printable import print_line
@@ -25,12 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint or an iteration of one"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write; must be new")
-    parser.add_argument(
-        "--format",
-        choices=("rnd1", "a2d", "sdar", "qwen3", "qwen2", "llama"),
-        default="a2d",
-        help="format of the export",
-    )
+    parser.add_argument("--format", choices=export_formats(), default="a2d", help="format of the export")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB")
     parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="dtype to store")
     parser.add_argument("--evaluation", type=Path, metavar="FILE", help="JSON of results for the model card's table")

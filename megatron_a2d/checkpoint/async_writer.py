@@ -112,7 +112,7 @@ def _write(
     """Main function of the writer process. No garbage collection: GPU tensors in its memory belong to the parent."""
     gc.disable()
     if in_background:
-        _leave_the_cpus()
+        os.nice(19)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler only records it
     _end_with(parent)
     results = _Results({})
@@ -127,14 +127,6 @@ def _write(
         connection.send((results.value, entries))
     except Exception as error:
         connection.send(error if isinstance(error, OSError) else RuntimeError(str(error)))
-
-
-def _leave_the_cpus() -> None:
-    """Run only where nothing else does. A process of the lowest priority would still hold a CPU for milliseconds when a
-    thread of a step wakes up there; one of Linux's policy for idle times gives way at once."""
-    os.nice(19)
-    with contextlib.suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _end_with(parent: int) -> None:

@@ -91,83 +91,93 @@ def model_config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
     kind = kind_of(config, where)
     if config.get("quantization_config") or config.get("compression_config"):
         raise UserError(f"{where}: {quantised(_method(config))}")
-    problems: list[str] = []
-
-    def get(name: str, default: Any = None) -> Any:
-        keys = kind.spellings(name)
-        found = {key: config[key] for key in keys if config.get(key) is not None}
-        if found:
-            return agreed(found, where, problems)
-        value = kind.absent(name, default, config)
-        if value is None:
-            problems.append(f"{where}: {keys[0]} is missing; use the config.json that belongs to the weights")
-            return 1
-        return value
-
-    def size(name: str, default: int | None = None) -> int:
-        value, key = get(name, default), kind.spellings(name)[0]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(f"{where}: {key} is {value!r}, not a positive whole number; correct the file")
-            return 1
-        if value > (most := MOST.get(name, 2**31 - 1)):
-            problems.append(f"{where}: {key} is {value}, more than the {most:,} that are supported; correct the file")
-            return 1
-        return value
-
-    def number(name: str, default: float) -> float:
-        value = get(name, default)
-        if not is_positive(value):
-            problems.append(f"{where}: {kind.spellings(name)[0]} is {value!r}, not a positive number; correct the file")
-            return default
-        return float(value)
-
-    def flag(name: str, constant: bool | None = None) -> bool:
-        if constant is not None:
-            return constant
-        key = kind.spellings(name)[0]
-        value = get(name, default=kind.model_type.absent.get(key, False)) or False
-        if not isinstance(value, bool):
-            problems.append(f"{where}: {key} is {value!r}, neither true nor false; correct the file")
-        return bool(value)
-
-    num_heads = size("num_attention_heads")
-    hidden_size = size("hidden_size")
-    is_moe = kind.model_type.is_moe
-    if is_moe is None:
-        is_moe = any(config.get(key) for key in kind.spellings("num_experts"))
-    experts: dict[str, Any] = {}
-    if is_moe:
-        experts = {
-            "num_experts": size("num_experts"),
-            "num_experts_per_tok": size("num_experts_per_tok"),
-            "moe_intermediate_size": size("moe_intermediate_size"),
-            "norm_topk_prob": flag("norm_topk_prob", kind.family.norm_topk_prob),
-        }
-    max_position_embeddings = size("max_position_embeddings", default=32768)
-    rotary = read_rotary(config, where, max_position_embeddings, problems, kind)
+    read = _Reader(config, where, kind)
+    num_heads, hidden_size = read.size("num_attention_heads"), read.size("hidden_size")
+    max_position_embeddings = read.size("max_position_embeddings", default=32768)
+    rotary = read_rotary(config, where, max_position_embeddings, read.problems, kind)
     model_config = ModelConfig(
-        num_layers=size("num_hidden_layers"),
+        num_layers=read.size("num_hidden_layers"),
         hidden_size=hidden_size,
         num_attention_heads=num_heads,
-        num_key_value_heads=size("num_key_value_heads", default=num_heads),
-        head_dim=size("head_dim", default=max(1, hidden_size // num_heads)),
-        intermediate_size=size("intermediate_size"),
-        vocab_size=size("vocab_size"),
+        num_key_value_heads=read.size("num_key_value_heads", default=num_heads),
+        head_dim=read.size("head_dim", default=max(1, hidden_size // num_heads)),
+        intermediate_size=read.size("intermediate_size"),
+        vocab_size=read.size("vocab_size"),
         max_position_embeddings=max_position_embeddings,
-        rms_norm_eps=number("rms_norm_eps", 1e-6),
+        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
         rope_theta=rotary.theta,
-        tie_word_embeddings=flag("tie_word_embeddings"),
-        initializer_range=number("initializer_range", 0.02),
+        tie_word_embeddings=read.flag("tie_word_embeddings"),
+        initializer_range=read.number("initializer_range", 0.02),
         mask_token_id=_mask_token_id(config, kind),
         rope_scaling=rotary.scaling,
-        add_qkv_bias=flag("add_qkv_bias", kind.family.add_qkv_bias),
-        qk_layernorm=flag("qk_layernorm", kind.family.qk_layernorm),
-        **experts,
+        add_qkv_bias=read.flag("add_qkv_bias", kind.family.add_qkv_bias),
+        qk_layernorm=read.flag("qk_layernorm", kind.family.qk_layernorm),
+        **_experts(read, kind),
     )
-    problems += _unsupported(config, model_config, where, kind)
+    problems = read.problems + _unsupported(config, model_config, where, kind)
     if problems:
         raise UserError(problems)
     return model_config
+
+
+def _experts(read: _Reader, kind: Kind) -> dict[str, Any]:
+    """The settings of a mixture of experts; none for a dense model."""
+    is_moe = kind.model_type.is_moe
+    if is_moe is None:
+        is_moe = any(read.config.get(key) for key in kind.spellings("num_experts"))
+    if not is_moe:
+        return {}
+    sizes = {name: read.size(name) for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+    return {**sizes, "norm_topk_prob": read.flag("norm_topk_prob", kind.family.norm_topk_prob)}
+
+
+class _Reader:
+    """Settings of a config.json in its family's spellings. Lines about invalid ones collect in `problems`."""
+
+    def __init__(self, config: dict[str, Any], where: str, kind: Kind):
+        self.config, self._where, self._kind = config, where, kind
+        self.problems: list[str] = []
+
+    def _get(self, name: str, default: Any = None) -> Any:
+        keys = self._kind.spellings(name)
+        found = {key: self.config[key] for key in keys if self.config.get(key) is not None}
+        if found:
+            return agreed(found, self._where, self.problems)
+        value = self._kind.absent(name, default, self.config)
+        if value is None:
+            self._problem(name, "is missing; use the config.json that belongs to the weights")
+            return 1
+        return value
+
+    def _problem(self, name: str, what: str) -> None:
+        self.problems.append(f"{self._where}: {self._kind.spellings(name)[0]} {what}")
+
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self._get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self._problem(name, f"is {value!r}, not a positive whole number; correct the file")
+            return 1
+        if value > (most := MOST.get(name, 2**31 - 1)):
+            self._problem(name, f"is {value}, more than the {most:,} that are supported; correct the file")
+            return 1
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self._get(name, default)
+        if not is_positive(value):
+            self._problem(name, f"is {value!r}, not a positive number; correct the file")
+            return default
+        return float(value)
+
+    def flag(self, name: str, constant: bool | None = None) -> bool:
+        """`constant`: the family's only value."""
+        if constant is not None:
+            return constant
+        key = self._kind.spellings(name)[0]
+        value = self._get(name, default=self._kind.model_type.absent.get(key, False)) or False
+        if not isinstance(value, bool):
+            self._problem(name, f"is {value!r}, neither true nor false; correct the file")
+        return bool(value)
 
 
 def _mask_token_id(config: dict[str, Any], kind: Kind) -> Any:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from megatron_a2d.checkpoint.training_facts import Trained
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.families.family import Family
-from megatron_a2d.families.registry import autoregressive_formats, family_of_format
+from megatron_a2d.families.registry import autoregressive_formats, export_formats, family_of_format
 
 # Those that end in a family's name are of autoregressive models, which classes of transformers read.
-Format = Literal["rnd1", "a2d", "sdar", "qwen3", "qwen2", "llama"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+Format = str  # one of `FORMATS`
+FORMATS = tuple(export_formats())
 
 # By model_type.
 AUTO_MAPS = {

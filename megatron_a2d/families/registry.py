@@ -70,6 +70,11 @@ def _instead() -> str:
     return f"give one of {', '.join(dict.fromkeys(kind.model_type.name for kind in kinds()))}"
 
 
+def export_formats() -> list[str]:
+    """The formats of `export_hf`."""
+    return [family.export_format for family in FAMILIES if family.export_format]
+
+
 def family_of_format(export_format: str) -> Family | None:
     """The family whose models a format of `export_hf` writes; None for a format that is no family's."""
     return next((family for family in FAMILIES if family.export_format == export_format), None)

@@ -120,17 +120,15 @@ class RunLog:
             f"({result.num_samples} samples)"
         )
 
-    def skipped(
-        self, iteration: int, first_sample: int, end_sample: int, culprits: list[int], skipped: SkippedSteps
-    ) -> None:
+    def skipped(self, iteration: int, samples: Range, culprits: list[int], skipped: SkippedSteps) -> None:
         """Log a step without an update. `culprits`: the indices of the samples whose loss is not finite."""
-        samples = [first_sample, end_sample]
-        self.event("skipped", iteration=iteration, samples=samples, not_finite=culprits, total=skipped.total)
+        ends = [samples.first, samples.last + 1]
+        self.event("skipped", iteration=iteration, samples=ends, not_finite=culprits, total=skipped.total)
         shown = ", ".join(map(str, culprits[:8])) + (" ..." if len(culprits) > 8 else "")
         cause = f"the loss of samples {shown}" if culprits else "the losses are finite, their gradient"
         self.say(
             f"iteration {iteration}: {cause} is not finite, no rank updated its weights "
-            f"({skipped.in_a_row} in a row, {skipped.total} in total; samples {first_sample}-{end_sample - 1})"
+            f"({skipped.in_a_row} in a row, {skipped.total} in total; samples {samples})"
         )
 
     def spike(self, iteration: int, loss: float, samples: Range) -> None:

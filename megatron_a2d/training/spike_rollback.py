@@ -46,8 +46,7 @@ def find_rollback(config: RunConfig, state: TrainState, before: int, log: RunLog
     if start is None:
         log.say(f"no rollback: --save {training.save} holds no intact checkpoint from before; the run continues")
         return None
-    first = config.batch_sizes.samples_before(iteration_of(start))
-    samples = Range(config.skipped.index_of(first), config.skipped.index_of(state.consumed_samples - 1))
+    samples = state.samples_since(iteration_of(start), config.batch_sizes)
     rollback = Rollback(start, samples, state.rollbacks + 1)
     log.rollback(state.iteration, iteration_of(start), rollback.samples, rollback.number, training.max_rollbacks)
     return rollback

@@ -11,7 +11,6 @@ from megatron_a2d.checkpoint.directory import HF_FILES
 from megatron_a2d.checkpoint.placement_file import ExpertPlacement
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
-from megatron_a2d.config.skipped_samples import Range
 from megatron_a2d.data.background_scan import BackgroundScan
 from megatron_a2d.data.dataloader import MicroBatches, write_batch
 from megatron_a2d.data.packed_dataset import PackedDataset
@@ -22,6 +21,7 @@ from megatron_a2d.model.layer_specs import notes
 from megatron_a2d.training.checkpointing import CheckpointManager
 from megatron_a2d.training.cuda_graphs import CudaGraphs
 from megatron_a2d.training.data_setup import micro_batches, open_datasets
+from megatron_a2d.training.grafting import Grafting
 from megatron_a2d.training.initialization import build_train_state, initialize_state
 from megatron_a2d.training.interval_metrics import IntervalMetrics
 from megatron_a2d.training.load_metrics import CrowdingDetector
@@ -74,27 +74,14 @@ def _train(
     rolled_back: Rollback | None,
 ) -> tuple[TrainState, int, Rollback | None]:
     """Train until the run ends or a spike asks for a rollback; `rolled_back`: the one by which it starts here."""
-    start, weights_only = begin
     # What the run consists of. Rank 0 has scanned the data files (startup_checks.py); reads check every token again.
-    train_data, valid_data = open_datasets(config, model_config, start / HF_FILES, scan=False)
-    state = build_train_state(model_config, config)
-    if placement:
-        state.place_experts(placement)
-    training, batch_sizes, num_iterations = config.training, config.batch_sizes, config.num_iterations
-    monitor = Monitor(config, model_config, state) if training.monitor else None
-    # Drift is measured from the weights that the run began with. A resumed run reads those into the model first, and
-    # `initialize_state` overwrites them with the checkpoint; for a new run they are what it leaves in the model.
-    if monitor and not weights_only:
-        monitor.remember_start_of(config)
-    grafting = initialize_state(state, config, model_config, start, weights_only)
-    if monitor and weights_only:
-        monitor.remember_start()
-    config = with_skipped(config, state.skipped, state.consumed_samples)
-    state.skipped = config.skipped
+    train_data, valid_data = open_datasets(config, model_config, begin.directory / HF_FILES, scan=False)
+    config, state, grafting, monitor = _state_of(config, model_config, begin, placement)
     state.rollbacks = rolled_back.number if rolled_back else state.rollbacks
+    training, batch_sizes, num_iterations = config.training, config.batch_sizes, config.num_iterations
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, model_config, train_data, config.data.seed, state.consumed_samples)
-    saves = CheckpointManager(config, start / HF_FILES, log)
+    saves = CheckpointManager(config, begin.directory / HF_FILES, log)
     # Files with checksums are verified at every read; the others are scanned once in the background.
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and file.needs_scan])
@@ -108,19 +95,7 @@ def _train(
     rollback: Rollback | None = None
     try:
         # The log's head, and the validation that later ones are compared with.
-        variables = environment.environment(config, environment.find_gpu())
-        log.event("start", iteration=state.iteration, settings=config.to_dict(), environment=variables)
-        if variables:
-            log.say(f"environment: {environment.as_text(variables)}")
-        for note in notes(config, model_config):
-            log.say(note)
-        if placement:
-            log.say(placement.describe(config.parallel.expert_model_parallel_size))
-        log.say(f"{'starting' if weights_only else 'resuming'} at iteration {state.iteration} from {start}")
-        if state.iteration >= num_iterations:
-            log.say(f"the run is complete: {config.length}; raise it to continue")
-        if ranges := state.skipped.texts():
-            log.say(f"skipped samples: {' '.join(ranges)}")
+        _log_start(log, config, model_config, state, begin, placement)
         if rolled_back:  # saved at once: a restart must not run into the same samples, nor resume from after the spike
             saves.save(state, last=False)
             saves.finish(last=False)
@@ -146,7 +121,6 @@ def _train(
                     step_batches = batches.iteration(batch_size)
                 result = train_step(state.chunks, state.optimizer, step_batches, observer)
             interval_metrics.add(result, batch_size, grafting.take_error() if grafts else None)
-            first_sample = state.consumed_samples
             state.iteration += 1
             if state.balancing:
                 state.balancing.anneal(state.iteration)
@@ -157,8 +131,7 @@ def _train(
             # A gradient that is not finite: no rank has updated its weights, and too many such steps end the run.
             if skipped.add(result.grad_norm):
                 culprits = process_groups.union(result.not_finite)
-                indices = [state.skipped.index_of(place) for place in (first_sample, state.consumed_samples - 1)]
-                log.skipped(state.iteration, indices[0], indices[1] + 1, culprits, skipped)
+                log.skipped(state.iteration, state.samples_since(state.iteration - 1, batch_sizes), culprits, skipped)
             end = requests.reason(state.iteration)
             if skipped.too_many:
                 end = f"{skipped.in_a_row} steps in a row had a gradient that is not finite", NOT_FINITE
@@ -169,8 +142,7 @@ def _train(
                 values = interval_metrics.read(state) | (observer.read() if observer else {})
                 log.train(state.iteration, values)
                 if not grafts and spikes.is_spike(values["loss"]):
-                    places = batch_sizes.samples_before(logged), state.consumed_samples - 1
-                    log.spike(state.iteration, values["loss"], Range(*map(state.skipped.index_of, places)))
+                    log.spike(state.iteration, values["loss"], state.samples_since(logged, batch_sizes))
                     if training.on_spike == "rollback":
                         mark("rollback", limit=CHECKPOINTS)
                         saves.finish(last=False)
@@ -204,6 +176,52 @@ def _train(
         scan.close()
         log.close()
     return state, exit_code, None
+
+
+def _state_of(
+    config: RunConfig, model_config: ModelConfig, begin: Start, placement: ExpertPlacement | None
+) -> tuple[RunConfig, TrainState, Grafting, Monitor | None]:
+    """The state at `begin`, and what accompanies it; the settings then skip what the checkpoint skipped, too."""
+    start, weights_only = begin
+    state = build_train_state(model_config, config)
+    if placement:
+        state.place_experts(placement)
+    monitor = Monitor(config, model_config, state) if config.training.monitor else None
+    # Drift is measured from the weights that the run began with. A resumed run reads those into the model first, and
+    # `initialize_state` overwrites them with the checkpoint; for a new run they are what it leaves in the model.
+    if monitor and not weights_only:
+        monitor.remember_start_of(config)
+    grafting = initialize_state(state, config, model_config, start, weights_only)
+    if monitor and weights_only:
+        monitor.remember_start()
+    config = with_skipped(config, state.skipped, state.consumed_samples)
+    state.skipped = config.skipped
+    return config, state, grafting, monitor
+
+
+def _log_start(
+    log: RunLog,
+    config: RunConfig,
+    model_config: ModelConfig,
+    state: TrainState,
+    begin: Start,
+    placement: ExpertPlacement | None,
+) -> None:
+    """The log's head: settings, environment, and what a reader has to know of this start."""
+    variables = environment.environment(config, environment.find_gpu())
+    log.event("start", iteration=state.iteration, settings=config.to_dict(), environment=variables)
+    if variables:
+        log.say(f"environment: {environment.as_text(variables)}")
+    for note in notes(config, model_config):
+        log.say(note)
+    if placement:
+        log.say(placement.describe(config.parallel.expert_model_parallel_size))
+    verb = "starting" if begin.weights_only else "resuming"
+    log.say(f"{verb} at iteration {state.iteration} from {begin.directory}")
+    if state.iteration >= config.num_iterations:
+        log.say(f"the run is complete: {config.length}; raise it to continue")
+    if ranges := state.skipped.texts():
+        log.say(f"skipped samples: {' '.join(ranges)}")
 
 
 def is_logged(config: RunConfig, iteration: int) -> bool:

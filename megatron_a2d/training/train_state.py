@@ -12,7 +12,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_a2d.checkpoint.placement_file import ExpertPlacement
-from megatron_a2d.config.skipped_samples import NONE_SKIPPED, SkippedSamples
+from megatron_a2d.config.batch_schedule import BatchSchedule
+from megatron_a2d.config.skipped_samples import NONE_SKIPPED, Range, SkippedSamples
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.balancing import RunBalancing
 from megatron_a2d.training.param_gather import gather_weights
@@ -73,6 +74,11 @@ class TrainState:
     def _optimizers(self) -> list[Any]:
         """The members of a chained optimizer: that of the experts, and that of all other parameters."""
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
+
+    def samples_since(self, iteration: int, batch_sizes: BatchSchedule) -> Range:
+        """The indices of the samples of the iterations after `iteration`, up to the present one."""
+        places = batch_sizes.samples_before(iteration), self.consumed_samples - 1
+        return Range(*map(self.skipped.index_of, places))
 
     def tensors(self) -> Iterator[Tensor]:
         """What a step changes: weights, gradients, and the optimizer's main weights and moments."""

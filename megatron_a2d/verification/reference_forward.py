@@ -169,25 +169,25 @@ class StreamedModel:
         `beta_slow` is divided by `factor`; both bounds and the interpolation are linear in `part`. Llama 3.1: the same
         with bounds and an interpolation that are linear in the number of rotations.
         """
-        theta, yarn = self._shape.rope_theta, self._shape.rope_scaling
+        theta, scaling = self._shape.rope_theta, self._shape.rope_scaling
         frequency = theta**-part
-        if yarn is None:
+        if scaling is None:
             return frequency
-        if isinstance(yarn, Llama3Scaling):
-            rotations = frequency * yarn.original_max_position_embeddings / (2 * math.pi)
-            kept = (rotations - yarn.low_freq_factor) / (yarn.high_freq_factor - yarn.low_freq_factor)
+        if isinstance(scaling, Llama3Scaling):
+            rotations = frequency * scaling.original_max_position_embeddings / (2 * math.pi)
+            kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
             kept = min(max(kept, 0.0), 1.0)
-            return frequency * kept + frequency / yarn.factor * (1 - kept)
+            return frequency * kept + frequency / scaling.factor * (1 - kept)
         half = self._shape.head_dim / 2
         fast, slow = (
-            half * math.log(yarn.original_max_position_embeddings / (2 * math.pi * rotations), theta)
-            for rotations in (yarn.beta_fast, yarn.beta_slow)
+            half * math.log(scaling.original_max_position_embeddings / (2 * math.pi * rotations), theta)
+            for rotations in (scaling.beta_fast, scaling.beta_slow)
         )
-        if yarn.truncate:
+        if scaling.truncate:
             fast, slow = math.floor(fast), math.ceil(slow)
         fast, slow = max(fast, 0), min(slow, 2 * half - 1)
         slowed = min(max((part * half - fast) / ((slow - fast) or 0.001), 0.0), 1.0)
-        return frequency * (1 - slowed) + frequency / yarn.factor * slowed
+        return frequency * (1 - slowed) + frequency / scaling.factor * slowed
 
     def _mlp(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
         gate, up = (self._linear(x, f"{prefix}{name}_proj.weight") for name in ("gate", "up"))

@@ -58,6 +58,20 @@ def test_a_ramp_is_megatrons(ramp: tuple[int, int, int, int]) -> None:
     assert ours.spans[-1].batch_size == full
 
 
+@pytest.mark.parametrize(("samples", "count"), [(3, 59), (5, 29), (7, 100)])
+def test_stages_begin_where_megatrons_division_of_floats_puts_them(samples: int, count: int) -> None:
+    """Which is not always where the exact quotient lies: here a stage begins a sample later."""
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(1 + count, 1, 1, False, 0, 1, 1, samples)
+    sizes = []
+    for consumed in range(samples + 1):
+        theirs.update(consumed, consistency_check=False)
+        sizes.append(theirs.get_current_global_batch_size())
+    assert sizes != [1 + consumed * count // samples for consumed in range(samples + 1)]
+    stages = batch_schedule(1 + count, (1, 1, samples)).stages
+    ours = [next(stage.batch_size for stage in reversed(stages) if stage.first_sample <= n) for n in range(samples + 1)]
+    assert ours == sizes
+
+
 @pytest.mark.parametrize("stages", [((0, 3),), ((0, 4), (10, 6), (11, 2), (13, 5)), ((0, 2), (5, 2), (7, 9), (100, 1))])
 def test_iterations_and_samples_determine_one_another(stages: tuple[tuple[int, int], ...]) -> None:
     schedule = BatchSchedule(tuple(Stage(*stage) for stage in stages))

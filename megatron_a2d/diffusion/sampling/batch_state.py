@@ -48,24 +48,26 @@ def make_canvas(sequences: Sequence[Sequence[int]], mask_token_id: int, pad_toke
     return Canvas(tokens_BL, visible_BL & (tokens_BL == mask_token_id), visible_BL)
 
 
+class Inputs(NamedTuple):
+    """What a batch is sampled from: the arguments of `denoise`."""
+
+    canvas: Canvas
+    mask_token_id: int
+    options: SamplingOptions
+    label_shift: bool
+    seed: int | Sequence[int]
+    end_token_ids: tuple[int, ...]
+    is_final: IsFinal | None
+
+
 class BatchState(ABC):
     """Tokens of the batch and what is still masked; a way of sampling adds which positions a forward pass unmasks."""
 
-    def __init__(
-        self,
-        canvas: Canvas,
-        mask_token_id: int,
-        options: SamplingOptions,
-        label_shift: bool,
-        seed: int | Sequence[int],
-        end_token_ids: tuple[int, ...],
-        is_final: IsFinal | None,
-    ):
-        self.canvas, self.mask_token_id, self.options, self.label_shift, self.end_token_ids, self.is_final = (
-            canvas, mask_token_id, options, label_shift, end_token_ids, is_final,
-        )  # fmt: skip
+    def __init__(self, inputs: Inputs):
+        canvas, self.mask_token_id, options, self.label_shift, seed, self.end_token_ids, self.is_final = inputs
+        self.canvas, self.options = canvas, options
         batch, length = canvas.tokens.shape
-        self.tokens_BL = canvas.tokens.masked_fill(canvas.editable, mask_token_id)
+        self.tokens_BL = canvas.tokens.masked_fill(canvas.editable, self.mask_token_id)
         self.masked_BL = canvas.editable.clone()
         self.uniforms_BL: Tensor | None = None
         if not options.takes_likeliest:

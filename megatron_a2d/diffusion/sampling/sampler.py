@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_a2d.diffusion.model_interface import Model, Request, Window
 from megatron_a2d.diffusion.rng import INVERSE_GOLDEN_RATIO
-from megatron_a2d.diffusion.sampling.batch_state import BatchState, Canvas, IsFinal, output_positions, scatter
+from megatron_a2d.diffusion.sampling.batch_state import BatchState, Canvas, Inputs, IsFinal, output_positions, scatter
 from megatron_a2d.diffusion.sampling.self_speculation import SelfSpeculation
 from megatron_a2d.diffusion.sampling.token_scores import Scores, scorer
 from megatron_a2d.diffusion.sampling.unmask_schedule import StepPlan, blocks_of, plan_steps, sizes_of
@@ -65,7 +65,7 @@ def denoise(
     if is_final and not end_token_ids:
         raise ValueError("is_final needs end_token_ids: the first of them fills the remaining masked positions")
     kind: type[BatchState] = SelfSpeculation if options.sampler == SELF_SPECULATIVE else Denoising
-    state = kind(canvas, mask_token_id, options, label_shift, seed, tuple(end_token_ids), is_final)
+    state = kind(Inputs(canvas, mask_token_id, options, label_shift, seed, tuple(end_token_ids), is_final))
     while sequences := state.unfinished():
         unmasked_BL = state.advance(model, sequences)
         if on_step is not None:
@@ -76,17 +76,9 @@ def denoise(
 class Denoising(BatchState):
     """Masked diffusion by a schedule: which candidates of its current block each sequence unmasks."""
 
-    def __init__(
-        self,
-        canvas: Canvas,
-        mask_token_id: int,
-        options: SamplingOptions,
-        label_shift: bool,
-        seed: int | Sequence[int],
-        end_token_ids: tuple[int, ...],
-        is_final: IsFinal | None,
-    ):
-        super().__init__(canvas, mask_token_id, options, label_shift, seed, end_token_ids, is_final)
+    def __init__(self, inputs: Inputs):
+        super().__init__(inputs)
+        canvas, options = self.canvas, self.options
         batch, length = canvas.tokens.shape
         self.blocks_BL = blocks_of(canvas.editable, options.block_length, options.aligned_blocks)
         self.log_confidence_BL = torch.zeros(batch, length, device=canvas.tokens.device)  # when decided

@@ -12,13 +12,11 @@ with these numbers. Shapes: S sequences of a forward pass, L positions, N predic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from megatron_a2d.diffusion.model_interface import Model, Request
-from megatron_a2d.diffusion.sampling.batch_state import BatchState, Canvas, IsFinal, output_positions, scatter
+from megatron_a2d.diffusion.sampling.batch_state import BatchState, Canvas, Inputs, output_positions, scatter
 from megatron_a2d.diffusion.sampling.token_scores import Scores, scorer
 from megatron_a2d.diffusion.sampling_options import SamplingOptions
 
@@ -26,28 +24,17 @@ from megatron_a2d.diffusion.sampling_options import SamplingOptions
 class SelfSpeculation(BatchState):
     """Each sequence drafts the rest of its current block in one forward pass, and verifies it in the next."""
 
-    def __init__(
-        self,
-        canvas: Canvas,
-        mask_token_id: int,
-        options: SamplingOptions,
-        label_shift: bool,
-        seed: int | Sequence[int],
-        end_token_ids: tuple[int, ...],
-        is_final: IsFinal | None,
-    ):
-        super().__init__(canvas, mask_token_id, options, label_shift, seed, end_token_ids, is_final)
-        _check(canvas, options)
+    def __init__(self, inputs: Inputs):
+        super().__init__(inputs)
+        _check(self.canvas, self.options)
         # Any token but the mask stands for a draft where there is none.
-        self.drafts_BL = torch.full_like(self.tokens_BL, int(mask_token_id == 0))
+        self.drafts_BL = torch.full_like(self.tokens_BL, int(self.mask_token_id == 0))
         self.has_draft_B = torch.zeros_like(self.num_cached_B, dtype=torch.bool)
 
     def advance(self, model: Model, sequences: list[int]) -> Tensor:
         """Run one forward pass over `sequences`; returns the positions whose tokens it decided, [B, L]."""
-        length, positions_L = (
-            self.options.block_length,
-            torch.arange(self.tokens_BL.shape[1], device=self.masked_BL.device),
-        )
+        length = self.options.block_length
+        positions_L = torch.arange(self.tokens_BL.shape[1], device=self.masked_BL.device)
         sequences_S = torch.tensor(sequences, device=self.masked_BL.device)
         masked_SL = self.masked_BL[sequences_S]
         end_S = (masked_SL.long().argmax(1) // length + 1) * length
