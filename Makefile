@@ -54,7 +54,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-latest-cpu test-engines test-parity test-te test-rehearsal test-faults test-slurm test-mutants fuzz \
+.PHONY: help setup demo test test-latest test-latest-cpu test-engines test-parity test-te test-rehearsal test-faults test-slurm test-mutants soak fuzz \
   check data convert-hf train plan export verify inspect publish generate evaluate study bench bench-report gpu
 
 help:  ## list of targets
@@ -180,6 +180,10 @@ test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLU
 	$(TESTS) tests/slurm -m "" $(ARGS)
 
 SEED ?= 1
+MINUTES ?= 60
+soak: setup  ## a run of four processes under random faults by SEED for MINUTES, about one a minute; exact at the end
+	@$(TESTS:pytest=tests.soak) --minutes $(MINUTES) --seed $(SEED) $(if $(OUT),--out $(OUT)) $(ARGS)
+
 N ?= 1000
 fuzz: setup  ## N malformed inputs over all commands, by SEED: one error line and exit code each, no traceback
 	$(TESTS:pytest=tests.fuzz.commands) --n $(N) --seed $(SEED) $(ARGS)

@@ -38,6 +38,7 @@ BENCHMARKS = {
     "train_step_cpu": Benchmark(3, "cpu_train_step", has_against=True),
     "start_cpu": Benchmark(4, "start", has_against=True),
     "async_save_cpu": Benchmark(1, "async_save"),
+    "protections_cpu": Benchmark(3, "protections"),
     "convert_cpu": Benchmark(6, "convert"),
     "tokenize_cpu": Benchmark(3, "tokenize"),
     "mixing_cpu": Benchmark(2, "mixing"),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import choice_decisions, expert_balance, scaling, wrong_settings
+from bench import choice_decisions, expert_balance, scaling, soak_table, wrong_settings
 from bench.paired import CLOCKS, FEWEST_WITH_QUARTILES, Comparison
 from bench.result_file import RESULTS, ROOT, Figure, Result, read
 from megatron_a2d.config.cli import Parser
@@ -34,6 +34,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "expert_balance_cpu": expert_balance.block,
     "wrong_settings_cpu": wrong_settings.block,
     "scaling_cpu": scaling.block,
+    "soak_cpu": soak_table.block,
 }
 
 

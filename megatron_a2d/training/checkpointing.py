@@ -70,7 +70,7 @@ class CheckpointManager:
     def __init__(self, config: RunConfig, hf_files: Path, log: RunLog):
         self._config, self._hf_files, self._log = config, hf_files, log
         self._running: CheckpointWriter | None = None
-        self._seconds = 0.0
+        self._begin = self._seconds = 0.0
         # Even if this run saves nothing more: a completed run may have been killed while it removed an old checkpoint.
         if config.training.save and dist.get_rank() == 0:
             remove_unfinished(Path(config.training.save))
@@ -80,9 +80,9 @@ class CheckpointManager:
         self.finish(last=False)
         in_background = self._config.training.async_save and not last
         try:
-            begin = time.perf_counter()
+            self._begin = time.perf_counter()
             self._running = CheckpointWriter(state, self._config, self._hf_files, in_background)
-            self._seconds = time.perf_counter() - begin
+            self._seconds = time.perf_counter() - self._begin
         except SaveError as error:
             self._failed(error, state.iteration, last)
         if not in_background:
@@ -106,12 +106,8 @@ class CheckpointManager:
             return
         # --keep-latest-k may remove the checkpoint that the run started from: the next save copies hf/ from this one.
         self._hf_files = path / HF_FILES
-        waited = self._seconds + time.perf_counter() - begin
-        self._log.event(
-            "checkpoint", iteration=save.iteration, **self._log.consumed(save.iteration), path=str(path),
-            seconds_waited=round(waited, 3),
-        )  # fmt: skip
-        self._log.say(f"checkpoint {path}")
+        end = time.perf_counter()
+        self._log.checkpoint(save.iteration, path, seconds=end - self._begin, stall=self._seconds + end - begin)
         if dist.get_rank() == 0:
             note_progress(save.iteration)
             try:

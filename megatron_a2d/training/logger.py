@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,11 @@ from megatron_a2d.training.tensorboard_layout import layout
 from megatron_a2d.training.validation import ValidationResult
 from megatron_a2d.training.wandb_run import WandbRun
 from megatron_a2d.utils.atomic_write import finite
+from megatron_a2d.utils.parsing import ParseError, parse_json
 from megatron_a2d.utils.partial_files import open_log
+
+LONGEST_LINE = 1 << 22  # bytes of log.jsonl
+CLOCK_JUMP = 10.0  # seconds; corrections by NTP are smaller
 
 
 class RunLog:
@@ -50,6 +55,9 @@ class RunLog:
         if root:
             root.mkdir(parents=True, exist_ok=True)
         self._jsonl = open_log(root / "log.jsonl") if root else None
+        unfinished = root / "log.jsonl" if root and _cut_unfinished_line(root / "log.jsonl") else None
+        self._last_logged = _last_iteration(root / "log.jsonl") if root else 0
+        self._clock = time.time() - time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}", markup=False), TextColumn("eta"), TimeRemainingColumn(),
@@ -58,6 +66,8 @@ class RunLog:
         self._task = self._progress.add_task("training", total=self._total, completed=iteration, numbers="", start=True)
         self._progress.start()
         self._wandb = WandbRun(config, iteration, self.say) if training.wandb_project else None
+        if unfinished:
+            self.say(f"warning: {unfinished}: its last line was unfinished, and has been removed")
         if tensorboard:
             self.say(f"curves: python -m megatron_a2d.report {root or tensorboard} --tensorboard")
 
@@ -74,12 +84,37 @@ class RunLog:
     def event(self, kind: str, **values: Any) -> None:
         """Add a line to log.jsonl. A full disk does not end the run: the line is written with the next one."""
         if self._enabled and self._jsonl:
+            self._watch_clock()
             record = {"kind": kind, "time": time.time(), **finite(values)}
             try:
                 self._jsonl.write(json.dumps(record) + "\n")
                 self._jsonl.flush()
             except OSError as error:
                 self.say(f"warning: {self._jsonl.name}: cannot be written now ({error.strerror})")
+
+    def _watch_clock(self) -> None:
+        """Say it when the clock, by which records are dated, was set; the run itself does not go by it."""
+        clock = time.time() - time.monotonic()
+        if abs(jump := clock - self._clock) > CLOCK_JUMP:
+            self._clock = clock
+            self.say(f"warning: the clock jumped by {jump:+,.0f} s; the times in log.jsonl jump with it")
+
+    def repeated(self, iteration: int) -> None:
+        """Say which iterations a run that starts at `iteration` computes again, because they were not saved."""
+        if self._enabled and (last := self._last_logged) > iteration:
+            first = iteration + 1
+            which = f"iteration {first} is" if last == first else f"iterations {first} to {last} are"
+            samples = self._batch_sizes.samples_before(last) - self._batch_sizes.samples_before(iteration)
+            self.event("repeated", iteration=iteration, iterations=[first, last], samples=samples)
+            self.say(f"{which} in log.jsonl but not in this checkpoint, and computed again ({samples} samples)")
+
+    def checkpoint(self, iteration: int, path: Path, seconds: float, stall: float) -> None:
+        """Log a complete checkpoint: `seconds` from its begin to its final name, and how long training stood still."""
+        values = {"seconds": round(seconds, 3), "seconds_waited": round(stall, 3)}
+        self.event("checkpoint", iteration=iteration, **self.consumed(iteration), path=str(path), **values)
+        if self._enabled:
+            self._plot("checkpoint", iteration, values)
+        self.say(f"checkpoint {path}: written in {seconds:.2f} s, training stood still for {stall:.2f} s")
 
     def train(self, iteration: int, values: dict[str, Any]) -> None:
         """Log the means of a log interval to all outputs."""
@@ -179,3 +214,29 @@ def _curves(group: str, values: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield from _curves(f"{group}/{name}", value)
         elif isinstance(value, float | int) and math.isfinite(value):
             yield f"{group}/{name}", value
+
+
+def _cut_unfinished_line(path: Path) -> bool:
+    """Remove a killed run's unfinished last line, to which the next record would be appended; whether there was one."""
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LONGEST_LINE))
+        tail = file.read()
+        end = size - len(tail) + tail.rfind(b"\n") + 1
+        if end < size:
+            file.truncate(end)
+        return end < size
+
+
+def _last_iteration(path: Path) -> int:
+    """The iteration of the last training record; 0 if there is none."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines):
+        if b'"kind": "train"' in line:
+            try:
+                return int(parse_json(line.decode(errors="replace"))["iteration"])
+            except (ParseError, KeyError, TypeError, ValueError):
+                continue
+    return 0

@@ -118,7 +118,11 @@ def _find_in_save(config: RunConfig, iterations: list[int], report: Callable[[st
 
 def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, report: Callable[[str], None]) -> Path:
     """The newest checkpoint in --save whose files match its manifest."""
-    latest = latest_iteration(save)
+    try:
+        latest = latest_iteration(save)
+    except UserError as error:  # a torn write: what is intact is known without it
+        latest = None
+        report(f"{str(error).partition(';')[0]}; the newest intact checkpoint is taken")
     # Without a tracker the run ended before its first one was written. Later iterations were moved away by the user.
     candidates = [iteration for iteration in iterations if latest is None or iteration <= latest]
     if latest is not None and latest not in iterations:

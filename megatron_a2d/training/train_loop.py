@@ -96,6 +96,8 @@ def _train(
     try:
         # The log's head, and the validation that later ones are compared with.
         _log_start(log, config, model_config, state, begin, placement)
+        if not rolled_back:
+            log.repeated(state.iteration)
         if rolled_back:  # saved at once: a restart must not run into the same samples, nor resume from after the spike
             saves.save(state, last=False)
             saves.finish(last=False)

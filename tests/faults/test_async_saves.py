@@ -10,6 +10,7 @@ import pytest
 
 from megatron_a2d.checkpoint.directory import list_iterations
 from megatron_a2d.checkpoint.manifest import check_manifest
+from tests.cases import copy_of
 from tests.exactness import Exactness, Fault
 from tests.parity.pool import Pool
 
@@ -47,3 +48,17 @@ def test_a_killed_writer(
     exactness.faults.append(
         Fault(f"SIGKILL of the process that writes chunks {when}", 1, "that checkpoint", "logged, trains on")
     )
+
+
+@pytest.mark.parametrize(("file", "asynchronous"), [("__1_0.distcp", True), ("manifest.json", False)])
+def test_failed_saves_leave_nothing(
+    file: str, asynchronous: bool, trained: dict[str, Any], pool: Pool, tmp_path: Path, exactness: Exactness
+) -> None:
+    """Ten saves in a row fail, at the first file of a rank's or at the last of all: no save finds what another left."""
+    settings = copy_of(
+        trained, tmp_path, train_iters=14, save_interval=1, async_save=asynchronous, on_save_error="continue"
+    )
+    first, _ = pool.run("run", 2, settings=settings, unwritable=file)
+    assert first["partials"] == [1] * 10 and "the checkpoint of iteration 14 could not be written" in first["error"]
+    assert list_iterations(tmp_path / "run") == [1, 2, 3, 4] and not list((tmp_path / "run").glob(".iter_*"))
+    exactness.faults.append(Fault(f"{file} cannot be written, ten times in a row", 10, "-", "nothing left of them"))

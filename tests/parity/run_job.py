@@ -49,7 +49,7 @@ def run(settings: dict[str, Any], **faults: Any) -> dict[str, Any]:
         with disturbed.installed():
             state, exit_code = train_loop.train(config, model_config, start, weights_only, placement)
     except SaveError as error:
-        return {**result, "losses": disturbed.losses, "error": str(error)}
+        return {**result, "losses": disturbed.losses, "error": str(error), "partials": disturbed.partials}
     except _StoppedError:
         return {**result, "losses": disturbed.losses}
     return {
@@ -97,6 +97,7 @@ class Faults:
     spikes: tuple[int, ...] = ()
     losses: list[float] = field(default_factory=list)
     newest: list[int | None] = field(default_factory=list)
+    partials: list[int] = field(default_factory=list)  # partial directories there are when a save begins, its own too
     _managers: list[Any] = field(default_factory=list)
     _num_saves: int = 0
     _originals: dict[str, Any] = field(default_factory=dict)
@@ -155,6 +156,7 @@ class Faults:
 
     def _make_room(self, root: Path, partial: Path) -> None:
         self._originals["_make_room"](root, partial)
+        self.partials.append(len(list(root.glob(".iter_*"))))
         if self.unwritable:
             (partial / self.unwritable).mkdir()
 
