@@ -124,6 +124,9 @@ def _run(config: RunConfig, options: Options) -> None:
         model_config = _check_settings(config, processes, cluster)
         print_text(describe(config, model_config, f"{config.training.model} (shape only)", processes, cluster))
         return
+    # Only the first rank reads files; meanwhile the others wait for it to join the process group.
+    if rank() == 0 and config.training.save and not options.dry_run:
+        hold_directory(config.training.save, "--save")  # a second job hears of it at once
     environment.apply(config)  # before anything touches CUDA
     hide_noise()
     from megatron_a2d.distributed import process_groups as parallel
@@ -133,9 +136,6 @@ def _run(config: RunConfig, options: Options) -> None:
     from megatron_a2d.training.startup_checks import check_run
 
     gc.freeze()  # collections of garbage in the run pass over what the imports have made
-    # Only the first rank reads files; meanwhile the others wait for it to join the process group.
-    if rank() == 0 and config.training.save and not options.dry_run:
-        hold_directory(config.training.save, "--save")
     first = check_run(config, processes, cluster) if rank() == 0 else None
     if first:
         start = str(first.start.directory)

@@ -41,22 +41,19 @@ class RunLog:
         self._expert_ranks = config.parallel.expert_model_parallel_size
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         training = config.training
         self._total, self._total_samples = config.num_iterations, config.num_samples
         self._begin = self._batch_sizes.samples_before(iteration), time.monotonic()
         root = Path(training.save) if training.save else None
         tensorboard = training.tensorboard_dir or (root / "tensorboard" if root else None)
         # A resumed run repeats iterations: TensorBoard drops the older records from `purge_step` on.
-        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=iteration) if tensorboard else None
-        if self._tensorboard:
-            self._tensorboard.add_custom_scalars(layout(config))
+        self._tensorboard = _TensorBoard(str(tensorboard), config, iteration) if tensorboard else None
         if root:
             root.mkdir(parents=True, exist_ok=True)
-        self._jsonl = open_log(root / "log.jsonl") if root else None
-        unfinished = root / "log.jsonl" if root and _cut_unfinished_line(root / "log.jsonl") else None
-        self._last_logged = _last_iteration(root / "log.jsonl") if root else 0
+        self._path = root / "log.jsonl" if root else None
+        self._jsonl = open_log(self._path) if self._path else None
+        is_cut = self._path is not None and _cut_unfinished_line(self._path)
+        self._last_logged = _last_iteration(self._path) if self._path else 0
         self._clock = time.time() - time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
@@ -66,8 +63,8 @@ class RunLog:
         self._task = self._progress.add_task("training", total=self._total, completed=iteration, numbers="", start=True)
         self._progress.start()
         self._wandb = WandbRun(config, iteration, self.say) if training.wandb_project else None
-        if unfinished:
-            self.say(f"warning: {unfinished}: its last line was unfinished, and has been removed")
+        if is_cut:
+            self.say(f"warning: {self._path}: its last line was unfinished, and has been removed")
         if tensorboard:
             self.say(f"curves: python -m megatron_a2d.report {root or tensorboard} --tensorboard")
 
@@ -90,7 +87,7 @@ class RunLog:
                 self._jsonl.write(json.dumps(record) + "\n")
                 self._jsonl.flush()
             except OSError as error:
-                self.say(f"warning: {self._jsonl.name}: cannot be written now ({error.strerror})")
+                self.say(f"warning: {self._path}: cannot be written now ({error.strerror})")
 
     def _watch_clock(self) -> None:
         """Say it when the clock, by which records are dated, was set; the run itself does not go by it."""
@@ -201,10 +198,42 @@ class RunLog:
         """Curves of all numbers in TensorBoard and wandb."""
         curves = dict(_curves(group, values))
         if self._tensorboard:
-            for name, value in curves.items():
-                self._tensorboard.add_scalar(name, value, iteration)
+            try:
+                self._tensorboard.add(curves, iteration)
+            except OSError as error:
+                self.say(f"warning: {self._tensorboard.directory}: cannot be written now ({error.strerror})")
         if self._wandb:
             self._wandb.log(curves, iteration)
+
+
+class _TensorBoard:
+    """TensorBoard's writer, or a new one after it has failed: a full disk ends its thread, after which it raises."""
+
+    def __init__(self, directory: str, config: RunConfig, iteration: int):
+        self.directory, self._config = directory, config
+        self._writer: Any = None
+        self._open(iteration)
+
+    def _open(self, iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(self.directory, purge_step=iteration)
+        self._writer.add_custom_scalars(layout(self._config))
+
+    def add(self, curves: dict[str, float], iteration: int) -> None:
+        """OSError if the file cannot be written; what it held back is lost, and the next call begins another file."""
+        try:
+            if not self._writer:
+                self._open(iteration)
+            for name, value in curves.items():
+                self._writer.add_scalar(name, value, iteration)
+        except OSError:
+            self._writer = None
+            raise
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
 
 
 def _curves(group: str, values: dict[str, Any]) -> Iterator[tuple[str, float]]:

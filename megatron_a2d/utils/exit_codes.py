@@ -58,9 +58,10 @@ def ending(code: int) -> Ending:
 
 def most_telling(codes: Iterable[int]) -> Ending:
     """The probable cause among processes that ended together."""
-    precedence = {row.code: index for index, row in enumerate(ENDINGS)}
+    precedence: dict[int, float] = {row.code: index for index, row in enumerate(ENDINGS)}
+    precedence[KILLED + signal.SIGTERM] = precedence[PEER_LOST] + 0.5  # torchrun has ended it because of another one
 
-    def rank(row: Ending) -> int:
+    def rank(row: Ending) -> float:
         return precedence.get(row.code, precedence[KILLED if row.code > KILLED else FAILED])
 
     return min((ending(code) for code in codes), key=rank)

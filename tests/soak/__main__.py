@@ -25,7 +25,7 @@ from rich.live import Live
 from bench.result_file import commit
 from bench.result_tables import machine
 from megatron_a2d.checkpoint.directory import directory_name, latest_iteration
-from megatron_a2d.terminal.console import console
+from megatron_a2d.terminal.console import console, hide_noise
 from megatron_a2d.utils.atomic_write import write_json
 from megatron_a2d.utils.exit_codes import DONE, SIGNALLED
 from tests.slurm.slurm_jobs import differences
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR, a new one, and leave everything there")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    hide_noise()
     kinds = [kind for kind in KINDS if options.only in kind]
     with workplace(options.keep) as root, small_disk(root) as disk:
         if not disk and (left_out := sorted(NEED_A_DISK & set(kinds))):
@@ -61,8 +62,9 @@ def main() -> None:
         # In five minutes there is no time for every kind.
         wanted = kinds if options.minutes >= 2 * len(kinds) else sorted({row.kind for row in rows})
         found = targets(rows, int(options.minutes), wanted, run.partial_directories(), problems)
-    console.print(table(rows, f"{len(rows)} faults in a run of {steps} steps, seed {options.seed}"))
-    console.print(summary(found))
+    width = max(console.width, 120)
+    console.print(table(rows, f"{len(rows)} faults in a run of {steps} steps, seed {options.seed}"), width=width)
+    console.print(summary(found), width=width)
     if options.out:
         command = f"make soak MINUTES={options.minutes:g} SEED={options.seed}"
         about = dict(command=command, commit=commit(), machine=machine(), minutes_taken=minutes, steps=steps)

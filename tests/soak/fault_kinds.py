@@ -26,12 +26,13 @@ from tests.soak.soak_run import HANG_LIMIT, SAVE_INTERVAL, EndedError, Run, Star
 
 KILLED = 128 + signal.SIGKILL
 CHECKSUMS, NEXT_START, OTHERS, LAUNCHER = "checksums", "next start", "other ranks", "launch.torchrun"
-RESUMES = [(r"resuming at iteration \d+ from .*steps? .*again", NEXT_START), (r"resuming at iteration", NEXT_START)]
+RESUMES = [(r"iterations? .* computed again", NEXT_START), (r"resuming at iteration", NEXT_START)]
 
 
 def begun(run: Run, kind: str, what: str, **others: Any) -> Row:
     """The row of a fault that is about to be."""
-    row = Row(kind, what, run.reached(), bound=SAVE_INTERVAL * (2 if run.is_async else 1), **others)
+    row = Row(kind, what, run.reached(), **others)
+    row.bound = SAVE_INTERVAL * (1 + run.is_async + run.failed_saves())
     row.expected = max(run.intact(), default=0)
     return row
 
@@ -56,8 +57,14 @@ def found(
 def ended(run: Run, row: Row, *codes: int) -> None:
     """Wait for the end of the start; its exit code must be one of these."""
     row.code = run.wait_for_end()
+    settle(run, row)
     if row.code not in codes:
         row.problem = row.problem or f"exit code {row.code}, not {' or '.join(map(str, codes))}"
+
+
+def settle(run: Run, row: Row) -> None:
+    """When nothing runs any more: what it had reached by then, and where it must be taken up again."""
+    row.step, row.expected = max(row.step, run.reached()), max(run.intact(), default=0)
 
 
 def kill_rank(run: Run) -> Row:
@@ -92,6 +99,7 @@ def kill_launcher(run: Run) -> Row:
 def power_loss(run: Run) -> Row:
     row, since = begun(run, "kill -9 of everything", "kill -9 of everything, as a power loss"), time.monotonic()
     run.current.kill()
+    settle(run, row)
     run.start()
     found(run, row, since, *RESUMES)
     return row
@@ -123,6 +131,7 @@ def damaged(run: Run, kind: str, damage: Callable[[Path], str], *patterns: tuple
     """Power loss, damage to the newest checkpoint, and another start."""
     row = begun(run, kind, kind)
     run.current.kill()
+    settle(run, row)
     intact = run.intact()
     newest = run.save / directory_name(intact[-1])
     row.what, since = damage(newest), time.monotonic()
@@ -202,8 +211,7 @@ def signal_in_save(run: Run) -> Row:
     os.kill(run.current.process.pid, signal.SIGUSR1)
     found(run, row, since, (r"SIGUSR1 received", "the ranks"))
     ended(run, row, SIGNALLED)
-    row.step = row.expected = run.reached()  # it saves after the current step: nothing may be lost
-    row.bound = 0
+    row.expected, row.bound = row.step, 0  # it saves after the current step: nothing may be lost
     return row
 
 
@@ -242,7 +250,6 @@ def without_space(run: Run, row: Row, since: float) -> Row:
     found(run, row, since, (r"error: .*could not be written", "the save"))
     if not run.keeps_on:
         ended(run, row, SAVE_FAILED)
-        row.step = run.reached()
         row.bound += SAVE_INTERVAL  # the checkpoint that could not be written
     return row
 

@@ -23,6 +23,7 @@ import psutil
 from megatron_a2d.checkpoint.directory import directory_name, list_iterations
 from megatron_a2d.checkpoint.manifest import check_manifest
 from megatron_a2d.distributed.hang_watchdog import HEARTBEATS
+from megatron_a2d.terminal.console import console
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RANKS, BATCH, SAVE_INTERVAL = 4, 8, 4
@@ -195,6 +196,11 @@ class Run:
         begin = self.current.began
         return next((r["iteration"] for at, r in reversed(self.records) if r["kind"] == "start" and at > begin), None)
 
+    def failed_saves(self) -> int:
+        """How many there were since the newest checkpoint, in a run that goes on without."""
+        kinds = [record["kind"] for _, record in self.records if record["kind"] in ("checkpoint", "save_error")]
+        return next((number for number, kind in enumerate(reversed(kinds)) if kind == "checkpoint"), 0)
+
     def intact(self) -> list[int]:
         """The iterations of the complete, undamaged checkpoints."""
         return [n for n in list_iterations(self.save) if not check_manifest(self.save / directory_name(n))]
@@ -296,6 +302,14 @@ def words(flags: dict[str, Any]) -> list[str]:
 
 def make_material(root: Path) -> Path:
     """A tiny MoE model converted to a checkpoint, and tokens with checksums; returns the prefix of the tokens."""
+    console.quiet = True
+    try:
+        return _make_material(root)
+    finally:
+        console.quiet = False
+
+
+def _make_material(root: Path) -> Path:
     from checkpoints_tools import convert_hf
     from data_prep import tokenize_corpus
     from tests.tiny import write_hf

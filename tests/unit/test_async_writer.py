@@ -113,7 +113,7 @@ def test_training_is_beside_every_asynchronous_save_but_the_last(monkeypatch: py
 
     monkeypatch.setattr(checkpointing, "CheckpointWriter", writer)
     monkeypatch.setattr(checkpointing, "dist", SimpleNamespace(get_rank=lambda: 1))
-    log: Any = SimpleNamespace(event=lambda *_, **__: None, say=lambda *_: None, consumed=lambda _: {})
+    log: Any = SimpleNamespace(checkpoint=lambda *_, **__: None)
     for async_save in (True, False):
         config: Any = SimpleNamespace(training=SimpleNamespace(save=None, async_save=async_save))
         manager = checkpointing.CheckpointManager(config, Path("hf"), log)

@@ -96,6 +96,9 @@ def test_exit_codes() -> None:
     # One process found its peer dead, the other was asked to end: the third is the cause.
     assert most_telling([exit_codes.PEER_LOST, -15, exit_codes.SAVE_FAILED]).code == exit_codes.SAVE_FAILED
     assert most_telling([exit_codes.PEER_LOST, -9]).code == 137
+    # torchrun ends the others with SIGTERM: never the cause, where another one has a reason.
+    assert most_telling([exit_codes.PEER_LOST, -15]).code == exit_codes.PEER_LOST
+    assert most_telling([143, 1]).code == exit_codes.FAILED and most_telling([0, -15]).code == 143
 
 
 def beat(rank: int, **changes: Any) -> Beat:

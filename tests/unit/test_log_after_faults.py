@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,31 @@ def test_what_a_checkpoint_costs_is_in_all_logs(tmp_path: Path) -> None:
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name, value in (("seconds", 2.5), ("seconds_waited", 0.25)):
         assert [(event.step, event.value) for event in curves.Scalars(f"checkpoint/{name}")] == [(4, value)]
+
+
+def test_a_full_disk_ends_neither_the_run_nor_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard writes in a thread, which a full disk ends; the next curve would raise, in the middle of training."""
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    said: list[str] = []
+    log = log_of(tmp_path, 0, said)
+    with monkeypatch.context() as disk:
+        disk.setattr(LocalFileSystem, "_write", full)
+        for number in range(1, 2000):
+            log.checkpoint(number, tmp_path, seconds=float(number), stall=0.0)
+            if any("cannot be written now" in line for line in said):
+                break
+            time.sleep(0.01)
+    warnings = [line for line in said if line.startswith("warning: ")]
+    assert warnings == [f"warning: {tmp_path}/tensorboard: cannot be written now (No space left on device)"]
+    for later in (number + 1, number + 2):
+        log.checkpoint(later, tmp_path, seconds=float(later), stall=0.0)
+    log.close()
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("checkpoint/seconds")][-2:] == [number + 1, number + 2]
 
 
 @pytest.mark.parametrize("torn", ["", "x", "99999999999999999999"])
