@@ -90,6 +90,7 @@ def test_what_a_checkpoint_costs_is_in_all_logs(tmp_path: Path) -> None:
         assert [(event.step, event.value) for event in curves.Scalars(f"checkpoint/{name}")] == [(4, value)]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_ends_neither_the_run_nor_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorBoard writes in a thread, which a full disk ends; the next curve would raise, in the middle of training."""
     from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
