@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from data_prep.indexed_dataset_writer import TokenWriter
-from data_prep.tokenize_shards import Job, read_result
+from data_prep.tokenize_shards import Job, ShardResult, read_result
 from megatron_a2d.utils.errors import UserError
 
 GROUP = 1 << 24  # digests compared at a time
+CHANGED = "has changed since it was written; remove it and run the command again that tokenised it"
 _CHUNK = 1 << 20  # tokens held at a time: few enough that the same memory is used again
 
 
@@ -66,20 +68,21 @@ def merge(
             totals["duplicates"] += int((~keep).sum())
         first += len(keep)
         held_out = is_held_out(result.digests, valid_fraction) if len(writers) > 1 else np.zeros_like(keep)
-        _write(job, number, result.lengths, [keep & ~held_out, keep & held_out], writers)
+        _write(job, number, result, [keep & ~held_out, keep & held_out], writers)
         advance(int(result.lengths.sum()))
     return totals
 
 
 def _write(
-    job: Job, number: int, lengths: np.ndarray, chosen: list[np.ndarray], writers: Sequence[TokenWriter]
+    job: Job, number: int, result: ShardResult, chosen: list[np.ndarray], writers: Sequence[TokenWriter]
 ) -> None:
-    """Write a shard's documents to their writers, in chunks."""
+    """Write a shard's documents to their writers, in chunks. UserError if its tokens are not those of its checksum."""
+    lengths, checksum = result.lengths, xxhash.xxh3_64()
     ends = np.cumsum(lengths)
     path, dtype = job.path(number, ".tokens"), writers[0].dtype
     total = int(ends[-1]) if len(ends) else 0
     if path.stat().st_size != total * dtype.itemsize:
-        raise UserError(f"{path}: has changed since it was written; remove {job.directory} and run again")
+        raise UserError(f"{path}: {CHANGED}")
     with open(path, "rb", buffering=0) as stream:
         begin = 0
         while begin < len(lengths):
@@ -88,8 +91,11 @@ def _write(
             some = slice(begin, end)
             count = int(ends[end - 1]) - before
             ids = np.fromfile(stream, dtype=dtype, count=count)
+            checksum.update(memoryview(ids))  # type: ignore[arg-type]
             for writer, mask in zip(writers, chosen, strict=False):
                 part = mask[some]
                 if part.any():
                     writer.add(ids if part.all() else ids[np.repeat(part, lengths[some])], lengths[some][part])
             begin = end
+    if checksum.hexdigest() != result.checksum:
+        raise UserError(f"{path}: {CHANGED}")

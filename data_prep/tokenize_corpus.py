@@ -9,12 +9,16 @@ same side. data/corpus.report.json lists what was read and what was skipped.
 
 The corpus is tokenised in shards by --workers processes; memory does not grow with its size. An interrupted job resumes
 with the missing shards when the same command is run again. Until the end the tokens are on disk twice.
+
+On several machines (launch/tokenize.sbatch): the same command with `--shard 1/N` to `--shard N/N`, then with
+`--merge-shards`. The bytes are those of one machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import glob
 import os
 import shutil
 import time
@@ -29,6 +33,7 @@ from rich.table import Table
 
 from data_prep.corpus_files import find_inputs
 from data_prep.corpus_shards import Shard, plan_shards
+from data_prep.corpus_shares import check_any, check_complete, parse_share, pieces_of
 from data_prep.dedup_and_split import merge
 from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.gigatoken_encoder import choose, corpus_sample
@@ -41,6 +46,7 @@ from megatron_a2d.data.tokenizer_fingerprint import vocabulary_of
 from megatron_a2d.terminal.console import console, entry_point, human, progress
 from megatron_a2d.utils.atomic_write import write_json
 from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.partial_files import remove_abandoned
 
 SHOWN_PROBLEMS = 10
 MAX_WORKERS = 1024
@@ -86,40 +92,62 @@ def tokenize(
         directory=Path(f"{prefix}.parts"), encoder=chosen.name, eod_token_id=reference.eod_token_id,
         append_eod=arguments.append_eod, json_key=json_key, min_tokens=arguments.min_tokens,
         max_tokens=arguments.max_tokens, skip_invalid=arguments.on_error == "skip", limits=limits,
-        tokenizer_checksum=file_checksum(tokenizer_file(arguments.tokenizer)),
+        tokenizer_checksum=file_checksum(tokenizer_file(arguments.tokenizer)), share=arguments.shard,
     )  # fmt: skip
     facts = {"encoder": chosen.reason, "passed_over": passed_over}
-    with hold(job.directory) as lock:
-        _tokenize(arguments, chosen.encoder, shards, job, lock, facts)
-
-
-def _tokenize(
-    arguments: argparse.Namespace, encoder: Encoder, shards: list[Shard], job: Job, lock: IO[str], facts: dict[str, Any]
-) -> None:
-    prefix, prefixes = prefixes_of(arguments, job.json_key)
     begin = time.perf_counter()
-    todo = missing_shards(job, shards)
-    size, left = (sum(shard.num_bytes for shard in some) for some in (shards, todo.values()))
+    if arguments.merge_shards:
+        check_any(job)  # before the directory is made
+    with hold(job.directory, job.share) as locks:
+        if arguments.merge_shards:
+            check_complete(job, shards)
+        else:
+            tokenize_missing(arguments, chosen.encoder, shards, job, locks)
+        if not job.share:
+            write_token_files(arguments, chosen.encoder, len(shards), job, facts, begin)
+
+
+def tokenize_missing(
+    arguments: argparse.Namespace, encoder: Encoder, shards: list[Shard], job: Job, locks: list[IO[str]]
+) -> None:
+    """Tokenise the shards of this job's share that are not done yet."""
+    mine = pieces_of(job.share, shards) if job.share else dict(enumerate(shards))
+    todo = missing_shards(job, mine)
+    size, left = (sum(shard.num_bytes for shard in some) for some in (mine.values(), todo.values()))
     encoder.use_threads(arguments.workers)
     try:
         with (
-            start_workers(job, encoder, min(arguments.workers, len(todo)), lock) as workers,
+            start_workers(job, encoder, min(arguments.workers, len(todo)), locks) as workers,
             _progress(size, size - left) as advance,
         ):
             tokenize_shards(job, todo, encoder, workers, advance)
     except UserError:
-        if not list(job.directory.glob("*.npz")):
+        if not job.share and not list(job.directory.glob("*.npz")):
             shutil.rmtree(job.directory, ignore_errors=True)  # there is nothing to resume from
         raise
+    if job.share:
+        console.print(
+            f"shard {job.share}: {len(mine)} of {len(shards)} pieces are done, {human(size, 'B')}; when all are, run "
+            "the same command with --merge-shards",
+            soft_wrap=True,
+        )
+
+
+def write_token_files(
+    arguments: argparse.Namespace, encoder: Encoder, num_shards: int, job: Job, facts: dict[str, Any], begin: float
+) -> None:
+    """Merge the tokenised shards, and remove them. `begin`: when the command began, for the report."""
+    prefix, prefixes = prefixes_of(arguments, job.json_key)
     description = {"tokenizer": str(arguments.tokenizer), "eod_token_id": job.eod_token_id}
     if vocabulary := vocabulary_of(tokenizer_file(arguments.tokenizer)):
         description |= vocabulary.description()
     with open_writers(prefixes, encoder.vocab_size, description) as writers:
         total = sum(path.stat().st_size for path in job.directory.glob("*.tokens")) // writers[0].dtype.itemsize
         with progress("write", total, "tokens") as advance_tokens:
-            counts = merge(job, len(shards), writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens)
+            counts = merge(job, num_shards, writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens)
         if problem := _nothing_left(writers, counts, arguments):
-            shutil.rmtree(job.directory)
+            if not arguments.merge_shards:  # other machines' work, and another fraction can be tried on it
+                shutil.rmtree(job.directory)
             raise UserError(problem)
     counts["seconds"] = round(time.perf_counter() - begin, 3)
     counts |= facts
@@ -128,13 +156,15 @@ def _tokenize(
     report(writers, counts, f"{prefix}.report.json")
 
 
-def missing_shards(job: Job, shards: list[Shard]) -> dict[int, Shard]:
-    """The shards that are not yet tokenised, by number: all of them, unless an earlier command was interrupted."""
+def missing_shards(job: Job, shards: dict[int, Shard]) -> dict[int, Shard]:
+    """Those of `shards` that are not yet tokenised: all of them, unless an earlier command was interrupted."""
     for partial in job.directory.glob(".*.partial-*"):
-        partial.unlink()
-    missing = {number: shard for number, shard in enumerate(shards) if not is_done(job, number, shard)}
+        number = partial.name[1:].partition(".")[0]
+        if number.isdigit() and int(number) in shards:
+            remove_abandoned(job.directory, glob.escape(partial.name))
+    missing = {number: shard for number, shard in shards.items() if not is_done(job, number, shard)}
     if len(missing) < len(shards):
-        console.print(f"resuming: {len(shards) - len(missing)} of {len(shards)} shards are done")
+        console.print(f"resuming: {len(shards) - len(missing)} of {len(shards)} pieces are done")
     return missing
 
 
@@ -209,9 +239,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="what to do with a line that is not UTF-8, not JSON or has no text, and with a file that is empty or "
         "cannot be opened: end the job, or report and skip it",
     )  # fmt: skip
+    parser.add_argument("--shard", metavar="I/N", help="tokenise one of N equal shares of the corpus, without merging")
+    parser.add_argument(
+        "--merge-shards", action="store_true", help="tokenise nothing, and merge what all --shard have written"
+    )
     add_limits(parser)
     arguments = parser.parse_args(argv)
     arguments.input = list(chain.from_iterable(arguments.input))
+    if arguments.shard and arguments.merge_shards:
+        raise UserError(f"--shard {arguments.shard}, --merge-shards: choose one; the merge comes after all shards")
+    arguments.shard = parse_share(arguments.shard) if arguments.shard is not None else None
     if not 0 <= arguments.valid_fraction < 1:
         raise UserError(f"--valid-fraction {arguments.valid_fraction}: must be at least 0 and below 1")
     if not 1 <= arguments.workers <= MAX_WORKERS:

@@ -1,8 +1,8 @@
 """Tokenisation of the shards of a corpus, each independently, into files that dedup_and_split.py combines.
 
 PREFIX.parts/00042.tokens  the tokens of a shard's documents, concatenated
-PREFIX.parts/00042.npz     lengths, digests of the texts, counts, a checksum of the tokens, and a key of the input and
-                           settings; written last
+PREFIX.parts/00042.npz     lengths, digests of the texts, counts, a checksum of the tokens, the settings, and a key of
+                           settings and input; written last
 
 A shard's files depend only on its text and the settings: neither the number of workers nor an interruption changes a
 byte. They are not flushed to the disk: a command that resumes compares the checksums.
@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -45,6 +45,16 @@ BATCH_BYTES = 1 << 20
 CONTEXT = multiprocessing.get_context("fork")
 
 
+class Share(NamedTuple):
+    """One of several machines' shares of the corpus (corpus_shares.py)."""
+
+    number: int  # from 1
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
 @dataclass(frozen=True)
 class Job:
     """Settings that the workers share."""
@@ -59,36 +69,55 @@ class Job:
     skip_invalid: bool
     limits: Limits
     tokenizer_checksum: str
+    share: Share | None = None  # None: the entire corpus
 
     def path(self, number: int, suffix: str) -> Path:
         return self.directory / f"{number:05d}{suffix}"
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[IO[str]]:
-    """Create and lock `directory`; UserError if another process on this machine holds it. Yields the open lock."""
+def hold(directory: Path, share: Share | None = None) -> Iterator[list[IO[str]]]:
+    """Create and lock `directory`; UserError if another process has it locked. Yields the open locks.
+
+    Several shares can hold it at once, each of them once; they see each other across machines if the file system has
+    locks across machines.
+    """
     make_parent(directory / "x")
-    with open_lock(directory / ".lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--output-prefix: another process is writing {directory}; wait for it, or choose another prefix"
-            ) from None
-        except OSError:
-            pass  # the file system has no locks
-        yield lock
+    wanted = [(".lock", fcntl.LOCK_SH if share else fcntl.LOCK_EX)]
+    if share:
+        wanted.append((f".lock_{share.number}_of_{share.of}", fcntl.LOCK_EX))
+    with ExitStack() as stack:
+        locks = []
+        for name, kind in wanted:
+            locks.append(stack.enter_context(open_lock(directory / name)))
+            try:
+                fcntl.flock(locks[-1], kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what = f"--shard {share} of {directory}" if len(locks) == 2 else str(directory)
+                raise UserError(
+                    f"--output-prefix: another process is writing {what}; wait for it, or choose another prefix"
+                ) from None
+            except OSError:
+                pass  # the file system has no locks
+        yield locks
 
 
-def _key(job: Job, shard: Shard) -> str:
+def settings_of(job: Job) -> dict[str, Any]:
+    """The settings that determine a shard's tokens, as JSON would give them back."""
+    return {
+        "tokenizer": job.tokenizer_checksum, "encoder": job.encoder, "append_eod": job.append_eod,
+        "eod_token_id": job.eod_token_id, "json_key": job.json_key, "min_tokens": job.min_tokens,
+        "max_tokens": job.max_tokens, "limits": list(job.limits),
+    }  # fmt: skip
+
+
+def key_of(job: Job, shard: Shard) -> str:
     """Identifies the input and settings that determine a shard's tokens."""
     files = [
         (*file_range, *(os.stat(file_range.path).st_size, os.stat(file_range.path).st_mtime_ns))
         for file_range in shard.file_ranges
     ]
-    tokens = job.tokenizer_checksum, job.encoder, job.append_eod, job.eod_token_id
-    settings = *tokens, job.json_key, job.min_tokens, job.max_tokens, job.limits
-    return digest(repr((files, settings)).encode()).hex()
+    return digest(repr((files, settings_of(job))).encode()).hex()
 
 
 class ShardResult(NamedTuple):
@@ -99,6 +128,8 @@ class ShardResult(NamedTuple):
     counts: dict[str, Any]
     key: str
     checksum: str  # of the tokens
+    settings: dict[str, Any]
+    share: Share | None  # that it was tokenised for
 
 
 def digest(data: bytes) -> bytes:
@@ -150,7 +181,10 @@ def tokenize_shard(job: Job, number: int, shard: Shard, encoder: Encoder, report
             digests += [digest(text) for text, kept in zip(data, keep.tolist(), strict=True) if kept]
             report(sum(document.num_bytes for document in batch), len(encoded.ids))
     counted = {**asdict(counts), "too_short": too_short, "too_long": too_long}
-    described = {"key": _key(job, shard), "counts": counted, "checksum": checksum.hexdigest()}
+    described = {
+        "key": key_of(job, shard), "counts": counted, "checksum": checksum.hexdigest(), "settings": settings_of(job),
+        "share": job.share,
+    }  # fmt: skip
     with new_file(job.path(number, ".npz"), durable=False) as partial, open(partial, "wb") as stream:
         np.savez(
             stream,
@@ -165,7 +199,10 @@ def read_result(job: Job, number: int) -> ShardResult:
     try:
         with open(job.path(number, ".npz"), "rb", opener=regular) as stream, np.load(stream) as arrays:
             said = parse_json(arrays["counts"].tobytes())
-            return ShardResult(arrays["lengths"], arrays["digests"], said["counts"], said["key"], said["checksum"])
+            return ShardResult(
+                arrays["lengths"], arrays["digests"], said["counts"], said["key"], said["checksum"],
+                dict(said["settings"]), Share(*map(int, said["share"])) if said["share"] else None,
+            )  # fmt: skip
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{job.path(number, '.npz')}: cannot be read ({error}); remove it and run again") from None
 
@@ -179,7 +216,7 @@ def is_done(job: Job, number: int, shard: Shard) -> bool:
     except UserError:
         return False
     tokens = job.path(number, ".tokens")
-    if result.key != _key(job, shard) or not tokens.exists() or file_checksum(tokens) != result.checksum:
+    if result.key != key_of(job, shard) or not tokens.exists() or file_checksum(tokens) != result.checksum:
         return False
     return job.skip_invalid or not result.counts["invalid"]
 
@@ -193,8 +230,8 @@ class Workers(NamedTuple):
 
 
 @contextmanager
-def start_workers(job: Job, encoder: Encoder, number: int, lock: IO[str]) -> Iterator[Workers | None]:
-    """`number` processes with the `encoder`; None for a single one. `lock` is not for them.
+def start_workers(job: Job, encoder: Encoder, number: int, locks: list[IO[str]]) -> Iterator[Workers | None]:
+    """`number` processes with the `encoder`; None for a single one. `locks` are not for them.
 
     They are forked at once, while this process has no threads yet: a progress bar is one.
     """
@@ -204,7 +241,7 @@ def start_workers(job: Job, encoder: Encoder, number: int, lock: IO[str]) -> Ite
     encoder.use_threads(1)
     gc.freeze()  # collections in the workers do not look at what they have from here
     shared = CONTEXT.Array("q", 3)
-    with ProcessPoolExecutor(number, CONTEXT, _start_worker, (job, encoder, shared, lock)) as executor:
+    with ProcessPoolExecutor(number, CONTEXT, _start_worker, (job, encoder, shared, locks)) as executor:
         try:
             executor.submit(int)
             gc.unfreeze()
@@ -252,9 +289,10 @@ def tokenize_shards(
 _worker: Any = None  # of this process: job, encoder, the array shared with the first process
 
 
-def _start_worker(job: Job, encoder: Encoder, shared: Any, lock: IO[str]) -> None:
+def _start_worker(job: Job, encoder: Encoder, shared: Any, locks: list[IO[str]]) -> None:
     global _worker
-    lock.close()  # only the first process holds the directory
+    for lock in locks:
+        lock.close()  # only the first process holds the directory
     # Ctrl-C reaches every process; only the first one handles it, and stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

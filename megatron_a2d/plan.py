@@ -4,6 +4,7 @@
     python -m megatron_a2d.plan --model Qwen/Qwen3-8B-Base --global-batch-size 1024 --cluster h100 --gpus 16
     python -m megatron_a2d.plan --requirements launch/recipes/qwen3_*.yaml  # the fewest GPUs that each fits on
     python -m megatron_a2d.plan --calibration       # error of the model on published runs
+    python -m megatron_a2d.plan --run               # 500B tokens with failures: days, checkpoints, disk
 
 Every valid layout is tried; the recipe's layout is shown next to the best three. Method: docs/planning.md.
 """
@@ -23,12 +24,13 @@ from megatron_a2d.checkpoint.training_facts import inherited
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.model_config import ModelConfig, read_model_config
 from megatron_a2d.config.named_models import named_model_config
-from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.settings import RunConfig, flag, settings
 from megatron_a2d.config.validate import MOST_PROCESSES, find_problems
-from megatron_a2d.planner import plan_table
+from megatron_a2d.planner import plan_table, run_forecast
 from megatron_a2d.planner.cluster import Cluster, read_cluster
 from megatron_a2d.planner.requirements import requirements
 from megatron_a2d.planner.routing import Routing, measured
+from megatron_a2d.planner.run_forecast import NODE_MTBF_HOURS, RESTART_MINUTES, Failures
 from megatron_a2d.planner.search import Plan, Search, make_plan, search
 from megatron_a2d.report.plots import read_log
 from megatron_a2d.study.results_page import markdown_table
@@ -61,7 +63,23 @@ def main(argv: list[str] | None = None) -> None:
         "--requirements", nargs="+", type=Path, metavar="RECIPE",
         help="print the fewest GPUs of each kind that recipes fit on as they stand, and exit",
     )  # fmt: skip
+    parser.add_argument(
+        "--run", action="store_true",
+        help="forecast the run with failures: days, restarts, the best checkpoint interval, hours lost, disk; without "
+        "other settings: RND1's 500B tokens on four clusters",
+    )  # fmt: skip
+    for name, default, text in (
+        ("--node-mtbf-hours", NODE_MTBF_HOURS, "with --run: mean time between failures of a node"),
+        ("--restart-minutes", RESTART_MINUTES, "with --run: from a failure until the checkpoint is loaded from"),
+        (
+            "--storage-gb-per-s",
+            None,
+            "with --run: bandwidth of a node to checkpoints; default: the cluster's, or 0.98",
+        ),
+    ):
+        parser.add_argument(name, type=float, default=default, metavar="NUMBER", help=text)
     config, options = parse_run(parser, argv, inherited)
+    failures = _failures(options)
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     if options.calibration:
         console.print(plan_table.calibration())
@@ -69,6 +87,9 @@ def main(argv: list[str] | None = None) -> None:
     routing = _routing(options.imbalance)
     if options.requirements:
         print_text(markdown_table(*requirements(options.requirements, routing)).rstrip())
+        return
+    if options.run and not _names_a_run(options):
+        print_text(markdown_table(*run_forecast.table(run_forecast.standard_plans(), failures)).rstrip())
         return
     cluster = _cluster(options)
     if options.plot:
@@ -92,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
             console.print(table)
     for problem in problems:
         console.print(f"the recipe's own layout: {problem}", style="yellow")
+    if options.run and found.fitting:
+        chosen = own if own and own.fits else found.fitting[0]
+        console.print(plan_table.from_rows(*run_forecast.table([chosen], failures)))
     console.print(plan_table.why_others_fall(found))
     if options.all:
         wide = PlainConsole(width=max(console.width, 400))
@@ -124,6 +148,23 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         raise UserError(f"--price {options.price}: must be positive")
     cluster = read_cluster(options.cluster)
     return dataclasses.replace(cluster, price_per_gpu_hour=options.price) if options.price else cluster
+
+
+def _names_a_run(options: argparse.Namespace) -> bool:
+    given = [options.config, options.cluster, options.gpus, options.price]
+    return any(value is not None and value != [] for value in given) or any(
+        hasattr(options, name) for name in settings()
+    )
+
+
+def _failures(options: argparse.Namespace) -> Failures:
+    given = Failures(options.node_mtbf_hours, options.restart_minutes, options.storage_gb_per_s)
+    for name, value in given._asdict().items():
+        if value is not None and not (value > 0 or (name == "restart_minutes" and value == 0)):
+            raise UserError(f"{flag(name)} {value:g}: must be positive")
+    if not options.run and given != Failures():
+        raise UserError("--node-mtbf-hours, --restart-minutes, --storage-gb-per-s: are only valid with --run; add it")
+    return given
 
 
 def _routing(given: str | None) -> Routing | None:

@@ -34,6 +34,7 @@ class Cluster:
     network_gb_per_s: float
     price_per_gpu_hour: float
     fp4_tflops: float | None = None  # None: no FP4, or a rate that the file does not give
+    storage_gb_per_s: float | None = None  # of a node to the shared file system; None: not given (run_forecast.py)
 
     @property
     def memory_bytes(self) -> float:

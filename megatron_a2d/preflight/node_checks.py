@@ -17,6 +17,7 @@ from rich.table import Table
 
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.planner.cluster import Cluster
+from megatron_a2d.planner.run_forecast import checkpoint_bytes
 from megatron_a2d.preflight import allreduce_test, diagnose
 from megatron_a2d.preflight.node_info import Facts, check_files, gather_facts, sizes
 from megatron_a2d.terminal.console import PlainConsole, console
@@ -88,13 +89,8 @@ def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[d
         checked = check_run(config, size, cluster)
     except UserError as error:
         return {}, 0.0, error.problems
-    # Weights in the training dtype, and Adam's state and main weights in fp32.
-    bytes_per_parameter = 14 if config.training.bf16 else 12
-    return (
-        sizes(input_files(config, checked.start.directory)),
-        bytes_per_parameter * checked.model_config.num_parameters(),
-        [],
-    )
+    inputs = sizes(input_files(config, checked.start.directory))
+    return inputs, checkpoint_bytes(config, checked.model_config), []
 
 
 def _make_probe(save: str | None) -> tuple[str | None, list[str]]:

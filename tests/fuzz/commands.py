@@ -60,7 +60,8 @@ COMMANDS = {
     ),
     "plan": Command(
         "megatron_a2d.plan", "--load {checkpoint} --cluster {cluster} --gpus 8 --config {recipe} --seq-length 32",
-        ("--price 3.5", "--imbalance 1.5", "--all", "--plot {out}.png", "--lr 0.1", "--global-batch-size 64"),
+        ("--price 3.5", "--imbalance 1.5", "--all", "--plot {out}.png", "--lr 0.1", "--global-batch-size 64",
+         "--run --node-mtbf-hours 100 --restart-minutes 5 --storage-gb-per-s 2"),
     ),
     "preflight": Command(
         "megatron_a2d.preflight.__main__",
@@ -105,7 +106,7 @@ COMMANDS = {
     "tokenize_corpus": Command(
         "data_prep.tokenize_corpus", "--input {corpus} --tokenizer {hf} --output-prefix {out} --workers 1 "
         "--encoder reference --valid-fraction 0", ("--json-keys text", "--min-tokens 1", "--deduplicate",
-                                 "--max-tokens 50", "--on-error skip", "--no-append-eod"),
+                                 "--max-tokens 50", "--on-error skip", "--no-append-eod", "--shard 1/2", "--merge-shards"),
     ),
     "inspect_dataset": Command(
         "data_prep.inspect_dataset", "--data-path {tokens} --tokenizer {hf} --show 1 --seq-length 16",

@@ -39,9 +39,15 @@ def test_the_documented_table_is_the_one_in_use() -> None:
         ("train.sh", {"MASTER_PORT": "x"}, "MASTER_PORT=x: is not a port"),
         ("train.sbatch", {}, "is for Slurm; submit it with sbatch"),
         ("train.sbatch", {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": "/usr"}, "/usr has no launch/train.sh; submit from"),
+        ("tokenize.sbatch", {}, "is for Slurm; submit it with sbatch, or use make data"),
+        ("tokenize.sbatch", {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": "/usr"}, "/usr has no data_prep; submit from"),
+        ("tokenize.sbatch", {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT)}, "is no array; add --array 1-N"),
+        ("tokenize.sbatch", {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "3",
+                             "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_COUNT": "1"},
+         "--array is not 1-N; set SHARDS"),
         ("node.sh", {}, "is for Slurm; start it with srun"),
     ],
-)
+)  # fmt: skip
 def test_variables_that_are_wrong(script: str, given: dict[str, str], words: str) -> None:
     environment = {"PATH": "/usr/bin:/bin", "BIN": "/nowhere", **given}
     done = subprocess.run(["bash", ROOT / "launch" / script], env=environment, capture_output=True, text=True)
