@@ -116,6 +116,10 @@ COMMANDS = {
         "data_prep.download", "--data-mixture {mixture} --out {out}", ("--sources a", "--shard-megabytes 1",
                                                                       "--max-documents 3"),
     ),
+    "mixture_dry_run": Command(
+        "data_prep.mixture_dry_run", "--data-mixture {mixture} --seq-length 16",
+        ("--tokens-per-second {run}", "--tokens-per-second 1e6", "--max-epochs 2", "--train-tokens 1000", "--config {recipe}"),
+    ),
     "train_tokenizer": Command(
         "data_prep.train_tokenizer", "--input {corpus} --out {out} --vocab-size 300",
         ("--json-keys text", "--reserved-tokens 2"),

@@ -28,8 +28,8 @@ class Array:
 
     def __init__(self, cluster: Cluster, root: Path):
         self.cluster, self.root = cluster, root
-        # 40 MB: two pieces of a large file and one of small ones.
-        long = [f"{text}{number} " * 40 for number in range(100) for text in TEXTS]
+        # 80 MB: two pieces of a large file and one of small ones.
+        long = [f"{text}{number} " * 40 for number in range(60) for text in TEXTS]
         write_jsonl(root / "large.jsonl", long)
         write_jsonl(root / "small.jsonl", TEXTS)
         train_tokenizer.main(
