@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ from megatron_a2d.conversion.read_back import ReadRows
 from megatron_a2d.conversion.sources import EMBEDDING, HEAD, Weights
 
 Advance = Callable[[float], None]
+
+# Few activations are multiplied with this many values at a time, which stay in the processor's cache as fp32.
+_FEW, _CACHED_VALUES = 16, 1 << 18
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of /proc/cpuinfo: x86 and ARM
 
 
 class BlockAttention(NamedTuple):
@@ -60,14 +65,15 @@ class StreamedModel:
         read_rows: ReadRows | None = None,
         visible: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        in_bf16: bool = False,
     ):
         """`read_rows` yields the rows of a tensor in place of `weights`, which are then read where rows are chosen, and
         for a tied head: it is asked for tensors in the order of the model, each once at most.
 
         `visible` [L, L], True where a query attends to a key; without it, attention is full, or `causal`. `positions`
-        [L] default to 0..L-1.
+        [L] default to 0..L-1. `in_bf16`: the products with bf16 matrices, in place of fp32.
         """
-        self.visible, self.positions = visible, positions
+        self.visible, self.positions, self._in_bf16 = visible, positions, in_bf16
         self._tensors, self.causal, self._advance = weights.tensors, causal, advance
         self._read_rows = read_rows or self._stored_rows
         self._shape = weights.model_config
@@ -95,8 +101,8 @@ class StreamedModel:
         """Cross-entropy [N] in nats of hidden states, without materialising all logits."""
         total_N = torch.full_like(targets_N, -torch.inf, dtype=torch.float32)
         target_N = torch.zeros_like(total_N)
-        for start, rows in self._rows(self._head):
-            logits_NV = hidden_ND @ rows.T
+        for start, rows in self._stored(self._head):
+            logits_NV = self._product(hidden_ND, rows)
             total_N = torch.logaddexp(total_N, logits_NV.logsumexp(-1))
             inside = (targets_N >= start) & (targets_N < start + len(rows))
             target_N[inside] = logits_NV[inside, targets_N[inside] - start]
@@ -111,13 +117,11 @@ class StreamedModel:
         rows = torch.cat([self._tensors.read(RowRange(EMBEDDING, (), i, i + 1)).float() for i in ids])
         return rows[torch.searchsorted(torch.tensor(ids), tokens_BL)]
 
-    def _rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index of the first row, consecutive rows in fp32), over the complete tensor; valid until the next ones."""
+    def _stored(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index of the first row, consecutive rows as they are stored), over the complete tensor."""
         for start, rows in (self._stored_rows if name == EMBEDDING else self._read_rows)(name):
             self._advance(rows.nbytes)
-            if rows.numel() > len(self._wide):
-                self._wide = torch.empty(rows.numel())
-            yield start, self._wide[: rows.numel()].view_as(rows).copy_(rows)
+            yield start, rows
 
     def _stored_rows(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         shape = self._tensors.shapes[name]
@@ -125,14 +129,28 @@ class StreamedModel:
             yield start, self._tensors.read(RowRange(name, (), start, stop))
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return torch.cat([x @ rows.T for _, rows in self._rows(name)], dim=-1)
+        return torch.cat([self._product(x, rows) for _, rows in self._stored(name)], dim=-1)
+
+    def _product(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """x [..., D] times the transpose of `rows` [R, D], [..., R] in fp32."""
+        if self._in_bf16 and rows.dtype == torch.bfloat16:
+            return (x.bfloat16() @ rows.T).float()
+        few = x.numel() <= _FEW * x.shape[-1]
+        return torch.cat([x @ part.T for part in self._widened(rows, _CACHED_VALUES if few else rows.numel())], dim=-1)
+
+    def _widened(self, rows: torch.Tensor, num_values: int) -> Iterator[torch.Tensor]:
+        """`rows` in fp32, about `num_values` at a time; valid until the next ones."""
+        for part in rows.split(max(1, num_values // max(1, rows[0].numel()))):
+            if part.numel() > len(self._wide):
+                self._wide = torch.empty(part.numel())
+            yield self._wide[: part.numel()].view_as(part).copy_(part)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), self._vector(name), self._shape.rms_norm_eps)
 
     def _vector(self, name: str) -> torch.Tensor:
         """A bias comes in the pieces in which it was read, one of each group of heads."""
-        return torch.cat([rows.clone() for _, rows in self._rows(name)])
+        return torch.cat([rows.float() for _, rows in self._stored(name)])
 
     def _attention(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
         a = self._shape
@@ -210,3 +228,13 @@ class StreamedModel:
 
     def _choose(self, probabilities: torch.Tensor) -> torch.Tensor:
         return probabilities.topk(self._shape.num_experts_per_tok, dim=-1).indices
+
+
+def has_bf16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bf16 matrices; elsewhere torch's bf16 products are slower than those in fp32."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # another system
+        return False
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return not _BF16_FLAGS.isdisjoint(flags.split())

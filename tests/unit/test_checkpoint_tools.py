@@ -22,7 +22,7 @@ from megatron_a2d.conversion.weight_averaging import average, factors_of
 from megatron_a2d.hf import CODE_FILES
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.verification import logits_report
-from megatron_a2d.verification.reference_forward import StreamedModel
+from megatron_a2d.verification.reference_forward import StreamedModel, has_bf16_products
 from tests import tiny
 from tests.unit import tiny_run
 from tests.unit.hf_tensors import tensors_of
@@ -177,6 +177,33 @@ def test_the_loss_by_time_is_of_masked_tokens(tmp_path: Path, capsys) -> None:
         assert logits_report.loss_lines(*logits_report.loss_by_time(weights), 256) == [
             "masked cross-entropy: not measured, because the model has no mask token"
         ]
+
+
+def test_losses_in_bf16_differ_in_the_third_digit(tmp_path: Path, monkeypatch) -> None:
+    """Only the products are in bf16: sums, norms and attention are not."""
+    hf = tiny.write_hf(tmp_path / "hf", "moe")
+    convert(hf, tmp_path / "ckpt", dtype=torch.bfloat16)
+    with open_checkpoint(tmp_path / "ckpt") as weights:
+        found = []
+        for in_bf16 in (False, True):
+            monkeypatch.setattr(logits_report, "has_bf16_products", lambda in_bf16=in_bf16: in_bf16)
+            found.append([item.loss for item in logits_report.loss_by_time(weights)[1]])
+    assert found[0] != found[1] and max(abs(a - b) for a, b in zip(*found, strict=True)) < 0.005
+
+
+@pytest.mark.parametrize(
+    "line,expected",
+    [
+        ("flags\t\t: fpu sse2 avx512_bf16 amx_tile\nbugs\t: bf16", True),
+        ("flags : fpu avx512f", False),
+        ("Features\t: fp asimd bf16", True),
+        ("", False),
+    ],
+)
+def test_processors_with_bf16_products(line: str, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert has_bf16_products(tmp_path / "cpuinfo") is expected
+    assert not has_bf16_products(tmp_path / "absent")
 
 
 def test_a_large_model_is_not_loaded_unasked(run: Path, monkeypatch, capsys) -> None:
