@@ -106,6 +106,13 @@ def test_cpu_time_of_a_tree_has_its_orphans() -> None:
     assert process_tree.run([sys.executable, "-S", "-c", "pass"]).cpu < 0.2
 
 
+def test_commands_cache_bytecode_as_users_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "imported.py").write_text("")
+    process_tree.run([sys.executable, "-S", "-c", "import imported"], directory=tmp_path)
+    assert list(tmp_path.rglob("*.pyc"))
+
+
 def test_a_command_that_fails_is_no_measurement() -> None:
     with pytest.raises(RuntimeError, match=r"exit code 3: .*no such thing"):
         process_tree.run([sys.executable, "-S", "-c", "import sys; print('no such thing'); sys.exit(3)"])
