@@ -234,7 +234,7 @@ publish: setup  ## push HF_MODEL to the hub as REPO (ARGS=--dry-run shows what w
 	$(call needs,HF_MODEL REPO)
 	$(PY) -m checkpoints_tools.publish --hf-model $(HF_MODEL) --repo $(REPO) $(ARGS)
 
-evaluate: setup  ## MODEL on held-out text (DATA) and tasks (CONFIG, such as launch/eval/local.yaml), to OUT
+evaluate: setup  ## MODEL (or several, [NAME=]DIR ...) on held-out text (DATA) and tasks (CONFIG, as launch/eval/local.yaml), to OUT
 	$(call needs,MODEL OUT)
 	@$(PY) -m megatron_a2d.evaluate --model $(MODEL) --out $(OUT) $(if $(DATA),--valid-data-path $(DATA)) \
 	  $(if $(CONFIG),--config $(CONFIG)) $(ARGS)

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_a2d.checkpoint.directory import is_checkpoint
+from megatron_a2d.checkpoint.directory import is_checkpoint, resolve
+from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.settings import flag
+from megatron_a2d.families.registry import autoregressive_types
+from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,6 +96,15 @@ def check_model(directory: str, layout: dict[str, Any]) -> None:
         raise UserError(f"--model {directory}: there is no such directory; give one that export_hf wrote")
     if layout and not is_checkpoint(Path(directory)):
         raise UserError(f"{flag(next(iter(layout)))}: needs a checkpoint; an exported model runs in one process")
+
+
+def own_objective(directory: str) -> str:
+    """ar for a model of an autoregressive class and a checkpoint trained as one, else mdlm. UserError if unreadable."""
+    path = Path(directory)
+    if is_checkpoint(path):
+        return "ar" if read_trained(resolve(path)).objective == "ar" else "mdlm"
+    config = read_json(path / "config.json", "the model's configuration")
+    return "ar" if config.get("model_type") in autoregressive_types() else "mdlm"
 
 
 def load_model(directory: str, layout: dict[str, Any], objective: str = "mdlm") -> LoadedModel:

@@ -117,6 +117,8 @@ def test_a_network_is_refused_unless_it_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(code_execution, "_NAMESPACES", NO_NAMESPACES)
     monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
     monkeypatch.setattr(evaluate, "check_model", lambda *a: None)  # there is no directory m
+    monkeypatch.setattr(evaluate, "own_objective", lambda directory: "mdlm")
+    monkeypatch.setattr(evaluate, "_open_tasks", lambda options: None)
     monkeypatch.setenv(code_execution.SWITCH, "0")  # what evaluate sets is undone after the test
     monkeypatch.setenv(code_execution.NETWORK_SWITCH, "1")  # an environment is no consent either
     common = ["--model", "m", "--out", str(tmp_path), "--tasks", "a"]

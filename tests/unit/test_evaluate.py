@@ -7,13 +7,13 @@ import os
 import re
 from types import SimpleNamespace
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from megatron_a2d import evaluate
-from megatron_a2d.evaluation import code_execution, loglikelihood
+from megatron_a2d.evaluation import code_execution, harness_tasks, loglikelihood
+from megatron_a2d.evaluation.evaluation_options import read_config
 from megatron_a2d.evaluation.harness import HarnessModel
+from megatron_a2d.evaluation.published_scores import PUBLISHED
 from megatron_a2d.evaluation.score_table import markdown, read_results
 from megatron_a2d.utils.errors import UserError
 from tests.unit import local_evaluation
@@ -91,6 +91,8 @@ def test_held_out_text_by_source(models, tmp_path):
     assert other["held_out"]["code"]["nelbo"] == pytest.approx(held_out["code"]["nelbo"], abs=1e-5)
 
 
+ROLLING = ("--include-path", str(LOCAL / "local"), "--tasks", "local_rolling", "--limit", "1")
+
 BAD = {
     "a time beyond 1": (["--min-timestep", "5"], "--min-timestep 5.0: must lie between"),
     "nothing": ([], "nothing to evaluate"),
@@ -126,10 +128,10 @@ def test_unknown_tasks(monkeypatch):
     def options(*tasks: str) -> SimpleNamespace:
         return SimpleNamespace(include_path=str(LOCAL / "local"), tasks=tasks)
 
-    assert evaluate._task_manager(options("local_choice"), Manager).all_tasks == ["local_choice"]
-    assert "gsm8k" in evaluate._task_manager(options("local_choice", "gsm8k"), Manager).all_tasks
+    assert harness_tasks.task_manager(options("local_choice"), Manager).all_tasks == ["local_choice"]
+    assert "gsm8k" in harness_tasks.task_manager(options("local_choice", "gsm8k"), Manager).all_tasks
     with pytest.raises(UserError) as error:
-        evaluate._task_manager(options("local_choise", "mmul"), Manager)
+        harness_tasks.task_manager(options("local_choise", "mmul"), Manager)
     assert error.value.problems == [
         "--tasks local_choise: unknown task (did you mean local_choice?)",
         "--tasks mmul: unknown task (did you mean mmlu?)",
@@ -138,9 +140,9 @@ def test_unknown_tasks(monkeypatch):
 
 def test_models_that_are_not_ours(models, tmp_path):
     with pytest.raises(UserError, match="give --objective ar"):
-        run(models, tmp_path, "--tasks", "a", model="qwen3")
+        run(models, tmp_path, *ROLLING, "--objective", "mdlm", model="qwen3")
     with pytest.raises(UserError, match="not an autoregressive model of a supported family"):
-        run(models, tmp_path, "--tasks", "a", "--objective", "ar")
+        run(models, tmp_path, *ROLLING, "--objective", "ar")
 
 
 def test_bad_config_files(models, tmp_path):
@@ -187,9 +189,7 @@ def test_malformed_earlier_results_are_found_first(change, tmp_path, monkeypatch
 
 
 def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch):
-    from megatron_a2d.evaluation import score_table
-
-    monkeypatch.setattr(score_table, "markdown", lambda runs: pytest.fail("a fault of ours"))
+    monkeypatch.setattr(evaluate, "markdown", lambda runs: pytest.fail("a fault of ours"))
     with pytest.raises(pytest.fail.Exception):
         evaluate._write(tmp_path, {"model": "m"}, [])
     assert json.loads((tmp_path / "results.json").read_text()) == {"model": "m"}
@@ -222,7 +222,7 @@ def test_consent_comes_from_the_command_line_alone(line, message, tmp_path, monk
         with pytest.raises(UserError, match=re.escape(message.format(tmp_path))):
             evaluate.main([*common, *flags])
     (tmp_path / "eval.yaml").write_text("tasks: [t]\nallow_code_execution: false\n")
-    assert not evaluate._read_config(str(tmp_path / "eval.yaml"), problems := []).get("include_path") and not problems
+    assert not read_config(str(tmp_path / "eval.yaml"), problems := []).get("include_path") and not problems
 
 
 def test_every_file_of_launch_eval_is_read():
@@ -230,7 +230,7 @@ def test_every_file_of_launch_eval_is_read():
     shots = {}
     for path in sorted(LOCAL.glob("*.yaml")):
         problems: list[str] = []
-        values = evaluate._read_config(str(path), problems)
+        values = read_config(str(path), problems)
         assert not problems, problems
         shots[path.stem] = values["num_fewshot"]
     assert shots == {"mmlu": 5, "arc_challenge": 0, "race": 0, "bbh": 3, "gsm8k": 8, "mbpp": 4, "local": 0}
@@ -244,8 +244,8 @@ def test_published_figures_stand_beside_our_own():
         "num_fewshot": {"gsm8k": 8},
     }
     page = markdown([run])
-    assert "| GSM8K | 8 | exact_match (strict-match) | 50.0% ± 1.0% | 80.0% | 77.2% | 70.9% |" in page
-    assert "radicalnumerics.ai" in page
+    assert "| GSM8K | 8 | exact_match (strict-match) | 50.0% ± 1.0% | 80.0% | 77.2% | 70.9% | 66.4% | 91.8% |" in page
+    assert all(published.source in page for published in PUBLISHED.values())
     run["tasks"] = {"local_rolling": {"bits_per_byte,none": 0.75}}
     assert "| bits_per_byte | 0.750 |" in markdown([run])
 
@@ -280,34 +280,25 @@ def test_code_tasks_run_when_allowed(models, tmp_path, monkeypatch):
         os.environ.pop(name, None)
 
 
-def test_offline_task_files_of_the_docs(models, tmp_path, monkeypatch):
-    """The two task files that docs/evaluation.md shows, on a few questions in the published formats."""
+def test_offline_task_file_of_the_docs(models, tmp_path, monkeypatch):
+    """The task file that docs/evaluation.md shows, on a few questions in the published format."""
     page = (LOCAL.parents[1] / "docs" / "evaluation.md").read_text()
-    files = re.findall(r"```yaml\n# tasks/(\S+)\n(.*?)```", page, re.DOTALL)
-    assert [name for name, _ in files] == ["gsm8k_local.yaml", "mmlu_anatomy_local.yaml"]
-    gsm8k, mmlu = tmp_path / "data" / "gsm8k", tmp_path / "data" / "mmlu" / "anatomy"
-    for directory in (tmp_path / "tasks", gsm8k, mmlu):
+    ((name, text),) = re.findall(r"```yaml\n# tasks/(\S+)\n(.*?)```", page, re.DOTALL)
+    gsm8k = tmp_path / "data" / "gsm8k"
+    for directory in (tmp_path / "tasks", gsm8k):
         directory.mkdir(parents=True)
-    for name, text in files:
-        (tmp_path / "tasks" / name).write_text(text)
+    (tmp_path / "tasks" / name).write_text(text)
     for split in ("train", "test"):
         line = json.dumps({"question": f"1 + 1 in {split}?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"})
         (gsm8k / f"{split}.jsonl").write_text(f"{line}\n" * 2)
-    question = {"question": "Where?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 1}
-    for split in ("dev", "test"):
-        parquet.write_table(pyarrow.Table.from_pylist([question] * 2), mmlu / f"{split}-00000-of-00001.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
     asked: list[str] = []
-    monkeypatch.setattr(HarnessModel, "generate_until", lambda model, requests: ["so 2\n#### 2" for _ in requests])
-    scored = HarnessModel.loglikelihood
     monkeypatch.setattr(
         HarnessModel,
-        "loglikelihood",
-        lambda model, requests: [asked.extend(request.args[0] for request in requests), scored(model, requests)][1],
+        "generate_until",
+        lambda model, requests: [[asked.append(request.args[0]), "so 2\n#### 2"][1] for request in requests],
     )
-    content = run(models, tmp_path / "out", "--include-path", "tasks", "--tasks", "gsm8k_local", "mmlu_local",
-                  "--num-fewshot", "1")  # fmt: skip
+    content = run(models, tmp_path / "out", "--include-path", "tasks", "--tasks", "gsm8k_local", "--num-fewshot", "1")
     assert content["tasks"]["gsm8k_local"]["exact_match,strict-match"] == 1
-    assert content["tasks"]["mmlu_anatomy_local"]["acc,none"] in (0, 1)
-    assert asked[0].startswith("The following are") and asked[0].endswith("Answer:") and "Answer: B\n" in asked[0]
+    assert "in train?" in asked[0] and asked[0].endswith("in test?\nAnswer:")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_a2d import evaluate
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.renamed import (
     FLAGS,
@@ -21,6 +20,7 @@ from megatron_a2d.config.renamed import (
     recorded_settings,
 )
 from megatron_a2d.config.settings import settings
+from megatron_a2d.evaluation.evaluation_options import read_config
 from megatron_a2d.report.plots import read_log
 from megatron_a2d.utils.errors import UserError
 
@@ -108,7 +108,7 @@ def test_flags_of_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_recipe_of_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "eval.yaml"
     recipe.write_text("guidance: 0.5\n")
-    assert evaluate._read_config(str(recipe), []) == {"cfg_scale": 0.5}
+    assert read_config(str(recipe), []) == {"cfg_scale": 0.5}
     assert "guidance is now cfg_scale" in capsys.readouterr().err
 
 
