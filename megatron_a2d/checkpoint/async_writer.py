@@ -109,7 +109,11 @@ def _write(
     directory: Path,
     in_background: bool,
 ) -> None:
-    """Main function of the writer process. No garbage collection: GPU tensors in its memory belong to the parent."""
+    """Main function of the writer process. No garbage collection: GPU tensors in its memory belong to the parent.
+
+    No threads either: where there is no memory to start one, Thread.start() waits for ever (CPython 3.11), and with it
+    all ranks for this one's answer.
+    """
     gc.disable()
     if in_background:
         os.nice(19)
@@ -123,7 +127,7 @@ def _write(
             if isinstance(value, Exception):
                 raise value
         names = [os.path.basename(path) for path, *_ in buckets]
-        entries = measure(directory, names, num_threads=1) if in_background else measure(directory, names)
+        entries = measure(directory, names, num_threads=1)
         connection.send((results.value, entries))
     except Exception as error:
         connection.send(error if isinstance(error, OSError) else RuntimeError(str(error)))

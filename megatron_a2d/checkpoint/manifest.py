@@ -72,21 +72,23 @@ class Entry(NamedTuple):
 def measure(
     directory: Path, names: Iterable[str], num_threads: int = _THREADS, algorithm: str = "xxh3"
 ) -> dict[str, Entry]:
-    """Read the files `names` (relative to `directory`) once, several at a time."""
+    """Read the files `names` (relative to `directory`) once, several at a time; with num_threads=1 in this thread."""
     return _measure_all(directory, dict.fromkeys(names, algorithm), num_threads)
 
 
 def _measure_all(directory: Path, algorithms: Mapping[str, str], num_threads: int = _THREADS) -> dict[str, Entry]:
     """The same with an algorithm for each file."""
+    if num_threads == 1:
+        return {name: _measure(directory / name, algorithm) for name, algorithm in algorithms.items()}
     with ThreadPoolExecutor(num_threads) as pool:
         entries = pool.map(lambda item: _measure(directory / item[0], item[1]), algorithms.items())
         return dict(zip(algorithms, entries, strict=True))
 
 
-def write_manifest(directory: Path, known: dict[str, Entry] | None = None) -> None:
+def write_manifest(directory: Path, known: dict[str, Entry] | None = None, num_threads: int = _THREADS) -> None:
     """Write `directory`/manifest.json, the last of its files; files in `known` are not read again."""
     entries = dict(known or {})
-    entries |= measure(directory, [name for name in list_files(directory) if name not in entries])
+    entries |= measure(directory, [name for name in list_files(directory) if name not in entries], num_threads)
     write_json(directory / MANIFEST, {"files": {name: entries[name].stored() for name in sorted(entries)}})
 
 

@@ -141,7 +141,7 @@ def commit(partial: Path, final: Path, known: dict[str, Entry], iteration: int) 
 
     `known` holds size and checksum of files that were measured while they were written.
     """
-    write_manifest(partial, known)
+    write_manifest(partial, known, num_threads=1)  # what is not known is small; no threads, as in async_writer.py
     for entry in partial.rglob("*"):
         fsync_path(entry)
     fsync_path(partial)

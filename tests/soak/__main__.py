@@ -109,6 +109,7 @@ def disturb(run: Run, kind: str) -> Row:
         row = KINDS[kind](run)
     except Exception:
         row = Row(kind, kind, run.reached(), problem=traceback.format_exc())
+        run.current.kill()
     again = len(run.starts) > starts
     if run.current.is_over():
         again = True

@@ -50,12 +50,14 @@ def found(
         line, row.by = run.find(patterns, since, patience, is_over)
     except EndedError as error:
         row.problem = str(error)
-        return
+        return  # what came of it, `ended` sees
     row.named, row.found_after = line.text[:300], max(0.0, line.time - since)
 
 
 def ended(run: Run, row: Row, *codes: int) -> None:
     """Wait for the end of the start; its exit code must be one of these."""
+    if row.problem:  # nobody has named it: it may never end
+        run.current.kill()
     row.code = run.wait_for_end()
     settle(run, row)
     if row.code not in codes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from megatron_a2d import megatron_compat
 from megatron_a2d.checkpoint import async_writer
+from megatron_a2d.checkpoint.manifest import read_manifest, write_manifest
 from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
 from megatron_a2d.distributed import process_groups
@@ -31,7 +33,7 @@ NO_CHUNKS: Any = SimpleNamespace(write_buckets=[])
 def test_only_a_writer_beside_training_leaves_it_the_cpus(
     in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With nothing else to do, training waits: then the process may use all CPUs, in competition with other jobs."""
+    """With nothing else to do, training waits: then the process is as urgent as training itself."""
 
     def seen(directory: Path, names: list[str], num_threads: int = 8) -> dict[str, Any]:
         return {"niceness": os.nice(0), "num_threads": num_threads, "names": names}
@@ -39,9 +41,26 @@ def test_only_a_writer_beside_training_leaves_it_the_cpus(
     monkeypatch.setattr(async_writer, "measure", seen)
     entries: Any = async_writer.ChunkWriter(NO_CHUNKS, tmp_path, in_background).finish()
     ours = os.nice(0)
-    assert entries == {
-        "niceness": 19 if in_background else ours, "num_threads": 1 if in_background else 8, "names": [],
-    }  # fmt: skip
+    assert entries == {"niceness": 19 if in_background else ours, "num_threads": 1, "names": []}
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_writer_starts_no_thread(in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short of memory, a thread that cannot be started would let all ranks wait for ever."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise AssertionError("a thread is started")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    (tmp_path / "file").write_bytes(b"xxxx")
+    monkeypatch.setattr(
+        async_writer, "FileSystemWriterAsync", SimpleNamespace(write_preloaded_data=lambda *_, **__: None)
+    )
+    chunks: Any = SimpleNamespace(write_buckets=[(str(tmp_path / "file"), "key", ([], []))])
+    entries = async_writer.ChunkWriter(chunks, tmp_path, in_background).finish()
+    assert entries["file"].size == 4
+    write_manifest(tmp_path, num_threads=1)
+    assert read_manifest(tmp_path) == entries
 
 
 @pytest.mark.skipif(has_cuda(), reason="with a GPU the copies on the host are what is written")
@@ -96,7 +115,7 @@ def test_what_a_step_changes() -> None:
 def test_what_stops_the_writer_is_raised_where_training_waits(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(async_writer, "measure", fails)
