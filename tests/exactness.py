@@ -120,7 +120,7 @@ def _bf16(measured: list[Compared], bounds: dict[str, dict[str, float]]) -> str:
 The same in bf16, compared with the effect of reordered sums in one process: **split**, every contraction of a matrix product
 in 2, 3, 4 or 8 slices, each rounded to bf16, as under tensor parallelism; **batch**, micro-batches of 2, 4 and 8 samples;
 **order**, the samples of the batch reversed. A layout may do all three, so the bound is the sum of the largest difference of
-each kind: an estimate from a few reorderings, not a proof. Loss and gradient norm: relative (bound: the norm of the
+each kind (twice that for the loss, a single number): an estimate from a few reorderings, not a proof. Loss and gradient norm: relative (bound: the norm of the
 gradients' difference). Gradients and parameters after the second step: the worst tensor's root mean square difference,
 relative to its root mean square. The MoE model routes every token to all experts: with top-k routing, the last bit can
 decide between two experts, and no bound on sums holds afterwards.

@@ -19,12 +19,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "blockwise": {"fp8_recipe": "blockwise"},
     "mxfp8": {"fp8_recipe": "mxfp8"},
     "delayed": {"fp8_recipe": "delayed"},
-    "nvfp4": {"fp4_recipe": "nvfp4", "seed": 7},  # with which no value lies on a tie
+    "nvfp4": {"fp4_recipe": "nvfp4"},
 }
 
 
 def steps(pool: Pool, ranks: int, job: dict[str, Any], more: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
-    settings = {**job["settings"], **more}
+    settings = {**job["settings"], "lr": 1e-12, "min_lr": 0.0, **more}
     return pool.run(
         "train_steps", ranks, **{**job, "settings": settings}, num_steps=2, relative=True, in_fp32=True, **options
     )
@@ -40,17 +40,17 @@ def steps(pool: Pool, ranks: int, job: dict[str, Any], more: dict[str, Any], **o
 def test_layouts(
     kind: str, recipe: str, layout: dict[str, Any], wide: dict[str, Any], pool: Pool, tmp_path: Path
 ) -> None:
-    """Two steps in fp32; control: the same steps without rounding.
+    """Two steps in fp32, the second with the first one's scales if they are delayed; control: without rounding.
 
-    Experts over ranks sum in another order, so a few values on a tie of the rounding, or of a router's choice, fall to
-    the other side, and what is computed of them follows.
+    Layouts sum in another order, and a processor's kernels too, so a few values near a tie of the rounding fall to the
+    other side, and what is computed of them follows; how many depends on the processor. The weights stay: Adam would
+    move each by the sign of its gradient, of however little, and the second step would show that alone.
     """
     job, path = wide[kind], str(tmp_path / "reference.pt")
     (expected,) = steps(pool, 1, job, RECIPES[recipe], save_reference=path)
     *_, found = steps(pool, 2, job, {**RECIPES[recipe], **layout}, reference=path)
     (plain,) = steps(pool, 1, job, {**RECIPES[recipe], "fp8_recipe": "none", "fp4_recipe": "none"}, reference=path)
-    exact = layout != {**TP_SP, **EP}
     assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-6)
-    assert found["losses"][1] == pytest.approx(expected["losses"][1], rel=1e-6 if exact else 1e-3)
-    assert found["gradient_distance"] < (1e-5 if exact else plain["gradient_distance"] / 5)
+    assert found["losses"][1] == pytest.approx(expected["losses"][1], rel=1e-6 if recipe != "delayed" else 5e-4)
+    assert found["gradient_distance"] < plain["gradient_distance"] / 10
     assert plain["gradient_distance"] > 0.1
