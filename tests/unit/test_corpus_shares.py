@@ -90,6 +90,7 @@ def test_an_interrupted_share_does_only_what_is_missing(tokenizer, corpus, tmp_p
     theirs = [parts / f".{number:05d}.tokens.partial-{where}" for number, where in ((other, "x-1"), (mine[0], "1"))]
     for path in theirs:
         path.write_text("being written")
+        os.utime(path, (0, 0))  # long ago, so that its age does not keep it
     done.clear()
     run(tokenizer, tmp_path / "c", *arguments, "--shard", "2/2")
     assert done == sorted(mine[1:3])
