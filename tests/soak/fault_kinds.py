@@ -306,20 +306,18 @@ def jump_clock(run: Run) -> Row:
 
 def memory_limit(run: Run) -> Row:
     victim, pid = run.random.choice(sorted(run.current.ranks().items()))
-    row, since = begun(run, "no memory for a rank", f"rank {victim} gets no more memory"), time.monotonic()
+    row, since = begun(run, "no memory for a rank", f"no memory for rank {victim}"), time.monotonic()
     process = psutil.Process(pid)
-    size = process.memory_info().vms
+    size = process.memory_info().vms + (64 << 20)
     process.rlimit(psutil.RLIMIT_AS, (size, size))
-    found(
-        run, row, since, (rf"rank {victim} .*(failed with|ended)", OTHERS), (r"error: .*could not be written", "the save"),
-        (rf"error: rank {victim} \(.*no heartbeat", OTHERS), (rf"hung for .*rank {victim} \(", "watchdog"),
-    )  # fmt: skip
-    if not run.current.is_over() and "could not be written" in row.named and run.keeps_on:
-        run.current.kill()  # it would go on, and never save again
-        row.code = KILLED
-        return row
-    ended(run, row, 1, KILLED, 128 + signal.SIGABRT, 128 + signal.SIGSEGV, PEER_LOST, SAVE_FAILED, STALLED)
-    row.bound += SAVE_INTERVAL * (row.code == SAVE_FAILED)
+    run.set("hunger", 1 + victim)
+    try:
+        found(
+            run, row, since, (rf"rank {victim} .*failed with", OTHERS), (rf"error: rank {victim} \(.*no heart", OTHERS)
+        )
+        ended(run, row, 1, KILLED, 128 + signal.SIGABRT, 128 + signal.SIGSEGV, PEER_LOST)
+    finally:
+        run.set("hunger", 0)
     return row
 
 
