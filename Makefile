@@ -217,7 +217,7 @@ plan: setup  ## RECIPE on GPUS of CLUSTER (h100, h200, b200, ...): the best layo
 	$(call needs,RECIPE CLUSTER GPUS)
 	@$(PY) -m megatron_a2d.plan --config $(RECIPE) --cluster $(CLUSTER) --gpus $(GPUS) $(ARGS)
 
-export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d, sdar, qwen3)
+export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d, sdar, dream, llada, qwen3)
 	$(call needs,CHECKPOINT OUT)
 	$(PY) -m checkpoints_tools.export_hf --checkpoint $(CHECKPOINT) --out $(OUT) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 

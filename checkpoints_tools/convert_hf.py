@@ -55,6 +55,11 @@ def main(argv: list[str] | None = None) -> None:
         f"{done.directory}: {human(done.model_config.num_parameters())} parameters, "
         f"{human(done.num_bytes, 'B')} of {types}, mask token {done.mask_token_id}"
     )
+    if done.mask_text is not None:
+        print_line(
+            f"note: its mask token is {done.mask_text!r}, a token of text: texts that contain it can be neither "
+            "trained on nor given as prompts"
+        )
     if done.aux_loss_coeff is not None:
         print_line(
             f"router_aux_loss_coef {done.aux_loss_coeff.source:g} of its config.json is --moe-aux-loss-coeff "

@@ -3,7 +3,8 @@
     python -m checkpoints_tools.export_hf --checkpoint checkpoints/run --out exports/run --format rnd1
 
 Formats: `rnd1` (MoE, the format of the published RND1), `a2d` (any diffusion model), `sdar` (block diffusion without
-label shift, in the form that LMDeploy and SGLang run), `qwen3`, `qwen2`, `llama` (the original autoregressive formats).
+label shift, in the form that LMDeploy and SGLang run), `dream`, `llada`, `llada_moe`, `diffullama` (these models' own
+form, for their code on the hub), `qwen3`, `qwen2`, `llama` (the original autoregressive formats).
 The output is read back and compared before it is renamed to --out; an interrupted run is resumed by the same command.
 """
 

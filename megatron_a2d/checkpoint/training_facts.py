@@ -22,7 +22,7 @@ from megatron_a2d.checkpoint.directory import (
 )
 from megatron_a2d.config.renamed import modernise_record, name_in, recorded_settings
 from megatron_a2d.config.settings import RunConfig, flag, settings
-from megatron_a2d.families.registry import kind_of
+from megatron_a2d.families.registry import kind_of, read_config
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
@@ -59,7 +59,7 @@ def read_trained(directory: str | Path) -> Trained:
     if (directory / RUN_CONFIG).is_file() and iteration_of(directory) > 0:
         return _of_run(directory)
     path = (directory / HF_FILES if (directory / HF_FILES).is_dir() else directory) / "config.json"
-    config = read_json(path, "the model's configuration")
+    config = read_config(path.parent)
     trained = kind_of(config, str(path)).family.diffusion
     if trained is None:
         return _from(config, path, None)

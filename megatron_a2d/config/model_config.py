@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_a2d.config.rotary import RopeScaling, agreed, is_positive, read_rotary
-from megatron_a2d.families.registry import Kind, kind_of
-from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.families.registry import Kind, kind_of, read_config
 from megatron_a2d.utils.errors import UserError
 
 # A hundred times the sizes of any published model. Otherwise a few bytes could request unlimited names and layers.
@@ -82,8 +81,7 @@ class ModelConfig:
 
 def read_model_config(directory: str | Path) -> ModelConfig:
     """The architecture of the Hugging Face model in `directory`."""
-    path = Path(directory) / "config.json"
-    return model_config_from_hf(read_json(path, "the model's configuration"), str(path))
+    return model_config_from_hf(read_config(Path(directory)), str(Path(directory) / "config.json"))
 
 
 def model_config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from megatron_a2d.checkpoint.training_facts import Trained
 from megatron_a2d.config.model_config import ModelConfig
+from megatron_a2d.conversion import public_form
 from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.families.family import Family
 from megatron_a2d.families.registry import autoregressive_formats, export_formats, family_of_format
@@ -114,6 +115,12 @@ def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = Fal
             )
     if kind == "sdar":
         problems += _sdar_refusals(a, trained)
+    family = family_of_format(kind)
+    if family is not None and public_form.is_public_form(family):
+        instead = "sdar" if trained.block_length and not trained.label_shift else "a2d"
+        problems += [
+            f"--format {kind}: {why}; use --format {instead}" for why in public_form.refusals(family, a, trained)
+        ]
     if not is_autoregressive(kind) and a.mask_token_id is None:
         problems.append(f"--format {kind}: the checkpoint's hf/config.json has no mask_token_id; convert it again")
     return problems
@@ -201,6 +208,13 @@ def config_json(kind: Format, model: Exported) -> dict[str, Any]:
     family = family_of_format(kind)
     described = family.type_of(a.is_moe) if family else None
     assert family is not None and described is not None, "refused before"
+    if public_form.is_public_form(family):
+        more = {
+            **_special_tokens(model, first_only=False),
+            "torch_dtype": model.dtype,
+            "mask_token_id": a.mask_token_id,
+        }
+        return public_form.public_config(family, model.source, _settings(a, family), model.trained, more)
     config: dict[str, Any] = {"architectures": [described.architecture], "model_type": described.name}
     if described.name in AUTO_MAPS:
         config["auto_map"] = AUTO_MAPS[described.name]
@@ -240,6 +254,12 @@ def generation_json(kind: Format, model: Exported) -> dict[str, Any]:
         ends["eos_token_id"] = model.ends.ids[0] if len(model.ends.ids) == 1 else list(model.ends.ids)
     if is_autoregressive(kind):
         return model.source_generation | ends
+    family = family_of_format(kind)
+    came_so = (
+        family is not None and public_form.is_public_form(family) and public_form.came_in_form(model.source, family)
+    )
+    if came_so and model.source_generation:  # Dream's class fails without the file
+        return model.source_generation
     tokens = _special_tokens(model, first_only=kind == "rnd1")
     if kind == "rnd1":
         del tokens["bos_token_id"]
@@ -293,6 +313,22 @@ def _shape(a: ModelConfig, family: Family) -> dict[str, Any]:
             "moe_intermediate_size": a.moe_intermediate_size,
             "norm_topk_prob": a.norm_topk_prob,
         }
+    return shape
+
+
+def _settings(a: ModelConfig, family: Family) -> dict[str, Any]:
+    """The settings that vary within a family of published diffusion models."""
+    shape = {name: value for name, value in _shape(a, family).items() if name not in family.fixed}
+    if family.heads_fill_hidden:
+        del shape["head_dim"]
+    if family.norm_topk_prob is not None:
+        shape.pop("norm_topk_prob", None)
+    if family.add_qkv_bias is None:
+        shape["add_qkv_bias"] = a.add_qkv_bias
+    if family.qk_layernorm is None:
+        shape["qk_layernorm"] = a.qk_layernorm
+    if "rope_scaling" not in family.fixed:
+        shape["rope_scaling"] = a.rope_scaling.to_rope_scaling() if a.rope_scaling else None
     return shape
 
 

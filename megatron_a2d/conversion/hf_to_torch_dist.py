@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,9 +23,11 @@ from megatron_a2d.conversion.resumable_output import describe_files, num_bytes_w
 from megatron_a2d.conversion.sources import as_megatron, open_checkpoint, open_hf
 from megatron_a2d.conversion.torch_dist_writer import write_torch_dist
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
+from megatron_a2d.families.registry import kind_of, read_config
 from megatron_a2d.terminal.console import human, progress
-from megatron_a2d.utils.atomic_write import check_new_directory, read_json, write_json
+from megatron_a2d.utils.atomic_write import check_new_directory, write_json
 from megatron_a2d.utils.errors import UserError
+from megatron_a2d.utils.vocabulary_files import has_vocabulary_files, tokenizer_of
 
 
 class Converted(NamedTuple):
@@ -36,6 +38,7 @@ class Converted(NamedTuple):
     mask_token_id: int
     comparison: Comparison | None  # of the source with the checkpoint; None without `verify`
     aux_loss_coeff: AuxLossCoefficient | None  # None without one in the source
+    mask_text: str | None  # the mask token's text, if it is a token of ordinary text
 
 
 def convert(
@@ -57,7 +60,7 @@ def convert(
     """
     check_new_directory(out, "--out")
     with open_hf(hf, check_values=not allow_nonfinite) as weights:
-        config = read_json(hf / "config.json", "the model's configuration")
+        config = read_config(hf)
         _check_mask_token(hf, mask_token_id, weights.model_config.mask_token_id)
         config["mask_token_id"] = choose_mask_token(
             hf, weights.model_config.vocab_size, mask_token_id, weights.model_config.mask_token_id
@@ -84,6 +87,8 @@ def convert(
             if not allow_nonfinite and (problems := checked.problems(hf)):
                 raise UserError(problems)
             copy_hf_files(hf, release / HF_FILES)
+            if has_vocabulary_files(hf):
+                tokenizer_of(hf).save(str(release / HF_FILES / "tokenizer.json"))
             write_json(release / HF_FILES / "config.json", config)
             write_manifest(release, entries)
             (work.directory / TRACKER).write_text(RELEASE + "\n", encoding="utf-8")
@@ -93,7 +98,22 @@ def convert(
                     comparison = check(ReadBack(recorded, weights, written, workers))
         dtypes = {tensors.dtype(key) for key in tensors.shapes}
         coefficient = aux_loss_coefficient(config, weights.model_config)
-        return Converted(out, weights.model_config, size, dtypes, config["mask_token_id"], comparison, coefficient)
+        return Converted(
+            out,
+            weights.model_config,
+            size,
+            dtypes,
+            config["mask_token_id"],
+            comparison,
+            coefficient,
+            _mask_text(config),
+        )
+
+
+def _mask_text(config: dict[str, Any]) -> str | None:
+    """A mask token that is one of text, where the family has such a one."""
+    diffusion = kind_of(config, "config.json").family.diffusion
+    return diffusion.mask_token if diffusion else None
 
 
 def _check_mask_token(hf: Path, requested: int | None, configured: int | None) -> None:

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_a2d.families.registry import declared_mask_token, matching_kinds, read_config
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.tokenizer import read_tokenizer
@@ -141,10 +142,12 @@ def _declared(directory: Path, tokens: dict[int, str]) -> int | None:
 
 
 def mask_token_names(directory: Path) -> list[str]:
-    """The mask token's possible names: the one in tokenizer_config.json, and ours."""
-    token = read_tokenizer_config(directory).get("mask_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    return [*([token] if isinstance(token, str) else []), MASK_TOKEN]
+    """The mask token's possible names: the one that the tokenizer's files declare, the family's, and ours."""
+    names = [declared_mask_token(directory), MASK_TOKEN]
+    if (directory / "config.json").exists():
+        kinds = matching_kinds(read_config(directory))
+        names[1:1] = [kind.family.diffusion.mask_token for kind in kinds if kind.family.diffusion]
+    return [name for name in names if name is not None]
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 from megatron_a2d.config.renamed import recorded_settings
 from megatron_a2d.config.settings import ROLES
 from megatron_a2d.conversion.hf_config import Exported, Format, is_autoregressive, objective_mismatch
+from megatron_a2d.conversion.public_form import is_public_form
+from megatron_a2d.families.family import Family
+from megatron_a2d.families.registry import family_of_format
 from megatron_a2d.terminal.console import human
 from megatron_a2d.utils.printable import one_line
 
@@ -109,6 +112,9 @@ def _facts(kind: Format, model: Exported, origin: Origin) -> Iterator[str]:
 
 
 def _usage(kind: Format) -> str:
+    family = family_of_format(kind)
+    if family is not None and is_public_form(family):
+        return _public_usage(family)
     if is_autoregressive(kind):
         loader, arguments, use, plain = "AutoModelForCausalLM", "", "", ""
     else:
@@ -124,6 +130,21 @@ def _usage(kind: Format) -> str:
         f"```python\nfrom transformers import AutoTokenizer, {loader}\n\n"
         f'model = {loader}.from_pretrained("DIRECTORY"{arguments})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY"{plain})\n{use}```'
+    )
+
+
+def _public_usage(family: Family) -> str:
+    """Of a family's own form, whose modelling code is not part of the export."""
+    ours = "`python -m megatron_a2d.generate --model DIRECTORY` runs it without any."
+    if family.code is None:
+        return (
+            f"Loads as transformers' own class, which attends causally: {family.title}'s code replaces its mask. {ours}"
+        )
+    return (
+        f"The modelling code is {family.title}'s own, which `auto_map` in config.json names on the hub "
+        f"({family.code.repository}); transformers fetches it. {ours}\n\n"
+        "```python\nfrom transformers import AutoModel\n\n"
+        'model = AutoModel.from_pretrained("DIRECTORY", trust_remote_code=True)\n```'
     )
 
 

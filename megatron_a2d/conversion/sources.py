@@ -24,9 +24,8 @@ from megatron_a2d.checkpoint.torch_dist_reader import open_torch_dist
 from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf, read_model_config
 from megatron_a2d.conversion.safetensors_files import SafetensorsDirectory, open_safetensors
 from megatron_a2d.conversion.weight_map import FUSED_PARTS, WeightMap
-from megatron_a2d.families.registry import FAMILIES, Kind, kind_of
+from megatron_a2d.families.registry import FAMILIES, Kind, kind_of, read_config
 from megatron_a2d.terminal.console import progress
-from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -55,7 +54,7 @@ def open_hf(directory: Path, check_values: bool = False, from_disk: bool = False
     reported at once. `from_disk`: past the page cache, as in OpenFiles.
     """
     check_model_files(directory)
-    config = read_json(directory / "config.json", "the model's configuration")
+    config = read_config(directory)
     model_config = model_config_from_hf(config, str(directory / "config.json"))
     kind = kind_of(config, str(directory / "config.json"))
     names = kind.family.tensor_names
@@ -156,6 +155,16 @@ def untied(weights: Weights) -> Weights:
 
     dtypes = {name: source.dtype(EMBEDDING if name == HEAD else name) for name in table.hf_shapes}
     return Weights(weights.directory, model_config, table, Remapped(source, table.hf_shapes, dtypes, locate))
+
+
+def renamed(tensors: RowSource, model_config: ModelConfig, names: Mapping[str, str]) -> RowSource:
+    """Tensors with the standard names under a family's own (`tensor_names`); as they are if it has none."""
+    if not names:
+        return tensors
+    own, standard = WeightMap(model_config, (), names).hf_shapes, WeightMap(model_config).hf_shapes
+    standard_name = dict(zip(own, standard, strict=True))  # both in the order of the table
+    dtypes = {name: tensors.dtype(standard_name[name]) for name in own}
+    return Remapped(tensors, own, dtypes, lambda rows: [rows._replace(name=standard_name[rows.name])])
 
 
 def as_type(weights: Weights, dtype: torch.dtype | None) -> RowSource:

@@ -30,11 +30,13 @@ from megatron_a2d.conversion.hf_to_torch_dist import check_space
 from megatron_a2d.conversion.mask_token import MASK_TOKEN
 from megatron_a2d.conversion.mask_token_registration import register_mask_token
 from megatron_a2d.conversion.model_card import SGLANG_CONFIG, Origin, model_card, sglang_config
+from megatron_a2d.conversion.public_form import refer_to_tokenizer_code
 from megatron_a2d.conversion.read_back import Check, ReadBack, RecordedRows, only_compare
 from megatron_a2d.conversion.resumable_output import JOURNAL, describe_files, resumable_directory
 from megatron_a2d.conversion.safetensors_files import write_safetensors
-from megatron_a2d.conversion.sources import EMBEDDING, Weights, as_type, open_checkpoint, open_hf, untied
+from megatron_a2d.conversion.sources import EMBEDDING, Weights, as_type, open_checkpoint, open_hf, renamed, untied
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
+from megatron_a2d.families.registry import family_of_format
 from megatron_a2d.terminal.console import progress
 from megatron_a2d.utils.atomic_write import check_new_directory, read_json, write_json
 from megatron_a2d.utils.errors import UserError
@@ -81,6 +83,9 @@ def export(
         model, origin = _describe(weights, str(tensors.dtype(EMBEDDING)).removeprefix("torch."))
         if problems := refusals(kind, model, allow_objective_mismatch):
             raise UserError(problems)
+        family = family_of_format(kind)
+        assert family is not None, kind
+        tensors = renamed(tensors, weights.model_config, family.tensor_names)
         size = num_bytes(tensors)
         check_space(out, size)
         options = [kind, str(dtype), max_shard_bytes, evaluation, allow_nonfinite]
@@ -97,6 +102,8 @@ def export(
                 register_mask_token(
                     work.directory, config["mask_token_id"], SDAR_MASK_TOKEN if kind == "sdar" else MASK_TOKEN
                 )
+            if family.code is not None:
+                refer_to_tokenizer_code(work.directory, family.code)
             for file in code_files:
                 shutil.copyfile(file, work.directory / file.name)
             write_json(work.directory / "config.json", config)

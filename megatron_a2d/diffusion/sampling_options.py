@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Sampler = Literal["rnd1", "eb", "confidence", "threshold", "self_speculative"]
+Sampler = Literal["rnd1", "eb", "confidence", "threshold", "entropy", "maskgit_plus", "topk_margin", "self_speculative"]
 Cache = Literal["none", "prefix", "dual"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 SELF_SPECULATIVE: Sampler = "self_speculative"
+DREAM: tuple[Sampler, ...] = ("entropy", "maskgit_plus", "topk_margin")  # `alg` of Dream's sampler, on its schedule
 CACHES: tuple[str, ...] = get_args(Cache)
 # Logits stay finite in fp32.
 _SMALLEST_TEMPERATURE = 1e-6
 _LARGEST_GUIDANCE = 1000
+_MOST_DREAM_STEPS = 65536  # its schedule is followed step by step
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class SamplingOptions:
         eb          by falling confidence, while the sum of their entropies minus the largest one is at most `gamma`
                     nats (entropy-bounded unmasking, Ben-Hamu et al. 2025)
         threshold   all whose token has probability `threshold` or more, at least one (Fast-dLLM, Wu et al. 2025)
+        entropy, maskgit_plus, topk_margin  those of lowest entropy, of highest probability, or whose token leads the
+                    second one by most; their number follows the schedule of Dream (Ye et al. 2025), as do the names
         self_speculative  those at which a bidirectional draft of the block agrees with autoregressive decoding, and the
                     next one (sampling/self_speculation.py); for block diffusion with an autoregressive co-loss
     num_steps: forward passes in all, divided over the blocks; eb and threshold usually need fewer. self_speculative
@@ -88,6 +92,8 @@ class SamplingOptions:
             "cache": (self.cache in CACHES, f"must be one of {', '.join(CACHES)}"),
         }
         found = [f"{name} {getattr(self, name)}: {why}" for name, (good, why) in ranges.items() if not good]
+        if self.sampler in DREAM and self.num_steps > _MOST_DREAM_STEPS:
+            found.append(f"num_steps {self.num_steps}: must be at most {_MOST_DREAM_STEPS} with sampler {self.sampler}")
         if self.sampler == SELF_SPECULATIVE and (self.remask or self.cfg_scale):
             found.append(
                 f"sampler {self.sampler}: decides tokens once and has no guidance, leave out remask and cfg_scale"

@@ -22,6 +22,7 @@ from lm_eval.config import task as task_config
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from megatron_a2d.conversion.hf_config import autoregressive_format
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, kept_positions, make_canvas, row_seed
 from megatron_a2d.evaluation.harness_questions import questions_of
 from megatron_a2d.evaluation.loglikelihood import Pair, Scored, ScoringOptions, check_lengths, score
@@ -275,10 +276,11 @@ def _first_stop(text: str, until: Sequence[str]) -> int | None:
 def _greedy(loaded: LoadedModel, tokens: list[int], length: int) -> str:
     """Greedy decoding by transformers, for the autoregressive baseline."""
     model = getattr(loaded.forward, "model", None)
-    if model is None:
+    if model is None or not hasattr(model, "generate"):  # a checkpoint's has none
+        form = autoregressive_format(loaded.model_config) or "qwen3"
         raise UserError(
             f"--model {loaded.name}: generation with an autoregressive model needs an HF model; "
-            "run python -m checkpoints_tools.export_hf --format qwen3 first"
+            f"run python -m checkpoints_tools.export_hf --format {form} first"
         )
     row = torch.tensor([tokens], device=loaded.device)
     written = model.generate(

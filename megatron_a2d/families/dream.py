@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_a2d.families import qwen2
-from megatron_a2d.families.family import Diffusion, Family, ModelType
+from megatron_a2d.families.family import Diffusion, Family, ModelType, PublicCode
 
 MASK_TOKEN_ID = 151666
 
@@ -33,6 +33,12 @@ DREAM = Family(
     qk_layernorm=False,
     fixed=qwen2.QWEN2.fixed,
     diffusion=Diffusion(label_shift=True, mask_token_id=MASK_TOKEN_ID),
+    heads_fill_hidden=True,
+    export_format="dream",
+    code=PublicCode(
+        "Dream-org/Dream-v0-Base-7B",
+        {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    ),
     owners=("Dream-org", "apple"),
     published={
         "Dream-v0-7B": hub_config(),

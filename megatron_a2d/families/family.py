@@ -38,6 +38,18 @@ class Diffusion:
     """the logits at position i - 1 predict token i"""
     mask_token_id: int | None = None
     """that of models whose config.json has none"""
+    mask_token: str | None = None
+    """a token of text that is the mask token, as the tokenizer declares it. Where config.json is an autoregressive
+    family's, it tells the models apart (registry.py, `read_config`)"""
+
+
+@dataclass(frozen=True)
+class PublicCode:
+    """A family's modelling code on the hub, which exports in its form refer to."""
+
+    repository: str
+    auto_map: Mapping[str, str]
+    """that of its config.json"""
 
 
 @dataclass(frozen=True)
@@ -62,8 +74,12 @@ class Family:
     """standard name of a tensor -> the family's; empty: the names are the standard ones"""
     diffusion: Diffusion | None = None
     """None: the models are autoregressive"""
+    heads_fill_hidden: bool = False
+    """a head's size is the hidden size over the heads, whatever config.json says"""
     export_format: str | None = None
     """`export_hf --format` that writes models of this family; None: there is none"""
+    code: PublicCode | None = None
+    """None: transformers, or this project, has it"""
     owners: tuple[str, ...] = ()
     """who publishes the family's models on the hub"""
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

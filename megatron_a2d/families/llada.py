@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_a2d.families.family import Diffusion, Family, ModelType
+from megatron_a2d.families.family import Diffusion, Family, ModelType, PublicCode
 
 MASK_TOKEN_ID = 126336
 
@@ -72,9 +72,19 @@ LLADA = Family(
     add_qkv_bias=None,
     qk_layernorm=False,
     keys=KEYS,
-    fixed=_FIXED,
+    fixed={**_FIXED, "rope_scaling": None},  # which its class ignores
     tensor_names=TENSOR_NAMES,
     diffusion=Diffusion(label_shift=False, mask_token_id=MASK_TOKEN_ID),
+    heads_fill_hidden=True,
+    export_format="llada",
+    code=PublicCode(
+        "GSAI-ML/LLaDA-8B-Base",
+        {
+            "AutoConfig": "configuration_llada.LLaDAConfig",
+            "AutoModel": "modeling_llada.LLaDAModelLM",
+            "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        },
+    ),
     owners=("GSAI-ML",),
     published={"LLaDA-8B": hub_config(), "LLaDA-1.5": hub_config()},
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_a2d.families.family import Diffusion, Family, ModelType
+from megatron_a2d.families.family import Diffusion, Family, ModelType, PublicCode
 
 MASK_TOKEN_ID = 156895
 
@@ -45,6 +45,16 @@ LLADA_MOE = Family(
     fixed=_FIXED,
     per_layer={"moe_layer_freq": 1},
     diffusion=Diffusion(label_shift=False, mask_token_id=MASK_TOKEN_ID),
+    heads_fill_hidden=True,
+    export_format="llada_moe",
+    code=PublicCode(
+        "inclusionAI/LLaDA-MoE-7B-A1B-Base",
+        {
+            "AutoConfig": "configuration_lladamoe.LLaDAConfig",
+            "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM",
+            "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
+        },
+    ),
     owners=("inclusionAI",),
     published={"LLaDA-MoE-7B-A1B": hub_config()},
 )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_a2d.families import dream, llada, llada_moe, llama, own_formats, qwen2, qwen3
+from megatron_a2d.families import diffullama, dream, llada, llada_moe, llama, own_formats, qwen2, qwen3
 from megatron_a2d.families.family import Family, ModelType
 from megatron_a2d.families.unsupported import what_is_unsupported
+from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError, nearest
 
 FAMILIES: tuple[Family, ...] = (
     qwen3.QWEN3,
     qwen2.QWEN2,
     llama.LLAMA,
+    diffullama.DIFFULLAMA,
     dream.DREAM,
     llada.LLADA,
     llada_moe.LLADA_MOE,
@@ -51,16 +54,69 @@ def kinds() -> Iterator[Kind]:
             yield Kind(family, model_type)
 
 
-def kind_of(config: Mapping[str, Any], where: str) -> Kind:
-    """The family of a config.json; `where` names the file. UserError if it is not supported."""
-    named = config.get("model_type")
-    found = [kind for kind in kinds() if kind.model_type.name == named]
-    if len(found) > 1:
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory, with the objective of a model that its tokenizer alone tells apart."""
+    config = read_json(directory / "config.json", "the model's configuration")
+    token = declared_mask_token(directory)
+    for family in _twins(config) if token is not None and config.get("objective") is None else ():
+        if family.diffusion and family.diffusion.mask_token == token:
+            config["objective"] = family.diffusion.objective
+    return config
+
+
+def declared_mask_token(directory: Path) -> str | None:
+    """The name of the mask token in the files beside a tokenizer; None without one."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).exists():
+            token = read_json(directory / name, "the tokenizer's configuration").get("mask_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                return token
+    return None
+
+
+def _twins(config: Mapping[str, Any]) -> list[Family]:
+    """Families of diffusion models whose config.json is an autoregressive family's, as this one is."""
+    sharing = {kind.family.title: kind.family for kind in kinds() if kind.model_type.name == config.get("model_type")}
+    return [family for family in sharing.values() if family.diffusion and family.diffusion.mask_token]
+
+
+def is_diffusion_family(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a family of diffusion models."""
+    return any(kind.family.diffusion for kind in matching_kinds(config))
+
+
+def twin_remedy(config: Mapping[str, Any]) -> str:
+    """How to say that a config.json which reads as an autoregressive model is of a diffusion model, or nothing."""
+    return "".join(
+        f'; if it is {family.title}, use its own tokenizer, or write "objective": "mdlm" into its config.json'
+        for family in _twins(config)
+    )
+
+
+def matching_kinds(config: Mapping[str, Any]) -> list[Kind]:
+    """Those of config.json's model_type; of several, those of its model class; of these, those of its objective."""
+    found = [kind for kind in kinds() if kind.model_type.name == config.get("model_type")]
+    if len({kind.model_type.architecture for kind in found}) > 1:
         listed = config.get("architectures")
         classes = listed if isinstance(listed, list) else []
         found = [kind for kind in found if kind.model_type.architecture in classes]
+    if len({bool(kind.family.diffusion) for kind in found}) > 1:
+        found = [kind for kind in found if bool(kind.family.diffusion) == (config.get("objective") == "mdlm")]
+    return found
+
+
+def kind_of(config: Mapping[str, Any], where: str) -> Kind:
+    """The family of a config.json; `where` names the file. UserError if it is not supported."""
+    named, found = config.get("model_type"), matching_kinds(config)
     if reason := what_is_unsupported(config):
         raise UserError(f"{where}: model_type {named!r} is not supported: {reason}; {_instead()}")
+    classes = [kind.model_type.architecture for kind in kinds() if kind.model_type.name == named]
+    if not found and classes:
+        raise UserError(
+            f"{where}: architectures is {config.get('architectures')!r}, and model_type {named!r} is that of "
+            f"{' or '.join(classes)}; write the one that the model is of"
+        )
     if len(found) != 1:
         raise UserError(f"{where}: model_type {named!r} is not supported; {_instead()}")
     return found[0]
@@ -91,8 +147,9 @@ def autoregressive_types() -> tuple[str, ...]:
 
 
 def diffusion_types() -> tuple[str, ...]:
-    """Names of the model types of diffusion models."""
-    return tuple(dict.fromkeys(kind.model_type.name for kind in kinds() if kind.family.diffusion))
+    """Names of the model types that are of diffusion models only."""
+    names = dict.fromkeys(kind.model_type.name for kind in kinds() if kind.family.diffusion)
+    return tuple(name for name in names if name not in autoregressive_types())
 
 
 def published_names() -> list[str]:

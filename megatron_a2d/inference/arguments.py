@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_a2d.checkpoint.directory import is_checkpoint, resolve
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.settings import flag
-from megatron_a2d.families.registry import autoregressive_types
-from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.diffusion.sampling_options import SAMPLERS, SELF_SPECULATIVE
+from megatron_a2d.families.registry import autoregressive_types, is_diffusion_family, read_config
 from megatron_a2d.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ LAYOUT = (
 SAMPLING = {
     "sampler": "tokens unmasked per step; rnd1: lowest entropy first, on a fixed schedule; confidence: highest "
     "probability first (low-confidence remasking); eb: entropy-bounded; threshold: all above a probability; "
+    "entropy, maskgit_plus, topk_margin: Dream's `alg`s, on its schedule; "
     "self_speculative: autoregressive decoding of drafted blocks, for models trained with --ar-loss-weight",
     "num_steps": "maximum number of denoising steps (default: the model's num_diffusion_steps)",
     "gamma": "sampler eb: entropy bound per step, nats",
@@ -46,7 +47,7 @@ SAMPLING = {
 def add_sampling_flags(group: Any) -> None:
     """Add a flag per setting of SAMPLING; only those given on the command line are set."""
     choices = {
-        "sampler": ("rnd1", "eb", "confidence", "threshold", "self_speculative"), "cache": ("none", "prefix", "dual"),
+        "sampler": SAMPLERS, "cache": ("none", "prefix", "dual"),
     }  # fmt: skip
     whole = ("num_steps", "block_length", "top_k")
     for name, text in SAMPLING.items():
@@ -82,7 +83,7 @@ def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **default
             f"--sampler {chosen.sampler}: needs a block diffusion model with an autoregressive co-loss (trained with "
             f"--objective block and --ar-loss-weight above 0), which {loaded.name} is not; choose another sampler"
         )
-    scheduled = ("rnd1", "confidence", "eb", "threshold")
+    scheduled = tuple(sampler for sampler in SAMPLERS if sampler != SELF_SPECULATIVE)
     meaning = {"gamma": ("eb",), "threshold": ("threshold",), "num_steps": scheduled}
     for name, samplers in meaning.items():
         if name in given and chosen.sampler not in samplers:
@@ -103,8 +104,8 @@ def own_objective(directory: str) -> str:
     path = Path(directory)
     if is_checkpoint(path):
         return "ar" if read_trained(resolve(path)).objective == "ar" else "mdlm"
-    config = read_json(path / "config.json", "the model's configuration")
-    return "ar" if config.get("model_type") in autoregressive_types() else "mdlm"
+    config = read_config(path)
+    return "ar" if config.get("model_type") in autoregressive_types() and not is_diffusion_family(config) else "mdlm"
 
 
 def load_model(directory: str, layout: dict[str, Any], objective: str = "mdlm") -> LoadedModel:

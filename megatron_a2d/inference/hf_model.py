@@ -20,19 +20,24 @@ from megatron_a2d.conversion.sources import EMBEDDING, HEAD, Weights, open_hf
 from megatron_a2d.diffusion.attention_masks import block_causal_mask
 from megatron_a2d.diffusion.block_diffusion import BlockModel
 from megatron_a2d.diffusion.model_interface import Model, Reduce, Request
-from megatron_a2d.families.registry import autoregressive_types, diffusion_types
+from megatron_a2d.families.registry import (
+    autoregressive_types,
+    diffusion_types,
+    is_diffusion_family,
+    read_config,
+    twin_remedy,
+)
 from megatron_a2d.hf.configuration_a2d import A2DConfig
 from megatron_a2d.hf.load_hf_model import diffusion_classes, load
 from megatron_a2d.hf.modeling_a2d import A2DForMaskedLM
 from megatron_a2d.inference.loaded_model import LoadedModel, load_tokenizer, pad_token
 from megatron_a2d.inference.packed_windows import PackedWindows
 from megatron_a2d.megatron_compat.device import device, has_cuda
-from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
 DIFFUSION_TYPES = diffusion_classes()
 AUTOREGRESSIVE_TYPES = autoregressive_types()
-# Diffusion models whose own code is neither ours nor part of transformers: our classes run their tensors.
+# Diffusion models whose own code is not ours: our classes run their tensors, as they do DiffuLLaMA's, a Llama by name.
 DESCRIBED_TYPES = tuple(name for name in diffusion_types() if name not in DIFFUSION_TYPES)
 
 
@@ -42,8 +47,9 @@ def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel
     if not directory.is_dir():
         raise UserError(f"--model {directory}: there is no such directory; give one that export_hf wrote")
     check_model_files(directory)
-    config = read_json(directory / "config.json", "the model's configuration")
-    _check_type(directory, config.get("model_type"), objective)
+    config = read_config(directory)
+    _check_type(directory, config, objective)
+    described = is_diffusion_family(config) and config["model_type"] not in DIFFUSION_TYPES
     model_config, trained = read_model_config(directory), read_trained(directory)
     is_diffusion = objective != "ar"
     if is_diffusion and trained.objective == "block":
@@ -54,9 +60,9 @@ def load_hf_model(directory: str | Path, objective: str = "mdlm") -> LoadedModel
         check_mask_token(directory, mask, model_config.vocab_size)
     ends = read_end_tokens(directory, model_config.vocab_size)
     with open_hf(directory) as weights:  # UserError unless it holds exactly the model's tensors, in their shapes
-        if config["model_type"] in DESCRIBED_TYPES:
+        if described:
             model = _of_described(weights, Exported(model_config, config, {}, "float32", trained, ends))
-    if config["model_type"] not in DESCRIBED_TYPES:
+    if not described:
         model = _load(directory, DIFFUSION_TYPES.get(config["model_type"], transformers.AutoModelForCausalLM))
     forward: Model = TransformersModel(model)
     block_length, causal_context = 0, False
@@ -103,14 +109,15 @@ def check_mask_token(directory: Path, mask: Any, vocab_size: int) -> None:
         )
 
 
-def _check_type(directory: Path, model_type: Any, objective: str) -> None:
+def _check_type(directory: Path, config: dict[str, Any], objective: str) -> None:
+    model_type = config.get("model_type")
     if objective == "ar":
-        if model_type not in AUTOREGRESSIVE_TYPES:
+        if model_type not in AUTOREGRESSIVE_TYPES or is_diffusion_family(config):
             raise UserError(
                 f"--model {directory}: model_type {model_type!r} is not an autoregressive model of "
                 f"a supported family ({' or '.join(AUTOREGRESSIVE_TYPES)}); remove --objective ar for a diffusion model"
             )
-    elif model_type not in DIFFUSION_TYPES and model_type not in DESCRIBED_TYPES:
+    elif not is_diffusion_family(config) and model_type not in DESCRIBED_TYPES:
         remedy = (
             "give --objective ar to evaluate it as it is, or convert it, train it and export it first"
             if model_type in AUTOREGRESSIVE_TYPES
@@ -118,7 +125,7 @@ def _check_type(directory: Path, model_type: Any, objective: str) -> None:
         )
         raise UserError(
             f"--model {directory}: model_type {model_type!r} is not one of the diffusion models that are known "
-            f"({', '.join([*DIFFUSION_TYPES, *DESCRIBED_TYPES])}); {remedy}"
+            f"({', '.join([*DIFFUSION_TYPES, *DESCRIBED_TYPES])}); {remedy}" + twin_remedy(config)
         )
 
 

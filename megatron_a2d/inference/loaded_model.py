@@ -16,6 +16,7 @@ from megatron_a2d.diffusion.model_interface import Model
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.tokenizer import read_tokenizer
+from megatron_a2d.utils.vocabulary_files import has_vocabulary_files, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,12 @@ class LoadedModel:
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, checked against the model's vocabulary."""
     path = directory / "tokenizer.json"
-    if not path.exists():
+    if has_vocabulary_files(directory):
+        tokenizer = tokenizer_of(directory)
+    elif path.exists():
+        tokenizer = read_tokenizer(path, str(path))
+    else:
         raise UserError(f"{path}: the tokenizer is missing; copy it from the model that this one was made from")
-    tokenizer = read_tokenizer(path, str(path))
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise UserError(

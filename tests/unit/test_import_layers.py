@@ -44,6 +44,7 @@ SHORT_FILES = {
     "megatron_a2d/config/gpus.py": "a table of data-sheet values, extended with each new GPU",
     "megatron_a2d/conversion/hf_download.py": "searched for by name",
     "megatron_a2d/diffusion/sampling/early_stop.py": "searched for by name",
+    "megatron_a2d/families/diffullama.py": "one file a family",
     "megatron_a2d/hf/configuration_rnd.py": "copied into every exported model",
     "megatron_a2d/hf/configuration_sdar.py": "copied into every exported model",
     "megatron_a2d/hf/modeling_rnd.py": "copied into every exported model",

@@ -71,9 +71,9 @@ def test_frequencies_and_temperature_are_those_of_transformers(name: str) -> Non
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """dense and moe with YaRN of a length that 64 positions exceed, and dense without."""
+    """One of each family with YaRN of a length that 64 positions exceed, and dense without."""
     root = tmp_path_factory.mktemp("yarn")
-    for kind in ("dense", "moe"):
+    for kind in ("dense", "moe", "qwen2", "llama"):
         tiny.write_hf(root / kind, kind, rope_scaling=SHORT)
     tiny.write_hf(root / "plain", "dense")
     return root
@@ -92,7 +92,15 @@ def transformers_logits(directory: Path) -> torch.Tensor:
     return model(tokens(), attention_mask=torch.ones(2, 1, 96, 96, dtype=torch.bool)).logits
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+FORMATS = {
+    "dense": ("a2d", "qwen3"),
+    "moe": ("a2d", "qwen3", "rnd1"),
+    "qwen2": ("a2d", "qwen2"),
+    "llama": ("a2d", "llama"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_streamed_logits_and_those_of_an_export(kind: str, models: Path, tmp_path: Path) -> None:
     expected = transformers_logits(models / kind)
     with open_hf(models / kind) as weights:
@@ -101,10 +109,10 @@ def test_streamed_logits_and_those_of_an_export(kind: str, models: Path, tmp_pat
         for wrong in (None, cold, dataclasses.replace(cold, factor=1.0)):
             other = weights._replace(model_config=dataclasses.replace(weights.model_config, rope_scaling=wrong))
             assert (StreamedModel(other).logits(tokens()) - expected).abs().max() > 1e-2, wrong
-    for form in ("a2d", "qwen3", *(["rnd1"] if kind == "moe" else [])):
+    for form in FORMATS[kind]:
         directory = tmp_path / form
         export(models / kind, directory, form)
-        if form == "qwen3":
+        if form not in ("a2d", "rnd1"):
             actual = transformers_logits(directory)
         else:
             model = {"a2d": A2DForMaskedLM, "rnd1": RND1LM}[form].from_pretrained(directory, dtype=torch.float32)
@@ -127,8 +135,9 @@ def export(hf: Path, directory: Path, form: str) -> None:
     if not checkpoint.exists():
         convert_hf.main(["--hf-model", str(hf), "--out", str(checkpoint)])
     export_hf.main(["--checkpoint", str(checkpoint), "--out", str(directory), "--format", form])
-    config = json.loads((directory / "config.json").read_text())
-    assert config["rope_scaling"] == SHORT and config["rope_theta"] == 1e6 and "rope_parameters" not in config
+    config, source = (json.loads((path / "config.json").read_text()) for path in (directory, hf))
+    assert config["rope_scaling"] == SHORT and "rope_parameters" not in config
+    assert config["rope_theta"] == source["rope_theta"]
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

@@ -193,7 +193,7 @@ class Denoising(BatchState):
 def _select(options: SamplingOptions, scores: Scores, candidates_SL: Tensor, required_S: Tensor) -> Tensor:
     """The candidates to unmask, at least `required` per sequence, [S, L] bool."""
     entropies_SL = scatter(scores.entropy, candidates_SL, torch.inf)
-    if options.sampler == "rnd1":
+    if options.sampler in ("rnd1", "entropy"):
         return lowest(entropies_SL, candidates_SL, required_S)
     neg_confidence_SL = scatter(-scores.log_confidence, candidates_SL, torch.inf)
     selected_SL = lowest(neg_confidence_SL, candidates_SL, required_S)

@@ -23,7 +23,7 @@ class Scores(NamedTuple):
     """The scores of each candidate, [N]."""
 
     tokens: Tensor  # int64
-    log_confidence: Tensor  # fp32, log-probability of that token
+    log_confidence: Tensor  # fp32, log-probability of that token; topk_margin: log of its lead over the second
     entropy: Tensor  # fp32, nats
 
 
@@ -61,11 +61,15 @@ def _score(logits_nV: Tensor, options: SamplingOptions, mask_token_id: int, unif
     else:
         z_nV[:, mask_token_id] = 0.0
     entropy_n = sum_n.log() - torch.linalg.vecdot(weights_nV, z_nV) / sum_n
-    if uniforms_n is None:
-        return Scores(likeliest_n, -sum_n.log(), entropy_n)
-    tokens_n = _draw(weights_nV, uniforms_n)
-    chosen_n = weights_nV.gather(-1, tokens_n[:, None])[:, 0]
-    return Scores(tokens_n, (chosen_n / sum_n).log(), entropy_n)
+    tokens_n = likeliest_n if uniforms_n is None else _draw(weights_nV, uniforms_n)
+    if options.sampler == "topk_margin":
+        first_n, second_n = (weights_nV.topk(2, dim=-1).values / sum_n[:, None]).unbind(-1)
+        log_confidence_n = (first_n - second_n).clamp_min(torch.finfo(torch.float32).tiny).log()
+    elif uniforms_n is None:
+        log_confidence_n = -sum_n.log()
+    else:
+        log_confidence_n = (weights_nV.gather(-1, tokens_n[:, None])[:, 0] / sum_n).log()
+    return Scores(tokens_n, log_confidence_n, entropy_n)
 
 
 def _filter(logits_nV: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_a2d.diffusion.sampling_options import SELF_SPECULATIVE, Sampler, SamplingOptions
+from megatron_a2d.diffusion.sampling_options import DREAM, SELF_SPECULATIVE, Sampler, SamplingOptions
 
 
 class StepPlan(NamedTuple):
@@ -43,6 +43,8 @@ def most_forward_passes(editable_BL: Tensor, options: SamplingOptions) -> int:
 
 def counts_left(num_holes: int, sampler: Sampler, num_steps: int) -> list[int]:
     """The number of masked positions after each of at most `num_steps` forward passes, strictly falling to 0."""
+    if sampler in DREAM:
+        return _dream_counts(num_holes, num_steps)
     # More forward passes than twice the holes give the same result: one position each.
     num_steps = min(num_steps, max(2 * num_holes, 1))
     if sampler == "rnd1":
@@ -55,7 +57,23 @@ def counts_left(num_holes: int, sampler: Sampler, num_steps: int) -> list[int]:
         left = [num_holes - step * each - min(step, more) for step in range(1, num_steps + 1)]
     else:
         left = [max(num_holes - step, 0) for step in range(1, num_steps)] + [0]
-    # Forward passes that would unmask nothing are omitted.
+    return _falling(num_holes, left)
+
+
+def _dream_counts(num_holes: int, num_steps: int) -> list[int]:
+    """Dream's: in a step from time t to s, of the masked positions the share 1 - s/t, rounded down; in the last, all.
+
+    Times run from 1 to 1e-3, in fp32 as published: with as many steps as holes the first unmasks nothing, the last two.
+    """
+    times = torch.linspace(1, 1e-3, num_steps + 1)
+    left = [num_holes]
+    for share in (1 - times[1:-1] / times[:-2]).unbind():
+        left.append(left[-1] - int(left[-1] * share))
+    return _falling(num_holes, [*left[1:], 0])
+
+
+def _falling(num_holes: int, left: list[int]) -> list[int]:
+    """Without the forward passes that would unmask nothing."""
     return [count for count, earlier in zip(left, [num_holes, *left[:-1]], strict=True) if count < earlier]
 
 
