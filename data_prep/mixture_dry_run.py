@@ -79,9 +79,11 @@ def warning(use: Use, total: int) -> str:
     """What to do about a source that is missing, or read more often than its limit; '' if nothing."""
     name, limit, there = use.source.name, use.limit, use.there
     if there is None:
+        least = use.read / limit
         return (
             f"{name}: {use.source.train_path} is not tokenised yet; the run reads {human(use.read)} tokens of it, so "
-            f"{human(use.read / limit)} or more must be there for at most {limit:g} epochs"
+            f"{human(least)} or more must be there for at most {limit:g} epochs: {human(4 * least, 'B')} at 4 bytes a "
+            "token (2 of a vocabulary below 65,500)"
         )
     epochs = use.read / there
     if epochs <= limit:

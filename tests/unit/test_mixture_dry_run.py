@@ -69,6 +69,7 @@ def test_a_warning_says_what_would_do(mixture: Path) -> None:
     assert math.startswith("math: 5.12 epochs, more than 2, and training refuses to start: lower its share")
     assert "add 624 tokens, train on at most 3.2k tokens, or raise its max_epochs" in math
     assert "is not tokenised yet; the run reads 2.05k tokens of it, so 512 or more must be there for at most 4" in code
+    assert "2.05 kB at 4 bytes a token" in code
     assert warnings(256, 6.0)[0] == "" and warnings(100)[0] == ""
 
 
