@@ -58,11 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     for directory in arguments.models.values():
         check_model(directory, arguments.layout)
     hide_noise("lm_eval.api.task", "lm_eval.evaluator")  # style of task files, requested shots
+    # What is missing shows before a model is loaded.
+    tasks = _open_tasks(options) if options.tasks else None
     is_several = len(arguments.models) > 1
     runs: list[dict[str, Any]] = []
     page = "" if arguments.models else _write_page(out, earlier)
     for name, directory in arguments.models.items():
-        content = _evaluate(arguments, name, directory, out / name if is_several else out)
+        content = _evaluate(arguments, tasks, name, directory, out / name if is_several else out)
         if content is None:
             continue  # another process of the parallel model writes
         runs.append(content)
@@ -74,12 +76,11 @@ def main(argv: list[str] | None = None) -> None:
         print_line(json.dumps({"results": str(out / ("results.json" if len(runs) == 1 else "results.md"))}), sys.stderr)
 
 
-def _evaluate(arguments: Arguments, name: str, directory: str, out: Path) -> dict[str, Any] | None:
+def _evaluate(arguments: Arguments, tasks: Any, name: str, directory: str, out: Path) -> dict[str, Any] | None:
     """The content of results.json of one model; None in a process that does not write it."""
     options = argparse.Namespace(**vars(arguments.options))
     options.objective = options.objective or own_objective(directory)
     begin = time.perf_counter()
-    tasks = _open_tasks(options) if options.tasks else None  # what is missing shows before a model is loaded
     try:
         loaded = load_model(directory, arguments.layout, options.objective)
         if loaded.block_length and "block_length" not in arguments.given:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import lm_eval
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
 
 from megatron_a2d.evaluation.benchmark_files import reading_from
 from megatron_a2d.evaluation.harness import HarnessModel, tasks_without_a_length
@@ -22,8 +23,15 @@ _FOLDERS = {
 }  # fmt: skip
 
 
-def open_tasks(options: argparse.Namespace) -> TaskManager:
-    """A task manager that has loaded --tasks with their data, and only hands them out.
+class OpenTasks(NamedTuple):
+    """Tasks that are loaded, once for all models."""
+
+    manager: TaskManager
+    loaded: TaskDict
+
+
+def open_tasks(options: argparse.Namespace) -> OpenTasks:
+    """--tasks with their data.
 
     UserError for unknown tasks, for data that is not there, and for tasks that run programs without permission.
     """
@@ -42,12 +50,13 @@ def open_tasks(options: argparse.Namespace) -> TaskManager:
             f"--tasks {' '.join(unsafe)}: runs programs that the model generates; "
             "give --allow-code-execution to permit that on this machine"
         )
-    manager.load = lambda names: loaded  # type: ignore[assignment, method-assign, misc]
-    return manager
+    return OpenTasks(manager, loaded)
 
 
-def run_tasks(options: argparse.Namespace, manager: TaskManager, model: HarnessModel) -> dict[str, Any]:
-    """The harness's results of the tasks that `open_tasks` loaded."""
+def run_tasks(options: argparse.Namespace, tasks: OpenTasks, model: HarnessModel) -> dict[str, Any]:
+    """The harness's results of a model. It resets a task's requests and random numbers before each use."""
+    manager = tasks.manager
+    manager.load = lambda names: tasks.loaded  # type: ignore[method-assign, misc]
     model.keep_tasks(manager)
     try:
         found = lm_eval.simple_evaluate(
@@ -60,6 +69,8 @@ def run_tasks(options: argparse.Namespace, manager: TaskManager, model: HarnessM
         if model.got_requests:
             raise
         raise _unusable(options, error) from error
+    finally:
+        del manager.load  # it refers to the model, whose memory the next one needs
     assert found is not None
     return found
 

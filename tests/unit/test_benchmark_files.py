@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,23 @@ def test_right_answers_to_local_questions_count(
         evaluate.main(["--model", str(model), "--out", str(tmp_path), *arguments])
         scores.append(json.loads((tmp_path / "results.json").read_text())["tasks"][task][metric])
     assert scores == [1, 0]
+
+
+def test_all_models_get_the_same_questions_and_shots(
+    released: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks are loaded once; shots are drawn at random, for each model as for a first one."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        HarnessModel,
+        "generate_until",
+        lambda model, requests: [asked.append([r.args[0] for r in requests]), ["#### 1"] * len(requests)][1],
+    )
+    arguments = ["--config", str(LOCAL / "gsm8k.yaml"), "--data-dir", str(released), "--out", str(tmp_path)]
+    evaluate.main(["--model", f"a={model}", f"b={model}", *arguments])
+    assert len(asked) == 2 and asked[0] == asked[1] and len(set(asked[0])) == data.COUNT
+    shots = [re.findall(r"What is (\d) \+ 1, train", prompt) for prompt in asked[0]]
+    assert all(len(set(drawn)) == 8 for drawn in shots) and shots[0] != shots[1]
 
 
 def _recorded(method: Any, asked: list[str]) -> Any:
