@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def _text(path: Path) -> str:
 
 def _mmlu_csv(path: Path, split: str) -> list[Row]:
     """Without header: question, four choices, the letter of the answer."""
-    rows = list(csv.reader(_text(path).splitlines(keepends=True)))
+    rows = list(csv.reader(io.StringIO(_text(path), newline="")))
     for number, row in enumerate(rows, 1):
         if len(row) != 6 or row[5].strip() not in tuple("ABCD"):
             raise UserError(

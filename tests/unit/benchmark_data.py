@@ -34,7 +34,11 @@ def gsm8k(split: str) -> list[Row]:
 
 def mmlu(subject: str, split: str) -> list[Row]:
     return [
-        {"question": f'Of "{subject}", {split}, {n}?', "choices": ["one", "two, or so", "3", "four"], "answer": n % 4}
+        {
+            "question": f'Of "{subject}", {split}, {n}?',
+            "choices": ["one", "two, or so", "3\u2028x", "four"],
+            "answer": n % 4,
+        }
         for n in range(5 if split == "dev" else COUNT)
     ]
 
