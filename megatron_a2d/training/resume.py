@@ -123,10 +123,11 @@ def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, 
     except UserError as error:  # a torn write: what is intact is known without it
         latest = None
         report(f"{str(error).partition(';')[0]}; the newest intact checkpoint is taken")
-    # Without a tracker the run ended before its first one was written. Later iterations were moved away by the user.
-    candidates = [iteration for iteration in iterations if latest is None or iteration <= latest]
     if latest is not None and latest not in iterations:
         report(f"{save / directory_name(latest)}: is missing")
+        latest = None  # it was removed, or a torn write has cut the number
+    # Without a tracker the run ended before its first one was written. Later iterations were moved away by the user.
+    candidates = [iteration for iteration in iterations if latest is None or iteration <= latest]
     skipped: list[str] = []
     for iteration in reversed(candidates):
         directory = save / directory_name(iteration)

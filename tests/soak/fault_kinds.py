@@ -166,18 +166,18 @@ def flip_in_optimizer(run: Run) -> Row:
 
 def torn_write(run: Run) -> Row:
     def damage(newest: Path) -> str:
-        files = [path for path in newest.rglob("*") if path.is_file()]
+        files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
         chosen = run.random.choice([*files, run.save / TRACKER, run.save / "log.jsonl"])
         size = chosen.stat().st_size
         if chosen.name == "log.jsonl":
             os.truncate(chosen, size - run.random.randrange(2, 20))
             return "a torn write of log.jsonl"
-        os.truncate(chosen, run.random.randrange(size))
+        os.truncate(chosen, run.random.randrange(size - (chosen.name == TRACKER)))  # not its line's end alone
         return f"a torn write of {chosen.relative_to(run.save)}"
 
     return damaged(
         run, "a torn write", damage, (r"{newest}/\S+: (has|is|lacks|the|holds|cannot)", CHECKSUMS),
-        (rf"{TRACKER}: .*(contains|is empty)", NEXT_START), (r"log.jsonl: .*unfinished", NEXT_START),
+        (rf"{TRACKER}: contains|iter_\d+: is missing", NEXT_START), (r"log.jsonl: .*unfinished", NEXT_START),
     )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_a_full_disk_ends_neither_the_run_nor_its_curves(tmp_path: Path, monkeyp
     assert [event.step for event in curves.Scalars("checkpoint/seconds")][-2:] == [number + 1, number + 2]
 
 
-@pytest.mark.parametrize("torn", ["", "x", "99999999999999999999"])
+@pytest.mark.parametrize("torn", ["", "x", "99999999999999999999", "3"])
 def test_a_torn_tracker_costs_nothing(torn: str, tmp_path: Path) -> None:
     """The directories themselves say which checkpoint is the newest."""
     for number in (2, 4):
@@ -128,4 +128,6 @@ def test_a_torn_tracker_costs_nothing(torn: str, tmp_path: Path) -> None:
     said: list[str] = []
     config = build({"save": str(tmp_path)})
     assert newest_intact_until(config.training, 9, said.append) == tmp_path / directory_name(4)
-    assert len(said) == 1 and TRACKER in said[0] and said[0].endswith("; the newest intact checkpoint is taken")
+    missing = f"{tmp_path}/iter_0000003: is missing"
+    assert said == [missing] if torn == "3" else said[0].endswith("; the newest intact checkpoint is taken")
+    assert len(said) == 1 and (TRACKER in said[0] or torn == "3")
