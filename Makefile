@@ -43,6 +43,7 @@ ifeq ($(origin HF),command line)
   $(warning HF= is now HF_MODEL=; the next version will not know the old name)
 endif
 CHECKPOINT ?=
+MEGATRON ?=
 MODEL ?=
 RECIPE ?=
 CLUSTER ?=
@@ -55,7 +56,7 @@ NAME ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-latest test-latest-cpu test-engines test-parity test-te test-rehearsal test-faults test-slurm test-mutants soak fuzz \
-  check data convert-hf train plan export verify inspect publish generate evaluate study bench bench-report gpu
+  check data convert-hf convert-megatron train plan export verify inspect publish generate evaluate study bench bench-report gpu
 
 help:  ## list of targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -208,6 +209,10 @@ data: setup  ## tokenise INPUT with TOKENIZER to OUT.bin/.idx
 convert-hf: setup  ## HF_MODEL (directory or hub id) -> checkpoint OUT
 	$(call needs,HF_MODEL OUT)
 	$(PY) -m checkpoints_tools.convert_hf --hf-model $(HF_MODEL) --out $(OUT) $(ARGS)
+
+convert-megatron: setup  ## MEGATRON (torch_dist checkpoint of Megatron-LM, Bridge, NeMo 2) -> checkpoint OUT
+	$(call needs,MEGATRON OUT)
+	$(PY) -m checkpoints_tools.convert_megatron --megatron $(MEGATRON) $(if $(HF_MODEL),--hf-model $(HF_MODEL)) --out $(OUT) $(ARGS)
 
 train: setup  ## RECIPE on NPROC processes of this machine
 	$(call needs,RECIPE)

@@ -1,1 +1,1 @@
-"""Commands for checkpoints: convert_hf, export_hf, verify, inspect, average, publish, synthesize."""
+"""Commands for checkpoints: convert_hf, convert_megatron, export_hf, verify, inspect, average, publish, synthesize."""

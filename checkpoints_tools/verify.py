@@ -73,13 +73,13 @@ def diffusion_differences(first: Weights, second: Weights) -> list[str]:
     ]
 
 
-def report_into(lines: list[str]) -> Check:
+def report_into(lines: list[str], with_logits: bool = True) -> Check:
     """A verification of a written model that appends its report to `lines`."""
 
     def check(read_back: ReadBack) -> Comparison:
-        from megatron_a2d.verification.logits_report import report_written
+        from megatron_a2d.verification.logits_report import report_tensors, report_written
 
-        comparison, report = report_written(read_back)
+        comparison, report = (report_written if with_logits else report_tensors)(read_back)
         lines.extend(report)
         return comparison
 

@@ -4,6 +4,7 @@ CKPT/latest_checkpointed_iteration.txt      "release" (converted weights) or the
 CKPT/release/ or CKPT/iter_0000100/         .metadata  __*.distcp  common.pt  metadata.json
     hf/                                     config.json (with mask_token_id), generation config, tokenizer
     run.json                                the settings of the run that wrote it; absent in a release
+    run_config.yaml                         the model's settings, for Megatron-Bridge (bridge_config.py)
     manifest.json                           size and checksum of every other file (manifest.py)
     expert_placement.json                   optional, not in the manifest (placement_file.py)
 """
@@ -87,11 +88,11 @@ def resolve(path: str | Path) -> Path:
         remedy = f"give {path / inside[-1]}" if inside else "give a directory written by convert_hf or by training"
         raise UserError(f"{path}: contains no {TRACKER}; {remedy}")
     check_model_files(directory)
-    _check_complete(directory)
+    check_complete(directory)
     return directory
 
 
-def _check_complete(directory: Path) -> None:
+def check_complete(directory: Path) -> None:
     """UserError unless the directory is a complete iteration in torch_dist format."""
     missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
     if missing == ["common.pt"] and "common_backend" not in read_json(directory / "metadata.json", "the format"):

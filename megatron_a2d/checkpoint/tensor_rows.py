@@ -163,9 +163,11 @@ def num_bytes(source: RowSource) -> int:
 _SAME_KIND = 8
 
 
-def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: str) -> list[str]:
+def account(
+    expected: Mapping[str, tuple], found: Mapping[str, tuple], where: str, described_by: str = "config.json"
+) -> list[str]:
     """Every difference between the tensors `expected` of a model and those `found`: one line per tensor, or one for all
-    whose names differ only in numbers."""
+    whose names differ only in numbers. `described_by`: the file that `expected` follows from."""
     missing = [name for name in expected if name not in found]
     problems = [
         f"{where}: {_tensors(names)} missing; fetch or write the model again, completely" for names in _by_kind(missing)
@@ -179,8 +181,8 @@ def account(expected: Mapping[str, tuple], found: Mapping[str, tuple], where: st
     for names in _by_kind(wrong):
         others = f", as have {len(names) - 1} others of its kind" if len(names) > 1 else ""
         problems.append(
-            f"{where}: tensor {names[0]} has shape {list(found[names[0]])}, but config.json asks for "
-            f"{list(expected[names[0]])}{others}; take the config.json that belongs to the weights"
+            f"{where}: tensor {names[0]} has shape {list(found[names[0]])}, but {described_by} asks for "
+            f"{list(expected[names[0]])}{others}; take the {described_by} that belongs to the weights"
         )
     return problems
 

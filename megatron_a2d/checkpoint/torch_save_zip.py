@@ -57,7 +57,9 @@ _IN_VALUES: Allowed = {
     "megatron.core.enums": {"ModelType"},
     "megatron.core.optimizer.optimizer_config": {"OptimizerConfig"},
     "megatron.core.rerun_state_machine": {"RerunDiagnostic", "RerunMode", "RerunState"},
-    "megatron.core.transformer.enums": {"AttnBackend", "CudaGraphScope", "CudaGraphModule"},
+    "megatron.core.transformer.enums": {
+        "AttnBackend", "CudaGraphScope", "CudaGraphModule", "InferenceCudaGraphScope",
+    },
 }  # fmt: skip
 _LARGEST_TENSOR_PICKLE = 1 << 16  # bytes; torch writes some 200
 _LARGEST_PICKLE = 64 << 20

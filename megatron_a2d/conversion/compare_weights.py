@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_a2d.checkpoint.tensor_rows import RowRange, RowSource, account, slabs
+from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.conversion.sources import Weights
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.utils.errors import UserError
@@ -100,10 +101,16 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def model_config_differences(reference: Weights, candidate: Weights) -> list[str]:
-    ours, theirs = (dataclasses.asdict(weights.model_config) for weights in (reference, candidate))
+    return config_differences(
+        reference.model_config, candidate.model_config, str(reference.directory), str(candidate.directory)
+    )
+
+
+def config_differences(reference: ModelConfig, candidate: ModelConfig, where: str, candidate_where: str) -> list[str]:
+    """A line for each difference of two architectures, and where each of the two is from."""
+    ours, theirs = dataclasses.asdict(reference), dataclasses.asdict(candidate)
     return [
-        f"{candidate.directory}: {key} is {theirs[key]}, but {ours[key]} in {reference.directory}; "
-        "these are not the same model"
+        f"{candidate_where}: {key} is {theirs[key]}, but {ours[key]} in {where}; these are not the same model"
         for key in ours
         if key not in ("mask_token_id", "initializer_range") and ours[key] != theirs[key]
     ]

@@ -25,9 +25,12 @@ class EndTokens(NamedTuple):
     document: int | None  # the document separator of training data, also the empty context
 
 
-def read_end_tokens(directory: Path, vocab_size: int) -> EndTokens:
-    """The end tokens of the HF directory `directory`. UserError for an id outside the model's vocabulary."""
-    config = read_json(directory / "config.json", "the model's configuration")
+def read_end_tokens(directory: Path, vocab_size: int, config: Mapping[str, Any] | None = None) -> EndTokens:
+    """The end tokens of the HF directory `directory`, of which `config` is the config.json if that is not there.
+
+    UserError for an id outside the model's vocabulary.
+    """
+    config = config or read_json(directory / "config.json", "the model's configuration")
     found = listed(config, directory / "config.json", vocab_size)
     generation = directory / "generation_config.json"
     if generation.exists():

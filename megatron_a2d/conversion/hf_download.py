@@ -16,7 +16,7 @@ class Model(NamedTuple):
     hub_id: str | None
 
 
-def find_model(given: str) -> Model:
+def find_model(given: str, with_weights: bool = True) -> Model:
     """The directory of the model `given`, a directory or else a hub id."""
     if Path(given).is_dir():
         return Model(Path(given), None)
@@ -25,7 +25,8 @@ def find_model(given: str) -> Model:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = [*HF_PATTERNS, "README.md", "*.safetensors", "*.safetensors.index.json"]
+    weights = ["*.safetensors", "*.safetensors.index.json"] if with_weights else []
+    patterns = [*HF_PATTERNS, "README.md", *weights]
     try:
         return Model(Path(snapshot_download(given, allow_patterns=patterns)), given)
     except (OSError, ValueError, HfHubHTTPError) as error:

@@ -60,8 +60,8 @@ def open_hf(directory: Path, check_values: bool = False, from_disk: bool = False
     names = kind.family.tensor_names
     embedding, head = names.get(EMBEDDING, EMBEDDING), names.get(HEAD, HEAD)
     with open_safetensors(directory, from_disk) as files:
-        if too_few := _too_few(model_config, files.shapes, directory):
-            raise UserError(files.problems or too_few)
+        if problems := too_few(model_config, files.shapes, directory):
+            raise UserError(files.problems or problems)
         stored = WeightMap(model_config, files.shapes, names)
         expected = dict(stored.hf_shapes)
         if model_config.tie_word_embeddings and head in files.shapes:
@@ -92,12 +92,13 @@ def open_checkpoint(path: Path, allow_expert_bias: bool = False, from_disk: bool
     if not (directory / HF_FILES).is_dir():
         raise UserError(
             f"{directory / HF_FILES}: the model's configuration is missing, as plain Megatron leaves it; make the "
-            "directory and put config.json and the tokenizer of the model there"
+            "directory and put config.json and the tokenizer of the model there, or use "
+            "checkpoints_tools.convert_megatron"
         )
     model_config = read_model_config(directory / HF_FILES)
     with open_torch_dist(directory, from_disk) as stored:
-        if too_few := _too_few(model_config, stored.shapes, directory):
-            raise UserError(too_few)
+        if problems := too_few(model_config, stored.shapes, directory):
+            raise UserError(problems)
         if not allow_expert_bias and stored.has_expert_bias():
             raise UserError(
                 f"{directory}: its routers choose experts with biases (--moe-router-enable-expert-bias), for which "
@@ -112,7 +113,7 @@ def open_checkpoint(path: Path, allow_expert_bias: bool = False, from_disk: bool
         yield Weights(directory, model_config, weights, tensors)
 
 
-def _too_few(model_config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> list[str]:
+def too_few(model_config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> list[str]:
     """A problem if config.json is of a far larger model than the files: listing its missing tensors takes memory."""
     there, named = sum(map(math.prod, shapes.values())), model_config.num_parameters()
     if named <= 2 * there + 10_000:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_a2d import __version__
+from megatron_a2d.checkpoint.bridge_config import write_run_config
 from megatron_a2d.checkpoint.directory import HF_FILES, RUN_CONFIG, TRACKER, copy_hf_files, directory_name, iteration_of
 from megatron_a2d.checkpoint.manifest import write_manifest
 from megatron_a2d.checkpoint.tensor_rows import FiniteCheck, RowRange, RowSource, num_bytes
@@ -21,6 +22,7 @@ from megatron_a2d.conversion.hf_to_torch_dist import check_space
 from megatron_a2d.conversion.resumable_output import describe_files, resumable_directory
 from megatron_a2d.conversion.sources import Weights, as_megatron, open_checkpoint
 from megatron_a2d.conversion.torch_dist_writer import write_torch_dist
+from megatron_a2d.conversion.weight_map import EMBEDDING
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 from megatron_a2d.terminal.console import progress
 from megatron_a2d.utils.atomic_write import check_new_directory
@@ -114,6 +116,7 @@ def average(
             if problems and not allow_nonfinite:
                 raise UserError(problems)
             copy_hf_files(newest.directory / HF_FILES, directory / HF_FILES)
+            write_run_config(directory, directory / HF_FILES, tensors.dtype(EMBEDDING))
             if (newest.directory / RUN_CONFIG).exists():
                 shutil.copyfile(newest.directory / RUN_CONFIG, directory / RUN_CONFIG)
             write_manifest(directory, entries)

@@ -51,6 +51,7 @@ class TensorMap:
     fused: Part | None = None  # the same rows in one HF tensor of all experts, as transformers 5 may write them
 
 
+EMBEDDING = "embedding.word_embeddings.weight"  # the first of the table
 DECODER = "decoder.layers."
 LAYER = "model.layers.{layer}."
 EXPERT = LAYER + "mlp.experts.{expert}."
@@ -58,7 +59,7 @@ EXPERT = LAYER + "mlp.experts.{expert}."
 # The order matters: tensors are written and reported in it, and WeightMap expands each run of adjacent entries with
 # {layer} layer by layer, so that these must stay together.
 TABLE = (
-    TensorMap("embedding.word_embeddings.weight", [Part("VH", "model.embed_tokens.weight")]),
+    TensorMap(EMBEDDING, [Part("VH", "model.embed_tokens.weight")]),
     TensorMap(
         DECODER + "self_attention.linear_qkv.layer_norm_weight",
         [Part("H", LAYER + "input_layernorm.weight")],

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_a2d.checkpoint.bridge_config import write_run_config
 from megatron_a2d.checkpoint.directory import (
     HF_FILES,
     RUN_CONFIG,
@@ -221,6 +222,7 @@ def _complete(
     """Write the remaining files, then commit the checkpoint."""
     (partial / HF_FILES).mkdir()
     copy_hf_files(hf_files, partial / HF_FILES)
+    write_run_config(partial, hf_files, torch.bfloat16 if config.training.bf16 else torch.float32)
     write_json(partial / RUN_CONFIG, config.to_dict())
     write_json(partial / "metadata.json", FORMAT)
     commit(partial, final, known, iteration)

@@ -163,10 +163,14 @@ def read_json(path: str | Path, what: str, allow_nonfinite: bool = False) -> dic
     return value
 
 
-def read_yaml(path: str | Path, where: str) -> dict[str, Any]:
-    """The YAML mapping in `path`, a file or a shell's pipe; errors start with `where` (a flag and its value)."""
+def read_yaml(path: str | Path, where: str, aliases: bool = False) -> dict[str, Any]:
+    """The YAML mapping in `path`, a file or a shell's pipe; errors start with `where` (a flag and its value).
+
+    `aliases`: as for `parse_yaml`.
+    """
     try:
-        value = parse_yaml(_read(path, f"{where}:", limit=LARGEST_YAML, only_files=not is_shell_pipe(path)))
+        content = _read(path, f"{where}:", limit=LARGEST_YAML, only_files=not is_shell_pipe(path))
+        value = parse_yaml(content, aliases)
     except ParseError as error:
         raise UserError(f"{where}: is not valid YAML ({error}); correct the file") from None
     if not isinstance(value, dict):

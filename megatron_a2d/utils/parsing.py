@@ -19,6 +19,7 @@ import yaml
 DEEPEST = 64  # levels of nesting
 LARGEST_INTEGER = 2**64 - 1
 LONGEST_NUMBER = 100  # characters, in YAML
+MOST_VALUES = 100_000  # of a YAML file with aliases, each counted as often as it is referred to
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -40,16 +41,18 @@ def parse_json(content: str | bytes, allow_nonfinite: bool = False) -> Any:
     return value
 
 
-def parse_yaml(content: str | bytes) -> Any:
-    """Parse YAML. Aliases are rejected, because a few of them can expand a small file to a huge value."""
+def parse_yaml(content: str | bytes, aliases: bool = False) -> Any:
+    """Parse YAML. Aliases are rejected, because a few of them can expand a small file to a huge value; `aliases` allows
+    them, as programs write them for an object that they refer to twice, up to MOST_VALUES."""
+    loader = _AliasLoader if aliases else _Loader
     try:
-        value = yaml.load(content if isinstance(content, str) else decode(content), _Loader)
+        value = yaml.load(content if isinstance(content, str) else decode(content), loader)
     except RecursionError:
         raise ParseError(f"nested more than {DEEPEST} levels deep") from None
     # A tag that does not fit its value (`!!int x`) makes the constructor raise all kinds of errors.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         raise ParseError(_in_a_line(error)) from None
-    _check(value, allow_nonfinite=False)
+    _check(value, allow_nonfinite=False, most=MOST_VALUES if aliases else None)
     return value
 
 
@@ -68,10 +71,10 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    _depth = 0
+    _depth, _has_aliases = 0, False
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
+        if self.check_event(yaml.AliasEvent) and not self._has_aliases:
             event = self.peek_event()
             raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor}: write it out", event.start_mark)
         self._depth += 1
@@ -90,6 +93,17 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} comes twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+class _AliasLoader(_Loader):
+    """The same with aliases, but without merges (`<<`), which copy what they refer to."""
+
+    _has_aliases = True
+
+    def flatten_mapping(self, node: Any) -> None:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "a merge (<<): write it out", key.start_mark)
 
 
 def _number(loader: _Loader, node: Any) -> Any:
@@ -111,12 +125,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _check(value: Any, allow_nonfinite: bool) -> None:
-    """ParseError if `value` holds anything but the types above. Not recursive."""
-    level = [value]
+def _check(value: Any, allow_nonfinite: bool, most: int | None = None) -> None:
+    """ParseError if `value` holds anything but the types above, or more than `most` values. Not recursive."""
+    level, count = [value], 0
     for _ in range(DEEPEST + 1):
         below: list[Any] = []
         for item in level:
+            count += len(item) if isinstance(item, dict | list) else 0
+            if most is not None and count > most:
+                raise ParseError(f"it holds more than {most:,} values")
             if isinstance(item, dict):
                 for key in item:
                     if not isinstance(key, str):

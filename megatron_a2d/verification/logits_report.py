@@ -75,6 +75,14 @@ def report_written(read_back: ReadBack) -> tuple[Comparison, list[str]]:
     return comparison, lines + loss_lines(*losses, second.model_config.vocab_size)
 
 
+def report_tensors(read_back: ReadBack) -> tuple[Comparison, list[str]]:
+    """The same without logits: of a source that only we can run, by what also runs the output."""
+    second = read_back.candidate
+    comparison, (losses,) = read_back.compare([lambda rows: loss_by_time(second, label_shift(second), rows)])
+    lines = [tensors_line(comparison, read_back.reference, second)]
+    return comparison, lines + loss_lines(*losses, second.model_config.vocab_size)
+
+
 class _Pair(NamedTuple):
     """Two forms of a model, and how their logits are compared."""
 

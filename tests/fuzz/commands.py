@@ -86,6 +86,10 @@ COMMANDS = {
     "convert_hf": Command(
         "checkpoints_tools.convert_hf", "--hf-model {hf} --out {out}", ("--mask-token-id 255", "--no-verify", *CONVERSION)
     ),
+    "convert_megatron": Command(
+        "checkpoints_tools.convert_megatron", "--megatron {checkpoint} --out {out} --mask-token-id 255",
+        ("--hf-model {hf}", "--vocab-size 256", "--no-verify", *CONVERSION),
+    ),
     "export_hf": Command(
         "checkpoints_tools.export_hf", "--checkpoint {trained} --out {out} --format a2d",
         ("--evaluation {results}", "--max-shard-size 1MB", "--no-verify", *CONVERSION),

@@ -166,3 +166,14 @@ def test_a_directory_is_no_file_to_write(name: str, tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="is a directory"), new_file(name):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["below"]
+
+
+def test_aliases_where_programs_write_them() -> None:
+    assert parse_yaml("a: &x {b: [1]}\nc: *x", aliases=True) == {"a": {"b": [1]}, "c": {"b": [1]}}
+    for text, message in (
+        (ALIASES, "more than 100,000 values"),
+        ("a: &a [*a]", "levels deep|more than"),
+        ("a: &a {b: 1}\nc: {<<: *a}", "merge"),
+    ):
+        with pytest.raises(ParseError, match=message):
+            parse_yaml(text, aliases=True)

@@ -1,0 +1,82 @@
+"""Command that converts a torch_dist checkpoint of Megatron-LM, Megatron-Bridge or NeMo 2 to one that training loads.
+
+    python -m checkpoints_tools.convert_megatron --megatron /runs/qwen3/iter_0100000 --out checkpoints/qwen3
+    python -m checkpoints_tools.convert_megatron --megatron /runs/core --hf-model Qwen/Qwen3-0.6B --out checkpoints/core
+
+The model's settings come from the checkpoint (run_config.yaml, context/model.yaml, or the arguments in common.pt), its
+tokenizer too where it has one. --hf-model names a Hugging Face directory for what it lacks: config.json, which must
+agree with the settings if there are any, and the tokenizer. Only weights are converted, bit by bit, and padding of the
+vocabulary is cut off. The output is read back and compared before it is renamed to --out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints_tools.options import add_streaming_options, check_streaming_options
+from checkpoints_tools.verify import print_lines, report_into
+from megatron_a2d.config.cli import Parser
+from megatron_a2d.terminal.console import entry_point, human
+from megatron_a2d.utils.printable import print_line
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m checkpoints_tools.convert_megatron", description="Convert a Megatron checkpoint.")
+    parser.add_argument(
+        "--megatron",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a torch_dist checkpoint, an iteration of one, or NeMo 2's directory",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must be new")
+    parser.add_argument(
+        "--hf-model", metavar="DIR|HUB_ID", help="the model whose config.json and tokenizer the checkpoint lacks"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="rows of the embedding that are not padding; default: as recorded"
+    )
+    parser.add_argument(
+        "--mask-token-id",
+        type=int,
+        metavar="ID",
+        help="id of the mask token; default: the first id that the tokenizer does not use",
+    )
+    parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="dtype to store")
+    add_streaming_options(parser)
+    options = parser.parse_args(argv)
+    check_streaming_options(options)
+
+    from megatron_a2d.checkpoint.tensor_rows import DTYPES
+    from megatron_a2d.conversion.hf_download import find_model
+    from megatron_a2d.conversion.hf_to_torch_dist import Options
+    from megatron_a2d.conversion.megatron_to_torch_dist import convert_megatron
+
+    model = find_model(options.hf_model, with_weights=False) if options.hf_model else None
+    lines: list[str] = []
+    done = convert_megatron(
+        options.megatron,
+        options.out,
+        model.directory if model else None,
+        options.mask_token_id,
+        options.vocab_size,
+        model.hub_id if model else None,
+        Options(
+            DTYPES.get(options.dtype),
+            options.workers,
+            options.allow_nonfinite,
+            not options.no_verify,
+            report_into(lines, with_logits=False),
+        ),
+    )
+    types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in done.dtypes))
+    print_line(
+        f"{done.directory}: {human(done.model_config.num_parameters())} parameters, "
+        f"{human(done.num_bytes, 'B')} of {types}, vocabulary {done.model_config.vocab_size}, "
+        f"mask token {done.mask_token_id}"
+    )
+    print_lines(lines)
+
+
+if __name__ == "__main__":
+    entry_point(main)
