@@ -22,7 +22,7 @@ from megatron_a2d.checkpoint.directory import TRACKER, directory_name
 from megatron_a2d.checkpoint.metadata_index import read_index
 from megatron_a2d.utils.exit_codes import PEER_LOST, SAVE_FAILED, SIGNALLED, STALLED, USER_ERROR
 from tests.soak.soak_report import HANG_FOUND, Row
-from tests.soak.soak_run import HANG_LIMIT, SAVE_INTERVAL, EndedError, Run, Start
+from tests.soak.soak_run import HANG_LIMIT, SAVE_INTERVAL, EndedError, Run, Start, is_alive
 
 KILLED = 128 + signal.SIGKILL
 CHECKSUMS, NEXT_START, OTHERS, LAUNCHER = "checksums", "next start", "other ranks", "launch.torchrun"
@@ -324,12 +324,15 @@ def memory_limit(run: Run) -> Row:
 def kill_writer(run: Run) -> Row:
     """What the kernel does when memory is short: the writing process is the youngest and largest."""
     row, since = begun(run, "SIGKILL of a writing process", "SIGKILL of a writing process (out of memory)"), 0.0
-    run.set("fsync", 1.0)  # so that it can be met
+    before = set(run.partial_directories())  # of a save that may be over at any moment
+    run.set("fsync", 1.0)  # so that a later one can be met
     try:
         ranks = {psutil.Process(pid) for pid in run.current.ranks().values()}
 
         def writers() -> list[psutil.Process]:
-            return [child for rank in ranks for child in rank.children()] if run.partial_directories() else []
+            if not set(run.partial_directories()) - before:
+                return []
+            return [child for rank in ranks for child in rank.children() if is_alive(child)]
 
         writer = run.random.choice(run.wait(writers, "a writing process"))
         row.step, row.expected, since = run.reached(), max(run.intact(), default=0), time.monotonic()

@@ -104,10 +104,10 @@ class Start:
     def processes(self) -> list[psutil.Process]:
         """Those of this start that are alive, also if what started them is gone."""
         self._seen.setdefault(self.process.pid, self.process)
-        for process in [process for process in self._seen.values() if _is_alive(process)]:
+        for process in [process for process in self._seen.values() if is_alive(process)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._seen |= {child.pid: child for child in process.children(recursive=True)}
-        return [process for process in self._seen.values() if _is_alive(process)]
+        return [process for process in self._seen.values() if is_alive(process)]
 
     def is_over(self) -> bool:
         return self.process.poll() is not None
@@ -343,7 +343,7 @@ def unmount(directory: Path) -> None:
     subprocess.run(["umount", "-l", str(directory)], check=True, capture_output=True)
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
