@@ -25,6 +25,7 @@ STUDIES = {
     "probe": "conversion_method",
     "layer-lr": "lr_by_role",
     "critical-batch": "critical_batch_size",
+    "batch-ramp": "batch_ramp",
     "time-sampling": "timestep_sampling",
     "masks": "mask_sampling",
     "precision": "low_precision",

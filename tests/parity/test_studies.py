@@ -13,6 +13,7 @@ from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.settings import build
 from megatron_a2d.study import command
 from megatron_a2d.study.ablations import (
+    batch_ramp,
     block_lengths,
     critical_batch_size,
     low_precision,
@@ -27,7 +28,7 @@ from tests.parity.pool import Pool
 
 # Of each plan as much as shows all of its parts.
 SMALL = (
-    (lr_by_role, "RATIOS", (1.0, 0.0)), (lr_by_role, "ATTENTION_LR", (1.0,)), (critical_batch_size, "FACTORS", (0.5, 1.0)), (critical_batch_size, "RAMP", (0.5, 1.0)),
+    (lr_by_role, "RATIOS", (1.0, 0.0)), (lr_by_role, "ATTENTION_LR", (1.0,)), (critical_batch_size, "FACTORS", (0.5, 1.0)), (batch_ramp, "RAMP", (0.5, 1.0)),
     (critical_batch_size, "NUM_GROUPS", 2), (critical_batch_size, "BATCHES_PER_GROUP", 2), (timestep_sampling, "NUM_GROUPS", 2),
     (timestep_sampling, "BATCHES_PER_GROUP", 2), (low_precision, "NUM_BATCHES", 1), (mask_sampling, "NUM_GROUPS", 2), (mask_sampling, "BATCHES_PER_GROUP", 2),
     (block_lengths, "NUM_TEXTS", 4), (block_lengths, "NUM_HOLES", 4), (block_lengths, "TOKENS_PER_PASS", (1, 8)),

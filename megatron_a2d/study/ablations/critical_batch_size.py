@@ -7,18 +7,17 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.report.plot_style import figure
-from megatron_a2d.study.confidence import Moments, RatioInterval, mean_interval, paired_difference, ratio_interval
-from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings, ramped_batch, scaled_batch
+from megatron_a2d.study.confidence import Moments, RatioInterval, mean_interval, ratio_interval
+from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings, scaled_batch
 from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # times the recipe's global batch
-RAMP = (1.0, 2.0, 4.0)  # of `FACTORS`: batch sizes of the arm that grows, each for as many tokens
 TOLERANCE = 0.01  # relative increase of the loss that counts as worse
 OBJECTIVES = {"mdlm": "diffusion", "ar": "autoregressive"}
 NUM_GROUPS, BATCHES_PER_GROUP = 8, 16
@@ -52,11 +51,6 @@ def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> li
                 tags = {"objective": objective, "batch": settings["global_batch_size"], "seed": seed}
                 start = "scp" if objective == "mdlm" else BASE
                 jobs.append(Job(f"{objective}_batch{tags['batch']}_seed{seed}", tags, settings, start))
-    for seed in seeds:
-        settings = {**ramped_batch(base, RAMP, round(max(FACTORS))), "seed": seed + 500}
-        sizes = [settings["global_batch_size"] // round(RAMP[-1] / RAMP[0]), settings["global_batch_size"]]
-        tags = {"objective": "ramp", "batches": sizes, "seed": seed}
-        jobs.append(Job(f"ramp_seed{seed}", tags, settings, "scp"))
     return jobs
 
 
@@ -130,8 +124,7 @@ def noise_scale(moments: Record) -> RatioInterval:
 
 def report(records: list[Record], images: Path) -> Report:
     noise = {record["objective"]: record["noise"] for record in records[:2]}
-    ramps = [record for record in records[2:] if record["objective"] == "ramp"]
-    groups = by_tag([record for record in records[2:] if record["objective"] != "ramp"], "objective", "batch")
+    groups = by_tag(records[2:], "objective", "batch")
     losses: dict[str, Losses] = {objective: {} for objective in OBJECTIVES}
     for (objective, batch), runs in groups.items():
         losses[objective][batch] = {seed: final(record)["nelbo"] for seed, record in runs.items()}
@@ -171,38 +164,11 @@ def report(records: list[Record], images: Path) -> Report:
         "was. Noise scale: tr V / |G|^2 at the checkpoint where the branches start (McCandlish et al. 2018), with "
         "independent samples and times; the branches' own times are low-discrepancy. All branches of an objective "
         "start from one checkpoint: the intervals say nothing about other checkpoints, sizes or data."
-        f"\n\n{_caveats(losses, groups)}{_ramp_table(ramps, groups, rows)}"
+        f"\n\n{_caveats(losses, groups)}"
         f"The claim that diffusion has the larger critical batch is {_claim(found_batches)}.\n\n"
         "![results](critical-batch.png)\n"
     )
     return Report(text, rows)
-
-
-def _ramp_table(ramps: list[Record], groups: dict[Any, dict[int, Record]], rows: list[Record]) -> str:
-    """The growing batch against the constant ones that it begins and ends with; '' for results from before the arm.
-
-    Adds the losses to `rows`.
-    """
-    if not ramps:
-        return ""
-    losses = {record["seed"]: final(record)["nelbo"] for record in ramps}
-    rows += [{"objective": "ramp", "seed": seed, "loss": loss} for seed, loss in losses.items()]
-    first, last = ramps[0]["batches"]
-    lines = [[f"{first} to {last}", _steps(ramps), mean_interval([*losses.values()]).format(4), ""]]
-    for batch in (first, last):
-        runs = groups["mdlm", batch]
-        constant = {seed: final(record)["nelbo"] for seed, record in runs.items()}
-        difference = paired_difference(losses, constant).format(4)
-        lines.append([batch, _steps([*runs.values()]), mean_interval([*constant.values()]).format(4), difference])
-    table = markdown_table(["batch size, samples", "steps", "diffusion, nats/token", "growing minus constant"], lines)
-    return (
-        f"{table}\nThe batch grows at equal parts of the tokens, at the learning rate of its first size; constant "
-        "batches have the square root's.\n\n"
-    )
-
-
-def _steps(runs: Sequence[Record]) -> int:
-    return max(record["iteration"] for run in runs for record in run["training"])
 
 
 def _caveats(losses: dict[str, Losses], groups: dict[tuple[str, int], dict[int, Record]]) -> str:
@@ -267,8 +233,7 @@ STUDY = Study(
 Branches from one checkpoint that differ in global batch size only: the learning rate follows its square root, warm-up
 and decay keep their positions in tokens, and all train on the same number of tokens (after Merrill et al. 2025). Up to
 which batch size is the loss at equal tokens unchanged? For diffusion from a checkpoint after SCP, and for the
-autoregressive objective from the one before it. RND1 reports that diffusion tolerates larger batches. One more branch
-has a batch that grows: the loss of the small batch in fewer steps, if the critical batch grows in training.
+autoregressive objective from the one before it. RND1 reports that diffusion tolerates larger batches.
 """,
     plan=plan,
     report=report,
