@@ -25,8 +25,9 @@ find_python = $(firstword $(foreach name,$(wildcard $(VENV)/bin/python3) python3
 PYTHON ?= $(or $(call find_python,11),$(error no Python 3.11 or later is found; name one with PYTHON=...))
 PYTHON312 ?= $(call find_python,12)
 LATEST := $(if $(wildcard $(VENV)/lib/python3.1[2-9]),$(VENV),.venv312)
-# The newest megatron-core and Transformer Engine, in front of an environment of Python 3.11: megatron-core's wheel runs
-# there too, its metadata alone asks for 3.12. Later Pythons' environments have the two already.
+# The newest megatron-core, with emerging-optimizers, and Transformer Engine, in front of an environment of Python 3.11:
+# megatron-core's wheel runs there too, its metadata alone asks for 3.12 (emerging-optimizers: tests/__init__.py). Later
+# Pythons' environments have them already.
 NEWEST := $(if $(MADE),$(if $(filter-out $(VENV),$(LATEST)),$(VENV)/newest))
 TESTS_NEWEST := PYTHONPATH=$(CURDIR)/$(NEWEST)/megatron_core$${PYTHONPATH:+:$$PYTHONPATH} \
   $(subst $(VENV)/transformer_engine,$(NEWEST)/transformer_engine,$(TESTS))
@@ -109,7 +110,8 @@ $(VENV)/installed: $(PINNED)
 
 $(VENV)/installed_newest: constraints/py312.txt constraints/transformer_engine_py312.txt | $(VENV)/installed
 	@pip() { $(PY) -m pip --disable-pip-version-check --quiet install --no-deps --upgrade "$$@"; } && \
-	  pip --ignore-requires-python --target $(NEWEST)/megatron_core "$$(grep ^megatron-core== constraints/py312.txt)" && \
+	  pip --ignore-requires-python --target $(NEWEST)/megatron_core \
+    $$(grep -E '^(megatron-core|emerging-optimizers)==' constraints/py312.txt) && \
 	  pip --target $(NEWEST)/transformer_engine --requirement constraints/transformer_engine_py312.txt
 	@touch $@
 endif

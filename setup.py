@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 version: dict[str, str] = {}
 exec(Path(__file__).with_name("megatron_a2d").joinpath("__init__.py").read_text(), version)
 
+MUON = "emerging-optimizers>=0.3.0,<0.4; python_version >= '3.12'"
 DATA = ["datasets", "zstandard", "pyarrow", "gigatoken"]
 
 setup(
@@ -43,6 +44,8 @@ setup(
         # lm-eval 0.4.13; it brings datasets.
         "eval": ["lm-eval>=0.4.9"],
         "plot": ["matplotlib"],
+        # For --optimizer muon, with megatron-core 0.19.2.
+        "muon": [MUON],
         # For --wandb-project.
         "wandb": ["wandb"],
         "data": DATA,
@@ -50,6 +53,7 @@ setup(
         "mutants": ["mutmut", "coverage"],
         "dev": [
             *DATA,
+            MUON,
             "hypothesis",
             "pytest",
             "pytest-xdist",

@@ -15,7 +15,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()  # until all is imported, of which nothing is garbage: a fifth of the time that takes
 
-import megatron_a2d.megatron_compat  # noqa: F401  megatron.core can be imported without triton
 from tests.cases import VARIANTS, WIDE, Case
 from tests.exactness import Exactness, Fault
 from tests.parity.pool import Pool

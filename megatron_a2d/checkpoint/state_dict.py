@@ -6,10 +6,11 @@ data: the items that megatron's own linear layers have are written, empty, and n
 dequantised, in the parameters' dtype.
 
 Optimizer. Each parameter's state is stored under `optimizer.state.NAME.PARAMETER`, in the parameter's own shape and
-sharding: NAME is exp_avg, exp_avg_sq, and fp32_param for the main copy of a parameter in lower precision. The only
-other item is Adam's step. megatron.core's optimizers write the same tensors, but each kind wraps them in its own way,
-with its parameter groups in its own order, so that a checkpoint of one kind loads into no other. Here only tensors and
-step are stored; the groups, with their learning rates and decays, follow from the settings.
+sharding: NAME is exp_avg, exp_avg_sq (of Muon: momentum_buffer), and fp32_param for the main copy of a parameter in
+lower precision. The only other item is Adam's step. megatron.core's optimizers write the same tensors, but each kind
+wraps them in its own way, with its parameter groups in its own order, so that a checkpoint of one kind loads into no
+other. Here only tensors and step are stored; the groups, with their learning rates and decays, follow from the
+settings.
 
 A parameter that was frozen when the checkpoint was written has no state in it. If it is trained now, its moments start
 at zero, and its main copy as its weight; Adam's step is shared by all parameters.
@@ -150,7 +151,8 @@ class OptimizerState:
             container[key] = first_value()
         for part, state in self._parts.values():
             for group in state.get("optimizer", state)["param_groups"]:
-                group["step"] = step
+                if "momentum" not in group:  # Muon counts no steps
+                    group["step"] = step
                 if isinstance(numbers := group.get("params"), LocalNonpersistentObject):
                     group["params"] = numbers.unwrap()
             part.load_state_dict(state)

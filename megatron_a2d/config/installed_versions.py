@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 from megatron_a2d.config.settings import RunConfig, flag
 
-MEGATRON, ENGINE = "megatron-core", "transformer-engine"
+MEGATRON, ENGINE, MUON = "megatron-core", "transformer-engine", "emerging-optimizers"
 # Setting, package, the first version that has it (by their sources; megatron-core checks Transformer Engine's itself).
 _FIRST_VERSIONS = (
     ("moe_hybridep_num_sms_preprocessing", MEGATRON, (0, 19)),
@@ -29,12 +29,33 @@ def find_version_problems(config: RunConfig) -> list[str]:
         f"--wandb-project {project}: needs the package wandb, which is not installed; install it, or remove this"
     )
     missing = [without_wandb] if project and find_spec("wandb") is None else []
+    missing += _muon_problems(config)
     return missing + [
         f"{_shown(config, name)}: needs {package} {_dotted(first)}, and {_dotted(found)} is installed; remove it, or "
         f"install {package} {_dotted(first)} or later"
         for name, package, first in _needs(config)
         if (found := installed(package)) is not None and found < first
     ]
+
+
+def _muon_problems(config: RunConfig) -> list[str]:
+    """What --optimizer muon lacks. megatron-core 0.16.1 would ignore it; from 0.19 on Muon is in a package of its own,
+    whose releases before 0.2 it does not use. (PyPI's 999.9.9 is withdrawn; pip on Python 3.11 names it alone.)"""
+    if config.optimization.optimizer != "muon":
+        return []
+    problems, found = [], installed(MEGATRON)
+    if found is not None and found < (0, 19):
+        problems.append(
+            f"--optimizer muon: needs {MEGATRON} 0.19.2, and {_dotted(found)} is installed; pip install "
+            f"{MEGATRON}==0.19.2 (Python 3.12 or later), or use adam"
+        )
+    if (package := installed(MUON)) is None or package < (0, 3):
+        state = "it is not" if package is None else f"{_dotted(package)} is"
+        problems.append(
+            f"--optimizer muon: needs {MUON} 0.3.0, and {state} installed; pip install {MUON}==0.3.0 (Python 3.12 or "
+            "later), or use adam"
+        )
+    return problems
 
 
 def installed(package: str) -> tuple[int, ...] | None:

@@ -16,8 +16,11 @@ class LearningRateSchedule(NamedTuple):
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """AdamW, its learning rates and their schedule."""
+    """AdamW or Muon, the learning rates and their schedule."""
 
+    optimizer: Literal["adam", "muon"] = "adam"
+    """adam: AdamW; muon: Muon for the matrices of attention, MLPs and experts, AdamW for all other parameters; needs
+    megatron-core 0.19 and emerging-optimizers"""
     lr: float = 1e-4
     """peak learning rate"""
     min_lr: float = 0.0
@@ -44,3 +47,18 @@ class OptimizationConfig:
     """Adam's epsilon"""
     clip_grad: float = 1.0
     """maximum gradient norm; 0: no clipping"""
+    muon_momentum: float = 0.95
+    """Muon's momentum, the decay rate of the mean of its gradients"""
+    muon_use_nesterov: bool = True
+    """orthogonalise the mean of the gradients after one more step with the last one (Nesterov)"""
+    muon_num_ns_steps: int = 5
+    """Newton-Schulz iterations that orthogonalise an update"""
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """factor of an orthogonalised [out, in] update: sqrt(max(out, in)), sqrt(out / in), or sqrt(max(1, out / in))"""
+    muon_extra_scale_factor: float = 0.2
+    """another factor; 0.2 with spectral: updates as large as AdamW's, so that lr, weight_decay and lr_mult keep their
+    meaning (Liu et al. 2025)"""
+    muon_fp32_matmul_prec: Literal["highest", "high", "medium"] = "medium"
+    """precision of the Newton-Schulz iterations: fp32, TF32, bf16"""
+    muon_router: bool = False
+    """Muon for the routers' matrices too"""

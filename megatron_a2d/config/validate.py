@@ -19,6 +19,7 @@ from megatron_a2d.config.validate_batch import (
     find_schedule_problems,
     find_undividable,
 )
+from megatron_a2d.config.validate_optimizer import find_optimizer_layout_problems, find_optimizer_problems
 from megatron_a2d.config.validate_performance import find_performance_problems
 
 NO_START = "--load: is missing; give the checkpoint to start from, as python -m checkpoints_tools.convert_hf writes it"
@@ -48,7 +49,7 @@ def find_general_problems(config: RunConfig) -> list[str]:
 
 def find_layout_problems(config: RunConfig, model_config: ModelConfig | None, world_size: int) -> list[str]:
     """Problems of the layout, of the layout for this model, and of the performance settings."""
-    problems = _layout_problems(config, world_size)
+    problems = _layout_problems(config, world_size) + list(find_optimizer_layout_problems(config))
     if model_config is not None:
         problems += _model_config_problems(config, model_config)
         if not model_config.is_moe:
@@ -132,7 +133,7 @@ def _range_problems(config: RunConfig) -> list[str]:
             problems.append(
                 f"--lr-mult {role}={factor}: a factor must be a finite number, not negative; 0 freezes the role"
             )
-    return problems
+    return problems + list(find_optimizer_problems(config))
 
 
 def _objective_problems(config: RunConfig) -> list[str]:

@@ -27,7 +27,8 @@ RECIPE = (
     "reset_attention_mask", "seq_length",
     "global_batch_size", "rampup_batch_size", "batch_schedule", "lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples",
     "lr_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "seed",
+    "optimizer", "muon_momentum", "muon_use_nesterov", "muon_num_ns_steps", "muon_scale_mode",
+    "muon_extra_scale_factor", "muon_router", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "bf16", "seed",
 )  # fmt: skip
 
 
@@ -201,6 +202,8 @@ def recipe_rows(settings: Mapping[str, Any], wrong: Sequence[str]) -> list[tuple
     if not re.fullmatch(r"[\d:,]*", str(settings.get("batch_schedule", ""))):  # the one free text of the recipe
         wrong = [*wrong, "batch_schedule"]
     unset = [name for name in _SHOWN_IF_SET if not settings.get(name)]
+    if settings.get("optimizer") != "muon":
+        unset += [name for name in RECIPE if name == "optimizer" or name.startswith("muon_")]
     shown = {name: str(value) for name, value in settings.items() if name not in unset} | dict.fromkeys(
         wrong, "not recorded"
     )

@@ -14,14 +14,16 @@ from types import ModuleType
 from typing import Any
 
 TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
+MUON_KERNELS = "emerging_optimizers.triton_kernels"
 FUSER = "megatron.core.jit"
 
 
 def make_triton_optional() -> None:
-    """Replace the one module of megatron.core that needs triton; call before megatron.core is imported.
+    """Replace the modules of megatron.core and emerging-optimizers that need triton; call before either is imported.
 
     From 0.17 on `import megatron.core` imports triton for kernels that move expert activations on a GPU, and torch's
-    CPU builds come without triton. All other uses of triton are optional. There is no check
+    CPU builds come without triton. All other uses of triton are optional. emerging-optimizers 0.3.0 imports it too, for
+    a product that is off by default; megatron.core takes that for a package that is not installed. There is no check
     for a GPU here: that would initialise CUDA, which reads its environment variables once, before
     distributed/environment.py has set them.
     """
@@ -29,6 +31,7 @@ def make_triton_optional() -> None:
         return
     names = {"GLOBAL_BLOCK_SIZE": 1024, "paged_stash_copy_kernel": None, "paged_stash_pop_kernel": None}
     _replace(TRITON_KERNELS, "Placeholder for kernels that only run on a GPU.", names)
+    _replace(MUON_KERNELS, "Placeholder for kernels that only run on a GPU.", {"HAS_TRITON_340": False})
 
 
 def compile_nothing_without_triton() -> None:

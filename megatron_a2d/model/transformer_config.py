@@ -114,10 +114,13 @@ def build_transformer_config(model_config: ModelConfig, config: RunConfig) -> Tr
 def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any]:
     """Precision, fusions, overlap, graphs and recomputation, under megatron.core's names."""
     performance = config.performance
-    # GroupedMLP of ours or TEGroupedMLP; megatron.core reads it where it decides on recomputation.
-    grouped = model_config.is_moe and performance.moe_grouped_gemm
+    implementation = choose_implementation(config)
+    # GroupedMLP of ours or TEGroupedMLP; megatron.core reads it where it decides on recomputation. Muon orthogonalises
+    # matrices, and ours has a rank's experts in one tensor (Transformer Engine's has a matrix for each).
+    stacked_for_muon = config.optimization.optimizer == "muon" and implementation != "transformer_engine"
+    grouped = model_config.is_moe and performance.moe_grouped_gemm and not stacked_for_muon
     fields: dict[str, Any] = dict(
-        transformer_impl="transformer_engine" if choose_implementation(config) == "transformer_engine" else "local",
+        transformer_impl="transformer_engine" if implementation == "transformer_engine" else "local",
         gradient_accumulation_fusion=performance.gradient_accumulation_fusion,
         apply_rope_fusion=performance.apply_rope_fusion,
         moe_grouped_gemm=grouped,

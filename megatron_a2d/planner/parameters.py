@@ -66,7 +66,7 @@ def _sizes(job: Job) -> _Sizes:
         job.num_virtual_stages_per_pipeline_rank,
         job.expert_model_parallel_size,
         job.expert_tensor_parallel_size,
-        job.transformer_impl == "local" and job.moe_grouped_gemm,
+        job.transformer_impl == "local" and job.moe_grouped_gemm and job.optimizer != "muon",
     )
 
 
@@ -157,7 +157,7 @@ class Values(NamedTuple):
     """Numbers of elements that a rank of a stage holds."""
 
     of_parameters: int
-    of_matrices: int  # the layers' linear weights, of which FP8 keeps copies
+    of_matrices: int  # the layers' linear weights, of which FP8 keeps copies, and which Muon updates
     in_buffers: int  # including padding
     in_shards: int  # of the buffers, updated by this rank with the distributed optimizer
 

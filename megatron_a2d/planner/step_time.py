@@ -16,7 +16,7 @@ the pipeline, the data-parallel communication and the optimizer.
     bubble     (pp - 1) / virtual stages x time of one micro-batch              interleaved 1F1B, Narayanan et al. 2021
     pipeline   activations and their gradients between stages / bandwidth
     data       ring reduce-scatter and all-gather: bytes x (1 - 1 / replicas)   megatron.core distributed optimizer
-    optimizer  state read and written, gradients read twice / memory bandwidth
+    optimizer  state read and written, gradients read twice / memory bandwidth; Muon's Newton-Schulz products / FLOP/s
 """
 
 from __future__ import annotations
@@ -376,4 +376,22 @@ def _optimizer_time(job: Job, cluster: Cluster, efficiency: Efficiencies) -> flo
     """Seconds to read and write the optimizer's state once, and the gradients twice (norm, update)."""
     _, gradients, optimizer = state_bytes(job, 0)
     share = job.dense_replicas if job.use_distributed_optimizer else 1
-    return (2 * optimizer + 2 * gradients / share + gradients) / (cluster.memory_gb_per_s * 1e9 * efficiency.memory)
+    seconds = (2 * optimizer + 2 * gradients / share + gradients) / (cluster.memory_gb_per_s * 1e9 * efficiency.memory)
+    if job.optimizer == "muon":
+        seconds += orthogonalization_operations(job) / (cluster.bf16_tflops * 1e12 * efficiency.matmul_bf16)
+    return seconds
+
+
+def orthogonalization_operations(job: Job) -> float:
+    """Floating-point operations of Muon's Newton-Schulz iterations on a rank, in a step.
+
+    An iteration of a matrix whose smaller size is m and larger n: X X' and B X, 2 m^2 n each, and a square, 2 m^3.
+    Each tensor- and data-parallel rank orthogonalises the whole matrices of its stage, and its own experts'.
+    """
+    a = job.model_config
+    width, copies = (a.moe_intermediate_size, a.num_experts) if a.is_moe else (a.intermediate_size, 1)
+    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    of_mlp = [(2 * width, a.hidden_size), (width, a.hidden_size)] * (copies // job.expert_model_parallel_size)
+    matrices = [(heads, a.hidden_size)] * 2 + [(groups, a.hidden_size)] * 2 + of_mlp
+    iteration = sum(4 * min(size) ** 2 * max(size) + 2 * min(size) ** 3 for size in matrices)
+    return float(job.muon_num_ns_steps * iteration * job.layers_per_stage)

@@ -56,6 +56,8 @@ class Job:
     use_precision_aware_optimizer: bool = False
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"
+    optimizer: str = "adam"
+    muon_num_ns_steps: int = 5
     # Not settings of a run: needed for the published runs, or assumed.
     fused_kernels: bool = False  # FP8 casts and activation functions fused into the experts' GEMMs
     whole_logits: bool = False  # the LM head materialises the logits of all positions

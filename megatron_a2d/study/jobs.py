@@ -121,6 +121,15 @@ def ramped_batch(base: RunConfig, factors: Sequence[float], largest: int = 1) ->
     return {**last, "batch_schedule": schedule, "lr": first["lr"], "min_lr": first["min_lr"]}
 
 
+def optimizer_settings(base: RunConfig, optimizer: str) -> dict[str, Any]:
+    """The settings that switch a run to an optimizer; those of Muon are the base's, or at their defaults."""
+    if optimizer == base.optimization.optimizer:
+        return {}
+    defaults = dataclasses.asdict(type(base.optimization)())
+    muon = {name: value for name, value in defaults.items() if name.startswith("muon_")}
+    return {"optimizer": optimizer} | (muon if optimizer != "muon" else {})
+
+
 def ar_settings(base: RunConfig) -> dict[str, Any]:
     """The settings that switch a run to the autoregressive objective, with all noise settings at their defaults."""
     defaults = dataclasses.asdict(type(base.diffusion)())

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate per parameter role, its schedule, and the update.
+"""The optimizer with a learning rate per parameter role, its schedule, and the update.
 
 RND1 gives attention a high learning rate and all other parameters a low one: attention must learn to use later tokens,
 the MLPs keep what they know. A parameter's role follows from its name; each role's factor becomes one parameter group.
@@ -21,6 +21,7 @@ from torch import nn
 from megatron_a2d.config.fp8_recipe import Scaling, engine_scaling
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version
+from megatron_a2d.training.muon import check_muon, muon_options, tag_for_muon
 
 # First match wins: a norm inside attention is a norm.
 _ROLE_OF_NAME_PART = (
@@ -48,9 +49,11 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
     scaling = engine_scaling(config, compute_capability(), cuda_version())
     precise = performance.use_precision_aware_optimizer
     scales = _tag_learning_rates(chunks, settings.lr_mult, tied)
-    return get_megatron_optimizer(
+    if settings.optimizer == "muon":
+        tag_for_muon(chunks, lambda name: role_of(name, tied), settings)
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
-            optimizer="adam",
+            optimizer=settings.optimizer,
             lr=settings.lr,
             min_lr=settings.min_lr,
             weight_decay=settings.weight_decay,
@@ -68,11 +71,15 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
             main_grads_dtype=torch.bfloat16 if precise and not performance.grad_reduce_in_fp32 else torch.float32,
             exp_avg_dtype=_DTYPES[performance.exp_avg_dtype],
             exp_avg_sq_dtype=_DTYPES[performance.exp_avg_sq_dtype],
+            **muon_options(settings),
         ),
         chunks,
         config_overrides=_group_overrides(scales, settings.lr, settings.min_lr),
         use_gloo_process_groups=False,
     )
+    if settings.optimizer == "muon":
+        check_muon(optimizer, chunks)
+    return optimizer
 
 
 def reuses_gradient_buffer(config: RunConfig, scaling: Scaling | None) -> bool:

@@ -4,7 +4,8 @@ A resumed run must be the run that was stopped. Its settings are of three kinds:
 
 fixed      what determines samples and noise (seed, seq_length, reset_attention_mask, reset_position_ids,
            random_length_prob, eod_mask_loss, the schedule of batch sizes, and the tokens: train_data_fingerprint), the
-           objective (all diffusion settings), and the dtype (bf16): another value is an error.
+           objective (all diffusion settings), the dtype (bf16), and which optimizer has state for which parameter
+           (optimizer, muon_router): another value is an error.
 reported   the settings of the optimizer and of load balancing, FP8 or FP4 and the layers that are kept in bf16, forced
            load balancing, and the run's length may change; the log says so. If a role was frozen (--lr-mult ROLE=0) and
            no longer is, its moments start at zero: the checkpoint has none.
@@ -47,7 +48,7 @@ from megatron_a2d.utils.errors import UserError
 # Skipped samples may be added if they are still ahead (`with_skipped`).
 _FREE = {"train_data_path", "valid_data_path", "data_mixture", "verify_tokenizer", "num_workers", "skip_samples"}
 FIXED = (
-    "global_batch_size", "rampup_batch_size", "batch_schedule", "bf16",
+    "global_batch_size", "rampup_batch_size", "batch_schedule", "bf16", "optimizer", "muon_router",
     *(
         item.name
         for group in (DataConfig, DiffusionConfig)
@@ -60,7 +61,12 @@ REPORTED = (
     "train_iters", "train_samples", "train_tokens", "fp8_recipe", "fp4_recipe", "fp8_output_proj",
     "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
     "moe_router_force_load_balancing",
-    *(item.name for group in (OptimizationConfig, BalancingConfig) for item in dataclasses.fields(group)),
+    *(
+        item.name
+        for group in (OptimizationConfig, BalancingConfig)
+        for item in dataclasses.fields(group)
+        if item.name not in FIXED
+    ),
 )  # fmt: skip
 
 

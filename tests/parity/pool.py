@@ -20,7 +20,8 @@ import torch.multiprocessing as multiprocessing
 
 # The modules of the jobs; a server imports them once, and every process is forked from it.
 _JOBS = tuple(
-    f"tests.parity.{name}" for name in ("parity_jobs", "balancing_jobs", "inference_jobs", "run_job", "memory_job")
+    f"tests.parity.{name}"
+    for name in ("parity_jobs", "balancing_jobs", "inference_jobs", "run_job", "memory_job", "muon_job")
 )
 TIMEOUT = 180.0  # seconds for a job, the start of the processes included
 # megatron's DistributedDataParallel is never freed (its autograd hooks hold it), nor are its groups' threads, which wake

@@ -28,6 +28,7 @@ from megatron_a2d.megatron_compat.device import has_cuda
 from megatron_a2d.model import transformer_config
 from megatron_a2d.planner.workload import Job, job_of
 from megatron_a2d.training import initialization, optimizer
+from megatron_a2d.training.muon import muon_options
 from tests.unit.test_validate_performance import _recording
 
 megatron_compat.install()
@@ -39,6 +40,10 @@ OPTIMIZATION: dict[str, Any] = dict(
     weight_decay=0.0625, adam_beta1=0.85, adam_beta2=0.9375, adam_eps=1e-5, clip_grad=2.5,
 )  # fmt: skip
 BY_SAMPLES: dict[str, Any] = dict(lr_warmup_samples=5, lr_wsd_decay_samples=9)
+MUON: dict[str, Any] = dict(
+    optimizer="muon", muon_momentum=0.375, muon_use_nesterov=False, muon_num_ns_steps=13, muon_scale_mode="shape_scaling",
+    muon_extra_scale_factor=0.1875, muon_fp32_matmul_prec="high", muon_router=True,
+)  # fmt: skip
 LAYOUT: dict[str, Any] = dict(
     tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=3, context_parallel_size=5,
     num_virtual_stages_per_pipeline_rank=4, expert_model_parallel_size=7, expert_tensor_parallel_size=11,
@@ -46,7 +51,16 @@ LAYOUT: dict[str, Any] = dict(
 
 
 def test_these_are_all_settings_of_the_optimizer() -> None:
-    assert {*OPTIMIZATION, *BY_SAMPLES} == {item.name for item in dataclasses.fields(OptimizationConfig)}
+    assert {*OPTIMIZATION, *BY_SAMPLES, *MUON} == {item.name for item in dataclasses.fields(OptimizationConfig)}
+
+
+def test_muon() -> None:
+    """`muon_router` is a mark on parameters (tests/parity/test_muon.py)."""
+    assert muon_options(build({**MUON, "train_iters": 1}).optimization) == dict(
+        muon_momentum=0.375, muon_nesterov=False, muon_num_ns_steps=13, muon_scale_mode="shape_scaling",
+        muon_extra_scale_factor=0.1875, muon_fp32_matmul_prec="high", muon_tp_mode="duplicated",
+    )  # fmt: skip
+    assert muon_options(build({"train_iters": 1}).optimization) == {}
 
 
 @pytest.mark.parametrize("distributed", [False, True])

@@ -10,29 +10,40 @@ from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import ROLES, RunConfig
 from megatron_a2d.report.plot_style import figure
 from megatron_a2d.study.confidence import MANY_COMPARISONS, Interval, mean_interval, paired_difference, verdict
-from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings
+from megatron_a2d.study.jobs import BASE, Job, Measure, ar_settings, optimizer_settings
 from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.study.study_base import Record, Report, Study, by_tag, final
 
 RATIOS = (1.0, 0.3, 0.1, 0.03, 0.0)
 ATTENTION_LR = (1.0, 3.0)  # multiples of the recipe's
 REST = tuple(role for role in ROLES if role != "attention")
+_NAMES = {"adam": "AdamW", "muon": "Muon"}
+
+Arm = tuple[str, float, float]  # optimizer, factor on the learning rate, ratio of the rest's to attention's
 
 
 def plan(base: RunConfig, seeds: Sequence[int], model_config: ModelConfig) -> list[Job]:
-    """Each ratio at two attention learning rates; the higher one with the first seed only."""
+    """Each ratio at two attention learning rates; the higher one with the first seed only.
+
+    With --optimizer muon these are Muon's, and the same ratios at the recipe's rate follow with AdamW.
+    """
     causal = ar_settings(base)
     kept = (Measure("ar", "likelihood", causal), Measure("cloze", "cloze", causal))
-    jobs = [Job("before", {"lr": 0.0, "rest": 0.0, "seed": seeds[0]}, {}, measures=kept, trains=False)]
+    jobs = [Job("before", {"optimizer": "", "lr": 0.0, "rest": 0.0, "seed": seeds[0]}, {}, measures=kept, trains=False)]
     roles = [role for role in REST if model_config.has_role(role)]
+    others = ("adam",) if base.optimization.optimizer == "muon" else ()
     for seed in seeds:
-        for factor in ATTENTION_LR if seed == seeds[0] else ATTENTION_LR[:1]:
+        factors = ATTENTION_LR if seed == seeds[0] else ATTENTION_LR[:1]
+        arms = [(base.optimization.optimizer, factor) for factor in factors]
+        for optimizer, factor in (*arms, *((other, ATTENTION_LR[0]) for other in others)):
             for ratio in RATIOS:
+                prefix = "" if optimizer == "adam" else f"{optimizer}_"
                 jobs.append(
                     Job(
-                        f"lr{factor:g}_rest{ratio:g}_seed{seed}",
-                        {"lr": factor, "rest": ratio, "seed": seed},
+                        f"{prefix}lr{factor:g}_rest{ratio:g}_seed{seed}",
+                        {"optimizer": optimizer, "lr": factor, "rest": ratio, "seed": seed},
                         {
+                            **optimizer_settings(base, optimizer),
                             "seed": seed,
                             "lr": base.optimization.lr * factor,
                             "min_lr": base.optimization.min_lr * factor,
@@ -58,10 +69,10 @@ _COLUMNS: dict[str, Callable[[Record], float]] = {
 
 def report(records: list[Record], images: Path) -> Report:
     before, *runs = records
-    groups = by_tag(runs, "lr", "rest")
+    groups = by_tag(runs, "optimizer", "lr", "rest")
     roles = [role for role in ROLES if role in runs[0]["drift"]]
 
-    def column(key: tuple[float, float], value: Callable[[Record], float]) -> Interval:
+    def column(key: Arm, value: Callable[[Record], float]) -> Interval:
         return mean_interval([value(record) for record in groups[key].values()])
 
     table = markdown_table(
@@ -78,7 +89,7 @@ def report(records: list[Record], images: Path) -> Report:
             ]
             + [""] * len(roles),
             *(
-                [f"{key[0]:g} x", f"{key[1]:g}", len(groups[key])]
+                [_rate(key), f"{key[2]:g}", len(groups[key])]
                 + [column(key, value).format(3) for value in _COLUMNS.values()]
                 + [column(key, lambda record, role=role: record["drift"][role]).format(3) for role in roles]  # type: ignore[misc]
                 for key in groups
@@ -94,7 +105,7 @@ def report(records: list[Record], images: Path) -> Report:
         f"{_findings(groups)}\n![results](layer-lr.png)\n"
     )
     rows = [
-        {name: record[name] for name in ("name", "lr", "rest", "seed")}
+        {name: record[name] for name in ("name", "optimizer", "lr", "rest", "seed")}
         | {name: value(record) for name, value in _COLUMNS.items()}
         | {"drift": record["drift"]}
         for record in runs
@@ -110,34 +121,45 @@ def report(records: list[Record], images: Path) -> Report:
     return Report(text, rows)
 
 
-def _findings(groups: dict[tuple[float, float], dict[int, Record]]) -> str:
-    """Each ratio compared with 1 : 1 at the recipe's learning rate, paired by seed."""
+def _rate(arm: Arm) -> str:
+    return f"{arm[1]:g} x" + (f", {_NAMES[arm[0]]}" if arm[0] != "adam" else "")
+
+
+def _findings(groups: dict[Arm, dict[int, Record]]) -> str:
+    """Each ratio compared with 1 : 1 at the recipe's learning rate, and Muon with AdamW, paired by seed."""
     lines = []
-    first = (ATTENTION_LR[0], RATIOS[0])
+    first = (*next(iter(groups))[:1], ATTENTION_LR[0], RATIOS[0])
     for name, value in _COLUMNS.items():
         found = {key: {seed: value(record) for seed, record in runs.items()} for key, runs in groups.items()}
         against = [
-            f"1 : {key[1]:g} {verdict(paired_difference(values, found[first]))}"
+            f"1 : {key[2]:g} {verdict(paired_difference(values, found[first]))}"
             for key, values in found.items()
-            if key[0] == first[0] and key != first
+            if key[:2] == first[:2] and key != first
         ]
-        lines.append(f"- {name}, against 1 : {first[1]:g} with the same seed: {'; '.join(against)}\n")
+        lines.append(f"- {name}, against 1 : {first[2]:g} with the same seed: {'; '.join(against)}\n")
+        by_ratio = [
+            f"1 : {key[2]:g} {verdict(paired_difference(values, found[other]))}"
+            for key, values in found.items()
+            if key[0] == "muon" and (other := ("adam", *key[1:])) in found
+        ]
+        if by_ratio:
+            lines.append(f"- {name}, Muon against AdamW with the same seed: {'; '.join(by_ratio)}\n")
     return "".join(lines)
 
 
-def _draw(path: Path, before: Record, groups: dict[tuple[float, float], dict[int, Record]]) -> None:
+def _draw(path: Path, before: Record, groups: dict[Arm, dict[int, Record]]) -> None:
     marks = {"AR perplexity": math.exp(before["ar"]["nelbo"]), "cloze accuracy": before["cloze"]["accuracy"]}
     with figure(path, 2, 2) as axes:
         for axis, (name, value) in zip(axes, _COLUMNS.items(), strict=True):
-            for factor in dict.fromkeys(key[0] for key in groups):
-                keys = [key for key in groups if key[0] == factor]
+            for arm in dict.fromkeys(key[:2] for key in groups):
+                keys = [key for key in groups if key[:2] == arm]
                 found = [mean_interval([value(record) for record in groups[key].values()]) for key in keys]
                 axis.errorbar(
                     range(len(keys)), [item.mean for item in found],
                     [item.half_width if item.num_values > 1 else 0.0 for item in found],
-                    fmt="o-", capsize=3, label=f"attention lr {factor:g} x",
+                    fmt="o-", capsize=3, label=f"attention lr {_rate(keys[0])}",
                 )  # fmt: skip
-                axis.set_xticks(range(len(keys)), [f"1 : {key[1]:g}" for key in keys])
+                axis.set_xticks(range(len(keys)), [f"1 : {key[2]:g}" for key in keys])
             if name in marks:
                 axis.axhline(marks[name], color="gray", linestyle="--", label="before conversion")
             axis.set_title(name)
