@@ -17,7 +17,7 @@ from megatron_a2d.utils.errors import UserError
 # The files that are read or copied; others are ignored.
 _READ = (
     "*.json", "*.jinja", "*.safetensors", "*.distcp", "*.pt", "*.model", "*.txt", "*.md", "LICENSE*", ".metadata",
-    "chat_template*", "additional_chat_templates", "hf",
+    "chat_template*", "additional_chat_templates", "hf", "run_config.yaml",
 )  # fmt: skip
 
 
