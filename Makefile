@@ -9,6 +9,9 @@ endif
 MADE := $(if $(filter undefined,$(origin BIN)),$(VENV))# the environment that is built here, if one is
 BIN ?= $(VENV)/bin
 PY := $(firstword $(wildcard $(BIN)/python3 $(BIN)/python) $(BIN)/python3)
+# Packages come without bytecode, which Python keeps of what it imports. Where the variable forbids that, as images often
+# do, every start would compile torch anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # One thread a process: tests and demo run several processes on few cores.
 tests_of = OMP_NUM_THREADS=1 $(if $(MADE),A2D_TRANSFORMERS4=$(CURDIR)/$(1)/transformers4 \
   A2D_TRANSFORMER_ENGINE=$(CURDIR)/$(1)/transformer_engine) $(2) -m pytest

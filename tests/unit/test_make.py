@@ -58,6 +58,12 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
+def test_python_keeps_bytecode(machine: Machine) -> None:
+    """Else every command and every process of a test would compile torch anew, where an image forbids it."""
+    show = "--eval=show: ; @echo [$$PYTHONDONTWRITEBYTECODE]"
+    assert machine.make(show, "show", PYTHONDONTWRITEBYTECODE="1")[:2] == (0, "[]\n")
+
+
 @pytest.mark.parametrize(
     ("pythons", "chosen", "pins"),
     [
