@@ -18,6 +18,7 @@ from megatron_a2d.utils.errors import UserError
 _READ = (
     "*.json", "*.jinja", "*.safetensors", "*.distcp", "*.pt", "*.model", "*.txt", "*.md", "LICENSE*", ".metadata",
     "chat_template*", "additional_chat_templates", "hf", "run_config.yaml",
+    "tokenizer", "nemo_tokenizer", "model.yaml",  # of Megatron-LM, Megatron-Bridge and NeMo 2
 )  # fmt: skip
 
 

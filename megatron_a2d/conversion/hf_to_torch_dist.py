@@ -76,7 +76,7 @@ def convert(
     check_new_directory(out, "--out")
     with open_hf(hf, check_values=not allow_nonfinite) as weights:
         config = read_config(hf)
-        _check_mask_token(hf, mask_token_id, weights.model_config.mask_token_id)
+        check_mask_token(hf, mask_token_id, weights.model_config.mask_token_id)
         config["mask_token_id"] = choose_mask_token(
             hf, weights.model_config.vocab_size, mask_token_id, weights.model_config.mask_token_id
         )
@@ -140,7 +140,7 @@ def _mask_text(config: dict[str, Any]) -> str | None:
     return diffusion.mask_token if diffusion else None
 
 
-def _check_mask_token(hf: Path, requested: int | None, configured: int | None) -> None:
+def check_mask_token(hf: Path, requested: int | None, configured: int | None) -> None:
     """UserError if the requested mask token differs from the one a diffusion model was trained with."""
     if read_trained(hf).is_diffusion and requested is not None and configured not in (None, requested):
         raise UserError(

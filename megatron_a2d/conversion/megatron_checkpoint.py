@@ -23,11 +23,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_a2d.checkpoint.directory import TRACKER, check_complete, resolve
+from megatron_a2d.checkpoint.directory import HF_FILES, TRACKER, check_complete, resolve
+from megatron_a2d.checkpoint.manifest import MANIFEST
 from megatron_a2d.checkpoint.metadata_index import Box
 from megatron_a2d.checkpoint.model_files import check_model_files
 from megatron_a2d.checkpoint.tensor_rows import Remapped, RowRange, account
-from megatron_a2d.checkpoint.torch_dist_reader import NOT_WEIGHTS, TorchDistCheckpoint, open_torch_dist
+from megatron_a2d.checkpoint.torch_dist_reader import EXPERT_BIAS, NOT_WEIGHTS, TorchDistCheckpoint, open_torch_dist
+from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf
 from megatron_a2d.conversion.compare_weights import config_differences
 from megatron_a2d.conversion.mask_token import read_tokens
@@ -38,7 +40,6 @@ from megatron_a2d.families.registry import read_config
 from megatron_a2d.utils.errors import UserError
 
 HEAD = "output_layer.weight"
-_EXPERT_BIAS = "decoder.layers.mlp.router.expert_bias"
 _PADDING = 128  # Megatron-LM's --make-vocab-size-divisible-by, where none is recorded
 
 
@@ -65,7 +66,7 @@ def open_megatron(path: Path, hf_model: Path | None = None, vocab_size: int | No
         rows = patterns.shape_of(EMBEDDING)[0]
         tokenizer = _tokenizer(directory, hf_model)
         config, model_config, described_by = _describe(directory, recorded, hf_model, tokenizer, rows, vocab_size)
-        if problems := too_few(model_config, stored.shapes, directory):
+        if problems := too_few(model_config, stored.shapes, directory, described_by):
             raise UserError(problems)
         table = WeightMap(model_config)
         patterns.check(table, rows, described_by)
@@ -91,18 +92,25 @@ def find_iteration(path: Path) -> Path:
     if directory.name != NEMO_WEIGHTS and not (directory / ".metadata").exists():
         old = next((item.parent for item in sorted(directory.glob("**/mp_rank_*"))), None)
         directory = resolve(directory) if (directory / TRACKER).exists() or old is None else old
-    check_model_files(directory)
+    for checked in (directory, *([directory.parent / NEMO_CONTEXT] if directory.name == NEMO_WEIGHTS else [])):
+        check_model_files(checked)
     check_complete(directory)
+    if (directory / MANIFEST).is_file() and (directory / HF_FILES).is_dir() and read_trained(directory).is_diffusion:
+        raise UserError(
+            f"{directory}: is this project's checkpoint of a diffusion model, and would lose its training settings; "
+            "give it to train, export_hf or average as it is"
+        )
     return directory
 
 
 def _tokenizer(directory: Path, hf_model: Path | None) -> Path | None:
-    """Bridge and newer Megatron-LM keep the tokenizer's files in `tokenizer`, NeMo 2 in `context/nemo_tokenizer`."""
+    """--hf-model if it has one, else the checkpoint's own: Bridge and newer Megatron-LM keep its files in `tokenizer`,
+    NeMo 2 in `context/nemo_tokenizer`. Of an --hf-model that is all there is, the other files."""
     kept = (directory / "tokenizer", directory.parent / NEMO_CONTEXT / "nemo_tokenizer")
-    found = [hf_model] if hf_model else [path for path in kept if path.is_dir()]
-    if found:
-        check_model_files(found[0])
-    return found[0] if found else None
+    found = [*([hf_model] if hf_model else []), *(path for path in kept if path.is_dir())]
+    for path in found:
+        check_model_files(path)
+    return next((path for path in found if read_tokens(path)), next(iter(found), None))
 
 
 def _describe(
@@ -162,9 +170,13 @@ def _vocab_size(
             f"{directory}: its embedding has {rows} rows, of which some may be padding, and no vocabulary is recorded; "
             "give its size with --vocab-size, or the tokenizer with --hf-model"
         )
-    if type(size) is not int or not 0 < size <= rows:
+    if type(size) is not int or size < 1:
         raise UserError(
-            f"{directory}: its embedding has {rows} rows, too few for the vocabulary of {str(size)[:40]}; give the "
+            f"{directory}: the size of its vocabulary is {str(size)[:40]}, not a count; give it with --vocab-size"
+        )
+    if size > rows:
+        raise UserError(
+            f"{directory}: its embedding has {rows} rows, too few for the vocabulary of {size}; give the "
             "size that it was trained with as --vocab-size, or the model's own tokenizer with --hf-model"
         )
     if requested is None and rows not in padded_sizes(size, rows, recorded):
@@ -233,7 +245,7 @@ class _Patterns:
         for name, shape in list(self._shapes.items()):
             pattern = _pattern(name)
             key = _our_name(pattern, is_moe)
-            if key == _EXPERT_BIAS:
+            if key == EXPERT_BIAS:
                 self._check_bias(stored, name, shape)
                 del self._shapes[name]
             else:

@@ -47,7 +47,7 @@ _DEFAULTS = {
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_bias_linear": (False,), "gated_linear_unit": (True,), "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope",), "rotary_percent": (None, 1), "rotary_interleaved": (None, False),
-    "seq_len_interpolation_factor": (None, 1), "mrope_section": (None,),
+    "rope_scaling": (None, False, True), "seq_len_interpolation_factor": (None, 1), "mrope_section": (None,),
     "no_rope_freq": (None,), "layernorm_zero_centered_gamma": (None, False), "qk_l2_norm": (None, False),
     "apply_residual_connection_post_layernorm": (None, False), "multi_latent_attention": (None, False),
     "attention_output_gate": (None, False), "window_size": (None,), "softmax_type": (None, "vanilla"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_a2d.conversion.hf_to_torch_dist import Converted, Options, write_release
+from megatron_a2d.checkpoint.directory import read_license
+from megatron_a2d.conversion.hf_to_torch_dist import Converted, Options, check_mask_token, write_release
 from megatron_a2d.conversion.mask_token import choose_mask_token, read_tokenizer_config, read_tokens
 from megatron_a2d.conversion.megatron_checkpoint import MegatronModel, open_megatron
 from megatron_a2d.utils.atomic_write import check_new_directory
@@ -33,17 +34,21 @@ def convert_megatron(
     check_new_directory(out, "--out")
     with open_megatron(checkpoint, hf_model, vocab_size) as model:
         config, weights, tokenizer = dict(model.config), model.weights, model.tokenizer
+        if hf_model and (hf_model / "config.json").is_file():
+            check_mask_token(hf_model, mask_token_id, weights.model_config.mask_token_id)
         config["mask_token_id"] = _mask_token(model, mask_token_id)
         if "eos_token_id" not in config and tokenizer and (end := _end_token(tokenizer)) is not None:
             config["eos_token_id"] = end
         if origin:
             config["_name_or_path"] = origin
+        if hf_model and (license_name := read_license(hf_model)):
+            config["_license"] = license_name
         return write_release(weights, config, tokenizer, out, options)
 
 
 def _mask_token(model: MegatronModel, requested: int | None) -> int:
     """As of other models; where the tokenizer uses all ids, the error says that a row of padding may serve."""
-    size, configured = model.weights.model_config.vocab_size, model.config.get("mask_token_id")
+    size, configured = model.weights.model_config.vocab_size, model.weights.model_config.mask_token_id
     where = model.tokenizer or model.weights.directory
     try:
         return choose_mask_token(where, size, requested, configured)

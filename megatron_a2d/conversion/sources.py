@@ -113,14 +113,19 @@ def open_checkpoint(path: Path, allow_expert_bias: bool = False, from_disk: bool
         yield Weights(directory, model_config, weights, tensors)
 
 
-def too_few(model_config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], directory: Path) -> list[str]:
-    """A problem if config.json is of a far larger model than the files: listing its missing tensors takes memory."""
+def too_few(
+    model_config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    directory: Path,
+    described_by: str = "config.json",
+) -> list[str]:
+    """A problem if `described_by` is of a far larger model than the files: listing its missing tensors takes memory."""
     there, named = sum(map(math.prod, shapes.values())), model_config.num_parameters()
     if named <= 2 * there + 10_000:
         return []
     return [
-        f"{directory}: config.json is of a model of {named:,} parameters, the files hold {there:,} values in "
-        f"{len(shapes):,} tensors; use the config.json that belongs to the weights"
+        f"{directory}: {described_by} is of a model of {named:,} parameters, the files hold {there:,} values in "
+        f"{len(shapes):,} tensors; use the {described_by} that belongs to the weights"
     ]
 
 

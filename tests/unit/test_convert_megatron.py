@@ -22,6 +22,7 @@ from checkpoints_tools import convert_megatron
 from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.checkpoint.metadata_index import Box
 from megatron_a2d.checkpoint.torch_dist_reader import open_torch_dist
+from megatron_a2d.config.settings import build
 from megatron_a2d.conversion.megatron_checkpoint import name_in_ours, open_megatron, padded_sizes
 from megatron_a2d.conversion.megatron_settings import config_of, read_recorded
 from megatron_a2d.conversion.sources import open_checkpoint
@@ -236,6 +237,8 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "LayerNorm": (lambda a: a.pop("normalization"), "normalization is 'LayerNorm', and only 'RMSNorm'"),
     "no size": (lambda a: a.pop("hidden_size"), "hidden_size is None, not a count"),
     "a text": (lambda a: a.update(rotary_base="x"), "rope_theta"),
+    "positions of another kind": (lambda a: a.update(rope_scaling={"rope_type": "yarn"}), "rope_scaling is .*yarn"),
+    "a vocabulary of nothing": (lambda a: a.update(vocab_size=0), "the size of its vocabulary is 0, not a count"),
     "another vocabulary": (lambda a: a.update(vocab_size=20), "64 rows, which is not the vocabulary of 20"),
     "too few rows": (lambda a: a.update(vocab_size=65), "64 rows, too few for the vocabulary of 65"),
 }
@@ -297,6 +300,46 @@ def test_the_tokenizer_beside_the_tensors_says_the_vocabulary(forms: dict[str, P
     config = read_json(hf / "config.json", "it")
     assert (config["vocab_size"], config["mask_token_id"], config["eos_token_id"]) == (59, 58, 3)
     assert (hf / "tokenizer.json").exists()
+    # A config.json without a tokenizer does not hide the checkpoint's own.
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    convert_megatron.main([*flags[:3], str(tmp_path / "again"), "--no-verify", "--hf-model", str(tmp_path / "hf")])
+    assert (resolve(tmp_path / "again") / "hf" / "tokenizer.json").exists()
     (tokenizer / "tokenizer.json").write_text(json.dumps(tokens | {"model": {"vocab": {"a": 0, "b": 20}}}))
     with pytest.raises(UserError, match="64 rows, which is not the vocabulary of 21 with Megatron's padding"):
         convert_megatron.main([*flags[:3], str(tmp_path / "other")])
+
+
+def test_the_mask_token_of_a_diffusion_model_stays(bridge: Path, tmp_path: Path) -> None:
+    """That of --hf-model, as in convert_hf."""
+    with open_megatron(bridge) as model:
+        config = model.config
+    trained = {"model_type": "rnd1", "architectures": ["RND1"], "mask_token_id": 57}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | trained))
+    with pytest.raises(UserError, match=r"--mask-token-id 59: .* was trained with 57"):
+        convert(bridge, tmp_path / "out", "--hf-model", str(tmp_path / "hf"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diffusion_model_of_ours_is_not_converted_again(
+    converted: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(converted["0_19_2", "lm"], tmp_path / "iter_0000010"))
+    (run / "run.json").write_text(json.dumps(build({}).to_dict()))
+    with pytest.raises(UserError, match="this project's checkpoint of a diffusion model"):
+        convert(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["bridge", "nemo"])
+def test_a_tokenizer_is_the_checkpoints_own(form: str, forms: dict[str, Path], tmp_path: Path) -> None:
+    """No link to files elsewhere, which would be copied."""
+    path = Path(shutil.copytree(source(forms["0_16_1"], form), tmp_path / form))
+    place = settings(path).with_name("tokenizer" if form == "bridge" else "nemo_tokenizer")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "tokenizer.json").write_text("{}")
+    place.symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match=r"tokenizer: is a link to .*outside the directory"):
+        convert(path, tmp_path / "out", *SIZE.get(form, ()))
+    assert not (tmp_path / "out").exists()
