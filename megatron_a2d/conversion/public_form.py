@@ -63,6 +63,8 @@ def public_config(
     if came_in_form(source, family):
         config = {key: value for key, value in source.items() if not key.startswith("_")}
         config |= {key: value for key, value in more.items() if not key.endswith("_token_id") or key == "mask_token_id"}
+        if "dtype" in config:  # the other spelling, which must agree
+            config["dtype"] = config["torch_dtype"]
     else:
         config = dict(next(iter(family.published.values())))
         lists = {key: [value] * shape["num_hidden_layers"] for key, value in family.per_layer.items() if key in config}
@@ -92,6 +94,16 @@ def refer_to_tokenizer_code(directory: Path, code: PublicCode) -> None:
     if isinstance(classes, dict):
         settings["auto_map"] = {name: _on_hub(where, code.repository) for name, where in classes.items()}
         write_json(path, settings)
+
+
+def leave_out_tokenizer_code(directory: Path) -> None:
+    """Make transformers read tokenizer.json by a class of its own: the Python files that the tokenizer's `auto_map`
+    names, if it has one, are not part of an export."""
+    path = directory / "tokenizer_config.json"
+    settings = read_json(path, "the tokenizer's configuration") if path.exists() else {}
+    if "auto_map" in settings and (directory / "tokenizer.json").exists():
+        del settings["auto_map"]
+        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _on_hub(where: Any, repository: str) -> Any:

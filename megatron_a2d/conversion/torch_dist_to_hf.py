@@ -30,7 +30,7 @@ from megatron_a2d.conversion.hf_to_torch_dist import check_space
 from megatron_a2d.conversion.mask_token import MASK_TOKEN
 from megatron_a2d.conversion.mask_token_registration import register_mask_token
 from megatron_a2d.conversion.model_card import SGLANG_CONFIG, Origin, model_card, sglang_config
-from megatron_a2d.conversion.public_form import refer_to_tokenizer_code
+from megatron_a2d.conversion.public_form import leave_out_tokenizer_code, refer_to_tokenizer_code
 from megatron_a2d.conversion.read_back import Check, ReadBack, RecordedRows, only_compare
 from megatron_a2d.conversion.resumable_output import JOURNAL, describe_files, resumable_directory
 from megatron_a2d.conversion.safetensors_files import write_safetensors
@@ -104,6 +104,8 @@ def export(
                 )
             if family.code is not None:
                 refer_to_tokenizer_code(work.directory, family.code)
+            else:
+                leave_out_tokenizer_code(work.directory)
             for file in code_files:
                 shutil.copyfile(file, work.directory / file.name)
             write_json(work.directory / "config.json", config)

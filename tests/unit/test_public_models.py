@@ -23,7 +23,7 @@ from checkpoints_tools import convert_hf, export_hf
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.model_config import model_config_from_hf, read_model_config
 from megatron_a2d.conversion.hf_to_torch_dist import convert
-from megatron_a2d.conversion.public_form import refer_to_tokenizer_code
+from megatron_a2d.conversion.public_form import leave_out_tokenizer_code, refer_to_tokenizer_code
 from megatron_a2d.conversion.sources import open_hf
 from megatron_a2d.diffusion.sampling.batch_state import make_canvas
 from megatron_a2d.diffusion.sampling.sampler import denoise
@@ -184,6 +184,16 @@ def test_out_in_its_own_form(name: str, models: Path, tmp_path: Path) -> None:
     assert read_trained(out) == read_trained(tmp_path / "again" / "release") == read_trained(models / name)
 
 
+def test_both_spellings_of_the_dtype_leave_alike(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "dream", tmp_path / "hf")
+    edit_config(tmp_path / "hf", dtype="bfloat16", torch_dtype="bfloat16")
+    convert_hf.main(["--hf-model", str(tmp_path / "hf"), "--out", str(tmp_path / "ckpt"), "--no-verify"])
+    arguments = ["--checkpoint", str(tmp_path / "ckpt"), "--out", str(tmp_path / "out"), "--format", "dream"]
+    export_hf.main([*arguments, "--dtype", "fp32"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+
+
 # With transformers 4, as any user: python -c SCRIPT DIRECTORY TOKENS, which prints nothing and writes DIRECTORY/logits.
 AS_A_USER = """
 import sys
@@ -266,6 +276,18 @@ def test_the_tokenizers_code_is_named_on_the_hub(tmp_path: Path) -> None:
         refer_to_tokenizer_code(tmp_path, code)
     expected = ["Dream-org/Dream-v0-Base-7B--tokenization_dream.DreamTokenizer", None]
     assert json.loads(path.read_text()) == {"auto_map": {"AutoTokenizer": expected}}
+
+
+def test_the_tokenizer_of_another_form_needs_no_code(tmp_path: Path) -> None:
+    """Of a Dream as `a2d`: tokenizer.json is enough."""
+    path = tmp_path / "tokenizer_config.json"
+    auto_map = {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
+    path.write_text(json.dumps({"auto_map": auto_map, "tokenizer_class": "DreamTokenizer", "eos_token": "a"}))
+    leave_out_tokenizer_code(tmp_path)
+    assert "auto_map" in json.loads(path.read_text()), "without tokenizer.json it is needed"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    leave_out_tokenizer_code(tmp_path)
+    assert json.loads(path.read_text()) == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}
 
 
 @pytest.mark.parametrize(
