@@ -114,15 +114,15 @@ def _arc_rows(rows: list[Row]) -> list[Row]:
         asked = row.get("question")
         nested = asked if isinstance(asked, dict) else {}
         choices = nested.get("choices")
-        choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-        columns = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+        choices = choices if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices) else []
+        columns = {key: [choice.get(key) for choice in choices] for key in ("text", "label")} if choices else None
         found.append({"question": nested.get("stem"), "choices": columns, "answerKey": row.get("answerKey")})
     return found
 
 
 def _bbh_json(path: Path, split: str) -> list[Row]:
     examples = read_json(path, "the examples of a task").get("examples")
-    return [row for row in examples if isinstance(row, dict)] if isinstance(examples, list) else []
+    return [row if isinstance(row, dict) else {} for row in examples] if isinstance(examples, list) else []
 
 
 def _race_text(path: Path, split: str) -> list[Row]:

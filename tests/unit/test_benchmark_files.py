@@ -214,6 +214,10 @@ WRONG: dict[str, tuple[str, str, Any, str]] = {
         "allenai/ai2_arc", "arc/ARC-Challenge/ARC-Challenge-Test.jsonl", '{"question": "a", "answerKey": "A"}',
         "question of row 1 is 'None'",
     ),
+    "no choices": (
+        "allenai/ai2_arc", "arc/ARC-Challenge/ARC-Challenge-Test.jsonl", '{"question": {"stem": "a"}, "answerKey": "A"}',
+        "choices of row 1 is 'None'",
+    ),
     "fewer answers than questions": (
         "EleutherAI/race", "race/test/high/0.txt", '{"article": "a", "questions": ["b"], "options": [["c"]], "answers": []}',
         "not as many options and answers as questions",
@@ -222,6 +226,9 @@ WRONG: dict[str, tuple[str, str, Any, str]] = {
         "EleutherAI/race", "race/race_high_test.jsonl", '{"article": "a", "problems": "open(1)"}', "problems of row 1 are no",
     ),
     "no examples": ("SaylorTwift/bbh", "bbh/navigate.json", '{"examples": {}}', "has no row of the test split of SaylorTwift/bbh"),
+    "an example that is none": (
+        "SaylorTwift/bbh", "bbh/navigate.json", '{"examples": [{"input": "a", "target": "b"}, 1]}', "input of row 2 is 'None'",
+    ),
     "a Git LFS pointer": (
         "openai/gsm8k", "gsm8k/main/test-0.parquet", "version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer",
     ),
