@@ -101,7 +101,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--model", nargs="+", default=[], metavar="[NAME=]DIR",
-        help="exports, checkpoints or models of the hub; of several, each result goes to a directory NAME of --out",
+        help="exports, checkpoints, directories as on the hub; of several, each has a directory NAME in --out",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
     parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, as launch/eval/*.yaml")
