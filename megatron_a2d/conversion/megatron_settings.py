@@ -64,6 +64,7 @@ _SUPPORTED_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
     "moe_router_topk_scaling_factor": (None, 1), "moe_apply_probs_on_input": (None, False), "moe_latent_size": (None,),
     "moe_mlp_glu_interleave_size": (None,),
 }  # fmt: skip
+_REMEDY = "give a checkpoint of Qwen3, Qwen3-MoE, Qwen2.5 or Llama"
 # biases of queries, keys and values; norms on queries and keys; mixture of experts -> family
 _FAMILIES: dict[tuple[bool, bool, bool], Family] = {
     (False, True, False): qwen3.QWEN3, (False, True, True): qwen3.QWEN3,
@@ -196,23 +197,26 @@ def _unsupported(recorded: Recorded, is_moe: bool) -> list[str]:
     supported = {**_SUPPORTED, **(_SUPPORTED_OF_EXPERTS if is_moe else {})}
     found = {name: recorded.get(name) for name in supported}
     problems = [
-        f"{recorded.where}: {name} is {str(value)[:60]!r}, and only {_listed(supported[name])} is supported; give a "
-        "checkpoint of Qwen3, Qwen3-MoE, Qwen2.5 or Llama"
+        f"{recorded.where}: {name} is {str(value)[:60]!r}, and only {_listed(supported[name])} is supported; {_REMEDY}"
         for name, value in found.items()
         if value not in supported[name]
     ]
     activation = recorded.get("activation_func")
     called = activation.get("_target_") if isinstance(activation, dict) else activation
     if not isinstance(called, str) or called.rpartition(".")[2] not in ("silu", "swish"):
-        problems.append(f"{recorded.where}: activation_func is {str(called)[:60]!r}, and only silu is supported")
+        problems.append(
+            f"{recorded.where}: activation_func is {str(called)[:60]!r}, and only silu is supported; {_REMEDY}"
+        )
     layers = recorded.get("moe_layer_freq")
     if is_moe and layers != 1 and not (isinstance(layers, list) and all(item == 1 for item in layers)):
-        problems.append(f"{recorded.where}: moe_layer_freq is {str(layers)[:60]}: some layers have no experts")
+        problems.append(
+            f"{recorded.where}: moe_layer_freq is {str(layers)[:60]}: some layers have no experts; {_REMEDY}"
+        )
     bias, norms = bool(recorded.get("add_qkv_bias")), bool(recorded.get("qk_layernorm"))
     if (bias, norms, is_moe) not in _FAMILIES:
         problems.append(
             f"{recorded.where}: a {'mixture of experts' if is_moe else 'dense model'} with add_qkv_bias {bias} and "
-            f"qk_layernorm {norms} is none of Qwen3, Qwen3-MoE, Qwen2.5 and Llama"
+            f"qk_layernorm {norms} is none of Qwen3, Qwen3-MoE, Qwen2.5 and Llama; {_REMEDY}"
         )
     return problems
 
