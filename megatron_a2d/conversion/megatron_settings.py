@@ -212,6 +212,12 @@ def _unsupported(recorded: Recorded, is_moe: bool) -> list[str]:
         problems.append(
             f"{recorded.where}: moe_layer_freq is {str(layers)[:60]}: some layers have no experts; {_REMEDY}"
         )
+    balancing = recorded.get("moe_router_load_balancing_type")
+    if is_moe and "sinkhorn" in (balancing if isinstance(balancing, list) else [balancing]):
+        problems.append(
+            f"{recorded.where}: moe_router_load_balancing_type is sinkhorn, whose experts are weighted in another way; "
+            f"{_REMEDY}"
+        )
     bias, norms = bool(recorded.get("add_qkv_bias")), bool(recorded.get("qk_layernorm"))
     if (bias, norms, is_moe) not in _FAMILIES:
         problems.append(

@@ -234,6 +234,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "moe_shared_expert_intermediate_size is '8', and only None or 0 is supported",
     ),
     "dense layers": (lambda a: a.update(moe_layer_freq=[0, 1]), r"moe_layer_freq is \[0, 1\]: some layers"),
+    "another router": (
+        lambda a: a.update(moe_router_load_balancing_type=["sinkhorn"]),
+        "moe_router_load_balancing_type is sinkhorn",
+    ),
     "LayerNorm": (lambda a: a.pop("normalization"), "normalization is 'LayerNorm', and only 'RMSNorm'"),
     "no size": (lambda a: a.pop("hidden_size"), "hidden_size is None, not a count"),
     "a text": (lambda a: a.update(rotary_base="x"), "rope_theta"),
