@@ -40,7 +40,8 @@ from megatron_a2d.families.registry import read_config
 from megatron_a2d.utils.errors import UserError
 
 HEAD = "output_layer.weight"
-_PADDING = 128  # Megatron-LM's --make-vocab-size-divisible-by, where none is recorded
+# Where none are recorded: Megatron-LM's --make-vocab-size-divisible-by, and the largest tensor parallelism.
+_PADDING, _LARGEST_TP = 128, 64
 
 
 class MegatronModel(NamedTuple):
@@ -179,7 +180,7 @@ def _vocab_size(
             f"{directory}: its embedding has {rows} rows, too few for the vocabulary of {size}; give the "
             "size that it was trained with as --vocab-size, or the model's own tokenizer with --hf-model"
         )
-    if requested is None and rows not in padded_sizes(size, rows, recorded):
+    if requested is None and rows not in padded_sizes(size, recorded):
         raise UserError(
             f"{directory}: its embedding has {rows} rows, which is not the vocabulary of {size} with Megatron's "
             "padding; give the vocabulary's size with --vocab-size, or the model's own tokenizer with --hf-model"
@@ -187,7 +188,7 @@ def _vocab_size(
     return size
 
 
-def padded_sizes(size: int, rows: int, recorded: Recorded | None) -> set[int]:
+def padded_sizes(size: int, recorded: Recorded | None) -> set[int]:
     """The numbers of rows that a vocabulary may have been padded to."""
     found = {size}
     names = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
@@ -196,8 +197,8 @@ def padded_sizes(size: int, rows: int, recorded: Recorded | None) -> set[int]:
         found.add(-(-size // (unit * layout)) * unit * layout)
         if recorded and recorded.get("padded_vocab_size") is not None:
             found.add(recorded.get("padded_vocab_size"))
-    elif rows % _PADDING == 0:
-        found.add(rows)  # by some layout
+    else:
+        found |= {-(-size // multiple) * multiple for multiple in range(_PADDING, _PADDING * _LARGEST_TP + 1, _PADDING)}
     return found
 
 
