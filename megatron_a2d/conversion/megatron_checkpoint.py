@@ -195,8 +195,8 @@ def padded_sizes(size: int, recorded: Recorded | None) -> set[int]:
     unit, layout = (recorded.get(name) if recorded else None for name in names)
     if type(unit) is int and type(layout) is int and unit > 0 and layout > 0:
         found.add(-(-size // (unit * layout)) * unit * layout)
-        if recorded and recorded.get("padded_vocab_size") is not None:
-            found.add(recorded.get("padded_vocab_size"))
+        if recorded and type(padded := recorded.get("padded_vocab_size")) is int:
+            found.add(padded)
     else:
         found |= {-(-size // multiple) * multiple for multiple in range(_PADDING, _PADDING * _LARGEST_TP + 1, _PADDING)}
     return found
