@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--run", action="store_true",
         help="forecast the run with failures: days, restarts, the best checkpoint interval, hours lost, disk; without "
-        "other settings: RND1's 500B tokens on four clusters",
+        "other settings: 500B tokens of Qwen3-30B-A3B and 235B-A22B on 64 B200 and 512 H100",
     )  # fmt: skip
     for name, default, text in (
         ("--node-mtbf-hours", NODE_MTBF_HOURS, "with --run: mean time between failures of a node"),
-        ("--restart-minutes", RESTART_MINUTES, "with --run: from a failure until the checkpoint is loaded from"),
+        ("--restart-minutes", RESTART_MINUTES, "with --run: from a failure until loading the checkpoint begins"),
         (
             "--storage-gb-per-s",
             None,
@@ -151,9 +151,12 @@ def _cluster(options: argparse.Namespace) -> Cluster:
 
 
 def _names_a_run(options: argparse.Namespace) -> bool:
-    given = [options.config, options.cluster, options.gpus, options.price]
-    return any(value is not None and value != [] for value in given) or any(
-        hasattr(options, name) for name in settings()
+    """Whether anything is given that belongs to one run, so that a plan of it is meant."""
+    given = [options.cluster, options.gpus, options.price, options.imbalance, options.plot]
+    return (
+        bool(options.config or options.all)
+        or any(value is not None for value in given)
+        or any(hasattr(options, name) for name in settings())
     )
 
 
@@ -161,7 +164,7 @@ def _failures(options: argparse.Namespace) -> Failures:
     given = Failures(options.node_mtbf_hours, options.restart_minutes, options.storage_gb_per_s)
     for name, value in given._asdict().items():
         if value is not None and not (value > 0 or (name == "restart_minutes" and value == 0)):
-            raise UserError(f"{flag(name)} {value:g}: must be positive")
+            raise UserError(f"{flag(name)} {value:g}: must be positive; correct it")
     if not options.run and given != Failures():
         raise UserError("--node-mtbf-hours, --restart-minutes, --storage-gb-per-s: are only valid with --run; add it")
     return given

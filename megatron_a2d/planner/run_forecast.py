@@ -106,12 +106,21 @@ def daly_interval(save: float, mtbf: float) -> float:
 
 
 def wall_time(work: float, interval: float, save: float, mtbf: float, restart: float) -> float:
-    """Expected seconds of a run, by Daly's complete model: failures also interrupt checkpoints and restarts."""
-    return mtbf * math.exp(restart / mtbf) * math.expm1((interval + save) / mtbf) * work / interval
+    """Expected seconds of a run, by Daly's complete model: failures also interrupt checkpoints and restarts.
+
+    Infinite where the interval is so many times `mtbf` that no float holds them.
+    """
+    try:
+        return mtbf * math.exp(restart / mtbf) * math.expm1((interval + save) / mtbf) * work / interval
+    except OverflowError:
+        return math.inf
 
 
 def checkpoint_bytes(config: RunConfig, model_config: ModelConfig) -> float:
-    """Of a run's checkpoint: weights in the training dtype, main weights and Adam's moments in fp32."""
+    """Of a run's checkpoint: weights in the training dtype, main weights and Adam's moments in fp32.
+
+    Muon has one moment instead of two: less than this.
+    """
     return (14 if config.training.bf16 else 12) * model_config.num_parameters()
 
 

@@ -103,6 +103,8 @@ def test_nodes_that_fail_too_often_are_refused(plans) -> None:
         forecast(plans[0], Failures(node_mtbf_hours=1))
     hardly = forecast(plans[0], Failures(node_mtbf_hours=3, restart_minutes=10))
     assert hardly.wall > 2 * hardly.work and hardly.interval < hardly.mtbf
+    saved_once = forecast(plans[0], Failures(node_mtbf_hours=1, restart_minutes=0), 59_605)
+    assert saved_once.wall == math.inf  # e^786 of the time between failures
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,7 @@ def test_nodes_that_fail_too_often_are_refused(plans) -> None:
         (["--node-mtbf-hours", "10"], "are only valid with --run"),
         (["--run", "--cluster", "b200"], "--gpus: is missing"),
         (["--run", "--micro-batch-size", "4"], "--cluster: is missing"),
+        (["--run", "--plot", "plan.png"], "--cluster: is missing"),
     ],
 )
 def test_bad_input(words: list[str], problem: str) -> None:
