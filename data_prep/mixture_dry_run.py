@@ -75,8 +75,12 @@ def uses(config: RunConfig, max_epochs: float) -> list[Use]:
     return found
 
 
-def warning(use: Use, total: int) -> str:
-    """What to do about a source that is missing, or read more often than its limit; '' if nothing."""
+def warning(use: Use, total: int, trained: int) -> str:
+    """What to do about a source that is missing, or read more often than its limit; '' if nothing.
+
+    `total`: tokens that the run reads of all sources; `trained`: that it trains on, twice as many with
+    --complementary-masks.
+    """
     name, limit, there = use.source.name, use.limit, use.there
     if there is None:
         least = use.read / limit
@@ -93,7 +97,7 @@ def warning(use: Use, total: int) -> str:
     return (
         f"{name}: {epochs:.3g} epochs, more than {limit:g}{refused}: lower its share of the tokens from "
         f"{use.read / total:.3g} to {share:.3g}, add {human(use.read / limit - there)} tokens, train on at most "
-        f"{human(total * limit / epochs)} tokens, or raise {_setting(use)}"
+        f"{human(trained * limit / epochs)} tokens, or raise {_setting(use)}"
     )
 
 
@@ -140,7 +144,7 @@ def speed(given: str) -> tuple[float, str]:
             ) from None
         value, origin = statistics.median(speeds), f"the median of {len(speeds):,} log intervals of {given}"
     if not 0 < value < math.inf:
-        raise UserError(f"--tokens-per-second {given}: must be positive")
+        raise UserError(f"--tokens-per-second {given}: must be positive and finite; give a number of tokens")
     return value, origin
 
 
@@ -160,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     if not config.data.data_mixture:
         raise UserError("--data-mixture: is missing; name a mixture file, such as launch/mixtures/rnd1.yaml")
     if not options.max_epochs > 0:
-        raise UserError(f"--max-epochs {options.max_epochs:g}: must be positive")
+        raise UserError(f"--max-epochs {options.max_epochs:g}: must be positive; {MAX_EPOCHS:g} is usual")
     rate = speed(options.tokens_per_second) if options.tokens_per_second is not None else None
     hide_noise()
     found = uses(config, options.max_epochs)
@@ -174,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         soft_wrap=True,
     )
     for use in found:
-        if words := warning(use, total):
+        if words := warning(use, total, trained):
             print_line(f"warning: {words}", sys.stderr)
 
 

@@ -54,12 +54,11 @@ def test_epochs_are_those_that_training_counts(mixture: Path, tmp_path: Path) ->
 
 
 def test_a_warning_says_what_would_do(mixture: Path) -> None:
-    def warnings(iterations: int, limit: float = 4.0) -> list[str]:
-        config = build(
-            {"data_mixture": str(mixture), "seq_length": LENGTH, "global_batch_size": 4, "train_iters": iterations}
-        )
+    def warnings(iterations: int, limit: float = 4.0, **others: bool) -> list[str]:
+        sizes = {"seq_length": LENGTH, "global_batch_size": 4, "train_iters": iterations}
+        config = build({"data_mixture": str(mixture), **sizes, **others})
         found = uses(config, limit)
-        return [warning(use, sum(use.read for use in found)) for use in found]
+        return [warning(use, sum(use.read for use in found), config.num_samples * LENGTH) for use in found]
 
     web, math, code = warnings(256)
     assert web == (
@@ -71,6 +70,9 @@ def test_a_warning_says_what_would_do(mixture: Path) -> None:
     assert "is not tokenised yet; the run reads 2.05k tokens of it, so 512 or more must be there for at most 4" in code
     assert "2.05 kB at 4 bytes a token" in code
     assert warnings(256, 6.0)[0] == "" and warnings(100)[0] == ""
+    # Two samples of each text: what is trained on is twice what is read.
+    twice = warnings(512, complementary_masks=True)[0]
+    assert twice.startswith("web: 5.12 epochs") and "add 224 tokens, train on at most 12.8k tokens" in twice
 
 
 def test_the_command(mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
