@@ -123,13 +123,13 @@ def _find_in_save(config: RunConfig, iterations: list[int], report: Callable[[st
 
 
 def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, report: Callable[[str], None]) -> Path:
-    """The newest checkpoint in --save whose files match its manifest."""
+    """The newest checkpoint in --save, of these iterations, whose files match its manifest."""
     try:
         latest = latest_iteration(save)
     except UserError as error:  # a torn write: what is intact is known without it
         latest = None
         report(f"{str(error).partition(';')[0]}; the newest intact checkpoint is taken")
-    if latest is not None and latest not in iterations:
+    if latest is not None and latest not in list_iterations(save):
         report(f"{save / directory_name(latest)}: is missing")
         latest = None  # it was removed, or a torn write has cut the number
     # Without a tracker the run ended before its first one was written. Later iterations were moved away by the user.

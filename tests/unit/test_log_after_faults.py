@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_a2d.checkpoint.directory import TRACKER, directory_name
 from megatron_a2d.checkpoint.manifest import write_manifest
-from megatron_a2d.config.settings import build
+from megatron_a2d.config.settings import RunConfig, build
 from megatron_a2d.report.plots import read_log
 from megatron_a2d.training.logger import RunLog
 from megatron_a2d.training.resume import newest_intact_until
@@ -116,17 +116,30 @@ def test_a_full_disk_ends_neither_the_run_nor_its_curves(tmp_path: Path, monkeyp
     assert [event.step for event in curves.Scalars("checkpoint/seconds")][-2:] == [number + 1, number + 2]
 
 
-@pytest.mark.parametrize("torn", ["", "x", "99999999999999999999", "3"])
-def test_a_torn_tracker_costs_nothing(torn: str, tmp_path: Path) -> None:
-    """The directories themselves say which checkpoint is the newest."""
+def two_checkpoints(save: Path, tracker: str) -> RunConfig:
+    """The settings of a run that has saved iterations 2 and 4."""
     for number in (2, 4):
-        directory = tmp_path / directory_name(number)
+        directory = save / directory_name(number)
         directory.mkdir()
         (directory / "common.pt").write_bytes(b"x")
         write_manifest(directory)
-    (tmp_path / TRACKER).write_text(torn)
+    (save / TRACKER).write_text(tracker)
+    return build({"save": str(save)})
+
+
+def test_a_checkpoint_that_is_passed_over_is_not_missing(tmp_path: Path) -> None:
+    """A rollback looks for one from before the spike; the newest may be from after it."""
     said: list[str] = []
-    config = build({"save": str(tmp_path)})
+    config = two_checkpoints(tmp_path, "4\n")
+    assert newest_intact_until(config.training, 3, said.append) == tmp_path / directory_name(2)
+    assert said == []
+
+
+@pytest.mark.parametrize("torn", ["", "x", "99999999999999999999", "3"])
+def test_a_torn_tracker_costs_nothing(torn: str, tmp_path: Path) -> None:
+    """The directories themselves say which checkpoint is the newest."""
+    said: list[str] = []
+    config = two_checkpoints(tmp_path, torn)
     assert newest_intact_until(config.training, 9, said.append) == tmp_path / directory_name(4)
     missing = f"{tmp_path}/iter_0000003: is missing"
     assert said == [missing] if torn == "3" else said[0].endswith("; the newest intact checkpoint is taken")
