@@ -15,7 +15,9 @@ def block(stored: dict[str, Any]) -> str:
     rows, targets, machine = stored["rows"], stored["targets"], stored["machine"]
     kinds = dict.fromkeys(sorted(row["kind"] for row in rows))
     missed = [target for target in targets if not target["is_met"]]
-    verdict = "All targets are met" if not missed else "Missed: " + "; ".join(_target(target) for target in missed)
+    verdict = "All targets are met"
+    if missed:
+        verdict = f"Missed: {'; '.join(_target(target) for target in missed)}. Met"
     met = ", ".join(f"{target['name']} {target['found']}" for target in targets if target["is_met"])
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
     return "\n".join([

@@ -47,6 +47,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     hide_noise()
     kinds = [kind for kind in KINDS if options.only in kind]
+    if not kinds:
+        parser.error(f"--only {options.only}: is in the name of no kind; the kinds are: {', '.join(KINDS)}")
     with workplace(options.keep) as root, small_disk(root) as disk:
         if not disk and (left_out := sorted(NEED_A_DISK & set(kinds))):
             kinds = [kind for kind in kinds if kind not in NEED_A_DISK]

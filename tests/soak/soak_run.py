@@ -57,8 +57,10 @@ class Tail:
         if not self._path.exists():
             return []
         with open(self._path, "rb") as file:
-            if file.seek(0, os.SEEK_END) < self._offset:  # the fault cut it
-                self._offset = file.tell()
+            if file.seek(0, os.SEEK_END) < self._offset:
+                # The fault cut it; the next start removes what is left of the last line, and may have written already.
+                file.seek(0)
+                self._offset = file.read().rfind(b"\n") + 1
             file.seek(self._offset)
             data = file.read()
         data = data[: data.rfind(b"\n") + 1]

@@ -62,7 +62,7 @@ def test_the_table_of_the_documents() -> None:
     stored = to_json(GOOD, targets(GOOD, 3, KINDS, [], []), **about)
     lines = block(stored).splitlines()
     assert lines[2] == f"| a | 1 | 2.0 s, 2.0 s | x | {2 * BATCH} | - |"
-    assert lines[5].startswith("Missed: faults 2 (>= 3 wanted): kinds left out 0, steps lost")
+    assert lines[5].startswith("Missed: faults 2 (>= 3 wanted). Met: kinds left out 0, steps lost")
 
 
 def test_a_flipped_byte_does_not_show_in_size_and_time(tmp_path: Any) -> None:
@@ -87,6 +87,10 @@ def test_a_tail_waits_for_the_end_of_a_line(tmp_path: Any) -> None:
     assert tail.read() == []
     (tmp_path / "log").write_text("one\nthree\n")
     assert [line.text for line in tail.read()] == ["three"]
+    (tmp_path / "log").write_text("one\nthr")  # cut within a line, which the next start removes before it writes
+    assert tail.read() == []
+    (tmp_path / "log").write_text("one\nanother one\n")
+    assert [line.text for line in tail.read()] == ["another one"]
 
 
 def test_only_a_slow_checkpoint_names_a_slow_disk() -> None:
