@@ -21,6 +21,7 @@ from rich.table import Table
 
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.config.validate import find_general_problems
 from megatron_a2d.data.blended_dataset import Source, SourceChoice, read_mixture
 from megatron_a2d.report.plots import read_log
 from megatron_a2d.terminal.console import PlainConsole, entry_point, hide_noise, human
@@ -163,6 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     config, options = parse_run(parser, argv)
     if not config.data.data_mixture:
         raise UserError("--data-mixture: is missing; name a mixture file, such as launch/mixtures/rnd1.yaml")
+    if problems := find_general_problems(config):
+        raise UserError(problems)
     if not options.max_epochs > 0:
         raise UserError(f"--max-epochs {options.max_epochs:g}: must be positive; {MAX_EPOCHS:g} is usual")
     rate = speed(options.tokens_per_second) if options.tokens_per_second is not None else None

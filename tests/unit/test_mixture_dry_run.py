@@ -103,6 +103,9 @@ def test_bad_input(mixture: Path, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"kind": "start", "iteration": 0}\n')
     assert "has no training interval yet" in problem("--tokens-per-second", tmp_path)
     assert "--max-epochs 0: must be positive" in problem("--max-epochs", 0)
+    assert problem("--global-batch-size", 0) == "--global-batch-size 0: must be at least 1"
+    assert problem("--seq-length", 0).startswith("--seq-length 0: a sample needs at least 2 tokens")
+    assert "are less than the first global batch of 4" in problem("--train-tokens", LENGTH)
     (tmp_path / "math.bin").unlink()
     assert "math" in problem()
     with pytest.raises(UserError, match="--data-mixture: is missing"):
