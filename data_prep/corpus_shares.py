@@ -64,7 +64,7 @@ def check_complete(job: Job, shards: Sequence[Shard]) -> None:
     """UserError with a line for each reason why pieces cannot be merged: missing, unreadable, of another tokenizer,
     input or setting, or not of this corpus. Tokens are compared with their checksums by `merge`, as it copies them."""
     found: dict[int, ShardResult | None] = {}  # None: unreadable
-    for path in sorted(path for path in job.directory.glob("*.npz") if path.stem.isdigit()):
+    for path in sorted(path for path in job.directory.glob("*.npz") if path.stem.isdecimal()):
         try:
             found[int(path.stem)] = read_result(job, int(path.stem))
         except UserError:

@@ -124,16 +124,19 @@ def _find_in_save(config: RunConfig, iterations: list[int], report: Callable[[st
 
 def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, report: Callable[[str], None]) -> Path:
     """The newest checkpoint in --save, of these iterations, whose files match its manifest."""
-    try:
-        latest = latest_iteration(save)
-    except UserError as error:  # a torn write: what is intact is known without it
-        latest = None
-        report(f"{str(error).partition(';')[0]}; the newest intact checkpoint is taken")
-    if latest is not None and latest not in list_iterations(save):
-        report(f"{save / directory_name(latest)}: is missing")
-        latest = None  # it was removed, or a torn write has cut the number
     # Without a tracker the run ended before its first one was written. Later iterations were moved away by the user.
-    candidates = [iteration for iteration in iterations if latest is None or iteration <= latest]
+    candidates = iterations
+    try:
+        if (latest := latest_iteration(save)) is None:
+            pass
+        elif latest in list_iterations(save):
+            candidates = [iteration for iteration in iterations if iteration <= latest]
+        else:  # it was removed, or a torn write has cut the number
+            report(f"{save / directory_name(latest)}: is missing")
+            candidates = _as_written(save, iterations)
+    except UserError as error:  # a torn write: what is intact is known without it
+        report(f"{str(error).partition(';')[0]}; the newest intact checkpoint is taken")
+        candidates = _as_written(save, iterations)
     skipped: list[str] = []
     for iteration in reversed(candidates):
         directory = save / directory_name(iteration)
@@ -144,6 +147,11 @@ def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, 
         for problem in problems:
             report(f"{problem}; {directory.name} is skipped")
     raise UserError([*skipped, f"--save {save}: contains no intact checkpoint; empty it to start from --load again"])
+
+
+def _as_written(save: Path, iterations: list[int]) -> list[int]:
+    """In the order of writing: after a rollback, later iterations of the abandoned branch are older."""
+    return sorted(iterations, key=lambda iteration: ((save / directory_name(iteration)).stat().st_mtime, iteration))
 
 
 def newest_intact_until(training: TrainingConfig, iteration: int, report: Callable[[str], None]) -> Path | None:

@@ -91,7 +91,13 @@ def soak(run: Run, kinds: list[str], minutes: float) -> tuple[list[Row], float]:
         while goes_on():
             bag = bag or order.sample(kinds, len(kinds))
             # Two whole checkpoints, so that one may be lost, and a step of this start; then some moment, but not late.
-            run.wait(lambda: len(run.intact()) >= 2, "two checkpoints")
+            try:
+                run.wait(lambda: len(run.intact()) >= 2, "two checkpoints")
+            except EndedError as error:
+                rows.append(Row("none", "no fault", run.reached(), problem=f"{error}; {run.current.story()[-1000:]}"))
+                run.current.kill()
+                run.start()
+                continue
             due = begin + 60 * len(rows) * 0.9 + order.uniform(0, 10)
             time.sleep(max(order.uniform(0, 4), min(60, due - time.monotonic())))
             rows.append(disturb(run, bag.pop()))

@@ -27,7 +27,7 @@ from megatron_a2d.terminal.console import console
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RANKS, BATCH, SAVE_INTERVAL = 4, 8, 4
-HANG_LIMIT = 30.0  # seconds: --distributed-timeout-minutes
+HANG_LIMIT = 60.0  # seconds: --distributed-timeout-minutes
 PATIENCE = 600.0  # seconds for anything to happen on a busy machine; a start takes about fifteen on an idle one
 DISK = 128  # MB of the file system of --save
 TRAIN_ITERS = 100_000  # never reached: the soak ends the run

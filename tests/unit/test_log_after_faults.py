@@ -144,3 +144,10 @@ def test_a_torn_tracker_costs_nothing(torn: str, tmp_path: Path) -> None:
     missing = f"{tmp_path}/iter_0000003: is missing"
     assert said == [missing] if torn == "3" else said[0].endswith("; the newest intact checkpoint is taken")
     assert len(said) == 1 and (TRACKER in said[0] or torn == "3")
+
+
+def test_a_torn_tracker_does_not_bring_back_what_a_rollback_left(tmp_path: Path) -> None:
+    """Iteration 4 was written before the rollback, 2 after it."""
+    config = two_checkpoints(tmp_path, "")
+    os.utime(tmp_path / directory_name(4), (1, 1))
+    assert newest_intact_until(config.training, 9, lambda said: None) == tmp_path / directory_name(2)
