@@ -5,6 +5,7 @@ A checkpoint's manifest is written anew each time, as whoever made the checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -150,7 +151,8 @@ def test_no_file_of_a_run_is_unpickled(name: str, trained: dict[str, Any], tmp_p
     if "iter_" in name and not name.endswith("manifest.json"):
         write_manifest(tmp_path / "run" / "iter_0000004")
     settings["ckpt_step"] = None if name.endswith(".txt") else 4
-    with pytest.raises(UserError):
+    # A run resumes without its tracker file (tests/unit/test_log_after_faults.py).
+    with contextlib.nullcontext() if name.endswith(".txt") else pytest.raises(UserError):
         check_run(build(SETTINGS | settings), 2)
     assert not (tmp_path / "owned").exists()
 

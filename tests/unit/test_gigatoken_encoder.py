@@ -24,7 +24,7 @@ def test_another_encoder_does_not_take_up_old_shards(tokenizer, tmp_path):
     pytest.importorskip("gigatoken")
     (shard,) = plan_shards([write_kind(tmp_path, ".jsonl", TEXTS)])
     keys = {
-        tokenize_shards._key(
+        tokenize_shards.key_of(
             tokenize_shards.Job(tmp_path, name, True, eod, "text", 1, None, False, DEFAULT_LIMITS, "sum"),
             shard,
         )

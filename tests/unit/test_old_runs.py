@@ -195,7 +195,8 @@ REPORTED_ONES = {
     "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "moe_router_force_load_balancing",
     "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_tokens", "moe_aux_loss_loads", "moe_z_loss_coeff",
     "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_expert_capacity_factor", "moe_token_drop_policy",
-    "moe_pad_expert_input_to_capacity",
+    "moe_pad_expert_input_to_capacity", "muon_momentum", "muon_use_nesterov", "muon_num_ns_steps", "muon_scale_mode",
+    "muon_extra_scale_factor", "muon_fp32_matmul_prec",
 }  # fmt: skip
 FIXED_ONES = {
     "global_batch_size", "rampup_batch_size", "batch_schedule", "attention_annealing_samples", "grafting_samples",
@@ -203,7 +204,7 @@ FIXED_ONES = {
     "random_length_prob", "eod_mask_loss", "seed", "objective", "block_length", "ar_loss_weight", "noise_schedule",
     "timestep_sampling", "min_timestep", "mask_sampling", "mask_token_init", "label_shift", "loss_weighting", "cart_p",
     "conversion", "attention_annealing_iters", "grafting_iters", "block_length_schedule", "reset_block_grid",
-    "complementary_masks",
+    "complementary_masks", "optimizer", "muon_router",
 }  # fmt: skip
 
 
