@@ -12,10 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints_tools.options import add_streaming_options, check_streaming_options
-from checkpoints_tools.verify import print_lines, report_into
+from checkpoints_tools.verify import print_converted, print_lines, report_into
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.terminal.console import entry_point, human
-from megatron_a2d.utils.printable import print_line
+from megatron_a2d.terminal.console import entry_point
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,22 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         verify=not options.no_verify,
         check=report_into(lines),
     )
-    types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in done.dtypes))
-    print_line(
-        f"{done.directory}: {human(done.model_config.num_parameters())} parameters, "
-        f"{human(done.num_bytes, 'B')} of {types}, mask token {done.mask_token_id}"
-    )
-    if done.mask_text is not None:
-        print_line(
-            f"note: its mask token is {done.mask_text!r}, a token of text: texts that contain it can be neither "
-            "trained on nor given as prompts"
-        )
-    if done.aux_loss_coeff is not None:
-        print_line(
-            f"router_aux_loss_coef {done.aux_loss_coeff.source:g} of its config.json is --moe-aux-loss-coeff "
-            f"{done.aux_loss_coeff.ours:.3g} where all layers route alike, and no coefficient's equal where they do "
-            "not (docs/hyperparameters.md)"
-        )
+    print_converted(done)
     print_lines(lines)
 
 

@@ -14,10 +14,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints_tools.options import add_streaming_options, check_streaming_options
-from checkpoints_tools.verify import print_lines, report_into
+from checkpoints_tools.verify import print_converted, print_lines, report_into
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.terminal.console import entry_point, human
-from megatron_a2d.utils.printable import print_line
+from megatron_a2d.terminal.console import entry_point
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,12 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             report_into(lines, with_logits=False),
         ),
     )
-    types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in done.dtypes))
-    print_line(
-        f"{done.directory}: {human(done.model_config.num_parameters())} parameters, "
-        f"{human(done.num_bytes, 'B')} of {types}, vocabulary {done.model_config.vocab_size}, "
-        f"mask token {done.mask_token_id}"
-    )
+    print_converted(done)
     print_lines(lines)
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_a2d.config.cli import Parser
-from megatron_a2d.terminal.console import entry_point, progress
+from megatron_a2d.terminal.console import entry_point, human, progress
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
 if TYPE_CHECKING:
     from megatron_a2d.conversion.compare_weights import Comparison
+    from megatron_a2d.conversion.hf_to_torch_dist import Converted
     from megatron_a2d.conversion.read_back import Check, ReadBack
     from megatron_a2d.conversion.sources import Weights
 
@@ -71,6 +72,27 @@ def diffusion_differences(first: Weights, second: Weights) -> list[str]:
         for name, (ours, theirs) in facts.items()
         if ours != theirs
     ]
+
+
+def print_converted(done: Converted) -> None:
+    """What was written, and what a user should know about it."""
+    types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in done.dtypes))
+    print_line(
+        f"{done.directory}: {human(done.model_config.num_parameters())} parameters, "
+        f"{human(done.num_bytes, 'B')} of {types}, "
+        f"vocabulary {done.model_config.vocab_size}, mask token {done.mask_token_id}"
+    )
+    if done.mask_text is not None:
+        print_line(
+            f"note: its mask token is {done.mask_text!r}, a token of text: texts that contain it can be neither "
+            "trained on nor given as prompts"
+        )
+    if done.aux_loss_coeff is not None:
+        print_line(
+            f"router_aux_loss_coef {done.aux_loss_coeff.source:g} of its config.json is --moe-aux-loss-coeff "
+            f"{done.aux_loss_coeff.ours:.3g} where all layers route alike, and no coefficient's equal where they do "
+            "not (docs/hyperparameters.md)"
+        )
 
 
 def report_into(lines: list[str], with_logits: bool = True) -> Check:

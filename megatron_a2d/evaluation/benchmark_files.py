@@ -62,6 +62,8 @@ class Benchmark:
     """the first that is there is read"""
     optional_splits: tuple[str, ...] = ()
     """what other numbers of shots than the recipes' read"""
+    is_whole: Callable[[Row], bool] = lambda row: True
+    """whether what is in a row's columns is what the harness will look for there"""
 
 
 def _parquet(path: Path, split: str) -> list[Row]:
@@ -163,6 +165,30 @@ def _hub(repository: str, to_rows: Callable[[list[Row]], list[Row]] = list) -> F
     return Form(patterns, f"{repository} on the hub", _parquet, to_rows)
 
 
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
+
+
+def _is_mmlu(row: Row) -> bool:
+    return _are_texts(row["choices"]) and len(row["choices"]) == 4 and row["answer"] in range(4)
+
+
+def _is_arc(row: Row) -> bool:
+    texts, labels = row["choices"].get("text"), row["choices"].get("label")
+    return _are_texts(texts) and _are_texts(labels) and len(texts) == len(labels) and row["answerKey"] in labels
+
+
+def _is_race(row: Row) -> bool:
+    problems = ast.literal_eval(row["problems"])
+    return isinstance(problems, list) and all(
+        isinstance(problem, dict)
+        and isinstance(problem.get("question"), str)
+        and _are_texts(problem.get("options"))
+        and problem.get("answer") in tuple("ABCD"[: len(problem["options"])])
+        for problem in problems
+    )
+
+
 # `dataset_path` of the harness's task -> its files.
 BENCHMARKS: dict[str, Benchmark] = {
     "openai/gsm8k": Benchmark(
@@ -178,6 +204,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             _hub("cais/mmlu"),
             Form(("{split}/{name}_{split}.csv",), "data.tar of github.com/hendrycks/test", _mmlu_csv),
         ),
+        is_whole=_is_mmlu,
     ),
     "allenai/ai2_arc": Benchmark(
         "arc", ("test",), {"question": str, "choices": dict, "answerKey": str},
@@ -189,6 +216,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
         ),
         optional_splits=("train", "validation"),
+        is_whole=_is_arc,
     ),
     "EleutherAI/race": Benchmark(
         "race", ("test",), {"article": str, "problems": str},
@@ -197,6 +225,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             _hub("ehovy/race", to_rows=_race_rows),
             Form(("{split}/{name}/*.txt",), "RACE.tar.gz of its authors", _race_text, _race_rows),
         ),
+        is_whole=_is_race,
     ),
     "SaylorTwift/bbh": Benchmark(
         "bbh", ("test",), {"input": str, "target": str},
@@ -211,6 +240,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             _hub("google-research-datasets/mbpp"),
             Form(("mbpp.jsonl",), "github.com/google-research/google-research, mbpp", _mbpp_jsonl),
         ),
+        is_whole=lambda row: _are_texts(row["test_list"]),
     ),
 }  # fmt: skip
 
@@ -233,7 +263,7 @@ def read_benchmark(data_dir: Path, dataset_path: str, name: str | None) -> dict[
         files = form.files(folder, name, split)
         rows = form.to_rows([row for path in files for row in form.read(path, split)])
         where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        found[split] = [_checked(row, benchmark.columns, where, number) for number, row in enumerate(rows, 1)]
+        found[split] = [_checked(row, benchmark, where, number) for number, row in enumerate(rows, 1)]
         if not rows:
             raise UserError(
                 f"--data-dir: {where}: has no row of the {split} split of {dataset_path}; download it again"
@@ -241,20 +271,25 @@ def read_benchmark(data_dir: Path, dataset_path: str, name: str | None) -> dict[
     return found
 
 
-def _checked(row: Row, columns: dict[str, type | tuple[type, ...]], where: str, number: int) -> Row:
-    """The columns of a row that the harness reads. UserError if they have other types."""
+def _checked(row: Row, benchmark: Benchmark, where: str, number: int) -> Row:
+    """The columns of a row that the harness reads. UserError if they have other types or contents."""
     if "problems" in row:
         try:
             ast.literal_eval(row["problems"])
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise UserError(f"--data-dir: {where}: problems of row {number} are no list; download it again") from None
-    for column, kind in columns.items():
+    for column, kind in benchmark.columns.items():
         if not isinstance(row.get(column), kind):
             raise UserError(
                 f"--data-dir: {where}: {column} of row {number} is {str(row.get(column))[:40]!r}, which is not what "
                 "this benchmark has there; download it again"
             )
-    return {column: row.get(column) for column in columns}
+    if not benchmark.is_whole(row):
+        raise UserError(
+            f"--data-dir: {where}: row {number} has not the choices, answer or tests that this benchmark has; "
+            "download it again"
+        )
+    return {column: row.get(column) for column in benchmark.columns}
 
 
 @contextmanager

@@ -225,6 +225,18 @@ WRONG: dict[str, tuple[str, str, Any, str]] = {
     "problems that are no literal": (
         "EleutherAI/race", "race/race_high_test.jsonl", '{"article": "a", "problems": "open(1)"}', "problems of row 1 are no",
     ),
+    "an answer that is no choice": (
+        "allenai/ai2_arc", "arc/ARC-Challenge/ARC-Challenge-Test.jsonl",
+        '{"question": {"stem": "a", "choices": [{"text": "b", "label": "A"}]}, "answerKey": "B"}', "row 1 has not the choices",
+    ),
+    "an answer beyond the options": (
+        "EleutherAI/race", "race/test/high/0.txt",
+        '{"article": "a", "questions": ["b"], "options": [["c", "d"]], "answers": ["C"]}', "row 1 has not the choices",
+    ),
+    "tests that are no programs": (
+        "google-research-datasets/mbpp", "mbpp/mbpp.jsonl",
+        '{"task_id": 3, "text": "a", "code": "b", "test_list": [1], "test_setup_code": ""}', "row 1 has not the choices",
+    ),
     "no examples": ("SaylorTwift/bbh", "bbh/navigate.json", '{"examples": {}}', "has no row of the test split of SaylorTwift/bbh"),
     "an example that is none": (
         "SaylorTwift/bbh", "bbh/navigate.json", '{"examples": [{"input": "a", "target": "b"}, 1]}', "input of row 2 is 'None'",
