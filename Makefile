@@ -203,7 +203,7 @@ endif
 
 check: setup  ## linters, formatter, types
 	$(BIN)/ruff check .
-	$(BIN)/shellcheck launch/train.sh launch/train.sbatch launch/node.sh .ci/run
+	$(BIN)/shellcheck launch/train.sh launch/train.sbatch launch/tokenize.sbatch launch/node.sh .ci/run
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
