@@ -29,10 +29,10 @@ PYTHON ?= $(or $(call find_python,11),$(error no Python 3.11 or later is found; 
 PYTHON312 ?= $(call find_python,12)
 LATEST := $(if $(wildcard $(VENV)/lib/python3.1[2-9]),$(VENV),.venv312)
 # The newest megatron-core, with emerging-optimizers, and Transformer Engine, in front of an environment of Python 3.11:
-# megatron-core's wheel runs there too, its metadata alone asks for 3.12 (emerging-optimizers: tests/__init__.py). Later
-# Pythons' environments have them already.
+# megatron-core's wheel runs there too, its metadata alone asks for 3.12 (emerging-optimizers: tests/fixtures/newest).
+# Later Pythons' environments have them already.
 NEWEST := $(if $(MADE),$(if $(filter-out $(VENV),$(LATEST)),$(VENV)/newest))
-TESTS_NEWEST := PYTHONPATH=$(CURDIR)/$(NEWEST)/megatron_core$${PYTHONPATH:+:$$PYTHONPATH} \
+TESTS_NEWEST := PYTHONPATH=$(CURDIR)/$(NEWEST)/megatron_core:$(CURDIR)/tests/fixtures/newest$${PYTHONPATH:+:$$PYTHONPATH} \
   $(subst $(VENV)/transformer_engine,$(NEWEST)/transformer_engine,$(TESTS))
 
 FORMAT ?=

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,7 +260,8 @@ for name in ("talkative.part", "talkative"):
         kind: {
             n
             for n in (*names, "talkative", "talkative.part")
-            if any(f"{kind} {n}" == line.split("Warning: ")[-1].split("] ")[-1] for line in said)
+            # With emerging-optimizers a line of a log begins with its level and name.
+            if any(f"{kind} {n}" == re.split(r"\] |:", line)[-1].strip() for line in said)
         }
         for kind in "wle"
     }
