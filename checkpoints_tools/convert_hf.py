@@ -9,9 +9,7 @@ model's loss by t. An interrupted run is resumed by the same command.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from checkpoints_tools.options import add_streaming_options, check_streaming_options
+from checkpoints_tools.options import add_conversion_options, check_streaming_options
 from checkpoints_tools.verify import print_converted, print_lines, report_into
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
@@ -20,15 +18,7 @@ from megatron_a2d.terminal.console import entry_point
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m checkpoints_tools.convert_hf", description="Convert a Hugging Face model.")
     parser.add_argument("--hf-model", required=True, metavar="DIR|HUB_ID", help="the model to convert")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must be new")
-    parser.add_argument(
-        "--mask-token-id",
-        type=int,
-        metavar="ID",
-        help="id of the mask token; default: the first id that the tokenizer does not use",
-    )
-    parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="dtype to store")
-    add_streaming_options(parser)
+    add_conversion_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)
 

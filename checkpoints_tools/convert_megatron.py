@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_tools.options import add_streaming_options, check_streaming_options
+from checkpoints_tools.options import add_conversion_options, check_streaming_options
 from checkpoints_tools.verify import print_converted, print_lines, report_into
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
@@ -28,21 +28,13 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="a torch_dist checkpoint, an iteration of one, or NeMo 2's directory",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must be new")
     parser.add_argument(
         "--hf-model", metavar="DIR|HUB_ID", help="the model whose config.json and tokenizer the checkpoint lacks"
     )
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="rows of the embedding that are not padding; default: as recorded"
     )
-    parser.add_argument(
-        "--mask-token-id",
-        type=int,
-        metavar="ID",
-        help="id of the mask token; default: the first id that the tokenizer does not use",
-    )
-    parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="dtype to store")
-    add_streaming_options(parser)
+    add_conversion_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)
 

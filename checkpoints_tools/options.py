@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
@@ -27,6 +28,19 @@ def add_streaming_options(parser: Parser) -> None:
     """Add the flags of commands that stream a model from one format to another."""
     add_workers(parser)
     parser.add_argument("--no-verify", action="store_true", help="skip the verification of the result")
+
+
+def add_conversion_options(parser: Parser) -> None:
+    """Add the flags of commands that write a checkpoint from another project's model."""
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint to write; must be new")
+    parser.add_argument(
+        "--mask-token-id",
+        type=int,
+        metavar="ID",
+        help="id of the mask token; default: the first id that the tokenizer does not use",
+    )
+    parser.add_argument("--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="dtype to store")
+    add_streaming_options(parser)
 
 
 def check_streaming_options(options: argparse.Namespace) -> None:

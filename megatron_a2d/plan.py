@@ -47,38 +47,7 @@ WITHOUT_RECIPE = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m megatron_a2d.plan", description="Find the fastest layout for a model on a cluster.")
-    parser.add_argument("--cluster", metavar="NAME", help="a name in launch/clusters, or a path")
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on")
-    parser.add_argument("--price", type=float, metavar="DOLLARS", help="price per GPU-hour; default: an assumed one")
-    parser.add_argument(
-        "--imbalance", metavar="FACTOR|RUN",
-        help="tokens of the busiest expert-parallel rank over the mean, 1 if balanced; or a run's directory, whose log "
-        "has it by layer and step; default: as measured in the study on routers",
-    )  # fmt: skip
-    parser.add_argument("--all", action="store_true", help="show every valid layout with all components")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot memory and time to a .png, .pdf or .svg")
-    parser.add_argument("--calibration", action="store_true", help="compare the model with published runs and exit")
-    parser.add_argument(
-        "--requirements", nargs="+", type=Path, metavar="RECIPE",
-        help="print the fewest GPUs of each kind that recipes fit on as they stand, and exit",
-    )  # fmt: skip
-    parser.add_argument(
-        "--run", action="store_true",
-        help="forecast the run with failures: days, restarts, the best checkpoint interval, hours lost, disk; without "
-        "other settings: 500B tokens of Qwen3-30B-A3B and 235B-A22B on 64 B200 and 512 H100",
-    )  # fmt: skip
-    for name, default, text in (
-        ("--node-mtbf-hours", NODE_MTBF_HOURS, "with --run: mean time between failures of a node"),
-        ("--restart-minutes", RESTART_MINUTES, "with --run: from a failure until loading the checkpoint begins"),
-        (
-            "--storage-gb-per-s",
-            None,
-            "with --run: bandwidth of a node to checkpoints; default: the cluster's, or 0.98",
-        ),
-    ):
-        parser.add_argument(name, type=float, default=default, metavar="NUMBER", help=text)
-    config, options = parse_run(parser, argv, inherited)
+    config, options = parse_run(_parser(), argv, inherited)
     failures = _failures(options)
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     if options.calibration:
@@ -136,6 +105,41 @@ def main(argv: list[str] | None = None) -> None:
         f"Modelled times: largest error {known:.0%} on published runs, {unknown:.0%} leave-one-out (--calibration).",
         style="dim",
     )
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m megatron_a2d.plan", description="Find the fastest layout for a model on a cluster.")
+    parser.add_argument("--cluster", metavar="NAME", help="a name in launch/clusters, or a path")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="price per GPU-hour; default: an assumed one")
+    parser.add_argument(
+        "--imbalance", metavar="FACTOR|RUN",
+        help="tokens of the busiest expert-parallel rank over the mean, 1 if balanced; or a run's directory, whose log "
+        "has it by layer and step; default: as measured in the study on routers",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="show every valid layout with all components")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot memory and time to a .png, .pdf or .svg")
+    parser.add_argument("--calibration", action="store_true", help="compare the model with published runs and exit")
+    parser.add_argument(
+        "--requirements", nargs="+", type=Path, metavar="RECIPE",
+        help="print the fewest GPUs of each kind that recipes fit on as they stand, and exit",
+    )  # fmt: skip
+    parser.add_argument(
+        "--run", action="store_true",
+        help="forecast the run with failures: days, restarts, the best checkpoint interval, hours lost, disk; without "
+        "other settings: 500B tokens of Qwen3-30B-A3B and 235B-A22B on 64 B200 and 512 H100",
+    )  # fmt: skip
+    for name, default, text in (
+        ("--node-mtbf-hours", NODE_MTBF_HOURS, "with --run: mean time between failures of a node"),
+        ("--restart-minutes", RESTART_MINUTES, "with --run: from a failure until loading the checkpoint begins"),
+        (
+            "--storage-gb-per-s",
+            None,
+            "with --run: bandwidth of a node to checkpoints; default: the cluster's, or 0.98",
+        ),
+    ):
+        parser.add_argument(name, type=float, default=default, metavar="NUMBER", help=text)
+    return parser
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:

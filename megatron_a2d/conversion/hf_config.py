@@ -17,7 +17,6 @@ from megatron_a2d.conversion.end_tokens import EndTokens
 from megatron_a2d.families.family import Family
 from megatron_a2d.families.registry import autoregressive_formats, export_formats, family_of_format
 
-# Those that end in a family's name are of autoregressive models, which classes of transformers read.
 Format = str  # one of `FORMATS`
 FORMATS = tuple(export_formats())
 

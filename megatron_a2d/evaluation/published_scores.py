@@ -16,13 +16,14 @@ class Published(NamedTuple):
 
 
 _RND1 = "Radical Numerics (2025), radicalnumerics.ai/blog/rnd1"
+_LLADA_MOE = "Zhu et al. (2025), arXiv 2509.24389, as others quote it"
 
 # RND1 was also tested on RACE, but no figure is given in text.
 PUBLISHED = {
     "RND1-Base": Published(_RND1, {"MMLU": 69.6, "BBH": 67.5, "ARC-C": 63.2, "GSM8K": 80.0, "MBPP": 65.4}),
     "Dream-7B": Published(_RND1, {"MMLU": 69.5, "BBH": 57.9, "ARC-C": 59.8, "GSM8K": 77.2, "MBPP": 56.2}),
     "LLaDA-8B": Published(_RND1, {"MMLU": 65.9, "BBH": 47.4, "ARC-C": 47.5, "GSM8K": 70.9, "MBPP": 39.0}),
-    "LLaDA-MoE-7B-A1B": Published("Zhu et al. (2025), arXiv 2509.24389", {"MMLU": 64.59, "GSM8K": 66.41, "MBPP": 52.4}),
+    "LLaDA-MoE-7B-A1B": Published(_LLADA_MOE, {"MMLU": 64.59, "GSM8K": 66.41, "MBPP": 52.4}),
     # RND1's base, autoregressive.
     "Qwen3-30B-A3B": Published(
         "Qwen Team (2025), arXiv 2505.09388, table 5", {"MMLU": 81.38, "BBH": 81.54, "GSM8K": 91.81, "MBPP": 74.4}

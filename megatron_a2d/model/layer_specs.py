@@ -96,7 +96,10 @@ def notes(config: RunConfig, model_config: ModelConfig) -> list[str]:
     uses_engine = choose_implementation(config) == "transformer_engine"
     missing = missing_router_product() if uses_engine and model_config.is_moe else None
     emulation = emulation_of(config)
-    return [line for line in (missing, emulation and str(emulation)) if line]
+    one_by_one = None
+    if model_config.is_moe and config.optimization.optimizer == "muon" and not uses_engine:
+        one_by_one = "Muon needs a matrix for each expert: the local layers compute experts one after another"
+    return [line for line in (missing, emulation and str(emulation), one_by_one) if line]
 
 
 def build_block_spec(

@@ -59,7 +59,7 @@ class Forecast(NamedTuple):
     work: float  # of all steps, without failures and checkpoints
     mtbf: float  # of all nodes together
     save: float  # of a checkpoint
-    restart: float  # until training goes on, loading included
+    restart: float  # until training continues, loading included
     interval: float  # of training between two checkpoints, in whole steps
     save_interval: int  # the same in iterations
     checkpoint_bytes: float

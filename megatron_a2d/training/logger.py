@@ -106,12 +106,12 @@ class RunLog:
             self.say(f"{which} in log.jsonl but not in this checkpoint, and computed again ({samples} samples)")
 
     def checkpoint(self, iteration: int, path: Path, seconds: float, stall: float) -> None:
-        """Log a complete checkpoint: `seconds` from its begin to its final name, and how long training stood still."""
+        """Log a complete checkpoint: `seconds` from its start to its final name, of which training waited `stall`."""
         values = {"seconds": round(seconds, 3), "seconds_waited": round(stall, 3)}
         self.event("checkpoint", iteration=iteration, **self.consumed(iteration), path=str(path), **values)
         if self._enabled:
             self._plot("checkpoint", iteration, values)
-        self.say(f"checkpoint {path}: written in {seconds:.2f} s, training stood still for {stall:.2f} s")
+        self.say(f"checkpoint {path}: written in {seconds:.2f} s, training waited {stall:.2f} s")
 
     def train(self, iteration: int, values: dict[str, Any]) -> None:
         """Log the means of a log interval to all outputs."""

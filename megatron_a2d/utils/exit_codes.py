@@ -14,6 +14,7 @@ DONE, FAILED, USER_ERROR, SIGNALLED, NOT_FINITE, PEER_LOST, STALLED, SAVE_FAILED
     0, 1, 2, 3, 4, 5, 6, 74, 130,
 )  # fmt: skip
 KILLED = 128  # plus the signal number, as shells report it
+TERMINATED = KILLED + signal.SIGTERM
 
 
 class Ending(NamedTuple):
@@ -40,6 +41,8 @@ ENDINGS = (
     Ending(KILLED, "128 + N: a process was killed by signal N (out of memory, driver fault)", True,
            "another attempt may succeed"),
     Ending(PEER_LOST, "another process died or failed; the log names it", True, "the next attempt resumes"),
+    Ending(TERMINATED, "killed by SIGTERM, by which torchrun ends the others of a node", True,
+           "the next attempt resumes"),
     Ending(DONE, "the run is complete, or stopped by --exit-interval or --exit-duration-in-mins", False,
            "nothing is left to do"),
 )  # fmt: skip
@@ -58,10 +61,9 @@ def ending(code: int) -> Ending:
 
 def most_telling(codes: Iterable[int]) -> Ending:
     """The probable cause among processes that ended together."""
-    precedence: dict[int, float] = {row.code: index for index, row in enumerate(ENDINGS)}
-    precedence[KILLED + signal.SIGTERM] = precedence[PEER_LOST] + 0.5  # torchrun has ended it because of another one
+    precedence = {row.code: index for index, row in enumerate(ENDINGS)}
 
-    def rank(row: Ending) -> float:
+    def rank(row: Ending) -> int:
         return precedence.get(row.code, precedence[KILLED if row.code > KILLED else FAILED])
 
     return min((ending(code) for code in codes), key=rank)

@@ -248,7 +248,7 @@ def read_only_disk(run: Run) -> Row:
 
 
 def without_space(run: Run, row: Row, since: float) -> Row:
-    """What a run says of a checkpoint that it cannot write: it ends, or goes on until it can again."""
+    """What a run says of a checkpoint that it cannot write: it ends, or continues until it can again."""
     found(run, row, since, (r"error: .*could not be written", "the save"))
     if not run.keeps_on:
         ended(run, row, SAVE_FAILED)

@@ -24,7 +24,7 @@ class Row:
     found_after: float | None = None  # seconds
     by: str = ""
     named: str = ""  # the line of the log that names it
-    resumed: int | None = None  # iteration at which the run was taken up again; None: it went on
+    resumed: int | None = None  # iteration at which the run was resumed; None: it continued
     expected: int | None = None  # the newest checkpoint that the fault had left whole
     steps_again: int = 0
     bound: int = SAVE_INTERVAL  # steps that it may cost at most, of the checkpoints that the fault had left whole

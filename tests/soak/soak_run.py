@@ -199,7 +199,7 @@ class Run:
         return next((r["iteration"] for at, r in reversed(self.records) if r["kind"] == "start" and at > begin), None)
 
     def failed_saves(self) -> int:
-        """How many there were since the newest checkpoint, in a run that goes on without."""
+        """How many there were since the newest checkpoint, in a run that continues without."""
         kinds = [record["kind"] for _, record in self.records if record["kind"] in ("checkpoint", "save_error")]
         return next((number for number, kind in enumerate(reversed(kinds)) if kind == "checkpoint"), 0)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,8 @@ from torch.distributed.checkpoint import CheckpointException
 from checkpoints_tools import convert_megatron
 from megatron_a2d.checkpoint.bridge_config import run_config, write_run_config
 from megatron_a2d.checkpoint.directory import TRACKER, resolve
+from megatron_a2d.checkpoint.tensor_rows import RowRange
+from megatron_a2d.checkpoint.torch_dist_reader import open_torch_dist
 from megatron_a2d.config.model_config import model_config_from_hf, read_model_config
 from megatron_a2d.conversion.megatron_settings import config_of, read_recorded
 from tests import tiny
@@ -98,6 +102,27 @@ def test_gpt_model_loads_them_bitwise_and_computes_its_logits(form: str, ours: P
     with torch.no_grad():  # control
         model.decoder.layers[1].self_attention.linear_proj.weight[0, 0] += 1
     assert (logits_of(model) - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("form", ["lm", "bridge"])
+def test_what_was_trained_loads_too(form: str, ours: Path, one_process: None, tmp_path: Path) -> None:
+    """Weights after two steps, in a checkpoint with optimizer state; as the reader of our own exports finds them."""
+    tiny.write_tokens(tmp_path / "tokens", 20, 50, seed=0)
+    settings = {
+        "load": ours / form, "save": tmp_path / "run", "train-data-path": tmp_path / "tokens", "seq-length": 16,
+        "train-iters": 2, "lr-warmup-iters": 0, "global-batch-size": 2, "micro-batch-size": 2, "lr": 0.01,
+    }  # fmt: skip
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_a2d.train", *flags, "--no-verify-tokenizer"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    model = build(form, local_layers(form))
+    load(model, resolve(tmp_path / "run"))
+    weight = model.decoder.layers[1].self_attention.linear_proj.weight
+    with open_torch_dist(resolve(tmp_path / "run")) as stored, open_torch_dist(resolve(ours / form)) as before:
+        rows = RowRange("decoder.layers.self_attention.linear_proj.weight", (1,), 0, weight.shape[0])
+        assert torch.equal(weight.data, stored.read(rows)) and not torch.equal(weight.data, before.read(rows))
 
 
 def test_only_local_layers_with_experts_ask_for_another_name(ours: Path, one_process: None) -> None:

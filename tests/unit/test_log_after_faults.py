@@ -82,7 +82,7 @@ def test_what_a_checkpoint_costs_is_in_all_logs(tmp_path: Path) -> None:
     log = log_of(tmp_path, 0, said)
     log.checkpoint(4, tmp_path / "iter_0000004", seconds=2.5, stall=0.25)
     log.close()
-    assert said == [f"checkpoint {tmp_path}/iter_0000004: written in 2.50 s, training stood still for 0.25 s"]
+    assert said == [f"checkpoint {tmp_path}/iter_0000004: written in 2.50 s, training waited 0.25 s"]
     (record,) = read_log(tmp_path)
     assert (record["seconds"], record["seconds_waited"], record["consumed_samples"]) == (2.5, 0.25, 32)
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

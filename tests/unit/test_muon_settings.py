@@ -12,6 +12,7 @@ from megatron_a2d.config import installed_versions
 from megatron_a2d.config.installed_versions import find_version_problems
 from megatron_a2d.config.settings import build
 from megatron_a2d.config.validate import find_problems
+from megatron_a2d.model.layer_specs import notes
 from megatron_a2d.planner.memory import state_bytes
 from megatron_a2d.planner.parameters import stage_parameters
 from megatron_a2d.planner.step_time import orthogonalization_operations
@@ -114,3 +115,10 @@ def test_the_arms_of_the_study() -> None:
             assert job.settings["optimizer"] == "adam" and job.settings["muon_momentum"] == 0.95
     usual = lr_by_role.plan(build({"load": "x", "train_iters": 4}), [1, 2], QWEN3_30B_A3B)[1:]
     assert {job.tags["optimizer"] for job in usual} == {"adam"} and len(usual) == 15
+
+
+def test_the_log_says_that_experts_are_computed_apart() -> None:
+    config = build({**MUON, "transformer_impl": "local"})
+    (line,) = notes(config, QWEN3_30B_A3B)
+    assert "one after another" in line
+    assert notes(build({"train_iters": 1, "transformer_impl": "local"}), QWEN3_30B_A3B) == []

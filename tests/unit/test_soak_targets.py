@@ -94,5 +94,5 @@ def test_a_tail_waits_for_the_end_of_a_line(tmp_path: Any) -> None:
 
 
 def test_only_a_slow_checkpoint_names_a_slow_disk() -> None:
-    line = "checkpoint run/iter_0000004: written in 2.50 s, training stood still for 0.25 s"
+    line = "checkpoint run/iter_0000004: written in 2.50 s, training waited 0.25 s"
     assert took(line, 2.0) and not took(line, 3.0) and not took("", 0.0)
