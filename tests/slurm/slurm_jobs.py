@@ -50,7 +50,7 @@ class Job:
             "BIN": str(Path(sys.executable).parent), "NPROC": "1", "PREFLIGHT": str(int(preflight)), "LOGS": str(directory / "logs"),
             "A2D_TEST_FAULT": json.dumps({"attempt": 0, "rank": None, **fault} if fault else None),
             "A2D_TEST_RELEASE": str(self._release),
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "slurm" / "faults"), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "fixtures" / "faults"), str(ROOT)]),
         }  # fmt: skip
         flags = {
             "load": material.checkpoint, "save": self.save, "train_data_path": material.tokens, "seq_length": 32,

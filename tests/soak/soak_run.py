@@ -76,7 +76,7 @@ class Start:
     def __init__(self, directory: Path, flags: dict[str, Any], control: Path | None):
         directory.mkdir(parents=True)
         self.directory = directory
-        path = [str(ROOT / "tests" / "soak" / "fixtures")] * (control is not None) + [str(ROOT)]
+        path = [str(ROOT / "tests" / "fixtures" / "faults")] * (control is not None) + [str(ROOT)]
         environment = {
             **os.environ, "BIN": str(Path(sys.executable).parent), "NPROC": str(NUM_RANKS), "PREFLIGHT": "0",
             "OMP_NUM_THREADS": "1", "A2D_ATTEMPT": str(directory), "PYTHONPATH": os.pathsep.join(path),
@@ -149,7 +149,7 @@ class Run:
         self.set("pause", 0.7)
 
     def set(self, name: str, number: float) -> None:
-        """A number that the processes read (fixtures/sitecustomize.py)."""
+        """A number that the processes read (tests/fixtures/faults/sitecustomize.py)."""
         partial = self.control / f".{name}"
         partial.write_text(str(number))
         partial.rename(self.control / name)
