@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from data_prep.indexed_dataset_writer import SUFFIXES
 from megatron_a2d.config.cli import Parser, parse_run
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import find_general_problems
@@ -31,7 +32,6 @@ from megatron_a2d.utils.printable import print_line
 # Up to four epochs of repeated text were nearly as good as new text (Muennighoff et al. 2023, arXiv 2305.16264), for
 # autoregressive models; diffusion models profit from more (Prabhudesai et al. 2025, arXiv 2507.15857).
 MAX_EPOCHS = 4.0
-SUFFIXES = (".bin", ".idx", ".json", ".sums")
 SECONDS_A_DAY = 86400
 
 

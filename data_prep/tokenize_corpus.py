@@ -23,10 +23,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -81,11 +81,30 @@ def prefixes_of(arguments: argparse.Namespace, json_key: str) -> tuple[str, list
     return prefix, [f"{prefix}_train", f"{prefix}_valid"] if arguments.valid_fraction else [prefix]
 
 
-def tokenize(
+def is_written(prefix: str, token_files: list[str]) -> bool:
+    """Whether an earlier command wrote a key's token files, and was interrupted before it had written all keys'."""
+    return os.path.isdir(f"{prefix}.parts") and all(os.path.exists(f"{name}.idx") for name in token_files)
+
+
+class KeyJob(NamedTuple):
+    """The texts under one JSON key, how they are encoded, and where their token files go."""
+
+    job: Job
+    encoder: Encoder
+    facts: dict[str, Any]  # for the report
+    prefix: str
+    token_files: list[str]  # prefixes
+
+    @property
+    def is_written(self) -> bool:
+        return is_written(self.prefix, self.token_files)
+
+
+def plan_key(
     arguments: argparse.Namespace, reference: Encoder, shards: list[Shard], passed_over: list[str], json_key: str
-) -> None:
-    """Read, encode and write the texts under one JSON key."""
-    prefix, _ = prefixes_of(arguments, json_key)
+) -> KeyJob:
+    """Choose the encoder of the texts under one JSON key."""
+    prefix, token_files = prefixes_of(arguments, json_key)
     limits = read_limits(arguments)
     chosen = choose(arguments.tokenizer, reference, arguments.encoder, corpus_sample(shards, json_key, limits))
     job = Job(
@@ -95,16 +114,33 @@ def tokenize(
         tokenizer_checksum=file_checksum(tokenizer_file(arguments.tokenizer)), share=arguments.shard,
     )  # fmt: skip
     facts = {"encoder": chosen.reason, "passed_over": passed_over}
+    return KeyJob(job, chosen.encoder, facts, prefix, token_files)
+
+
+def tokenize(arguments: argparse.Namespace, shards: list[Shard], keys: list[KeyJob]) -> None:
+    """Read and encode the texts under all keys, and then write their token files: a key's pieces stay until all keys
+    are written, so that the same command resumes at any point."""
     begin = time.perf_counter()
     if arguments.merge_shards:
-        check_any(job)  # before the directory is made
-    with hold(job.directory, job.share) as locks:
-        if arguments.merge_shards:
-            check_complete(job, shards)
-        else:
-            tokenize_missing(arguments, chosen.encoder, shards, job, locks)
-        if not job.share:
-            write_token_files(arguments, chosen.encoder, len(shards), job, facts, begin)
+        for key in keys:
+            check_any(key.job)  # before the directories are made
+    with ExitStack() as stack:
+        locks: list[IO[str]] = []
+        for key in keys:
+            locks += stack.enter_context(hold(key.job.directory, key.job.share))
+            if key.is_written and any(not is_done(key.job, *shard) for shard in enumerate(shards)):
+                check_free(key.token_files)  # they are of another command
+            if arguments.merge_shards:
+                check_complete(key.job, shards)
+            else:
+                tokenize_missing(arguments, key.encoder, shards, key.job, locks)
+        if arguments.shard:
+            return
+        for key in keys:
+            if not key.is_written:
+                write_token_files(arguments, key, len(shards), begin)
+        for key in keys:
+            shutil.rmtree(key.job.directory)
 
 
 def tokenize_missing(
@@ -133,15 +169,13 @@ def tokenize_missing(
         )
 
 
-def write_token_files(
-    arguments: argparse.Namespace, encoder: Encoder, num_shards: int, job: Job, facts: dict[str, Any], begin: float
-) -> None:
-    """Merge the tokenised shards, and remove them. `begin`: when the command began, for the report."""
-    prefix, prefixes = prefixes_of(arguments, job.json_key)
+def write_token_files(arguments: argparse.Namespace, key: KeyJob, num_shards: int, begin: float) -> None:
+    """Merge the tokenised shards. `begin`: when the command began, for the report."""
+    job = key.job
     description = {"tokenizer": str(arguments.tokenizer), "eod_token_id": job.eod_token_id}
     if vocabulary := vocabulary_of(tokenizer_file(arguments.tokenizer)):
         description |= vocabulary.description()
-    with open_writers(prefixes, encoder.vocab_size, description) as writers:
+    with open_writers(key.token_files, key.encoder.vocab_size, description) as writers:
         total = sum(path.stat().st_size for path in job.directory.glob("*.tokens")) // writers[0].dtype.itemsize
         with progress("write", total, "tokens") as advance_tokens:
             counts = merge(job, num_shards, writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens)
@@ -150,10 +184,10 @@ def write_token_files(
                 shutil.rmtree(job.directory)
             raise UserError(problem)
     counts["seconds"] = round(time.perf_counter() - begin, 3)
-    counts |= facts
-    write_json(f"{prefix}.report.json", counts | {"files": {writer.prefix: writer.num_documents for writer in writers}})
-    shutil.rmtree(job.directory)
-    report(writers, counts, f"{prefix}.report.json")
+    counts |= key.facts
+    files = {writer.prefix: writer.num_documents for writer in writers}
+    write_json(f"{key.prefix}.report.json", counts | {"files": files})
+    report(writers, counts, f"{key.prefix}.report.json")
 
 
 def missing_shards(job: Job, shards: dict[int, Shard]) -> dict[int, Shard]:
@@ -267,21 +301,22 @@ def main(argv: list[str] | None = None) -> None:
     if prefix.endswith("/") or Path(prefix).is_dir():
         raise UserError(f"--output-prefix {prefix}: is a directory; append a file name prefix")
     reference = open_encoder(arguments.tokenizer, arguments.append_eod, workers=1)
-    check_free([name for key in arguments.json_keys for name in prefixes_of(arguments, key)[1]])
+    files = [prefixes_of(arguments, key) for key in arguments.json_keys]
+    check_free([name for key_prefix, names in files if not is_written(key_prefix, names) for name in names])
     skip_invalid = arguments.on_error == "skip"
     inputs = find_inputs(arguments.input, skip_invalid)
     inputs.show_passed_over()
     shards = plan_shards(inputs.paths, skip_invalid=skip_invalid)
-    for key in arguments.json_keys:
-        try:
-            tokenize(arguments, reference, shards, inputs.passed_over, key)
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            raise UserError(
-                f"--output-prefix {prefix}: cannot be written ({error.strerror}); free disk space for twice the "
-                "tokens, and run the same command again to resume"
-            ) from None
+    try:
+        keys = [plan_key(arguments, reference, shards, inputs.passed_over, key) for key in arguments.json_keys]
+        tokenize(arguments, shards, keys)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(
+            f"--output-prefix {prefix}: cannot be written ({error.strerror}); free disk space for twice the "
+            "tokens, and run the same command again to resume"
+        ) from None
 
 
 if __name__ == "__main__":

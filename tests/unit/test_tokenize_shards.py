@@ -192,6 +192,30 @@ def test_several_keys_become_several_files(tokenizer, tmp_path):
         assert [encoder.decode(file.document(n)[:-1].tolist()) for n in range(2)] == texts
 
 
+def test_an_interruption_between_keys_is_resumed(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"q": "one", "a": "two two"}\n{"q": "three", "a": "four"}\n')
+    arguments = ("--input", path, "--json-keys", "q", "a")
+    run(tokenizer, tmp_path / "whole", *arguments)
+    expected = [contents(tmp_path / f"whole_{key}") for key in "qa"]
+    original = tokenize_corpus.write_token_files
+
+    def interrupted(arguments, key, *rest):
+        if key.prefix.endswith("_a"):
+            raise KeyboardInterrupt
+        original(arguments, key, *rest)
+
+    monkeypatch.setattr(tokenize_corpus, "write_token_files", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, tmp_path / "c", *arguments)
+    assert (tmp_path / "c_q.idx").exists() and not (tmp_path / "c_a.idx").exists()
+    monkeypatch.setattr(tokenize_corpus, "write_token_files", original)
+    assert "c_q.bin already exists" in problem(tokenizer, tmp_path / "c", *arguments, "--min-tokens", 2)
+    run(tokenizer, tmp_path / "c", *arguments)
+    assert [contents(tmp_path / f"c_{key}") for key in "qa"] == expected
+    assert not list(tmp_path.glob("*.parts"))
+
+
 def test_copies_are_dropped_across_files(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(dedup_and_split, "GROUP", 16)  # several groups
     monkeypatch.setattr(dedup_and_split, "_CHUNK", 100)
