@@ -179,6 +179,16 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def declare_mask(directory: Path) -> None:
+    """Make a Llama of 900 tokens a DiffuLLaMA: its tokenizer has a token of text that is the mask."""
+    from megatron_a2d.families.diffullama import MASK_TOKEN, MASK_TOKEN_ID
+
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"][MASK_TOKEN] = MASK_TOKEN_ID
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "special_tokens_map.json").write_text(json.dumps({"mask_token": MASK_TOKEN}))
+
+
 def write_tokens(prefix: Path, num_documents: int, vocabulary: int, seed: int) -> None:
     """Random documents of 20 to 200 tokens."""
     import numpy as np

@@ -18,11 +18,12 @@ from tests.parity.pool import Pool
 from tests.parity.test_hf import TOKENS, TOLERANCE, largest_difference, our_logits
 from tests.parity.test_layouts import TOLERANCE as LAYOUT_TOLERANCE
 from tests.parity.test_layouts import compare
-from tests.tiny import FAMILIES, hf_model, write_hf
+from tests.tiny import FAMILIES, declare_mask, hf_model, write_hf
 
 # case -> layouts: ranks and settings
 LAYOUTS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "qwen2": [(2, TP), (4, {**TP_SP, **PP}), (2, DISTRIBUTED), (2, CP)],
+    "diffullama": [(2, {**TP_SP})],
     "llama3": [(2, {**TP_SP}), (4, {**CP, **PP})],
     "dream": [(2, {**TP_SP})],
     "llada": [(2, {**TP_SP}), (2, PP)],
@@ -36,6 +37,9 @@ def families(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -
     root, found = tmp_path_factory.mktemp("families"), {}
     for kind in (*FAMILIES, *MODELS):
         write_recorded(root / kind, kind) if kind in MODELS else write_hf(root / kind, kind)
+    write_hf(root / "diffullama", "llama", vocab_size=900)
+    declare_mask(root / "diffullama")
+    for kind in (*FAMILIES, *MODELS, "diffullama"):
         convert_hf.main(["--hf-model", str(root / kind), "--out", str(root / f"{kind}_checkpoint"), "--no-verify"])
         found[kind] = cases["dense"]._replace(hf=root / kind, checkpoint=str(root / f"{kind}_checkpoint"))
     return found

@@ -30,9 +30,8 @@ SIZES = {"vocab_size": 900, "num_hidden_layers": 2}
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama whose tokenizer has the token of DiffuLLaMA's mask, in its vocabulary of text."""
     directory = tiny.write_hf(tmp_path_factory.mktemp("diffullama") / "llama", "llama", **SIZES)
-    tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"][MASK_TOKEN] = MASK_TOKEN_ID
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    tiny.declare_mask(directory)
+    (directory / "special_tokens_map.json").unlink()
     return directory
 
 
@@ -41,7 +40,7 @@ def diffullama(llama: Path) -> Path:
     """The same as published: the tokenizer's files declare the mask, config.json says nothing."""
     directory = llama.with_name("hf")
     shutil.copytree(llama, directory)
-    (directory / "special_tokens_map.json").write_text(json.dumps({"mask_token": MASK_TOKEN}))
+    tiny.declare_mask(directory)
     return directory
 
 
