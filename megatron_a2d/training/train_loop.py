@@ -96,11 +96,11 @@ def _train(
     try:
         # The log's head, and the validation that later ones are compared with.
         _log_start(log, config, model_config, state, begin, placement)
-        if not rolled_back:
-            log.repeated(state.iteration)
         if rolled_back:  # saved at once: a restart must not run into the same samples, nor resume from after the spike
             saves.save(state, last=False)
             saves.finish(last=False)
+        else:
+            log.repeated(state.iteration)
         mark("first step", state.iteration, limit=hang_timeout)
         if state.iteration == 0:
             _validate(state, config, model_config, valid_data, log)
