@@ -222,9 +222,12 @@ STUBS = {
 
 
 def submit(
-    directory: Path, code: int, during: str = ":", restarts: int = 0, state: str = "RUNNING"
+    directory: Path, code: int, during: str = ":", restarts: int = 0, state: str = "RUNNING", before: str = ""
 ) -> tuple[str, str, int]:
-    """Run train.sbatch with stand-ins for Slurm's commands; what it said, what it called, its exit code."""
+    """Run train.sbatch with stand-ins for Slurm's commands; what it said, what it called, its exit code.
+
+    ``before``: what bash does before each command of train.sbatch.
+    """
     bin_ = directory / "bin"
     bin_.mkdir(parents=True, exist_ok=True)
     for name, body in STUBS.items():
@@ -238,6 +241,9 @@ def submit(
         "SLURM_CPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": str(restarts), "CODE": str(code), "DURING": during,
         "CALLS": str(directory / "calls"), "STATE": state,
     }  # fmt: skip
+    if before:
+        (directory / "before.sh").write_text(f"trap '{before}' DEBUG\n")
+        environment["BASH_ENV"] = str(directory / "before.sh")
     (directory / "calls").unlink(missing_ok=True)
     done = subprocess.run(
         ["bash", ROOT / "launch" / "train.sbatch", "--lr", "1"],
@@ -289,6 +295,15 @@ def test_what_else_decides(tmp_path: Path) -> None:
 def test_the_signal_is_passed_on_once_and_srun_waited_for(tmp_path: Path) -> None:
     during = f"trap 'echo got USR1 >> $CALLS; sleep 0.5; {outcome(3)} {PROGRESS} exit 143' USR1; kill -USR1 $PPID; for i in {{1..3000}}; do sleep 0.1; done"
     said, calls, code = submit(tmp_path, 0, during)
+    assert calls.count("got USR1") == 1 and "scontrol requeue 17" in calls and code == 3, said
+
+
+@pytest.mark.parametrize("moment", ["step=*", "trap*TERM"])
+def test_a_signal_before_the_step_is_known_is_passed_on(moment: str, tmp_path: Path) -> None:
+    """srun runs but its number is not in `step`; srun has not been started."""
+    arrives = f"case $BASH_COMMAND in {moment}) kill -USR1 $$ ;; esac"
+    during = f"trap 'echo got USR1 >> $CALLS; {outcome(3)} {PROGRESS} exit 143' USR1; for i in {{1..100}}; do sleep 0.1; done"
+    said, calls, code = submit(tmp_path, 0, during, before=arrives)
     assert calls.count("got USR1") == 1 and "scontrol requeue 17" in calls and code == 3, said
 
 
