@@ -16,8 +16,8 @@ unexport PYTHONDONTWRITEBYTECODE
 tests_of = OMP_NUM_THREADS=1 $(if $(MADE),A2D_TRANSFORMERS4=$(CURDIR)/$(1)/transformers4 \
   A2D_TRANSFORMER_ENGINE=$(CURDIR)/$(1)/transformer_engine) $(2) -m pytest
 TESTS := $(call tests_of,$(VENV),$(PY))
-# Two processes where the environment has pytest-xdist (ARGS=-n0: one); what shares a pool of ranks stays together, and
-# these long suites come first, as they are collected: the many files of unit tests then end at the same time.
+# Two processes where the environment has pytest-xdist (ARGS=-n0: one); the tests of a file, which share a pool of ranks,
+# stay together.
 in_two = $(if $(wildcard $(1)/lib/python3*/site-packages/xdist),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
 # What the environment is built with: its own Python if it is there, else any from 3.11 on, under any name. Each name is
@@ -59,7 +59,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-latest-cpu test-engines test-parity test-te test-rehearsal test-faults test-slurm test-mutants soak fuzz \
+.PHONY: help setup demo test test-integration test-latest test-latest-cpu test-engines test-parity test-te test-rehearsal test-faults test-slurm test-mutants soak fuzz \
   check data convert-hf convert-megatron train plan export verify inspect publish generate evaluate study bench bench-report gpu
 
 help:  ## list of targets
@@ -122,8 +122,12 @@ endif
 demo: setup  ## end to end on two CPU cores, offline, in minutes
 	@$(PY) -m launch.demo $(ARGS)
 
-test: setup  ## tests, without the slow suites
-	$(TESTS) $(call in_two,$(VENV)) $(ARGS)
+# Unit tests, or the files that ARGS names.
+test: setup  ## unit tests: every module and command, on one or two processes
+	$(TESTS) $(call in_two,$(VENV)) $(if $(findstring tests/,$(ARGS)),,tests/unit) $(ARGS)
+
+test-integration: setup  ## runs of up to four processes: layouts, resumes, faults, Transformer Engine's layers; without the slow suites
+	$(TESTS) $(call in_two,$(VENV)) --ignore tests/unit $(ARGS)
 
 ifneq ($(MADE),)
 test-latest:  ## the tests under the newest megatron-core, where Python 3.12 or later is found

@@ -1,6 +1,6 @@
 """`make gpu`, whole, without a GPU: every part's command runs to its end over the stand-in, and writes what it should.
 
-So on the day a card is there, nothing is new but the card. `.ci/run` has it, `make test` has not: five minutes.
+So on the day a card is there, nothing is new but the card. `.ci/run` has it, `make test-integration` alone has not: five minutes.
 """
 
 from __future__ import annotations
