@@ -41,7 +41,7 @@ ENDINGS = (
     Ending(KILLED, "128 + N: a process was killed by signal N (out of memory, driver fault)", True,
            "another attempt may succeed"),
     Ending(PEER_LOST, "another process died or failed; the log names it", True, "the next attempt resumes"),
-    Ending(TERMINATED, "killed by SIGTERM, by which torchrun ends the others of a node", True,
+    Ending(TERMINATED, "killed by SIGTERM, which torchrun sends to the other processes of a node", True,
            "the next attempt resumes"),
     Ending(DONE, "the run is complete, or stopped by --exit-interval or --exit-duration-in-mins", False,
            "nothing is left to do"),
