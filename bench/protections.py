@@ -118,6 +118,7 @@ def tokens(prefix: Path, with_checksums: bool) -> Path:
     """Random tokens, as data_prep.tokenize_corpus or as another tool writes them."""
     import numpy as np
     import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     from megatron_a2d.data.checksums import (
         INDEX_CHECKSUM,
@@ -126,7 +127,6 @@ def tokens(prefix: Path, with_checksums: bool) -> Path:
         file_checksum,
         write_metadata,
     )
-    from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder
 
     random = np.random.default_rng(0)
     vocabulary, per_document = SHAPES["moe"]["mask_token_id"], 4 * SEQ_LENGTH

@@ -190,7 +190,7 @@ class Encoder:
 
 def classic(corpus: Path, tokenizer: Path, out: Path, workers: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from megatron_a2d.data.indexed_dataset import DType, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{out}.bin", dtype=DType.optimal_dtype(VOCABULARY))
     context = multiprocessing.get_context("spawn")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_tools.options import add_workers, check_streaming_options
+from checkpoints_tools.options import add_workers, check_paths, check_streaming_options
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.errors import UserError
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     check_streaming_options(options)
     if options.ema_decay is not None and not 0 < options.ema_decay < 1:
         raise UserError(f"--ema-decay {options.ema_decay}: must be above 0 and below 1")
+    check_paths(*options.checkpoints, out=options.out)
 
     from megatron_a2d.conversion.weight_averaging import average
 

@@ -9,9 +9,10 @@ model's loss by t. An interrupted run is resumed by the same command.
 
 from __future__ import annotations
 
-from checkpoints_tools.options import add_conversion_options, check_streaming_options
+from checkpoints_tools.options import add_conversion_options, check_paths, check_streaming_options
 from checkpoints_tools.verify import print_converted, print_lines, report_into
 from megatron_a2d.config.cli import Parser
+from megatron_a2d.conversion.hf_download import find_model
 from megatron_a2d.terminal.console import entry_point
 
 
@@ -21,12 +22,12 @@ def main(argv: list[str] | None = None) -> None:
     add_conversion_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)
+    check_paths(out=options.out)
+    model = find_model(options.hf_model)
 
     from megatron_a2d.checkpoint.tensor_rows import DTYPES
-    from megatron_a2d.conversion.hf_download import find_model
     from megatron_a2d.conversion.hf_to_torch_dist import convert
 
-    model = find_model(options.hf_model)
     lines: list[str] = []
     done = convert(
         model.directory,

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_tools.options import add_conversion_options, check_streaming_options
+from checkpoints_tools.options import add_conversion_options, check_paths, check_streaming_options
 from checkpoints_tools.verify import print_converted, print_lines, report_into
 from megatron_a2d.config.cli import Parser
+from megatron_a2d.conversion.hf_download import find_model
 from megatron_a2d.terminal.console import entry_point
 
 
@@ -37,13 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     add_conversion_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)
+    check_paths(out=options.out)
+    model = find_model(options.hf_model, with_weights=False) if options.hf_model else None
 
     from megatron_a2d.checkpoint.tensor_rows import DTYPES
-    from megatron_a2d.conversion.hf_download import find_model
     from megatron_a2d.conversion.hf_to_torch_dist import Options
     from megatron_a2d.conversion.megatron_to_torch_dist import convert_megatron
 
-    model = find_model(options.hf_model, with_weights=False) if options.hf_model else None
     lines: list[str] = []
     done = convert_megatron(
         options.megatron,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_tools.options import add_streaming_options, check_streaming_options, parse_size
+from checkpoints_tools.options import add_streaming_options, check_paths, check_streaming_options, parse_size
 from checkpoints_tools.verify import print_lines, report_into
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.families.registry import export_formats
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     add_streaming_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)
+    check_paths(options.checkpoint, out=options.out)
     max_shard_bytes = parse_size("--max-shard-size", options.max_shard_size)
     evaluation = read_json(options.evaluation, "the evaluation") if options.evaluation else None
 

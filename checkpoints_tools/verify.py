@@ -17,7 +17,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.config.cli import Parser
+from megatron_a2d.conversion.hf_download import find_model
 from megatron_a2d.terminal.console import entry_point, human, progress
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
@@ -40,13 +42,14 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if sum(given is not None for given in (options.hf_model, options.checkpoint, options.export)) != 2:
         raise UserError("--hf-model, --checkpoint, --export: two of them are compared; give exactly two")
+    hf = None if options.hf_model is None else find_model(options.hf_model).directory
+    if options.checkpoint:
+        resolve(options.checkpoint)  # both before torch's import, which takes seconds
 
     from megatron_a2d.conversion.compare_weights import compare_weights
-    from megatron_a2d.conversion.hf_download import find_model
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
     from megatron_a2d.conversion.workers import DEFAULT_WORKERS
 
-    hf = None if options.hf_model is None else find_model(options.hf_model).directory
     with ExitStack() as stack:
         opened = [stack.enter_context(open_hf(hf))] if hf else []
         opened += [stack.enter_context(open_checkpoint(options.checkpoint))] if options.checkpoint else []

@@ -19,11 +19,12 @@ import numpy as np
 
 from data_prep.encoders import token_dtype
 from megatron_a2d.data.checksums import INDEX_CHECKSUM, TABLE_CHECKSUM, BlockHasher, file_checksum, write_metadata
+from megatron_a2d.data.indexed_dataset import INTEGER_TYPES
 from megatron_a2d.utils.atomic_write import new_file
 from megatron_a2d.utils.errors import UserError
 
 SUFFIXES = (".bin", ".sums", ".json", ".idx")  # in the order in which they appear: the index completes a token file
-_DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+_DTYPE_CODES = {dtype: code for code, dtype in INTEGER_TYPES.items()}
 _CHUNK = 1 << 20
 
 

@@ -25,7 +25,7 @@ from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.validate import find_general_problems
 from megatron_a2d.data.blended_dataset import Source, SourceChoice, read_mixture
 from megatron_a2d.report.plots import read_log
-from megatron_a2d.terminal.console import PlainConsole, entry_point, hide_noise, human
+from megatron_a2d.terminal.console import PlainConsole, entry_point, human
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
@@ -51,11 +51,10 @@ class Use(NamedTuple):
 
 def uses(config: RunConfig, max_epochs: float) -> list[Use]:
     """How the run uses each source of its mixture. UserError with the problems of files that are there."""
-    from megatron_a2d.data.diffusion_samples import num_texts
     from megatron_a2d.data.packed_dataset import PackedDataset
 
     sources, length = read_mixture(str(config.data.data_mixture)), config.data.seq_length
-    counts = SourceChoice([source.weight for source in sources], config.data.seed).counts(num_texts(config))
+    counts = SourceChoice([source.weight for source in sources], config.data.seed).counts(config.num_texts)
     found, problems = [], []
     for source, count in zip(sources, counts, strict=True):
         there = None
@@ -169,7 +168,6 @@ def main(argv: list[str] | None = None) -> None:
     if not options.max_epochs > 0:
         raise UserError(f"--max-epochs {options.max_epochs:g}: must be positive; {MAX_EPOCHS:g} is usual")
     rate = speed(options.tokens_per_second) if options.tokens_per_second is not None else None
-    hide_noise()
     found = uses(config, options.max_epochs)
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     console.print(show(found))

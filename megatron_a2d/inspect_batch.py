@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--show {options.show}: must not be negative")
     if options.ckpt_step is not None and not options.model:
         raise UserError("--ckpt-step: has no effect without --model, whose iteration it names; add that")
-    hide_noise()
     model = _model_directory(options.file, options.model, options.ckpt_step)
+    hide_noise()
     samples, decode = read_samples(options.file, model, computes_losses=options.model is not None)
     show(samples, decode, options.show, PlainConsole(width=None if sys.stdout.isatty() else 120))
 

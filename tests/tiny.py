@@ -192,8 +192,7 @@ def declare_mask(directory: Path) -> None:
 def write_tokens(prefix: Path, num_documents: int, vocabulary: int, seed: int) -> None:
     """Random documents of 20 to 200 tokens."""
     import numpy as np
-
-    from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     random = np.random.default_rng(seed)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)

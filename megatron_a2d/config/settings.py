@@ -294,6 +294,12 @@ class RunConfig:
         return self.batch_sizes.samples_before(self.num_iterations)
 
     @property
+    def num_texts(self) -> int:
+        """Texts that the whole run reads, or passes over (--skip-samples)."""
+        samples = self.skipped.index_of(self.num_samples - 1) + 1
+        return samples // 2 if self.diffusion.complementary_masks else samples
+
+    @property
     def lr_schedule(self) -> LearningRateSchedule:
         """Lengths of the learning rate's phases, in samples with --train-samples or --train-tokens."""
         settings = self.optimization

@@ -47,12 +47,6 @@ class TextPairs:
         return self._texts.eod_token_id()
 
 
-def num_texts(config: RunConfig) -> int:
-    """Texts that the whole run reads, or passes over."""
-    samples = config.skipped.index_of(config.num_samples - 1) + 1
-    return samples // 2 if config.diffusion.complementary_masks else samples
-
-
 def make_sample(
     config: RunConfig, model_config: ModelConfig, dataset: Documents, noise_seed: int, for_training: bool = False
 ) -> MakeSample:

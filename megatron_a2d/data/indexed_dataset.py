@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import os
 import struct
-import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +23,13 @@ from megatron_a2d.data.checksums import BLOCK, INDEX_CHECKSUM, REWRITE, checksum
 from megatron_a2d.utils.atomic_write import regular
 from megatron_a2d.utils.errors import UserError
 
-with warnings.catch_warnings():
-    # Importing megatron.core without Transformer Engine warns once per module; the data needs neither.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+__all__ = ["INTEGER_TYPES", "TokenFile", "read_metadata"]
 
-__all__ = ["DType", "IndexedDatasetBuilder", "TokenFile", "read_metadata"]
-
+# The dtype code in an index -> the integers that it stands for: megatron.core's DType, whose import takes seconds.
+INTEGER_TYPES = {
+    code: np.dtype(name)
+    for code, name in {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}.items()
+}
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _CHUNK = 1 << 24  # items processed at a time: bounds memory, large enough for full speed
@@ -345,11 +344,11 @@ def _read_header(index_path: Path) -> tuple[np.dtype, int, int]:
     if len(header) < _HEADER.size:
         raise UserError(f"{index_path}: is truncated at {size} bytes; copy it again, or {REWRITE}")
     _, version, code, num_sequences, num_marks = _HEADER.unpack(header)
-    if version != 1 or code not in {dtype.value for dtype in DType if "int" in dtype.name}:
+    if version != 1 or code not in INTEGER_TYPES:
         raise UserError(f"{index_path}: version {version} with data type {code} is unknown; {REWRITE}")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_marks
     if size == expected + num_sequences and num_sequences:
         raise UserError(f"{index_path}: is a multimodal index, but only text is supported; {REWRITE}")
     if size != expected:
         raise UserError(f"{index_path}: has {size} bytes where its header says {expected}; copy it again, or {REWRITE}")
-    return np.dtype(DType.dtype_from_code(code)), num_sequences, num_marks
+    return INTEGER_TYPES[code], num_sequences, num_marks

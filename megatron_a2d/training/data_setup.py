@@ -14,7 +14,7 @@ from megatron_a2d.config.validate import NO_DATA
 from megatron_a2d.conversion.end_tokens import read_end_tokens
 from megatron_a2d.data.blended_dataset import MixedDataset, read_mixture
 from megatron_a2d.data.dataloader import MicroBatches
-from megatron_a2d.data.diffusion_samples import TextPairs, Texts, find_data_problems, make_sample, num_texts
+from megatron_a2d.data.diffusion_samples import TextPairs, Texts, find_data_problems, make_sample
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.tokenizer_fingerprint import find_foreign_tokens, vocabulary_of
 from megatron_a2d.utils.errors import UserError
@@ -43,7 +43,7 @@ def open_datasets(
     if data.data_mixture:
         sources = read_mixture(data.data_mixture)
         train_data = MixedDataset(sources, data.seq_length, seed=data.seed, **checks)
-        train_data.check_epochs(num_texts(config))
+        train_data.check_epochs(config.num_texts)
         valid_paths = {source.name: source.valid_path for source in sources if source.valid_path}
     elif data.train_data_path:
         train_data = PackedDataset(data.train_data_path, data.seq_length, seed=data.seed, **checks)

@@ -63,7 +63,7 @@ def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None)
     from megatron_a2d.checkpoint.torch_dist_reader import check_pickles, read_common
     from megatron_a2d.conversion.mask_token import choose_mask_token
     from megatron_a2d.conversion.sources import open_checkpoint
-    from megatron_a2d.data.diffusion_samples import make_sample, num_texts
+    from megatron_a2d.data.diffusion_samples import make_sample
     from megatron_a2d.training.data_setup import open_datasets
 
     start = find_start(config, report=_warn)
@@ -88,7 +88,7 @@ def check_run(config: RunConfig, processes: int, cluster: Cluster | None = None)
     if not start.weights_only and (problems := differences(config, start.directory)):
         raise UserError(problems)
     make_sample(config, model_config, train_data, data.seed)
-    epochs = train_data.epochs(num_texts(config))
+    epochs = train_data.epochs(config.num_texts)
     return Checked(start, model_config, config, placement, epochs)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from checkpoints_tools import convert_hf
 from data_prep import inspect_dataset
@@ -21,7 +22,7 @@ from megatron_a2d import train
 from megatron_a2d.checkpoint.directory import RUN_CONFIG
 from megatron_a2d.data.background_scan import BackgroundScan
 from megatron_a2d.data.blended_dataset import MixedDataset, read_mixture
-from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
+from megatron_a2d.data.indexed_dataset import TokenFile
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_hf

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import build
 from megatron_a2d.data.blended_dataset import MixedDataset, Source, SourceChoice, read_mixture
 from megatron_a2d.data.dataloader import MicroBatches
 from megatron_a2d.data.diffusion_samples import attention_segments, make_sample, positions_within
-from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.diffusion.corruption import corrupt
 from megatron_a2d.diffusion.rng import Noise, random_cut

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_a2d.config.settings import build
 from megatron_a2d.data.dataloader import make_batch
-from megatron_a2d.data.diffusion_samples import TextPairs, num_texts
+from megatron_a2d.data.diffusion_samples import TextPairs
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt
 from megatron_a2d.diffusion.rng import Noise
@@ -73,4 +73,4 @@ def test_each_text_twice_in_a_row() -> None:
     assert batch.labels[:, 0].tolist() == [2, 2, 3, 3] and batch.documents is not None
     assert batch.documents[:, 0].tolist() == [20, 20, 30, 30] and pairs.eod_token_id() == 3
     run = {"train_iters": 4, "global_batch_size": 2}
-    assert (num_texts(build({**run, "complementary_masks": True})), num_texts(build(run))) == (4, 8)
+    assert (build({**run, "complementary_masks": True}).num_texts, build(run).num_texts) == (4, 8)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_a2d.data.dataloader import Batch, MicroBatches, make_batch, write_batch
-from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt, next_token
 from megatron_a2d.diffusion.rng import Noise

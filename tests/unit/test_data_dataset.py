@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.permutation import Permutation
 from megatron_a2d.utils.errors import UserError

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from launch import unigram_baseline
 from launch.unigram_baseline import unigram_counts, unigram_entropy
 from megatron_a2d.data import indexed_dataset
-from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
+from megatron_a2d.data.indexed_dataset import INTEGER_TYPES, TokenFile
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.utils.errors import UserError
 from tests.unit import token_files
@@ -34,6 +34,11 @@ def test_reads_what_megatron_wrote(tmp_path, dtype):
     assert [file.document_of(position) for position in (0, 2, 3, 4, 5, 6, 11)] == [0, 0, 2, 3, 3, 4, 4]
     theirs = IndexedDataset(prefix)  # held: its arrays must not be touched after it
     assert [file.document(n).tolist() for n in range(5)] == [part.tolist() for part in theirs[:]]
+
+
+def test_dtype_codes_are_megatrons() -> None:
+    theirs = {dtype.value: np.dtype(DType.dtype_from_code(dtype.value)) for dtype in DType}
+    assert {code: dtype for code, dtype in theirs.items() if dtype.kind in "iu"} == INTEGER_TYPES
 
 
 def test_documents_of_several_sequences(tmp_path):

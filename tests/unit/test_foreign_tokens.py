@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
 from checkpoints_tools import convert_hf
@@ -21,7 +22,7 @@ from megatron_a2d.config.settings import build
 from megatron_a2d.data.background_scan import BackgroundScan
 from megatron_a2d.data.dataloader import MicroBatches
 from megatron_a2d.data.diffusion_samples import make_sample
-from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
+from megatron_a2d.data.indexed_dataset import TokenFile
 from megatron_a2d.data.packed_dataset import PackedDataset
 from megatron_a2d.data.tokenizer_fingerprint import recorded_vocabulary, vocabulary_in, vocabulary_of
 from megatron_a2d.utils.errors import UserError

@@ -187,6 +187,36 @@ def test_what_settings_show_does_not_wait_for_torch(module: str, arguments: str,
     assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("checkpoints_tools.convert_hf", "--hf-model /nowhere --out x", "/nowhere: no such directory"),
+        ("checkpoints_tools.convert_hf", "--hf-model docs --out tests", "--out tests: already exists"),
+        ("checkpoints_tools.convert_megatron", "--megatron x --out tests", "--out tests: already exists"),
+        ("checkpoints_tools.export_hf", "--checkpoint docs --out x", "docs: contains no latest"),
+        ("checkpoints_tools.average", "--checkpoints /nowhere docs --out x", "/nowhere: no such directory"),
+        ("checkpoints_tools.inspect", "--checkpoint /nowhere", "/nowhere: no such directory"),
+        ("checkpoints_tools.verify", "--checkpoint /nowhere --export docs", "/nowhere: no such directory"),
+        ("data_prep.inspect_dataset", "--data-path /nowhere", "/nowhere: there is no nowhere.idx"),
+        ("data_prep.mixture_dry_run", "--data-mixture /nowhere", "--data-mixture /nowhere: is missing"),
+        (
+            "data_prep.tokenize_corpus",
+            "--input /nowhere --tokenizer /nowhere --output-prefix x",
+            "/nowhere does not exist",
+        ),
+        ("megatron_a2d.inspect_batch", "/nowhere", "/nowhere: there is no such file"),
+    ],
+)
+def test_what_paths_show_does_not_wait_for_torch(module: str, arguments: str, words: str) -> None:
+    run = "from megatron_a2d.terminal.console import entry_point; entry_point(main.main)"
+    program = (
+        f"import sys, {module} as main\ntry: {run}\nfinally: assert not {{'torch', 'megatron'}} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", program, *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
 def test_extras_are_installed_from_the_clone() -> None:
     """There is no package of this name on the public index."""
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *PACKAGE.rglob("*.py"), *ROOT.glob("data_prep/*.py")]

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from data_prep import inspect_dataset
 from data_prep.encoders import open_encoder
-from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder
 from tests.unit import stdlib_tokenizer
 from tests.unit.stdlib_tokenizer import VOCAB_SIZE, problem, tokenize
 

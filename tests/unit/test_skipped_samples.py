@@ -14,7 +14,6 @@ from megatron_a2d.config.batch_schedule import batch_schedule
 from megatron_a2d.config.settings import build
 from megatron_a2d.config.skipped_samples import SkippedSamples
 from megatron_a2d.data.dataloader import MicroBatches
-from megatron_a2d.data.diffusion_samples import num_texts
 from megatron_a2d.diffusion.corruption import next_token
 from megatron_a2d.training.resume import with_skipped
 from megatron_a2d.utils.errors import UserError
@@ -120,8 +119,8 @@ def test_a_sample_is_what_it_is_without_the_others() -> None:
 
 def test_texts_of_the_whole_run() -> None:
     run = {"global_batch_size": 8, "train_iters": 4}
-    assert num_texts(build(run)) == 32 and num_texts(build({**run, "skip_samples": ("8-15", "900-999")})) == 40
-    assert num_texts(build({**run, "skip_samples": ("8-15",), "complementary_masks": True})) == 20
+    assert build(run).num_texts == 32 and build({**run, "skip_samples": ("8-15", "900-999")}).num_texts == 40
+    assert build({**run, "skip_samples": ("8-15",), "complementary_masks": True}).num_texts == 20
 
 
 @pytest.mark.parametrize(

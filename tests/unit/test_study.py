@@ -251,8 +251,9 @@ def test_plans_are_valid_runs_of_any_size(name: str) -> None:
 
 def test_facts_are_what_always_follows(tmp_path: Path) -> None:
     import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder, TokenFile
+    from megatron_a2d.data.indexed_dataset import TokenFile
 
     write_tokens(tmp_path / "noise", 2, 200, seed=0)
     fact, exception, loop = [1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 16], [21] * 12

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_a2d.data import checksums
-from megatron_a2d.data.indexed_dataset import IndexedDatasetBuilder
 
 DOCUMENTS = [[5, 6, 7], [], [1], [2, 3], [9, 8, 7, 6, 5, 4]]
 
