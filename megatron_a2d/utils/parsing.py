@@ -107,7 +107,9 @@ class _AliasLoader(_Loader):
 
 
 def _number(loader: _Loader, node: Any) -> Any:
-    if len(node.value) > LONGEST_NUMBER:  # YAML 1.1's base 60 numbers (1:30:00) take quadratic time
+    if ":" in node.value:  # 1:30, a schedule here, is 90 in YAML 1.1 (base 60) and text in 1.2
+        return node.value
+    if len(node.value) > LONGEST_NUMBER:
         raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
     is_int = node.tag == "tag:yaml.org,2002:int"
     return loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
