@@ -39,6 +39,7 @@ from megatron_a2d.terminal.console import console as progress_console
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_text
 
+LARGEST = 1e9  # hours, minutes, dollars or GB/s that a flag may name
 # Settings of all GPU recipes, for a plan without a recipe.
 WITHOUT_RECIPE = {
     "training": {"bf16": True},
@@ -148,8 +149,8 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         raise UserError(missing)
     if not 1 <= options.gpus <= MOST_PROCESSES:
         raise UserError(f"--gpus {options.gpus}: a run needs at least 1, and at most {MOST_PROCESSES:,} are supported")
-    if options.price is not None and not options.price > 0:
-        raise UserError(f"--price {options.price}: must be positive")
+    if options.price is not None and not 0 < options.price <= LARGEST:
+        raise UserError(f"--price {options.price:g}: must be above 0 to {LARGEST:g} dollars; correct it")
     cluster = read_cluster(options.cluster)
     return dataclasses.replace(cluster, price_per_gpu_hour=options.price) if options.price else cluster
 
@@ -167,8 +168,11 @@ def _names_a_run(options: argparse.Namespace) -> bool:
 def _failures(options: argparse.Namespace) -> Failures:
     given = Failures(options.node_mtbf_hours, options.restart_minutes, options.storage_gb_per_s)
     for name, value in given._asdict().items():
-        if value is not None and not (value > 0 or (name == "restart_minutes" and value == 0)):
-            raise UserError(f"{flag(name)} {value:g}: must be positive; correct it")
+        may_be_0 = name == "restart_minutes"
+        if value is not None and not (0 < value <= LARGEST or (may_be_0 and value == 0)):
+            raise UserError(
+                f"{flag(name)} {value:g}: must be {'0' if may_be_0 else 'above 0'} to {LARGEST:g}; correct it"
+            )
     if not options.run and given != Failures():
         raise UserError("--node-mtbf-hours, --restart-minutes, --storage-gb-per-s: are only valid with --run; add it")
     return given

@@ -110,9 +110,10 @@ def test_nodes_that_fail_too_often_are_refused(plans) -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--run", "--node-mtbf-hours", "0"], "--node-mtbf-hours 0: must be positive"),
-        (["--run", "--restart-minutes", "-1"], "--restart-minutes -1: must be positive"),
-        (["--run", "--storage-gb-per-s", "0"], "--storage-gb-per-s 0: must be positive"),
+        (["--run", "--node-mtbf-hours", "0"], "--node-mtbf-hours 0: must be above 0 to 1e+09"),
+        (["--run", "--node-mtbf-hours", "1e305"], "--node-mtbf-hours 1e+305: must be above 0 to 1e+09"),
+        (["--run", "--restart-minutes", "-1"], "--restart-minutes -1: must be 0 to 1e+09"),
+        (["--run", "--storage-gb-per-s", "0"], "--storage-gb-per-s 0: must be above 0"),
         (["--run", "--node-mtbf-hours", "nan"], "--node-mtbf-hours"),
         (["--node-mtbf-hours", "10"], "are only valid with --run"),
         (["--run", "--cluster", "b200"], "--gpus: is missing"),
