@@ -73,16 +73,11 @@ def measure(
     directory: Path, names: Iterable[str], num_threads: int = _THREADS, algorithm: str = "xxh3"
 ) -> dict[str, Entry]:
     """Read the files `names` (relative to `directory`) once, several at a time; with num_threads=1 in this thread."""
-    return _measure_all(directory, dict.fromkeys(names, algorithm), num_threads)
-
-
-def _measure_all(directory: Path, algorithms: Mapping[str, str], num_threads: int = _THREADS) -> dict[str, Entry]:
-    """The same with an algorithm for each file."""
+    names = list(names)
     if num_threads == 1:
-        return {name: _measure(directory / name, algorithm) for name, algorithm in algorithms.items()}
+        return {name: _measure(directory / name, algorithm) for name in names}
     with ThreadPoolExecutor(num_threads) as pool:
-        entries = pool.map(lambda item: _measure(directory / item[0], item[1]), algorithms.items())
-        return dict(zip(algorithms, entries, strict=True))
+        return dict(zip(names, pool.map(lambda name: _measure(directory / name, algorithm), names), strict=True))
 
 
 def write_manifest(directory: Path, known: dict[str, Entry] | None = None, num_threads: int = _THREADS) -> None:
@@ -101,23 +96,29 @@ def check_manifest(directory: Path, checksums: bool = True) -> list[str]:
         expected = read_manifest(directory)
     except UserError as error:
         return [str(error)]
-    problems: list[str] = []
-    same_size: dict[str, str] = {}  # file -> algorithm
-    for name, entry in expected.items():
-        path = directory / name
-        if ".." in PurePath(name).parts or PurePath(name).is_absolute():
-            problems.append(f"{directory / MANIFEST}: names {name!r}, which lies outside the directory")
-        elif not path.is_file():
-            problems.append(f"{path}: is missing")
-        elif (size := path.stat().st_size) != entry.size:
-            problems.append(f"{path}: has {size} bytes, not {entry.size}")
-        else:
-            same_size[name] = entry.algorithm
-    for name, found in _measure_all(directory, same_size).items() if checksums else ():
-        if found.checksum != expected[name].checksum:
-            title, _ = ALGORITHMS[found.algorithm]
-            problems.append(f"{directory / name}: is damaged ({title} {found.checksum}, not {expected[name].checksum})")
-    return problems
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda item: _problem(directory, item[0], item[1], checksums), expected.items())
+        return [problem for problem in found if problem]
+
+
+def _problem(directory: Path, name: str, entry: Entry, checksum: bool) -> str:
+    """How a file differs from its entry, '' if it does not. A run may delete the checkpoint meanwhile."""
+    path = directory / name
+    if ".." in PurePath(name).parts or PurePath(name).is_absolute():
+        return f"{directory / MANIFEST}: names {name!r}, which lies outside the directory"
+    try:
+        if not path.is_file():
+            return f"{path}: is missing"
+        if (size := path.stat().st_size) != entry.size:
+            return f"{path}: has {size} bytes, not {entry.size}"
+        found = _measure(path, entry.algorithm) if checksum else entry
+    except FileNotFoundError:
+        return f"{path}: is missing"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    if found.checksum == entry.checksum:
+        return ""
+    return f"{path}: is damaged ({ALGORITHMS[found.algorithm][0]} {found.checksum}, not {entry.checksum})"
 
 
 def read_manifest(directory: Path) -> dict[str, Entry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import zlib
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_a2d.checkpoint import manifest
 from megatron_a2d.checkpoint.directory import TRACKER
 from megatron_a2d.checkpoint.manifest import MANIFEST, Entry, check_manifest, list_files, write_manifest
 from megatron_a2d.config.settings import build
@@ -82,6 +84,27 @@ def test_a_damaged_manifest_is_named(content: str | None, directory: Path) -> No
         (directory / MANIFEST).write_text(content)
     (line,) = check_manifest(directory)
     assert line.startswith(f"{directory / MANIFEST}: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file"), "is missing"),
+        (OSError(errno.EIO, "Input/output error"), "cannot be read (Input/output error)"),
+    ],
+)
+def test_files_that_vanish_or_cannot_be_read_are_named(
+    error: OSError, words: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run deletes old checkpoints while another process looks at them; disks fail."""
+
+    def fails(path: Path, *_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(manifest, "_measure", fails)
+    names = manifest.read_manifest(directory)
+    assert check_manifest(directory) == [f"{directory / name}: {words}" for name in names]
+    assert check_manifest(directory, checksums=False) == []
 
 
 def test_all_problems_are_listed(directory: Path) -> None:
