@@ -1,7 +1,7 @@
-"""Writer of token files: Megatron's .bin and .idx, byte-identical to megatron.core's, with our description and
-checksums (megatron_a2d/data/checksums.py). Memory does not grow with the number of documents.
+"""Writer of token files: Megatron's .bin and .idx, with our description and checksums (data/checksums.py).
 
-It does without megatron.core, whose import alone takes seconds; a test compares the bytes.
+Memory does not grow with the number of documents. megatron.core, whose import alone takes seconds, is not used; a test
+checks that the bytes are those that it would write.
 """
 
 from __future__ import annotations

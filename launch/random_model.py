@@ -11,7 +11,7 @@ from megatron_a2d.terminal.console import console, human
 
 
 def write_untrained_model(directory: Path, tokenizer: Path, **shape: Any) -> None:
-    """`shape`: keys of config.json."""
+    """Write a model with random weights; `shape`: keys of config.json."""
     import torch
     from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.utils import logging

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.run and found.fitting:
         chosen = own if own and own.fits else found.fitting[0]
         console.print(plan_table.from_rows(*run_forecast.table([chosen], failures)))
-    console.print(plan_table.why_others_fall(found))
+    console.print(plan_table.rejected_layouts(found))
     if options.all:
         wide = PlainConsole(width=max(console.width, 400))
         wide.print(plan_table.all_layouts(found))

@@ -1,4 +1,4 @@
-"""run_config.yaml, which Megatron-Bridge asks for beside a checkpoint's tensors: how it builds the model.
+"""run_config.yaml, which Megatron-Bridge requires next to a checkpoint's tensors: the settings to build the model with.
 
 Bridge (`load_megatron_model`, `AutoBridge`) instantiates `model`, asks `checkpoint` whether there is optimizer state
 that it could load (ours has a form of its own), and takes the tokenizer from `tokenizer`. Names and defaults are those

@@ -1,4 +1,4 @@
-"""Memory that a forked process gets: a copy of what it is to write, and not what training changes.
+"""Memory of a forked process: copies of the tensors that it is to write, and no access to those that training changes.
 
 A fork shares all pages, and whoever changes one copies it first, in a page fault of its own. After a fork that shares
 them, one step of a training process on CPUs does that for all of its weights, gradients and optimizer state. It costs
@@ -19,7 +19,7 @@ _ALIGNMENT = 64  # bytes
 
 
 def copy_to_mapping(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of host tensors in a mapping of their own, which is returned to the system with the last of them."""
+    """Copies of host tensors in a separate memory mapping, which is freed together with the last of them."""
     starts, end = [], 0
     for tensor in tensors:
         starts.append(end)
@@ -39,7 +39,7 @@ def copy_to_mapping(tensors: list[Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def not_inherited(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Processes that are forked in this context have no memory where the `tensors` are: to read them would end these.
+    """Context whose forked processes do not inherit the memory of `tensors`: reading it there would end the process.
 
     Of each tensor's storage that holds for its whole pages. On Linux; elsewhere, and for tensors that are not in host
     memory, it does nothing.

@@ -41,7 +41,7 @@ class ExpertPlacement:
         return size > 1 and (size % made_for == 0 or made_for % size == 0)
 
     def describe(self, size: int) -> str:
-        """The line of a run with `size` expert-parallel ranks."""
+        """The log line of a run with `size` expert-parallel ranks."""
         made_for = f"made for EP {self.expert_model_parallel_size} at iteration {self.measured_at_iteration}"
         if not self.applies_to(size):
             return f"expert placement: {made_for}, not applied under EP {size}"
@@ -91,7 +91,7 @@ def identity(directory: Path) -> str:
 
 
 def carried(placement: ExpertPlacement, entries: Mapping[str, Entry]) -> ExpertPlacement:
-    """`placement` in a new checkpoint of the run, whose files have the `entries`."""
+    """`placement` for a new checkpoint of the run, whose manifest has the `entries`."""
     return replace(placement, checkpoint=_digest(entries))
 
 

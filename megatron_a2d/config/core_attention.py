@@ -1,4 +1,4 @@
-"""Whose core attention Transformer Engine's layers have: its own, or ours for masks that it cannot express."""
+"""Choice of core attention in Transformer Engine's layers: its own, or ours for masks that it cannot express."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def own_attention_reason(config: RunConfig) -> str | None:
 
 
 def own_attention_problems(config: RunConfig) -> Iterator[str]:
-    """What does not go with our core attention in Transformer Engine's layers."""
+    """Settings that our core attention in Transformer Engine's layers does not support."""
     performance, reason = config.performance, own_attention_reason(config)
     if reason is None:
         return

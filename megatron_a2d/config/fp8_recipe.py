@@ -1,4 +1,4 @@
-"""Which FP8 or FP4 scaling a GPU gets, in which format, and whether it is emulated.
+"""Choice of FP8 or FP4 scaling for a GPU: recipe and format, and whether they are emulated.
 
 mxfp8      one scale per block of 32, in hardware on 10.x and 11.x; e4m3 forward and backward
 blockwise  one scale per 128 x 128 block of a weight and 1 x 128 of an activation (DeepSeek-V3); e4m3 both

@@ -23,7 +23,7 @@ _FIRST_VERSIONS = (
 
 
 def find_version_problems(config: RunConfig) -> list[str]:
-    """A line for each setting that needs a newer package, or one that is no requirement of this one."""
+    """A line for each setting that needs a newer version of a package, or an optional package."""
     project = config.training.wandb_project
     without_wandb = (
         f"--wandb-project {project}: needs the package wandb, which is not installed; install it, or remove this"

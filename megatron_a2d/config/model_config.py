@@ -21,7 +21,7 @@ MOST_EXPERTS = 1_000_000  # of all layers together
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes are counts of elements; `num_experts` is 0 for a dense model."""
+    """Architecture of a model. Sizes are counts of elements; `num_experts` is 0 for a dense model."""
 
     num_layers: int
     hidden_size: int

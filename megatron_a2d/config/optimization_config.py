@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 
 class LearningRateSchedule(NamedTuple):
-    """Lengths, all in iterations or all in samples."""
+    """Lengths of the learning rate's phases, all in iterations or all in samples."""
 
     total: int
     warmup: int

@@ -1,4 +1,4 @@
-"""Samples that a run leaves out (--skip-samples), as ranges of indices.
+"""Samples that a run skips (--skip-samples), as ranges of indices.
 
 A sample is a function of its index, so leaving some out changes no other one: the run reads the samples that remain, in
 their order. Its place in the run (as `consumed_samples` counts) and its index are functions of one another.
@@ -65,7 +65,7 @@ class SkippedSamples:
         return tuple(map(str, self.ranges))
 
     def index_of(self, place: int) -> int:
-        """Index of the sample that is read at this place, counted from 0."""
+        """Index of the sample that the run reads as number `place`, counted from 0."""
         for item in self.ranges:
             if place < item.first:
                 break
@@ -73,7 +73,7 @@ class SkippedSamples:
         return place
 
     def place_of(self, index: int) -> int:
-        """Samples that are read before the sample `index`: its place, unless it is skipped itself."""
+        """Number of samples that the run reads before the sample `index`: its `place`, unless it is skipped itself."""
         return index - sum(min(item.last + 1, index) - item.first for item in self.ranges if item.first < index)
 
     def with_more(self, more: SkippedSamples, consumed: int) -> SkippedSamples:

@@ -9,7 +9,7 @@ from megatron_a2d.config.settings import ALTERNATIVES, RunConfig, flag
 
 
 def find_length_problems(config: RunConfig) -> list[str]:
-    """Problems without which the run has a number of iterations and a batch size for each of them."""
+    """Problems that leave the number of iterations, or the batch size of one, undefined."""
     given = [value for name in ALTERNATIVES[0] if (value := getattr(config.training, name)) is not None]
     problems = list(_batch_size_problems(config))
     if not given:
@@ -87,7 +87,7 @@ def changes_batch_size(config: RunConfig) -> bool:
 
 
 def find_undividable(sizes: BatchSchedule, micro_batch_size: int, dp: int, stages: int) -> list[str]:
-    """The first problem of a schedule's batches over `dp` data-parallel ranks; one line, or none.
+    """The first batch size of a schedule that `dp` data-parallel ranks cannot divide: one line, or none.
 
     `stages`: pipeline stages whose number must divide the number of micro-batches (the interleaved schedule), or 1.
     """

@@ -63,7 +63,7 @@ class AuxLossCoefficient(NamedTuple):
 
 
 def aux_loss_coefficient(config: Mapping[str, Any], model_config: ModelConfig) -> AuxLossCoefficient | None:
-    """None for a dense model, or a config.json without a coefficient.
+    """The coefficient in a source's config.json; None for a dense model, or without one.
 
     Hugging Face's loss pools the tokens of all L layers, and is k, the experts per token, at balance; ours
     (model/load_balancing.py) is a sum over layers, of 1 each.

@@ -47,7 +47,7 @@ def refusals(family: Family, a: ModelConfig, trained: Trained) -> list[str]:
 
 
 def came_in_form(source: Mapping[str, Any], family: Family) -> bool:
-    """Whether the config.json that a checkpoint was converted with is of the family."""
+    """Whether a checkpoint was converted from a model in the family's form, by the config.json that it kept."""
     return kind_of(source, "the checkpoint's hf/config.json").family is family
 
 

@@ -29,7 +29,7 @@ _NO_VOCABULARY = (AttributeError, LookupError, TypeError, ValueError)
 
 
 class Vocabulary(NamedTuple):
-    """Which tokens a tokenizer gives."""
+    """The tokens that a tokenizer can produce."""
 
     fingerprint: str  # of all (id, token) but the added ones, 16 hexadecimal digits
     added: dict[int, str]  # special tokens and the like, by their ids
@@ -40,7 +40,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_of(tokenizer: Path) -> Vocabulary | None:
-    """Of a tokenizer.json, a sentencepiece .model, or a directory with one of them or a vocab.json; None without."""
+    """Vocabulary of a tokenizer.json, sentencepiece .model, or directory with either or a vocab.json; None without."""
     candidates = [tokenizer]
     if tokenizer.is_dir():
         candidates = [tokenizer / "tokenizer.json", tokenizer / "vocab.json", *sorted(tokenizer.glob("*.model"))]
@@ -59,7 +59,7 @@ def vocabulary_of(tokenizer: Path) -> Vocabulary | None:
 
 
 def vocabulary_in(content: dict[str, Any]) -> Vocabulary:
-    """Of what a tokenizer.json holds."""
+    """Vocabulary of a parsed tokenizer.json."""
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     added = {item["id"]: item["content"] for item in content.get("added_tokens") or []}
@@ -90,7 +90,7 @@ def _pieces(path: Path) -> list[str]:
 
 
 def recorded_vocabulary(file: Described) -> Vocabulary | None:
-    """The vocabulary of a token file's description; where it has only the tokenizer's path, of what lies there."""
+    """The vocabulary in a token file's description; if it has only a path, that of the tokenizer there."""
     metadata = file.metadata
     if isinstance(fingerprint := metadata.get("vocabulary"), str):
         try:

@@ -78,7 +78,7 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
-    """UserError with all problems."""
+    """Parse the command line and its --config file; UserError with all problems."""
     given = _parser().parse_args(argv)
     problems: list[str] = []
     layout = given_settings(given, LAYOUT, problems)

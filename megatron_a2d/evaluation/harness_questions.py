@@ -20,7 +20,7 @@ _BY_SUM, _BY_CHARACTERS, _BY_BYTES = ("acc", "f1", "mcc", "exact_match"), ("acc_
 def questions_of(
     instances: Sequence[Any], tasks: Mapping[str, Any], pairs: Sequence[Pair], mc_num: int
 ) -> dict[tuple[int, ...], Question]:
-    """Questions by the numbers of their requests, of which other requests are no part.
+    """Multiple-choice questions, each as the numbers of its requests; other requests are not included.
 
     instances: lm-eval's `Instance`s. tasks: its tasks by name. pairs: the requests' tokens.
     """

@@ -1,1 +1,1 @@
-"""Model families: what of a config.json and of its tensors is peculiar to each, as data. One file a family."""
+"""Model families, described as data: what is particular to each one's config.json and tensors. One file per family."""

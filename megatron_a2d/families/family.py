@@ -54,7 +54,7 @@ class PublicCode:
 
 @dataclass(frozen=True)
 class Family:
-    """A setting that is None varies within the family, and is read from config.json."""
+    """A model family. A setting that is None varies within the family, and is read from config.json."""
 
     title: str
     model_types: tuple[ModelType, ...]

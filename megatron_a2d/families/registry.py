@@ -33,7 +33,7 @@ _VARIANT = re.compile(r"-(?:Base|Instruct|Thinking|[Cc]hat|cpGRPO|hf)(?=-|$)|-\d
 
 
 class Kind(NamedTuple):
-    """What a config.json is of."""
+    """The family and model type of a config.json."""
 
     family: Family
     model_type: ModelType
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
         return self.family.keys.get(setting) or _SPELLINGS.get(setting) or (setting,)
 
     def absent(self, setting: str, default: Any, config: Mapping[str, Any]) -> Any:
-        """What a model takes for a setting without value: its class's choice for a missing key, else `default`."""
+        """The value of a setting that config.json lacks: the one that the model's class assumes, else `default`."""
         keys = self.spellings(setting)
         return default if any(key in config for key in keys) else self.model_type.absent.get(keys[0], default)
 
@@ -87,7 +87,7 @@ def is_diffusion_family(config: Mapping[str, Any]) -> bool:
 
 
 def twin_remedy(config: Mapping[str, Any]) -> str:
-    """How to say that a config.json which reads as an autoregressive model is of a diffusion model, or nothing."""
+    """Remedy for a config.json that reads as an autoregressive model but may be a diffusion model's; '' for others."""
     return "".join(
         f'; if it is {family.title}, use its own tokenizer, or write "objective": "mdlm" into its config.json'
         for family in _twins(config)
@@ -168,7 +168,7 @@ def published_config(name: str) -> dict[str, Any] | None:
 
 
 def with_layers(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """A config.json of as many layers."""
+    """`config` with another number of layers."""
     kind = kind_of(config, "the configuration")
     lists = {key: [value] * num_layers for key, value in kind.family.per_layer.items() if key in config}
     return {**config, **lists, kind.spellings("num_hidden_layers")[0]: num_layers}

@@ -92,7 +92,7 @@ def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **default
 
 
 def check_model(directory: str, layout: dict[str, Any]) -> None:
-    """What shows without torch, whose import is slow. UserError where nothing is; for a layout of an export."""
+    """Checks before torch's slow import. UserError for a missing directory, or flags of a layout with an export."""
     if not Path(directory).is_dir():
         raise UserError(f"--model {directory}: there is no such directory; give one that export_hf wrote")
     if layout and not is_checkpoint(Path(directory)):

@@ -1,4 +1,4 @@
-"""Self-attention of the portable layers: megatron's, with few passes over memory between its products on a CPU.
+"""Self-attention of the local layers: megatron's, with few passes over memory between its products on a CPU.
 
 Norms of queries and keys, where the model has them, and rotary embedding (Su et al. 2021) are one autograd function,
 whose input is the QKV tensor and whose outputs are what attention reads: `normed_and_rotated`, or `rotated`. Shapes:
@@ -18,7 +18,7 @@ from megatron_a2d.model.rms_norm import backward_of_norm, inverse_rms
 
 
 class LocalSelfAttention(SelfAttention):
-    """megatron.core's self-attention."""
+    """megatron.core's self-attention, for the local layers."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Any]:
         """`rotary_pos_emb` among the options: angles [s, 1 or b, 1, d]."""
@@ -49,7 +49,7 @@ def normed_and_rotated(
 
 
 def rotated(qkv_sbgmd: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without norms."""
+    """As `normed_and_rotated`, without norms."""
     query, key, value = _Rotated.apply(qkv_sbgmd, *_turns(angles, qkv_sbgmd))
     return query.flatten(2, 3), key.flatten(2, 3), value
 

@@ -1,4 +1,4 @@
-"""Linear layers of the portable implementation: megatron's, with the matrix products that are fastest on a CPU.
+"""Linear layers of the local implementation: megatron's, with the matrix products that are fastest on a CPU.
 
 On a CPU the products with the weight are oneDNN's (a tenth faster than MKL's on AMD's processors), and the weight's
 gradient is added to megatron's main_grad as it is computed. On a GPU they are megatron's. Shapes: x [..., i], W [o, i].

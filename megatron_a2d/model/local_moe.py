@@ -1,4 +1,4 @@
-"""MoE layer of the portable implementation: megatron's, with fewer copies of tokens where one rank holds all experts.
+"""MoE layer of the local implementation: megatron's, with fewer copies of tokens where one rank holds all experts.
 
 megatron.core's dispatcher gathers each expert's tokens, exchanges them, and adds the outputs up with scatter_add.
 Shapes: T tokens, E experts, R rows, the choices by expert and then by token, h hidden.

@@ -22,7 +22,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the same shape and type as `x`."""
+        """x normed, of its shape and type."""
         if x.device.type != "cpu":
             return super().forward(x)
         return _Norm.apply(x, self.weight, self.eps)

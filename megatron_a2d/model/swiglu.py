@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def swiglu(inner: Tensor, weights: Tensor | None = None) -> Tensor:
-    """[..., f]. `weights` [...] fp32 multiply the rows."""
+    """silu(gate) * up, [..., f]; `weights` [...] fp32 multiply the rows."""
     if inner.device.type == "cpu":
         return _SwiGLU.apply(inner, weights)
     if weights is None:

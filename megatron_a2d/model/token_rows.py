@@ -1,4 +1,4 @@
-"""Rows of tokens on a CPU: each token copied to the rows that it was chosen for, and summed from them.
+"""Dispatch and combine of tokens on a CPU: a token is copied to a row per chosen expert, and its rows are summed.
 
 The two are each other's transpose, so that each is the other's gradient, and both read whole rows in the order in which
 they write. Shapes: T tokens, R rows, h hidden.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """The chosen ones among pairs of a column and a token, column by column."""
+    """The chosen pairs of a column (an expert) and a token, column by column."""
 
     token: Tensor  # [R], of each row
     order: Tensor  # [R], the rows of token 0, of token 1, ...

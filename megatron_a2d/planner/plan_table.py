@@ -109,14 +109,14 @@ def _parts(heading: str, plans: Iterable[str], values: dict[str, dict[str, float
 
 
 def from_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of the cells of a Markdown one."""
+    """A terminal table from the cells of a Markdown table."""
     table = Table(*head)
     for row in rows:
         table.add_row(*(cell.strip("*`") for cell in row))
     return table
 
 
-def why_others_fall(found: Search) -> Table:
+def rejected_layouts(found: Search) -> Table:
     """Table of the rejected layouts: their number by reason, each with its best layout."""
     table = Table("why not", "layouts", "best of them")
     table.columns[1].justify = "right"

@@ -28,11 +28,11 @@ class Routing:
 
     @classmethod
     def of(cls, mean: float, peak: float | None = None) -> Routing:
-        """The same for any number of ranks."""
+        """The same imbalance for any number of ranks."""
         return cls(((2, RankImbalance(mean, mean if peak is None else peak)),))
 
     def at(self, num_ranks: int) -> RankImbalance:
-        """For `num_ranks` ranks; if it is not known, for the next larger known number, else the largest one."""
+        """Imbalance for `num_ranks` ranks; if unknown, for the next larger known number, else the largest one."""
         if num_ranks == 1:
             return EVEN
         return next((found for size, found in self.by_ranks if size >= num_ranks), self.by_ranks[-1][1])

@@ -1,4 +1,4 @@
-"""A long run on paper: days with failures, the best checkpoint interval, hours lost, disk.
+"""Forecast of a long run: days with failures, the best checkpoint interval, hours lost, disk space.
 
 Failures are a Poisson process over all nodes, as in Young (1974, "A first order approximation to the optimum checkpoint
 interval", CACM 17(9)) and Daly (2006, "A higher order estimate of the optimum checkpoint interval for restart dumps",
@@ -117,7 +117,7 @@ def wall_time(work: float, interval: float, save: float, mtbf: float, restart: f
 
 
 def checkpoint_bytes(config: RunConfig, model_config: ModelConfig) -> float:
-    """Of a run's checkpoint: weights in the training dtype, main weights and Adam's moments in fp32.
+    """Size of a run's checkpoint: weights in the training dtype, main weights and Adam's moments in fp32.
 
     Muon has one moment instead of two: less than this.
     """

@@ -20,7 +20,7 @@ class Traffic(NamedTuple):
 
 
 def step_traffic(job: Job, stage: int) -> Traffic:
-    """Of a rank of this pipeline stage."""
+    """Traffic of a rank of this pipeline stage."""
     work = layer_work(job, nvlink_domain=job.world_size)
     passes = job.layers_per_stage * job.num_microbatches
     return Traffic(

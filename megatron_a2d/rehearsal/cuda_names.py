@@ -134,7 +134,7 @@ class _FlexAttention(torch.autograd.Function):
 
 
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    """Stands for model/masked_attention.py's, whose mask depends on data."""
+    """Substitute for model/masked_attention.py's flex_attention, whose mask depends on data."""
     output: Tensor = _FlexAttention.apply(query, key, value)
     return output
 

@@ -61,7 +61,7 @@ class Generator:
         return float((filled_BL.cpu().numpy() == texts_BL)[masked_BL].mean())
 
     def continuations(self, texts_BL: np.ndarray, tokens_per_pass: Sequence[int]) -> list[tuple[float, Tensor]]:
-        """The second halves of the texts drawn anew at each speed: (tokens per forward pass, texts [B, L]).
+        """The second halves of the texts, generated at each speed: (tokens per forward pass, texts [B, L]).
 
         The speed differs from the one asked for where a block is shorter.
         """

@@ -72,7 +72,7 @@ class RunBalancing:
 
     @contextmanager
     def count(self) -> Iterator[None]:
-        """Around a forward pass of a global batch without gradients: its loads are known afterwards. Collective."""
+        """Context around a forward pass of a global batch without gradients, which counts its loads. Collective."""
         with self.routing.counting():
             yield
         self.routing.loads = self.routing.choices.clone()
@@ -80,7 +80,7 @@ class RunBalancing:
 
     @contextmanager
     def passes(self, micro_batches: list[Batch]) -> Iterator[None]:
-        """Around the forward and backward passes of a global batch. Collective."""
+        """Context around the forward and backward passes of a global batch. Collective."""
         if not (self._balances or self.is_observed):
             yield
             return

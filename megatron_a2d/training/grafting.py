@@ -43,7 +43,7 @@ class Grafting:
 
     @contextmanager
     def step(self, state: TrainState) -> Iterator[None]:
-        """Around a training step, after the step of the scheduler."""
+        """Context around a training step, after the step of the scheduler."""
         if not self.is_active(state.iteration):
             self._old = {}
             yield

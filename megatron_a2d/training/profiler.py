@@ -48,7 +48,7 @@ class Profile:
                 self._recorder = Recorder([model.config for model in state.models])
 
     def measure(self, iteration: int) -> AbstractContextManager[None]:
-        """Around the step of `iteration`."""
+        """Context around the step of `iteration`."""
         if self._recorder is None or not self._first - 1 <= iteration <= self._last:
             return nullcontext()
         if self._profiler is None:

@@ -22,7 +22,7 @@ from megatron_a2d.training.train_state import TrainState
 
 
 class Rollback(NamedTuple):
-    """Where the run goes back to, which samples it leaves out, and how often it has gone back, this time included."""
+    """Where the run goes back to, which samples it skips, and how often it has gone back, this time included."""
 
     start: Path
     samples: Range

@@ -68,7 +68,7 @@ class Monitor:
 
     @contextmanager
     def step(self, micro_batches: list[Batch]) -> Iterator[None]:
-        """Around the forward and backward passes of a training step.
+        """Context around the forward and backward passes of a training step.
 
         Before them it runs an extra forward and backward pass on the small batch; the step zeroes the gradients.
         """
@@ -86,7 +86,7 @@ class Monitor:
 
     @contextmanager
     def update(self) -> Iterator[None]:
-        """Around the optimizer's step."""
+        """Context around the optimizer's step."""
         before = [shard.weight().clone() for shard in self._shards]
         yield
         moved = self._squares(lambda number, shard: shard.weight() - before[number])

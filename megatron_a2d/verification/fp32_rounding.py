@@ -1,4 +1,4 @@
-"""How far rounding in fp32 moves a model's logits, which tells another order of sums from other weights.
+"""Tolerance for logits in fp32: how far rounding alone can move them, so that larger differences mean other weights.
 
 Two programs that compute one model differ, because they sum the same products in different orders. How much that comes
 to depends on the model: on its sizes, and on how far it magnifies small errors (a router with large weights turns an

@@ -76,7 +76,7 @@ def report_written(read_back: ReadBack) -> tuple[Comparison, list[str]]:
 
 
 def report_tensors(read_back: ReadBack) -> tuple[Comparison, list[str]]:
-    """The same without logits: of a source that only we can run, by what also runs the output."""
+    """As `report_written`, without logits: for a source that only our own forward pass can run."""
     second = read_back.candidate
     comparison, (losses,) = read_back.compare([lambda rows: loss_by_time(second, label_shift(second), rows)])
     lines = [tensors_line(comparison, read_back.reference, second)]

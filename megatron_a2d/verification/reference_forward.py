@@ -29,7 +29,7 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of /proc/cpuinfo: x86 and A
 
 
 class BlockAttention(NamedTuple):
-    """Who attends to whom in block diffusion, written out: [L, L] bool, queries first."""
+    """Attention masks of block diffusion as matrices: [L, L] bool, queries first."""
 
     own_block: torch.Tensor
     earlier_blocks: torch.Tensor
@@ -37,19 +37,19 @@ class BlockAttention(NamedTuple):
 
     @classmethod
     def of(cls, length: int, block_length: int, causal: bool) -> BlockAttention:
-        """Finished blocks are `causal` after training with an autoregressive co-loss."""
+        """The masks of a text; finished blocks are `causal` after training with an autoregressive co-loss."""
         places = torch.arange(length)
         query, key = (places // block_length)[:, None], (places // block_length)[None]
         finished = places[None] <= places[:, None] if causal else key <= query
         return cls(key == query, key < query, finished)
 
     def while_sampling(self, num_finished: int) -> torch.Tensor:
-        """In a text whose first `num_finished` positions are finished blocks, [L, L]."""
+        """The mask of a text whose first `num_finished` positions are finished blocks, [L, L]."""
         is_finished_L = torch.arange(len(self.own_block)) < num_finished
         return torch.where(is_finished_L[:, None], self.finished, self.own_block | self.earlier_blocks)
 
     def while_training(self) -> torch.Tensor:
-        """In a noised copy followed by a clean one, [2 L, 2 L]."""
+        """The mask of a noised copy followed by a clean one, [2 L, 2 L]."""
         noised = torch.cat([self.own_block, self.earlier_blocks], dim=1)
         return torch.cat([noised, torch.cat([torch.zeros_like(self.own_block), self.finished], dim=1)])
 
