@@ -63,7 +63,7 @@ NAME ?=
   check data convert-hf convert-megatron train plan export verify inspect publish generate evaluate study bench bench-report gpu
 
 help:  ## list of targets
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 ifneq ($(MADE),)
 setup: $(VENV)/installed  ## .venv with pinned dependencies, by any Python from 3.11 on (PYTHON=... names one)
@@ -180,7 +180,7 @@ test-te: setup $(if $(NEWEST),$(VENV)/installed_newest)  ## Transformer Engine's
 	@failed=0; $(TESTS) $(TE_RESULTS) $(ARGS) || failed=1; \
 	  $(if $(NEWEST),$(TESTS_NEWEST) $(TE_RESULTS) $(ARGS) || failed=1;) exit $$failed
 
-test-rehearsal: setup  ## a step of every recipe on every cluster size, without GPUs, beside the plan; writes tests/rehearsal/RESULTS.md
+test-rehearsal: setup  ## a step of every recipe on every cluster size, without GPUs, compared with the plan; writes tests/rehearsal/RESULTS.md
 	$(TESTS:pytest=tests.rehearsal) --out tests/rehearsal/RESULTS.md $(ARGS)
 
 test-faults: setup  ## kills, damaged files, full disks, non-finite losses; writes tests/parity/RESULTS.md
@@ -191,11 +191,11 @@ test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLU
 
 SEED ?= 1
 MINUTES ?= 60
-soak: setup  ## a run of four processes under random faults by SEED for MINUTES, about one a minute; exact at the end
+soak: setup  ## a run of four processes under about one random fault per minute, for MINUTES, by SEED; ends bitwise as an undisturbed one
 	@$(TESTS:pytest=tests.soak) --minutes $(MINUTES) --seed $(SEED) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 N ?= 1000
-fuzz: setup  ## N malformed inputs over all commands, by SEED: one error line and exit code each, no traceback
+fuzz: setup  ## N malformed inputs for all commands, by SEED: each must give an error line and an exit code, no traceback
 	$(TESTS:pytest=tests.fuzz.commands) --n $(N) --seed $(SEED) $(ARGS)
 
 test-mutants: setup  ## mutation testing of the core: 150 mutants by SEED; resumable
@@ -244,11 +244,11 @@ inspect: setup  ## contents of CHECKPOINT: sizes, norms by role, iteration, toke
 	@$(PY) -m checkpoints_tools.inspect --checkpoint $(CHECKPOINT) $(ARGS)
 
 publish: HF_MODEL := $(or $(HF_MODEL),$(MODEL))
-publish: setup  ## push HF_MODEL to the hub as REPO (ARGS=--dry-run shows what would be uploaded)
+publish: setup  ## upload HF_MODEL to the hub as REPO (ARGS=--dry-run shows what would be uploaded)
 	$(call needs,HF_MODEL REPO)
 	$(PY) -m checkpoints_tools.publish --hf-model $(HF_MODEL) --repo $(REPO) $(ARGS)
 
-evaluate: setup  ## MODEL (or several, [NAME=]DIR ...) on held-out text (DATA) and tasks (CONFIG, as launch/eval/local.yaml), to OUT
+evaluate: setup  ## MODEL, or several ([NAME=]DIR ...), on held-out text (DATA) and tasks (CONFIG, such as launch/eval/mmlu.yaml), to OUT
 	$(call needs,MODEL OUT)
 	@$(PY) -m megatron_a2d.evaluate --model $(MODEL) --out $(OUT) $(if $(DATA),--valid-data-path $(DATA)) \
 	  $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
@@ -267,13 +267,13 @@ study: setup  ## the study NAME on a small model, offline; its runs, table, plot
 	  --train-data-path $(OUT)/base/corpus_train --valid-data-path $(OUT)/base/corpus_valid \
 	  $(if $(filter routers,$(NAME)),--load-balanced $(OUT)/base/ar_balanced )$(ARGS)
 
-bench: setup  ## benchmarks of a CPU whose results are not up to date, and the documents' tables; after make demo
+bench: setup  ## CPU benchmarks whose results are out of date, and the tables in the docs; needs make demo
 	$(PY) -m bench $(ARGS)
 
-bench-report: setup  ## the documents' tables of measurements, from bench/results
+bench-report: setup  ## the tables of measurements in the docs, from bench/results
 	$(PY) -m bench.report $(ARGS)
 
 # On a GPU machine the environment is the machine's own: VENV=none, or BIN names the folder of its python.
 GPU_OUT ?= bench/results/gpu.json
-gpu:  ## tests and benchmarks on one GPU, ten minutes, one result file; again: what is missing (BIN=/usr/bin: its python)
+gpu:  ## tests and benchmarks on one GPU in ten minutes, one result file; run again for what is missing (BIN=/usr/bin: use its python)
 	$(PY) -m bench.gpu --out $(GPU_OUT) $(ARGS)

@@ -18,7 +18,9 @@ from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.average", description="Average checkpoints of a run.")
+    parser = Parser(
+        prog="python -m checkpoints_tools.average", description="Average iterations of a run into one checkpoint."
+    )
     parser.add_argument(
         "--checkpoints", required=True, nargs="+", type=Path, metavar="DIR", help="iterations of a run, two or more"
     )
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         "--ema-decay",
         type=float,
         metavar="D",
-        help="oldest first, mean <- D mean + (1 - D) next; default: uniform",
+        help="exponential moving average, from the oldest on: mean <- D mean + (1 - D) next; default: uniform mean",
     )
     add_workers(parser)
     options = parser.parse_args(argv)

@@ -17,7 +17,10 @@ from megatron_a2d.terminal.console import entry_point
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.convert_hf", description="Convert a Hugging Face model.")
+    parser = Parser(
+        prog="python -m checkpoints_tools.convert_hf",
+        description="Convert a Hugging Face model to a checkpoint for training.",
+    )
     parser.add_argument("--hf-model", required=True, metavar="DIR|HUB_ID", help="the model to convert")
     add_conversion_options(parser)
     options = parser.parse_args(argv)

@@ -21,7 +21,10 @@ from megatron_a2d.terminal.console import entry_point
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.convert_megatron", description="Convert a Megatron checkpoint.")
+    parser = Parser(
+        prog="python -m checkpoints_tools.convert_megatron",
+        description="Convert a checkpoint of Megatron-LM, Megatron-Bridge or NeMo 2 to one for training.",
+    )
     parser.add_argument(
         "--megatron",
         required=True,

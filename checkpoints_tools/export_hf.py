@@ -22,7 +22,9 @@ from megatron_a2d.utils.printable import print_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m checkpoints_tools.export_hf", description="Export a checkpoint for transformers.")
+    parser = Parser(
+        prog="python -m checkpoints_tools.export_hf", description="Export a checkpoint as a Hugging Face directory."
+    )
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="a checkpoint or an iteration of one"
     )

@@ -19,7 +19,10 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.families.qwen3 import SIZES, hub_config
     from megatron_a2d.families.registry import published_config, with_layers
 
-    parser = Parser(prog="python -m checkpoints_tools.synthesize", description="Write a model with random weights.")
+    parser = Parser(
+        prog="python -m checkpoints_tools.synthesize",
+        description="Write a model with random weights, for tests and benchmarks.",
+    )
     parser.add_argument(
         "--size", required=True, metavar=f"{'|'.join(SIZES)}|NAME", help="the Qwen3, or the model on the hub, to copy"
     )

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
-        prog="python -m checkpoints_tools.verify", description="Verify that two forms of a model are equal."
+        prog="python -m checkpoints_tools.verify",
+        description="Verify that two forms of a model are equal. Give two of --hf-model, --checkpoint and --export.",
     )
     parser.add_argument("--hf-model", metavar="DIR|HUB_ID", help="the Hugging Face model that was converted")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint or an iteration of one")

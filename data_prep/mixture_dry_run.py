@@ -85,9 +85,9 @@ def warning(use: Use, total: int, trained: int) -> str:
     if there is None:
         least = use.read / limit
         return (
-            f"{name}: {use.source.train_path} is not tokenised yet; the run reads {human(use.read)} tokens of it, so "
-            f"{human(least)} or more must be there for at most {limit:g} epochs: {human(4 * least, 'B')} at 4 bytes a "
-            "token (2 of a vocabulary below 65,500)"
+            f"{name}: {use.source.train_path} is not tokenised yet; the run reads {human(use.read)} tokens of it and "
+            f"needs {human(least)} or more for at most {limit:g} {'epoch' if limit == 1 else 'epochs'}: "
+            f"{human(4 * least, 'B')} at 4 bytes per token (2 with a vocabulary below 65,500)"
         )
     epochs = use.read / there
     if epochs <= limit:
@@ -107,7 +107,7 @@ def _setting(use: Use) -> str:
 
 def show(found: list[Use]) -> Table:
     """A row per source, and their sum."""
-    table = Table("source", "share", "tokens there", "tokens read", "epochs", "at most", "disk")
+    table = Table("source", "share", "tokens there", "tokens read", "epochs", "max epochs", "disk")
     for column in table.columns[1:]:
         column.justify = "right"
     for use in found:

@@ -29,6 +29,7 @@ from megatron_a2d.config.cli import Parser, add_settings, given_settings
 from megatron_a2d.config.settings import flag
 from megatron_a2d.inference.arguments import (
     LAYOUT,
+    LAYOUT_HELP,
     SAMPLING,
     add_sampling_flags,
     check_model,
@@ -72,9 +73,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m megatron_a2d.generate", description="Generate text: completion and infilling.")
+    parser = Parser(prog="python -m megatron_a2d.generate", description="Continue or infill text with a model.")
     absent: dict[str, Any] = {"default": argparse.SUPPRESS}
-    parser.add_argument("--model", required=True, metavar="DIR", help="an export, or a training checkpoint")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="an exported model (export_hf), or a training checkpoint"
+    )
     text = parser.add_argument_group("input (one of --prompt, --prefix with --suffix, --infill, --input)")
     text.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be repeated", **absent)
     whole: dict[str, Any] = {"type": int, "metavar": "N", **absent}
@@ -101,7 +104,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     output.add_argument("--no-live", action="store_true", help="print the final text only")
     output.add_argument("--stats", action="store_true", help="report tokens per forward pass and tokens/s on stderr")
     output.add_argument("--save-html", metavar="FILE", help="HTML page that replays the denoising", **absent)
-    add_settings(parser, LAYOUT)
+    add_settings(parser, LAYOUT, LAYOUT_HELP)
     options = parser.parse_args(argv)
     names = ("prompt", "prefix", "suffix", "infill", "input", "max_new_tokens", "hole_length")
     for name in (*names, "reserve_last", "save_html"):

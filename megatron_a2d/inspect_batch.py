@@ -48,7 +48,10 @@ class Sample(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m megatron_a2d.inspect_batch", description="Show a batch that training has written.")
+    parser = Parser(
+        prog="python -m megatron_a2d.inspect_batch",
+        description="Show a batch that a run has kept after a loss spike or a non-finite gradient.",
+    )
     parser.add_argument("file", type=Path, help="an .npz file that a run has written to its --save directory")
     parser.add_argument("--model", type=Path, help="checkpoint or exported model, for each sample's loss")
     parser.add_argument("--ckpt-step", type=int, help="with --model: the iteration of a run instead of its newest one")

@@ -109,7 +109,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m megatron_a2d.plan", description="Find the fastest layout for a model on a cluster.")
+    parser = Parser(
+        prog="python -m megatron_a2d.plan",
+        description="Find the fastest parallel layouts of a model on a cluster, by a model of memory and time.",
+    )
     parser.add_argument("--cluster", metavar="NAME", help="a name in launch/clusters, or a path")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="price per GPU-hour; default: an assumed one")

@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
 def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
     """Settings and options. UserError with every problem that shows before torch is imported."""
     parser = Parser(
-        prog="python -m megatron_a2d.train", description="Train a masked diffusion or autoregressive language model."
+        prog="python -m megatron_a2d.train",
+        description="Train a masked diffusion or autoregressive language model. On several GPUs: launch/train.sh.",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the run's sizes, and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run, --rehearse: the number of processes")
@@ -199,7 +200,7 @@ def describe(
             "memory",
             f"{need.total / 2**30:.3g} GiB/GPU{f' of {cluster.memory_gib}' if cluster else ''}: {parts}",
         ),
-        ("environ", environment.as_text(environment.environment(config, environment.find_gpu()))),
+        ("env", environment.as_text(environment.environment(config, environment.find_gpu()))),
     ]
     return "\n".join(one_line(f"{name:<8}{text}") for name, text in lines if text)
 

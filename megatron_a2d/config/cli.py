@@ -10,8 +10,9 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -22,6 +23,7 @@ from megatron_a2d.utils.atomic_write import read_yaml
 from megatron_a2d.utils.errors import UserError, nearest
 
 LARGEST = 2**64 - 1  # largest integer of a flag or a setting: above the tokens, bytes and steps of any run
+LISTED = 35  # flags that a usage line lists; that of all settings would fill three screens before the help begins
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -38,6 +40,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+
+    def format_help(self) -> str:
+        """The help; its usage line names only the required flags, and --config, where there are many."""
+        if self.usage is None and len(self._actions) > LISTED:
+            required = [action for action in self._actions if action.required]
+            words = [" ".join([*action.option_strings[:1], str(action.metavar)]) for action in required]
+            if config := self._option_string_actions.get("--config"):
+                words.append(f"[--config {config.metavar}{' ...' if config.nargs == '+' else ''}]")
+            self.usage = " ".join(["%(prog)s", *words, "[options]"])
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -70,13 +82,18 @@ def _impossible_values(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
-    """Add a flag for every setting, or for those of `names`. Flags have no defaults, so that a recipe can set them."""
+def add_settings(
+    parser: argparse.ArgumentParser, names: Iterable[str] | None = None, helps: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Add a flag for every setting, or for those of `names`. Flags have no defaults, so that a recipe can set them.
+
+    `helps`: help texts by name, for a command to which a setting means something else than to training.
+    """
     groups: dict[str, Any] = {}
     for item in settings().values() if names is None else (settings()[name] for name in names):
         group = groups.setdefault(item.group, parser.add_argument_group(item.group))
         shown = "" if item.default in (None, "", {}, ()) else f" (default: {_as_text(item.default)})"
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": item.help + shown}
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": helps.get(item.name, item.help) + shown}
         if item.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif item.kind is dict:

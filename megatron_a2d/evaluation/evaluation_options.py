@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from megatron_a2d.config.cli import Parser, add_settings, given_settings
 from megatron_a2d.config.renamed import FLAGS, warn_of_key
 from megatron_a2d.config.settings import flag
-from megatron_a2d.inference.arguments import LAYOUT, SAMPLING, add_sampling_flags
+from megatron_a2d.inference.arguments import LAYOUT, LAYOUT_HELP, SAMPLING, add_sampling_flags
 from megatron_a2d.utils.atomic_write import read_yaml
 from megatron_a2d.utils.errors import UserError, nearest
 from megatron_a2d.utils.printable import is_name
@@ -97,14 +97,18 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m megatron_a2d.evaluate", description="Evaluate models: held-out NELBO and lm-eval tasks."
+        prog="python -m megatron_a2d.evaluate",
+        description="Evaluate models: held-out NELBO and tasks of the lm-evaluation-harness.",
     )
     parser.add_argument(
         "--model", nargs="+", default=[], metavar="[NAME=]DIR",
-        help="exports, checkpoints, directories as on the hub; of several, each has a directory NAME in --out",
+        help="exports, checkpoints, or model directories from the hub; several are evaluated one after another, each "
+        "into its own directory NAME in --out",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of the settings below, as launch/eval/*.yaml")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of the settings below, such as launch/eval/mmlu.yaml"
+    )
     parser.add_argument(
         "--compare-with", nargs="+", default=[], metavar="DIR",
         help="earlier results to add to the table; without --model, a table of these alone",
@@ -123,7 +127,7 @@ def _parser() -> Parser:
         shown = "" if option.default in (None, []) else f" (default: {option.default})"
         group.add_argument(flag(name), help=option.help + shown, default=argparse.SUPPRESS, **kind)
     add_sampling_flags(parser.add_argument_group("sampling"))
-    add_settings(parser, (*_HELD_OUT, *LAYOUT))
+    add_settings(parser, (*_HELD_OUT, *LAYOUT), LAYOUT_HELP)
     return parser
 
 

@@ -23,6 +23,7 @@ LAYOUT = (
     "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "expert_model_parallel_size",
     "expert_tensor_parallel_size", "moe_token_dispatcher_type", "bf16", "transformer_impl",
 )  # fmt: skip
+LAYOUT_HELP = {"bf16": "run a checkpoint's model in bfloat16; otherwise in fp32"}
 # Sampling setting (its flag has the same name) -> help.
 SAMPLING = {
     "sampler": "tokens unmasked per step; rnd1: lowest entropy first, on a fixed schedule; confidence: highest "

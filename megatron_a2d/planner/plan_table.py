@@ -118,7 +118,7 @@ def from_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 def rejected_layouts(found: Search) -> Table:
     """Table of the rejected layouts: their number by reason, each with its best layout."""
-    table = Table("why not", "layouts", "best of them")
+    table = Table("rejected for", "layouts", "best of them")
     table.columns[1].justify = "right"
     slower: dict[str, list[Plan]] = {}
     best = found.fitting[0] if found.fitting else None

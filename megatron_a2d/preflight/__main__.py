@@ -30,7 +30,8 @@ from megatron_a2d.utils.exit_codes import USER_ERROR
 def main(argv: list[str] | None = None) -> None:
     try:
         parser = Parser(
-            prog="python -m megatron_a2d.preflight", description="Check nodes, network, data and checkpoint of a run."
+            prog="python -m megatron_a2d.preflight",
+            description="Check nodes, network, data and checkpoint of a run, with its arguments.",
         )
         parser.add_argument("--full", action="store_true", help="also compare checksums and send larger messages")
         parser.add_argument(

@@ -114,7 +114,7 @@ def _compared(title: str, done: list[RankRehearsal]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for item in done:
-        for text in (f"rank {item.rank}", "planned", "off"):
+        for text in (f"rank {item.rank}", "planned", "error"):
             table.add_column(text, justify="right")
     return table
 
@@ -124,7 +124,7 @@ def _memory_table(done: list[RankRehearsal], job: Job, cluster: Cluster | None) 
     for row in zip(*(compare_memory(item, job) for item in done), strict=True):
         table.add_row(row[0].name, *(text for part in row for text in _figures(part, GIB)))
     for name in ("building", "left"):
-        shown = {"building": "peak while it is built", "left": "left after the step"}[name]
+        shown = {"building": "peak during construction", "left": "remaining after the step"}[name]
         table.add_row(shown, *(text for item in done for text in (f"{getattr(item, name) / GIB:.2f}", "", "")))
     return table
 
@@ -168,7 +168,7 @@ def _collectives_table(done: RankRehearsal) -> Table:
 
 
 def _waits_table(done: list[RankRehearsal]) -> Table:
-    table = Table(title="the host waits for the GPU, times per step", title_justify="left")
+    table = Table(title="host syncs (the host waits for the GPU), per step", title_justify="left")
     for text in ("place", "by", *(f"rank {item.rank}" for item in done)):
         table.add_column(text, justify="right" if text.startswith("rank") else "left")
     places: dict[Wait, None] = {}

@@ -107,8 +107,8 @@ def _exit_code_of(error: OSError) -> int:
 
 
 def human(number: float, unit: str = "") -> str:
-    """1_234_567 -> '1.23M'; with a unit, '1.23 MB'."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """1_234_567 -> '1.23M', billions with B as models and corpora are counted; with a unit, '1.23 MB', '1.23 GB'."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= factor:
             return f"{number / factor:.3g}{' ' if unit else ''}{prefix}{unit}"
     return f"{number:.3g}{' ' if unit else ''}{unit}"

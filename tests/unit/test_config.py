@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_a2d import evaluate, train
 from megatron_a2d.config.cli import Parser, add_settings, parse_run
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.settings import RunConfig, build, settings
 from megatron_a2d.config.validate import find_problems
+from megatron_a2d.terminal.console import human
 from megatron_a2d.utils.errors import UserError
 
 MOE = ModelConfig(4, 64, 4, 2, 16, 128, 256, 4096, 1e-6, 1e6, False, 8, 2, 48, mask_token_id=250)
@@ -206,3 +208,22 @@ def test_help_shows_a_default_only_where_there_is_one() -> None:
     text = parser.format_help()
     assert "None" not in text and "False" not in text and "[]" not in text and "null" not in text
     assert text.count("default: ") == 4 and "an index (default: 0)" in text and "(default: 0.0001)" in text
+
+
+def test_the_usage_of_many_flags_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for main, usage in (
+        (train.main, "usage: python -m megatron_a2d.train [--config RECIPE ...] [options]"),
+        (evaluate.main, "usage: python -m megatron_a2d.evaluate --out DIR [--config FILE] [options]"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert capsys.readouterr().out.splitlines()[:2] == [usage, ""]
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "text"),
+    [(1_234_567, "", "1.23M"), (41.9e9, "", "41.9B"), (115e9, "B", "115 GB"), (5, "B", "5 B")],
+)
+def test_numbers_for_people(number: float, unit: str, text: str) -> None:
+    """Billions of tokens and parameters are B, as everywhere in the field; of bytes they are GB."""
+    assert human(number, unit) == text

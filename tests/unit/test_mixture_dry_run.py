@@ -67,8 +67,8 @@ def test_a_warning_says_what_would_do(mixture: Path) -> None:
     )  # 4,096 of 8,192 tokens are web's; 4 x 800 / 8,192; 4,096 / 4 - 800; 8,192 x 4 / 5.12
     assert math.startswith("math: 5.12 epochs, more than 2, and training refuses to start: lower its share")
     assert "add 624 tokens, train on at most 3.2k tokens, or raise its max_epochs" in math
-    assert "is not tokenised yet; the run reads 2.05k tokens of it, so 512 or more must be there for at most 4" in code
-    assert "2.05 kB at 4 bytes a token" in code
+    assert "is not tokenised yet; the run reads 2.05k tokens of it and needs 512 or more for at most 4 epochs" in code
+    assert "2.05 kB at 4 bytes per token" in code
     assert warnings(256, 6.0)[0] == "" and warnings(100)[0] == ""
     # Two samples of each text: what is trained on is twice what is read.
     twice = warnings(512, complementary_masks=True)[0]

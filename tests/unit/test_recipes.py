@@ -125,7 +125,7 @@ def test_rnd1s_own_run(capsys: pytest.CaptureFixture[str]) -> None:
     """500B tokens, in batches of 8M."""
     dry_run("rnd1_30b_a3b_64xb200", 64, "b200")
     shown = capsys.readouterr().out
-    assert "59605 iterations = 500G tokens" in shown and "2048 samples x 4096 tokens = 8.39M tokens" in shown
+    assert "59605 iterations = 500B tokens" in shown and "2048 samples x 4096 tokens = 8.39M tokens" in shown
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -191,7 +191,7 @@ def _draw(path: Path, values: dict[str, dict[str, dict[int, float]]], groups: di
 
 STUDY = Study(
     name="precision",
-    title="Low precision",
+    title="Low precision: FP8 and NVFP4",
     question="""
 FP8 and NVFP4 recipes, emulated with Transformer Engine's rounding, against bf16; MXFP8 and NVFP4 also with the first
 and last layer in bf16, and MXFP8 with the LM head. What does a recipe cost in held-out loss, at which timesteps, and

@@ -136,7 +136,7 @@ def _draw(path: Path, values: dict[str, dict[str, dict[int, float]]], columns: S
 
 STUDY = Study(
     name="masks",
-    title="Masks",
+    title="Mask counts, mask embedding and document masking",
     question="""
 Three choices, each against one baseline (independent masking, the mask token's embedding as pretrained, attention
 across documents): exact mask counts; the mean embedding for the mask token; document masking.

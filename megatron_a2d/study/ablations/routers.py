@@ -349,7 +349,7 @@ def _logged(runs: dict[int, Record], name: str) -> tuple[list[int], list[float]]
 
 STUDY = Study(
     name="routers",
-    title="Routers",
+    title="Routers and load balancing",
     question="""
 Conversions of autoregressive models that were pretrained without and with balanced routers, each with nothing, with an
 auxiliary loss over the global batch at four coefficients, for masked and visible tokens apart, for visible ones alone,
