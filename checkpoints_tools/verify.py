@@ -93,9 +93,9 @@ def print_converted(done: Converted) -> None:
         )
     if done.aux_loss_coeff is not None:
         print_line(
-            f"router_aux_loss_coef {done.aux_loss_coeff.source:g} of its config.json is --moe-aux-loss-coeff "
-            f"{done.aux_loss_coeff.ours:.3g} where all layers route alike, and no coefficient's equal where they do "
-            "not (docs/hyperparameters.md)"
+            f"note: router_aux_loss_coef {done.aux_loss_coeff.source:g} of its config.json equals --moe-aux-loss-coeff "
+            f"{done.aux_loss_coeff.ours:.3g} if all layers route alike; otherwise no coefficient does "
+            "(docs/hyperparameters.md)"
         )
 
 

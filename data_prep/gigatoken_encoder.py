@@ -161,7 +161,7 @@ def choose(tokenizer: Path, reference: Encoder, requested: Choice, texts: Sequen
         return Chosen("reference", f"{reference.name}, as requested", reference)
     fast, outcome = _compare(tokenizer, reference, [*map(str.encode, PROBES), *texts])
     if fast:
-        return Chosen("gigatoken", f"gigatoken, with the ids of {reference.name} on {outcome}", fast)
+        return Chosen("gigatoken", f"gigatoken, whose ids equal those of {reference.name} on {outcome}", fast)
     if requested == "gigatoken":
         raise UserError(f"--encoder gigatoken: {outcome}; leave the flag out to encode with {reference.name}")
     return Chosen("reference", f"{reference.name}, because {outcome}", reference)

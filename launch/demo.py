@@ -73,19 +73,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     data = ("--train-data-path", out / "corpus_train", "--valid-data-path", out / "corpus_valid")
 
-    _title("2  The upstream lab: a tiny Qwen3-MoE, pretrained autoregressively")
+    _title("2  Pretraining: a tiny Qwen3-MoE, autoregressively")
     write_untrained_model(out / "untrained", tokenizer, **SHAPE)
     _make("convert-hf", HF_MODEL=out / "untrained", OUT=out / "untrained_checkpoint")
     _train("launch/recipes/demo_ar.yaml", out / "untrained_checkpoint", out / "ar_run", data)
     _make("export", CHECKPOINT=out / "ar_run", OUT=out / "qwen3_tiny_moe", FORMAT="qwen3")
 
-    _title("3  The main job: from autoregressive to diffusion")
+    _title("3  Conversion: from autoregressive to diffusion")
     _make("convert-hf", HF_MODEL=out / "qwen3_tiny_moe", OUT=out / "checkpoint")
     _train("launch/recipes/demo_cpu.yaml", out / "checkpoint", out / "run", data)
     _make("export", CHECKPOINT=out / "run", OUT=out / "exported", FORMAT="rnd1")
     plots = _start([_python(), "-m", "megatron_a2d.report", str(out / "run"), "--out", str(out / "report.png")])
 
-    _title("4  Held-out text with holes, filled before and after conversion")
+    _title("4  Infilling: holes in held-out text, before and after conversion")
     holes = out / "holes"
     _module("launch.held_out_holes", "--data", out / "corpus_valid", "--tokenizer", tokenizer, "--out", holes)
     models = {"before": out / "checkpoint", "after": out / "exported"}
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     table = _closing_table(out, filled)
     _finish(infill)
 
-    _title("5  What conversion bought")
+    _title("5  Results")
     console.print(_hole_panel(shown, len(filled)))
     table.add_row("time", f"{(time.perf_counter() - begin) / 60:.1f} minutes")
     console.print(table)
@@ -193,8 +193,8 @@ def _hole_panel(hole: Filled, num_holes: int) -> Panel:
     rows: list[RenderableType] = []
     for title, text, style in (
         ("original text", hole.truth, "bold green"),
-        (f"before conversion: {hole.right_before} of {HOLE_LENGTH} tokens right", hole.before, "bold red"),
-        (f"after conversion: {hole.right_after} of {HOLE_LENGTH} tokens right", hole.after, "bold cyan"),
+        (f"before conversion: {hole.right_before} of {HOLE_LENGTH} tokens correct", hole.before, "bold red"),
+        (f"after conversion: {hole.right_after} of {HOLE_LENGTH} tokens correct", hole.after, "bold cyan"),
     ):
         rows += [Rule(Text(title), align="left"), in_context(text, style)]
     rule = f"the most improved of {num_holes} held-out holes"
@@ -223,7 +223,7 @@ def _closing_table(out: Path, filled: list[Filled]) -> Table:
     nats = "nats/token, held-out documents"
     rows = [
         (
-            f"tokens right in {len(filled)} held-out holes of {HOLE_LENGTH}",
+            f"correct tokens in {len(filled)} held-out holes of {HOLE_LENGTH}",
             f"{_share(hole.right_after for hole in filled)} (before: {_share(hole.right_before for hole in filled)})",
         ),
         ("unigram entropy of the corpus", f"{entropy} {nats}"),

@@ -211,9 +211,10 @@ def _describe_batch(config: RunConfig, dp: int) -> str:
     smallest, largest = (choose(span.batch_size for span in spans) for choose in (min, max))
     share = training.micro_batch_size * dp
     if smallest == largest:
+        count = largest // share
         return (
-            f"{largest} samples x {length} tokens = {human(largest * length)} tokens, {largest // share} micro-batches "
-            f"of {training.micro_batch_size}"
+            f"{largest} samples x {length} tokens = {human(largest * length)} tokens, "
+            f"{count} micro-batch{'es' if count > 1 else ''} of {training.micro_batch_size}"
         )
     return (
         f"{smallest} to {largest} samples x {length} tokens = {human(smallest * length)} to {human(largest * length)} "

@@ -328,15 +328,18 @@ def loss_by_time(
 
 
 def loss_lines(text: str, losses: list[LossAtTime], vocab_size: int) -> list[str]:
-    """The losses by t as lines of the report, with ln V for comparison."""
+    """The losses by t as lines of the report, with ln(vocabulary size) for comparison."""
     if not losses:
         return ["masked cross-entropy: not measured, because the model has no mask token"]
     columns = "  ".join(f"{item.loss:.2f} at t={item.time} ({item.num_masked})" for item in losses)
     return [
         f"masked cross-entropy in nats (tokens), {text}: {columns}",
-        f"ln V is {math.log(vocab_size):.2f}: before conversion training a loss near it is normal at high t only"
-        if "random" not in text
-        else f"ln V is {math.log(vocab_size):.2f}: no model can do better on random tokens",
+        f"ln(vocabulary size) is {math.log(vocab_size):.2f}: "
+        + (
+            "no model can do better on random tokens"
+            if "random" in text
+            else "before conversion training a loss near it is normal at high t only"
+        ),
     ]
 
 

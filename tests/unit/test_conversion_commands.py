@@ -134,5 +134,7 @@ def test_the_command_ends_with_code_2_and_one_line(models: Path, tmp_path: Path)
 def test_the_auxiliary_loss_coefficient_is_translated(kind: str, models: Path, tmp_path: Path, capsys) -> None:
     """2 experts a token over 4 layers: half; nothing for a dense model."""
     convert_hf.main(["--hf-model", str(models / kind), "--out", str(tmp_path / "out"), "--no-verify"])
-    told = "router_aux_loss_coef 0.001 of its config.json is --moe-aux-loss-coeff 0.0005 " in capsys.readouterr().out
+    told = (
+        "router_aux_loss_coef 0.001 of its config.json equals --moe-aux-loss-coeff 0.0005 " in capsys.readouterr().out
+    )
     assert told == (kind == "moe")

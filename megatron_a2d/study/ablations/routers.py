@@ -351,10 +351,10 @@ STUDY = Study(
     name="routers",
     title="Routers and load balancing",
     question="""
-Conversions of autoregressive models that were pretrained without and with balanced routers, each with nothing, with an
-auxiliary loss over the global batch at four coefficients, for masked and visible tokens apart, for visible ones alone,
-by sequence, with an expert bias, and with a z-loss. Does conversion collapse the routers, and how fast? Is that bad for
-the loss, or only for speed? What does balance cost, and is placing the experts enough?
+Conversions of autoregressive models that were pretrained without and with balanced routers: without balancing; with an
+auxiliary loss over the global batch at four coefficients, for masked and visible tokens separately, or for visible
+tokens only; with one by sequence; with an expert bias; and with a z-loss. Does conversion collapse the routers, and how
+fast? Does that hurt the loss, or only speed? What does balance cost, and is placing the experts enough?
 """,
     plan=plan,
     report=report,
