@@ -329,14 +329,21 @@ def kill_writer(run: Run) -> Row:
     try:
         ranks = {psutil.Process(pid) for pid in run.current.ranks().values()}
 
-        def writers() -> list[psutil.Process]:
-            if not set(run.partial_directories()) - before:
+        def writers() -> list[tuple[psutil.Process, str]]:
+            """The processes of a save that has begun meanwhile, and the name of its checkpoint."""
+            if not (begun_since := sorted(set(run.partial_directories()) - before)):
                 return []
-            return [child for rank in ranks for child in rank.children() if is_alive(child)]
+            (name,) = re.findall(r"iter_\d+", begun_since[-1])
+            return [(child, name) for rank in ranks for child in rank.children() if is_alive(child)]
 
-        writer = run.random.choice(run.wait(writers, "a writing process"))
-        row.step, row.expected, since = run.reached(), max(run.intact(), default=0), time.monotonic()
-        writer.kill()
+        is_lost = False
+        while not is_lost:  # on a busy machine a process may have written its part when the signal arrives
+            writer, name = run.random.choice(run.wait(writers, "a writing process"))
+            row.step, row.expected, since = run.reached(), max(run.intact(), default=0), time.monotonic()
+            writer.kill()
+            before = set(run.partial_directories())
+            lost, kept = (r"error: .*could not be written", "the save"), (rf"checkpoint .*{name}: written in", "")
+            is_lost = run.find([lost, kept], since)[1] != ""
         run.set("fsync", 0)
         return without_space(run, row, since)
     finally:
