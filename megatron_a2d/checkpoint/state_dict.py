@@ -7,10 +7,10 @@ dequantised, in the parameters' dtype.
 
 Optimizer. Each parameter's state is stored under `optimizer.state.NAME.PARAMETER`, in the parameter's own shape and
 sharding: NAME is exp_avg, exp_avg_sq (of Muon: momentum_buffer), and fp32_param for the main copy of a parameter in
-lower precision. The only other item is Adam's step. megatron.core's optimizers write the same tensors, but each kind
-wraps them in its own way, with its parameter groups in its own order, so that a checkpoint of one kind loads into no
-other. Here only tensors and step are stored; the groups, with their learning rates and decays, follow from the
-settings.
+lower precision. The only other item is the number of updates, Adam's step. megatron.core's optimizers write the same
+tensors, but each kind wraps them in its own way, with its parameter groups in its own order, so that a checkpoint of
+one kind loads into no other. Here only tensors and step are stored; the groups, with their learning rates and decays,
+follow from the settings.
 
 A parameter that was frozen when the checkpoint was written has no state in it. If it is trained now, its moments start
 at zero, and its main copy as its weight; Adam's step is shared by all parameters.
@@ -30,6 +30,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
 from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.megatron_compat.optimizer_chain import members, whole_matrix_members
 from megatron_a2d.utils.errors import UserError
 
 # Optimizer state that any other layout can load, without a prefix that depends on the number of chained optimizers.
@@ -100,7 +101,7 @@ def fill_model(model: nn.Module, loaded: dict[str, Any]) -> None:
         raise UserError(f"the checkpoint does not fill the model: missing {missing}, unknown {result.unexpected_keys}")
 
 
-def adam_step(optimizer: MegatronOptimizer) -> int:
+def optimizer_step(optimizer: MegatronOptimizer) -> int:
     """Number of updates so far; skipped steps do not count."""
     return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
 
@@ -122,7 +123,7 @@ class OptimizerState:
         chunks = model if len(model) > 1 else next(iter(model.values()))
         self._parts = {
             number: (part, part.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata))
-            for number, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer]))
+            for number, part in enumerate(members(optimizer))
             if not getattr(part, "is_stub_optimizer", False)
         }
         # An fp32 parameter is its own main copy: it is in the checkpoint once, as the model's.
@@ -130,11 +131,14 @@ class OptimizerState:
         self.tensors: dict[str, Any] = {}  # to be saved, or to be requested from the checkpoint
         self._slots: dict[str, tuple[Any, Any]] = {}
         self._initial: list[tuple[Any, Any, Callable[[], torch.Tensor]]] = []
+        on_this_rank_alone = whole_matrix_members(optimizer)
         for number, (part, state) in self._parts.items():
             copied = {(id(container), key): parameter for container, key, parameter in _main_copies(part, state)}
             for container, key, value in _leaves(state):
                 # The distributed optimizer calls it param, the other optimizer fp32_param.
                 value.key = value.key.replace("optimizer.state.param.", "optimizer.state.fp32_param.")
+                if part in on_this_rank_alone:  # no data-parallel rank has another copy
+                    value.replica_id = (*value.replica_id[:2], 0)
                 if has_no_state(value.key.split(".", 3)[3]):
                     self._initial.append((container, key, _first_value(value, copied.get((id(container), key)))))
                     continue
@@ -151,8 +155,7 @@ class OptimizerState:
             container[key] = first_value()
         for part, state in self._parts.values():
             for group in state.get("optimizer", state)["param_groups"]:
-                if "momentum" not in group:  # Muon counts no steps
-                    group["step"] = step
+                group["step"] = step
                 if isinstance(numbers := group.get("params"), LocalNonpersistentObject):
                     group["params"] = numbers.unwrap()
             part.load_state_dict(state)

@@ -33,11 +33,9 @@ def find_optimizer_layout_problems(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if config.optimization.optimizer != "muon":
         return
-    if parallel.use_distributed_optimizer:
-        yield (
-            "--use-distributed-optimizer: divides matrices, and --optimizer muon needs whole ones; add "
-            "--no-use-distributed-optimizer (every data-parallel rank then has the whole optimizer state)"
-        )
+    for name in ("use_precision_aware_optimizer", "fp8_param_gather"):
+        if getattr(config.performance, name):
+            yield f"{flag(name)}: not with --optimizer muon, whose state and main weights are in fp32; drop one"
     if parallel.expert_tensor_parallel_size > 1:
         yield (
             f"--expert-tensor-parallel-size {parallel.expert_tensor_parallel_size}: divides the experts' matrices, and "

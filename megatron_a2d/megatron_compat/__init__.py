@@ -66,11 +66,12 @@ compile_nothing_without_triton()
 @functools.cache
 def install() -> None:
     """Prepare megatron.core for this machine. Idempotent."""
-    from megatron_a2d.megatron_compat import cpu_backend, fused_adam, versions
+    from megatron_a2d.megatron_compat import cpu_backend, fused_adam, optimizer_chain, versions
     from megatron_a2d.megatron_compat.device import has_cuda
 
     versions.check_version()
     versions.apply_fixes()
     fused_adam.install()
+    optimizer_chain.install()
     if not has_cuda():
         cpu_backend.install()

@@ -102,7 +102,7 @@ def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
     moments = sum({"fp32": 4, "bf16": 2}[kind] for kind in (job.exp_avg_dtype, job.exp_avg_sq_dtype))
     optimizer = owned * (moments + (_main_weight_bytes(job) if job.bf16 else 0))
     if job.optimizer == "muon":  # one moment, in fp32; routers count as AdamW's
-        optimizer -= 4 * values.of_matrices
+        optimizer -= 4 * (values.in_matrix_shards if job.use_distributed_optimizer else values.of_matrices)
     return weights * number, gradients, optimizer
 
 

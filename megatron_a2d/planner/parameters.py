@@ -2,12 +2,15 @@
 
 The layout of a buffer is that of megatron.core's `_ParamAndGradBuffer`: parameters in reverse order, and with the
 distributed optimizer each parameter aligned to 64 elements and each bucket padded to a multiple of lcm(replicas, 128).
+Matrices that Muon updates are then in buffers of their own, where each is in one rank's shard (0.19.2's
+`LayerWiseDistributedOptimizer`): the largest first, each to the shard that has least.
 tests/unit/test_planner_memory.py compares every number with what the training code allocates.
 """
 
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 from typing import NamedTuple
 
@@ -135,10 +138,15 @@ class Buffer(NamedTuple):
 
     buckets: tuple[Bucket, ...]
     replicas: int  # ranks over which it is reduced
+    has_whole_matrices: bool = False  # no parameter is in two ranks' shards; for Muon
 
     @property
     def numel(self) -> int:
         return self.buckets[-1].end
+
+    @property
+    def holds_experts(self) -> bool:
+        return self.buckets[0].parameters[0][0].is_expert
 
     def shard_numel(self, rank: int) -> int:
         """Parameter elements in the shard that replica `rank` updates, without padding."""
@@ -160,10 +168,12 @@ class Values(NamedTuple):
     of_matrices: int  # the layers' linear weights, of which FP8 keeps copies, and which Muon updates
     in_buffers: int  # including padding
     in_shards: int  # of the buffers, updated by this rank with the distributed optimizer
+    in_matrix_shards: int  # of those in_shards that Muon updates
 
 
 def stage_buffers(job: Job, stage: int) -> tuple[Buffer, ...]:
-    """The buffers of a stage: one for the dense weights of each chunk, and one for its experts."""
+    """The buffers of a stage: one for the dense weights of each chunk, and one for its experts; another for its dense
+    matrices with Muon and the distributed optimizer."""
     return tuple(buffer for key in _chunk_keys(job, stage) for buffer in _chunk_buffers(key))
 
 
@@ -181,6 +191,7 @@ class _ChunkKey(NamedTuple):
     is_last: bool
     replicas: tuple[int, int]  # of dense weights, of experts
     distributed: bool
+    whole_matrices: bool
     limit: int | None  # elements after which a bucket is full
 
 
@@ -188,8 +199,10 @@ def _chunk_keys(job: Job, stage: int) -> list[_ChunkKey]:
     sizes, replicas = _sizes(job), (job.dense_replicas, job.expert_replicas)
     # megatron.core uses the dense group's size for both kinds, and one bucket on all stages and chunks but the first.
     limit = max(40_000_000, 1_000_000 * replicas[0]) if job.overlap_grad_reduce and stage == 0 else None
+    distributed = job.use_distributed_optimizer
+    divided = distributed, distributed and job.optimizer == "muon"
     return [
-        _ChunkKey(sizes, *_ends(sizes, stage, chunk), replicas, job.use_distributed_optimizer, None if chunk else limit)
+        _ChunkKey(sizes, *_ends(sizes, stage, chunk), replicas, *divided, None if chunk else limit)
         for chunk in range(sizes.virtual)
     ]
 
@@ -202,6 +215,7 @@ def _chunk_values(key: _ChunkKey) -> Values:
         of_matrices=sum(parameter.total for parameter in parameters if _is_matrix(parameter)),
         in_buffers=sum(buffer.numel for buffer in buffers),
         in_shards=sum(buffer.numel // buffer.replicas for buffer in buffers),
+        in_matrix_shards=sum(buffer.numel // buffer.replicas for buffer in buffers if buffer.has_whole_matrices),
     )
 
 
@@ -213,11 +227,54 @@ def _is_matrix(parameter: Parameter) -> bool:
 def _chunk_buffers(key: _ChunkKey) -> tuple[Buffer, ...]:
     buffers = []
     parameters = _chunk_parameters(key.sizes, key.is_first, key.is_last)
-    for is_expert in (False, True):
-        own = [parameter for parameter in parameters if parameter.is_expert == is_expert]
+    for is_expert, whole in ((False, False), (False, True), (True, False), (True, True)):
+        own = [
+            parameter
+            for parameter in parameters
+            if parameter.is_expert == is_expert and (key.whole_matrices and _is_matrix(parameter)) == whole
+        ]
         if own:
-            buffers.append(_buffer(own, key.replicas[is_expert], key.distributed, key.limit))
+            replicas = key.replicas[is_expert]
+            buffers.append(
+                _matrix_buffer(own, replicas, key.limit)
+                if whole
+                else _buffer(own, replicas, key.distributed, key.limit)
+            )
     return tuple(buffers)
+
+
+def _matrix_buffer(parameters: list[Parameter], replicas: int, limit: int | None) -> Buffer:
+    """A buffer of whole matrices: each bucket is divided into equal shards, as large as the fullest one."""
+    divisor = math.lcm(64, math.lcm(replicas, 128) // replicas)
+    buckets: list[Bucket] = []
+    pending: list[Parameter] = []
+    start = size = largest = 0
+
+    def close() -> None:
+        nonlocal start, size, largest, pending
+        shards = [(0, rank) for rank in range(replicas)]  # a heap: end of what it has, rank
+        placed = []
+        for parameter in sorted(pending, key=lambda parameter: -parameter.numel):
+            end, rank = heapq.heappop(shards)
+            offset = _pad(end, 64)
+            placed.append((rank, offset, parameter))
+            heapq.heappush(shards, (offset + parameter.numel, rank))
+        shard = _pad(max(shards)[0], divisor)
+        offsets = sorted((start + rank * shard + offset, number) for number, (rank, offset, _) in enumerate(placed))
+        found = tuple((placed[number][2], offset) for offset, number in offsets)
+        buckets.append(Bucket(start, start + replicas * shard, found))
+        start, size, largest, pending = start + replicas * shard, 0, 0, []
+
+    for parameter in reversed(parameters):
+        for _ in range(parameter.copies):
+            pending.append(parameter._replace(copies=1))
+            size, largest = size + parameter.numel, max(largest, parameter.numel)
+            # A shard holds the largest matrix, so that a bucket with few of them would be padding for the most part.
+            if limit is not None and size >= max(limit, int(0.9 * replicas * largest)):
+                close()
+    if pending:
+        close()
+    return Buffer(tuple(buckets), replicas, has_whole_matrices=True)
 
 
 def _buffer(parameters: list[Parameter], replicas: int, distributed: bool, limit: int | None) -> Buffer:

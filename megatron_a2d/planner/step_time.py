@@ -28,6 +28,7 @@ from typing import NamedTuple
 from megatron_a2d.model.logits_chunks import rows_per_chunk
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.memory import microbatches_in_flight, state_bytes
+from megatron_a2d.planner.newton_schulz import orthogonalization_operations
 from megatron_a2d.planner.parameters import stage_buffers
 from megatron_a2d.planner.workload import Job
 
@@ -380,18 +381,3 @@ def _optimizer_time(job: Job, cluster: Cluster, efficiency: Efficiencies) -> flo
     if job.optimizer == "muon":
         seconds += orthogonalization_operations(job) / (cluster.bf16_tflops * 1e12 * efficiency.matmul_bf16)
     return seconds
-
-
-def orthogonalization_operations(job: Job) -> float:
-    """Floating-point operations of Muon's Newton-Schulz iterations on a rank, in a step.
-
-    An iteration of a matrix whose smaller size is m and larger n: X X' and B X, 2 m^2 n each, and a square, 2 m^3.
-    Each tensor- and data-parallel rank orthogonalises the whole matrices of its stage, and its own experts'.
-    """
-    a = job.model_config
-    width, copies = (a.moe_intermediate_size, a.num_experts) if a.is_moe else (a.intermediate_size, 1)
-    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    of_mlp = [(2 * width, a.hidden_size), (width, a.hidden_size)] * (copies // job.expert_model_parallel_size)
-    matrices = [(heads, a.hidden_size)] * 2 + [(groups, a.hidden_size)] * 2 + of_mlp
-    iteration = sum(4 * min(size) ** 2 * max(size) + 2 * min(size) ** 3 for size in matrices)
-    return float(job.muon_num_ns_steps * iteration * job.layers_per_stage)

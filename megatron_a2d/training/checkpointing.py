@@ -41,9 +41,9 @@ from megatron_a2d.checkpoint.save import CollectiveSave, commit
 from megatron_a2d.checkpoint.state_dict import (
     CONTENT_METADATA,
     OptimizerState,
-    adam_step,
     dequantise,
     models_to_save,
+    optimizer_step,
     sharding_metadata,
 )
 from megatron_a2d.config.settings import RunConfig, TrainingConfig
@@ -190,7 +190,7 @@ class CheckpointWriter:
 def _sharded_state(state: TrainState, config: RunConfig) -> dict[str, Any]:
     """Everything that a checkpoint stores: models, optimizer, schedule, counters."""
     state.gather_parameters()
-    model, step = models_to_save(state.models), adam_step(state.optimizer)
+    model, step = models_to_save(state.models), optimizer_step(state.optimizer)
     optimizer = None
     if step:  # otherwise every step so far was skipped, and there is no optimizer state yet
         optimizer = OptimizerState(state.optimizer, model, is_loading=False, metadata=sharding_metadata())

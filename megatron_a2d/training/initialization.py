@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ from megatron_a2d.model.router import routers
 from megatron_a2d.model.transformer_config import build_transformer_config
 from megatron_a2d.training.balancing import RunBalancing
 from megatron_a2d.training.grafting import Grafting
+from megatron_a2d.training.muon import tag_for_muon, whole_matrix_layout
 from megatron_a2d.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -87,13 +89,19 @@ def build_train_state(model_config: ModelConfig, config: RunConfig) -> TrainStat
         average_in_collective=False,
     )
     chunks = []
+    tied = model_config.tie_word_embeddings
     for number, model in enumerate(models):
         mark_expert_parameters(model)
-        freeze_roles(model, config.optimization.lr_mult, model_config.tie_word_embeddings)
+        freeze_roles(model, config.optimization.lr_mult, tied)
         # Buckets are for overlap with the backward pass; later chunks' gradients are ready when the first one's are.
-        chunks.append(DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=number > 0))
+        options: dict[str, Any] = {"disable_bucketing": number > 0}
+        if config.optimization.optimizer == "muon":
+            tag_for_muon(model, role_of, config.optimization)
+            if ddp_config.use_distributed_optimizer:
+                options |= whole_matrix_layout(model, ddp_config, is_first_chunk=number == 0)
+        chunks.append(DistributedDataParallel(model.config, ddp_config, model, **options))
         follow_batches(chunks[-1])
-    optimizer = build_optimizer(config, chunks, tied=model_config.tie_word_embeddings)
+    optimizer = build_optimizer(config, chunks, tied)
     for model in models:
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = optimizer.scale_loss

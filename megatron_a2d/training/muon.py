@@ -8,6 +8,10 @@ says). Here the role decides, and a run whose matrices are not all with Muon doe
 
 Q, K and V are orthogonalised apart, gate and up together. Under tensor parallelism each rank gathers the whole gradient
 (`duplicated`; megatron.core's default orthogonalises each rank's slice, so that the result depends on the layout).
+
+With the distributed optimizer each data-parallel rank updates matrices of its own: in the gradient buffers none crosses
+the border between two ranks' shards, and megatron.core's LayerWiseDistributedOptimizer gives a rank those of its shard.
+Embedding, norms and the like are in other buffers, with the usual distributed optimizer.
 """
 
 from __future__ import annotations
@@ -17,19 +21,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_a2d.config.optimization_config import OptimizationConfig
+from megatron_a2d.config.settings import RunConfig
+from megatron_a2d.megatron_compat.optimizer_chain import members, updated_by
 from megatron_a2d.utils.errors import UserError
 
 
-def muon_options(settings: OptimizationConfig) -> dict[str, Any]:
+def muon_options(config: RunConfig) -> dict[str, Any]:
     """The fields of megatron.core's OptimizerConfig; none without --optimizer muon (0.16.1 has other ones)."""
+    settings = config.optimization
     if settings.optimizer != "muon":
         return {}
     return {
+        "use_layer_wise_distributed_optimizer": config.parallel.use_distributed_optimizer,
         "muon_momentum": settings.muon_momentum,
         "muon_nesterov": settings.muon_use_nesterov,
         "muon_num_ns_steps": settings.muon_num_ns_steps,
@@ -40,10 +48,10 @@ def muon_options(settings: OptimizationConfig) -> dict[str, Any]:
     }
 
 
-def tag_for_muon(
-    chunks: list[DistributedDataParallel], role_of: Callable[[str], str], settings: OptimizationConfig
-) -> None:
+def tag_for_muon(model: nn.Module, role_of: Callable[[str], str], settings: OptimizationConfig) -> None:
     """Set `muon` on every parameter, and megatron.core's mark on those that AdamW updates.
+
+    To be called before DistributedDataParallel lays out the gradient buffers.
 
     UserError if the package cannot be imported, which megatron.core takes for one that is not installed.
     """
@@ -55,10 +63,40 @@ def tag_for_muon(
             "pip install emerging-optimizers==0.3.0, or use adam"
         ) from None
     roles = {"attention", "mlp"} | ({"router"} if settings.muon_router else set())
-    for name, parameter in _parameters(chunks):
+    for name, parameter in model.named_parameters():
         parameter.muon = role_of(name) in roles and parameter.dim() > 1  # type: ignore[attr-defined]
         # The only mark that its choice reads (optimizer/emerging_optimizers.py, _is_nonlinear_or_embedding).
         parameter.is_embedding_or_output_parameter = not parameter.muon  # type: ignore[attr-defined]
+
+
+def whole_matrix_layout(
+    model: nn.Module, ddp_config: DistributedDataParallelConfig, is_first_chunk: bool
+) -> dict[str, Any]:
+    """Arguments of DistributedDataParallel: gradient buffers in which each of Muon's matrices is in one rank's shard.
+
+    Buckets are as without them: for overlap with the backward pass, in a first pipeline stage's first chunk.
+    """
+    from megatron.core.optimizer.layer_wise_optimizer import (
+        LayerWiseDistributedOptimizer,
+        tag_params_for_buffer_routing,
+    )
+
+    tag_params_for_buffer_routing([model])
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    limit = None
+    if ddp_config.overlap_grad_reduce and is_first_chunk and parallel_state.is_pipeline_first_stage():
+        limit = max(40_000_000, 1_000_000 * parallel_state.get_data_parallel_world_size())
+    layout = LayerWiseDistributedOptimizer.compute_full_param_layout(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        limit,
+        replicas,
+        ddp_config,
+        expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
+    )
+    # disable_bucketing would also put the buffers of both optimizers into one group of buckets, which is gathered once,
+    # after the step of the optimizer that has its first bucket. Where that is Muon's, as with Transformer Engine,
+    # AdamW's weights would never reach the other ranks (0.19.2).
+    return {"full_param_layout": layout, "disable_bucketing": False}
 
 
 def check_muon(optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel]) -> None:
@@ -66,10 +104,11 @@ def check_muon(optimizer: MegatronOptimizer, chunks: list[DistributedDataParalle
     module = importlib.import_module("megatron.core.optimizer.emerging_optimizers")
     found = {
         id(parameter)
-        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        for part in members(optimizer)
         if isinstance(part.optimizer, module.TensorParallelMuon)
-        for parameter in _updated_by(part)
+        for parameter in updated_by(part)
     }
+    found |= {id(parameter) for parameter in _of_other_ranks(optimizer)}
     divided = parallel_state.get_tensor_model_parallel_world_size() > 1
     for name, parameter in _parameters(chunks):
         if not parameter.requires_grad:
@@ -89,13 +128,21 @@ def check_muon(optimizer: MegatronOptimizer, chunks: list[DistributedDataParalle
             )
 
 
-def _updated_by(part: Any) -> Iterator[nn.Parameter]:
-    """The model's parameters that an optimizer updates; of lower precision ones it has main copies."""
-    if hasattr(part, "float16_groups"):
-        for group in (*part.float16_groups, *part.fp32_from_fp32_groups):
-            yield from group
-    else:
-        yield from part.get_parameters()
+def count_muon_step(optimizer: MegatronOptimizer) -> None:
+    """Count an update in Muon's groups, as AdamW does in its own, which may all be frozen: a checkpoint after 0 updates
+    has no optimizer state."""
+    for part in members(optimizer):
+        for group in part.param_groups:
+            if "momentum" in group:
+                group["step"] = group.get("step", 0) + 1
+
+
+def _of_other_ranks(optimizer: Any) -> Iterator[nn.Parameter]:
+    """The parameters that the layer-wise optimizer leaves to this rank or to another data-parallel one."""
+    for part in (optimizer, *getattr(optimizer, "chained_optimizers", [])):
+        for name in ("dp_cp_params_list", "expt_dp_params_list"):
+            for parameters in getattr(part, name, None) or ():  # None: there is one rank
+                yield from parameters
 
 
 def _parameters(chunks: list[DistributedDataParallel]) -> Iterator[tuple[str, nn.Parameter]]:

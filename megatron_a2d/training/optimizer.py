@@ -21,7 +21,7 @@ from torch import nn
 from megatron_a2d.config.fp8_recipe import Scaling, engine_scaling
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version
-from megatron_a2d.training.muon import check_muon, muon_options, tag_for_muon
+from megatron_a2d.training.muon import check_muon, count_muon_step, muon_options
 
 # First match wins: a norm inside attention is a norm.
 _ROLE_OF_NAME_PART = (
@@ -49,8 +49,6 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
     scaling = engine_scaling(config, compute_capability(), cuda_version())
     precise = performance.use_precision_aware_optimizer
     scales = _tag_learning_rates(chunks, settings.lr_mult, tied)
-    if settings.optimizer == "muon":
-        tag_for_muon(chunks, lambda name: role_of(name, tied), settings)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer=settings.optimizer,
@@ -63,7 +61,8 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
             clip_grad=settings.clip_grad,
             bf16=config.training.bf16,
             params_dtype=chunks[0].config.params_dtype,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            # megatron.core's own way to say that Muon's matrices are divided whole (muon_options).
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer and settings.optimizer != "muon",
             overlap_param_gather=config.parallel.overlap_param_gather,
             fp8_recipe=scaling.recipe if scaling and scaling.is_fp8 else None,
             reuse_grad_buf_for_mxfp8_param_ag=reuses_gradient_buffer(config, scaling),
@@ -71,7 +70,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
             main_grads_dtype=torch.bfloat16 if precise and not performance.grad_reduce_in_fp32 else torch.float32,
             exp_avg_dtype=_DTYPES[performance.exp_avg_dtype],
             exp_avg_sq_dtype=_DTYPES[performance.exp_avg_sq_dtype],
-            **muon_options(settings),
+            **muon_options(config),
         ),
         chunks,
         config_overrides=_group_overrides(scales, settings.lr, settings.min_lr),
@@ -128,6 +127,7 @@ def update_parameters(optimizer: MegatronOptimizer) -> float:
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
+    count_muon_step(optimizer)
     return grad_norm
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_a2d.config.settings import ROLES
 from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.megatron_compat.optimizer_chain import members, updated_by, whole_matrix_members
 from megatron_a2d.training.optimizer import role_of
 from megatron_a2d.training.train_state import TrainState
 
@@ -49,7 +50,7 @@ def owned_shards(state: TrainState) -> list[ParamShard]:
     ranges: dict[nn.Parameter, tuple[int, int]] = {}
     mains: dict[nn.Parameter, Tensor] = {}
     is_sharded = False
-    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+    for part in members(state.optimizer):
         if isinstance(part, DistributedOptimizer):
             is_sharded = True
             for parameter in part.model_param_gbuf_map:
@@ -61,6 +62,9 @@ def owned_shards(state: TrainState) -> list[ParamShard]:
             getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True
         ):
             mains.update(zip(models, copies, strict=True))
+    for part in whole_matrix_members(state.optimizer):
+        is_sharded = True
+        ranges.update({parameter: (0, parameter.numel()) for parameter in updated_by(part)})
     shards = []
     for model in state.models:
         tied = model.share_embeddings_and_output_weights

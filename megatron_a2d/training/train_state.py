@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_a2d.checkpoint.placement_file import ExpertPlacement
 from megatron_a2d.config.batch_schedule import BatchSchedule
 from megatron_a2d.config.skipped_samples import NONE_SKIPPED, Range, SkippedSamples
+from megatron_a2d.megatron_compat.optimizer_chain import members
 from megatron_a2d.model.diffusion_lm import DiffusionLM
 from megatron_a2d.training.balancing import RunBalancing
 from megatron_a2d.training.param_gather import gather_weights
@@ -66,14 +67,9 @@ class TrainState:
             for model, chunk_tensors in zip(self.models, tensors, strict=True)
             for name, parameter in model.named_parameters()
         }
-        for part in self._optimizers:
+        for part in members(self.optimizer):
             part._build_model_param_to_state_dict_param_map = lambda _: read
             part.reload_model_params(state_dict=loaded)
-
-    @property
-    def _optimizers(self) -> list[Any]:
-        """The members of a chained optimizer: that of the experts, and that of all other parameters."""
-        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     def samples_since(self, iteration: int, batch_sizes: BatchSchedule) -> Range:
         """The indices of the samples of the iterations after `iteration`, up to the present one."""
@@ -85,7 +81,7 @@ class TrainState:
         for chunk in self.chunks:
             yield from chunk.parameters()
             yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
-        for part in self._optimizers:
+        for part in members(self.optimizer):
             for parameter, moments in part.optimizer.state.items() if part.optimizer else ():
                 yield parameter
                 yield from (value for value in moments.values() if isinstance(value, Tensor))
@@ -95,7 +91,7 @@ class TrainState:
         if self.chunks[0].ddp_config.reuse_grad_buf_for_mxfp8_param_ag:
             self.gather_parameters()
             return
-        for part in self._optimizers:
+        for part in members(self.optimizer):
             part._copy_main_params_to_model_params()
         for chunk in self.chunks:
             chunk.start_param_sync(force_sync=True)

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from megatron_a2d.config.installed_versions import find_version_problems
+from megatron_a2d.config.settings import build
 from tests.cases import Case
-from tests.parity.layouts import TP_SP
+from tests.parity.layouts import DISTRIBUTED, EP, OVERLAP, TP_SP, VPP
 from tests.parity.test_layouts import compare
-from tests.transformer_engine.engine_cases import CASES, DENSE_FUSIONS, QUICK, EngineCase
+from tests.transformer_engine.engine_cases import CASES, DENSE_FUSIONS, FUSIONS, QUICK, EngineCase
 from tests.transformer_engine.engine_pool import EnginePool
 from tests.transformer_engine.engine_results import EngineResults
 
@@ -50,4 +52,20 @@ def test_biases_and_no_norms_on_queries_and_keys(
     """Qwen2.5's layers."""
     settings = {**TP_SP, **(DENSE_FUSIONS if fused else {})}
     differences = compare(engine_pool, cases["qwen2"], reference("qwen2"), 2, settings)
+    assert all(value < TOLERANCE for value in differences.values()), differences
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("dense", {**DENSE_FUSIONS, **VPP, **DISTRIBUTED}), ("moe", {**FUSIONS, **TP_SP, **EP, **OVERLAP})],
+    ids=["dense, VPP2 x DP2", "moe, TP2+SP x DP2, EP2"],
+)
+def test_muon_with_its_state_divided(
+    kind: str, layout: dict[str, Any], cases: dict[str, Case], reference: Reference, engine_pool: EnginePool
+) -> None:
+    """Experts of a grouped GEMM are matrices of their own; fused norms are AdamW's."""
+    muon = {"optimizer": "muon", "muon_fp32_matmul_prec": "highest"}
+    if missing := find_version_problems(build({**muon, "train_iters": 1})):
+        pytest.skip("; ".join(missing))
+    differences = compare(engine_pool, cases[kind], reference(kind, **muon), 4, {**muon, **layout})
     assert all(value < TOLERANCE for value in differences.values()), differences

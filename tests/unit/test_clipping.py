@@ -33,6 +33,7 @@ def test_gradients_are_clipped(precise: bool, clip_grad: float) -> None:
         prepare_grads=lambda: False,
         get_grad_norm=lambda: 200.0,
         get_parameters=lambda: [parameter],
+        param_groups=[],
         step_with_ready_grads=lambda: seen.append(float(gradient.norm())),
         config=SimpleNamespace(clip_grad=clip_grad, use_precision_aware_optimizer_no_fp8_or_ds_fp8=precise),
     )

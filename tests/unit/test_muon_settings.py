@@ -14,14 +14,15 @@ from megatron_a2d.config.settings import build
 from megatron_a2d.config.validate import find_problems
 from megatron_a2d.model.layer_specs import notes
 from megatron_a2d.planner.memory import state_bytes
+from megatron_a2d.planner.newton_schulz import orthogonalization_operations
 from megatron_a2d.planner.parameters import stage_parameters
-from megatron_a2d.planner.step_time import orthogonalization_operations
 from megatron_a2d.study.ablations import lr_by_role
 from megatron_a2d.training.resume import FIXED, REPORTED
-from tests.unit.test_planner import JOB
+from tests.unit.test_planner import DENSE, JOB
 from tests.unit.test_training import QWEN3_30B_A3B
 
 MUON = {"optimizer": "muon", "train_iters": 1}
+PRECISE = {"bf16": True, "use_distributed_optimizer": True}
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,8 @@ MUON = {"optimizer": "muon", "train_iters": 1}
         ({**MUON, "muon_num_ns_steps": 0}, "--muon-num-ns-steps 0: must lie between 1 and 100"),
         ({**MUON, "muon_extra_scale_factor": 0.0}, "--muon-extra-scale-factor 0.0: must be positive"),
         ({**MUON, "lr_mult": {"attention": 0.0, "mlp": 0.0}}, "--lr-mult attention=0 mlp=0: freezes all that"),
-        ({**MUON, "use_distributed_optimizer": True}, "--use-distributed-optimizer: divides matrices"),
+        ({**MUON, **PRECISE, "use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer: not with --optimizer muon"),
+        ({**MUON, **PRECISE, "fp8_param_gather": True, "fp8_recipe": "tensorwise"}, "--fp8-param-gather: not with --optimizer muon"),
         ({**MUON, "expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size 2: divides the experts' matrices"),
     ],
 )  # fmt: skip
@@ -47,6 +49,7 @@ def test_what_goes_together() -> None:
         {},
         {"lr_mult": {"attention": 0.0}},
         {"muon_router": True, "lr_mult": {"attention": 0.0, "mlp": 0.0}},
+        PRECISE | {"overlap_grad_reduce": True, "overlap_param_gather": True},
     ):
         assert not find_problems(build({**MUON, **changes}), None, 2)
 
@@ -81,6 +84,13 @@ def test_the_planner_counts_one_moment_of_the_matrices() -> None:
     )
     adam, muon = (state_bytes(replace(job, optimizer=name), 0) for name in ("adam", "muon"))
     assert muon[:2] == adam[:2] and adam[2] - muon[2] == 4 * matrices > 0
+    # With the distributed optimizer of 8 ranks none has more than the eighth and one matrix.
+    dense = replace(job, model_config=DENSE, use_distributed_optimizer=True, world_size=8, expert_model_parallel_size=1)
+    sizes = [item.total for chunk in stage_parameters(dense, 0) for item in chunk if ".linear_" in item.name]
+    adam, muon = (state_bytes(replace(dense, optimizer=name), 0)[2] for name in ("adam", "muon"))
+    assert adam == pytest.approx(12 * DENSE.num_parameters() / 8, rel=1e-3)
+    excess = (muon - adam + 4 * sum(sizes) / 8) / 8  # of the fullest rank's matrices over the mean
+    assert 0 <= excess < max(sizes)
     # Local experts are matrices of their own.
     local = replace(job, model_config=QWEN3_30B_A3B, transformer_impl="local", optimizer="muon")
     names = {parameter.name for chunk in stage_parameters(local, 0) for parameter in chunk}
@@ -91,7 +101,7 @@ def test_operations_of_a_step() -> None:
     """Of Qwen3-30B-A3B in 4 stages of 12 layers, each rank with 16 experts, of [1536, 2048] and [2048, 768]."""
     job = replace(
         JOB, model_config=QWEN3_30B_A3B, world_size=32, pipeline_model_parallel_size=4, expert_model_parallel_size=8,
-        tensor_model_parallel_size=1, optimizer="muon",
+        tensor_model_parallel_size=1, optimizer="muon", use_distributed_optimizer=False, overlap_grad_reduce=False,
     )  # fmt: skip
 
     def products(small: int, large: int) -> int:
@@ -100,6 +110,10 @@ def test_operations_of_a_step() -> None:
     attention = 2 * products(2048, 4096) + 2 * products(512, 2048)  # Q and the output; K and V
     experts = 16 * (products(1536, 2048) + products(768, 2048))
     assert orthogonalization_operations(job) == 5 * 12 * (attention + experts)
+    # Of 24 matrices 8 ranks have 2 of [5120, 2048] and 1 of [2048, 4096] at most; no other rank has the same experts.
+    share = (2 * 5120 + 4096) / (12 * (5120 + 4096))
+    divided = orthogonalization_operations(replace(job, use_distributed_optimizer=True))
+    assert divided == pytest.approx(5 * 12 * (share * attention + experts))
 
 
 def test_the_arms_of_the_study() -> None:

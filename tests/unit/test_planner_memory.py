@@ -80,10 +80,7 @@ def test_state_to_the_byte(name: str, measured: Any) -> None:
         if job.use_distributed_optimizer:
             assert weights == sum(rank["buffers"]) * number
             # Experts and the other weights have replicas of their own.
-            owned = sum(
-                buffer.shard_numel(expert if buffer.buckets[0].parameters[0][0].is_expert else dense)
-                for buffer in buffers
-            )
+            owned = sum(buffer.shard_numel(expert if buffer.holds_experts else dense) for buffer in buffers)
             assert rank["optimizer_bytes"] == owned * (12 if job.bf16 else 8)
             assert rank["optimizer_bytes"] <= optimizer <= 1.02 * rank["optimizer_bytes"]  # a buffer's padding
         else:

@@ -56,11 +56,13 @@ def test_these_are_all_settings_of_the_optimizer() -> None:
 
 def test_muon() -> None:
     """`muon_router` is a mark on parameters (tests/parity/test_muon.py)."""
-    assert muon_options(build({**MUON, "train_iters": 1}).optimization) == dict(
-        muon_momentum=0.375, muon_nesterov=False, muon_num_ns_steps=13, muon_scale_mode="shape_scaling",
+    assert muon_options(build({**MUON, "train_iters": 1})) == dict(
+        use_layer_wise_distributed_optimizer=False, muon_momentum=0.375, muon_nesterov=False, muon_num_ns_steps=13, muon_scale_mode="shape_scaling",
         muon_extra_scale_factor=0.1875, muon_fp32_matmul_prec="high", muon_tp_mode="duplicated",
     )  # fmt: skip
-    assert muon_options(build({"train_iters": 1}).optimization) == {}
+    divided = muon_options(build({**MUON, "train_iters": 1, "use_distributed_optimizer": True}))
+    assert divided["use_layer_wise_distributed_optimizer"]
+    assert muon_options(build({"train_iters": 1, "use_distributed_optimizer": True})) == {}
 
 
 @pytest.mark.parametrize("distributed", [False, True])
