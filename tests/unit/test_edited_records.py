@@ -225,4 +225,4 @@ def test_an_empty_name_of_a_model_is_the_directory_that_one_is_in(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"config\.json: the model's configuration is missing"):
-        verify.main(["--hf-model", "", "--checkpoint", str(tmp_path)])
+        verify.main(["--hf-model", "", "--export", str(tmp_path)])
