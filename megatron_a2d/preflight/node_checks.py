@@ -60,8 +60,7 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
         )
     plan = json.loads(store.get("plan"))
     if plan["problems"]:
-        allreduce_test.wait_for_all(store, "read", plan["readers"], _FAREWELL)
-        _end(rank, plan["problems"])
+        _end(store, rank, plan["readers"], plan["problems"])
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         check_files(mine, plan["inputs"], config.training.save, plan["probe"])
     # Small without GPUs: enough for loopback and Ethernet.
@@ -77,8 +76,7 @@ def check_nodes(config: RunConfig, thorough: bool, cluster: Cluster | None) -> N
         _show(diagnose.table(list(reports.values())))
         store.set("verdict", json.dumps(problems))
     problems = json.loads(store.get("verdict"))
-    allreduce_test.wait_for_all(store, "read", size, _FAREWELL)
-    _end(rank, problems)
+    _end(store, rank, size, problems)
 
 
 def _check_run(config: RunConfig, size: int, cluster: Cluster | None) -> tuple[dict[str, int], float, list[str]]:
@@ -127,11 +125,13 @@ def _show(table: Table) -> None:
     (console if console.is_terminal else PlainConsole(stderr=True, width=150)).print(table)
 
 
-def _end(rank: int, problems: list[str]) -> None:
-    """Exit without cleanup, which a hung communicator would block."""
-    if rank == 0:
+def _end(store: dist.Store, rank: int, num_readers: int, problems: list[str]) -> None:
+    """Exit when all ranks have read the result; without cleanup, which a hung communicator would block."""
+    if rank == 0:  # before any rank exits: torchrun then stops the others on its node
         for problem in problems:
             print_line(f"error: {problem}", sys.stderr)
+    with contextlib.suppress(dist.DistNetworkError):  # the first node has seen all ranks arrive, and has exited
+        allreduce_test.wait_for_all(store, "read", num_readers, _FAREWELL)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore, TCPStore
 
 from megatron_a2d.preflight.allreduce_test import IN_ALL, IN_NODE, pair_name, pairs_of, rounds, within
 from megatron_a2d.preflight.diagnose import find_problems, missing
-from megatron_a2d.preflight.node_checks import _make_probe
+from megatron_a2d.preflight.node_checks import _end, _make_probe
 from megatron_a2d.preflight.node_info import Facts, check_files
 
 GB = 1e9
@@ -157,3 +161,40 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     assert probe is None and len(problems) == 1 and "file/sub: cannot write checkpoints there" in problems[0]
     probe, problems = _make_probe(str(tmp_path / "new"))
     assert probe is not None and Path(probe).exists() and problems == []
+
+
+def test_problems_are_printed_before_any_rank_exits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun stops the other ranks of a node when one has exited."""
+    printed: list[str] = []
+
+    class Store(HashStore):
+        def add(self, key: str, amount: int) -> int:
+            printed.append(capsys.readouterr().err)
+            return super().add(key, amount)
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        _end(Store(), 0, 1, ["n2: has no GPU"])
+    assert ended.value.code == 2 and printed[0] == "error: n2: has no GPU\n"
+
+
+def test_the_first_node_may_exit_before_the_others_have_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the store, and exits as soon as all ranks have read the result."""
+    first_node = (
+        "import torch.distributed as dist\n"
+        "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "print(store.port, flush=True)\n"
+        "while store.add('read', 0) < 1: pass\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", first_node], stdout=subprocess.PIPE, text=True) as node:
+        assert node.stdout
+        store = TCPStore("127.0.0.1", int(node.stdout.readline()), is_master=False)
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                _end(store, 1, 2, ["n2: has no GPU"])
+        finally:
+            node.kill()
+    assert ended.value.code == 2
