@@ -135,14 +135,15 @@ test-latest:  ## the tests under the newest megatron-core, where Python 3.12 or 
 	  echo "test-latest: there is no Python 3.12 or later here, nothing was tested; name one with PYTHON312=..."; \
 	else $(MAKE) --no-print-directory $(LATEST)/installed && $(call tests_of,$(LATEST),$(LATEST)/bin/python3) $(call in_two,$(LATEST)) $(ARGS); fi
 else
-test-latest: test
+test-latest: test test-integration
 endif
 
 ifneq ($(NEWEST),)
 test-latest-cpu: setup $(VENV)/installed_newest  ## the same on Python 3.11, with its torch; installs 30 MB
 	$(TESTS_NEWEST) $(call in_two,$(VENV)) $(ARGS)
 else
-test-latest-cpu: test
+test-latest-cpu: setup
+	$(TESTS) $(call in_two,$(VENV)) $(ARGS)
 endif
 
 ifneq ($(MADE),)

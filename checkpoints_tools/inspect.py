@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from megatron_a2d.checkpoint.directory import resolve
+from checkpoints_tools.options import check_paths
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import PlainConsole, entry_point, human, progress
 from megatron_a2d.utils.atomic_write import read_json
@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if (options.checkpoint is None) == (options.hf_model is None):
         raise UserError("--checkpoint, --hf-model: give exactly one")
-    if options.checkpoint:
-        resolve(options.checkpoint)  # before torch's import, which takes seconds
+    check_paths(options.checkpoint)
 
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
     from megatron_a2d.conversion.weight_summary import summarise

@@ -50,11 +50,13 @@ def check_streaming_options(options: argparse.Namespace) -> None:
         raise UserError(f"--workers {options.workers}: must be 1 to 64")
 
 
-def check_paths(*checkpoints: Path, out: Path) -> None:
+def check_paths(*checkpoints: Path | None, out: Path | None = None) -> None:
     """UserError for an input that is no checkpoint, or for an output that exists, before seconds of torch's import."""
     for checkpoint in checkpoints:
-        resolve(checkpoint)
-    check_new_directory(out, "--out")
+        if checkpoint:
+            resolve(checkpoint)
+    if out:
+        check_new_directory(out, "--out")
 
 
 def parse_size(flag: str, text: str) -> int:

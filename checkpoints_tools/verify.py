@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_a2d.checkpoint.directory import resolve
+from checkpoints_tools.options import check_paths
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.conversion.hf_download import find_model
 from megatron_a2d.terminal.console import entry_point, human, progress
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     if sum(given is not None for given in (options.hf_model, options.checkpoint, options.export)) != 2:
         raise UserError("--hf-model, --checkpoint, --export: two of them are compared; give exactly two")
     hf = None if options.hf_model is None else find_model(options.hf_model).directory
-    if options.checkpoint:
-        resolve(options.checkpoint)  # both before torch's import, which takes seconds
+    check_paths(options.checkpoint)
 
     from megatron_a2d.conversion.compare_weights import compare_weights
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf

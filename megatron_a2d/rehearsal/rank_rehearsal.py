@@ -24,6 +24,7 @@ from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.data.dataloader import Batch, MicroBatches
 from megatron_a2d.data.diffusion_samples import make_sample
 from megatron_a2d.distributed import process_groups
+from megatron_a2d.megatron_compat.optimizer_chain import members
 from megatron_a2d.model import masked_attention
 from megatron_a2d.rehearsal.balanced_routing import Routing
 from megatron_a2d.rehearsal.cuda_names import CudaNames, flex_attention
@@ -202,7 +203,7 @@ def _state_bytes(state: TrainState) -> tuple[int, int, int]:
     weights += new_bytes([buffer.param_data for buffer in buffers])
     gradients = new_bytes([buffer.grad_data for buffer in buffers])
     held: list[Any] = []
-    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+    for part in members(state.optimizer):
         for group in part.optimizer.param_groups:
             held += group["params"]
         for values in part.optimizer.state.values():

@@ -21,6 +21,7 @@ from torch import nn
 from megatron_a2d.config.fp8_recipe import Scaling, engine_scaling
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.megatron_compat.device import compute_capability, cuda_version
+from megatron_a2d.megatron_compat.optimizer_chain import members
 from megatron_a2d.training.muon import check_muon, count_muon_step, muon_options
 
 # First match wins: a norm inside attention is a norm.
@@ -117,7 +118,7 @@ def update_parameters(optimizer: MegatronOptimizer) -> float:
     grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):
         return grad_norm
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in members(optimizer):
         if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
             megatron_optimizer.clip_grad_by_total_norm_fp32(
                 parameters,

@@ -12,6 +12,8 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_a2d.megatron_compat.optimizer_chain import members
+
 
 def zero_gradients(chunks: list[Any], optimizer: MegatronOptimizer) -> None:
     """zero_grad, to be called before every forward pass that is followed by a backward pass."""
@@ -40,7 +42,7 @@ def _shares_buffer(chunks: list[Any]) -> bool:
 
 
 def _copy_main_weights(chunks: list[Any], optimizer: Any) -> None:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in members(optimizer):
         if not part.is_stub_optimizer:
             assert not any(part.model_fp32_groups), "megatron.core copies the main weights of bf16 parameters only"
             part._copy_main_params_to_param_buffer()

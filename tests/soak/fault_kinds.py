@@ -6,6 +6,7 @@ disk, restore the data) is done there too; starting the same command again is th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -337,13 +338,18 @@ def kill_writer(run: Run) -> Row:
             return [(child, name) for rank in ranks for child in rank.children() if is_alive(child)]
 
         is_lost = False
-        while not is_lost:  # on a busy machine a process may have written its part when the signal arrives
+        while not is_lost:  # on a busy machine a process may have written its part, or ended, when the signal arrives
+            start = time.monotonic()
             writer, name = run.random.choice(run.wait(writers, "a writing process"))
             row.step, row.expected, since = run.reached(), max(run.intact(), default=0), time.monotonic()
-            writer.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                writer.kill()
             before = set(run.partial_directories())
             lost, kept = (r"error: .*could not be written", "the save"), (rf"checkpoint .*{name}: written in", "")
-            is_lost = run.find([lost, kept], since)[1] != ""
+            try:
+                is_lost = run.find([lost, kept], start)[1] != ""
+            except EndedError:
+                break  # neither line: `without_space` says so in the row
         run.set("fsync", 0)
         return without_space(run, row, since)
     finally:
