@@ -4,9 +4,8 @@
 
 One process, a dense model whose checkpoint takes longer to write than a step to compute. Before each step a save is
 started (the pause of training that this takes is given as well), after it the save is completed; how many steps outlast
-the writer is given too, as they are less disturbed. It is the first step of the save, which would also copy each page
-that it shares with the writer and changes. The step has threads for all cores, so the writer competes with it; CPU time
-is that of the training process alone.
+the writer is given too, as they are less disturbed. The step has threads for all cores, so the writer competes with it;
+CPU time is that of the training process alone.
 """
 
 from __future__ import annotations
@@ -67,8 +66,9 @@ def main() -> None:
 
 def prepared(folder: Path) -> tuple[Callable[[], None], Callable[[], Any]]:
     """A training step, and a function that starts a save and returns its writer."""
+    from megatron_a2d.checkpoint.async_writer import BackgroundWriter
     from megatron_a2d.config.settings import build
-    from megatron_a2d.distributed import process_groups
+    from megatron_a2d.distributed import environment, process_groups
     from megatron_a2d.training import checkpointing, data_setup, initialization, train_step
 
     files = folder / "hf"
@@ -77,11 +77,14 @@ def prepared(folder: Path) -> tuple[Callable[[], None], Callable[[], Any]]:
     model_config = model_config_of(MODEL)
     sizes = dict(seq_length=SEQ_LENGTH, global_batch_size=BATCH, micro_batch_size=BATCH)
     config = build(sizes | {"lr": LEARNING_RATE, "save": str(folder / "run"), "async_save": True})
+    environment.apply(config)
     process_groups.initialize(config.parallel)
     state = initialization.build_train_state(model_config, config)
     initialization.draw_weights(state, config.data.seed, model_config.initializer_range)
     samples = Batches(BATCH, SEQ_LENGTH, MODEL["mask_token_id"])
     batches = data_setup.micro_batches(config, model_config, samples, 1, 0)  # type: ignore[arg-type]
+
+    background = BackgroundWriter(state.tensors)
 
     def step() -> None:
         state.scheduler.step(1)
@@ -90,7 +93,7 @@ def prepared(folder: Path) -> tuple[Callable[[], None], Callable[[], Any]]:
 
     def save() -> Any:
         state.iteration = 1
-        return checkpointing.CheckpointWriter(state, config, files, in_background=True)
+        return checkpointing.CheckpointWriter(state, config, files, background)
 
     return step, save
 

@@ -1,8 +1,14 @@
-"""Writer process of a rank's chunks: forked, so that training continues while it writes (--async-save).
+"""Processes that write a rank's chunks, beside training with --async-save.
 
 megatron.core's own writers report through queues, and hang when one of them is killed. Here one process per rank
-writes, measures what it wrote, and answers through a pipe, which also closes if the process dies without an answer. A
-forked process keeps the tensors as they were; beside training on CPUs it gets copies of them (fork_memory.py).
+writes, measures what it wrote, and answers through a pipe, which also closes if the process dies without an answer.
+
+    ChunkWriter        one rank's part of one save
+    BackgroundWriter   the run's means of writing while it trains
+
+A process is forked for a save: it has the tensors as they were. On CPUs, training would then copy each page that it
+shares with the process and changes, so there one process, forked before the first step, writes all saves, and is
+handed copies of the tensors (fork_memory.py).
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,65 +28,115 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch import Tensor
 
-from megatron_a2d.checkpoint.fork_memory import copy_to_mapping, not_inherited
+from megatron_a2d.checkpoint.fork_memory import MemoryFile, not_inherited
 from megatron_a2d.checkpoint.manifest import Entry, measure
 from megatron_a2d.megatron_compat.device import has_cuda
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_LOWEST_PRIORITY = 19
 
 
 class ChunkWriter:
-    """Process that writes this rank's planned `chunks` to `directory`; it starts at construction.
+    """Writing of this rank's planned `chunks` to `directory`, by another process; it starts at construction."""
 
-    `in_background`: training needs the CPUs at the same time, so the process takes only what training leaves.
-    `changing`: the tensors that training changes meanwhile.
-    """
-
-    def __init__(
-        self,
-        chunks: FileSystemWriterAsync,
-        directory: Path,
-        in_background: bool = False,
-        changing: Iterable[Tensor] = (),
-    ):
+    def __init__(self, chunks: FileSystemWriterAsync, directory: Path, background: BackgroundWriter | None = None):
         self._chunks = chunks
         self._is_empty = not chunks.write_buckets
         buckets = chunks.write_buckets or []
-        withheld: Iterable[Tensor] = ()
         if has_cuda():
             buckets = chunks.preload_tensors(buckets)  # copies from the GPU
-        elif in_background:
-            buckets, withheld = _copied(buckets), changing
-        transforms = [chunks.transforms] if hasattr(chunks, "transforms") else []
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe(duplex=False)
-        arguments = (theirs, os.getpid(), buckets, transforms, directory, in_background)
-        self._process = context.Process(target=_write, args=arguments, daemon=True)
-        with not_inherited(withheld):
-            self._process.start()
-        theirs.close()
+        job = (buckets, [chunks.transforms] if hasattr(chunks, "transforms") else [], directory)
+        self._process = background.start(*job) if background else _Process(_write_once, 0, *job)
         # The process has them now; megatron.core's finalizer reads only their number.
         chunks.write_buckets = [()] * len(buckets)  # type: ignore[list-item]
 
     def is_done(self) -> bool:
-        return self._connection.poll()  # also true if the process died
+        return self._process.has_answered()  # also true if the process died
 
     def finish(self) -> dict[str, Entry]:
         """Wait for the process; returns sizes and checksums of its files. Raises the error that stopped it."""
-        answer: Any
-        try:
-            answer = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            answer = OSError(f"the process that wrote the chunks ended with exit code {code} before it was done")
-        self._process.join()
+        answer = self._process.answer()
         results, entries = (answer, {}) if isinstance(answer, Exception) else answer
         if not self._is_empty:
             self._chunks.results_queue = _Results(results)  # where megatron.core's finalizer looks
         if isinstance(answer, Exception):
             raise answer
         return entries
+
+
+class BackgroundWriter:
+    """Writes chunks while training continues, one save at a time, with what training leaves of the CPUs.
+
+    `changing` returns the tensors that training changes. Construct it before the first step, whose memory the process
+    would share. A process that was killed is replaced at the next save.
+    """
+
+    def __init__(self, changing: Callable[[], Iterable[Tensor]]):
+        self._changing = changing
+        self._memory = MemoryFile()
+        self._process = None if has_cuda() else self._forked()
+
+    def start(self, buckets: list[Any], transforms: list[Any], directory: Path) -> _Process:
+        """The process, which has begun to write."""
+        if self._process is None:  # with a GPU training changes little of the host's memory
+            return _Process(_write_once, _LOWEST_PRIORITY, buckets, transforms, directory)
+        stored = self._memory.write([tensor for *_, (_, tensors) in buckets for _, tensor in tensors])
+        job = (_replaced(buckets, stored), transforms, directory)
+        if not self._process.send(job):
+            self._process = self._forked()
+            self._process.send(job)
+        return self._process
+
+    def close(self) -> None:
+        """End the process, even while it writes."""
+        if self._process:
+            self._process.kill()
+        self._memory.close()
+
+    def _forked(self) -> _Process:
+        with not_inherited(self._changing()):
+            return _Process(_write_always, _LOWEST_PRIORITY, self._memory)
+
+
+class _Process:
+    """Forked process that answers through a pipe; `function` gets its end of it and the arguments."""
+
+    def __init__(self, function: Callable[..., None], niceness: int, *arguments: Any):
+        context = multiprocessing.get_context("fork")
+        self._connection, theirs = context.Pipe()
+        self._num_unanswered = 0
+        begin = (function, niceness, os.getpid(), self._connection, theirs)
+        self._process = context.Process(target=_begin, args=(*begin, *arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, job: Any) -> bool:
+        """Whether the process is alive to take the job."""
+        while self._num_unanswered:  # of a save that failed on another rank, so that nobody waited for this one
+            self.answer()
+        try:
+            self._connection.send(job)
+        except OSError:
+            return False
+        self._num_unanswered += 1
+        return True
+
+    def has_answered(self) -> bool:
+        return self._connection.poll()
+
+    def answer(self) -> Any:
+        """What the process sends; if it ends without that, an OSError that says so."""
+        self._num_unanswered = 0
+        try:
+            return self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode
+            return OSError(f"the process that wrote the chunks ended with exit code {code} before it was done")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
 
 
 @contextlib.contextmanager
@@ -93,32 +149,50 @@ def without_queues() -> Iterator[None]:
         filesystem_async._results_queue = original
 
 
-def _copied(buckets: list[Any]) -> list[Any]:
-    """`buckets` with copies of their tensors."""
-    copies = iter(copy_to_mapping([tensor for *_, (_, tensors) in buckets for _, tensor in tensors]))
-    return [
-        (*names, (objects, [(item, next(copies)) for item, _ in tensors])) for *names, (objects, tensors) in buckets
-    ]
+def _replaced(buckets: list[Any], tensors: Iterable[Any]) -> list[Any]:
+    """`buckets` with these in place of their tensors."""
+    others = iter(tensors)
+    return [(*names, (objects, [(item, next(others)) for item, _ in old])) for *names, (objects, old) in buckets]
 
 
-def _write(
-    connection: Connection,
-    parent: int,
-    buckets: list[Any],
-    transforms: list[Any],
-    directory: Path,
-    in_background: bool,
+def _begin(
+    function: Callable[..., None], niceness: int, parent: int, theirs: Connection, ours: Connection, *arguments: Any
 ) -> None:
-    """Main function of the writer process. No garbage collection: GPU tensors in its memory belong to the parent.
+    """Main function of a writer process. No garbage collection: GPU tensors in its memory belong to the parent."""
+    theirs.close()
+    gc.disable()
+    os.nice(niceness)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler only records it
+    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to all processes of a terminal, or of a job
+        signal.signal(number, signal.SIG_IGN)
+    _end_with(parent)
+    function(ours, *arguments)
 
-    No threads either: where there is no memory to start one, Thread.start() waits for ever (CPython 3.11), and with it
+
+def _write_once(connection: Connection, *job: Any) -> None:
+    connection.send(_write(*job))
+
+
+def _write_always(connection: Connection, memory: MemoryFile) -> None:
+    gc.freeze()  # training's objects are not looked at
+    gc.enable()
+    while True:
+        try:
+            buckets, transforms, directory = connection.recv()
+        except EOFError:
+            return
+        stored = [tensor for *_, (_, tensors) in buckets for _, tensor in tensors]
+        answer = _write(_replaced(buckets, memory.read(stored)), transforms, directory)
+        memory.clear()
+        connection.send(answer)
+
+
+def _write(buckets: list[Any], transforms: list[Any], directory: Path) -> Any:
+    """Results for megatron.core's finalizer, and sizes and checksums of the files; or the error that stopped it.
+
+    Starts no threads: where there is no memory to start one, Thread.start() waits for ever (CPython 3.11), and with it
     all ranks for this one's answer.
     """
-    gc.disable()
-    if in_background:
-        os.nice(19)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler only records it
-    _end_with(parent)
     results = _Results({})
     try:
         for number, bucket in enumerate(buckets):
@@ -127,10 +201,9 @@ def _write(
             if isinstance(value, Exception):
                 raise value
         names = [os.path.basename(path) for path, *_ in buckets]
-        entries = measure(directory, names, num_threads=1)
-        connection.send((results.value, entries))
+        return results.value, measure(directory, names, num_threads=1)
     except Exception as error:
-        connection.send(error if isinstance(error, OSError) else RuntimeError(str(error)))
+        return error if isinstance(error, OSError) else RuntimeError(str(error))
 
 
 def _end_with(parent: int) -> None:

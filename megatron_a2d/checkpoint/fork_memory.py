@@ -1,16 +1,19 @@
-"""Memory of a forked process: copies of the tensors that it is to write, and no access to those that training changes.
+"""Memory of a forked process: the tensors that it is handed, and no access to those that training changes.
 
 A fork shares all pages, and whoever changes one copies it first, in a page fault of its own. After a fork that shares
-them, one step of a training process on CPUs does that for all of its weights, gradients and optimizer state. It costs
-less to copy what is to be written at once, before the fork, and to share nothing else of these.
+them, one step of a training process on CPUs does that for all of its weights, gradients and activations.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,23 +21,55 @@ from torch import Tensor
 _ALIGNMENT = 64  # bytes
 
 
-def copy_to_mapping(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of host tensors in a separate memory mapping, which is freed together with the last of them."""
-    starts, end = [], 0
-    for tensor in tensors:
-        starts.append(end)
-        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    memory = mmap.mmap(-1, max(end, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    copies = []
-    for tensor, start in zip(tensors, starts, strict=True):
-        if not tensor.nbytes:
-            copies.append(torch.empty_like(tensor))
-            continue
-        flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
-        copies.append(flat.view(tensor.shape).copy_(tensor.detach()))
-    return copies
+class Stored(NamedTuple):
+    """Where a MemoryFile holds a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes
+
+
+class MemoryFile:
+    """File without a name, in memory where the system has such files, by which a process hands tensors to its fork."""
+
+    def __init__(self) -> None:
+        if hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("a2d")
+        else:
+            self._file, path = tempfile.mkstemp()
+            os.unlink(path)
+
+    def write(self, tensors: list[Tensor]) -> list[Stored]:
+        """Replace what the file holds by these host tensors; OSError if there is no room."""
+        self.clear()
+        stored, end = [], 0
+        for tensor in tensors:
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            data = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+            end = start + len(data)
+            while data:  # the kernel writes at most 2 GiB at once
+                data = data[os.pwrite(self._file, data, end - len(data)) :]
+            stored.append(Stored(tensor.dtype, tuple(tensor.shape), start))
+        return stored
+
+    def read(self, stored: list[Stored]) -> list[Tensor]:
+        """The tensors, in a mapping of the file that is freed together with the last of them."""
+        if not (size := os.fstat(self._file).st_size):
+            return [torch.empty(shape, dtype=dtype) for dtype, shape, _ in stored]
+        memory = mmap.mmap(self._file, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return [
+            torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
+            if (count := math.prod(shape))
+            else torch.empty(shape, dtype=dtype)
+            for dtype, shape, start in stored
+        ]
+
+    def clear(self) -> None:
+        """Free its memory, which no tensor that `read` returned may be in use of."""
+        os.ftruncate(self._file, 0)
+
+    def close(self) -> None:
+        os.close(self._file)
 
 
 @contextlib.contextmanager

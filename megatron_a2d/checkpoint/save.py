@@ -1,6 +1,6 @@
 """Saving a checkpoint's files: the sharded state dict by megatron.core's steps one by one, and the final rename.
 
-    start_writing  -> plan of the chunks (megatron.core) -> async_writer.py: a forked process writes this rank's chunks
+    start_writing  -> plan of the chunks (megatron.core) -> async_writer.py: another process writes this rank's chunks
     finish_writing -> all chunks are on disk -> .metadata (megatron.core)
     commit         -> manifest -> rename -> tracker
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_a2d.checkpoint.async_writer import ChunkWriter, without_queues
+from megatron_a2d.checkpoint.async_writer import BackgroundWriter, ChunkWriter, without_queues
 from megatron_a2d.checkpoint.directory import TRACKER
 from megatron_a2d.checkpoint.manifest import Entry, write_manifest
 from megatron_a2d.megatron_compat.versions import async_save_options
@@ -44,11 +44,11 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async"
 class CollectiveSave:
     """One save, in steps: after each, `raise_on_failure` raises SaveError on all ranks if it failed on one of them.
 
-    `in_background`: training goes on while it writes.
+    `background` writes it while training continues.
     """
 
-    def __init__(self, in_background: bool = False) -> None:
-        self._in_background = in_background
+    def __init__(self, background: BackgroundWriter | None = None) -> None:
+        self._background = background
         self._error: str | None = None
 
     def attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -66,17 +66,10 @@ class CollectiveSave:
         if error := next(filter(None, errors), None):
             raise SaveError(error)
 
-    def start_writing(
-        self,
-        state: dict[str, Any],
-        directory: Path,
-        content_metadata: dict[str, Any],
-        changing: Iterable[torch.Tensor] = (),
-    ) -> None:
+    def start_writing(self, state: dict[str, Any], directory: Path, content_metadata: dict[str, Any]) -> None:
         """Start to write megatron's files of `state` to the existing empty `directory`; collective.
 
-        When it returns, the tensors in `state` may change: the values at the time of the call are written. `changing`:
-        those and others that training changes meanwhile.
+        When it returns, the tensors in `state` may change: the values at the time of the call are written.
         """
         sharded, common = save_preprocess({**state, "content_metadata": content_metadata})
         if dist.get_rank() == 0:
@@ -87,7 +80,7 @@ class CollectiveSave:
         self.raise_on_failure()
         assert isinstance(request, AsyncRequest)
         (self._finalize,) = request.finalize_fns
-        self._writer = self.attempt(ChunkWriter, strategy.chunks, directory, self._in_background, changing)
+        self._writer = self.attempt(ChunkWriter, strategy.chunks, directory, self._background)
         self.raise_on_failure()
 
     def is_written(self) -> bool:

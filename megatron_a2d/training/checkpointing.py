@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_a2d.checkpoint.async_writer import BackgroundWriter
 from megatron_a2d.checkpoint.bridge_config import write_run_config
 from megatron_a2d.checkpoint.directory import (
     HF_FILES,
@@ -68,9 +69,11 @@ class CheckpointManager:
     A failed save ends the run with SaveError unless --on-save-error is continue; a failure of the last one always does.
     """
 
-    def __init__(self, config: RunConfig, hf_files: Path, log: RunLog):
+    def __init__(self, state: TrainState, config: RunConfig, hf_files: Path, log: RunLog):
         self._config, self._hf_files, self._log = config, hf_files, log
         self._running: CheckpointWriter | None = None
+        is_async = config.training.save is not None and config.training.async_save
+        self._background = BackgroundWriter(state.tensors) if is_async else None
         self._begin = self._seconds = 0.0
         # Even if this run saves nothing more: a completed run may have been killed while it removed an old checkpoint.
         if config.training.save and dist.get_rank() == 0:
@@ -79,14 +82,14 @@ class CheckpointManager:
     def save(self, state: TrainState, last: bool) -> None:
         """Save this iteration; with --async-save only start the save, unless it is the run's `last` checkpoint."""
         self.finish(last=False)
-        in_background = self._config.training.async_save and not last
+        background = None if last else self._background
         try:
             self._begin = time.perf_counter()
-            self._running = CheckpointWriter(state, self._config, self._hf_files, in_background)
+            self._running = CheckpointWriter(state, self._config, self._hf_files, background)
             self._seconds = time.perf_counter() - self._begin
         except SaveError as error:
             self._failed(error, state.iteration, last)
-        if not in_background:
+        if background is None:
             self.finish(last)
 
     def poll(self) -> None:
@@ -116,6 +119,11 @@ class CheckpointManager:
             except OSError as error:
                 self._log.say(f"warning: --keep-latest-k: an old checkpoint could not be removed ({error})")
 
+    def close(self) -> None:
+        """End the background writer, even while it writes."""
+        if self._background:
+            self._background.close()
+
     def _failed(self, error: SaveError, iteration: int, last: bool) -> None:
         self._log.event("save_error", iteration=iteration, error=str(error))
         if last or self._config.training.on_save_error == "stop":
@@ -126,12 +134,14 @@ class CheckpointManager:
 class CheckpointWriter:
     """One save: the checkpoint `--save`/iter_NNNNNNN of the state at construction, complete when `finish` returns.
 
-    `hf_files` holds the source model's configuration and tokenizer; `in_background` leaves the CPUs to training. All
+    `hf_files` holds the source model's configuration and tokenizer; `background` writes while training continues. All
     methods are collective. The constructor and `finish` raise SaveError on all ranks if any rank cannot write; earlier
     checkpoints are then unchanged.
     """
 
-    def __init__(self, state: TrainState, config: RunConfig, hf_files: Path, in_background: bool = False):
+    def __init__(
+        self, state: TrainState, config: RunConfig, hf_files: Path, background: BackgroundWriter | None = None
+    ):
         assert config.training.save is not None
         self._config, self._hf_files, self.iteration = config, hf_files, state.iteration
         self._placement = state.placement
@@ -140,13 +150,13 @@ class CheckpointWriter:
         # A random suffix: a writer process that outlives a killed run must not touch the next run's files.
         partial = partial_path(self._root / f"{self._final.name}.{secrets.token_hex(4)}")
         self._partial = self._root / from_first_rank(partial.name)
-        self._save = CollectiveSave(in_background)
+        self._save = CollectiveSave(background)
         with self._all_or_nothing():
             if dist.get_rank() == 0:
                 self._save.attempt(_make_room, self._root, self._partial)
             self._save.raise_on_failure()
             tensors = _sharded_state(state, config)
-            self._save.start_writing(tensors, self._partial, dict(CONTENT_METADATA), state.tensors())
+            self._save.start_writing(tensors, self._partial, dict(CONTENT_METADATA))
 
     def is_written(self) -> bool:
         """Whether all ranks have written their files, so that `finish` does not wait for a disk."""

@@ -81,7 +81,7 @@ def _train(
     training, batch_sizes, num_iterations = config.training, config.batch_sizes, config.num_iterations
     log = RunLog(config, state.iteration, enabled=dist.get_rank() == 0)
     batches = micro_batches(config, model_config, train_data, config.data.seed, state.consumed_samples)
-    saves = CheckpointManager(config, begin.directory / HF_FILES, log)
+    saves = CheckpointManager(state, config, begin.directory / HF_FILES, log)
     # Files with checksums are verified at every read; the others are scanned once in the background.
     files = [*train_data.files, *(dataset.file for dataset in valid_data.values())]
     scan = BackgroundScan([file for file in files if dist.get_rank() == 0 and file.needs_scan])
@@ -176,6 +176,7 @@ def _train(
         manual_gc.close()
         batches.close()
         scan.close()
+        saves.close()
         log.close()
     return state, exit_code, None
 

@@ -113,7 +113,7 @@ def kill_at(point: str, pass_by: int) -> None:
         from megatron_a2d.checkpoint import async_writer
 
         write = async_writer._write
-        async_writer._write = lambda *arguments: (time.sleep(10), write(*arguments))
+        async_writer._write = lambda *arguments: (time.sleep(10), write(*arguments))[1]
     module_name, owner_name, function_name = POINTS[point]
     owner: Any = sys.modules[module_name]
     owner = getattr(owner, owner_name) if owner_name else owner

@@ -147,12 +147,12 @@ class Faults:
         self._num_saves += 1
         return self._originals["CheckpointWriter"](*arguments)
 
-    def _write(self, *arguments: Any) -> None:
-        if self.kill_writer == dist.get_rank() and self._num_saves == 1:
+    def _write(self, *arguments: Any) -> Any:
+        if self.kill_writer == dist.get_rank() and self._num_saves <= 1:  # forked before the first save, or for it
             os.kill(os.getpid(), signal.SIGKILL)
         while self.hold_writer and not Path(self.hold_writer[0]).exists():
             time.sleep(0.01)
-        self._originals["_write"](*arguments)
+        return self._originals["_write"](*arguments)
 
     def _make_room(self, root: Path, partial: Path) -> None:
         self._originals["_make_room"](root, partial)

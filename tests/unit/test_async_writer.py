@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 
 from megatron_a2d import megatron_compat
 from megatron_a2d.checkpoint import async_writer
+from megatron_a2d.checkpoint.async_writer import BackgroundWriter, ChunkWriter
 from megatron_a2d.checkpoint.manifest import read_manifest, write_manifest
 from megatron_a2d.config.model_config import model_config_from_hf
 from megatron_a2d.config.settings import build
@@ -26,12 +28,29 @@ from megatron_a2d.training.optimizer import update_parameters
 from tests.tiny import hub_config
 
 megatron_compat.install()
-NO_CHUNKS: Any = SimpleNamespace(write_buckets=[])
+
+
+def chunks_of(*buckets: Any) -> Any:
+    return SimpleNamespace(write_buckets=list(buckets))
+
+
+@pytest.fixture
+def background() -> Iterator[BackgroundWriter]:
+    """To be asked for after everything that its process is to inherit."""
+    writers: list[BackgroundWriter] = []
+
+    def make(changing: Iterable[torch.Tensor] = ()) -> BackgroundWriter:
+        writers.append(BackgroundWriter(lambda: changing))
+        return writers[-1]
+
+    yield make  # type: ignore[misc]
+    for writer in writers:
+        writer.close()
 
 
 @pytest.mark.parametrize("in_background", [True, False])
 def test_only_a_writer_beside_training_leaves_it_the_cpus(
-    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_background: bool, background: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With nothing else to do, training waits: then the process is as urgent as training itself."""
 
@@ -39,13 +58,14 @@ def test_only_a_writer_beside_training_leaves_it_the_cpus(
         return {"niceness": os.nice(0), "num_threads": num_threads, "names": names}
 
     monkeypatch.setattr(async_writer, "measure", seen)
-    entries: Any = async_writer.ChunkWriter(NO_CHUNKS, tmp_path, in_background).finish()
-    ours = os.nice(0)
-    assert entries == {"niceness": 19 if in_background else ours, "num_threads": 1, "names": []}
+    entries: Any = ChunkWriter(chunks_of(), tmp_path, background() if in_background else None).finish()
+    assert entries == {"niceness": 19 if in_background else os.nice(0), "num_threads": 1, "names": []}
 
 
 @pytest.mark.parametrize("in_background", [True, False])
-def test_a_writer_starts_no_thread(in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_starts_no_thread(
+    in_background: bool, background: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Short of memory, a thread that cannot be started would let all ranks wait for ever."""
 
     def refuse(thread: threading.Thread) -> None:
@@ -56,37 +76,73 @@ def test_a_writer_starts_no_thread(in_background: bool, tmp_path: Path, monkeypa
     monkeypatch.setattr(
         async_writer, "FileSystemWriterAsync", SimpleNamespace(write_preloaded_data=lambda *_, **__: None)
     )
-    chunks: Any = SimpleNamespace(write_buckets=[(str(tmp_path / "file"), "key", ([], []))])
-    entries = async_writer.ChunkWriter(chunks, tmp_path, in_background).finish()
+    chunks = chunks_of((str(tmp_path / "file"), "key", ([], [])))
+    entries = ChunkWriter(chunks, tmp_path, background() if in_background else None).finish()
     assert entries["file"].size == 4
     write_manifest(tmp_path, num_threads=1)
     assert read_manifest(tmp_path) == entries
 
 
+def seen_weights(buckets: list[Any], *_: Any) -> Any:
+    ((name, key, (objects, ((item, tensor),))),) = buckets
+    assert (name, key, objects, item) == ("file", "key", [b"object"], "weights")
+    return {}, {"process": os.getpid(), "value": float(tensor[-1])}
+
+
 @pytest.mark.skipif(has_cuda(), reason="with a GPU the copies on the host are what is written")
-@pytest.mark.parametrize("in_background", [True, False])
-def test_beside_training_the_process_has_copies_alone(
-    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_process_writes_all_saves_beside_training(
+    background: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its memory has nothing where training changes tensors; a process that training waits for has no copies."""
-    weights, written = torch.full((1 << 16,), 3.0), []
+    """It is handed copies, and its memory has nothing where training changes tensors."""
+    weights, withheld = torch.full((1 << 16,), 3.0), []
 
-    def write(connection: Any, parent: int, buckets: list[Any], *_: Any) -> None:
-        ((name, key, (objects, ((item, tensor),))),) = buckets
-        assert (name, key, objects, item) == ("file", "key", [b"object"], "weights")
-        connection.send(({}, {"copied": tensor.data_ptr() != weights.data_ptr(), "value": float(tensor[-1])}))
-
-    def withheld(tensors: Iterable[torch.Tensor]) -> Any:
-        written.append(list(tensors))
+    def not_inherited(tensors: Iterable[torch.Tensor]) -> Any:
+        withheld.append(list(tensors))
         return nullcontext()
 
+    monkeypatch.setattr(async_writer, "_write", seen_weights)
+    monkeypatch.setattr(async_writer, "not_inherited", not_inherited)
+    writer, processes = background([weights]), set()
+    for value in (3.0, 4.0):
+        weights.fill_(value)
+        save = ChunkWriter(chunks_of(("file", "key", ([b"object"], [("weights", weights)]))), tmp_path, writer)
+        weights.zero_()
+        entries: Any = save.finish()
+        assert entries["value"] == value
+        processes.add(entries["process"])
+    assert len(processes) == 1 and os.getpid() not in processes
+    assert withheld == [[weights]], "forked once"
+
+
+@pytest.mark.skipif(has_cuda(), reason="with a GPU each save has a process of its own")
+@pytest.mark.parametrize("while_writing", [True, False])
+def test_a_killed_process_is_replaced(
+    while_writing: bool, background: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: Any) -> Any:
+        if while_writing and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}, {"process": os.getpid()}
+
     monkeypatch.setattr(async_writer, "_write", write)
-    monkeypatch.setattr(async_writer, "not_inherited", withheld)
-    chunks: Any = SimpleNamespace(write_buckets=[("file", "key", ([b"object"], [("weights", weights)]))])
-    writer = async_writer.ChunkWriter(chunks, tmp_path, in_background, [weights])
-    weights.zero_()
-    assert writer.finish() == {"copied": in_background, "value": 3.0}
-    assert written == [[weights] if in_background else []]
+    writer = background()
+    if while_writing:
+        with pytest.raises(OSError, match="ended with exit code -9 before it was done"):
+            ChunkWriter(chunks_of(), tmp_path, writer).finish()
+    else:
+        writer._process.kill()
+    assert set(ChunkWriter(chunks_of(), tmp_path, writer).finish()) == {"process"}
+
+
+@pytest.mark.skipif(has_cuda(), reason="with a GPU each save has a process of its own")
+def test_a_save_that_nobody_waited_for(background: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank could not start to write its part: the next save gets its own answer."""
+    monkeypatch.setattr(async_writer, "_write", lambda buckets, transforms, directory: ({}, {"of": directory.name}))
+    writer = background()
+    ChunkWriter(chunks_of(), Path("first"), writer)
+    entries: Any = ChunkWriter(chunks_of(), Path("second"), writer).finish()
+    assert entries == {"of": "second"}
 
 
 def test_what_a_step_changes() -> None:
@@ -120,22 +176,24 @@ def test_what_stops_the_writer_is_raised_where_training_waits(
 
     monkeypatch.setattr(async_writer, "measure", fails)
     with pytest.raises(OSError if isinstance(error, OSError) else RuntimeError, match=str(error.args[0])):
-        async_writer.ChunkWriter(NO_CHUNKS, tmp_path).finish()
+        ChunkWriter(chunks_of(), tmp_path).finish()
 
 
 def test_training_is_beside_every_asynchronous_save_but_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[bool] = []
 
-    def writer(state: Any, config: Any, hf_files: Path, in_background: bool) -> Any:
-        said.append(in_background)
+    def writer(state: Any, config: Any, hf_files: Path, background: BackgroundWriter | None) -> Any:
+        said.append(background is not None)
         return SimpleNamespace(finish=lambda: Path("run/iter_0000001"), iteration=1)
 
     monkeypatch.setattr(checkpointing, "CheckpointWriter", writer)
     monkeypatch.setattr(checkpointing, "dist", SimpleNamespace(get_rank=lambda: 1))
     log: Any = SimpleNamespace(checkpoint=lambda *_, **__: None)
     for async_save in (True, False):
-        config: Any = SimpleNamespace(training=SimpleNamespace(save=None, async_save=async_save))
-        manager = checkpointing.CheckpointManager(config, Path("hf"), log)
+        config: Any = SimpleNamespace(training=SimpleNamespace(save="run", async_save=async_save))
+        state: Any = SimpleNamespace(iteration=1, tensors=list)
+        manager = checkpointing.CheckpointManager(state, config, Path("hf"), log)
         for last in (False, True):
-            manager.save(SimpleNamespace(iteration=1), last)  # type: ignore[arg-type]
+            manager.save(state, last)
+        manager.close()
     assert said == [True, False, False, False]

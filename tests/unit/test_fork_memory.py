@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_a2d.checkpoint.fork_memory import copy_to_mapping, not_inherited
+from megatron_a2d.checkpoint.fork_memory import MemoryFile, not_inherited
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="forks withhold memory on Linux only")
 NUM = 1 << 21
@@ -51,21 +51,45 @@ def test_copies_are_equal_and_stay_so() -> None:
         torch.arange(12).view(3, 4).T, torch.tensor([True, False, True]),
     ]  # fmt: skip
     expected = [tensor.clone() for tensor in originals]
-    copies = copy_to_mapping(originals)
+    memory = MemoryFile()
+    memory.write([torch.ones(10_000)])  # which the next ones replace
+    copies = memory.read(memory.write(originals))
     for tensor in originals:
         tensor.zero_()
     for copy, tensor in zip(copies, expected, strict=True):
         assert copy.dtype == tensor.dtype and torch.equal(copy, tensor)
-    assert copy_to_mapping([]) == []
+    assert memory.read(memory.write([])) == []
+    (nothing,) = memory.read(memory.write([torch.empty(0, 4)]))
+    assert nothing.shape == (0, 4)
+    memory.close()
+
+
+@linux_only
+def test_its_memory_is_freed() -> None:
+    memory = MemoryFile()
+    memory.write([torch.ones(NUM)])
+    assert os.fstat(memory._file).st_blocks
+    memory.clear()
+    assert os.fstat(memory._file).st_blocks == 0
+    memory.close()
+
+
+def test_without_such_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    memory = MemoryFile()
+    stored = memory.write([torch.full((5,), 3.0)])
+    assert in_a_fork(lambda: int(memory.read(stored)[0].sum())) == 15
+    memory.close()
 
 
 @linux_only
 def test_a_fork_gets_the_copy_alone() -> None:
     tensor = torch.full((NUM,), 3.0)
     whole, part = tensor[: NUM // 2], tensor[NUM // 2 :]
-    (copy,) = copy_to_mapping([tensor])
+    memory = MemoryFile()
+    stored = memory.write([tensor])
     with not_inherited([part, whole]):  # of one storage
-        assert in_a_fork(lambda: int(copy[NUM // 2])) == 3
+        assert in_a_fork(lambda: int(memory.read(stored)[0][NUM // 2])) == 3
         assert in_a_fork(lambda: int(tensor[NUM // 2])) == -signal.SIGSEGV
     assert in_a_fork(lambda: int(tensor[NUM // 2])) == 3, "later forks get it"
     assert tensor.sum() == 3 * NUM

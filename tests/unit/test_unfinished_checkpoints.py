@@ -12,6 +12,8 @@ from megatron_a2d.training import checkpointing
 from megatron_a2d.training.checkpointing import CheckpointManager, remove_old
 from megatron_a2d.utils.partial_files import partial_path
 
+NO_STATE: Any = None  # without --async-save it is not looked at
+
 # As a killed save, a killed replacement and a killed removal leave them.
 LEFT = (".iter_0000003.1a2b3c4d.partial", ".iter_0000003.replaced.partial", ".iter_0000001.partial")
 KEPT = ("iter_0000002", ".lock", ".log.jsonl.partial-1", "iter_0000002.aside", "latest_checkpointed_iteration.txt")
@@ -34,10 +36,10 @@ def test_a_start_removes_them(rank: int, root: Path, monkeypatch: pytest.MonkeyP
     """The first rank alone, once; also that of a run which is complete and saves nothing more."""
     monkeypatch.setattr(checkpointing.dist, "get_rank", lambda: rank)
     log: Any = None
-    CheckpointManager(build({"save": str(root)}), root, log)
+    CheckpointManager(NO_STATE, build({"save": str(root)}), root, log)
     assert names(root) == set(KEPT) | (set(LEFT) if rank else set())
-    CheckpointManager(build({}), root, log)
-    CheckpointManager(build({"save": str(root / "not there yet")}), root, log)
+    CheckpointManager(NO_STATE, build({}), root, log)
+    CheckpointManager(NO_STATE, build({"save": str(root / "not there yet")}), root, log)
     assert not (root / "not there yet").exists()
 
 
