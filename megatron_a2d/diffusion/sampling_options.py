@@ -11,6 +11,8 @@ Cache = Literal["none", "prefix", "dual"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 SELF_SPECULATIVE: Sampler = "self_speculative"
 DREAM: tuple[Sampler, ...] = ("entropy", "maskgit_plus", "topk_margin")  # `alg` of Dream's sampler, on its schedule
+# Choose positions by probabilities before temperature, top-k and top-p.
+UNSHAPED: tuple[Sampler, ...] = ("confidence", "threshold")
 CACHES: tuple[str, ...] = get_args(Cache)
 # Logits stay finite in fp32.
 _SMALLEST_TEMPERATURE = 1e-6
@@ -45,7 +47,8 @@ class SamplingOptions:
     remask: the share of a block's decided tokens that every forward pass but the block's last masks again, before it
         predicts: those that were least certain when they were decided (after ReMDM, Wang et al. 2025).
     temperature, top_k, top_p: shape the distribution that tokens and entropies come from; 0 and 1 filter nothing.
-        Temperature 0 takes the most likely token and does not change the distribution.
+        Temperature 0 takes the most likely token and does not change the distribution. The probabilities by which
+        `confidence` and `threshold` choose positions are those before it is shaped, as in LLaDA's and Fast-dLLM's code.
     greedy: take the most likely token whatever the temperature, which then only affects entropies.
     cfg_scale: classifier-free guidance w: logits are l + w (l - u), where u are those with the given text masked; 0:
         none. The two forward passes count as one.

@@ -126,7 +126,7 @@ def _parser() -> Parser:
             kind["nargs"] = "+"
         shown = "" if option.default in (None, []) else f" (default: {option.default})"
         group.add_argument(flag(name), help=option.help + shown, default=argparse.SUPPRESS, **kind)
-    add_sampling_flags(parser.add_argument_group("sampling"))
+    add_sampling_flags(parser.add_argument_group("sampling"), temperature=0.0)
     add_settings(parser, (*_HELD_OUT, *LAYOUT), LAYOUT_HELP)
     return parser
 

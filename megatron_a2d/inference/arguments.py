@@ -24,29 +24,31 @@ LAYOUT = (
     "expert_tensor_parallel_size", "moe_token_dispatcher_type", "bf16", "transformer_impl",
 )  # fmt: skip
 LAYOUT_HELP = {"bf16": "run a checkpoint's model in bfloat16; otherwise in fp32"}
+TEMPERATURE = 0.1  # by default, as RND1's
 # Sampling setting (its flag has the same name) -> help.
 SAMPLING = {
     "sampler": "tokens unmasked per step; rnd1: lowest entropy first, on a fixed schedule; confidence: highest "
     "probability first (low-confidence remasking); eb: entropy-bounded; threshold: all above a probability; "
     "entropy, maskgit_plus, topk_margin: Dream's `alg`s, on its schedule; "
     "self_speculative: autoregressive decoding of drafted blocks, for models trained with --ar-loss-weight",
-    "num_steps": "maximum number of denoising steps (default: the model's num_diffusion_steps)",
+    "num_steps": "denoising steps, at most; with blocks at least one per block (default: the model's "
+    "num_diffusion_steps)",
     "gamma": "sampler eb: entropy bound per step, nats",
     "threshold": "sampler threshold: probability above which a token is unmasked",
     "block_length": "fill holes from left to right in blocks of N tokens (semi-autoregressive); 0: all at once",
     "cache": "KV cache with blocks, of the tokens before the block (prefix) or around it (dual); approximate; for "
     "block diffusion models exact, and prefix the default",
     "remask": "share of a block's decided tokens that each step masks again, the least certain ones; 0: none",
-    "temperature": "0: always the most likely token",
+    "temperature": "0: always the most likely token (default: {temperature:g})",
     "top_k": "sample from the K most likely tokens; 0: all",
     "top_p": "sample from the most likely tokens with total probability P",
-    "greedy": "take the most likely token; the temperature then only affects the order",
+    "greedy": "take the most likely token; the temperature then only affects the order by entropy",
     "cfg_scale": "classifier-free guidance scale; 0: off",
 }
 
 
-def add_sampling_flags(group: Any) -> None:
-    """Add a flag per setting of SAMPLING; only those given on the command line are set."""
+def add_sampling_flags(group: Any, temperature: float = TEMPERATURE) -> None:
+    """Add a flag per setting of SAMPLING; only those given on the command line are set. `temperature`: the default."""
     choices = {
         "sampler": SAMPLERS, "cache": ("none", "prefix", "dual"),
     }  # fmt: skip
@@ -57,7 +59,7 @@ def add_sampling_flags(group: Any) -> None:
             kind = {"choices": choices[name]}
         elif name == "greedy":
             kind = {"action": "store_true"}
-        group.add_argument(flag(name), help=text, default=argparse.SUPPRESS, **kind)
+        group.add_argument(flag(name), help=text.format(temperature=temperature), default=argparse.SUPPRESS, **kind)
 
 
 def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **defaults: Any) -> SamplingOptions:
@@ -74,7 +76,9 @@ def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **default
         given |= {"block_length": loaded.block_length, "aligned_blocks": True}
         defaults = {"cache": "prefix", **defaults}
     try:
-        chosen = SamplingOptions(**{"temperature": 0.1, "num_steps": loaded.num_diffusion_steps, **defaults, **given})
+        chosen = SamplingOptions(
+            **{"temperature": TEMPERATURE, "num_steps": loaded.num_diffusion_steps, **defaults, **given}
+        )
     except ValueError as error:
         raise UserError([flag(problem) for problem in str(error).split("; ")]) from None
     if chosen.cache != "none" and not loaded.has_caches:

@@ -249,6 +249,21 @@ def test_what_is_kept_of_a_row():
     assert kept_positions([3, 9, 9, 4], [True, True, False, True], {9}) == [0, 2, 3]
 
 
+@pytest.mark.parametrize("sampler", ["confidence", "threshold"])
+@pytest.mark.parametrize("draws", [None, torch.linspace(0, 0.99, 9, dtype=torch.float64)])
+@pytest.mark.parametrize("shape", [{"temperature": 0.1}, {"temperature": 1.0, "top_k": 2}, {"top_p": 0.3}])
+def test_confidence_does_not_depend_on_how_tokens_are_drawn(sampler, draws, shape):
+    """LLaDA's and Fast-dLLM's code reads it from the model's own probabilities."""
+    logits = torch.randn(9, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+    tokens, confidences, entropies = scores_of(logits, draws, sampler=sampler, **shape)
+    others = scores_of(logits, draws, sampler="rnd1", **shape)
+    assert (tokens, entropies) == (others[0], others[2])
+    for row, (token, confidence) in enumerate(zip(tokens, confidences, strict=True)):
+        p = plain_probabilities(logits[row].tolist(), 1.0, 0, 1.0)
+        assert confidence == pytest.approx(math.log(p[token]), abs=1e-5)
+        assert abs(confidence - others[1][row]) > 1e-3, "otherwise this shows nothing"
+
+
 def test_seeds_by_their_formula():
     """SplitMix64's output function of seed / phi + row + 1, its upper half; and torch's own generator for each row."""
 

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from megatron_a2d.diffusion.model_interface import Head, Reduce, logits_in_chunks
-from megatron_a2d.diffusion.sampling_options import SamplingOptions
+from megatron_a2d.diffusion.sampling_options import UNSHAPED, SamplingOptions
 
 
 class Scores(NamedTuple):
     """The scores of each candidate, [N]."""
 
     tokens: Tensor  # int64
-    log_confidence: Tensor  # fp32, log-probability of that token; topk_margin: log of its lead over the second
+    # fp32, log-probability of that token; topk_margin: of its lead over the second. Of confidence and threshold before
+    # temperature and filters.
+    log_confidence: Tensor
     entropy: Tensor  # fp32, nats
 
 
@@ -48,9 +50,11 @@ def scorer(options: SamplingOptions, mask_token_id: int, uniforms_N: Tensor | No
 
 def _score(logits_nV: Tensor, options: SamplingOptions, mask_token_id: int, uniforms_n: Tensor | None) -> Scores:
     logits_nV[:, mask_token_id] = -torch.inf
+    whole_nV = logits_nV
     if options.temperature > 0 and options.temperature != 1:
         logits_nV = logits_nV / options.temperature
     logits_nV = _filter(logits_nV, options.top_k, options.top_p)
+    is_shaped = logits_nV is not whole_nV
     # With z = logits - max: log-probabilities are z - log(sum exp z), and the entropy is log(sum) - sum(p z).
     best_n, likeliest_n = logits_nV.max(-1)
     z_nV = logits_nV.sub_(best_n[:, None])
@@ -62,7 +66,9 @@ def _score(logits_nV: Tensor, options: SamplingOptions, mask_token_id: int, unif
         z_nV[:, mask_token_id] = 0.0
     entropy_n = sum_n.log() - torch.linalg.vecdot(weights_nV, z_nV) / sum_n
     tokens_n = likeliest_n if uniforms_n is None else _draw(weights_nV, uniforms_n)
-    if options.sampler == "topk_margin":
+    if options.sampler in UNSHAPED and is_shaped:
+        log_confidence_n = whole_nV.gather(-1, tokens_n[:, None])[:, 0] - whole_nV.logsumexp(-1)
+    elif options.sampler == "topk_margin":
         first_n, second_n = (weights_nV.topk(2, dim=-1).values / sum_n[:, None]).unbind(-1)
         log_confidence_n = (first_n - second_n).clamp_min(torch.finfo(torch.float32).tiny).log()
     elif uniforms_n is None:
