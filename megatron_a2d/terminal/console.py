@@ -127,7 +127,8 @@ class _Rate(ProgressColumn):
 def progress(description: str, total: float, unit: str, done: int = 0) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr with speed and ETA; yields `advance(amount)`. `done` is the amount of an earlier run.
 
-    If stderr is not a terminal, only the final line is printed.
+    `total` may be an upper bound: the bar ends at 100% with the amount that was done. If stderr is not a terminal, only
+    that final line is printed.
     """
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -136,6 +137,7 @@ def progress(description: str, total: float, unit: str, done: int = 0) -> Iterat
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(one_line(description), total=total, completed=done, unit=unit)
         yield lambda amount: bar.advance(task, amount)
+        bar.update(task, total=bar.tasks[0].completed or total)
 
 
 # These warn about every missing GPU library, and about each other's deprecated functions.

@@ -112,6 +112,13 @@ def test_progress_takes_names_as_they_are(capsys: pytest.CaptureFixture[str]) ->
     assert "[/x]\\x1b" in capsys.readouterr().err
 
 
+def test_progress_ends_at_100_percent_of_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("reading", 10.0, "B") as advance:
+        advance(7.0)
+    shown = capsys.readouterr().err
+    assert "100%" in shown and "7 B" in shown
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_models_text_on_a_terminal_and_in_a_file(
     is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
