@@ -83,21 +83,30 @@ def block(name: str, folder: Path = RESULTS) -> str:
     figures = [item for item in result.figures if part in item.name]
     if not comparisons and not figures:
         raise UserError(f"bench: {name}: {stem}.json has nothing of that name")
-    tables = [ratio_table(comparisons)] * bool(comparisons) + [figure_table(figures)] * bool(figures)
+    (ratios, noisy_ratios), (measured, noisy_figures) = ratio_table(comparisons), figure_table(figures)
+    tables = [table for table in (ratios, measured) if table]
+    if noisy := noisy_ratios + noisy_figures:
+        tables.append(f"Too noisy to show: {'; '.join(noisy)}.\n")
     return "\n".join([*tables, caption(result, comparisons)])
 
 
 _NONE = "*Not measured yet in this form.*\n"
 
 
-def ratio_table(comparisons: list[Comparison]) -> str:
-    """A row per ratio: medians and quartiles by CPU time and by the clock, and the sides' CPU seconds."""
+def ratio_table(comparisons: list[Comparison]) -> tuple[str, list[str]]:
+    """A row per ratio: medians and quartiles by CPU time and by the clock, and the sides' CPU seconds.
+
+    Returns the names of those without a figure to show as well.
+    """
     cached = any(item.cache for item in comparisons)
     others = list(dict.fromkeys(key for item in comparisons for key in item.figures))
     head = ["", "ratio", *(["page cache"] if cached else []), "CPU time", "wall time", "CPU s", "wall s", *others]
-    rows = []
+    rows, noisy = [], []
     for item in comparisons:
         for side, over in item.pairs:
+            if not item.figures and all(item.ratio(side, over, clock).noisy for clock in CLOCKS):
+                noisy.append(f"{item.name}, {side} / {over}" + (f", {item.cache}" if item.cache else ""))
+                continue
             ratios = [item.ratio(side, over, clock).text() for clock in CLOCKS]
             seconds = [
                 "noisy"
@@ -110,11 +119,13 @@ def ratio_table(comparisons: list[Comparison]) -> str:
                 [item.name, f"{side} / {over}", *cache, *ratios, *seconds]
                 + [str(item.figures.get(key, "")) for key in others]
             )
-    return markdown_table(head, rows)
+    return markdown_table(head, rows) if rows else "", noisy
 
 
-def figure_table(figures: list[Figure]) -> str:
-    return markdown_table(["", "measured"], [[item.name, item.text()] for item in figures])
+def figure_table(figures: list[Figure]) -> tuple[str, list[str]]:
+    """A row per figure, and the names of those too noisy to show."""
+    rows = [[item.name, item.text()] for item in figures if not item.noisy]
+    return markdown_table(["", "measured"], rows) if rows else "", [item.name for item in figures if item.noisy]
 
 
 def caption(result: Result, comparisons: list[Comparison]) -> str:
@@ -123,7 +134,8 @@ def caption(result: Result, comparisons: list[Comparison]) -> str:
     rounds = sorted({len(next(iter(item.runs.values()))) for item in comparisons})
     kind = "quartiles" if rounds and rounds[0] >= FEWEST_WITH_QUARTILES else "smallest to largest"
     spread = f"Medians ({kind}) of {' or '.join(map(str, rounds))} rounds in turns. " if rounds else ""
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    where = f"{machine['cpu']}, {machine['cores']} cores, {threads}, torch {machine['torch']}"
     return f"{spread}{where}; `{about['command']}` at {about['commit']}.\n"
 
 

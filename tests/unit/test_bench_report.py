@@ -61,7 +61,7 @@ TABLE = """\
 | --- | --- |
 | peak, moe | 123 MB |
 
-Medians (smallest to largest) of 3 rounds in turns. C, 2 cores, 1 threads, torch 2; `python -m bench.x` at abc.
+Medians (smallest to largest) of 3 rounds in turns. C, 2 cores, 1 thread, torch 2; `python -m bench.x` at abc.
 """
 
 
@@ -111,6 +111,16 @@ def test_a_result_file_says_what_was_measured(tmp_path: Path, monkeypatch: pytes
     assert found.noisy  # of one round
     assert found.about["command"] == "python -m bench.convert --work disk --rounds 3"
     assert found.about["settings"] == {"bytes": 7} and found.about["sources"] == result_file.sources()
+
+
+def test_what_is_noisy_throughout_is_named_below_the_table(tmp_path: Path) -> None:
+    unsteady = [Usage(value, value) for value in (1.0, 2.0, 3.0)]
+    compared = Comparison("dense", {"ours": unsteady, "theirs": [Usage(1.0, 1.0)] * 3}, [("theirs", "ours")], "warm")
+    figures = [Figure("pause", "s", [1.0, 2.0, 3.0])._asdict(), Figure("peak", "bytes", [123e6])._asdict()]
+    written(tmp_path, comparisons=[compared.to_json()], figures=figures)
+    shown = report.block("x_cpu", tmp_path)
+    assert "ratio" not in shown and "| peak | 123 MB |" in shown
+    assert "Too noisy to show: dense, theirs / ours, warm; pause.\n" in shown
 
 
 @pytest.mark.parametrize(
