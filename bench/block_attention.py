@@ -4,10 +4,11 @@
     git worktree add ../older c26157c && python -m bench.block_attention --against ../older --out FILE
 
 Forward and backward pass of one layer's attention, 8 heads of 64, blocks of 32, for samples of 512 to 4,096 tokens:
-twice as many positions, of whose pairs a quarter is open; the mask is made in every pass. And a training step of a
-model of 4 layers at 2,048 tokens. --against: a checkout of another commit. Every side is a process of its own, of
-which one runs at a time (block_worker.py); peak memory is the growth of the first pass. Ratios are above 1 where this
-build, which computes few masked entries, is faster.
+twice as many positions, of whose pairs a quarter is open. The mask is made in every pass; its tiles are made in the
+first, as in training without document masking. And a training step of a model of 4 layers at 2,048 tokens. --against: a
+checkout of another commit. Every side is a process of its own, of which one runs at a time (block_worker.py); peak
+memory is the growth of the first pass. Ratios are above 1 where this build, which computes few masked entries, is
+faster.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from megatron_a2d.model.tiled_attention import TiledAttention, has_kernel
 # With fewer keys, or where tiles compute more of all entries, a dense mask is faster (bench/block_attention.py).
 SHORTEST = 512
 _LARGEST_SHARE = 0.75
+_NUM_KEPT = 4  # micro-batches between whose layers a pipeline stage alternates
 
 
 class Mask(NamedTuple):
@@ -77,10 +78,23 @@ def _tiles_of_samples(mask: Mask) -> SampleTiles:
     """Empty if the mask is too dense for tiles."""
     encoded = mask.encoded
     changes = (encoded[1:] != encoded[:-1]).flatten(1).any(1).nonzero()[:, 0] + 1
-    groups = [(len(group), tiles_of(group[0], mask.queries, mask.causal)) for group in encoded.tensor_split(changes)]
+    place = mask.queries.start, mask.queries.stop, mask.causal
+    groups = [
+        (len(group), _tiles_of_fields(group[0].numpy().tobytes(), group.size(1), group.dtype, *place))
+        for group in encoded.tensor_split(changes)
+    ]
     computed = sum(size * call.num_entries for size, calls in groups for call in calls)
     num_queries = mask.queries.stop - mask.queries.start
     return groups if computed <= _LARGEST_SHARE * len(encoded) * num_queries * encoded.size(2) else []
+
+
+@functools.lru_cache(maxsize=_NUM_KEPT)
+def _tiles_of_fields(
+    fields: bytes, num_fields: int, dtype: torch.dtype, first: int, end: int, causal: bool
+) -> list[Tiles]:
+    """By the mask's content: without document masking it is the same in every step."""
+    encoded_FK = torch.frombuffer(bytearray(fields), dtype=dtype).view(num_fields, -1)
+    return tiles_of(encoded_FK, slice(first, end), causal)
 
 
 def flex_attention(
@@ -109,7 +123,6 @@ def flex_attention(
 
 
 _made: OrderedDict[tuple[Any, ...], tuple[Tensor, Any]] = OrderedDict()  # the last few masks', newest last
-_NUM_KEPT = 4  # micro-batches between whose layers a pipeline stage alternates
 
 
 def _once_per_mask(what: str, mask: Mask, make: Callable[[], Any]) -> Any:

@@ -64,6 +64,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tiles, "MOST", 32)
     monkeypatch.setattr(masked_attention, "SHORTEST", 0)
     monkeypatch.setattr(masked_attention, "_LARGEST_SHARE", 2.0)
+    masked_attention._tiles_of_fields.cache_clear()
 
 
 def inputs(mask: Mask, dtype: torch.dtype = torch.float32, heads: int = 4, groups: int = 2) -> list[Tensor]:
@@ -161,6 +162,24 @@ def test_every_open_entry_once(name: str) -> None:
             computed[row_index[:, None], column_index] += tile if call.mask is None else call.mask[number]
     (allowed,) = allowed_entries(encoded_FK[None], queries)
     assert torch.equal(computed, allowed.long())
+
+
+def test_equal_masks_share_their_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all steps without document masking; not the same fields for other queries, or under causal attention."""
+    made: list[tuple[slice, bool]] = []
+
+    def tiles_of(encoded_FK: Tensor, queries: slice, causal: bool) -> list[attention_tiles.Tiles]:
+        made.append((queries, causal))
+        return attention_tiles.tiles_of(encoded_FK, queries, causal)
+
+    monkeypatch.setattr(masked_attention, "tiles_of", tiles_of)
+    places = [(slice(0, 512), False), (slice(256, 512), False), (slice(0, 512), True)]
+    for _ in range(2):
+        for place in places:
+            mask = Mask(encoded_levels(256).clone(), *place)
+            found = sparse_attention(*inputs(mask), mask, None)
+            assert found is not None and distance([found], [dense(*inputs(mask), mask, None)]) < 1e-6
+    assert made == places
 
 
 def test_dense_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
