@@ -3,9 +3,10 @@
     python -m launch.torchrun TORCHRUN-ARGUMENTS...         # as launch/train.sh does
 
 torchrun itself turns every failure into exit code 1, kills workers 30 seconds after a SIGTERM, dies of a SIGUSR1, and
-waits for a rank that hangs. Here both signals reach the workers, which save and exit; the first node watches all
-ranks' heartbeats; and the first node to exit with a code other than 0 writes the reason to $A2D_ATTEMPT/outcome, one
-line: exit code, "again" or "stay" (requeue or not; megatron_a2d/utils/exit_codes.py), and a message.
+waits for a rank that hangs. Here both signals reach the workers, which save and exit (before there are workers, either
+signal ends the launcher); the first node watches all ranks' heartbeats; and the first node to exit with a code other
+than 0 writes the reason to $A2D_ATTEMPT/outcome, one line: exit code, "again" or "stay" (requeue or not;
+megatron_a2d/utils/exit_codes.py), and a message.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -37,22 +38,25 @@ def main() -> NoReturn:
     logging.disable(logging.ERROR)  # torchrun's own report of an exit code; the workers have logged the reason
     # The signals on which torchrun still stops its workers; it also reads each of its options from PET_...
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
-    for number in FORWARDED:
-        signal.signal(number, _forward)
-    with _attempt():
-        if os.environ.get("NODE_RANK", "0") == "0" and ATTEMPT in os.environ:
-            threading.Thread(target=_watch, daemon=True).start()
-        reason = _run(sys.argv[1:])
+    with contextlib.ExitStack() as stack:
+        reason = _run(sys.argv[1:], before_workers=lambda: _prepare(stack))
         if reason.code != DONE:
             _tell(reason, f"{reason.meaning} on {socket.gethostname()}")
     sys.exit(reason.code)
 
 
-def _run(arguments: list[str]) -> Ending:
+def _run(arguments: list[str], before_workers: Callable[[], None]) -> Ending:
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    start = PContext.start
+
+    def start_workers(context: PContext) -> None:
+        before_workers()
+        start(context)
+
+    PContext.start = start_workers  # type: ignore[method-assign]
     try:
         run.main(arguments)
     except ChildFailedError as error:
@@ -60,6 +64,20 @@ def _run(arguments: list[str]) -> Ending:
     except SignalException as error:
         return ending(KILLED + error.sigval)
     return ending(DONE)
+
+
+def _prepare(stack: contextlib.ExitStack) -> None:
+    """Just before the workers are started, in the main thread.
+
+    Until then the signals have their default action, which ends the process at once. A handler of Python's would not
+    run while the rendezvous waits, in native code, for the other nodes. From here on one runs either before a fork,
+    when it ends the process, or after it, when it finds the worker.
+    """
+    for number in FORWARDED:
+        signal.signal(number, _forward)
+    stack.enter_context(_attempt())
+    if os.environ.get("NODE_RANK", "0") == "0" and ATTEMPT in os.environ:
+        threading.Thread(target=_watch, daemon=True).start()
 
 
 @contextlib.contextmanager
