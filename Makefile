@@ -208,7 +208,7 @@ endif
 
 check: setup  ## linters, formatter, types
 	$(BIN)/ruff check .
-	$(BIN)/shellcheck launch/train.sh launch/train.sbatch launch/tokenize.sbatch launch/node.sh .ci/run
+	$(BIN)/shellcheck launch/train.sh launch/node.sh launch/python.sh launch/train.sbatch launch/tokenize.sbatch .ci/run
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

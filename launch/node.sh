@@ -13,22 +13,8 @@ fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the working directory is kept: paths may be relative to it
 
-if [ -z "${BIN:-}" ]; then
-  # NVIDIA's container brings torch and everything built against it, so a mounted .venv is ignored there.
-  if [ -z "${NVIDIA_PYTORCH_VERSION:-}" ] && [ -x "$root/.venv/bin/python" ]; then
-    BIN=$root/.venv/bin
-  else
-    BIN=$(dirname "$(command -v python3)")
-  fi
-fi
-python=$BIN/python3
-if [ ! -x "$python" ]; then python=$BIN/python; fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}}
-if [ -z "$NPROC" ]; then # not set by Slurm: count them as launch/train.sh does
-  NPROC=$({ nvidia-smi -L 2>/dev/null || :; } | grep -c '^GPU ' || :)
-  if [ "$NPROC" = 0 ]; then NPROC=1; fi
-fi
+NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}} # if Slurm does not set it, the GPUs are counted
+source "$root/launch/python.sh"
 export NNODES=${SLURM_STEP_NUM_NODES:-${SLURM_JOB_NUM_NODES:?}}
 torchrun=("$python" -m launch.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
 if [ "$NNODES" = 1 ]; then

@@ -8,35 +8,28 @@
 # machine: one per GPU, or 1 without GPUs. PREFLIGHT=0 skips the checks. Exit codes: docs/cluster.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-if [ -z "${BIN:-}" ]; then
-  # NVIDIA's container brings torch and everything built against it, so a mounted .venv is ignored there.
-  if [ -z "${NVIDIA_PYTORCH_VERSION:-}" ] && [ -x .venv/bin/python ]; then
-    BIN=.venv/bin
-  else
-    BIN=$(dirname "$(command -v python3)")
-  fi
-fi
-python=$BIN/python3
-if [ ! -x "$python" ]; then python=$BIN/python; fi
-if [ -z "${NPROC:-}" ]; then
-  NPROC=$({ nvidia-smi -L 2>/dev/null || :; } | grep -c '^GPU ' || :)
-  if [ "$NPROC" = 0 ]; then NPROC=1; fi
-fi
+root=$PWD
+source launch/python.sh
 export NNODES=${NNODES:-1}
+[[ $NNODES =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NNODES=$NNODES: is not a number of nodes"
+# Slurm's number of the node is of no use to a run on one node of a larger allocation.
+if [ "$NNODES" = 1 ]; then NODE_RANK=${NODE_RANK:-0}; fi
 export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would choose the same, but print a banner
 port=${MASTER_PORT:-29500}
 
-refuse() {
-  echo "error: $*; correct it, or leave it out" >&2
-  exit 2
-}
-[[ $NPROC =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NPROC=$NPROC: is not a number of processes"
-[[ $NNODES =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NNODES=$NNODES: is not a number of nodes"
-[[ $NODE_RANK =~ ^[0-9]{1,5}$ ]] || refuse "NODE_RANK=$NODE_RANK: is not a number of 0 or more"
-[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || refuse "MASTER_PORT=$port: is not a port"
-[[ $NNODES = 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES=$NNODES: needs MASTER_ADDR, the first node's name"
+[[ $NODE_RANK =~ ^(0|[1-9][0-9]{0,4})$ ]] || refuse "NODE_RANK=$NODE_RANK: is not a number of 0 or more"
+((NODE_RANK < NNODES)) || refuse "NODE_RANK=$NODE_RANK: is not below NNODES=$NNODES (the first node is 0)"
+# Below the last port, since preflight takes the next one.
+if [[ ! $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65534)); then
+  refuse "MASTER_PORT=$port: is not a port from 1 to 65534"
+fi
+if [ "$NNODES" != 1 ]; then
+  [ -n "${MASTER_ADDR:-}" ] || refuse "NNODES=$NNODES: needs MASTER_ADDR, the first node's name"
+  # torch would try for a quarter of an hour.
+  if command -v getent >/dev/null && ! getent hosts "$MASTER_ADDR" &>/dev/null; then
+    refuse "MASTER_ADDR=$MASTER_ADDR: does not resolve on $HOSTNAME"
+  fi
+fi
 
 # Warnings about the settings (old names) are printed once: by the first node, and by the first process that reads them.
 if [ "$NODE_RANK" != 0 ]; then export A2D_SETTINGS_READ=1; fi

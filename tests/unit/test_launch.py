@@ -35,8 +35,13 @@ def test_the_documented_table_is_the_one_in_use() -> None:
         ("train.sh", {"NPROC": "0"}, "NPROC=0: is not a number of processes"),
         ("train.sh", {"NNODES": "two"}, "NNODES=two: is not a number of nodes"),
         ("train.sh", {"NNODES": "2"}, "needs MASTER_ADDR"),
+        ("train.sh", {"NNODES": "2", "MASTER_ADDR": "no..where"}, "MASTER_ADDR=no..where: does not resolve on "),
         ("train.sh", {"NODE_RANK": "-1"}, "NODE_RANK=-1: is not a number"),
+        ("train.sh", {"NODE_RANK": "1"}, "NODE_RANK=1: is not below NNODES=1"),
+        ("train.sh", {"NODE_RANK": "2", "NNODES": "2", "MASTER_ADDR": "localhost"}, "is not below NNODES=2"),
         ("train.sh", {"MASTER_PORT": "x"}, "MASTER_PORT=x: is not a port"),
+        ("train.sh", {"MASTER_PORT": "65535"}, "MASTER_PORT=65535: is not a port from 1 to 65534"),
+        ("train.sh", {"BIN": "/nowhere"}, "BIN=/nowhere: has no python3 or python; correct it"),
         ("train.sbatch", {}, "is for Slurm; submit it with sbatch"),
         ("train.sbatch", {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": "/usr"}, "/usr has no launch/train.sh; submit from"),
         ("tokenize.sbatch", {}, "is for Slurm; submit it with sbatch, or use make data"),
@@ -45,11 +50,16 @@ def test_the_documented_table_is_the_one_in_use() -> None:
         ("tokenize.sbatch", {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "3",
                              "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_COUNT": "1"},
          "--array is not 1-N; set SHARDS"),
+        ("tokenize.sbatch", {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "1",
+                             "SHARDS": "1", "BIN": "/nowhere"}, "BIN=/nowhere: has no python3 or python; correct it"),
         ("node.sh", {}, "is for Slurm; start it with srun"),
+        ("node.sh", {"SLURM_JOB_ID": "1", "BIN": "/nowhere"}, "BIN=/nowhere: has no python3 or python; correct it"),
+        ("node.sh", {"SLURM_JOB_ID": "1", "NPROC": "8x"}, "NPROC=8x: is not a number of processes"),
     ],
 )  # fmt: skip
-def test_variables_that_are_wrong(script: str, given: dict[str, str], words: str) -> None:
-    environment = {"PATH": "/usr/bin:/bin", "BIN": "/nowhere", **given}
+def test_variables_that_are_wrong(script: str, given: dict[str, str], words: str, tmp_path: Path) -> None:
+    (tmp_path / "python3").touch(0o755)  # empty: a script that starts it succeeds
+    environment = {"PATH": "/usr/bin:/bin", "BIN": str(tmp_path), **given}
     done = subprocess.run(["bash", ROOT / "launch" / script], env=environment, capture_output=True, text=True)
     assert done.returncode == exit_codes.USER_ERROR and words in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -66,7 +76,8 @@ def test_refused_settings_leave_their_reason_for_the_batch_script(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("given", "count"), [({}, 1), ({"PREFLIGHT": "0"}, 1), ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "x"}, 0)]
+    ("given", "count"),
+    [({}, 1), ({"PREFLIGHT": "0"}, 1), ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "localhost"}, 0)],
 )
 def test_an_old_flag_is_warned_of_once(given: dict[str, str], count: int, tmp_path: Path) -> None:
     """Three processes read the settings, on each node. In their place stands one that reads the flags alone."""
@@ -80,6 +91,16 @@ def test_an_old_flag_is_warned_of_once(given: dict[str, str], count: int, tmp_pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.count("--fp8 mxfp8") == (1 if "PREFLIGHT" in given else 3), done.stdout
     assert done.stderr.count("warning: --fp8 is now --fp8-recipe") == count, done.stderr
+
+
+def test_one_node_of_a_larger_allocation(tmp_path: Path) -> None:
+    """Slurm's number of the node is not that of a run on this node alone. In Python's place stands one that prints it."""
+    (tmp_path / "python3").write_text("#!/bin/sh\necho $NNODES $NODE_RANK\n")
+    (tmp_path / "python3").chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "BIN": str(tmp_path), "PREFLIGHT": "0", "SLURM_NODEID": "3"}
+    for more, said in (({}, "1 0\n"), ({"NNODES": "4", "MASTER_ADDR": "localhost"}, "4 3\n")):
+        command = ["bash", ROOT / "launch" / "train.sh"]
+        assert subprocess.check_output(command, env=environment | more, text=True) == said
 
 
 @pytest.mark.parametrize("num_gpus", [0, 3])

@@ -209,3 +209,9 @@ def test_scripts_take_the_containers_python(script: str, machine: Machine) -> No
                        "SLURM_STEP_NUM_NODES": "1", "NVIDIA_PYTORCH_VERSION": container}  # fmt: skip
         subprocess.run(["bash", f"launch/{script}"], cwd=machine.clone, env=environment, check=True)
         assert all(python in f"{line} " for line in machine.calls.read_text().splitlines())
+    (machine.path / "python3").unlink()
+    done = subprocess.run(
+        ["bash", f"launch/{script}"], cwd=machine.clone, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: PATH has no python3; ")
+    assert len(done.stderr.splitlines()) == 1
