@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,7 +232,7 @@ class Run:
 
     def find(
         self,
-        patterns: Iterable[tuple[str, str]],
+        patterns: Sequence[tuple[str, str]],
         since: float,
         patience: float = PATIENCE,
         is_over: Callable[[], bool] | None = None,
@@ -242,6 +242,7 @@ class Run:
         EndedError if nobody has said it when the start `is_over`: its launcher has ended, if nothing else is given.
         """
         tried = [(re.compile(pattern), by) for pattern, by in patterns]
+        wanted = f'log line like "{plain(patterns[-1][0])}"'
         output = self.current.output
         seen = 0
 
@@ -259,9 +260,9 @@ class Run:
             over = (is_over or self.current.is_over)()  # looked at first: what it said last is read after that
             return found() or ("over" if over else None)
 
-        match = wait_until(found_or_over, f"a line of {[pattern for pattern, _ in patterns]}", patience)
+        match = wait_until(found_or_over, wanted, patience)
         if match == "over":
-            raise EndedError(f"no line has {' or '.join(pattern for pattern, _ in patterns)}")
+            raise EndedError(f"no {wanted} before the run ended")
         return match
 
     def wait_for_end(self, patience: float = PATIENCE) -> int:
@@ -291,6 +292,12 @@ def wait_until(condition: Callable[[], Any], what: str, patience: float = PATIEN
             raise EndedError(f"no {what} within {patience:.0f} s")
         time.sleep(0.1)
     return found
+
+
+def plain(pattern: str) -> str:
+    """A pattern of `find` for people: "..." is any text, and alternatives are joined by "or"."""
+    text = re.sub(r" ?(?:\.|\\.|\[[^]]+\])[*+] ?", " ... ", pattern)
+    return text.replace("(", "").replace(")", "").replace("|", " or ").replace("\\", "").strip()
 
 
 def words(flags: dict[str, Any]) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from bench.soak_table import block
 from tests.soak.fault_kinds import flip_byte, took
 from tests.soak.soak_report import HANG_FOUND, Row, targets, to_json
-from tests.soak.soak_run import BATCH, Tail
+from tests.soak.soak_run import BATCH, EndedError, Run, Tail
 
 KINDS = ["a", "b"]
 GOOD = [
@@ -96,3 +99,17 @@ def test_a_tail_waits_for_the_end_of_a_line(tmp_path: Any) -> None:
 def test_only_a_slow_checkpoint_names_a_slow_disk() -> None:
     line = "checkpoint run/iter_0000004: written in 2.50 s, training waited 0.25 s"
     assert took(line, 2.0) and not took(line, 3.0) and not took("", 0.0)
+
+
+def test_a_missing_line_is_told_in_plain_words(tmp_path: Path) -> None:
+    """As docs/cluster.md prints it: no list and no regular expression."""
+    (tmp_path / "output.log").write_text("another line\n")
+    run = object.__new__(Run)
+    run.log = Tail(tmp_path / "log.jsonl")
+    run.starts = [SimpleNamespace(output=Tail(tmp_path / "output.log"), is_over=lambda: False)]  # type: ignore[list-item]
+    patterns = [(r"checkpoint \d+", "x"), (r"error: .*iter_7/\S+ (could not|cannot) be written", "y")]
+    line = r'no log line like "error: ... iter_7/ ... could not or cannot be written"'
+    with pytest.raises(EndedError, match=re.escape(line) + " within 0 s"):
+        run.find(patterns, 0.0, patience=0.0)
+    with pytest.raises(EndedError, match=re.escape(line) + " before the run ended"):
+        run.find(patterns, 0.0, is_over=lambda: True)
