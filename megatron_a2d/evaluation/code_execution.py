@@ -16,6 +16,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from megatron_a2d.evaluation import sandbox
 from megatron_a2d.utils.errors import UserError
@@ -109,7 +110,8 @@ def extract_program(text: str) -> str:
     return (fenced[1] if fenced else re.split(r"\[DONE\]|\n```", text)[0]).strip("\r\n")
 
 
-def pass_at_1(references: list[str], predictions: list[str]) -> float:
-    """A metric for the harness: the tests of `references` on the program in `predictions`."""
-    prediction = predictions[0] if isinstance(predictions[0], str) else predictions[0][0]
-    return float(passes(extract_program(prediction), references[0]))
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """pass@1 of an answer to a task of MBPP's form, as lm-eval asks for it: whether its program passes the tests."""
+    tests = doc["test_list"]
+    lines = [doc.get("test_setup_code") or "", *(tests if isinstance(tests, list) else [tests])]
+    return {"pass_at_1": float(passes(extract_program(results[0]), "\n".join(lines)))}
