@@ -34,7 +34,7 @@ from data_prep.encoders import Encoder
 from data_prep.formats import Document
 from data_prep.memory_limits import Limits
 from megatron_a2d.data.checksums import file_checksum
-from megatron_a2d.utils.atomic_write import make_parent, new_file, regular
+from megatron_a2d.utils.atomic_write import make_directory, new_file, regular
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import parse_json
 from megatron_a2d.utils.partial_files import open_lock
@@ -82,7 +82,7 @@ def hold(directory: Path, share: Share | None = None) -> Iterator[list[IO[str]]]
     Several shares can hold it at once, each of them once; they see each other across machines if the file system has
     locks across machines.
     """
-    make_parent(directory / "x")
+    make_directory(directory, f"--output-prefix {directory.with_suffix('')}")  # PREFIX.parts
     wanted = [(".lock", fcntl.LOCK_SH if share else fcntl.LOCK_EX)]
     if share:
         wanted.append((f".lock_{share.number}_of_{share.of}", fcntl.LOCK_EX))

@@ -38,7 +38,7 @@ from megatron_a2d.inference.arguments import (
     sampling_options,
 )
 from megatron_a2d.terminal.console import entry_point, hide_noise, progress
-from megatron_a2d.utils.atomic_write import make_parent, new_file, write_json
+from megatron_a2d.utils.atomic_write import new_file, write_json, write_problems
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line, print_text
 
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     options, out = arguments.options, Path(arguments.options.out)
     earlier = [read_results(Path(directory)) for directory in options.compare_with]
-    make_parent(out / "results.json")  # fail now, not after hours
+    if problems := write_problems(out, f"--out {out}"):
+        raise UserError(problems)  # now, not after hours
     allow_programs(options.allow_code_execution, options.allow_code_network)
     for directory in arguments.models.values():
         check_model(directory, arguments.layout)

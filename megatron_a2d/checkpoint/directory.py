@@ -70,11 +70,29 @@ def latest_iteration(root: str | Path) -> int | None:
     return None if name == RELEASE else iteration_of(name)
 
 
-def resolve(path: str | Path) -> Path:
-    """An iteration's directory: `path` itself, or the latest iteration of the checkpoint `path`."""
-    path = Path(path)
+def check_directory(path: Path, where: str, remedy: str) -> None:
+    """UserError, beginning with `where` (a flag and its value), unless `path` is a directory."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give a checkpoint, or one of its iterations")
+        reason = "is not a directory" if path.exists() else "no such directory"
+        raise UserError(f"{where}: {'is a file, not a directory' if path.is_file() else reason}; {remedy}")
+
+
+def check_hf_directory(path: Path, where: str) -> None:
+    """UserError, beginning with `where` (a flag and its value), unless `path` is a Hugging Face directory."""
+    remedy = "give a Hugging Face directory, such as one that export_hf wrote"
+    check_directory(path, where, remedy)
+    if not (path / "config.json").exists():
+        raise UserError(f"{where}: contains no config.json; {remedy}")
+
+
+def resolve(path: str | Path, flag: str = "") -> Path:
+    """An iteration's directory: `path` itself, or the latest iteration of the checkpoint `path`.
+
+    `flag` is the command-line name of `path`, for error messages.
+    """
+    path = Path(path)
+    where = f"{flag} {path}" if flag else str(path)
+    check_directory(path, where, "give a checkpoint, or one of its iterations")
     if (path / TRACKER).exists():
         directory = path / _latest(path / TRACKER)
         if not directory.is_dir():
@@ -86,7 +104,7 @@ def resolve(path: str | Path) -> Path:
     else:
         inside = sorted(entry.name for entry in path.iterdir() if re.fullmatch(r"release|iter_\d+", entry.name))
         remedy = f"give {path / inside[-1]}" if inside else "give a directory written by convert_hf or by training"
-        raise UserError(f"{path}: contains no {TRACKER}; {remedy}")
+        raise UserError(f"{where}: contains no {TRACKER}; {remedy}")
     check_model_files(directory)
     check_complete(directory)
     return directory

@@ -24,7 +24,7 @@ from typing import Any
 from megatron_a2d.checkpoint.manifest import ALGORITHMS, Hasher
 from megatron_a2d.conversion.workers import run_jobs
 from megatron_a2d.terminal.console import console, progress
-from megatron_a2d.utils.atomic_write import check_new_directory, fsync_path, make_parent, regular
+from megatron_a2d.utils.atomic_write import check_new_directory, fsync_path, make_directory, regular
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.parsing import ParseError, parse_json
 from megatron_a2d.utils.partial_files import open_lock
@@ -71,7 +71,7 @@ def resumable_directory(path: Path, flag: str, identity: dict[str, Any]) -> Iter
     """
     path = Path(path)
     check_new_directory(path, flag)
-    make_parent(path)
+    make_directory(path.parent, f"{flag} {path}")
     final, partial = path.absolute(), _partial(path)  # absolute, because rmdir(".") fails
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise UserError(f"{flag} {path}: {partial} exists and is not a directory of its own; remove it")

@@ -117,7 +117,7 @@ def _find_in_save(config: RunConfig, iterations: list[int], report: Callable[[st
         directory = _newest_intact(save, iterations, training, report)
     # Until grafting ends, the causal attention that it replaces is read from --load.
     grafts = iteration_of(directory) < config.grafting_iters
-    if training.load and grafts and (problems := _damage(resolve(training.load), training)):
+    if training.load and grafts and (problems := _damage(resolve(training.load, "--load"), training)):
         raise UserError(f"{problem}; restore the file" for problem in problems)
     return directory
 
@@ -184,7 +184,7 @@ def _find_in_load(config: RunConfig, report: Callable[[str], None]) -> Start:
     path = Path(training.load)
     if training.ckpt_step is not None:
         path = _iteration("--load", path, list_iterations(path), training.ckpt_step)
-    directory = resolve(path)
+    directory = resolve(path, "--load")
     if problems := _damage(directory, training):
         raise UserError(f"{problem}; restore the file, or use another iteration" for problem in problems)
     is_random = config.diffusion.conversion == "random"  # not even the weights are taken

@@ -20,9 +20,11 @@ from megatron_a2d.config.named_models import shape_problems
 from megatron_a2d.config.settings import RunConfig
 from megatron_a2d.config.skipped_samples import SkippedSamples
 from megatron_a2d.config.validate import find_problems, missing_inputs
+from megatron_a2d.distributed.environment import rank
 from megatron_a2d.planner.cluster import Cluster
 from megatron_a2d.planner.memory import check_memory
 from megatron_a2d.training.resume import Start, differences, find_start, with_skipped
+from megatron_a2d.utils.atomic_write import write_problems
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
@@ -30,6 +32,8 @@ from megatron_a2d.utils.printable import print_line
 def check_early(config: RunConfig, processes: int) -> None:
     """UserError with every problem of the settings themselves, and against the shape of the model."""
     problems = missing_inputs(config) + find_version_problems(config)
+    if (save := config.training.save) and rank() == 0:  # thousands of ranks would load the file system
+        problems += write_problems(Path(save), f"--save {save}")
     if problems := problems + find_problems(config, _shape(config), processes):
         raise UserError(problems)
 
@@ -37,8 +41,8 @@ def check_early(config: RunConfig, processes: int) -> None:
 def _shape(config: RunConfig) -> ModelConfig | None:
     """Shape of the run's model. None if it cannot be read: `check_run` reports that. UserError if there is none."""
     save, load = config.training.save, config.training.load
-    if load and not Path(load).exists() and not (save and list_iterations(save)):
-        resolve(load)  # raises
+    if load and not Path(load).is_dir() and not (save and list_iterations(save)):
+        resolve(load, "--load")  # raises
     for directory in (save, load):
         try:
             if directory:

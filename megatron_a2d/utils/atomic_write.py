@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +40,10 @@ def regular(path: str | Path, flags: int) -> int:
     """Open a regular file (an `opener` for open()). OSError for a pipe, which would block forever, a device and a
     directory."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        raise OSError(errno.EINVAL, "is a directory" if stat.S_ISDIR(mode) else "is not a regular file", str(path))
     return descriptor
 
 
@@ -87,7 +89,7 @@ def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
     """
     path = Path(path)
     check_new_directory(path, flag)
-    make_parent(path)
+    make_directory(path.parent, f"{flag} {path}")
     remove_abandoned(path.parent, f".{glob.escape(path.name)}.partial-*")
     partial = partial_path(path)
     partial.mkdir()
@@ -104,7 +106,7 @@ def new_directory(path: str | Path, flag: str) -> Iterator[Path]:
 
 
 def check_new_directory(path: Path, flag: str) -> None:
-    """UserError if `path` already exists, unless as an empty directory.
+    """UserError if `path` already exists, unless as an empty directory, or cannot be made.
 
     A symbolic link (even a broken one) and a mount point cannot be replaced by a rename, so they are rejected here.
     """
@@ -113,22 +115,47 @@ def check_new_directory(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: is a {kind}, which a rename cannot replace; name a new directory")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{flag} {path}: already exists and is not an empty directory; remove it or name another one")
+    if problems := write_problems(path.parent, f"{flag} {path}"):
+        raise UserError(problems)
+
+
+def write_problems(directory: Path, where: str) -> list[str]:
+    """Why no file can be made in `directory`, which need not exist yet: one line, or none. Leaves nothing behind.
+
+    `where` is what the user gave: a flag and its value.
+    """
+    above = directory.absolute()
+    try:
+        while not os.path.lexists(above):
+            above = above.parent
+        if not above.is_dir():  # a broken link, too
+            return [f"{where}: cannot be written ({above} is not a directory); name another path"]
+        # Not os.access, which grants root anything, even in /proc.
+        with tempfile.TemporaryFile(dir=above):
+            return []
+    except OSError as error:
+        return [f"{where}: cannot be written below {above} ({error.strerror}); name another path"]
+
+
+def make_directory(directory: Path, where: str) -> None:
+    """Create `directory`; UserError if that fails or it is not writable. `where`: as for `write_problems`."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission to write there")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be written ({error.strerror}); name another path") from None
 
 
 def make_parent(path: Path) -> None:
-    """Create the parent directory of `path`; UserError if that fails or the directory is not writable."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "no permission to write there")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another path") from None
+    """Create the parent directory of the file `path`; UserError if that fails or the directory is not writable."""
+    make_directory(path.parent, str(path))
 
 
 def hold_directory(path: str | Path, flag: str) -> None:
     """Lock the directory `path` until this process ends; UserError if another process on this machine has it locked."""
     path = Path(path)
-    make_parent(path / "x")
+    make_directory(path, f"{flag} {path}")
     file = open_lock(path / ".lock")  # closed, and so released, when the process ends
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

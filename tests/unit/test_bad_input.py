@@ -15,6 +15,7 @@ import pytest
 from checkpoints_tools import convert_hf
 from megatron_a2d import train
 from megatron_a2d.checkpoint.manifest import write_manifest
+from megatron_a2d.utils.atomic_write import hold_directory
 from megatron_a2d.utils.errors import UserError
 from tests.tiny import write_hf, write_tokens
 
@@ -133,7 +134,8 @@ def flipped_bit(directory: Path) -> None:
 
 CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("nothing to start from", lambda root: {"load": None}, "--load: is missing"),
-    ("checkpoint is missing", lambda root: {"load": root / "nowhere"}, "no such directory"),
+    ("checkpoint is missing", lambda root: {"load": root / "nowhere"}, "nowhere: no such directory"),
+    ("checkpoint is a file", lambda root: {"load": root / "tokens.bin"}, "tokens.bin: is a file, not a directory"),
     ("checkpoint is a HF directory", lambda root: {"load": root / "moe"}, "latest_checkpointed_iteration"),
     ("other architecture", lambda root: damaged(root, other_model_config), "embedding"),
     ("dense weights, MoE config", lambda root: damaged(root, dense_weights), "mlp"),
@@ -154,6 +156,37 @@ CASES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("samples too long", lambda root: {"seq_length": 513}, "context length is 512"),
     ("layout", lambda root: {"tensor_model_parallel_size": 2}, "does not divide the 1 processes"),
 ]  # fmt: skip
+
+
+UNWRITABLE = {
+    "file": "is not a directory",
+    "file/run": "is not a directory",
+    "/proc/run": "/proc",
+    "loop": "is not a directory",
+    "loop/run": "is not a directory",
+    "nowhere/run": "is not a directory",  # the target of a link
+}
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_a_run_that_cannot_be_saved(name: str, good: Path, tmp_path: Path) -> None:
+    """The dry run says so too, in the words of --save, and makes nothing."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "target")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as error:
+        train.main(arguments(good, save=tmp_path / name))
+    (problem,) = error.value.problems
+    assert problem.startswith(f"--save {tmp_path / name}: cannot be written") and UNWRITABLE[name] in problem
+    with pytest.raises(UserError, match=f"^--save {tmp_path / name}: cannot be written"):
+        hold_directory(tmp_path / name, "--save")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_that_can_be_saved_makes_nothing_yet(good: Path, tmp_path: Path) -> None:
+    train.main(arguments(good, save=tmp_path / "new" / "run"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("make", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])

@@ -198,8 +198,15 @@ def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch):
 def test_a_place_that_takes_no_results_is_found_first(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=f"^--out {tmp_path / 'file' / 'out'}: cannot be written"):
         evaluate.main(["--model", "m", "--out", str(tmp_path / "file" / "out"), "--valid-data-path", "x"])
+
+
+def test_a_wrong_model_leaves_no_results_directory(tmp_path):
+    for model in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match=f"^--model {model}: "):
+            evaluate.main(["--model", str(model), "--out", str(tmp_path / "new" / "out"), "--valid-data-path", "x"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
