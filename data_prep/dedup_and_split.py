@@ -7,7 +7,7 @@ equal remainder, so that memory is one byte per document plus one group.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -24,6 +24,29 @@ _CHUNK = 1 << 20  # tokens held at a time: few enough that the same memory is us
 def is_held_out(digests: np.ndarray, valid_fraction: float) -> np.ndarray:
     """[documents] bool: held out by a hash of the text, the same on every machine and for every tokenizer."""
     return digests[:, 0] < np.uint64(min(int(valid_fraction * 2.0**64), 2**64 - 1))
+
+
+class DocumentCounts(NamedTuple):
+    """What the tokenised shards hold, duplicates included: these fall on the same side, and never empty it."""
+
+    documents: int  # read
+    invalid: int
+    first_problem: str  # of the invalid ones
+    training: int  # of the documents within --min-tokens and --max-tokens
+    held_out: int
+
+
+def count_documents(job: Job, num_shards: int, valid_fraction: float) -> DocumentCounts:
+    """Count the documents of all shards, from their metadata alone."""
+    documents = invalid = training = held_out = 0
+    problems: list[str] = []
+    for number in range(num_shards):
+        result = read_result(job, number)
+        documents, invalid = documents + result.counts["documents"], invalid + result.counts["invalid"]
+        problems += result.counts["problems"][:1]
+        held = int(is_held_out(result.digests, valid_fraction).sum())
+        held_out, training = held_out + held, training + len(result.lengths) - held
+    return DocumentCounts(documents, invalid, next(iter(problems), ""), training, held_out)
 
 
 def find_copies(job: Job, num_shards: int) -> np.ndarray:

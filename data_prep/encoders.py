@@ -154,18 +154,17 @@ class SentencePieceEncoder:
 
 def tokenizer_file(tokenizer: Path) -> Path:
     """The tokenizer.json or sentencepiece .model file of `tokenizer`, which is that file or its directory."""
-    path = tokenizer
-    if path.is_dir():
-        models = sorted(path.glob("*.model"))
-        path = next((file for file in (path / "tokenizer.json", *models) if file.is_file()), path / "tokenizer.json")
-    if not path.is_file():
-        raise UserError(
-            f"--tokenizer {tokenizer}: {path} does not exist; "
-            "give a tokenizer.json, a sentencepiece .model or a directory that holds one"
-        )
-    if path.suffix not in (".json", ".model"):
-        raise UserError(f"--tokenizer {tokenizer}: is neither a .json nor a .model file; give one of these")
-    return path
+    where, remedy = f"--tokenizer {tokenizer}", "give a tokenizer.json, a sentencepiece .model or a directory with one"
+    if tokenizer.is_dir():
+        files = (tokenizer / "tokenizer.json", *sorted(tokenizer.glob("*.model")))
+        if found := next((file for file in files if file.is_file()), None):
+            return found
+        raise UserError(f"{where}: contains neither a tokenizer.json nor a .model file; {remedy}")
+    if not tokenizer.is_file():
+        raise UserError(f"{where}: {'is not a regular file' if tokenizer.exists() else 'does not exist'}; {remedy}")
+    if tokenizer.suffix not in (".json", ".model"):
+        raise UserError(f"{where}: is neither a .json nor a .model file; give one of these")
+    return tokenizer
 
 
 def open_encoder(tokenizer: Path, append_eod: bool, workers: int) -> Encoder:

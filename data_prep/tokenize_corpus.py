@@ -34,7 +34,7 @@ from rich.table import Table
 from data_prep.corpus_files import find_inputs
 from data_prep.corpus_shards import Shard, plan_shards
 from data_prep.corpus_shares import check_any, check_complete, parse_share, pieces_of
-from data_prep.dedup_and_split import merge
+from data_prep.dedup_and_split import count_documents, merge
 from data_prep.encoders import Encoder, open_encoder, tokenizer_file
 from data_prep.gigatoken_encoder import choose, corpus_sample
 from data_prep.indexed_dataset_writer import TokenWriter, check_free, open_writers
@@ -44,7 +44,7 @@ from megatron_a2d.config.cli import Parser
 from megatron_a2d.data.checksums import file_checksum
 from megatron_a2d.data.tokenizer_fingerprint import vocabulary_of
 from megatron_a2d.terminal.console import console, entry_point, human, progress
-from megatron_a2d.utils.atomic_write import write_json
+from megatron_a2d.utils.atomic_write import write_json, write_problems
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.partial_files import remove_abandoned
 
@@ -127,6 +127,7 @@ def tokenize(arguments: argparse.Namespace, shards: list[Shard], keys: list[KeyJ
     with ExitStack() as stack:
         locks: list[IO[str]] = []
         for key in keys:
+            stack.callback(_remove_empty, [path for path in key.job.directory.parents if not path.exists()])
             locks += stack.enter_context(hold(key.job.directory, key.job.share))
             if key.is_written and any(not is_done(key.job, *shard) for shard in enumerate(shards)):
                 check_free(key.token_files)  # they are of another command
@@ -136,11 +137,22 @@ def tokenize(arguments: argparse.Namespace, shards: list[Shard], keys: list[KeyJ
                 tokenize_missing(arguments, key.encoder, shards, key.job, locks)
         if arguments.shard:
             return
-        for key in keys:
-            if not key.is_written:
-                write_token_files(arguments, key, len(shards), begin)
+        to_write = [key for key in keys if not key.is_written]
+        for key in to_write:
+            check_not_empty(arguments, key, len(shards))  # all of them before the first is written
+        for key in to_write:
+            write_token_files(arguments, key, len(shards), begin)
         for key in keys:
             shutil.rmtree(key.job.directory)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove those of a command's new directories, the deepest first, in which nothing was left."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            return
 
 
 def tokenize_missing(
@@ -179,10 +191,6 @@ def write_token_files(arguments: argparse.Namespace, key: KeyJob, num_shards: in
         total = sum(path.stat().st_size for path in job.directory.glob("*.tokens")) // writers[0].dtype.itemsize
         with progress("write", total, "tokens") as advance_tokens:
             counts = merge(job, num_shards, writers, arguments.valid_fraction, arguments.deduplicate, advance_tokens)
-        if problem := _nothing_left(writers, counts, arguments):
-            if not arguments.merge_shards:  # other machines' work, and another fraction can be tried on it
-                shutil.rmtree(job.directory)
-            raise UserError(problem)
     counts["seconds"] = round(time.perf_counter() - begin, 3)
     counts |= key.facts
     files = {writer.prefix: writer.num_documents for writer in writers}
@@ -202,18 +210,26 @@ def missing_shards(job: Job, shards: dict[int, Shard]) -> dict[int, Shard]:
     return missing
 
 
-def _nothing_left(writers: list[TokenWriter], counts: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """The reason why a token file would be empty; '' if none is."""
-    if counts["documents"] == 0:
-        invalid = f" ({counts['invalid']:,} invalid, the first: {counts['problems'][0]})" if counts["invalid"] else ""
-        return f"--input {' '.join(map(str, arguments.input))}: holds no text at all{invalid}; give documents"
-    empty = next((writer for writer in writers if writer.num_tokens == 0), None)
-    if empty and arguments.valid_fraction:
-        return (
-            f"--valid-fraction {arguments.valid_fraction}: {empty.prefix} gets no token of the {counts['documents']} "
-            "documents; give more documents or another fraction (0: hold out none)"
+def check_not_empty(arguments: argparse.Namespace, key: KeyJob, num_shards: int) -> None:
+    """UserError if one of the token files would be empty. The tokens, for which there is no use, are then removed."""
+    counts = count_documents(key.job, num_shards, arguments.valid_fraction)
+    kept = counts.training + counts.held_out
+    problem = ""
+    if not counts.documents:
+        invalid = f" ({counts.invalid:,} invalid, the first: {counts.first_problem})" if counts.invalid else ""
+        problem = f"--input {' '.join(map(str, arguments.input))}: holds no text at all{invalid}; give documents"
+    elif not kept:
+        problem = "--min-tokens, --max-tokens: exclude every document; widen them"
+    elif arguments.valid_fraction and not (counts.training and counts.held_out):
+        train, valid = key.token_files
+        problem = (
+            f"--valid-fraction {arguments.valid_fraction}: {valid if counts.training else train} gets no token of the "
+            f"{kept:,} documents; give more documents or another fraction (0: hold out none)"
         )
-    return "--min-tokens, --max-tokens: exclude every document; widen them" if empty else ""
+    if problem:
+        if not arguments.merge_shards:  # other machines' work, and another fraction can be tried on it
+            shutil.rmtree(key.job.directory)
+        raise UserError(problem)
 
 
 def report(writers: list[TokenWriter], counts: dict[str, Any], path: str) -> None:
@@ -240,7 +256,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m data_prep.tokenize_corpus", description="Tokenise text into Megatron's .bin/.idx files."
     )
     parser.add_argument(
-        "--input", required=True, nargs="+", action="append",
+        "--input", required=True, nargs="+", action="append", metavar="FILE|DIR|GLOB",
         help=".jsonl (one object per line), .jsonl.gz, .jsonl.zst, .parquet and .txt (one document each): files, "
         "directories or globs",
     )  # fmt: skip
@@ -256,7 +272,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--encoder", choices=("auto", "gigatoken", "reference"), default="auto",
         help="auto: gigatoken if it gives the same ids as the tokenizer's own library on a sample of this corpus",
     )  # fmt: skip
-    parser.add_argument("--output-prefix", required=True, help="path without .bin and .idx")
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path without .bin and .idx")
     parser.add_argument("--valid-fraction", type=float, default=0.02, help="fraction of documents to hold out; 0: none")
     parser.add_argument(
         "--append-eod",
@@ -300,6 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     prefix = arguments.output_prefix
     if prefix.endswith("/") or Path(prefix).is_dir():
         raise UserError(f"--output-prefix {prefix}: is a directory; append a file name prefix")
+    if problems := write_problems(Path(prefix).parent, f"--output-prefix {prefix}"):
+        raise UserError(problems)
     reference = open_encoder(arguments.tokenizer, arguments.append_eod, workers=1)
     files = [prefixes_of(arguments, key) for key in arguments.json_keys]
     check_free([name for key_prefix, names in files if not is_written(key_prefix, names) for name in names])

@@ -228,8 +228,11 @@ def test_bad_inputs(corpus, tokenizer, tmp_path):
     assert "holds no .jsonl, .jsonl.gz" in line(tmp_path / "hollow")
     assert "matches no file" in line(tmp_path / "x*.jsonl")
     assert "not UTF-8 (byte 3 is 0xe9)" in line(tmp_path / "latin.txt")
-    assert "does not exist" in line(corpus, "--tokenizer", tmp_path / "none")
-    assert "tokenizer.json does not exist" in line(corpus, "--tokenizer", tmp_path)
+    missing = line(corpus, "--tokenizer", tmp_path / "none")
+    assert f"{tmp_path / 'none'}: does not exist" in missing and missing.count("none") == 1
+    os.mkfifo(tmp_path / "pipe.json")
+    assert "pipe.json: is not a regular file" in line(corpus, "--tokenizer", tmp_path / "pipe.json")
+    assert "contains neither a tokenizer.json nor a .model" in line(corpus, "--tokenizer", tmp_path)
     assert "neither a .json nor a .model" in line(corpus, "--tokenizer", tmp_path / "table.csv")
     (tmp_path / "bad.json").write_text("{}")
     assert "bad.json: the tokenizer cannot be read" in line(corpus, "--tokenizer", tmp_path / "bad.json")
@@ -251,6 +254,23 @@ def test_bad_inputs(corpus, tokenizer, tmp_path):
         )
     assert len(caught.value.problems) == 2
     assert not [entry for entry in tmp_path.iterdir() if "out" in entry.name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--valid-fraction 0.02: .*_valid gets no token of the 21 documents"),
+        (("--valid-fraction", 0.999999), "--valid-fraction 0.999999: .*_train gets no token of the 21 documents"),
+        (("--min-tokens", 1000), "--min-tokens, --max-tokens: exclude every document"),
+    ],
+)
+def test_what_would_be_empty_is_refused_before_anything_is_written(flags, message, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_corpus, "open_writers", lambda *a: pytest.fail("token files were opened"))
+    path = write_jsonl(tmp_path / "c.jsonl", [f"text {number}" for number in range(21)])
+    prefix = tmp_path / "new" / "directory" / "out"
+    arguments = ("--input", path, "--tokenizer", tokenizer, "--output-prefix", prefix, *flags)
+    assert re.match(message, problem(tokenize_corpus.main, *arguments))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_existing_output_is_not_overwritten(corpus, tokenizer, tmp_path):
