@@ -25,6 +25,7 @@ from megatron_a2d.config.cli import Parser
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.inference.arguments import close_model, load_model
 from megatron_a2d.terminal.console import PlainConsole, entry_point, hide_noise
+from megatron_a2d.utils.atomic_write import regular
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import lines_of, print_line
 
@@ -61,17 +62,28 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--show {options.show}: must not be negative")
     if options.ckpt_step is not None and not options.model:
         raise UserError("--ckpt-step: has no effect without --model, whose iteration it names; add that")
+    _check_file(options.file)
     model = _model_directory(options.file, options.model, options.ckpt_step)
     hide_noise()
     samples, decode = read_samples(options.file, model, computes_losses=options.model is not None)
     show(samples, decode, options.show, PlainConsole(width=None if sys.stdout.isatty() else 120))
 
 
+def _check_file(file: Path) -> None:
+    """UserError unless `file` is an .npz, before anything is asked about the model."""
+    try:
+        with open(file, "rb", opener=regular) as stream, zipfile.ZipFile(stream):
+            return
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file; give one that a run has written") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no .npz"
+        raise UserError(f"{file}: cannot be read as a batch ({reason}); give a file that a run has written") from None
+
+
 def _model_directory(file: Path, model: Path | None, iteration: int | None) -> Path:
     """The model whose tokenizer made the batch: the given one, or the newest checkpoint of the run that wrote it."""
     if model is None:
-        if not file.exists():
-            raise UserError(f"{file}: there is no such file; give one that a run has written")
         if not list_iterations(file.parent):
             raise UserError(f"--model: is missing; {file.parent} holds no checkpoint whose tokenizer could be used")
         return file.parent

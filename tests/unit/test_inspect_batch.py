@@ -114,7 +114,8 @@ def test_masks_are_coloured(capsys: pytest.CaptureFixture[str]) -> None:
     ("change", "problem"),
     [
         (None, "there is no such file"),
-        (b"not a zip", "cannot be read as a batch"),
+        (b"not a zip", "cannot be read as a batch \\(it is no .npz\\)"),
+        (b"", "cannot be read as a batch \\(it is no .npz\\)"),
         ({"labels": None}, "is not a batch of this model \\(it has no labels\\)"),
         ({"tokens": np.zeros((3, 31), np.int64)}, "have different shapes"),
         ({"times": np.zeros(2, np.float32)}, "different numbers of samples"),
@@ -134,6 +135,18 @@ def test_files_that_hold_no_batch(change: Any, problem: str, base: Path, tmp_pat
         fields = {name: value.numpy() for name, value in batch._asdict().items() if value is not None} | change
         np.savez(file, **{name: value for name, value in fields.items() if value is not None})
     with pytest.raises(UserError, match=problem):
+        inspect_batch.main([str(file)])
+
+
+@pytest.mark.parametrize("content", [b"", bytes(range(256)), None])
+def test_what_is_no_batch_is_no_fault_of_the_model(content: bytes | None, tmp_path: Path) -> None:
+    """There is none here, and none is asked for."""
+    file = tmp_path / "file.npz"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{file}: cannot be read as a batch"):
         inspect_batch.main([str(file)])
 
 
