@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from megatron_a2d.config.cli import Parser, add_settings, given_settings
 from megatron_a2d.config.settings import flag
+from megatron_a2d.diffusion.sampling_options import SamplingOptions, SamplingOptionsError
 from megatron_a2d.inference.arguments import (
     LAYOUT,
     LAYOUT_HELP,
@@ -37,18 +37,18 @@ from megatron_a2d.inference.arguments import (
     load_model,
     sampling_options,
 )
+from megatron_a2d.inference.prompts import Prompt, completion, infill, read_jsonl, to_row
 from megatron_a2d.terminal.console import PlainConsole, entry_point, hide_noise, human
 from megatron_a2d.terminal.live_view import LiveView
-from megatron_a2d.utils.atomic_write import is_shell_pipe, new_file, regular
+from megatron_a2d.utils.atomic_write import is_shell_pipe, new_file, regular, write_problems
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line, print_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_a2d.diffusion.sampling import OnStep, SamplingOptions
+    from megatron_a2d.diffusion.sampling import OnStep
     from megatron_a2d.inference.loaded_model import LoadedModel
-    from megatron_a2d.inference.prompts import Prompt
 
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_HOLE_LENGTH = 24
@@ -139,6 +139,13 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
         given = getattr(options, name)
         if "" in (given if isinstance(given, list) else [given]):
             problems.append(f"--{name} '': is empty; give at least one character")
+    if options.infill:
+        try:
+            infill(options.infill, "--infill")
+        except UserError as error:
+            problems += error.problems
+    if options.input is not None:
+        problems += _input_problems(options.input)
     for name in ("max_new_tokens", "hole_length", "num_samples", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -146,36 +153,39 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
     if options.num_samples > MOST_SAMPLES:
         problems.append(f"--num-samples {options.num_samples}: must be at most {MOST_SAMPLES:,}")
     if options.save_html is not None:
-        problems += _unwritable(Path(options.save_html))
+        if Path(options.save_html).is_dir():
+            problems.append(f"--save-html {options.save_html}: is a directory; name a file")
+        problems += write_problems(Path(options.save_html).parent, f"--save-html {options.save_html}")
     if options.seed < 0:
         problems.append(f"--seed {options.seed}: must not be negative")
     given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
     if options.num_samples > 1 and (given.get("temperature") == 0 or given.get("greedy")):
         problems.append(f"--num-samples {options.num_samples}: all would be equal; raise --temperature")
     try:
-        from megatron_a2d.diffusion.sampling_options import SamplingOptions
-
         SamplingOptions(**{"block_length": 1} | given)  # a block diffusion model has its own, known once it is loaded
-    except ValueError as error:
-        problems += [flag(problem) for problem in str(error).split("; ")]
+    except SamplingOptionsError as error:
+        problems += error.lines(flag)
     values = given_settings(options, LAYOUT, problems)
     if problems:
         raise UserError(problems)
     return values
 
 
-def _unwritable(path: Path) -> list[str]:
-    """Why --save-html cannot be written, known before generating; [] if it can."""
-    if path.is_dir():
-        return [f"--save-html {path}: is a directory; name a file"]
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        return [f"--save-html {path}: cannot be written below {above}; name another path"]
+def _input_problems(path: str) -> list[str]:
+    """Why the file of prompts cannot be read: one line, or none. A pipe shows it only when it is read."""
+    if path == "-" or is_shell_pipe(path):
+        return []
+    try:
+        _open(path).close()
+    except OSError as error:
+        return [f"--input {path}: cannot be read ({error.strerror}); name a file, or - for a pipe"]
     return []
 
 
 def _pipe(loaded: LoadedModel) -> io.TextIOBase:
     """Stdin; under torchrun rank 0 reads it and broadcasts it to the other ranks."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # as a file is opened
     if "torch.distributed" not in sys.modules:
         return sys.stdin  # type: ignore[return-value]
     import torch.distributed as dist
@@ -184,12 +194,10 @@ def _pipe(loaded: LoadedModel) -> io.TextIOBase:
         return sys.stdin  # type: ignore[return-value]
     box = [sys.stdin.buffer.read() if loaded.is_output_rank else None]
     dist.broadcast_object_list(box, src=0)
-    return io.TextIOWrapper(io.BytesIO(box[0] or b""), encoding="utf-8")
+    return io.TextIOWrapper(io.BytesIO(box[0] or b""), encoding="utf-8", errors="surrogateescape")
 
 
 def _prompts(options: argparse.Namespace, loaded: LoadedModel) -> Iterator[Prompt]:
-    from megatron_a2d.inference.prompts import Prompt, completion, infill, read_jsonl
-
     new_tokens = options.max_new_tokens or DEFAULT_NEW_TOKENS
     hole_length = options.hole_length or DEFAULT_HOLE_LENGTH
     if options.prompt is not None:
@@ -201,20 +209,35 @@ def _prompts(options: argparse.Namespace, loaded: LoadedModel) -> Iterator[Promp
     else:
         name = "--input (pipe)" if options.input == "-" else f"--input {options.input}"
         try:
-            with nullcontext(_pipe(loaded)) if options.input == "-" else _open(options.input) as lines:
+            with nullcontext(_pipe(loaded)) if options.input == "-" else _open(options.input) as stream:
                 if options.jsonl:
-                    yield from read_jsonl(lines, name, new_tokens, hole_length)
-                elif text := lines.read():
+                    yield from read_jsonl(_lines(stream, name), name, new_tokens, hole_length)
+                elif text := "".join(_lines(stream, name)):
                     yield completion(text, new_tokens, name)
                 else:
                     raise UserError(f"{name}: is empty; give at least one character")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{name}: cannot be read ({error}); check the path") from None
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror}); check the path") from None
 
 
 def _open(path: str) -> IO[str]:
     """A file of prompts, or a shell's pipe (`<(command)`); another pipe would be waited for, a device has no end."""
-    return open(path, encoding="utf-8", opener=None if is_shell_pipe(path) else regular)
+    opener = None if is_shell_pipe(path) else regular
+    return open(path, encoding="utf-8", errors="surrogateescape", opener=opener)
+
+
+def _lines(stream: Iterable[str], name: str) -> Iterator[str]:
+    """The lines of a stream that was opened with surrogateescape; UserError at the first byte that is not UTF-8.
+
+    A strict stream would fail while it reads ahead, before the good lines are given, and not know the byte's place.
+    """
+    for number, line in enumerate(stream, start=1):
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            byte = len(line[: error.start].encode())
+            raise UserError(f"{name} line {number}: is not UTF-8 (byte {byte}); save it as UTF-8") from None
+        yield line
 
 
 class Result(NamedTuple):
@@ -277,8 +300,6 @@ def _generate(
 
 def _row(prompt: Prompt, loaded: LoadedModel, sampling: SamplingOptions, reserve: int | None) -> list[int]:
     """The tokens to denoise. UserError if the sampler cannot fill their holes."""
-    from megatron_a2d.inference.prompts import to_row
-
     row = to_row(prompt, loaded, reserve)
     ends_in_hole = reserve is None and [isinstance(part, int) for part in prompt.parts] == [False, True]
     if sampling.sampler == "self_speculative" and not ends_in_hole:
@@ -348,14 +369,20 @@ def _write(options: argparse.Namespace, loaded: LoadedModel, results: Iterator[R
         from megatron_a2d.inference.html_replay import replay_page
 
         with new_file(options.save_html) as partial:
-            partial.write_text(replay_page(f"{Path(loaded.name).name}: {texts} texts", rows), encoding="utf-8")
+            title = f"{Path(loaded.name).name}: {_count(texts, 'text')}"
+            partial.write_text(replay_page(title, rows), encoding="utf-8")
     if options.stats and loaded.is_output_rank:
         seconds = time.perf_counter() - begin
         print_line(
-            f"{texts} texts, {tokens} tokens in {forwards} forward passes (per text): {tokens / max(forwards, 1):.2f} "
-            f"tokens per forward; {seconds:.1f} s, {human(tokens / seconds, 'tokens')}/s",
+            f"{_count(texts, 'text')}, {_count(tokens, 'token')} in {_count(forwards, 'forward pass', 'es')} "
+            f"(per text): {tokens / max(forwards, 1):.2f} tokens per forward; {seconds:.1f} s, "
+            f"{human(tokens / seconds, 'tokens')}/s",
             sys.stderr,
         )
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{plural if number != 1 else ''}"
 
 
 if __name__ == "__main__":

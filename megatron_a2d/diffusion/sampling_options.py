@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Sampler = Literal["rnd1", "eb", "confidence", "threshold", "entropy", "maskgit_plus", "topk_margin", "self_speculative"]
 Cache = Literal["none", "prefix", "dual"]
@@ -18,6 +20,31 @@ CACHES: tuple[str, ...] = get_args(Cache)
 _SMALLEST_TEMPERATURE = 1e-6
 _LARGEST_GUIDANCE = 1000
 _MOST_DREAM_STEPS = 65536  # its schedule is followed step by step
+
+
+class Problem(NamedTuple):
+    """What is wrong with the value of a setting. `why` has the names of other settings in braces."""
+
+    name: str
+    value: Any
+    why: str
+
+    def line(self, show: Callable[[str], str]) -> str:
+        """`name value: why`, with every setting named as `show` says."""
+        why = re.sub(r"{(\w+)}", lambda match: show(match[1]), self.why)
+        return f"{show(self.name)} {self.value}: {why}"
+
+
+class SamplingOptionsError(ValueError):
+    """Sampling settings that are out of range, or conflict."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        super().__init__("; ".join(self.lines(str)))
+
+    def lines(self, show: Callable[[str], str]) -> list[str]:
+        """One line per problem. `show`: how to name a setting, such as by its flag."""
+        return [problem.line(show) for problem in self.problems]
 
 
 @dataclass(frozen=True)
@@ -70,14 +97,13 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if problems := self.problems():
-            raise ValueError("; ".join(problems))
+            raise SamplingOptionsError(problems)
 
     @property
     def takes_likeliest(self) -> bool:
         return self.greedy or self.temperature == 0
 
-    def problems(self) -> list[str]:
-        """Lines of the form `name value: why`."""
+    def problems(self) -> list[Problem]:
         ranges = {
             "num_steps": (self.num_steps >= 1, "must be at least 1"),
             "gamma": (0 <= self.gamma < math.inf, "must be 0 or more (nats)"),
@@ -94,23 +120,19 @@ class SamplingOptions:
             "sampler": (self.sampler in SAMPLERS, f"must be one of {', '.join(SAMPLERS)}"),
             "cache": (self.cache in CACHES, f"must be one of {', '.join(CACHES)}"),
         }
-        found = [f"{name} {getattr(self, name)}: {why}" for name, (good, why) in ranges.items() if not good]
+        found = [(name, why) for name, (good, why) in ranges.items() if not good]
         if self.sampler in DREAM and self.num_steps > _MOST_DREAM_STEPS:
-            found.append(f"num_steps {self.num_steps}: must be at most {_MOST_DREAM_STEPS} with sampler {self.sampler}")
+            found.append(("num_steps", f"must be at most {_MOST_DREAM_STEPS} with {{sampler}} {self.sampler}"))
         if self.sampler == SELF_SPECULATIVE and (self.remask or self.cfg_scale):
-            found.append(
-                f"sampler {self.sampler}: decides tokens once and has no guidance, leave out remask and cfg_scale"
-            )
+            why = "decides tokens once and has no guidance; leave out {remask} and {cfg_scale}"
+            found.append(("sampler", why))
         if self.aligned_blocks:
             excluded = {
                 "block_length": (self.block_length == 0, "block diffusion needs the length that was trained"),
-                "cache": (
-                    self.cache == "dual",
-                    "block diffusion attends to nothing after the block, use prefix",
-                ),
-                "cfg_scale": (self.cfg_scale > 0, "block diffusion is sampled without guidance, use 0"),
+                "cache": (self.cache == "dual", "block diffusion attends to nothing after the block; use prefix"),
+                "cfg_scale": (self.cfg_scale > 0, "block diffusion is sampled without guidance; use 0"),
             }
-            found += [f"{name} {getattr(self, name)}: {why}" for name, (bad, why) in excluded.items() if bad]
+            found += [(name, why) for name, (bad, why) in excluded.items() if bad]
         elif self.cache != "none" and self.block_length == 0:
-            found.append(f"cache {self.cache}: has no effect without blocks, set block_length")
-        return found
+            found.append(("cache", "has no effect without blocks; set {block_length}"))
+        return [Problem(name, getattr(self, name), why) for name, why in found]

@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_a2d.checkpoint.directory import is_checkpoint, resolve
+from megatron_a2d.checkpoint.directory import check_directory, check_hf_directory, is_checkpoint, resolve
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.settings import flag
-from megatron_a2d.diffusion.sampling_options import SAMPLERS, SELF_SPECULATIVE
+from megatron_a2d.diffusion.sampling_options import SAMPLERS, SELF_SPECULATIVE, SamplingOptions, SamplingOptionsError
 from megatron_a2d.families.registry import autoregressive_types, is_diffusion_family, read_config
 from megatron_a2d.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_a2d.diffusion.sampling import SamplingOptions
     from megatron_a2d.inference.loaded_model import LoadedModel
 
 # The settings (config/settings.py) of a parallel layout for sampling and evaluation.
@@ -64,8 +63,6 @@ def add_sampling_flags(group: Any, temperature: float = TEMPERATURE) -> None:
 
 def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **defaults: Any) -> SamplingOptions:
     """The sampling options from the flags; UserError if they conflict with each other or with the model."""
-    from megatron_a2d.diffusion.sampling import SamplingOptions
-
     given = {name: getattr(options, name) for name in SAMPLING if hasattr(options, name)}
     if loaded.block_length:
         if given.get("block_length", loaded.block_length) != loaded.block_length:
@@ -79,8 +76,8 @@ def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **default
         chosen = SamplingOptions(
             **{"temperature": TEMPERATURE, "num_steps": loaded.num_diffusion_steps, **defaults, **given}
         )
-    except ValueError as error:
-        raise UserError([flag(problem) for problem in str(error).split("; ")]) from None
+    except SamplingOptionsError as error:
+        raise UserError(error.lines(flag)) from None
     if chosen.cache != "none" and not loaded.has_caches:
         raise UserError(f"--cache {chosen.cache}: needs an exported model, and this is a checkpoint; export it")
     if chosen.sampler == "self_speculative" and not loaded.causal_context:
@@ -97,11 +94,15 @@ def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **default
 
 
 def check_model(directory: str, layout: dict[str, Any]) -> None:
-    """Checks before torch's slow import. UserError for a missing directory, or flags of a layout with an export."""
-    if not Path(directory).is_dir():
-        raise UserError(f"--model {directory}: there is no such directory; give one that export_hf wrote")
-    if layout and not is_checkpoint(Path(directory)):
+    """Checks before torch's slow import. UserError for what is no model, or flags of a layout with an export."""
+    path, where = Path(directory), f"--model {directory}"
+    check_directory(path, where, "give one that export_hf wrote, or a checkpoint")
+    if is_checkpoint(path):
+        resolve(path, "--model")
+    elif layout:
         raise UserError(f"{flag(next(iter(layout)))}: needs a checkpoint; an exported model runs in one process")
+    else:
+        check_hf_directory(path, where)
 
 
 def own_objective(directory: str) -> str:

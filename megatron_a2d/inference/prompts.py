@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_a2d.inference.loaded_model import LoadedModel
 from megatron_a2d.utils.errors import UserError, nearest
 from megatron_a2d.utils.parsing import ParseError, parse_json
+
+if TYPE_CHECKING:
+    from megatron_a2d.inference.loaded_model import LoadedModel
 
 # <|hole:16|> in a text stands for 16 masked tokens.
 _HOLE = re.compile(r"<\|hole:(-?\d{1,9})\|>")

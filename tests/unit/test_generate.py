@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_statistics(exports, capsys):
         ["--model", str(exports["a2d"]), "--prompt", "x = ", "--max-new-tokens", "8", "--num-steps", "4", "--stats"]
     )
     found = re.match(
-        r"1 texts, (\d+) tokens in (\d+) forward passes \(per text\): ([\d.]+) tokens", capsys.readouterr().err
+        r"1 text, (\d+) tokens in (\d+) forward passes \(per text\): ([\d.]+) tokens", capsys.readouterr().err
     )
     assert found and int(found[2]) == 4 and float(found[3]) == int(found[1]) / 4
 
@@ -161,7 +162,7 @@ BAD_BLOCK_ARGUMENTS = {
         "co_loss", ["--prompt", "a", "--sampler", "self_speculative", "--num-steps", "4"], "--num-steps 4: has no eff",
     ),
     "remasking": (
-        "co_loss", ["--prompt", "a", "--sampler", "self_speculative", "--remask", "0.1"], "leave out remask",
+        "co_loss", ["--prompt", "a", "--sampler", "self_speculative", "--remask", "0.1"], "; leave out --remask and --cfg-scale",
     ),
 }  # fmt: skip
 
@@ -181,16 +182,14 @@ def test_reserves_the_last_place(exports, capsys):
     plain = capsys.readouterr()
     generate.main(["--model", str(exports["a2d"]), *arguments, "--reserve-last", "eos"])
     reserved = capsys.readouterr()
-    assert plain.err.startswith("1 texts, 6 tokens") and reserved.err.startswith("1 texts, 5 tokens")
+    assert plain.err.startswith("1 text, 6 tokens in") and reserved.err.startswith("1 text, 5 tokens in")
 
 
 def test_the_reserved_padding_is_the_models(exports, capsys, tmp_path, monkeypatch):
     """The public package takes pad_token_id of config.json: not token 0, which would be a visible "!" in Qwen3's."""
-    from megatron_a2d.inference import prompts
-
     rows = []
-    original = prompts.to_row
-    monkeypatch.setattr(prompts, "to_row", lambda *a: rows.append(original(*a)) or rows[-1])
+    original = generate.to_row
+    monkeypatch.setattr(generate, "to_row", lambda *a: rows.append(original(*a)) or rows[-1])
     arguments = ("--prompt", "x = ", "--max-new-tokens", "6", "--num-steps", "2", "--reserve-last", "pad")
     end = VOCAB - 2
     for pad, expected in ((7, 7), (end, end), (None, end)):  # none: as an export would have it
@@ -226,6 +225,32 @@ def test_bad_jsonl(case, exports, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 2, "what came before is written"
 
 
+def test_a_file_that_is_no_text(exports, tmp_path, capsys):
+    """The line and its byte, also far behind what was read ahead; what came before is written."""
+    (tmp_path / "binary").write_bytes(b"fine\ncaf\xc3\xa9 \xff\n")
+    lines = [b'{"prompt": "a", "max_new_tokens": 2}', *[b""] * 20_000, b'{"prompt": "\xe9"}']
+    (tmp_path / "prompts.jsonl").write_bytes(b"\n".join(lines))
+    for name, flags, place in (
+        ("binary", (), "line 2: is not UTF-8 (byte 6)"),
+        ("prompts.jsonl", ("--jsonl",), "line 20002: is not UTF-8 (byte 12)"),
+    ):
+        with pytest.raises(UserError) as error:
+            generate.main(["--model", str(exports["a2d"]), "--input", str(tmp_path / name), *flags])
+        assert str(error.value) == f"--input {tmp_path / name} {place}; save it as UTF-8"
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == 2
+
+
+@pytest.mark.parametrize("name", ["absent", "directory", "pipe"])
+def test_prompts_are_looked_for_before_the_model_is_loaded(name, exports, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError) as error:
+        generate.main(["--model", str(exports["a2d"]), "--input", str(tmp_path / name)])
+    assert str(error.value).startswith(f"--input {tmp_path / name}: cannot be read (")
+    assert str(error.value).count(name) == 1 + (name != "absent") and "Errno" not in str(error.value)
+
+
 BAD_ARGUMENTS = {
     "neither": ([], "give either --prompt"),
     "both": (["--prompt", "a", "--prefix", "b"], "give either --prompt"),
@@ -250,7 +275,11 @@ BAD_ARGUMENTS = {
     "hole first": (["--infill", "<|hole:3|> b"], "begins with a hole"),
     "jsonl alone": (["--prompt", "a", "--jsonl"], "--jsonl: has no effect"),
     "no file": (["--input", "/nowhere/prompts"], "cannot be read"),
-    "cache without blocks": (["--prompt", "a", "--cache", "dual"], "--cache dual: has no effect"),
+    "cache without blocks": (["--prompt", "a", "--cache", "dual"], "without blocks; set --block-length"),
+    "steps of Dream's schedule": (
+        ["--prompt", "a", "--sampler", "entropy", "--num-steps", "65537"],
+        "must be at most 65536 with --sampler entropy",
+    ),
     "gamma without eb": (["--prompt", "a", "--gamma", "1"], "--gamma 1.0: has no effect"),
     "layout of an export": (["--prompt", "a", "--bf16"], "--bf16: needs a checkpoint"),
     "no sampler": (["--prompt", "a", "--sampler", "best"], "invalid choice"),

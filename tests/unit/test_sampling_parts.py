@@ -15,6 +15,7 @@ from megatron_a2d.diffusion.sampling.early_stop import after_eos
 from megatron_a2d.diffusion.sampling.sampler import entropy_bounded, lowest
 from megatron_a2d.diffusion.sampling.token_scores import position_uniforms, row_seed, scorer
 from megatron_a2d.diffusion.sampling.unmask_schedule import StepPlan, blocks_of, counts_left, plan_steps
+from megatron_a2d.diffusion.sampling_options import SamplingOptionsError
 
 VOCAB, MASK = 12, 11
 
@@ -51,10 +52,18 @@ def test_settings_that_need_or_exclude_others():
         ({"block_length": 4, "cache": "dual"}, "cache dual: block diffusion attends to nothing after"),
         ({"block_length": 4, "cfg_scale": 0.5}, "cfg_scale 0.5: block diffusion is sampled without"),
     ):
-        with pytest.raises(ValueError, match=rf"^{problem}[^;]*$"):
+        with pytest.raises(SamplingOptionsError, match=rf"^{problem}") as error:
             SamplingOptions(aligned_blocks=True, **others)
+        assert len(error.value.problems) == 1
     with pytest.raises(ValueError, match=r"num_steps 0: .*; top_k -1: "):
         SamplingOptions(num_steps=0, top_k=-1)
+    with pytest.raises(SamplingOptionsError) as error:
+        SamplingOptions(sampler="self_speculative", remask=0.5, cache="prefix", top_p=0)
+    assert error.value.lines(str.upper) == [
+        "TOP_P 0: must be above 0 and at most 1 (no limit)",
+        "SAMPLER self_speculative: decides tokens once and has no guidance; leave out REMASK and CFG_SCALE",
+        "CACHE prefix: has no effect without blocks; set BLOCK_LENGTH",
+    ]
     plain = SamplingOptions()
     assert (plain.sampler, plain.num_steps, plain.gamma, plain.threshold, plain.cache) == (
         "rnd1",
