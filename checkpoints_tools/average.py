@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_tools.options import add_workers, check_paths, check_streaming_options
+from checkpoints_tools.options import add_workers, check_streaming_options
+from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import check_new_directory
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
@@ -36,7 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     check_streaming_options(options)
     if options.ema_decay is not None and not 0 < options.ema_decay < 1:
         raise UserError(f"--ema-decay {options.ema_decay}: must be above 0 and below 1")
-    check_paths(*options.checkpoints, out=options.out)
+    # Before torch's import, which takes seconds.
+    for checkpoint in options.checkpoints:
+        resolve(checkpoint, "--checkpoints")
+    check_new_directory(options.out, "--out")
 
     from megatron_a2d.conversion.weight_averaging import average
 

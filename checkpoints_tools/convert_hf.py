@@ -9,11 +9,12 @@ model's loss by t. An interrupted run is resumed by the same command.
 
 from __future__ import annotations
 
-from checkpoints_tools.options import add_conversion_options, check_paths, check_streaming_options
+from checkpoints_tools.options import add_conversion_options, check_streaming_options
 from checkpoints_tools.verify import print_converted, print_lines, report_into
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.conversion.hf_download import find_model
 from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import check_new_directory
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,7 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     add_conversion_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)
-    check_paths(out=options.out)
+    # Before torch's import, which takes seconds.
+    check_new_directory(options.out, "--out")
     model = find_model(options.hf_model)
 
     from megatron_a2d.checkpoint.tensor_rows import DTYPES

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_tools.options import add_conversion_options, check_paths, check_streaming_options
+from checkpoints_tools.options import add_conversion_options, check_streaming_options
 from checkpoints_tools.verify import print_converted, print_lines, report_into
+from megatron_a2d.checkpoint.directory import check_directory
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.conversion.hf_download import find_model
 from megatron_a2d.terminal.console import entry_point
+from megatron_a2d.utils.atomic_write import check_new_directory
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +43,13 @@ def main(argv: list[str] | None = None) -> None:
     add_conversion_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)
-    check_paths(out=options.out)
+    # Before torch's import, which takes seconds.
+    check_new_directory(options.out, "--out")
+    check_directory(
+        options.megatron,
+        f"--megatron {options.megatron}",
+        "give a torch_dist checkpoint's directory (NeMo 1's .nemo files are none)",
+    )
     model = find_model(options.hf_model, with_weights=False) if options.hf_model else None
 
     from megatron_a2d.checkpoint.tensor_rows import DTYPES

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_tools.options import add_streaming_options, check_paths, check_streaming_options, parse_size
+from checkpoints_tools.options import add_streaming_options, check_streaming_options, parse_size
 from checkpoints_tools.verify import print_lines, report_into
+from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.families.registry import export_formats
 from megatron_a2d.terminal.console import entry_point, human
-from megatron_a2d.utils.atomic_write import read_json
+from megatron_a2d.utils.atomic_write import check_new_directory, read_json
 from megatron_a2d.utils.printable import print_line
 
 
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     add_streaming_options(parser)
     options = parser.parse_args(argv)
     check_streaming_options(options)
-    check_paths(options.checkpoint, out=options.out)
+    # Before torch's import, which takes seconds.
+    resolve(options.checkpoint, "--checkpoint")
+    check_new_directory(options.out, "--out")
     max_shard_bytes = parse_size("--max-shard-size", options.max_shard_size)
     evaluation = read_json(options.evaluation, "the evaluation") if options.evaluation else None
 

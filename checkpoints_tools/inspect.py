@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from checkpoints_tools.options import check_paths
+from megatron_a2d.checkpoint.directory import check_hf_directory, resolve
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.terminal.console import PlainConsole, entry_point, human, progress
 from megatron_a2d.utils.atomic_write import read_json
@@ -33,7 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if (options.checkpoint is None) == (options.hf_model is None):
         raise UserError("--checkpoint, --hf-model: give exactly one")
-    check_paths(options.checkpoint)
+    # Before torch's import, which takes seconds.
+    if options.checkpoint:
+        resolve(options.checkpoint, "--checkpoint")
+    else:
+        check_hf_directory(options.hf_model, f"--hf-model {options.hf_model}")
 
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf
     from megatron_a2d.conversion.weight_summary import summarise

@@ -6,10 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.conversion.workers import DEFAULT_WORKERS
-from megatron_a2d.utils.atomic_write import check_new_directory
 from megatron_a2d.utils.errors import UserError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -48,15 +46,6 @@ def add_conversion_options(parser: Parser) -> None:
 def check_streaming_options(options: argparse.Namespace) -> None:
     if not 1 <= options.workers <= 64:
         raise UserError(f"--workers {options.workers}: must be 1 to 64")
-
-
-def check_paths(*checkpoints: Path | None, out: Path | None = None) -> None:
-    """UserError for an input that is no checkpoint, or for an output that exists, before seconds of torch's import."""
-    for checkpoint in checkpoints:
-        if checkpoint:
-            resolve(checkpoint)
-    if out:
-        check_new_directory(out, "--out")
 
 
 def parse_size(flag: str, text: str) -> int:

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_a2d.evaluation.expert_loads import recorded_loads
     from megatron_a2d.planner.expert_partition import place_layers
 
-    directory = resolve(options.checkpoint)
+    directory = resolve(options.checkpoint, "--checkpoint")
     model_config = read_model_config(directory / HF_FILES)
     if not model_config.is_moe:
         raise UserError(f"--checkpoint {options.checkpoint}: the model is dense and has no experts to place")

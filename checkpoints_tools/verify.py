@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints_tools.options import check_paths
+from megatron_a2d.checkpoint.directory import check_hf_directory, resolve
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.conversion.hf_download import find_model
 from megatron_a2d.terminal.console import entry_point, human, progress
@@ -43,8 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if sum(given is not None for given in (options.hf_model, options.checkpoint, options.export)) != 2:
         raise UserError("--hf-model, --checkpoint, --export: two of them are compared; give exactly two")
+    # Before torch's import, which takes seconds.
+    if options.checkpoint:
+        resolve(options.checkpoint, "--checkpoint")
+    if options.export:
+        check_hf_directory(options.export, f"--export {options.export}")
     hf = None if options.hf_model is None else find_model(options.hf_model).directory
-    check_paths(options.checkpoint)
 
     from megatron_a2d.conversion.compare_weights import compare_weights
     from megatron_a2d.conversion.sources import open_checkpoint, open_hf

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_a2d.utils.errors import UserError, nearest
 
 LARGEST = 2**64 - 1  # largest integer of a flag or a setting: above the tokens, bytes and steps of any run
 LISTED = 35  # flags that a usage line lists; that of all settings would fill three screens before the help begins
+PATHS = {"DIR", "DIRECTORY", "FILE", "PREFIX", "RECIPE"}  # metavars of flags whose value is a path
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -53,6 +55,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # Path("") is the current directory, which nobody means who gives an unset variable of the shell.
+        if not arg_string and (action.type is Path or PATHS.intersection(re.findall("[A-Z]+", str(action.metavar)))):
+            name = action.option_strings[0] if action.option_strings else action.dest
+            raise UserError(f"{name} '': is empty; give a path")
+        return super()._get_value(action, arg_string)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_a2d.checkpoint.directory import HF_PATTERNS
+from megatron_a2d.checkpoint.directory import HF_PATTERNS, check_directory, check_hf_directory
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import without_passwords
 
@@ -17,11 +17,19 @@ class Model(NamedTuple):
 
 
 def find_model(given: str, with_weights: bool = True) -> Model:
-    """The directory of the model `given`, a directory or else a hub id."""
-    if Path(given).is_dir():
-        return Model(Path(given), None)
+    """The directory of the model `given`, a directory or else a hub id.
+
+    Without its weights, what is asked for may be its tokenizer alone.
+    """
+    path, where = Path(given), f"--hf-model {given}"
+    if path.exists():
+        if with_weights:
+            check_hf_directory(path, where)
+        else:
+            check_directory(path, where, "give a Hugging Face directory")
+        return Model(path, None)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", given) or given.startswith("."):
-        raise UserError(f"--hf-model {given}: no such directory, and no hub id (owner/name); check the path")
+        raise UserError(f"{where}: no such directory, and no hub id (owner/name); check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -32,6 +40,6 @@ def find_model(given: str, with_weights: bool = True) -> Model:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = without_passwords(" ".join(str(error).split()))
         raise UserError(
-            f"--hf-model {given}: no such directory, and the hub does not give it ({reason}); "
+            f"{where}: no such directory, and the hub does not give it ({reason}); "
             "check the name and the connection, or download it and give the directory"
         ) from None

@@ -201,7 +201,7 @@ BAD = {
         "two models have the name 'llada'; give NAME=",
     ),
     "a name that is a path": (["--model", "x/y={llada}", "--tasks", "a"], "'x/y' is not a valid name"),
-    "one that is not there": (["--model", "{llada}", "/nowhere", "--tasks", "a"], "--model /nowhere: there is no such"),
+    "one that is not there": (["--model", "{llada}", "/nowhere", "--tasks", "a"], "--model /nowhere: no such"),
 }
 
 
