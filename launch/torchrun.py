@@ -56,7 +56,7 @@ def _run(arguments: list[str], before_workers: Callable[[], None]) -> Ending:
         before_workers()
         start(context)
 
-    PContext.start = start_workers  # type: ignore[method-assign]
+    PContext.start = start_workers  # type: ignore[assignment, method-assign]
     try:
         run.main(arguments)
     except ChildFailedError as error:
