@@ -49,7 +49,7 @@ BENCHMARKS = {
     "block_sampling_cpu": Benchmark(8, "block_sampling"),
     "likelihood_cpu": Benchmark(1, "likelihood"),
     "choice_decisions_cpu": Benchmark(8, "choice_decisions", ("--model", "DEMO/exported")),
-    "self_speculation_cpu": Benchmark(9, "self_speculation", ("--demo", "DEMO", "--runs", "DEMO/self_speculation")),
+    "speculative_decoding_cpu": Benchmark(9, "speculative_decoding", ("--demo", "DEMO", "--runs", "DEMO/speculation")),
     "monitoring_cpu": Benchmark(1, "monitoring"),
     "aux_loss_cpu": Benchmark(1, "aux_loss"),
     "placed_experts_cpu": Benchmark(3, "placed_experts", ("--demo", "DEMO")),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import choice_decisions, expert_balance, scaling, self_speculation, soak_table, wrong_settings
+from bench import choice_decisions, expert_balance, scaling, soak_table, speculative_decoding, wrong_settings
 from bench.paired import CLOCKS, FEWEST_WITH_QUARTILES, Comparison
 from bench.result_file import RESULTS, ROOT, Figure, Result, read
 from megatron_a2d.config.cli import Parser
@@ -32,7 +32,7 @@ BLOCK = re.compile(r"(<!-- bench: (?P<name>[^>]*?) -->\n).*?(<!-- end of bench: 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "choice_decisions_cpu": choice_decisions.block,
     "expert_balance_cpu": expert_balance.block,
-    "self_speculation_cpu": self_speculation.block,
+    "speculative_decoding_cpu": speculative_decoding.block,
     "wrong_settings_cpu": wrong_settings.block,
     "scaling_cpu": scaling.block,
     "soak_cpu": soak_table.block,

@@ -1,6 +1,6 @@
 """Benchmark of self-speculative decoding: tokens per forward pass of models trained with an autoregressive co-loss.
 
-    python -m bench.self_speculation --demo demo_run --runs speculation_runs [--out bench/results/FILE]
+    python -m bench.speculative_decoding --demo demo_run --runs speculation_runs [--out bench/results/FILE]
 
 After `make demo`. Its autoregressive model is trained as block diffusion with the co-loss, once per block length, by
 one process; finished runs in --runs are kept. Each continues held-out texts, at temperature 0 and 1. Autoregressive
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
                 {"block_length": block_length, "temperature": temperature, "tokens_per_forward_pass": tokens_per_pass}
             )
     settings = {"iterations": ITERATIONS, "texts": TEXTS, "prompt": PROMPT, "new_tokens": NEW_TOKENS}
-    write(options.out, "self_speculation", [], settings=settings, rows=rows)
+    write(options.out, "speculative_decoding", [], settings=settings, rows=rows)
     print(table(rows))
 
 
