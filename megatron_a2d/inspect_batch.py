@@ -23,7 +23,7 @@ from megatron_a2d.checkpoint.directory import HF_FILES, directory_name, is_check
 from megatron_a2d.checkpoint.training_facts import read_trained
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.config.model_config import read_model_config
-from megatron_a2d.inference.arguments import close_model, load_model
+from megatron_a2d.inference.arguments import check_model, close_model, load_model
 from megatron_a2d.terminal.console import PlainConsole, entry_point, hide_noise
 from megatron_a2d.utils.atomic_write import regular
 from megatron_a2d.utils.errors import UserError
@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--ckpt-step: has no effect without --model, whose iteration it names; add that")
     _check_file(options.file)
     model = _model_directory(options.file, options.model, options.ckpt_step)
+    if options.model:
+        check_model(str(model), {})
     hide_noise()
     samples, decode = read_samples(options.file, model, computes_losses=options.model is not None)
     show(samples, decode, options.show, PlainConsole(width=None if sys.stdout.isatty() else 120))

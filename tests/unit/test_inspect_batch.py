@@ -156,7 +156,12 @@ def test_flags_without_effect(base: Path, tmp_path: Path) -> None:  # noqa: F811
     for arguments, problem in (
         ([str(alone)], "--model: is missing; .* holds no checkpoint"),
         ([str(alone), "--ckpt-step", "10"], "--ckpt-step: has no effect without --model"),
-        ([str(alone), "--model", str(tmp_path / "run"), "--ckpt-step", "11"], "iter_0000011: no such directory"),
+        (
+            [str(alone), "--model", str(tmp_path / "run"), "--ckpt-step", "11"],
+            "^--model .*iter_0000011: no such directory",
+        ),
+        ([str(alone), "--model", str(alone)], "^--model .*alone.npz: is a file, not a directory"),
+        ([str(alone), "--model", str(tmp_path)], f"^--model {tmp_path}: contains no config.json"),
         ([str(alone), "--show", "-1"], "--show -1: must not be negative"),
     ):
         with pytest.raises(UserError, match=problem):
