@@ -97,6 +97,12 @@ def test_reads_a_pipe(exports, capsys, monkeypatch):
     assert json.loads(text)["text"].startswith("x = ")
     monkeypatch.setattr(sys, "stdin", io.StringIO("def f(x):\n"))
     assert run(capsys, exports["a2d"], "--input", "-", "--max-new-tokens", "4").startswith("def f(x):\n")
+    # UTF-8 whatever the locale.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("café = ".encode()), encoding="ascii"))
+    assert run(capsys, exports["a2d"], "--input", "-", "--max-new-tokens", "4").startswith("café = ")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="ascii"))
+    with pytest.raises(UserError, match=r"^--input \(pipe\) line 1: is not UTF-8 \(byte 3\)"):
+        generate.main(["--model", str(exports["a2d"]), "--input", "-"])
 
 
 def test_statistics(exports, capsys):
