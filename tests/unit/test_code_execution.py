@@ -56,13 +56,16 @@ NO_NAMESPACES = (1,)
 # The words of a process that has left session, parent and environment behind; no other process has them.
 ORPHAN = "import time; time.sleep(61.7)"
 
-LEAVE = f"""import os, sys, time
+# The pipe is closed by the execve, until when the process that stays waits.
+LEAVE = f"""import os, sys
+reading, writing = os.pipe()
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         os.execve({sys.executable!r}, ["python", "-I", "-S", "-c", {ORPHAN!r}], {{}})
     os._exit(0)
-time.sleep(0.3)
+os.close(writing)
+os.read(reading, 1)
 """
 
 
