@@ -7,9 +7,9 @@
     ... | python -m megatron_a2d.generate --model EXPORT --input - --jsonl > texts.jsonl
     torchrun --nproc-per-node 2 -m megatron_a2d.generate --model CHECKPOINT --expert-model-parallel-size 2 --prompt ...
 
-MODEL is an exported model (formats a2d and rnd1), or a training checkpoint, loaded in parallel over the processes of
-torchrun. A terminal shows the text while it is denoised; otherwise only the final text is written to stdout. Texts are
-taken literally: in the shell write a line break as $'..\n..'.
+MODEL is an exported diffusion model, or a training checkpoint, loaded in parallel over the processes of torchrun. A
+terminal shows the text while it is denoised; otherwise only the final text is written to stdout. Texts are taken
+literally: in the shell write a line break as $'..\n..'.
 """
 
 from __future__ import annotations

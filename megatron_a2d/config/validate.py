@@ -167,6 +167,10 @@ def _objective_problems(config: RunConfig) -> list[str]:
     ):  # fmt: skip
         belongs(name, is_block, "--objective block")
     need("block_length", not is_block or diffusion.block_length >= 1, "--objective block needs at least 1 token")
+    need(
+        "block_length", diffusion.block_length <= config.data.seq_length,
+        f"is longer than --seq-length {config.data.seq_length}",
+    )  # fmt: skip
     has_length = not find_length_problems(config)
     problems += find_block_schedule_problems(config, has_length)
     odd = find_odd(config.batch_sizes) if has_length else ""

@@ -24,7 +24,8 @@ from megatron_a2d.utils.printable import one_line
 # The settings of a recipe, in the order of the card.
 RECIPE = (
     "objective", "loss_weighting", "conversion", "noise_schedule", "timestep_sampling", "min_timestep", "label_shift",
-    "reset_attention_mask", "seq_length",
+    "block_length", "block_length_schedule", "reset_block_grid", "ar_loss_weight", "complementary_masks",
+    "reset_attention_mask", "reset_position_ids", "seq_length",
     "global_batch_size", "rampup_batch_size", "batch_schedule", "lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples",
     "lr_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "weight_decay",
     "optimizer", "muon_momentum", "muon_use_nesterov", "muon_num_ns_steps", "muon_scale_mode",
@@ -32,7 +33,11 @@ RECIPE = (
 )  # fmt: skip
 
 
-_SHOWN_IF_SET = ("rampup_batch_size", "batch_schedule", "lr_warmup_samples", "lr_wsd_decay_samples")
+_SHOWN_IF_SET = (
+    "block_length", "block_length_schedule", "reset_block_grid", "ar_loss_weight", "complementary_masks",
+    "reset_position_ids", "rampup_batch_size", "batch_schedule", "lr_warmup_samples", "lr_wsd_decay_samples",
+)  # fmt: skip
+_SCHEDULES = ("batch_schedule", "block_length_schedule")
 SGLANG_CONFIG = "sglang_dllm.yaml"
 
 
@@ -199,8 +204,8 @@ def _data(settings: Mapping[str, Any]) -> str:
 
 def recipe_rows(settings: Mapping[str, Any], wrong: Sequence[str]) -> list[tuple[str, str]]:
     """(setting, value) of the recipe; `settings` are the valid ones, `wrong` the names of the malformed ones."""
-    if not re.fullmatch(r"[\d:,]*", str(settings.get("batch_schedule", ""))):  # the one free text of the recipe
-        wrong = [*wrong, "batch_schedule"]
+    # The free text of a recipe.
+    wrong = [*wrong, *(name for name in _SCHEDULES if not re.fullmatch(r"[\d:, ]*", str(settings.get(name, ""))))]
     unset = [name for name in _SHOWN_IF_SET if not settings.get(name)]
     if settings.get("optimizer") != "muon":
         unset += [name for name in RECIPE if name == "optimizer" or name.startswith("muon_")]

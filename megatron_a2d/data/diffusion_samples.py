@@ -88,7 +88,9 @@ def make_sample(
 
     def make(tokens: np.ndarray, index: int) -> Corrupted:
         documents = dataset.documents(index) if has_documents else None
-        cut = random_cut(noise_seed, index, len(tokens), cut_probability) if cut_probability else None
+        # Of one text's two samples the same, or their masks would not be complements.
+        cut_index = index - index % 2 if for_training and diffusion.complementary_masks else index
+        cut = random_cut(noise_seed, cut_index, len(tokens), cut_probability) if cut_probability else None
         segments = attention_segments(documents if isolated else None, cut, len(tokens))
         if noise is None:
             sample = next_token(tokens, segments, visible)

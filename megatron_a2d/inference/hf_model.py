@@ -118,11 +118,11 @@ def _check_type(directory: Path, config: dict[str, Any], objective: str) -> None
                 f"a supported family ({' or '.join(AUTOREGRESSIVE_TYPES)}); remove --objective ar for a diffusion model"
             )
     elif not is_diffusion_family(config) and model_type not in DESCRIBED_TYPES:
-        remedy = (
-            "give --objective ar to evaluate it as it is, or convert it, train it and export it first"
-            if model_type in AUTOREGRESSIVE_TYPES
-            else "convert it, train it and export it first"
-        )
+        remedy = "convert it, train it and export it first"
+        if config.get("objective") == "block":  # the causal half of a model with a co-loss
+            remedy = "export its checkpoint with --format a2d"
+        elif model_type in AUTOREGRESSIVE_TYPES:
+            remedy = f"give --objective ar to evaluate it as it is, or {remedy}"
         raise UserError(
             f"--model {directory}: model_type {model_type!r} is not one of the diffusion models that are known "
             f"({', '.join([*DIFFUSION_TYPES, *DESCRIBED_TYPES])}); {remedy}" + twin_remedy(config)

@@ -131,7 +131,7 @@ def _once_per_mask(what: str, mask: Mask, make: Callable[[], Any]) -> Any:
     A mask is known by its memory and the number of changes to it. It is kept, so that no other takes its place there.
     """
     tensor, queries, causal = mask
-    if tensor.is_meta:  # of no memory to be known by
+    if tensor.is_meta or tensor.is_inference():  # has no memory, or no count of changes, to be known by
         return make()
     name = (what, tensor.data_ptr(), tensor._version, tensor.shape, queries.start, queries.stop, causal)
     if name not in _made:

@@ -38,7 +38,9 @@ def small_tiles() -> Iterator[None]:
             (masked_attention, "_LARGEST_SHARE", 2.0),
         ):  # fmt: skip
             patch.setattr(module, name, value)
+        masked_attention._tiles_of_fields.cache_clear()
         yield
+    masked_attention._tiles_of_fields.cache_clear()
     assert any(name[0] == "tiles" for name in masked_attention._made), "nothing was tiled"
     masked_attention._made.clear()
 

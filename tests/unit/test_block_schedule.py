@@ -40,6 +40,7 @@ def test_samples_follow_their_iteration_and_validation_does_not() -> None:
         ({"block_length_schedule": "1:-2"}, "'1:-2' is not LENGTH:ITERATIONS"),
         ({"block_length_schedule": "1:2,,4:3"}, "'' is not LENGTH:ITERATIONS"),
         ({"block_length_schedule": "64:2"}, "blocks of 64 tokens are longer than --seq-length 40"),
+        ({"block_length_schedule": "", "block_length": 41}, "--block-length 41: is longer than --seq-length 40"),
         ({"block_length_schedule": "1:6,2:4"}, "its 10 iterations leave none of --train-iters 10"),
         ({"objective": "mdlm", "block_length": 0}, "--block-length-schedule 1:2, 4:1,40:1: has no effect without"),
         ({"objective": "mdlm", "block_length": 0, "block_length_schedule": "", "reset_block_grid": True}, "--reset-block-grid True: has no effect without --objective block"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_a2d.config.settings import build
 from megatron_a2d.data.dataloader import make_batch
-from megatron_a2d.data.diffusion_samples import TextPairs
+from megatron_a2d.data.diffusion_samples import TextPairs, make_sample
 from megatron_a2d.diffusion.block_diffusion import corrupt_blocks
 from megatron_a2d.diffusion.corruption import Corrupted, corrupt
 from megatron_a2d.diffusion.rng import Noise
@@ -74,3 +76,16 @@ def test_each_text_twice_in_a_row() -> None:
     assert batch.documents[:, 0].tolist() == [20, 20, 30, 30] and pairs.eod_token_id() == 3
     run = {"train_iters": 4, "global_batch_size": 2}
     assert (build({**run, "complementary_masks": True}).num_texts, build(run).num_texts) == (4, 8)
+
+
+@pytest.mark.parametrize("objective", ["mdlm", "block"])
+def test_a_pair_is_cut_alike(objective: str) -> None:
+    """Under --random-length-prob: blocks that begin anew at another position would have other times."""
+    blocks = {"block_length": 5, "reset_block_grid": True} if objective == "block" else {}
+    settings = {"objective": objective, "complementary_masks": True, "random_length_prob": 1.0, "seq_length": LENGTH}
+    texts: Any = SimpleNamespace(documents=lambda index: np.zeros(LENGTH, np.int64), eod_token_id=lambda: None)
+    model: Any = SimpleNamespace(mask_token_id=MASK)
+    make = make_sample(build(settings | {"label_shift": False} | blocks), model, texts, 7, for_training=True)
+    for index in range(0, 400, 2):
+        one, other = make(TOKENS, index), make(TOKENS, index + 1)
+        assert (masks(one) | masks(other)).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -58,12 +59,14 @@ MASKS = {name: encoded for name, encoded in ENCODED.items() if encoded is not No
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(attention_tiles, "CHUNK", 16)
     monkeypatch.setattr(attention_tiles, "SHORT", 8)
     monkeypatch.setattr(attention_tiles, "MOST", 32)
     monkeypatch.setattr(masked_attention, "SHORTEST", 0)
     monkeypatch.setattr(masked_attention, "_LARGEST_SHARE", 2.0)
+    masked_attention._tiles_of_fields.cache_clear()
+    yield
     masked_attention._tiles_of_fields.cache_clear()
 
 
