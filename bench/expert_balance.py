@@ -10,25 +10,22 @@ the mean (mean over layers) on held-out batches that the placement was not made 
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench import demo_runs
 from bench.result_tables import machine
-from megatron_a2d.checkpoint.directory import HF_FILES, latest_iteration, resolve
+from megatron_a2d.checkpoint.directory import HF_FILES, resolve
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.report.plots import read_log
 from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.terminal.console import entry_point
 from megatron_a2d.utils.atomic_write import write_json
-from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_text
 
-RECIPE = "launch/recipes/demo_cpu.yaml"
 WITHOUT, WITH = "without balancing", "with balancing"
 # Without, and as the recipe balances them.
 VARIANTS = {WITHOUT: ("--moe-router-load-balancing-type", "none", "--moe-aux-loss-coeff", "0"), WITH: ()}
@@ -49,33 +46,18 @@ class Result(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--demo", required=True, type=Path, metavar="DIR", help="directory of a finished `make demo`")
-    parser.add_argument("--runs", required=True, type=Path, metavar="DIR", help="directory of the conversions")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
+    demo_runs.add_arguments(parser)
     options = parser.parse_args(argv)
-    if not (options.demo / "checkpoint").is_dir():
-        raise UserError(f"--demo {options.demo}: has no converted checkpoint; run `make demo` first")
+    demo_runs.check(options.demo)
     results = {}
     for name, flags in VARIANTS.items():
         run = options.runs / name.replace(" ", "_")
-        _convert(options.demo, run, flags)
+        demo_runs.train(options.demo, run, flags)
         results[name] = _measure(options.demo, run)
     print_text(table(results))
     print_text("\n".join(verdicts(results)))
     if options.out:
         write_json(options.out, {"machine": machine(), **{name: found._asdict() for name, found in results.items()}})
-
-
-def _convert(demo: Path, run: Path, flags: tuple[str, ...]) -> None:
-    """Train to the recipe's end, unless it is done."""
-    if run.is_dir() and latest_iteration(run):
-        return
-    subprocess.run(
-        [sys.executable, "-m", "megatron_a2d.train", "--config", RECIPE, "--load", demo / "checkpoint", "--save", run,
-         "--train-data-path", demo / "corpus_train", "--valid-data-path", demo / "corpus_valid",
-         "--expert-model-parallel-size", "1", *flags],
-        check=True,
-    )  # fmt: skip
 
 
 def _measure(demo: Path, run: Path) -> Result:

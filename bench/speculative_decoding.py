@@ -9,13 +9,12 @@ decoding with a cache gives one token per forward pass. Counts do not depend on 
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench import demo_runs
 from bench.result_file import write
 from megatron_a2d.config.cli import Parser
 from megatron_a2d.diffusion.sampling import SamplingOptions, denoise, make_canvas, row_seed
@@ -23,21 +22,16 @@ from megatron_a2d.inference.hf_model import load_hf_model
 from megatron_a2d.inference.loaded_model import LoadedModel
 from megatron_a2d.study.results_page import markdown_table
 from megatron_a2d.terminal.console import entry_point, progress
-from megatron_a2d.utils.errors import UserError
 
-RECIPE = "launch/recipes/demo_cpu.yaml"
 BLOCK_LENGTHS, TEMPERATURES, ITERATIONS = (4, 16), (0.0, 1.0), 300
 TEXTS, PROMPT, NEW_TOKENS = 50, 32, 64
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--demo", required=True, type=Path, metavar="DIR", help="directory of a finished `make demo`")
-    parser.add_argument("--runs", required=True, type=Path, metavar="DIR", help="directory of the trained models")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
+    demo_runs.add_arguments(parser)
     options = parser.parse_args(argv)
-    if not (options.demo / "checkpoint").is_dir():
-        raise UserError(f"--demo {options.demo}: has no converted checkpoint; run `make demo` first")
+    demo_runs.check(options.demo)
     rows = []
     for block_length in BLOCK_LENGTHS:
         loaded = load_hf_model(trained(options.demo, options.runs / f"block_{block_length}", block_length))
@@ -55,18 +49,12 @@ def trained(demo: Path, run: Path, block_length: int) -> Path:
     """An export of the demo's model after training with blocks and the co-loss."""
     export = run / "export"
     if not export.is_dir():
-        _python(
-            "megatron_a2d.train", "--config", RECIPE, "--load", demo / "checkpoint", "--save", run,
-            "--train-data-path", demo / "corpus_train", "--valid-data-path", demo / "corpus_valid",
-            "--expert-model-parallel-size", 1, "--train-iters", ITERATIONS, "--objective", "block",
-            "--block-length", block_length, "--ar-loss-weight", 1,
+        flags = (
+            "--train-iters", ITERATIONS, "--objective", "block", "--block-length", block_length, "--ar-loss-weight", 1,
         )  # fmt: skip
-        _python("checkpoints_tools.export_hf", "--checkpoint", run, "--out", export, "--format", "a2d")
+        demo_runs.train(demo, run, flags)
+        demo_runs.python("checkpoints_tools.export_hf", "--checkpoint", run, "--out", export, "--format", "a2d")
     return export
-
-
-def _python(module: str, *arguments: Any) -> None:
-    subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True)
 
 
 def continue_texts(loaded: LoadedModel, data: Path, temperature: float) -> list[float]:

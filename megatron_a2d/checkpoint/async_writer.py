@@ -104,7 +104,7 @@ class _Process:
     def __init__(self, function: Callable[..., None], niceness: int, *arguments: Any):
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
-        self._num_unanswered = 0
+        self._has_job = False
         begin = (function, niceness, os.getpid(), self._connection, theirs)
         self._process = context.Process(target=_begin, args=(*begin, *arguments), daemon=True)
         self._process.start()
@@ -112,13 +112,13 @@ class _Process:
 
     def send(self, job: Any) -> bool:
         """Whether the process is alive to take the job."""
-        while self._num_unanswered:  # of a save that failed on another rank, so that nobody waited for this one
+        if self._has_job:  # of a save that failed on another rank, so that nobody waited for this one
             self.answer()
         try:
             self._connection.send(job)
         except OSError:
             return False
-        self._num_unanswered += 1
+        self._has_job = True
         return True
 
     def has_answered(self) -> bool:
@@ -126,7 +126,7 @@ class _Process:
 
     def answer(self) -> Any:
         """What the process sends; if it ends without that, an OSError that says so."""
-        self._num_unanswered = 0
+        self._has_job = False
         try:
             return self._connection.recv()
         except (EOFError, ConnectionResetError):

@@ -92,7 +92,7 @@ def _tiles_of_samples(mask: Mask) -> SampleTiles:
 def _tiles_of_fields(
     fields: bytes, num_fields: int, dtype: torch.dtype, first: int, end: int, causal: bool
 ) -> list[Tiles]:
-    """By the mask's content: without document masking it is the same in every step."""
+    """The tiles of a mask [F, K], known by its content: without document masking it is the same in every step."""
     encoded_FK = torch.frombuffer(bytearray(fields), dtype=dtype).view(num_fields, -1)
     return tiles_of(encoded_FK, slice(first, end), causal)
 
