@@ -26,6 +26,9 @@ from megatron_a2d.families.registry import kind_of, read_config
 from megatron_a2d.utils.atomic_write import read_json
 from megatron_a2d.utils.errors import UserError
 
+# SDAR's models were trained so, and its engines count blocks and positions from the beginning of a request.
+_SDAR_GRID = {"reset_attention_mask": True, "reset_block_grid": True, "reset_position_ids": True}
+
 
 class Trained(NamedTuple):
     """Settings (settings.py) of the run that produced the weights."""
@@ -36,6 +39,8 @@ class Trained(NamedTuple):
     ar_loss_weight: float = 0.0
     noise_schedule: str = "linear"
     reset_attention_mask: bool = False
+    reset_block_grid: bool = False
+    reset_position_ids: bool = False
 
     def as_exported(self) -> dict[str, Any]:
         """The fields of an export's config.json."""
@@ -74,11 +79,12 @@ def _of_run(directory: Path) -> Trained:
 
 
 def _of_blocks(config: Mapping[str, Any], path: Path) -> Trained:
-    """Of a model in SDAR's form."""
+    """Of a model in SDAR's form; exports of this project also record its objective."""
     length = config.get("block_size")
     if length is None:
         raise UserError(f"{path}: has no block_size; write the block length that the model was trained with into it")
-    known = {"objective": "block", "label_shift": False, **config, "block_length": length}
+    grid = {} if "objective" in config else _SDAR_GRID
+    known = {"objective": "block", "label_shift": False, **grid, **config, "block_length": length}
     return _from(known, path, "block")
 
 
@@ -105,7 +111,8 @@ def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
     if not trained.is_diffusion or values.get("objective", trained.objective) == "ar":
         facts = {"reset_attention_mask": trained.reset_attention_mask}
     elif values.get("objective", trained.objective) != "block":
-        facts = {name: facts[name] for name in ("label_shift", "noise_schedule", "reset_attention_mask")}
+        names = ("label_shift", "noise_schedule", "reset_attention_mask", "reset_position_ids")
+        facts = {name: facts[name] for name in names}
     return {name: value for name, value in facts.items() if value != settings()[name].default}
 
 
@@ -135,7 +142,7 @@ def contradictions(config: RunConfig, trained: Trained, where: Path) -> list[str
     if now["objective"] == "ar":
         names = ["objective", "reset_attention_mask"]
     elif now["objective"] != trained.objective:
-        names = ["objective", "label_shift", "noise_schedule", "reset_attention_mask"]
+        names = ["objective", "label_shift", "noise_schedule", "reset_attention_mask", "reset_position_ids"]
     then = trained._asdict()
     return [
         f"{flag(name)} {_text(now[name])}: {where} was trained with {_text(then[name])}"

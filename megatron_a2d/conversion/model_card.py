@@ -163,10 +163,16 @@ def _serving(model: Exported) -> str:
         "python -m sglang.launch_server --model-path DIRECTORY --trust-remote-code \\",
         f"    --dllm-algorithm LowConfidence --dllm-algorithm-config DIRECTORY/{SGLANG_CONFIG}",
     ]
-    return (
+    text = (
         f"The model was trained in blocks of {length} tokens. Engines do not read that from config.json (their default "
         f"is 4), so name it{wide}:\n\n```bash\n" + "\n".join(commands) + "\n```"
     )
+    if not (model.trained.reset_block_grid and model.trained.reset_position_ids):
+        text += (
+            "\n\nEngines count blocks and positions from the beginning of a request. In training they were counted "
+            "through samples of several documents (no `--reset-block-grid --reset-position-ids`)."
+        )
+    return text
 
 
 def sglang_config(model: Exported) -> str:

@@ -343,10 +343,15 @@ def published(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return found
 
 
+# How SDAR's own models count blocks and positions: from the beginning of each document.
+GRID = {"reset_attention_mask": True, "reset_block_grid": True, "reset_position_ids": True}
+
+
 @pytest.mark.parametrize("kind", ["dense_tied", "moe"])
 def test_published_models_come_in_and_go_out_bitwise(kind: str, published: dict[str, Path], tmp_path: Path) -> None:
     convert_hf.main(["--hf-model", str(published[kind]), "--out", str(tmp_path / "checkpoint")])
-    assert read_trained(tmp_path / "checkpoint" / RELEASE) == Trained("block", label_shift=False, block_length=8)
+    expected = Trained("block", label_shift=False, block_length=8, **GRID)
+    assert read_trained(tmp_path / "checkpoint" / RELEASE) == expected
     again = exported(tmp_path / "checkpoint", tmp_path / "again", "sdar")
     before, after = tensors_of(published[kind]), tensors_of(again)
     assert before.keys() == after.keys()
@@ -360,8 +365,19 @@ def test_published_models_come_in_and_go_out_bitwise(kind: str, published: dict[
 def test_a_run_from_a_published_model_inherits_its_blocks(published: dict[str, Path], tmp_path: Path) -> None:
     convert(published["dense_tied"], tmp_path / "checkpoint", verify=False)
     assert inherited({"load": str(tmp_path / "checkpoint")}) == {
-        "objective": "block", "label_shift": False, "block_length": 8,
+        "objective": "block", "label_shift": False, "block_length": 8, **GRID,
     }  # fmt: skip
+
+
+def test_an_export_says_how_its_blocks_were_counted(exports: dict[str, Path], tmp_path: Path) -> None:
+    """Through packed samples here: a run that starts from it does the same, and the card tells who serves it."""
+    source = exports["dense_tied"]
+    assert not GRID.keys() & config_of(source).keys() and "no `--reset-block-grid" in (source / "README.md").read_text()
+    trained = read_trained(source)
+    assert not trained.reset_block_grid and not trained.reset_position_ids
+    again = shutil.copytree(source, tmp_path / "again")
+    (again / "config.json").write_text(json.dumps(config_of(source) | GRID))
+    assert read_trained(again) == trained._replace(**GRID)
 
 
 def test_published_models_are_sampled_without_their_code(published: dict[str, Path]) -> None:

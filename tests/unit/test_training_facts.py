@@ -38,7 +38,7 @@ BLOCKS_AR = {**BLOCKS, "ar_loss_weight": 0.5}
 AR = {"objective": "ar"}
 WAYS: list[tuple[dict[str, Any], str]] = [
     (UNSHIFTED, "a2d"), (COSINE, "rnd1"), (PLAIN, "a2d"), (UNSHIFTED, "qwen3"), (BLOCKS, "qwen3"), (BLOCKS_AR, "qwen3"),
-    (BLOCKS, "a2d"), (BLOCKS_AR, "a2d"),
+    (BLOCKS, "a2d"), (BLOCKS_AR, "a2d"), ({**BLOCKS, "reset_block_grid": True, "reset_position_ids": True}, "a2d"),
 ]  # fmt: skip
 
 
