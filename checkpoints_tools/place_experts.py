@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from megatron_a2d.checkpoint.directory import HF_FILES, iteration_of, resolve
 from megatron_a2d.config.cli import Parser, add_settings, given_settings
+from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.distributed.environment import rank
 from megatron_a2d.terminal.console import PlainConsole, entry_point, hide_noise, progress
 from megatron_a2d.utils.errors import UserError
@@ -62,15 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         problems.append(f"--num-samples {options.num_samples}: must be at least 1")
     if problems:
         raise UserError(problems)
-    hide_noise()
-
-    from megatron_a2d.checkpoint.directory import HF_FILES, iteration_of, resolve
-    from megatron_a2d.checkpoint.placement_file import ExpertPlacement, identity
-    from megatron_a2d.config.model_config import read_model_config
-    from megatron_a2d.distributed import process_groups
-    from megatron_a2d.evaluation.expert_loads import recorded_loads
-    from megatron_a2d.planner.expert_partition import place_layers
-
+    # Before torch's import, which takes seconds.
     directory = resolve(options.checkpoint, "--checkpoint")
     model_config = read_model_config(directory / HF_FILES)
     if not model_config.is_moe:
@@ -80,6 +74,13 @@ def main(argv: list[str] | None = None) -> None:
             f"--expert-model-parallel-size {size}: does not divide the model's {model_config.num_experts} experts; "
             "choose a divisor"
         )
+    hide_noise()
+
+    from megatron_a2d.checkpoint.placement_file import ExpertPlacement, identity
+    from megatron_a2d.distributed import process_groups
+    from megatron_a2d.evaluation.expert_loads import recorded_loads
+    from megatron_a2d.planner.expert_partition import place_layers
+
     try:
         if options.valid_data is None:
             used = held_out = recorded_loads(directory, model_config)

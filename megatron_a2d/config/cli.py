@@ -187,7 +187,7 @@ def _set(values: dict[str, Any], item: Setting, given: Any, where: str, problems
     try:
         values[item.name] = _convert(item, given)
     except ValueError as error:
-        problems.append(f"{where} {_as_text(given)}: {error}")
+        problems.append(f"{where} {_as_text(given) or repr('')}: {error}")
 
 
 def _convert(item: Setting, given: Any) -> Any:
@@ -208,6 +208,8 @@ def _convert(item: Setting, given: Any) -> Any:
     if item.kind is list:
         return _convert_list(item, given)
     if item.kind is str:
+        if given == "" and item.optional:
+            raise ValueError("is empty; give it a value, or leave it out")
         return item.read(_convert_text(given)) if item.read else _convert_text(given)
     return _convert_number(item.kind, given)
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,11 @@ ALTERNATIVES = (
     ("grafting_iters", "grafting_samples"),
     ("block_length_schedule", "block_length_schedule_samples"),
 )
+
+
+def _without_spaces(schedule: str) -> str:
+    """A schedule LENGTH:COUNT,... without spaces around its marks: runs are resumed with the same text."""
+    return re.sub(r"\s*([:,])\s*", r"\1", schedule.strip())
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,10 @@ class DiffusionConfig:
     autoregressive over blocks (BD3LM); ar: next-token prediction with causal attention"""
     block_length: int = 0
     """block: tokens per block"""
-    block_length_schedule: str = ""
+    block_length_schedule: str = field(default="", metadata={"read": _without_spaces})
     """block: earlier lengths and their iterations, LENGTH:ITERATIONS,...; with 1:500,4:500 blocks have one token, as in
     an autoregressive model, then 4, then --block-length. Validation always uses that"""
-    block_length_schedule_samples: str = ""
+    block_length_schedule_samples: str = field(default="", metadata={"read": _without_spaces})
     """block: the same schedule in samples, LENGTH:SAMPLES,...: a sample's length does not depend on the batch size"""
     reset_block_grid: bool = False
     """block: count blocks from the beginning of each document of a sample, as engines do from that of a request"""

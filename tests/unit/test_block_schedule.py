@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
 
 from megatron_a2d.config.block_schedule import block_length_at, stages
+from megatron_a2d.config.cli import given_settings
 from megatron_a2d.config.settings import build
 from megatron_a2d.config.validate import find_problems
 from tests.unit.test_diffusion_samples import LENGTH, sample_of
@@ -17,6 +19,13 @@ SCHEDULED = {"objective": "block", "block_length": 8, "block_length_schedule": "
 def test_lengths_by_iteration() -> None:
     assert [block_length_at(iteration, "1:2, 4:1,40:1", 8) for iteration in range(6)] == [1, 1, 4, 40, 8, 8]
     assert stages("") == () and block_length_at(0, "", 8) == 8
+
+
+def test_spaces_in_a_schedule_make_no_other_schedule() -> None:
+    """A run is resumed with the schedule that it recorded, compared as a text."""
+    name, problems = "block_length_schedule", list[str]()
+    given = [given_settings(Namespace(**{name: text}), [name], problems) for text in ("1:2,4:1", " 1 : 2, 4:1 ")]
+    assert given == [{name: "1:2,4:1"}] * 2 and not problems
 
 
 def test_samples_follow_their_iteration_and_validation_does_not() -> None:
