@@ -4,8 +4,9 @@
     git worktree add ../older c26157c && python -m bench.cpu_train_step --against ../older --out FILE
 
 Two small shapes, dense and MoE, and both in bf16 as well. The plain script: Hugging Face's model, made bidirectional,
-and torch's AdamW, on the same batches (bench/train_step_variants.py). --against: a checkout of another commit, with
-its own settings and code (its bench/ says how its step is made). Every side is a process of its own that takes one
+and torch's AdamW, on the same batches (bench/train_step_variants.py). A third side repeats only the matrix products and
+the attention of our step, the least that a step with these operations takes. --against: a checkout of another commit,
+with its own settings and code (its bench/ says how its step is made). Every side is a process of its own that takes one
 step at a time, all others idle meanwhile, with as many threads as there are cores (or OMP_NUM_THREADS). Ratios are
 above 1 where ours is faster.
 """
@@ -38,7 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 BATCH, SEQ_LENGTH = 8, 256
-OURS, THEIRS = "ours", "Hugging Face + AdamW"
+OURS, THEIRS, PRODUCTS = "ours", "Hugging Face + AdamW", "its products and attention alone"
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
 def measure(shape: str, bf16: bool, micro_batch_size: int, against: Path | None, rounds: int) -> Comparison:
     """All sides of one shape in turns."""
     job = {"model": SHAPES[shape], "micro_batch_size": micro_batch_size, "batch": BATCH, "seq_length": SEQ_LENGTH}
-    places = {OURS: (ROOT, "ours"), THEIRS: (ROOT, "hugging_face")}
+    places = {OURS: (ROOT, "ours"), THEIRS: (ROOT, "hugging_face"), PRODUCTS: (ROOT, "products")}
     if against:
         places[build_name(against)] = (against.resolve(), "ours")
     with ExitStack() as stack:

@@ -41,7 +41,8 @@ def prepared(job: dict[str, Any]) -> Callable[[], None]:
     if job["kind"] == "hugging_face":
         run = variants.hugging_face_step(job["model"], batches, torch.device("cpu"), bf16=job["bf16"]).run
     else:
-        run = variants.our_step(job["model"], batches, {"bf16": True} if job["bf16"] else {}).run
+        make = variants.our_products if job["kind"] == "products" else variants.our_step
+        run = make(job["model"], batches, {"bf16": True} if job["bf16"] else {}).run
     return run
 
 

@@ -1,17 +1,20 @@
-"""The two training steps to compare: that of the training loop, and a short script's with Hugging Face's model.
+"""The training steps to compare: that of the training loop, and a short script's with Hugging Face's model.
 
-Both train the same objective on the same batches of random tokens.
+Both train the same objective on the same batches of random tokens. A third does nothing but the matrix products and the
+attention of our step: no step with these operations can be faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_a2d.config.model_config import ModelConfig, model_config_from_hf
 
@@ -93,6 +96,39 @@ def our_step(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) 
 
     tokens = config.training.global_batch_size * batches.seq_length
     return Step(run, lambda: float(torch.stack(rows).mean()) / tokens)
+
+
+# Names of the operators that are matrix products or attention, forward and backward.
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "linear", "attention")
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Keeps the calls of matrix products and attention, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in PRODUCTS or any(part in name for part in ("_linear", "_attention", "flash")):
+            self.calls.append(partial(func, *args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def our_products(model: dict[str, Any], batches: Batches, settings: dict[str, Any]) -> Step:
+    """The matrix products and the attention of a step of `our_step`, on the values that they had in it."""
+    step = our_step(model, batches, settings)
+    step.run()  # what is built once
+    with ProductRecorder() as recorder:
+        step.run()
+
+    @torch.no_grad()
+    def run() -> None:
+        for call in recorder.calls:
+            call()
+
+    return Step(run, step.head_fraction)
 
 
 def hugging_face_step(
