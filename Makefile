@@ -1,7 +1,8 @@
 # megatron_a2d: every job as one command. `make help` lists them.
 
-# In NVIDIA's container its own Python is used, with its torch and Transformer Engine, and nothing is built; so it is
-# anywhere with VENV=none (the python3 of PATH) or BIN=... (the folder of another).
+# Python: a virtual environment that is built here (VENV, .venv by default). With VENV=none (the python3 of PATH) or
+# BIN=DIR (the directory of another Python) an existing one is used and nothing is built; in NVIDIA's container, whose
+# Python has torch and Transformer Engine, VENV=none is the default.
 VENV ?= $(if $(NVIDIA_PYTORCH_VERSION),none,.venv)
 ifeq ($(VENV)$(origin BIN),noneundefined)
   BIN := $(shell python3 -c 'import os, sys; print(os.path.dirname(sys.executable))')
@@ -9,34 +10,35 @@ endif
 MADE := $(if $(filter undefined,$(origin BIN)),$(VENV))# the environment that is built here, if one is
 BIN ?= $(VENV)/bin
 PY := $(firstword $(wildcard $(BIN)/python3 $(BIN)/python) $(BIN)/python3)
-# Packages come without bytecode, which Python keeps of what it imports. Where the variable forbids that, as images often
-# do, every start would compile torch anew, for seconds.
+# Packages are installed without bytecode: Python compiles a module at its first import and caches the result. If this
+# variable forbade the cache, as in many images, every start would take seconds to compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
-# One thread a process: tests and demo run several processes on few cores.
+# One thread per process: tests and demo run several processes on few cores.
 tests_of = OMP_NUM_THREADS=1 $(if $(MADE),A2D_TRANSFORMERS4=$(CURDIR)/$(1)/transformers4 \
   A2D_TRANSFORMER_ENGINE=$(CURDIR)/$(1)/transformer_engine) $(2) -m pytest
 TESTS := $(call tests_of,$(VENV),$(PY))
-# Two processes where the environment has pytest-xdist (ARGS=-n0: one); the tests of a file, which share a pool of ranks,
-# stay together.
+# Two processes if the environment has pytest-xdist (ARGS=-n0: one). The tests of a file share a pool of ranks, so they
+# run in the same process.
 in_two = $(if $(wildcard $(1)/lib/python3*/site-packages/xdist),--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
-# What the environment is built with: its own Python if it is there, else any from 3.11 on, under any name. Each name is
-# tried, for one can be there without the Python that it stands for (pyenv's). The newest megatron-core needs 3.12.
+# The Python to build the environment with: that of an existing environment, else the first of these names that runs
+# 3.11 or later. Every name is tried, because pyenv's can exist without a Python behind them. The newest megatron-core
+# needs 3.12.
 find_python = $(firstword $(foreach name,$(wildcard $(VENV)/bin/python3) python3.11 python3.12 python3.13 python3.14 \
   python3 python $(wildcard $(HOME)/.pyenv/versions/3.1[1-9].*/bin/python3),$(shell "$(name)" -c \
   'import sys; sys.version_info >= (3, $(1)) and print("$(name)")' 2>/dev/null)))
 PYTHON ?= $(or $(call find_python,11),$(error no Python 3.11 or later is found; name one with PYTHON=...))
 PYTHON312 ?= $(call find_python,12)
 LATEST := $(if $(wildcard $(VENV)/lib/python3.1[2-9]),$(VENV),.venv312)
-# The newest megatron-core, with emerging-optimizers, and Transformer Engine, in front of an environment of Python 3.11:
-# megatron-core's wheel runs there too, its metadata alone asks for 3.12 (emerging-optimizers: tests/fixtures/newest).
-# Later Pythons' environments have them already.
+# The newest megatron-core, emerging-optimizers and Transformer Engine, put before the packages of a Python 3.11
+# environment on PYTHONPATH: megatron-core's wheel runs on 3.11, only its metadata requires 3.12 (emerging-optimizers:
+# tests/fixtures/newest). Environments of later Pythons contain them already.
 NEWEST := $(if $(MADE),$(if $(filter-out $(VENV),$(LATEST)),$(VENV)/newest))
 TESTS_NEWEST := PYTHONPATH=$(CURDIR)/$(NEWEST)/megatron_core:$(CURDIR)/tests/fixtures/newest$${PYTHONPATH:+:$$PYTHONPATH} \
   $(subst $(VENV)/transformer_engine,$(NEWEST)/transformer_engine,$(TESTS))
 
 FORMAT ?=
-# A variable that a target needs and was not given.
+# $(call needs,NAMES): an error if a variable that the target requires is not set.
 needs = $(foreach name,$(1),$(if $($(name)),,$(error $@: give $(name)=..., see the README)))
 NPROC ?=
 INPUT ?=
@@ -66,13 +68,13 @@ help:  ## list of targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 ifneq ($(MADE),)
-setup: $(VENV)/installed  ## .venv with pinned dependencies, by any Python from 3.11 on (PYTHON=... names one)
+setup: $(VENV)/installed  ## .venv with pinned dependencies, built with any Python from 3.11 on (PYTHON=... selects one)
 else
 setup:
 	@$(PY) -c "$$LACKING" $(PY)
 endif
 
-# What our packages need of a Python that is used as it is; torch's own import takes seconds, so nothing is imported.
+# Checks an existing Python for the packages that ours need, without importing them, because torch takes seconds.
 define LACKING
 import importlib.util, sys
 print(f"using {sys.executable}, and building nothing", file=sys.stderr)
@@ -84,9 +86,10 @@ if lacks:
 endef
 export LACKING
 
-# Make the environment $(2) with the Python $(1), with the pins of its version. torch first: left to another package's
-# wish, the newest one would be taken. The folders that tests put in front of the environment's packages are filled
-# meanwhile. Python compiles the modules that it imports, a tenth of all.
+# Build the environment $(2) with the Python $(1) and the pinned packages for its version. torch is installed first,
+# because pip would take the newest one as a dependency of another package. At the same time `beside` installs the
+# versions of transformers and Transformer Engine that only some tests use, in directories of their own. No bytecode is
+# compiled: Python imports, and compiles, about a tenth of the modules.
 define install
 @"$(1)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("error: PYTHON=$(1): is Python %d.%d; 3.11 or \
 later is needed" % v[:2])'
@@ -102,7 +105,7 @@ later is needed" % v[:2])'
 @touch $@
 endef
 
-# torch for Python 3.12 and later is on the public index with CUDA alone: 5 GB.
+# For Python 3.12 and later, the public index has torch only with CUDA: 5 GB.
 PINNED := setup.py $(addprefix constraints/,py311.txt py312.txt transformers4.txt transformer_engine_py311.txt \
   transformer_engine_py312.txt)
 .venv312/installed: $(PINNED)
@@ -130,7 +133,7 @@ test-integration: setup  ## runs of up to four processes: layouts, resumes, faul
 	$(TESTS) $(call in_two,$(VENV)) --ignore tests/unit $(ARGS)
 
 ifneq ($(MADE),)
-test-latest:  ## the tests under the newest megatron-core, where Python 3.12 or later is found
+test-latest:  ## test and test-integration under the newest megatron-core; needs Python 3.12 or later
 	@if [ -z "$(or $(filter-out .venv312,$(LATEST)),$(PYTHON312))" ]; then \
 	  echo "test-latest: there is no Python 3.12 or later here, nothing was tested; name one with PYTHON312=..."; \
 	else $(MAKE) --no-print-directory $(LATEST)/installed && $(call tests_of,$(LATEST),$(LATEST)/bin/python3) $(call in_two,$(LATEST)) $(ARGS); fi
@@ -139,7 +142,7 @@ test-latest: test test-integration
 endif
 
 ifneq ($(NEWEST),)
-test-latest-cpu: setup $(VENV)/installed_newest  ## the same on Python 3.11, with its torch; installs 30 MB
+test-latest-cpu: setup $(VENV)/installed_newest  ## the same on Python 3.11 with its own torch; installs 30 MB
 	$(TESTS_NEWEST) $(call in_two,$(VENV)) $(ARGS)
 else
 test-latest-cpu: setup
@@ -147,7 +150,7 @@ test-latest-cpu: setup
 endif
 
 ifneq ($(MADE),)
-# Their code is fetched, never kept in the repository: 1.2 GB under $(VENV).
+# The engines' code is downloaded into $(VENV) (1.2 GB), not kept in the repository.
 ENGINES := $(VENV)/engines
 $(VENV)/installed_engines: constraints/engines.txt constraints/engines_sglang.txt | $(VENV)/installed
 	@pip() { $(PY) -m pip --disable-pip-version-check --quiet install --no-deps --upgrade "$$@"; } && \
@@ -158,7 +161,7 @@ $(VENV)/installed_engines: constraints/engines.txt constraints/engines_sglang.tx
 	  "install the engines, for the reason above; nothing was tested. It needs a package index" >&2; exit 1; }
 	@touch $@
 
-# SDAR's code is on GitHub alone, and its test is skipped where that cannot be reached. At the commit that was tried.
+# SDAR's code is only on GitHub; its test is skipped if GitHub cannot be reached. c2041a8 is the commit that was tested.
 SDAR := https://github.com/JetAstra/SDAR
 test-engines: setup $(VENV)/installed_engines  ## exports under LMDeploy's, SGLang's and SDAR's own code (fetches 300 MB)
 	@[ -d $(ENGINES)/sdar ] || why=$$(export GIT_TERMINAL_PROMPT=0; git clone --quiet $(SDAR) $(ENGINES)/sdar.new 2>&1 && \
@@ -174,7 +177,7 @@ endif
 test-parity: setup  ## every layout against one process, in fp32 and bf16, resumed and resharded; writes tests/parity/RESULTS.md
 	$(TESTS) tests/parity -m "" --exactness tests/parity/RESULTS.md $(ARGS)
 
-# Each test as a line with its number. What has passed is not run again while the code is the same; ARGS=--cache-clear does.
+# One numbered line per test. Passed tests are not repeated until the code changes (ARGS=--cache-clear repeats them).
 TE_RESULTS := tests/transformer_engine -m "" -vv -o console_output_style=count \
   --engine-results tests/transformer_engine/RESULTS.md
 test-te: setup $(if $(NEWEST),$(VENV)/installed_newest)  ## Transformer Engine's layers on a CPU, 2.12 and the newest, every case; resumable; writes tests/transformer_engine/RESULTS.md
@@ -187,12 +190,12 @@ test-rehearsal: setup  ## a step of every recipe on every cluster size, without 
 test-faults: setup  ## kills, damaged files, full disks, non-finite losses; writes tests/parity/RESULTS.md
 	$(TESTS) tests/faults -m "" --exactness tests/parity/RESULTS.md $(ARGS)
 
-test-slurm: setup  ## a real Slurm of two nodes on this machine; A2D_INSTALL_SLURM=1 installs it (Debian, root)
+test-slurm: setup  ## a real two-node Slurm on this machine; A2D_INSTALL_SLURM=1 installs it (Debian, root)
 	$(TESTS) tests/slurm -m "" $(ARGS)
 
 SEED ?= 1
 MINUTES ?= 60
-soak: setup  ## a run of four processes under about one random fault per minute, for MINUTES, by SEED; ends bitwise as an undisturbed one
+soak: setup  ## a run of four processes under about one random fault per minute, for MINUTES, by SEED; must end bitwise like an undisturbed one
 	@$(TESTS:pytest=tests.soak) --minutes $(MINUTES) --seed $(SEED) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 N ?= 1000
@@ -260,7 +263,7 @@ generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' 
 	@$(PY) -m megatron_a2d.generate --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT") \
 	  $(if $(PREFIX),--prefix "$$PREFIX" --suffix "$$SUFFIX") $(ARGS)
 
-study: setup  ## the study NAME on a small model, offline; its runs, table, plots and page in OUT/NAME
+study: setup  ## run the study NAME on a small model, offline; writes runs, table, plots and page to OUT/NAME
 	$(call needs,NAME OUT)
 	$(PY) -m launch.pretrain_tiny_ar --out $(OUT)/base $(if $(filter routers,$(NAME)),--balanced)
 	OMP_NUM_THREADS=1 $(PY) -m megatron_a2d.study $(NAME) --out $(OUT)/$(NAME) \
@@ -268,13 +271,13 @@ study: setup  ## the study NAME on a small model, offline; its runs, table, plot
 	  --train-data-path $(OUT)/base/corpus_train --valid-data-path $(OUT)/base/corpus_valid \
 	  $(if $(filter routers,$(NAME)),--load-balanced $(OUT)/base/ar_balanced )$(ARGS)
 
-bench: setup  ## CPU benchmarks whose results are out of date, and the tables in the docs; needs make demo
+bench: setup  ## repeat CPU benchmarks whose results are out of date, and update the tables in the docs; needs make demo
 	$(PY) -m bench $(ARGS)
 
-bench-report: setup  ## the tables of measurements in the docs, from bench/results
+bench-report: setup  ## update the tables of measurements in the docs from bench/results
 	$(PY) -m bench.report $(ARGS)
 
-# On a GPU machine the environment is the machine's own: VENV=none, or BIN names the folder of its python.
+# On a GPU machine use its own Python: VENV=none, or BIN=DIR for the directory of another.
 GPU_OUT ?= bench/results/gpu.json
-gpu:  ## tests and benchmarks on one GPU in ten minutes, one result file; run again for what is missing (BIN=/usr/bin: use its python)
+gpu:  ## tests and benchmarks on one GPU in ten minutes, one result file; repeat it for missing parts (BIN=/usr/bin: use its python)
 	$(PY) -m bench.gpu --out $(GPU_OUT) $(ARGS)

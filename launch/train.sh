@@ -3,7 +3,7 @@
 #
 #   launch/train.sh --config launch/recipes/NAME.yaml --load CKPT --save RUN
 #
-# Several machines: run the same line on each with NNODES, NODE_RANK and MASTER_ADDR set, and A2D_ATTEMPT set to a new
+# Several machines: run the same command on each with NNODES, NODE_RANK and MASTER_ADDR set, and A2D_ATTEMPT set to a new
 # directory that all of them share (launch/train.sbatch does that under Slurm). NPROC is the number of processes per
 # machine: one per GPU, or 1 without GPUs. PREFLIGHT=0 skips the checks. Exit codes: docs/cluster.md.
 set -euo pipefail
@@ -12,7 +12,7 @@ root=$PWD
 source launch/python.sh
 export NNODES=${NNODES:-1}
 [[ $NNODES =~ ^[1-9][0-9]{0,4}$ ]] || refuse "NNODES=$NNODES: is not a number of nodes"
-# Slurm's number of the node is of no use to a run on one node of a larger allocation.
+# Slurm's node number does not apply to a run on one node of a larger allocation.
 if [ "$NNODES" = 1 ]; then NODE_RANK=${NODE_RANK:-0}; fi
 export NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 port=${MASTER_PORT:-29500}
@@ -44,7 +44,7 @@ fi
 for word in "$@"; do
   case $word in -h | --help | --print-config) exec "$python" -m megatron_a2d.train "$@" ;; esac
 done
-# Writes the reason where launch/torchrun.py does; only the first node's counts, the others are its consequences.
+# Writes the reason to the same file as launch/torchrun.py; only the first node's counts, later ones are consequences.
 refused() {
   local verdict=again
   if [ "$1" = 2 ]; then verdict=stay; fi
