@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     check_directory(
         options.megatron,
         f"--megatron {options.megatron}",
-        "give a torch_dist checkpoint's directory (NeMo 1's .nemo files are none)",
+        "give a torch_dist checkpoint's directory (NeMo 1's .nemo files are not supported)",
     )
     model = find_model(options.hf_model, with_weights=False) if options.hf_model else None
 

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         process_groups.finalize()
     PlainConsole(width=100).print(_table(placed, size))
     if options.valid_data is None:
-        print_line("measured on the run's last step, by which the experts were placed; --valid-data tells more")
+        print_line("measured on the step that determined the placement; --valid-data gives held-out figures")
     print_line(str(path))
 
 

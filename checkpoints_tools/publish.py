@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, size in files.items():
         print_line(f"{human(size, 'B'):>10}  {name}")
     hub = without_passwords(constants.ENDPOINT)
-    print_line(f"{len(files)} files, {total}, to {options.repo} on {hub}; checksums are right")
+    print_line(f"{len(files)} files, {total}, to {options.repo} on {hub}; checksums match")
     if options.dry_run:
         print_line(
             "dry run: nothing was sent" + ("" if token else "; there is no token, set HF_TOKEN or run hf auth login")
@@ -113,7 +113,7 @@ def push(directory: Path, repo: str, private: bool, message: str, token: str) ->
         return without_passwords(str(commit.commit_url))
     except Exception as error:  # HTTP libraries differ; a traceback could show request headers
         reason = without_passwords(" ".join(f"{type(error).__name__}: {error}".split()).replace(token, "***"))
-        raise UserError(f"--repo {repo}: the hub did not take it ({reason}); {remedy}") from None
+        raise UserError(f"--repo {repo}: the upload failed ({reason}); {remedy}") from None
 
 
 def _sends_through_xet() -> bool:

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Write a model with random weights, for tests and benchmarks.",
     )
     parser.add_argument(
-        "--size", required=True, metavar=f"{'|'.join(SIZES)}|NAME", help="the Qwen3, or the model on the hub, to copy"
+        "--size", required=True, metavar=f"{'|'.join(SIZES)}|NAME", help="a Qwen3's size, or a published model's name"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write; must be new")
     parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="number of layers, instead of the model's")

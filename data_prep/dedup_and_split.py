@@ -17,7 +17,7 @@ from data_prep.tokenize_shards import Job, ShardResult, read_result
 from megatron_a2d.utils.errors import UserError
 
 GROUP = 1 << 24  # digests compared at a time
-CHANGED = "has changed since it was written; remove it and run the command again that tokenised it"
+CHANGED = "has changed since it was written; remove it and rerun the command that tokenised it"
 _CHUNK = 1 << 20  # tokens held at a time: few enough that the same memory is used again
 
 

@@ -223,7 +223,7 @@ def check_not_empty(arguments: argparse.Namespace, key: KeyJob, num_shards: int)
     elif arguments.valid_fraction and not (counts.training and counts.held_out):
         train, valid = key.token_files
         problem = (
-            f"--valid-fraction {arguments.valid_fraction}: {valid if counts.training else train} gets no token of the "
+            f"--valid-fraction {arguments.valid_fraction}: {valid if counts.training else train} would get none of the "
             f"{kept:,} documents; give more documents or another fraction (0: hold out none)"
         )
     if problem:
@@ -291,7 +291,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--shard", metavar="I/N", help="tokenise one of N equal shares of the corpus, without merging")
     parser.add_argument(
-        "--merge-shards", action="store_true", help="tokenise nothing, and merge what all --shard have written"
+        "--merge-shards", action="store_true", help="merge the results of all --shard jobs, without tokenising"
     )
     add_limits(parser)
     arguments = parser.parse_args(argv)

@@ -120,7 +120,7 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
         kinds.append("prefix")
     if len(kinds) != 1:
         problems.append(
-            "--prompt, --prefix, --infill, --input: give either --prompt, --prefix and --suffix, or another"
+            "--prompt, --prefix, --infill, --input: give exactly one, --prefix with --suffix"
         )
     elif (options.prefix is None) != (options.suffix is None):
         problems.append("--prefix, --suffix: a hole needs both; use --prompt to continue a text")

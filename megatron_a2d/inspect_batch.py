@@ -51,7 +51,7 @@ class Sample(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="python -m megatron_a2d.inspect_batch",
-        description="Show a batch that a run has kept after a loss spike or a non-finite gradient.",
+        description="Show a batch that a run saved after a loss spike or a non-finite gradient.",
     )
     parser.add_argument("file", type=Path, help="an .npz file that a run has written to its --save directory")
     parser.add_argument("--model", type=Path, help="checkpoint or exported model, for each sample's loss")
@@ -79,7 +79,7 @@ def _check_file(file: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; give one that a run has written") from None
     except (OSError, zipfile.BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no .npz"
+        reason = error.strerror if isinstance(error, OSError) else "it is not an .npz file"
         raise UserError(f"{file}: cannot be read as a batch ({reason}); give a file that a run has written") from None
 
 

@@ -126,7 +126,7 @@ def _parser() -> Parser:
     parser.add_argument("--calibration", action="store_true", help="compare the model with published runs and exit")
     parser.add_argument(
         "--requirements", nargs="+", type=Path, metavar="RECIPE",
-        help="print the fewest GPUs of each kind that recipes fit on as they stand, and exit",
+        help="print the fewest GPUs of each kind on which unmodified recipes fit, and exit",
     )  # fmt: skip
     parser.add_argument(
         "--run", action="store_true",

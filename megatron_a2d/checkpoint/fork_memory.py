@@ -1,4 +1,4 @@
-"""Memory of a forked process: the tensors that it is handed, and no access to those that training changes.
+"""Memory of a forked process: it gets the tensors handed to it, and shares none of those that training changes.
 
 A fork shares all pages, and whoever changes one copies it first, in a page fault of its own. After a fork that shares
 them, one step of a training process on CPUs does that for all of its weights, gradients and activations.
@@ -65,7 +65,7 @@ class MemoryFile:
         ]
 
     def clear(self) -> None:
-        """Free its memory, which no tensor that `read` returned may be in use of."""
+        """Free its memory; no tensor that `read` returned may still be in use."""
         os.ftruncate(self._file, 0)
 
     def close(self) -> None:
@@ -98,14 +98,14 @@ def not_inherited(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _whole_pages(start: int, size: int) -> tuple[int, int] | None:
-    """Address and bytes of the pages that lie in this memory entirely."""
+    """Address and size in bytes of the pages that lie entirely in this memory."""
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
     return (first, length) if length > 0 else None
 
 
 def _advise(pages: tuple[int, int], advice: int | None) -> bool:
-    """Whether the kernel took the advice."""
+    """Whether the kernel accepted the advice."""
     if advice is None:
         return False
     address, length = pages

@@ -26,7 +26,7 @@ _THREADS = 8  # hashing releases the interpreter's lock
 
 
 class Hasher(Protocol):
-    """A checksum that is being computed."""
+    """An incremental checksum."""
 
     def update(self, data: Any, /) -> None: ...
 
@@ -60,12 +60,12 @@ class Entry(NamedTuple):
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Entry:
-        """From its form in the manifest. KeyError, TypeError or ValueError if that is damaged."""
+        """Parse an entry of the manifest. KeyError, TypeError or ValueError if it is damaged."""
         algorithm = next((name for name in ALGORITHMS if name in stored), "xxh3")
         return cls(int(stored["size"]), str(stored[algorithm]), algorithm)
 
     def stored(self) -> dict[str, Any]:
-        """Its form in the manifest."""
+        """The entry as written in the manifest."""
         return {"size": self.size, self.algorithm: self.checksum}
 
 
@@ -88,7 +88,7 @@ def write_manifest(directory: Path, known: dict[str, Entry] | None = None, num_t
 
 
 def check_manifest(directory: Path, checksums: bool = True) -> list[str]:
-    """A line for each file of `directory` that differs from the manifest, without `checksums` in its size."""
+    """A line for each file of `directory` that differs from the manifest, without `checksums` only in size."""
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
         return [f"{directory / MANIFEST}: is missing; the files cannot be checked"]

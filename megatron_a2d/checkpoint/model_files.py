@@ -35,7 +35,7 @@ def check_model_files(directory: Path) -> None:
         if path.is_symlink() and not target.is_relative_to(root) and target.parent != blobs:
             problems.append(f"{path}: is a link to {target}, outside the directory; put the file itself there")
         elif target.exists() and not stat.S_ISREG(target.stat().st_mode):
-            problems.append(f"{path}: is no regular file; remove it, or put the file itself there")
+            problems.append(f"{path}: is not a regular file; remove it, or put the file itself there")
     if problems:
         raise UserError(problems)
 
@@ -43,7 +43,7 @@ def check_model_files(directory: Path) -> None:
 def check_plain_files(directory: Path) -> None:
     """UserError unless `directory` contains only files and directories, at any depth, and no links."""
     problems = [
-        f"{path}: is {'a link' if path.is_symlink() else 'no regular file'}; put the file itself there"
+        f"{path}: is {'a link' if path.is_symlink() else 'not a regular file'}; put the file itself there"
         for path in sorted(directory.rglob("*"))
         if path.is_symlink() or not (path.is_file() or path.is_dir())
     ]

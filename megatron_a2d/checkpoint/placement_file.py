@@ -1,4 +1,4 @@
-"""expert_placement.json: which expert each expert-parallel rank holds, beside the weights that it was measured on.
+"""expert_placement.json: which expert each expert-parallel rank holds, next to the weights that it was measured on.
 
 It is in the directory of an iteration. A run that starts there applies it, and writes it into its own checkpoints. The
 manifest does not list it, so that it can be written or removed later: without it a run is slower, but the same. It
@@ -36,7 +36,7 @@ class ExpertPlacement:
     order: list[list[int]]  # [layers][slots], the original number of the expert in each slot
 
     def applies_to(self, size: int) -> bool:
-        """Whether `size` expert-parallel ranks are what it was made for, or a multiple or a divisor of that."""
+        """Whether `size` expert-parallel ranks are a multiple or a divisor of the number that it was made for."""
         made_for = self.expert_model_parallel_size
         return size > 1 and (size % made_for == 0 or made_for % size == 0)
 

@@ -259,7 +259,7 @@ def _call_with_keywords(machine: _Machine) -> None:
 
 def _record(machine: _Machine, name: Any, arguments: Any) -> None:
     if type(name) is not Name or type(arguments) is not tuple:
-        raise PickleError("it calls what is no function")
+        raise PickleError("it calls something that is not a function")
     machine.stack.append(Record(name, arguments))
 
 
@@ -267,5 +267,5 @@ def _record(machine: _Machine, name: Any, arguments: Any) -> None:
 def _build(machine: _Machine) -> None:
     state, target = machine.stack.pop(), machine.stack[-1]
     if type(target) is not Record or target.state is not None:
-        raise PickleError("it changes what is no new object")
+        raise PickleError("it sets the state of something that is not a new object")
     target.state = state

@@ -112,7 +112,7 @@ class FiniteCheck:
         """A line for each tensor, in the order of the model."""
         return [
             f"{where}: tensor {name} has values that are not finite (NaN or infinity); fetch or write it again, or "
-            "let them pass with --allow-nonfinite"
+            "accept them with --allow-nonfinite"
             for name in self.shapes
             if name in self.non_finite
         ]
@@ -225,7 +225,7 @@ class StreamedFile:
         return self._memory[self._filled : self._filled + size] if size <= _BLOCK_BYTES else None
 
     def write_tensor(self, rows: torch.Tensor) -> None:
-        """Write the values of a contiguous tensor, whose memory, if it is that of `room`, is valid no longer."""
+        """Write the values of a contiguous tensor; memory from `room` is no longer valid afterwards."""
         if rows.data_ptr() == self._address + self._filled:
             self._filled += rows.nbytes
             self._flush_block()
@@ -338,7 +338,7 @@ class OpenFiles:
         return torch.frombuffer(aligned, dtype=dtype, count=math.prod(shape), offset=skipped).view(tuple(shape))
 
     def _pages(self, length: int) -> memoryview:
-        """Aligned memory, which is used again when no tensor lies in it any longer: new memory has to be zeroed."""
+        """Aligned memory, reused once no tensor lies in it, because new memory has to be zeroed."""
         try:
             memory = self._unused.pop()
         except IndexError:

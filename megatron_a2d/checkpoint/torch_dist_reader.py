@@ -1,4 +1,4 @@
-"""Reading a torch_dist checkpoint of any layout without megatron.core, a box of a tensor at a time.
+"""Reader of torch_dist checkpoints of any layout, without megatron.core, one box of a tensor at a time.
 
 `.metadata` lists the chunks of every tensor and where each is stored (metadata_index.py). A chunk is an uncompressed
 torch.save archive (torch_save_zip.py). Both are read as data, here and nowhere else in the project: an untrusted

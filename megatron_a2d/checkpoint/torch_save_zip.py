@@ -79,8 +79,8 @@ def find_values(
 
 
 def read_value(read_bytes: ReadBytes, offset: int, length: int) -> Any:
-    """What torch.save wrote there, of plain values: an OrderedDict is a dict; a tensor, and any other object of those
-    that Megatron-LM saves, stays a `Record`. Raises one of DAMAGED for anything else."""
+    """The plain values that torch.save wrote there: an OrderedDict becomes a dict; tensors, and the other objects that
+    Megatron-LM saves, stay `Record`s. Raises one of DAMAGED for anything else."""
     archive = _Archive(read_bytes, offset, length)
     return _plain(read_pickle(archive.content("data.pkl", _LARGEST_PICKLE), _IN_VALUES), 0, itertools.count())
 
@@ -194,7 +194,7 @@ def _describe(value: Any) -> _StoredTensor:
 
 
 class _Slice(io.RawIOBase):
-    """Part of a file as a file of its own, for zipfile."""
+    """Part of a file as a separate file object, for zipfile."""
 
     def __init__(self, read_bytes: ReadBytes, offset: int, length: int):
         self._read_bytes, self._offset, self._length, self._position = read_bytes, offset, length, 0

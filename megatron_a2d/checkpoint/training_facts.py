@@ -1,8 +1,8 @@
-"""How a model was trained: settings that later uses must know and that no tensor shows.
+"""How a model was trained: settings that its later use depends on and that the tensors do not show.
 
 A run writes them to run.json, an export to config.json under the names of version 0.1, which other tools read, and a
-conversion copies config.json: they survive any sequence of these. A run that starts from the checkpoint has them as
-defaults (`inherited`), and is warned where it differs (`contradictions`).
+conversion copies config.json: they survive any sequence of these. They are the defaults of a run that starts from the
+checkpoint (`inherited`), which warns if it differs (`contradictions`).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _of_run(directory: Path) -> Trained:
 
 
 def _of_blocks(config: Mapping[str, Any], path: Path) -> Trained:
-    """Of a model in SDAR's form; exports of this project also record its objective."""
+    """Training facts of a model in SDAR's form; exports of this project also record its objective."""
     length = config.get("block_size")
     if length is None:
         raise UserError(f"{path}: has no block_size; write the block length that the model was trained with into it")

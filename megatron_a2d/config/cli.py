@@ -29,7 +29,7 @@ PATHS = {"DIR", "DIRECTORY", "FILE", "PREFIX", "RECIPE"}  # metavars of flags wh
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that ends with the default, unless the flag has none or the text names it."""
+    """Help texts that end with the default, unless the flag has none or the text gives it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, "", []) or action.default is False or "default:" in (action.help or ""):
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _impossible_values(options: argparse.Namespace) -> list[str]:
-    """Problems of values that no flag can have, since arithmetic or the operating system cannot handle them."""
+    """Problems of values that no flag can have, because arithmetic or the operating system cannot handle them."""
     problems = []
     for name, given in vars(options).items():
         for value in given if isinstance(given, list) else [given]:

@@ -1,6 +1,6 @@
-"""Settings that an installed package is too old for, or that need an optional one; found before any is imported.
+"""Settings that need a newer or an optional package; found before any package is imported.
 
-Planning, and `--dry-run --settings-only`, are for another machine and do not ask.
+Not checked by planning and `--dry-run --settings-only`, which are for another machine.
 """
 
 from __future__ import annotations

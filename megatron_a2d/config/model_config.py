@@ -179,7 +179,7 @@ class _Reader:
 
 
 def _mask_token_id(config: dict[str, Any], kind: Kind) -> Any:
-    """As the file has it, which is checked later; else the family's."""
+    """The id in the file, which is checked later; else the family's."""
     found = config.get("mask_token_id")
     return found if found is not None or kind.family.diffusion is None else kind.family.diffusion.mask_token_id
 

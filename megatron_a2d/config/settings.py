@@ -24,7 +24,7 @@ from megatron_a2d.config.performance_config import PerformanceConfig
 from megatron_a2d.config.skipped_samples import SkippedSamples, read_range
 
 ROLES = ("attention", "mlp", "router", "norm", "embedding", "head")
-# Settings of which a run has one. What a flag gives replaces the recipe's, whichever of them that is.
+# Groups of settings of which a run has one. A flag of a group replaces whichever of them the recipe sets.
 ALTERNATIVES = (
     ("train_iters", "train_samples", "train_tokens"),
     ("rampup_batch_size", "batch_schedule"),
@@ -62,8 +62,8 @@ class ParallelConfig:
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """token dispatch to experts; flex: the kernels of --moe-flex-dispatcher-backend"""
     moe_expert_placement: str = "auto"
-    """which experts a process holds: auto: by the expert_placement.json of the checkpoint that the run starts from, if
-    there is one; none: in their order; or FILE (checkpoints_tools.place_experts)"""
+    """which experts a process holds; auto: as in the expert_placement.json, if any, of the checkpoint that the run
+    starts from; none: in order; or FILE, written by checkpoints_tools.place_experts"""
     use_distributed_optimizer: bool = False
     """shard the optimizer state over data-parallel processes"""
     overlap_grad_reduce: bool = False
@@ -76,7 +76,7 @@ class ParallelConfig:
 
     @property
     def virtual_pipeline_size(self) -> int | None:
-        """As megatron.core wants it: None unless the interleaved schedule is used."""
+        """megatron.core's value: None unless the interleaved schedule is used."""
         stages = self.num_virtual_stages_per_pipeline_rank
         return stages if stages > 1 else None
 
@@ -111,7 +111,7 @@ class DataConfig:
     seed: int = 1234
     """seed of the sample order and, with a sample's index, of its noise"""
     skip_samples: tuple[str, ...] = field(default=(), metadata={"metavar": "FROM-TO", "read": read_range})
-    """ranges of sample indices, both ends included, that the run leaves out; its checkpoints remember them"""
+    """ranges of sample indices, both ends included, that the run skips; they are recorded in its checkpoints"""
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ class DiffusionConfig:
     """block: tokens per block"""
     block_length_schedule: str = field(default="", metadata={"read": _without_spaces})
     """block: earlier lengths and their iterations, LENGTH:ITERATIONS,...; with 1:500,4:500 blocks have one token, as in
-    an autoregressive model, then 4, then --block-length. Validation always uses that"""
+    an autoregressive model, then 4, then --block-length. Validation always uses --block-length"""
     block_length_schedule_samples: str = field(default="", metadata={"read": _without_spaces})
-    """block: the same schedule in samples, LENGTH:SAMPLES,...: a sample's length does not depend on the batch size"""
+    """block: the same schedule in samples, LENGTH:SAMPLES,...; it then does not depend on the batch size"""
     reset_block_grid: bool = False
-    """block: count blocks from the beginning of each document of a sample, as engines do from that of a request"""
+    """block: count blocks from the beginning of each document in a sample, as serving engines do for each request"""
     ar_loss_weight: float = 0.0
     """block: weight of the next-token loss on the clean copy of the text; above 0 its attention is causal"""
     noise_schedule: Literal["linear", "cosine"] = "linear"
@@ -187,15 +187,15 @@ class TrainingConfig:
     train_samples: int | None = None
     """total number of samples, instead of --train-iters; the learning rate then follows the samples, too"""
     train_tokens: int | None = None
-    """the same in tokens, of --seq-length each sample"""
+    """total number of tokens, in samples of --seq-length, instead of --train-iters; otherwise as --train-samples"""
     micro_batch_size: int = 1
     """samples per micro-batch and data-parallel process"""
     global_batch_size: int = 8
-    """samples per iteration over all processes; with a schedule: of its last iterations, and of validation"""
+    """samples per iteration over all processes; with a batch schedule: its last batch size, also used in validation"""
     rampup_batch_size: tuple[int, ...] = field(default=(), metadata={"metavar": ("START", "INCREMENT", "SAMPLES")})
-    """batch size ramp as Megatron's: from START in steps of INCREMENT to --global-batch-size over SAMPLES samples"""
+    """batch size ramp, as in Megatron: from START in steps of INCREMENT to --global-batch-size over SAMPLES samples"""
     batch_schedule: str = field(default="", metadata={"read": read_pairs})
-    """file of batch sizes, in lines of SAMPLES BATCH: after so many samples iterations have BATCH samples"""
+    """file of batch sizes, with lines SAMPLES BATCH: after SAMPLES samples, iterations have BATCH samples"""
     bf16: bool = False
     """train in bfloat16 with fp32 main weights and gradients; otherwise fp32"""
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
@@ -212,10 +212,10 @@ class TrainingConfig:
     max_skipped_steps: int = 5
     """consecutive steps with non-finite gradients after which the run saves and exits"""
     on_spike: Literal["continue", "rollback"] = "continue"
-    """if the loss is far above the recent ones: only say so, or go back to the newest checkpoint from before the log
+    """if the loss is far above the recent ones: only log it, or return to the newest checkpoint from before the log
     interval and skip the samples since then"""
     max_rollbacks: int = 3
-    """rollbacks of a run after which it only says so"""
+    """rollbacks of a run, after which it only logs a spike"""
     keep_latest_k: int = 0
     """number of checkpoints to keep; older ones are removed when a new one is complete; 0: keep all"""
     save_retain_interval: int = 0
@@ -282,13 +282,13 @@ class RunConfig:
 
     @property
     def length(self) -> str:
-        """The setting that decides the run's length, as errors show it."""
+        """The setting that determines the run's length, as shown in errors."""
         given = {name: getattr(self.training, name) for name in ALTERNATIVES[0]}
         return ", ".join(f"{flag(name)} {value}" for name, value in given.items() if value is not None)
 
     @property
     def num_iterations(self) -> int:
-        """Iterations of the run. A last batch that the given samples do not fill is left out, as in Megatron."""
+        """Iterations of the run. An incomplete last batch is dropped, as in Megatron."""
         if self.train_samples is not None:
             return self.batch_sizes.iterations_within(self.train_samples)
         assert self.training.train_iters is not None
@@ -301,7 +301,7 @@ class RunConfig:
 
     @property
     def num_texts(self) -> int:
-        """Texts that the whole run reads, or passes over (--skip-samples)."""
+        """Texts that the whole run reads or skips (--skip-samples)."""
         samples = self.skipped.index_of(self.num_samples - 1) + 1
         return samples // 2 if self.diffusion.complementary_masks else samples
 

@@ -1,7 +1,7 @@
 """Samples that a run skips (--skip-samples), as ranges of indices.
 
-A sample is a function of its index, so leaving some out changes no other one: the run reads the samples that remain, in
-their order. Its place in the run (as `consumed_samples` counts) and its index are functions of one another.
+A sample is a function of its index, so skipping some changes no other one: the run reads the remaining samples in their
+order. Its place in the run (as `consumed_samples` counts) and its index are functions of one another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Range(NamedTuple):
 
 
 def read_range(text: str) -> str:
-    """A range as it is written, FROM-TO; ValueError if it is none."""
+    """Check the text of a range, FROM-TO, and return it; ValueError if it is invalid."""
     if (match := _RANGE.fullmatch(text)) is None:
         raise ValueError(f"{text!r} is not a range of sample indices FROM-TO, such as 1000-1999")
     first, last = map(int, match.groups())
@@ -58,7 +58,7 @@ class SkippedSamples:
 
     @classmethod
     def read(cls, texts: Iterable[str]) -> SkippedSamples:
-        """Of ranges that are written FROM-TO."""
+        """From the texts of ranges, FROM-TO."""
         return cls.of((int(first), int(last)) for first, last in (text.split("-") for text in texts))
 
     def texts(self) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ class SkippedSamples:
     def with_more(self, more: SkippedSamples, consumed: int) -> SkippedSamples:
         """These and more of them, for a run that has trained on `consumed` samples.
 
-        ValueError if that would leave out a sample on which it has trained.
+        ValueError if that would skip a sample on which it has trained.
         """
         together = SkippedSamples.of([*self.ranges, *more.ranges])
         reached = self.index_of(consumed - 1)

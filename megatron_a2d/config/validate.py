@@ -101,7 +101,7 @@ def _range_problems(config: RunConfig) -> list[str]:
     need("random_length_prob", 0 <= values["random_length_prob"] <= 1, "must lie in [0, 1]; 0.01 is LLaDA's")
     if values["data_mixture"]:
         for name in ("train_data_path", "valid_data_path"):
-            need(name, not values[name], "does not go with --data-mixture, which names its own; remove one of them")
+            need(name, not values[name], "cannot be combined with --data-mixture, which has its own; remove one")
     need("min_timestep", 0 < values["min_timestep"] < 1, "must lie between 0 and 1; 0.001 is usual")
     need("ckpt_step", values["ckpt_step"] is None or values["ckpt_step"] >= 1, "must be at least 1")
     need(
@@ -184,7 +184,7 @@ def _objective_problems(config: RunConfig) -> list[str]:
     halved = [item for item in config.skipped.ranges if item.first % 2 or not item.last % 2]
     if diffusion.complementary_masks and halved:
         whole = f"{halved[0].first - halved[0].first % 2}-{halved[0].last | 1}"
-        problems.append(f"--skip-samples {halved[0]}: --complementary-masks has two samples of a text; use {whole}")
+        problems.append(f"--skip-samples {halved[0]}: --complementary-masks pairs samples; use {whole}")
     need("ar_loss_weight", 0 <= diffusion.ar_loss_weight < math.inf, "must be a finite number, not negative")
     need(
         "loss_weighting", not is_block or diffusion.loss_weighting != "cart",

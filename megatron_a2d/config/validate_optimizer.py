@@ -29,7 +29,7 @@ def find_optimizer_problems(config: RunConfig) -> Iterator[str]:
 
 
 def find_optimizer_layout_problems(config: RunConfig) -> Iterator[str]:
-    """A line for each part of the layout that Muon does not go with."""
+    """A line for each setting of the layout that Muon does not support."""
     parallel = config.parallel
     if config.optimization.optimizer != "muon":
         return

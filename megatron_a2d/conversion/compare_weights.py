@@ -107,7 +107,7 @@ def model_config_differences(reference: Weights, candidate: Weights) -> list[str
 
 
 def config_differences(reference: ModelConfig, candidate: ModelConfig, where: str, candidate_where: str) -> list[str]:
-    """A line for each difference of two architectures, and where each of the two is from."""
+    """A line for each difference of two architectures, with the source of each."""
     ours, theirs = dataclasses.asdict(reference), dataclasses.asdict(candidate)
     return [
         f"{candidate_where}: {key} is {theirs[key]}, but {ours[key]} in {where}; these are not the same model"

@@ -126,7 +126,7 @@ def refusals(kind: Format, model: Exported, allow_objective_mismatch: bool = Fal
 
 
 def is_autoregressive(kind: Format) -> bool:
-    """Whether a format is of models that predict the next token, read by transformers' own classes."""
+    """Whether a format is for models that predict the next token, which transformers' own classes read."""
     return kind in autoregressive_formats()
 
 
@@ -159,7 +159,7 @@ def _layer_refusals(kind: Format, model: Exported) -> list[str]:
 
 
 def _sdar_refusals(a: ModelConfig, trained: Trained) -> list[str]:
-    """Why the engines that run SDAR models would not run this one, or would run another model in silence."""
+    """Why the engines that run SDAR models would not run this one, or would silently compute another model."""
     longest = min(a.context_length, LONGEST_SDAR_BLOCK)
     reasons = {
         "it was not trained in blocks (--objective block), and engines fill texts block by block": (
@@ -171,7 +171,7 @@ def _sdar_refusals(a: ModelConfig, trained: Trained) -> list[str]:
         f"its mask token is {a.mask_token_id}, and engines fill masks of the fixed id {SDAR_MASK_TOKEN_ID}": (
             a.mask_token_id not in (None, SDAR_MASK_TOKEN_ID)
         ),
-        f"its blocks have {trained.block_length} tokens, and engines can be told {longest} at most": (
+        f"its blocks have {trained.block_length} tokens, and engines accept at most {longest}": (
             trained.block_length > longest
         ),
         "its rotary embedding is scaled (YaRN or llama3), and SDAR's form has rope_scaling null": a.rope_scaling

@@ -40,6 +40,6 @@ def find_model(given: str, with_weights: bool = True) -> Model:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = without_passwords(" ".join(str(error).split()))
         raise UserError(
-            f"{where}: no such directory, and the hub does not give it ({reason}); "
+            f"{where}: no such directory, and it cannot be downloaded from the hub ({reason}); "
             "check the name and the connection, or download it and give the directory"
         ) from None

@@ -1,4 +1,4 @@
-"""Conversion of an HF directory to a torch_dist checkpoint without a model. Memory: a few slabs per worker.
+"""Conversion of an HF directory to a torch_dist checkpoint, without building a model. Memory: a few slabs per worker.
 
 `write_release` serves other sources too (megatron_to_torch_dist.py).
 """
@@ -135,7 +135,7 @@ def write_release(
 
 
 def _mask_text(config: dict[str, Any]) -> str | None:
-    """A mask token that is one of text, where the family has such a one."""
+    """The text of the mask token, if it is a token that also occurs in text."""
     diffusion = kind_of(config, "config.json").family.diffusion
     return diffusion.mask_token if diffusion else None
 

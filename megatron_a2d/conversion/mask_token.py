@@ -120,7 +120,7 @@ def _first_unused(directory: Path, tokens: dict[int, str], vocab_size: int) -> i
 
 
 def _free(directory: Path, tokens: dict[int, str], vocab_size: int) -> int | None:
-    """The first id that no text has."""
+    """The first id that no text contains."""
     unused = next((i for i in range(vocab_size) if i not in tokens), None)
     return next(iter(_not_in_text(directory, tokens)), None) if unused is None else unused
 

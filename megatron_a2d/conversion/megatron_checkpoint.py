@@ -1,4 +1,4 @@
-"""Reader of torch_dist checkpoints that Megatron-LM, Megatron-Bridge, NeMo 2 or megatron.core alone wrote.
+"""Reader of torch_dist checkpoints written by Megatron-LM, Megatron-Bridge, NeMo 2 or megatron.core alone.
 
 Their tensors are those of our checkpoints under other names (docs/weights.md has the table):
 
@@ -85,10 +85,12 @@ def open_megatron(path: Path, hf_model: Path | None = None, vocab_size: int | No
 def find_iteration(path: Path) -> Path:
     """The directory of a checkpoint's tensors: an iteration's, or `weights` of NeMo 2. UserError for other formats."""
     if path.is_file():
-        raise UserError(f"{path}: is a file; give a torch_dist checkpoint's directory (NeMo 1's .nemo files are none)")
+        raise UserError(
+            f"{path}: is a file; give a torch_dist checkpoint's directory (NeMo 1's .nemo files are not supported)"
+        )
     unfinished = path.with_name(f"{path.name}-unfinished")
     if unfinished.exists():
-        raise UserError(f"{path}: was not written to its end ({unfinished.name} says so); use another checkpoint")
+        raise UserError(f"{path}: is incomplete ({unfinished.name} exists); use another checkpoint")
     directory = path / NEMO_WEIGHTS if (path / NEMO_WEIGHTS).is_dir() else path
     if directory.name != NEMO_WEIGHTS and not (directory / ".metadata").exists():
         old = next((item.parent for item in sorted(directory.glob("**/mp_rank_*"))), None)
@@ -98,8 +100,8 @@ def find_iteration(path: Path) -> Path:
     check_complete(directory)
     if (directory / MANIFEST).is_file() and (directory / HF_FILES).is_dir() and read_trained(directory).is_diffusion:
         raise UserError(
-            f"{directory}: is this project's checkpoint of a diffusion model, and would lose its training settings; "
-            "give it to train, export_hf or average as it is"
+            f"{directory}: is a diffusion model's checkpoint of this project, and would lose its training settings; "
+            "use it directly in train, export_hf or average"
         )
     return directory
 
@@ -127,8 +129,8 @@ def _describe(
     config = read_config(given.parent) if given else None
     if config is None and recorded is None:
         raise UserError(
-            f"{directory}: its writer stored no settings of the model (neither run_config.yaml nor arguments); name "
-            "the model that it is of with --hf-model DIR, which has its config.json"
+            f"{directory}: its writer stored no settings of the model (neither run_config.yaml nor arguments); give "
+            "a directory with the model's config.json as --hf-model"
         )
     size = _vocab_size(directory, recorded, config, tokenizer, rows, requested)
     own = config_of(recorded, size, "bfloat16") if recorded else None
@@ -257,7 +259,7 @@ class _Patterns:
         name = self._patterns[key].names if key in self._patterns else key
         if name not in self._shapes or len(self._shapes[name]) != 2:
             raise UserError(
-                f"{self._directory}: has no {key}, and is no model of Megatron's GPTModel; give one, stored completely"
+                f"{self._directory}: has no {key}, so it is not a complete GPTModel of Megatron; give one"
             )
         return self._shapes[name]
 
@@ -271,8 +273,8 @@ class _Patterns:
         if HEAD in self._patterns and HEAD not in table.megatron_shapes:
             self._shapes.pop(self._patterns[HEAD].names, None)
             problems.append(
-                f"{self._directory}: has an LM head of its own, and {described_by} ties it to the embedding; correct "
-                "the settings, or name the model that it is of with --hf-model"
+                f"{self._directory}: has a separate LM head, but {described_by} ties it to the embedding; correct the "
+                "settings, or give the model as --hf-model"
             )
         problems += account(expected, self._shapes, str(self._directory), described_by)
         if problems:

@@ -121,7 +121,7 @@ def _of_megatron_lm(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_of(recorded: Recorded, vocab_size: int, dtype: str) -> dict[str, Any]:
-    """The config.json of a checkpoint with these settings. UserError, with every reason, if its model is none of a
+    """The config.json of a checkpoint with these settings. UserError, with every reason, if its model is not of a
     supported family.
 
     `vocab_size`: without padding; `dtype`: as config.json spells it.
@@ -173,7 +173,7 @@ def _size(recorded: Recorded, name: str) -> int:
 
 
 def _float(value: Any) -> Any:
-    """As config.json has it; what is no number is found by its reader."""
+    """A number as in config.json; its reader refuses anything else."""
     return float(value) if isinstance(value, int) else value
 
 

@@ -1,6 +1,6 @@
 """Conversion of a checkpoint of Megatron-LM, Megatron-Bridge or NeMo 2 to ours, streamed as hf_to_torch_dist.py does.
 
-Optimizer state, learning-rate schedule and random states stay behind: their contents depend on the writer's settings.
+Optimizer state, learning-rate schedule and random states are not converted: they depend on the writer's settings.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def convert_megatron(
 
 
 def _mask_token(model: MegatronModel, requested: int | None) -> int:
-    """As of other models; where the tokenizer uses all ids, the error says that a row of padding may serve."""
+    """The mask token, chosen as for other models; if all ids are in use, the error suggests a row of the padding."""
     size, configured = model.weights.model_config.vocab_size, model.weights.model_config.mask_token_id
     where = model.tokenizer or model.weights.directory
     try:

@@ -165,7 +165,7 @@ def _serving(model: Exported) -> str:
     ]
     text = (
         f"The model was trained in blocks of {length} tokens. Engines do not read that from config.json (their default "
-        f"is 4), so name it{wide}:\n\n```bash\n" + "\n".join(commands) + "\n```"
+        f"is 4), so set it{wide}:\n\n```bash\n" + "\n".join(commands) + "\n```"
     )
     if not (model.trained.reset_block_grid and model.trained.reset_position_ids):
         text += (

@@ -1,7 +1,7 @@
 """config.json of exports in the form that a family of diffusion models is published in (`dream`, `llada`, ...).
 
-A model that came in this form leaves with the keys that it came with; another one with those of the family's published
-model, in its own sizes. The modelling code is the family's own: `auto_map` refers to it on the hub.
+A model that was converted from this form is exported with all of its original keys; any other model with those of the
+family's published model, and its own sizes. The modelling code is the family's own: `auto_map` refers to it on the hub.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_public_form(family: Family) -> bool:
 
 
 def refusals(family: Family, a: ModelConfig, trained: Trained) -> list[str]:
-    """Why a model cannot be a family's; its layers are compared elsewhere."""
+    """Why a model cannot be exported in a family's form; its layers are compared elsewhere."""
     assert family.diffusion is not None
     shift = "with" if family.diffusion.label_shift else "without"
     reasons = {
@@ -97,8 +97,8 @@ def refer_to_tokenizer_code(directory: Path, code: PublicCode) -> None:
 
 
 def leave_out_tokenizer_code(directory: Path) -> None:
-    """Make transformers read tokenizer.json by a class of its own: the Python files that the tokenizer's `auto_map`
-    names, if it has one, are not part of an export."""
+    """Make transformers read tokenizer.json with one of its own classes: Python files that the tokenizer's `auto_map`
+    names are not part of an export."""
     path = directory / "tokenizer_config.json"
     settings = read_json(path, "the tokenizer's configuration") if path.exists() else {}
     if "auto_map" in settings and (directory / "tokenizer.json").exists():

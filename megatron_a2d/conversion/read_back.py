@@ -1,8 +1,8 @@
-"""Verification of an output from the output alone, in one pass that a model's forward passes can share.
+"""Verification of an output without rereading its source, in one pass that a model's forward passes can share.
 
 While the source is read, a checksum (XXH3, 128 bits) of every range of rows is recorded, under HF names. The output is
 then read once, from the disk and under HF names, that is through the inverse of the map by which it was written: each
-range must have the checksum that it had in the source. So damage is found, and rows that went to a wrong place.
+range must have the checksum that it had in the source. This detects damage and misplaced rows.
 """
 
 from __future__ import annotations

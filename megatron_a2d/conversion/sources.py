@@ -91,9 +91,8 @@ def open_checkpoint(path: Path, allow_expert_bias: bool = False, from_disk: bool
     directory = resolve(path)
     if not (directory / HF_FILES).is_dir():
         raise UserError(
-            f"{directory / HF_FILES}: the model's configuration is missing, as plain Megatron leaves it; make the "
-            "directory and put config.json and the tokenizer of the model there, or use "
-            "checkpoints_tools.convert_megatron"
+            f"{directory / HF_FILES}: the model's configuration is missing (Megatron does not write it); create the "
+            "directory with the model's config.json and tokenizer, or use checkpoints_tools.convert_megatron"
         )
     model_config = read_model_config(directory / HF_FILES)
     with open_torch_dist(directory, from_disk) as stored:
@@ -101,9 +100,8 @@ def open_checkpoint(path: Path, allow_expert_bias: bool = False, from_disk: bool
             raise UserError(problems)
         if not allow_expert_bias and stored.has_expert_bias():
             raise UserError(
-                f"{directory}: its routers choose experts with biases (--moe-router-enable-expert-bias), for which "
-                "exports and averages have no place; use the checkpoint of the run's last iteration, where they are "
-                "zero"
+                f"{directory}: its routers choose experts with biases (--moe-router-enable-expert-bias), which "
+                "exports and averages cannot hold; use the checkpoint of the run's last iteration, where they are zero"
             )
         weights = WeightMap(model_config)
         if problems := account(weights.megatron_shapes, stored.shapes, str(directory)):
@@ -124,7 +122,7 @@ def too_few(
     if named <= 2 * there + 10_000:
         return []
     return [
-        f"{directory}: {described_by} is of a model of {named:,} parameters, the files hold {there:,} values in "
+        f"{directory}: {described_by} describes {named:,} parameters, but the files hold {there:,} values in "
         f"{len(shapes):,} tensors; use the {described_by} that belongs to the weights"
     ]
 

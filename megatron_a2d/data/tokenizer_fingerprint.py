@@ -111,7 +111,7 @@ def find_foreign_tokens(files: Sequence[Described], model: Vocabulary | None) ->
         name = f"{file.prefix}, made by {file.metadata.get('tokenizer')}"
         mine = recorded_vocabulary(file)
         if mine and against and mine.fingerprint != against.fingerprint:
-            yield f"{name}: its tokens are those of another vocabulary than {whose} has; {remedy}"
+            yield f"{name}: its tokens come from another vocabulary than {whose}; {remedy}"
         elif mine and against:
             for i in sorted(mine.added.keys() & against.added.keys()):
                 if mine.added[i] != against.added[i]:

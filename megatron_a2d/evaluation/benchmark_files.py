@@ -37,7 +37,7 @@ class Form:
     to_rows: Callable[[list[Row]], list[Row]] = list
     """rows of all files -> rows as the harness's task reads them"""
     split_names: tuple[tuple[str, str], ...] = ()
-    """split -> its spelling in `patterns`, where it is another"""
+    """split -> its spelling in `patterns`, if that differs"""
 
     def files(self, folder: Path, name: str, split: str) -> list[Path]:
         spelling = dict(self.split_names).get(split, split)
@@ -85,7 +85,7 @@ def _json_lines(path: Path, split: str) -> list[Row]:
             try:
                 row = parse_json(line)
             except ParseError as error:
-                raise UserError(f"--data-dir: {path}: line {number} is no JSON ({error}); download it again") from None
+                raise UserError(f"--data-dir: {path}: line {number} is not JSON ({error}); download it again") from None
             rows.append(row if isinstance(row, dict) else {})
     return rows
 
@@ -132,7 +132,7 @@ def _race_text(path: Path, split: str) -> list[Row]:
     found = read_json(path, "an article with questions")
     columns = [found.get(key) for key in ("questions", "options", "answers")]
     if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):  # type: ignore[arg-type]
-        raise UserError(f"--data-dir: {path}: has not as many options and answers as questions; download it again")
+        raise UserError(f"--data-dir: {path}: numbers of questions, options and answers differ; download it again")
     return [
         {"article": found.get("article"), "question": question, "options": options, "answer": answer}
         for question, options, answer in zip(*columns, strict=True)  # type: ignore[arg-type]
@@ -277,16 +277,18 @@ def _checked(row: Row, benchmark: Benchmark, where: str, number: int) -> Row:
         try:
             ast.literal_eval(row["problems"])
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise UserError(f"--data-dir: {where}: problems of row {number} are no list; download it again") from None
+            raise UserError(
+                f"--data-dir: {where}: problems of row {number} are not a list; download it again"
+            ) from None
     for column, kind in benchmark.columns.items():
         if not isinstance(row.get(column), kind):
             raise UserError(
-                f"--data-dir: {where}: {column} of row {number} is {str(row.get(column))[:40]!r}, which is not what "
-                "this benchmark has there; download it again"
+                f"--data-dir: {where}: {column} of row {number} is {str(row.get(column))[:40]!r}, which this "
+                "benchmark does not allow; download it again"
             )
     if not benchmark.is_whole(row):
         raise UserError(
-            f"--data-dir: {where}: row {number} has not the choices, answer or tests that this benchmark has; "
+            f"--data-dir: {where}: row {number} lacks the choices, answer or tests of this benchmark; "
             "download it again"
         )
     return {column: row.get(column) for column in benchmark.columns}
@@ -309,8 +311,8 @@ def reading_from(data_dir: Path | None) -> Iterator[None]:
             return
         if task.DATASET_PATH not in BENCHMARKS:
             raise UserError(
-                f"--data-dir {data_dir}: task {task.config.task} reads {task.DATASET_PATH}, of which no form of files "
-                f"is known (of {_listed(list(BENCHMARKS))} one is); leave the flag out, or write a task for your files"
+                f"--data-dir {data_dir}: task {task.config.task} reads {task.DATASET_PATH}, which this flag does not "
+                f"support ({_listed(list(BENCHMARKS))} are); leave it out, or write a task for your files"
             )
         rows = read_benchmark(data_dir, task.DATASET_PATH, task.DATASET_NAME)
         task.dataset = datasets.DatasetDict({split: datasets.Dataset.from_list(rows[split]) for split in rows})

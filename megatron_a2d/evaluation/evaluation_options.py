@@ -45,14 +45,14 @@ OPTIONS = {
     ),
     "mc_num": Option(int, 128, "maximum forward passes per log-likelihood; exact if they suffice"),
     "decision_error": Option(
-        float, 0.005, "multiple choice: probability that the best choice is not that of all --mc-num passes, 0: all"
+        float, 0.005, "multiple choice: probability that the best choice is not that of all --mc-num passes; 0: run all"
     ),
     "batch_tokens": Option(int, 4096, "tokens per forward pass when scoring; raise it on a GPU"),
     "batch_size": Option(int, 16, "texts generated together"),
     "max_new_tokens": Option(int, 256, "tokens per answer, for tasks that set no length"),
     "seed": Option(int, 0, "seed of Monte Carlo masks and of sampling"),
     "allow_code_execution": Option(bool, False, "run programs that the model generates, in subprocesses with limits"),
-    "allow_code_network": Option(bool, False, "run them even where they cannot be kept off the network"),
+    "allow_code_network": Option(bool, False, "run them even if their network access cannot be blocked"),
 }  # fmt: skip
 # Settings that allow code to run: accepted on the command line only, not from a file.
 _CONSENT = {

@@ -114,8 +114,8 @@ def kind_of(config: Mapping[str, Any], where: str) -> Kind:
     classes = [kind.model_type.architecture for kind in kinds() if kind.model_type.name == named]
     if not found and classes:
         raise UserError(
-            f"{where}: architectures is {config.get('architectures')!r}, and model_type {named!r} is that of "
-            f"{' or '.join(classes)}; write the one that the model is of"
+            f"{where}: architectures is {config.get('architectures')!r}, but model_type {named!r} belongs to "
+            f"{' or '.join(classes)}; correct the wrong one"
         )
     if len(found) != 1:
         raise UserError(f"{where}: model_type {named!r} is not supported; {_instead()}")

@@ -9,7 +9,7 @@ from typing import Any
 _VISION = "it has a vision tower, and rotary positions in sections for images"
 _HYBRID = "three of four layers are gated delta nets (linear attention), and the others have gated outputs"
 _STATE_SPACE = "most of its layers are state-space models, without attention"
-_SHARED_EXPERT = "each layer has a shared expert beside the routed ones"
+_SHARED_EXPERT = "each layer has a shared expert in addition to the routed ones"
 _LATENT = "its keys and values are low-rank (multi-head latent attention)"
 _SIGMOID = "its router picks groups by sigmoid scores"
 _GEMMA = "its norms scale by 1 + weight and its MLP is a GeGLU"
@@ -26,11 +26,11 @@ _SQUARED = "its MLP is a squared ReLU"
 _REASONS = {
     "qwen2_vl": _VISION,
     "qwen2_5_vl": _VISION,
-    "qwen2_5_omni": "it has towers for images and sound, and a second model that speaks",
-    "qwen2_audio": "it has a tower for sound",
-    "qwen2_moe": f"{_SHARED_EXPERT}, with a gate of its own",
+    "qwen2_5_omni": "it has vision and audio towers, and a second model for speech",
+    "qwen2_audio": "it has an audio tower",
+    "qwen2_moe": f"{_SHARED_EXPERT}, with its own gate",
     "qwen3_vl": _VISION,
-    "qwen3_omni": "it has towers for images and sound, and a second model that speaks",
+    "qwen3_omni": "it has vision and audio towers, and a second model for speech",
     "qwen3_next": f"{_HYBRID}, and {_SHARED_EXPERT}",
     "qwen3_5": f"{_HYBRID}, and it has a vision tower",
     "gpt_oss": (
@@ -42,19 +42,19 @@ _REASONS = {
     "llava": "it has a vision tower",
     "mistral3": "it has a vision tower",
     "ministral": "its attention has a sliding window, or its queries are scaled by position",
-    "mixtral": "its experts have names of their own (block_sparse_moe.experts.w1, w2, w3)",
+    "mixtral": "its experts have other tensor names (block_sparse_moe.experts.w1, w2, w3)",
     "gemma": _GEMMA,
     "gemma2": f"{_GEMMA}, {_AROUND}, every other layer has a sliding window, and scores and logits are capped",
-    "gemma3": f"{_GEMMA}, {_AROUND}, and five of six layers have a sliding window with rotary positions of their own",
-    "gemma3n": "its layers have embeddings of their own and several residual streams, and some share keys and values",
+    "gemma3": f"{_GEMMA}, {_AROUND}, and five of six layers have a sliding window with other rotary positions",
+    "gemma3n": "each layer has its own embedding and several residual streams, and some share keys and values",
     "phi": f"its attention and MLP run in parallel, {_PARTIAL}, and {_LAYER_NORM}",
     "phi3": _FUSED,
-    "phi4mm": f"it has towers for images and sound, and {_FUSED}",
+    "phi4mm": f"it has vision and audio towers, and {_FUSED}",
     "phimoe": "its norms subtract the mean, its output has a bias, and its router samples experts one after the other",
     "glm": f"{_PARTIAL}, and gate and up are one tensor",
     "glm4": f"{_AROUND}, {_PARTIAL}, and gate and up are one tensor",
     "glm4_moe": f"{_PARTIAL}, {_SIGMOID}, {_SHARED_EXPERT}, and its first layers are dense",
-    "chatglm": f"{_PARTIAL}, {_FUSED}, and its tensors have names of their own",
+    "chatglm": f"{_PARTIAL}, {_FUSED}, and its tensors have other names",
     "smollm3": "every fourth layer has no rotary positions",
     "olmo": "its norms have no weights and subtract the mean",
     "olmo2": "its norms follow the blocks, and those of queries and keys span all heads",
@@ -87,7 +87,7 @@ _REASONS = {
     "bloom": f"its positions are biases of the scores (ALiBi), and {_LAYER_NORM}",
     "starcoder2": f"all its matrices have biases, and {_LAYER_NORM}",
     "stablelm": f"{_PARTIAL}, and its norms subtract the mean",
-    "internlm2": "its query, key and value are one tensor, and its tensors have names of their own",
+    "internlm2": "its query, key and value are one tensor, and its tensors have other names",
     "baichuan": "its query, key and value are one tensor",
     "bert": _ENCODER,
     "roberta": _ENCODER,
@@ -109,19 +109,19 @@ def what_is_unsupported(config: Mapping[str, Any]) -> str | None:
     if known:
         return _REASONS[max(known, key=len)]
     if towers := [key for key in _TOWERS if config.get(key) is not None]:
-        return f"{', '.join(towers)}: it is more than a language model"
+        return f"{', '.join(towers)}: it is not only a language model"
     listed = config.get("architectures")
     for name in listed if isinstance(listed, list) else []:
         if isinstance(name, str) and _OTHER_HEAD.search(name):
-            return f"a {name} has another head than a language model's"
+            return f"a {name} has no language model head"
     return None
 
 
 def _of_mistral(config: Mapping[str, Any]) -> str:
-    """Its layers are Llama's, and some of its models have a sliding window besides."""
+    """Mistral: Llama's layers; some models also have a sliding window."""
     if (window := config.get("sliding_window")) is not None:
         return f"its attention has a sliding window (sliding_window {window!r})"
     return (
-        "without a sliding window, as this one, it is a Llama: with model_type llama and architectures "
-        "LlamaForCausalLM in config.json it is read as one"
+        "without a sliding window, like this one, it is a Llama: set model_type to llama and architectures to "
+        "LlamaForCausalLM in config.json"
     )

@@ -129,8 +129,8 @@ def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any
         kind = "fp8" if scaling.is_fp8 else "fp4"
         if kind == "fp4" and not is_te_min_version(_FP4_ENGINE):
             raise UserError(
-                f"--fp4-recipe {scaling.recipe}: needs Transformer Engine from {_FP4_ENGINE} on, and it is "
-                f"{get_te_version()} here; update it, or use --fp8-recipe auto"
+                f"--fp4-recipe {scaling.recipe}: needs Transformer Engine {_FP4_ENGINE} or later, and "
+                f"{get_te_version()} is installed; update it, or use --fp8-recipe auto"
             )
         fields.update(
             {kind: scaling.format, f"{kind}_recipe": scaling.recipe},

@@ -29,7 +29,7 @@ def requirements(recipes: Sequence[Path], routing: Routing | None) -> tuple[list
     for recipe in recipes:
         config, _ = parse_run(Parser(), ["--config", str(recipe)])
         if config.training.model is None:
-            raise UserError(f"{recipe}: names no model; give recipes of models")
+            raise UserError(f"{recipe}: names no model; give recipes with the setting model")
         model_config = named_model_config(config.training.model)
         plans = [smallest_plan(config, model_config, cluster, routing) for cluster in clusters]
         cells = [f"{plan.job.world_size} ({plan.days:.2g})" if plan else "-" for plan in plans]

@@ -28,8 +28,7 @@ def hold_inputs(out: Path, base: RunConfig, starts: dict[str, str] | None = None
     found, path = _inputs(base), out / _FILE
     known = read_json(path, "the study's inputs") if path.exists() else {}
     problems = [
-        f"{flag}: {now[1]} holds something else than what the study in --out {out} was begun with; give that, or "
-        "another --out"
+        f"{flag}: {now[1]} differs from what the study in --out {out} was started with; give that, or another --out"
         for flag, now in (found | others).items()
         if known.get(flag, now[0]) != now[0]
     ]

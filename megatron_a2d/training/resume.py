@@ -135,7 +135,7 @@ def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, 
             report(f"{save / directory_name(latest)}: is missing")
             candidates = _as_written(save, iterations)
     except UserError as error:  # a torn write: what is intact is known without it
-        report(f"{str(error).partition(';')[0]}; the newest intact checkpoint is taken")
+        report(f"{str(error).partition(';')[0]}; the newest intact checkpoint is used")
         candidates = _as_written(save, iterations)
     skipped: list[str] = []
     for iteration in reversed(candidates):

@@ -38,7 +38,7 @@ def find_rollback(config: RunConfig, state: TrainState, before: int, log: RunLog
     """The rollback for a spike after iteration `before`; None, and a line in the log, if there is none. Collective."""
     training = config.training
     if state.rollbacks >= training.max_rollbacks:
-        log.say(f"no rollback: --max-rollbacks {training.max_rollbacks} have been made; the run continues")
+        log.say(f"no rollback: the run has already made {training.max_rollbacks} (--max-rollbacks); it continues")
         return None
     assert training.save is not None
     found = newest_intact_until(training, before, log.say) if dist.get_rank() == 0 else None

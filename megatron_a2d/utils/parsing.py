@@ -88,7 +88,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no plain text", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key is not plain text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} comes twice", key.start_mark)
             seen.add(key.value)
@@ -139,7 +139,7 @@ def _check(value: Any, allow_nonfinite: bool, most: int | None = None) -> None:
             if isinstance(item, dict):
                 for key in item:
                     if not isinstance(key, str):
-                        raise ParseError(f"the key {key!r} is no text; write it in quotes")
+                        raise ParseError(f"the key {key!r} is not text; write it in quotes")
                     _check_text(key)
                 below += item.values()
             elif isinstance(item, list):
@@ -148,7 +148,7 @@ def _check(value: Any, allow_nonfinite: bool, most: int | None = None) -> None:
                 _check_text(item)
             elif isinstance(item, float):
                 if not (allow_nonfinite or math.isfinite(item)):
-                    raise ParseError(f"{item} is no finite number")
+                    raise ParseError(f"{item} is not a finite number")
             elif isinstance(item, int):
                 if abs(item) > LARGEST_INTEGER:
                     raise ParseError("a number is larger than 2**64")

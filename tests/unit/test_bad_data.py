@@ -269,7 +269,7 @@ def test_runs_refuse_bad_data(good, checkpoint, tmp_path):
     )
     assert "a would be repeated" in line and "above its max_epochs 1" in line
     (line,) = dry_run(checkpoint, data_mixture=mixture(fine), train_data_path=prefix)
-    assert "--train-data-path" in line and "does not go with --data-mixture" in line
+    assert "--train-data-path" in line and "cannot be combined with --data-mixture" in line
     (line,) = dry_run(checkpoint, train_data_path=prefix, random_length_prob=2)
     assert "--random-length-prob 2.0: must lie in [0, 1]" in line
     (line,) = dry_run(checkpoint, train_data_path=prefix, train_data_fingerprint="0" * 16)

@@ -201,7 +201,7 @@ WRONG: dict[str, tuple[str, str, Any, str]] = {
         "the train split of openai/gsm8k is missing: give {0}/gsm8k/main/train-*.parquet (openai/gsm8k on the hub); or "
         "{0}/gsm8k/train.jsonl (github.com/openai/grade-school-math, grade_school_math/data)",
     ),
-    "a line that is no JSON": ("openai/gsm8k", "gsm8k/test.jsonl", '{"question"', "test.jsonl: line 1 is no JSON"),
+    "a line that is no JSON": ("openai/gsm8k", "gsm8k/test.jsonl", '{"question"', "test.jsonl: line 1 is not JSON"),
     "a column of another type": (
         "openai/gsm8k", "gsm8k/test.jsonl", '{"question": "a", "answer": 1}', "test.jsonl: answer of row 1 is '1'",
     ),
@@ -227,15 +227,15 @@ WRONG: dict[str, tuple[str, str, Any, str]] = {
     ),
     "an answer that is no choice": (
         "allenai/ai2_arc", "arc/ARC-Challenge/ARC-Challenge-Test.jsonl",
-        '{"question": {"stem": "a", "choices": [{"text": "b", "label": "A"}]}, "answerKey": "B"}', "row 1 has not the choices",
+        '{"question": {"stem": "a", "choices": [{"text": "b", "label": "A"}]}, "answerKey": "B"}', "row 1 lacks the choices",
     ),
     "an answer beyond the options": (
         "EleutherAI/race", "race/test/high/0.txt",
-        '{"article": "a", "questions": ["b"], "options": [["c", "d"]], "answers": ["C"]}', "row 1 has not the choices",
+        '{"article": "a", "questions": ["b"], "options": [["c", "d"]], "answers": ["C"]}', "row 1 lacks the choices",
     ),
     "tests that are no programs": (
         "google-research-datasets/mbpp", "mbpp/mbpp.jsonl",
-        '{"task_id": 3, "text": "a", "code": "b", "test_list": [1], "test_setup_code": ""}', "row 1 has not the choices",
+        '{"task_id": 3, "text": "a", "code": "b", "test_list": [1], "test_setup_code": ""}', "row 1 lacks the choices",
     ),
     "no examples": ("SaylorTwift/bbh", "bbh/navigate.json", '{"examples": {}}', "has no row of the test split of SaylorTwift/bbh"),
     "an example that is none": (
@@ -274,6 +274,6 @@ def test_it_is_said_before_a_model_is_loaded(model: Path, released: Path, tmp_pa
         "doc_to_target: b\n"
     )
     arguments = ["--tasks", "other", "--include-path", str(tmp_path), "--data-dir", str(released)]
-    with pytest.raises(UserError, match="task other reads someone/else, of which no form of files is known"):
+    with pytest.raises(UserError, match="task other reads someone/else, which this flag does not support"):
         evaluate.main([*common, *arguments])
     assert not (tmp_path / "out" / "results.json").exists()

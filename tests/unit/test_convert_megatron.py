@@ -232,7 +232,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a tensor is missing": (lambda a: a.update(num_layers=3), r"has shape \[2, .*but .*run_config\.yaml asks for \[3"),
     "another model": (lambda a: a.update(num_moe_experts=None), "unknown; only models of supported families"),
     "no norms": (lambda a: a.update(qk_layernorm=False), "none of Qwen3, Qwen3-MoE, Qwen2.5 and Llama"),
-    "tied": (lambda a: a.update(share_embeddings_and_output_weights=True), "has an LM head of its own, and .* ties it"),
+    "tied": (lambda a: a.update(share_embeddings_and_output_weights=True), "has a separate LM head, but .* ties it"),
     "another activation": (lambda a: a.update(activation_func={"_target_": "torch.nn.functional.gelu"}), "only silu"),
     "a shared expert": (
         lambda a: a.update(moe_shared_expert_intermediate_size=8),
@@ -289,7 +289,7 @@ def test_other_formats_are_called_by_name(bridge: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"NeMo 1's \.nemo files"):
         convert(archive, tmp_path / "out")
     (tmp_path / "bridge-unfinished").touch()
-    with pytest.raises(UserError, match="was not written to its end"):
+    with pytest.raises(UserError, match="is incomplete"):
         convert(bridge, tmp_path / "out")
 
 

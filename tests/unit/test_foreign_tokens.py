@@ -129,7 +129,7 @@ def test_tokens_of_another_tokenizer_are_refused(checkpoint, tmp_path):
     other = ours(tmp_path / "other", changed_tokenizer(hf, tmp_path / "swapped", swap))
     (line,) = dry_run(checkpoint, train_data_path=other)
     assert line.startswith(
-        f"{other}, made by made/by/this: its tokens are those of another vocabulary than the checkpoint"
+        f"{other}, made by made/by/this: its tokens come from another vocabulary than the checkpoint"
     )
     assert "--no-verify-tokenizer" in line
     assert dry_run(checkpoint, "--no-verify-tokenizer", train_data_path=other) == []

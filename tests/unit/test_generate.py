@@ -258,8 +258,8 @@ def test_prompts_are_looked_for_before_the_model_is_loaded(name, exports, tmp_pa
 
 
 BAD_ARGUMENTS = {
-    "neither": ([], "give either --prompt"),
-    "both": (["--prompt", "a", "--prefix", "b"], "give either --prompt"),
+    "neither": ([], "give exactly one, --prefix with --suffix"),
+    "both": (["--prompt", "a", "--prefix", "b"], "give exactly one, --prefix with --suffix"),
     "no suffix": (["--prefix", "a"], "needs both"),
     "empty prompt": (["--prompt", ""], "--prompt '': is empty"),
     "empty suffix": (["--prefix", "a", "--suffix", ""], "--suffix '': is empty"),

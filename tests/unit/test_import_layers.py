@@ -244,7 +244,7 @@ def test_what_settings_show_does_not_wait_for_torch(module: str, arguments: str,
         ),
         ("megatron_a2d.inspect_batch", "/nowhere", "/nowhere: there is no such file"),
         ("megatron_a2d.inspect_batch", "docs", "docs: cannot be read as a batch (is a directory)"),
-        ("megatron_a2d.inspect_batch", "LICENSE", "LICENSE: cannot be read as a batch (it is no .npz)"),
+        ("megatron_a2d.inspect_batch", "LICENSE", "LICENSE: cannot be read as a batch (it is not an .npz file)"),
     ],
 )
 def test_what_paths_show_does_not_wait_for_torch(module: str, arguments: str, words: str) -> None:

@@ -114,8 +114,8 @@ def test_masks_are_coloured(capsys: pytest.CaptureFixture[str]) -> None:
     ("change", "problem"),
     [
         (None, "there is no such file"),
-        (b"not a zip", "cannot be read as a batch \\(it is no .npz\\)"),
-        (b"", "cannot be read as a batch \\(it is no .npz\\)"),
+        (b"not a zip", "cannot be read as a batch \\(it is not an .npz file\\)"),
+        (b"", "cannot be read as a batch \\(it is not an .npz file\\)"),
         ({"labels": None}, "is not a batch of this model \\(it has no labels\\)"),
         ({"tokens": np.zeros((3, 31), np.int64)}, "have different shapes"),
         ({"times": np.zeros(2, np.float32)}, "different numbers of samples"),

@@ -142,7 +142,7 @@ def test_a_torn_tracker_costs_nothing(torn: str, tmp_path: Path) -> None:
     config = two_checkpoints(tmp_path, torn)
     assert newest_intact_until(config.training, 9, said.append) == tmp_path / directory_name(4)
     missing = f"{tmp_path}/iter_0000003: is missing"
-    assert said == [missing] if torn == "3" else said[0].endswith("; the newest intact checkpoint is taken")
+    assert said == [missing] if torn == "3" else said[0].endswith("; the newest intact checkpoint is used")
     assert len(said) == 1 and (TRACKER in said[0] or torn == "3")
 
 

@@ -62,7 +62,7 @@ def test_a_file_is_the_directorys_own(command: str, file: str, how: str, models:
     shutil.copytree(models, tmp_path / "root")
     place, run = COMMANDS[command]
     replace(tmp_path / "root" / place / file, how)
-    reason = "is a link to .*outside the directory" if how == "link" else "is no regular file"
+    reason = "is a link to .*outside the directory" if how == "link" else "is not a regular file"
     with pytest.raises(UserError, match=rf"{file}: {reason}"):
         run(tmp_path / "root")
     assert not (tmp_path / "root" / "out").exists()

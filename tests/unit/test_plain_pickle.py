@@ -62,10 +62,10 @@ def test_what_would_be_called_is_written_down() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\x80\x02K\x01K\x02R.", "calls what is no function"),
-        (b"\x80\x02]}b.", "changes what is no new object"),
-        (b"\x80\x02cbuiltins\nlen\n)R}bN}b.", "changes what is no new object"),
-        (b"\x80\x02cbuiltins\nlen\n}b.", "changes what is no new object"),
+        (b"\x80\x02K\x01K\x02R.", "calls something that is not a function"),
+        (b"\x80\x02]}b.", "sets the state of something that is not a new object"),
+        (b"\x80\x02cbuiltins\nlen\n)R}bN}b.", "sets the state of something that is not a new object"),
+        (b"\x80\x02cbuiltins\nlen\n}b.", "sets the state of something that is not a new object"),
         (b"\x80\x02N(K\x01e.", "appends to a NoneType"),
         (b"\x80\x02]K\x01K\x02s.", "sets items of a list"),
         (b"\x80\x02})K\x01s.", "a tuple as the key"),

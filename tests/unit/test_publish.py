@@ -59,7 +59,7 @@ def test_a_dry_run_sends_nothing(exported: Path, hub: Hub) -> None:
 def test_what_the_hub_refuses_is_one_line_without_the_token(exported: Path, hub: Hub) -> None:
     wrong = "hf_" + "other" * 6
     done = push(exported, hub, token=wrong)
-    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "did not take it" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "the upload failed" in done.stderr
     assert wrong not in done.stdout + done.stderr
     done = push(exported, hub, token=None)
     assert done.returncode == 2 and "set HF_TOKEN" in done.stderr
@@ -103,7 +103,7 @@ def test_a_hub_without_xet_is_told_of(exported: Path, disabled: bool, monkeypatc
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
     with pytest.raises(
-        UserError, match=r"did not take it \(RuntimeError: Xet token missing at http://\*\*\*@hub/x\)"
+        UserError, match=r"the upload failed \(RuntimeError: Xet token missing at http://\*\*\*@hub/x\)"
     ) as caught:
         publish.push(exported, "me/rnd1", False, "message", TOKEN)
     assert ("HF_HUB_DISABLE_XET=1" in str(caught.value)) != disabled

@@ -129,7 +129,7 @@ def test_a_study_may_be_given_its_second_start_later_but_keeps_it(tmp_path: Path
     hold_inputs(tmp_path / "out", config)
     hold_inputs(tmp_path / "out", config, {flag: str(tmp_path / "another")})
     hold_inputs(tmp_path / "out", config)
-    with pytest.raises(UserError, match=r"--load-balanced: \S+third holds something else"):
+    with pytest.raises(UserError, match=r"--load-balanced: \S+third differs from what"):
         hold_inputs(tmp_path / "out", config, {flag: str(tmp_path / "third")})
 
 

@@ -130,7 +130,7 @@ def test_texts_of_the_whole_run() -> None:
         ("--skip-samples 5-9 9-5", "'9-5' is not a range: it must end after its beginning"),
         ("--skip-samples 5--9", "is not a range of sample indices"),
         (f"--skip-samples 5-{2**53}", "must end after its beginning, and below 2**53"),
-        ("--skip-samples 4-9 13-15 --complementary-masks", "--skip-samples 13-15: --complementary-masks has two samples of a text; use 12-15"),
+        ("--skip-samples 4-9 13-15 --complementary-masks", "--skip-samples 13-15: --complementary-masks pairs samples; use 12-15"),
         ("--skip-samples 4-8 --complementary-masks", "use 4-9"),
         ("--on-spike rollback", "--on-spike rollback: has no checkpoints to go back to without --save"),
         ("--max-rollbacks 2", "--max-rollbacks 2: has no effect without --on-spike rollback"),

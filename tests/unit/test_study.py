@@ -139,7 +139,7 @@ def test_a_study_keeps_to_its_checkpoint_and_tokens(tmp_path: Path) -> None:
 
     hold(train=0)
     hold(train=2, valid=2)  # the same tokens elsewhere
-    with pytest.raises(UserError, match=r"--train-data-path: \S+tokens1 holds something else than what the study"):
+    with pytest.raises(UserError, match=r"--train-data-path: \S+tokens1 differs from what the study"):
         hold(train=1)
     with pytest.raises(UserError, match="--valid-data-path"):
         hold(train=0, valid=1)

@@ -241,7 +241,7 @@ def test_bad_inputs(corpus, tokenizer, tmp_path):
     assert "--valid-fraction 1.0" in line(corpus, "--tokenizer", tokenizer, "--valid-fraction", 1)
     assert "--workers 0" in line(corpus, "--tokenizer", tokenizer, "--workers", 0)
     one = write_jsonl(tmp_path / "one.jsonl", ["only one"])
-    assert "out_valid gets no token of the 1 documents" in line(one)
+    assert "out_valid would get none of the 1 documents" in line(one)
     with pytest.raises(UserError) as caught:
         tokenize(
             "--input",
@@ -259,8 +259,8 @@ def test_bad_inputs(corpus, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "--valid-fraction 0.02: .*_valid gets no token of the 21 documents"),
-        (("--valid-fraction", 0.999999), "--valid-fraction 0.999999: .*_train gets no token of the 21 documents"),
+        ((), "--valid-fraction 0.02: .*_valid would get none of the 21 documents"),
+        (("--valid-fraction", 0.999999), "--valid-fraction 0.999999: .*_train would get none of the 21 documents"),
         (("--min-tokens", 1000), "--min-tokens, --max-tokens: exclude every document"),
     ],
 )

@@ -206,7 +206,7 @@ def test_fp4_reaches_megatron(engine_on: Callable[[int], dict[str, Any]], monkey
     monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: False)
     monkeypatch.setattr(transformer_config, "get_te_version", lambda: "2.6.0")
     with pytest.raises(
-        UserError, match=r"--fp4-recipe nvfp4: needs Transformer Engine from 2\.7\.0 on, and it is 2\.6\.0"
+        UserError, match=r"--fp4-recipe nvfp4: needs Transformer Engine 2\.7\.0 or later, and 2\.6\.0"
     ):
         transformer_config.build_transformer_config(QWEN3_8B, config)
 
