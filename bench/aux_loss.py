@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def training_step(shape: dict[str, Any], settings: dict[str, Any]) -> Callable[[], None]:
-    """A training step of a model of its own, with random weights."""
+    """A training step of a separate model with random weights."""
     from megatron_a2d.config.settings import build
     from megatron_a2d.training import data_setup, initialization, train_step
 

@@ -1,7 +1,7 @@
 """Worker of bench.block_attention: block diffusion's attention, or training steps, in the packages of any build.
 
 Like step_worker.py, it answers each line on stdin with the times of one run as JSON; first it says how much memory a
-run takes. Imports nothing of the benchmarks beside it but those of the build.
+run takes. Of the benchmarks, imports only those of the build.
 """
 
 from __future__ import annotations

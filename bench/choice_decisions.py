@@ -208,7 +208,7 @@ def decide(questions: Sequence[Question], values: Sequence[Sequence[float]]) -> 
 
 
 def llada(model: Any, choices: Sequence[Pair], batch_tokens: int, number: int, run: int) -> list[float]:
-    """Log-likelihoods of the choices by LLaDA's draws, each choice with draws of its own; equal masks are run once."""
+    """Log-likelihoods of the choices by LLaDA's draws, separate for each choice; equal masks are run once."""
     random = np.random.default_rng([number, run])
     masks = [llada_masks(len(tokens), random) for _, tokens in choices]
     requests = (

@@ -85,7 +85,7 @@ class Comparison:
     runs: dict[str, list[Usage]]
     pairs: list[tuple[str, str]]
     cache: str | None = None  # of the files that are read: "warm" or "cold"
-    figures: dict[str, Any] = field(default_factory=dict)  # others, by name: columns beside the ratios
+    figures: dict[str, Any] = field(default_factory=dict)  # others, by name: columns next to the ratios
 
     def ratio(self, side: str, over: str, clock: str) -> Spread:
         """Time of `side` over that of `over` in the same round."""

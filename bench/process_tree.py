@@ -98,7 +98,7 @@ def peak_memory(words: Sequence[str]) -> int:
 
 
 class Worker:
-    """A side that lives as long as the comparison, in a process of its own: `words` answer each line with a Usage.
+    """A side in a separate process that lives as long as the comparison: `words` answer each line with a Usage.
 
     `directory` is the checkout whose packages it imports.
     """

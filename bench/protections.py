@@ -1,4 +1,4 @@
-"""Benchmark of what protects a run: training steps with all of it against steps with none of it.
+"""Benchmark of a run's protections: training steps with all of them against steps with none.
 
     python -m bench.protections [--rounds 15] [--steps 40] [--out bench/results/protections_cpu.json]
 

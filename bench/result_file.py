@@ -84,7 +84,7 @@ def write(
     settings: dict[str, Any] | None = None,
     **others: Any,
 ) -> None:
-    """Write a result file, if one is asked for."""
+    """Write a result file, if `out` is given."""
     if out is None:
         return
     content = {
@@ -110,7 +110,7 @@ def _command() -> str:
 
 
 def read(name: str, folder: Path = RESULTS) -> Result | None:
-    """The result NAME.json; None if there is none of this form."""
+    """The result NAME.json; None if it is missing or in another format."""
     path = folder / f"{name}.json"
     stored = json.loads(path.read_text()) if path.is_file() else {}
     if "comparisons" not in stored:

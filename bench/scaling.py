@@ -1,9 +1,9 @@
-"""How times and memory grow with sizes, on a CPU: curves, their exponents, and docs/scaling.png.
+"""Benchmark of how times and memory grow with sizes, on a CPU: curves, their exponents, and docs/scaling.png.
 
     python -m bench.scaling [--work DIR] [--out bench/results/scaling_cpu.json]     # interrupted: the same again
     python -m bench.scaling --curves tokens gpus ...                               # these alone
 
-A point is the median of several runs in a process of its own (bench/scaling_jobs.py). The exponent b of y = a x^b is a
+A point is the median of several runs in a separate process (bench/scaling_jobs.py). The exponent b of y = a x^b is a
 least-squares fit of log y over log x, of the whole curve and of its upper half: what is constant at small sizes, such
 as the cost of starting, hides in the whole. Peaks of memory and the planner's search are of one run. Points of other
 code or of another machine, and noisy ones, are measured anew.

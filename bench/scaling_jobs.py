@@ -1,4 +1,4 @@
-"""What bench.scaling measures at one size, each in a process of its own: prints a JSON list of values.
+"""Measurements of bench.scaling at one size, each in a separate process: prints a JSON list of values.
 
     python -m bench.scaling_jobs NAME SIZE [REPEATS]     # with torchrun where SIZE is a number of processes
 

@@ -1,4 +1,4 @@
-"""Benchmark of what people wait for before anything happens: help, errors of settings, and a run's first step.
+"""Benchmark of start-up times: help, errors in settings, and a run's first step.
 
     python -m bench.start [--rounds 5] [--out bench/results/start_cpu.json]
     python -m bench.start --against ../older --out FILE     # next to the build in another checkout
@@ -96,7 +96,7 @@ def commands_of(directory: Path, folder: Path) -> dict[str, Command]:
 
 
 def seconds(compared: Comparison) -> list[Figure]:
-    """Our own times: they have targets of their own."""
+    """Our own times, which have separate targets."""
     return [
         Figure(f"{compared.name}, {clock} time", "s", [getattr(usage, clock) for usage in compared.runs["ours"]])
         for clock in CLOCKS

@@ -1,7 +1,7 @@
 """Worker of bench.cpu_train_step: takes a training step for each line on stdin, and answers with its times as JSON.
 
 Runs in the packages of any build of this project, on PYTHONPATH: of the build's own bench/ it takes `our_step` or
-`hugging_face_step` and `Batches`, which have kept their arguments. Imports nothing of the benchmarks beside it.
+`hugging_face_step` and `Batches`, which have kept their arguments. Imports no other module of these benchmarks.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def _digest(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--classic"]:  # the other side, in a process of its own
+    if sys.argv[1:2] == ["--classic"]:  # the other side, in a separate process
         corpus, tokenizer, out = map(Path, sys.argv[2:5])
         classic(corpus, tokenizer, out, int(sys.argv[5]))
     else:

@@ -99,7 +99,7 @@ def read_file_range(
 def read_documents(
     patterns: Sequence[Path], json_key: str, counts: Counts, limits: Limits = DEFAULT_LIMITS
 ) -> Iterator[Document]:
-    """Every non-blank document, in the order of the files; UserError if there is none."""
+    """Every non-blank document, in the order of the files; UserError if there are none."""
     for shard in plan_shards(find_inputs(patterns).paths):
         for file_range in shard.file_ranges:
             yield from read_file_range(file_range, json_key, counts, limits=limits)

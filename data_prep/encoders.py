@@ -59,8 +59,8 @@ class Encoder(Protocol):
         ...
 
     def delimiter(self) -> bytes | None:
-        """The text of the end-of-document token, if documents encoded together with it after each have the ids that
-        they have alone; None if it may be read otherwise, or there is none."""
+        """The text of the end-of-document token, if documents joined by it get the same ids as when encoded alone;
+        None if they might not, or if there is no such token."""
         ...
 
 

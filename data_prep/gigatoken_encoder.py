@@ -133,7 +133,7 @@ def is_normal(text: bytes) -> bool:
     return unicodedata.is_normalized("NFC", characters) and not _holds_unknown(characters)
 
 
-# Of each code point: 0 not asked for yet, 1 assigned in Python's Unicode version, 2 unassigned.
+# For each code point: 0 not looked up yet, 1 assigned in Python's Unicode version, 2 unassigned.
 _assigned = np.zeros(sys.maxunicode + 1, dtype=np.uint8)
 
 

@@ -3,7 +3,7 @@
 #
 #   srun --nodes 8 --ntasks-per-node 1 launch/node.sh -m megatron_a2d.train --config ... --load CKPT --save RUN
 #
-# For use inside an allocation, for instance as a study's --launcher; launch/train.sbatch is a job of its own, requeued
+# For use inside an allocation, for instance as a study's --launcher; launch/train.sbatch is a complete job, requeued
 # after faults. NPROC is the number of processes per node (default: its GPUs). Untested on a cluster.
 set -euo pipefail
 if [ -z "${SLURM_JOB_ID:-}" ]; then

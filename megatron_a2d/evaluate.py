@@ -85,7 +85,7 @@ def _evaluate(arguments: Arguments, tasks: Any, name: str, directory: str, out: 
     try:
         loaded = load_model(directory, arguments.layout, options.objective)
         if loaded.block_length and "block_length" not in arguments.given:
-            options.block_length = loaded.block_length  # a file of settings is for models without blocks of their own
+            options.block_length = loaded.block_length  # the file's block length is for models without their own
         noise = {"reset_attention_mask": loaded.reset_attention_mask, **arguments.noise}
         if loaded.objective == "ar":
             noise = {key: value for key, value in noise.items() if key not in NOISE}
@@ -110,7 +110,7 @@ def _evaluate(arguments: Arguments, tasks: Any, name: str, directory: str, out: 
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
-    """What the model's own files say, and sampling and scoring follow."""
+    """Settings from the model's own files, which sampling and scoring use."""
     facts = {"positions": loaded.max_positions, "end_token_ids": list(loaded.end_token_ids)}
     if loaded.objective == "ar":
         return facts
@@ -218,7 +218,7 @@ def _fingerprint(model: Path) -> list[Any]:
 
 
 def _write(out: Path, content: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """Writes a model's results, and their page beside `others`, which is returned."""
+    """Write a model's results, and a page of them next to `others`; returns the page."""
     write_json(out / "results.json", content)  # first, in case the table fails
     return _write_page(out, [content, *others])
 

@@ -82,7 +82,7 @@ def run_config(a: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     tokenizer = {
         "_target_": "megatron.bridge.training.tokenizers.config.TokenizerConfig",
         "tokenizer_type": "HuggingFaceTokenizer",
-        "tokenizer_model": None,  # Bridge does not look beside the file: name its hf/
+        "tokenizer_model": None,  # Bridge does not search next to this file: give it the path of hf/
     }
     checkpoint = {"save_optim": False, "save_rng": False, "fully_parallel_save": True}
     return {"model": model, "tokenizer": tokenizer, "checkpoint": checkpoint}

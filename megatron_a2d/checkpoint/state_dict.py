@@ -52,7 +52,7 @@ def models_to_save(models: Sequence[nn.Module]) -> dict[str, Any]:
 
 
 def models_to_load(models: Sequence[nn.Module]) -> dict[str, Any]:
-    """The sharded state of this rank's models, as it is requested from a checkpoint."""
+    """The sharded state of this rank's models to request from a checkpoint."""
     return {name: state_to_load(model, sharding_metadata()) for name, model in _by_key(models).items()}
 
 
@@ -80,7 +80,7 @@ def state_to_save(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_to_load(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The sharded state of a model, as it is requested from a checkpoint."""
+    """The sharded state of a model to request from a checkpoint."""
     state = model.sharded_state_dict(metadata=metadata)
     return {
         name: value for name, value in state.items() if not (isinstance(value, ShardedObject) and _EXTRA in value.key)

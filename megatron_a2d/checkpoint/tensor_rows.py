@@ -350,7 +350,7 @@ class OpenFiles:
         return pages.data
 
     def _read_direct(self, path: Path, offset: int, rest: memoryview) -> int:
-        """The number of bytes read by direct I/O; fewer than asked for at the end of the file and where it fails."""
+        """The number of bytes read by direct I/O; fewer than requested at the end of the file or on failure."""
         done = 0
         while done < len(rest) and done % mmap.PAGESIZE == 0:
             try:

@@ -51,7 +51,7 @@ def own_attention_problems(config: RunConfig) -> Iterator[str]:
     has_own_positions = config.diffusion.objective == "block" or config.data.reset_position_ids
     if performance.apply_rope_fusion and has_own_positions and config.training.micro_batch_size > 1:
         yield (
-            f"--apply-rope-fusion: with {reason} each sample has positions of its own, and the kernel takes those of "
+            f"--apply-rope-fusion: with {reason} each sample has its own positions, but the kernel takes those of "
             "one; use --micro-batch-size 1, or --no-apply-rope-fusion"
         )
     if performance.cuda_graph_impl != "none" and "attn" in performance.cuda_graph_scope:

@@ -39,7 +39,7 @@ def find_version_problems(config: RunConfig) -> list[str]:
 
 
 def _muon_problems(config: RunConfig) -> list[str]:
-    """What --optimizer muon lacks. megatron-core 0.16.1 would ignore it; from 0.19 on Muon is in a package of its own,
+    """What --optimizer muon lacks. megatron-core 0.16.1 would ignore it; from 0.19 on Muon is in a separate package,
     tried from 0.3 on. (PyPI's 999.9.9 is withdrawn; pip on Python 3.11 names it alone.)"""
     if config.optimization.optimizer != "muon":
         return []

@@ -19,7 +19,7 @@ class Model(NamedTuple):
 def find_model(given: str, with_weights: bool = True) -> Model:
     """The directory of the model `given`, a directory or else a hub id.
 
-    Without its weights, what is asked for may be its tokenizer alone.
+    Without `with_weights` a directory with only a tokenizer suffices.
     """
     path, where = Path(given), f"--hf-model {given}"
     if path.exists():

@@ -43,7 +43,7 @@ _DEFAULTS = {
     "rotary_base": 10000, "rope_scaling": False, "rope_scaling_factor": 8.0,
     "share_embeddings_and_output_weights": True,
 }  # fmt: skip
-# The values of which one is supported; None is always taken as unset where the list has it.
+# The supported values of each setting; None, where listed, means unset.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_bias_linear": (False,), "gated_linear_unit": (True,), "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope",), "rotary_percent": (None, 1), "rotary_interleaved": (None, False),
@@ -99,7 +99,7 @@ def read_recorded(directory: Path) -> Recorded | None:
 
 
 def _of_bridge(path: Path) -> dict[str, Any]:
-    """Of a model provider, or of a model builder, whose transformer has a mapping of its own."""
+    """Settings of a model provider, or of a model builder, which has a separate mapping for the transformer."""
     model = _mapping(read_yaml(path, str(path), aliases=True), "model", path)
     return {**model, **_mapping(model, "transformer", path)} if "transformer" in model else model
 

@@ -147,7 +147,7 @@ def as_megatron(weights: Weights, dtype: torch.dtype | None) -> Remapped:
 
 
 def untied(weights: Weights) -> Weights:
-    """The same weights with an LM head of its own: a copy of the embedding, if the two are tied."""
+    """The same weights with a separate LM head: a copy of the embedding, if the two are tied."""
     if not weights.model_config.tie_word_embeddings:
         return weights
     model_config = dataclasses.replace(weights.model_config, tie_word_embeddings=False)

@@ -1,7 +1,7 @@
 """The weight map between the tensors of Hugging Face models and megatron.core's global tensors.
 
-The table has the standard names, those of Llama, Qwen2.5 and Qwen3 in transformers. A family with names of its own
-lists them beside the standard ones (families/family.py, `tensor_names`); all but files uses the standard names.
+The table has the standard names, those of Llama, Qwen2.5 and Qwen3 in transformers. A family with other names
+maps them to the standard ones (families/family.py, `tensor_names`); everything but files uses the standard names.
 
 Every matrix of a megatron tensor interleaves the rows (output features) of one or more HF tensors, its parts, by a
 single rule: each part is cut into the same number of groups, and the groups follow one another, part after part.

@@ -7,7 +7,7 @@
 Samples are equally long, so a source's share of the samples is its share of the tokens. Which source sample i
 belongs to, and how many samples of that source come before it, is computed from i alone:
 
-1. Blocks of 1,024 consecutive samples are shuffled, each with a key of its own. Otherwise the regular pattern of 2.
+1. Blocks of 1,024 consecutive samples are shuffled, each with its own key. Otherwise the regular pattern of 2.
    could correlate with the samples' diffusion times, which also follow the index, and with the ranks.
 2. A binary tree over the sources sends number j to the left if floor((j + 1) p) > floor(j p), where p is the left
 share:

@@ -1,7 +1,7 @@
 """Description (`PREFIX.json`) and checksums (`PREFIX.sums`) of a token file.
 
 Megatron's format has no checksums. `data_prep.tokenize_corpus` writes one of 64 bits (XXH3) for every 16 KiB of
-`PREFIX.bin`, and stores those of the index and of the table itself in the description, which has a checksum of its own.
+`PREFIX.bin`, and stores those of the index and of the table itself in the description, which has its own checksum.
 A read verifies the blocks that it touches, at several GB/s, so that no scan is needed before a run and any flipped bit
 is detected. Files without a description are read without verification.
 """

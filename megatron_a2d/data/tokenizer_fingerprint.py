@@ -103,7 +103,7 @@ def recorded_vocabulary(file: Described) -> Vocabulary | None:
 
 
 def find_foreign_tokens(files: Sequence[Described], model: Vocabulary | None) -> Iterator[str]:
-    """A line for each file whose tokens are not those of the model's vocabulary, or of the first file's that says."""
+    """A line for each file whose vocabulary is not the model's or, without a model, that of the first file with one."""
     remedy = "tokenise with the checkpoint's tokenizer, or pass with --no-verify-tokenizer"
     against, whose = model, "the checkpoint's tokenizer"
     ends: tuple[int | None, str] | None = None

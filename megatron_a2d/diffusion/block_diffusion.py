@@ -35,7 +35,7 @@ def corrupt_blocks(
     ar_loss_weight: float = 0.0,
     grid_positions_L: np.ndarray | None = None,
 ) -> Corrupted:
-    """A sample as 2 L positions, each block masked at a time of its own.
+    """A sample as 2 L positions; each block is masked at its own time.
 
     The weighted sum over the number of maskable tokens is an unbiased estimate of the block NELBO in nats/token, an
     upper bound on the negative log-likelihood: the sum over blocks of a block's NELBO given the earlier ones.

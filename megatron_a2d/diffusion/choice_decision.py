@@ -1,4 +1,4 @@
-"""Which of a question's choices has the highest log-likelihood: draws that compare them, and when to stop drawing.
+"""Finds the choice of a question with the highest log-likelihood: draws to compare choices, and when to stop drawing.
 
 With S(M) the cross-entropy of a continuation's masked tokens M, the bound of conditional_likelihood.py is
 

@@ -5,7 +5,7 @@ For a continuation y of n tokens after a context x (LLaDA, Nie et al. 2025, equa
     log p(y | x) >= mean over k in 1..n, and over subsets M of size k, of
                     n / k * sum over i in M of log p(y_i | x, y outside M)
 
-The estimate is exact (all 2^n - 1 subsets) where that takes no more forward passes than asked for: for a single token,
+The estimate is exact (all 2^n - 1 subsets) if that takes no more forward passes than requested: for a single token,
 the answer of most multiple-choice tasks, it is one. Otherwise it averages independent replicates, each of several
 draws: within a replicate the counts k are stratified over 1..n, and the subsets are consecutive arcs of one random
 order of the tokens laid in a circle, so that together they cover all tokens evenly. Every arc of a random order is a

@@ -2,7 +2,7 @@
 
 The limits contain accidents: time, memory, file size, no output, no child processes (which the kernel still permits
 root), an empty directory and environment; nothing that was started outlives the program, and there is no network
-(sandbox.py). The number of files is not limited. This is no protection from malicious programs: use a container or a
+(sandbox.py). The number of files is not limited. This does not protect against malicious programs: use a container or a
 separate machine for models that you do not trust.
 """
 

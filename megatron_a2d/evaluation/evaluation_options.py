@@ -68,7 +68,7 @@ _HELD_OUT = (*NOISE, "reset_attention_mask")
 
 
 class Arguments(NamedTuple):
-    """What the command was asked for."""
+    """The parsed arguments of the command."""
 
     models: dict[str, str]  # name -> directory
     options: argparse.Namespace

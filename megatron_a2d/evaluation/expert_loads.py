@@ -31,7 +31,7 @@ from megatron_a2d.training.data_setup import VALIDATION_SEED, micro_batches
 from megatron_a2d.training.train_step import forward_backward
 from megatron_a2d.utils.errors import UserError
 
-# What a run that wrote the checkpoint is asked for, and the default where there was none.
+# Settings taken from the run that wrote the checkpoint, if there was one.
 _RECORDED = ("seq_length", "micro_batch_size", "bf16")
 
 

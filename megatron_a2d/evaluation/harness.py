@@ -131,7 +131,7 @@ class HarnessModel(TemplateLM):
         repeats: Counter[str] = Counter()
         for job in jobs:
             key = self.cache.key("generate", *job)
-            # The repeats of one request (pass@k) are texts of their own.
+            # Repeats of one request (pass@k) are separate texts.
             keys.append(self.cache.key("generate", *job, repeats[key]) if repeats[key] else key)
             repeats[key] += 1
         unknown = [number for number, key in enumerate(keys) if self.cache.get(key) is None]

@@ -1,1 +1,1 @@
-"""Model families, described as data: what is particular to each one's config.json and tensors. One file per family."""
+"""Model families, described as data: what distinguishes each one's config.json and tensors. One file per family."""

@@ -1,6 +1,6 @@
 """DiffuLLaMA (Gong et al. 2025): Llama 2 7B turned into a diffusion model with label shift.
 
-Its config.json and tensors are a Llama's, to the letter. What tells it apart is its tokenizer, which declares a token
+Its config.json and tensors are exactly a Llama's. Only its tokenizer distinguishes it: it declares a token
 of Llama 2's vocabulary as the mask: texts that contain it can be neither trained on nor prompted with.
 """
 

@@ -1,4 +1,4 @@
-"""Dream-v0 (Ye et al. 2025): Qwen2.5-7B turned into a diffusion model with label shift and a mask token of its own.
+"""Dream-v0 (Ye et al. 2025): Qwen2.5-7B turned into a diffusion model with label shift and its own mask token.
 
 DiffuCoder and Dream-Coder have the same form. Tensors have the standard names.
 """

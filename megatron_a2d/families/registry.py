@@ -55,7 +55,7 @@ def kinds() -> Iterator[Kind]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory, with the objective of a model that its tokenizer alone tells apart."""
+    """config.json of a Hugging Face directory; the objective is added if only the tokenizer distinguishes the model."""
     config = read_json(directory / "config.json", "the model's configuration")
     token = declared_mask_token(directory)
     for family in _twins(config) if token is not None and config.get("objective") is None else ():
@@ -65,7 +65,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def declared_mask_token(directory: Path) -> str | None:
-    """The name of the mask token in the files beside a tokenizer; None without one."""
+    """The name of the mask token in the files next to a tokenizer; None without one."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).exists():
             token = read_json(directory / name, "the tokenizer's configuration").get("mask_token")
@@ -76,13 +76,13 @@ def declared_mask_token(directory: Path) -> str | None:
 
 
 def _twins(config: Mapping[str, Any]) -> list[Family]:
-    """Families of diffusion models whose config.json is an autoregressive family's, as this one is."""
+    """Families of diffusion models that share the model_type of this config.json with an autoregressive family."""
     sharing = {kind.family.title: kind.family for kind in kinds() if kind.model_type.name == config.get("model_type")}
     return [family for family in sharing.values() if family.diffusion and family.diffusion.mask_token]
 
 
 def is_diffusion_family(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a family of diffusion models."""
+    """Whether a config.json belongs to a family of diffusion models."""
     return any(kind.family.diffusion for kind in matching_kinds(config))
 
 
@@ -95,7 +95,7 @@ def twin_remedy(config: Mapping[str, Any]) -> str:
 
 
 def matching_kinds(config: Mapping[str, Any]) -> list[Kind]:
-    """Those of config.json's model_type; of several, those of its model class; of these, those of its objective."""
+    """Kinds with config.json's model_type; among several, those of its model class, then those of its objective."""
     found = [kind for kind in kinds() if kind.model_type.name == config.get("model_type")]
     if len({kind.model_type.architecture for kind in found}) > 1:
         listed = config.get("architectures")
@@ -132,7 +132,7 @@ def export_formats() -> list[str]:
 
 
 def family_of_format(export_format: str) -> Family | None:
-    """The family whose models a format of `export_hf` writes; None for a format that is no family's."""
+    """The family whose models a format of `export_hf` writes; None if the format belongs to no family."""
     return next((family for family in FAMILIES if family.export_format == export_format), None)
 
 
@@ -147,7 +147,7 @@ def autoregressive_types() -> tuple[str, ...]:
 
 
 def diffusion_types() -> tuple[str, ...]:
-    """Names of the model types that are of diffusion models only."""
+    """Names of the model types that only diffusion models have."""
     names = dict.fromkeys(kind.model_type.name for kind in kinds() if kind.family.diffusion)
     return tuple(name for name in names if name not in autoregressive_types())
 

@@ -1,4 +1,4 @@
-"""Well-known families that are close to the supported ones, and what of each is not implemented."""
+"""Well-known families that are close to the supported ones, and what each one needs that is not implemented."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ _TOWERS = ("vision_config", "audio_config", "speech_config", "image_token_id", "
 
 
 def what_is_unsupported(config: Mapping[str, Any]) -> str | None:
-    """What a config.json asks for that is not implemented; None for a supported family, or one that is not known."""
+    """What a config.json requires that is not implemented; None for a supported or unknown family."""
     named = config.get("model_type")
     known = [name for name in _REASONS if isinstance(named, str) and named.startswith(name)]
     if named == "mistral":

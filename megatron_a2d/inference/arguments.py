@@ -94,7 +94,7 @@ def sampling_options(options: argparse.Namespace, loaded: LoadedModel, **default
 
 
 def check_model(directory: str, layout: dict[str, Any]) -> None:
-    """Checks before torch's slow import. UserError for what is no model, or flags of a layout with an export."""
+    """Checks before torch's slow import. UserError if this is not a model, or for layout flags with an export."""
     path, where = Path(directory), f"--model {directory}"
     check_directory(path, where, "give one that export_hf wrote, or a checkpoint")
     if is_checkpoint(path):

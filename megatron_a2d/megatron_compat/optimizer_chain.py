@@ -17,7 +17,7 @@ from megatron_a2d.megatron_compat.versions import is_before
 
 
 def members(optimizer: Any) -> list[Any]:
-    """The optimizers of a chain, and of the chains in it; an optimizer that is none is its only member."""
+    """The optimizers of a chain, and of the chains in it; an optimizer that is not a chain is its own member."""
     return [member for member, _ in _with_owner(optimizer, False)]
 
 

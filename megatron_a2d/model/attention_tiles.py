@@ -86,7 +86,7 @@ def _unmasked(chunks: list[Range], is_open_CK: Tensor) -> list[Tiles]:
     queries_of: dict[Ranges, list[Range]] = defaultdict(list)
 
     def share(first: int, end: int, is_open_CK: Tensor) -> None:
-        """Keys that are open to all of these chunks are theirs together; the others are shared by halves of them."""
+        """Assign keys that are open to all of these chunks to them together, the others to either half, recursively."""
         is_shared_K = is_open_CK.all(0)
         if keys := _runs(is_shared_K):
             queries_of[keys].append((chunks[first][0], chunks[end - 1][1]))
@@ -145,7 +145,7 @@ def _open_keys(is_open_K: Tensor, is_visible_K: Tensor) -> Tensor:
 
 
 def _mixed_keys(is_mixed_K: Tensor, is_open_K: Tensor) -> Ranges:
-    """The ranges of mixed keys, joined where they are a few closed ones apart."""
+    """The ranges of mixed keys; ranges with only a few closed keys between them are joined."""
     found: list[Range] = []
     for first, end in _runs(is_mixed_K):
         if found and first - found[-1][1] < SHORT and not is_open_K[found[-1][1] : first].any():

@@ -158,7 +158,7 @@ def _transformer_engine_layer(config: TransformerConfig, mask_type: AttnMaskType
 
 
 def _graft(layer: TransformerLayerSubmodules) -> None:
-    """Grafted attention, and its norm in front of it, since grafting teaches attention alone, not the norm."""
+    """Use grafted attention, with a separate norm before it, because grafting trains attention but not the norm."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     layer.self_attention.module = GraftedSelfAttention
@@ -168,7 +168,7 @@ def _graft(layer: TransformerLayerSubmodules) -> None:
 
 
 def _moe_submodules(mlp: Any) -> MoESubmodules:
-    """Of a MoE layer's spec, which megatron.core writes as a ModuleSpec (0.16.1) or a partial (0.19.2)."""
+    """The submodules in a MoE layer's spec, which is a ModuleSpec (megatron-core 0.16.1) or a partial (0.19.2)."""
     submodules: MoESubmodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     return submodules
 

@@ -126,12 +126,12 @@ _made: OrderedDict[tuple[Any, ...], tuple[Tensor, Any]] = OrderedDict()  # the l
 
 
 def _once_per_mask(what: str, mask: Mask, make: Callable[[], Any]) -> Any:
-    """What is made of a micro-batch's mask, made once for all layers.
+    """The result of `make` for a micro-batch's mask, cached for all layers.
 
-    A mask is known by its memory and the number of changes to it. It is kept, so that no other takes its place there.
+    A mask is identified by its memory and the number of changes to it. It is kept, so that no other reuses its memory.
     """
     tensor, queries, causal = mask
-    if tensor.is_meta or tensor.is_inference():  # has no memory, or no count of changes, to be known by
+    if tensor.is_meta or tensor.is_inference():  # has no memory, or no count of changes, to identify it
         return make()
     name = (what, tensor.data_ptr(), tensor._version, tensor.shape, queries.start, queries.stop, causal)
     if name not in _made:

@@ -179,7 +179,7 @@ def _speed_fields(model_config: ModelConfig, config: RunConfig) -> dict[str, Any
 
 
 def _hybridep_fields(performance: PerformanceConfig, backend: str) -> dict[str, Any]:
-    """Nothing where --moe-flex-dispatcher-backend auto found another backend, for which the numbers are not meant."""
+    """HybridEP's fields; none if --moe-flex-dispatcher-backend auto found another backend."""
     if backend != "hybridep":
         return {}
     sms, preprocessing = performance.moe_hybridep_num_sms, performance.moe_hybridep_num_sms_preprocessing

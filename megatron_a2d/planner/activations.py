@@ -33,7 +33,7 @@ class LayerActivations(NamedTuple):
 def layer_activations(job: Job, on_cpu: bool = False) -> LayerActivations:
     """Activations of the layers that --transformer-impl selects on a GPU; `on_cpu`: of the local layers there."""
     if job.transformer_impl != "local":
-        # A norm before a linear layer is part of it, and not recomputed; a router's is a module of its own.
+        # A norm before a linear layer is part of it, and not recomputed; a router's is a separate module.
         norm = _norm(job, "pre_mlp_layernorm", recomputed=job.model_config.is_moe and job.recomputes("layernorm"))
         return LayerActivations(_attention(job), norm | _mlp(job), _experts(job))
     norm = _norm(job, "pre_mlp_layernorm", recomputed=job.recomputes("layernorm"))
@@ -74,7 +74,7 @@ def _attention(job: Job) -> dict[str, float]:
 
 
 def _local_attention(job: Job, on_cpu: bool) -> dict[str, float]:
-    """Of the local layers with fused norms and flash attention; on a CPU norms and rotation are one function."""
+    """Local layers' attention, with fused norms and flash attention; on a CPU norms and rotation are one function."""
     queries, keys = _heads(job)
     rows, number, cp = job.tokens, job.number_bytes, job.context_parallel_size
     normed = job.model_config.qk_layernorm

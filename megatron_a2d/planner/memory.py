@@ -107,7 +107,7 @@ def state_bytes(job: Job, stage: int) -> tuple[float, float, float]:
 
 
 def _main_weight_bytes(job: Job) -> int:
-    """Of an fp32 main weight. Transformer Engine's precision-aware Adam keeps only the 16 bits that bf16 lacks; under
+    """Bytes of a main weight. Transformer Engine's precision-aware Adam keeps only the 16 bits that bf16 lacks; under
     FP8 other than delayed, megatron.core keeps it whole (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`)."""
     return 2 if job.use_precision_aware_optimizer and job.fp8_recipe in ("none", "delayed") else 4
 

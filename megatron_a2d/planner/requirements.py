@@ -1,4 +1,4 @@
-"""The fewest GPUs of each cluster that a recipe fits on as it stands, by modelled memory."""
+"""The fewest GPUs of each cluster on which an unmodified recipe fits, by modelled memory."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ RESTART_MINUTES = 10.0
 STORAGE_GB_PER_S = 2000 / (16_384 / 8)
 
 
-# What `plan --run` shows without a run of its own: recipe, cluster, GPUs.
+# The runs that `plan --run` shows by default: recipe, cluster, GPUs.
 RUNS = (
     ("rnd1_30b_a3b_64xb200", "b200", 64), ("qwen3_30b_a3b", "h100", 512), ("qwen3_235b_a22b", "b200", 64),
     ("qwen3_235b_a22b", "h100", 512),

@@ -163,7 +163,7 @@ def _layouts(
 
 
 def _without_overlap_of_experts(config: RunConfig) -> RunConfig:
-    """For layouts that do not support it, such as a pipeline without virtual stages."""
+    """Settings for layouts that do not support the overlap, such as a pipeline without virtual stages."""
     return _laid_out(config, overlap_moe_expert_parallel_comm=False, delay_wgrad_compute=False)
 
 

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a step, by kind: the counts behind the time model, held to a rehearsal of the run."""
+"""Bytes that a rank sends in a step, by kind: the counts behind the time model, compared with rehearsals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def step_traffic(job: Job, stage: int) -> Traffic:
 
 
 def _tensor_bytes_of_ends(job: Job, stage: int) -> float:
-    """Of the embedding and of the head, where every position has a loss."""
+    """Tensor-parallel traffic of embedding and LM head, with a loss at every position."""
     tp, hidden = job.tensor_model_parallel_size, job.model_config.hidden_size * job.number_bytes
     sent = 0.0
     if stage == 0:  # scattered forward, gathered backward

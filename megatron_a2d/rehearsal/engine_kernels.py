@@ -1,4 +1,4 @@
-"""Transformer Engine's compiled extension as shapes alone: kernels that return tensors without data.
+"""Substitute for Transformer Engine's compiled extension: kernels that compute shapes and return dataless tensors.
 
 The layers are Transformer Engine's own Python (2.12), so what they keep for the backward pass, gather and reduce is
 theirs. Its libraries, which need a GPU, are not loaded. Each function has the arguments of the kernel that it
@@ -37,7 +37,7 @@ _PERMUTATION = "transformer_engine.pytorch.triton.permutation"
 def find() -> Path | None:
     """The directory that holds Transformer Engine's Python of this release; None where there is none.
 
-    Where `make setup` has put it for the tests, apart from the other packages, it is found too.
+    The copy that `make setup` installs for the tests, separate from the other packages, is found too.
     """
     for place in (*sys.path, str(Path(sys.prefix) / "transformer_engine")):
         found = importlib.metadata.distributions(name="transformer-engine", path=[place])
@@ -65,7 +65,7 @@ def install(directory: Path) -> None:
     common.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
     del sys.modules["transformer_engine"]
     importlib.import_module("transformer_engine.pytorch")
-    # It imports all names of the extension, and is asked for the others too.
+    # It imports all names of the extension; the others may be requested too.
     importlib.import_module("transformer_engine.pytorch.cpp_extensions").__getattr__ = _missing  # type: ignore[method-assign]
     sys.modules["transformer_engine"].common = common  # type: ignore[attr-defined]
 

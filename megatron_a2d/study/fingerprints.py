@@ -33,7 +33,7 @@ def hold_inputs(out: Path, base: RunConfig, starts: dict[str, str] | None = None
         if known.get(flag, now[0]) != now[0]
     ]
     problems += [
-        f"{flag}: the study in --out {out} was begun {'without' if flag in found else 'with'} it; give its tokens as "
+        f"{flag}: the study in --out {out} was started {'without' if flag in found else 'with'} it; give its tokens as "
         "they were given then, or another --out"
         for flag in (known.keys() ^ found.keys() if known else ())
         if not flag.startswith(EXTRA_START)

@@ -1,4 +1,4 @@
-"""Load balancing in a run: what model/load_balancing.py needs to know of the global batch.
+"""Load balancing in a run: what model/load_balancing.py needs to know about the global batch.
 
     RunBalancing.count      the loads of a global batch, by a forward pass without gradients, where they are not known
     RunBalancing.passes     D / N of the global batch, and the counts of its choices
@@ -122,7 +122,7 @@ class RunBalancing:
                     router.expert_bias *= left / (left + 1)
 
     def assume_even_loads(self) -> None:
-        """For a step that stands for any but a run's first, which alone counts its loads."""
+        """Set even loads, as if there had been a previous step: only a run's first step counts its own loads."""
         self.routing.loads = torch.ones_like(self.routing.choices)
 
     def state(self) -> list[Any] | None:

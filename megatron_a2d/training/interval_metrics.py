@@ -125,7 +125,7 @@ class IntervalMetrics:
         return values
 
     def _aux_metrics(self) -> dict[str, float]:
-        """Means over the interval, of what the run sets; they are no part of its loss."""
+        """Means over the interval of the auxiliary losses that the run sets; `loss` does not include them."""
         settings = self._balancing
         aux_loss, z_loss, dropped_frac = (_ratio(total, self._balanced) for total in self._aux_losses.tolist())
         shown = {

@@ -90,7 +90,7 @@ class RunLog:
                 self.say(f"warning: {self._path}: cannot be written now ({error.strerror})")
 
     def _watch_clock(self) -> None:
-        """Say it when the clock, by which records are dated, was set; the run itself does not go by it."""
+        """Warn if the clock that dates the records was set; the run itself does not depend on it."""
         clock = time.time() - time.monotonic()
         if abs(jump := clock - self._clock) > CLOCK_JUMP:
             self._clock = clock
@@ -169,7 +169,7 @@ class RunLog:
         self.say(f"iteration {iteration}: the loss {loss:.4f} is far above the recent ones (samples {samples})")
 
     def rollback(self, iteration: int, target: int, samples: Range, number: int, limit: int) -> None:
-        """Log that the run goes back to the checkpoint of iteration `target` and leaves out the samples since then."""
+        """Log that the run returns to the checkpoint of iteration `target` and skips the samples since then."""
         skipped = [samples.first, samples.last + 1]
         self.event("rollback", iteration=iteration, to=target, samples=skipped, number=number)
         self.say(
@@ -178,7 +178,7 @@ class RunLog:
         )
 
     def crowding(self, iteration: int, warning: str) -> None:
-        """Log that masked tokens have crowded on the same experts for long."""
+        """Log that masked tokens have been crowding on the same experts for long."""
         self.event("crowding", iteration=iteration, warning=warning)
         self.say(f"iteration {iteration}: {warning}")
 

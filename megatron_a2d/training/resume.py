@@ -150,7 +150,7 @@ def _newest_intact(save: Path, iterations: list[int], training: TrainingConfig, 
 
 
 def _as_written(save: Path, iterations: list[int]) -> list[int]:
-    """In the order of writing: after a rollback, later iterations of the abandoned branch are older."""
+    """The directories in the order of writing: after a rollback, later iterations of the abandoned branch are older."""
     return sorted(iterations, key=lambda iteration: ((save / directory_name(iteration)).stat().st_mtime, iteration))
 
 

@@ -1,7 +1,7 @@
-"""--on-spike rollback: back to the newest checkpoint from before a loss spike, without the samples since then.
+"""--on-spike rollback: return to the newest checkpoint from before a loss spike, and skip the samples since then.
 
-PaLM (Chowdhery et al. 2022, section 5.1) got past its spikes in this way, by hand. Here the samples that are left out
-are a range of indices, so the run after a rollback is exactly one that resumes from there with --skip-samples.
+PaLM (Chowdhery et al. 2022, section 5.1) got past its spikes in this way, by hand. Here the skipped samples are
+a range of indices, so the run after a rollback is exactly one that resumes from there with --skip-samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_a2d.training.train_state import TrainState
 
 
 class Rollback(NamedTuple):
-    """Where the run goes back to, which samples it skips, and how often it has gone back, this time included."""
+    """The checkpoint to return to, the samples to skip, and the number of rollbacks, this one included."""
 
     start: Path
     samples: Range

@@ -30,7 +30,7 @@ from megatron_a2d.utils.printable import print_line
 
 
 def check_early(config: RunConfig, processes: int) -> None:
-    """UserError with every problem of the settings themselves, and against the shape of the model."""
+    """UserError with every problem of the settings, by themselves and for the model's shape."""
     problems = missing_inputs(config) + find_version_problems(config)
     if (save := config.training.save) and rank() == 0:  # thousands of ranks would load the file system
         problems += write_problems(Path(save), f"--save {save}")

@@ -73,7 +73,7 @@ def _train(
     spikes: SpikeDetector,
     rolled_back: Rollback | None,
 ) -> tuple[TrainState, int, Rollback | None]:
-    """Train until the run ends or a spike asks for a rollback; `rolled_back`: the one by which it starts here."""
+    """Train until the run ends or a spike requires a rollback; `rolled_back`: the rollback that led to this start."""
     # What the run consists of. Rank 0 has scanned the data files (startup_checks.py); reads check every token again.
     train_data, valid_data = open_datasets(config, model_config, begin.directory / HF_FILES, scan=False)
     config, state, grafting, monitor = _state_of(config, model_config, begin, placement)
@@ -184,7 +184,7 @@ def _train(
 def _state_of(
     config: RunConfig, model_config: ModelConfig, begin: Start, placement: ExpertPlacement | None
 ) -> tuple[RunConfig, TrainState, Grafting, Monitor | None]:
-    """The state at `begin`, and what accompanies it; the settings then skip what the checkpoint skipped, too."""
+    """The initial state from `begin`, and settings that also skip the samples that the checkpoint skipped."""
     start, weights_only = begin
     state = build_train_state(model_config, config)
     if placement:
@@ -210,7 +210,7 @@ def _log_start(
     begin: Start,
     placement: ExpertPlacement | None,
 ) -> None:
-    """The log's head: settings, environment, and what a reader has to know of this start."""
+    """Log the start: settings, environment, and notes about this start."""
     variables = environment.environment(config, environment.find_gpu())
     log.event("start", iteration=state.iteration, settings=config.to_dict(), environment=variables)
     if variables:

@@ -77,7 +77,7 @@ class TrainState:
         return Range(*map(self.skipped.index_of, places))
 
     def tensors(self) -> Iterator[Tensor]:
-        """What a step changes: weights, gradients, and the optimizer's main weights and moments."""
+        """Tensors that a step changes: weights, gradients, and the optimizer's main weights and moments."""
         for chunk in self.chunks:
             yield from chunk.parameters()
             yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))

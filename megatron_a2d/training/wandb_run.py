@@ -1,6 +1,6 @@
 """A run's metrics in Weights & Biases (--wandb-project), in addition to log.jsonl and TensorBoard.
 
-Every start of a run is a wandb run of its own, as in Megatron-LM; those of one --save directory form a group. The
+Every start of a run is a separate wandb run, as in Megatron-LM; those of one --save directory form a group. The
 environment variables of wandb apply: WANDB_MODE=offline writes to SAVE/wandb/ alone, for a later `wandb sync`.
 """
 

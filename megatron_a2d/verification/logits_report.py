@@ -103,7 +103,7 @@ class _Pair(NamedTuple):
 
 
 def _pair(first: Weights, second: Weights, asked: bool = False) -> _Pair:
-    """UserError if transformers is `asked` for and the model does not fit into memory."""
+    """UserError if transformers is requested (`asked`) and the model does not fit into memory."""
     import psutil
 
     kinds = {name: second.tensors.dtype(name) for name in first.tensors.shapes}
@@ -120,7 +120,7 @@ def _pair(first: Weights, second: Weights, asked: bool = False) -> _Pair:
     has_class = model_type(hf.directory) in (*AUTOREGRESSIVE, *AUTO_MAPS)
     reason = f"transformers would take {human(needed, 'B')}: verify --logits runs it"
     if is_mixed or not has_class:
-        reason = "types are mixed" if is_mixed else "transformers has no class of its own for it"
+        reason = "types are mixed" if is_mixed else "transformers has no class for it"
     causal = all(model_type(_configuration(weights)) in AUTOREGRESSIVE for weights in (first, second))
     is_small = needed + _MODULE_BYTES * len(kinds) <= DEFAULT_MAX_BYTES
     by_transformers = (asked or is_small) and not is_mixed and has_class
@@ -179,7 +179,7 @@ def _stream(weights: Weights, causal: bool, text: _Text) -> tuple[StreamedModel,
 
 
 class _Text(NamedTuple):
-    """What logits are compared on."""
+    """The tokens on which logits are compared."""
 
     tokens: torch.Tensor  # [B, L]
     visible: torch.Tensor | None = None  # [L, L], who attends to whom, of a model in blocks

@@ -220,7 +220,7 @@ WRONG: dict[str, tuple[str, str, Any, str]] = {
     ),
     "fewer answers than questions": (
         "EleutherAI/race", "race/test/high/0.txt", '{"article": "a", "questions": ["b"], "options": [["c"]], "answers": []}',
-        "not as many options and answers as questions",
+        "numbers of questions, options and answers differ",
     ),
     "problems that are no literal": (
         "EleutherAI/race", "race/race_high_test.jsonl", '{"article": "a", "problems": "open(1)"}', "problems of row 1 are no",

@@ -336,7 +336,7 @@ def test_a_diffusion_model_of_ours_is_not_converted_again(
 ) -> None:
     run = Path(shutil.copytree(converted["0_19_2", "lm"], tmp_path / "iter_0000010"))
     (run / "run.json").write_text(json.dumps(build({}).to_dict()))
-    with pytest.raises(UserError, match="this project's checkpoint of a diffusion model"):
+    with pytest.raises(UserError, match="is a diffusion model's checkpoint of this project"):
         convert(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -46,7 +46,7 @@ BAD_YAML = {
     "deep blocks": ("".join(f"{' ' * n}a:\n" for n in range(500)), "levels deep"),
     "a key twice": ("lr: 1\nlr: 2", "'lr' comes twice"),
     "a key twice, one in quotes": ("lr: 1\n'lr': 2", "'lr' comes twice"),
-    "a list as key": ("? [a, b]\n: 1", "no plain text"),
+    "a list as key": ("? [a, b]\n: 1", "not plain text"),
     "a number as key": ("1: a", "the key 1 is not text"),
     "nothing as key": ("~: a", "the key None is not text"),
     "many digits": ("a: " + "9" * 5000, "too long"),

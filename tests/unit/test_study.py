@@ -144,7 +144,7 @@ def test_a_study_keeps_to_its_checkpoint_and_tokens(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--valid-data-path"):
         hold(train=0, valid=1)
     tokens, start = str(tmp_path / "tokens0"), str(tmp_path / "start")
-    with pytest.raises(UserError, match=r"--valid-data-path: the study in --out .* was begun with it"):
+    with pytest.raises(UserError, match=r"--valid-data-path: the study in --out .* was started with it"):
         hold_inputs(tmp_path / "out", base(train_data_path=tokens, load=start))
     (tmp_path / "start" / "release" / "manifest.json").write_text("another")
     with pytest.raises(UserError, match="--load"):

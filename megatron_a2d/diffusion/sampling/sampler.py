@@ -1,6 +1,6 @@
 """The denoising loop: forward, score, unmask, until nothing is masked. Without `remask` no token is masked again.
 
-Every sequence of the batch follows a schedule of its own (unmask_schedule.py), so sequences do not influence one
+Every sequence of the batch follows its own schedule (unmask_schedule.py), so sequences do not influence one
 another, and a finished sequence leaves the batch. At equal settings `rnd1` gives the tokens of the published sampler
 (RND1, Radical Numerics 2025) when that is deterministic. Differences: the mask token is never predicted, filters leave
 entropies finite, a batch may hold sequences of any lengths, forward passes that would unmask nothing are skipped, and a
@@ -230,5 +230,5 @@ def entropy_bounded(costs_BL: Tensor, entropies_BL: Tensor, candidates_BL: Tenso
 
 
 def _ranks(costs_BL: Tensor, candidates_BL: Tensor) -> Tensor:
-    """Rank of each position, 0 for the lowest cost; positions that are no candidates come last."""
+    """Rank of each position, 0 for the lowest cost; positions that are not candidates come last."""
     return costs_BL.masked_fill(~candidates_BL, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)

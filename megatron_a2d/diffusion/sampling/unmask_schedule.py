@@ -61,7 +61,7 @@ def counts_left(num_holes: int, sampler: Sampler, num_steps: int) -> list[int]:
 
 
 def _dream_counts(num_holes: int, num_steps: int) -> list[int]:
-    """Dream's: in a step from time t to s, of the masked positions the share 1 - s/t, rounded down; in the last, all.
+    """Dream's: a step from time t to s unmasks the share 1 - s/t of the masked positions, rounded down; the last, all.
 
     Times run from 1 to 1e-3, in fp32 as published: with as many steps as holes the first unmasks nothing, the last two.
     """
