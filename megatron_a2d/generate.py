@@ -119,9 +119,7 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
     if options.suffix is not None and options.prefix is None:
         kinds.append("prefix")
     if len(kinds) != 1:
-        problems.append(
-            "--prompt, --prefix, --infill, --input: give exactly one, --prefix with --suffix"
-        )
+        problems.append("--prompt, --prefix, --infill, --input: give exactly one, --prefix with --suffix")
     elif (options.prefix is None) != (options.suffix is None):
         problems.append("--prefix, --suffix: a hole needs both; use --prompt to continue a text")
     for name, users, instead in (

@@ -83,7 +83,7 @@ def _parse(argv: list[str] | None) -> tuple[RunConfig, Options]:
         "--rehearse-trace",
         type=Path,
         metavar="FILE",
-        help="with --rehearse: every collective, send and receive in order",
+        help="with --rehearse: write every collective, send and receive to FILE, in order",
     )
     add_cluster(parser)
     config, given = parse_run(parser, argv, inherited)
@@ -127,7 +127,7 @@ def _run(config: RunConfig, options: Options) -> None:
         return
     # Only the first rank reads files; meanwhile the others wait for it to join the process group.
     if rank() == 0 and config.training.save and not options.dry_run:
-        hold_directory(config.training.save, "--save")  # a second job hears of it at once
+        hold_directory(config.training.save, "--save")  # a second job fails at once
     environment.apply(config)  # before anything touches CUDA
     hide_noise()
     from megatron_a2d.distributed import process_groups as parallel
@@ -136,7 +136,7 @@ def _run(config: RunConfig, options: Options) -> None:
     from megatron_a2d.training import train_loop
     from megatron_a2d.training.startup_checks import check_run
 
-    gc.freeze()  # collections of garbage in the run pass over what the imports have made
+    gc.freeze()  # the run's garbage collections skip the objects that imports created
     first = check_run(config, processes, cluster) if rank() == 0 else None
     if first:
         start = str(first.start.directory)
@@ -156,9 +156,7 @@ def _run(config: RunConfig, options: Options) -> None:
 def _check_settings(config: RunConfig, processes: int, cluster: Cluster | None) -> ModelConfig:
     """Check the settings alone; returns the shape of --model. UserError with all problems."""
     if not config.training.model:
-        raise UserError(
-            "--settings-only, --rehearse: need --model, against whose shape the settings are checked; add it"
-        )
+        raise UserError("--settings-only, --rehearse: need --model, to check the settings against its shape; add it")
     model_config = named_model_config(config.training.model)
     if problems := find_problems(config, model_config, processes):
         raise UserError(problems)

@@ -1,4 +1,4 @@
-"""Processes that write a rank's chunks, beside training with --async-save.
+"""Processes that write a rank's chunks, with --async-save in the background.
 
 megatron.core's own writers report through queues, and hang when one of them is killed. Here one process per rank
 writes, measures what it wrote, and answers through a pipe, which also closes if the process dies without an answer.
@@ -77,7 +77,7 @@ class BackgroundWriter:
         self._process = None if has_cuda() else self._forked()
 
     def start(self, buckets: list[Any], transforms: list[Any], directory: Path) -> _Process:
-        """The process, which has begun to write."""
+        """Start writing; returns the process that writes."""
         if self._process is None:  # with a GPU training changes little of the host's memory
             return _Process(_write_once, _LOWEST_PRIORITY, buckets, transforms, directory)
         stored = self._memory.write([tensor for *_, (_, tensors) in buckets for _, tensor in tensors])
@@ -111,7 +111,7 @@ class _Process:
         theirs.close()
 
     def send(self, job: Any) -> bool:
-        """Whether the process is alive to take the job."""
+        """Send the job; returns whether the process is alive."""
         if self._has_job:  # of a save that failed on another rank, so that nobody waited for this one
             self.answer()
         try:
@@ -125,7 +125,7 @@ class _Process:
         return self._connection.poll()
 
     def answer(self) -> Any:
-        """What the process sends; if it ends without that, an OSError that says so."""
+        """The process's answer; an OSError if it ended without one."""
         self._has_job = False
         try:
             return self._connection.recv()
@@ -174,7 +174,7 @@ def _write_once(connection: Connection, *job: Any) -> None:
 
 
 def _write_always(connection: Connection, memory: MemoryFile) -> None:
-    gc.freeze()  # training's objects are not looked at
+    gc.freeze()  # collections skip training's objects
     gc.enable()
     while True:
         try:

@@ -16,7 +16,7 @@ class BalancingConfig:
     moe_aux_loss_coeff: float = 0.0
     """coefficient of the auxiliary loss, which is 1 in a balanced layer, and is summed over layers"""
     moe_aux_loss_tokens: Literal["all", "by_kind", "unmasked"] = "all"
-    """tokens that are balanced: all together; masked and unmasked ones each by themselves; unmasked ones alone"""
+    """tokens to balance; all: together; by_kind: masked and unmasked ones separately; unmasked: only those"""
     moe_aux_loss_loads: Literal["previous", "current"] = "previous"
     """global_aux_loss: loads of the previous step's global batch, or of the step's own, counted in an extra forward
     pass"""

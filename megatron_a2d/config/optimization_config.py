@@ -61,4 +61,4 @@ class OptimizationConfig:
     muon_fp32_matmul_prec: Literal["highest", "high", "medium"] = "medium"
     """precision of the Newton-Schulz iterations: fp32, TF32, bf16"""
     muon_router: bool = False
-    """Muon for the routers' matrices too"""
+    """with muon: update the routers' matrices by Muon too"""

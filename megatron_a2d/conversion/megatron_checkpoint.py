@@ -258,9 +258,7 @@ class _Patterns:
         """The shape of a tensor that is stored once. UserError if it is missing."""
         name = self._patterns[key].names if key in self._patterns else key
         if name not in self._shapes or len(self._shapes[name]) != 2:
-            raise UserError(
-                f"{self._directory}: has no {key}, so it is not a complete GPTModel of Megatron; give one"
-            )
+            raise UserError(f"{self._directory}: has no {key}, so it is not a complete GPTModel of Megatron; give one")
         return self._shapes[name]
 
     def check(self, table: WeightMap, rows: int, described_by: str) -> None:

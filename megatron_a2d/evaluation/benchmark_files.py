@@ -288,8 +288,7 @@ def _checked(row: Row, benchmark: Benchmark, where: str, number: int) -> Row:
             )
     if not benchmark.is_whole(row):
         raise UserError(
-            f"--data-dir: {where}: row {number} lacks the choices, answer or tests of this benchmark; "
-            "download it again"
+            f"--data-dir: {where}: row {number} lacks the choices, answer or tests of this benchmark; download it again"
         )
     return {column: row.get(column) for column in benchmark.columns}
 

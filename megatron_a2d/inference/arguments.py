@@ -35,9 +35,9 @@ SAMPLING = {
     "gamma": "sampler eb: entropy bound per step, nats",
     "threshold": "sampler threshold: probability above which a token is unmasked",
     "block_length": "fill holes from left to right in blocks of N tokens (semi-autoregressive); 0: all at once",
-    "cache": "KV cache with blocks, of the tokens before the block (prefix) or around it (dual); approximate; for "
-    "block diffusion models exact, and prefix the default",
-    "remask": "share of a block's decided tokens that each step masks again, the least certain ones; 0: none",
+    "cache": "with blocks: KV cache of the tokens before the block (prefix) or around it (dual); approximate, but for "
+    "block diffusion models prefix is exact, and the default",
+    "remask": "share of a block's decided tokens that each step masks again, least certain first; 0: none",
     "temperature": "0: always the most likely token (default: {temperature:g})",
     "top_k": "sample from the K most likely tokens; 0: all",
     "top_p": "sample from the most likely tokens with total probability P",

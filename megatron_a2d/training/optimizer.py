@@ -62,7 +62,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel], ti
             clip_grad=settings.clip_grad,
             bf16=config.training.bf16,
             params_dtype=chunks[0].config.params_dtype,
-            # megatron.core's own way to say that Muon's matrices are divided whole (muon_options).
+            # megatron.core's flag that Muon's matrices are distributed as wholes (muon_options).
             use_distributed_optimizer=config.parallel.use_distributed_optimizer and settings.optimizer != "muon",
             overlap_param_gather=config.parallel.overlap_param_gather,
             fp8_recipe=scaling.recipe if scaling and scaling.is_fp8 else None,

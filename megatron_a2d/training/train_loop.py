@@ -58,7 +58,7 @@ def train(
         state, exit_code, rollback = _train(config, model_config, begin, placement, requests, spikes, rollback)
         if rollback is None:
             return state, exit_code
-        # A rollback is a resume in the same process: everything is built anew, after the old state has been freed.
+        # A rollback is a resume in the same process: everything is rebuilt, after the old state has been freed.
         config, begin = rollback.applied_to(config), Start(rollback.start, weights_only=False)
         del state
         gc.collect()

@@ -30,7 +30,11 @@ UNSUPPORTED: list[tuple[Any, dict[str, Any], str]] = [
     ("gemma3_text", {}, "1 \\+ weight"),
     ("mixtral", {}, "experts have other tensor names"),
     ("mistral", {"sliding_window": 4096}, "sliding window \\(sliding_window 4096\\)"),
-    ("mistral", {"sliding_window": None}, "it is a Llama: set model_type to llama and architectures to LlamaForCausalLM"),
+    (
+        "mistral",
+        {"sliding_window": None},
+        "it is a Llama: set model_type to llama and architectures to LlamaForCausalLM",
+    ),
     ("gemma", {}, "1 \\+ weight and its MLP is a GeGLU; give"),
     ("gemma2", {}, "norms before and after each block, every other layer has a sliding window"),
     ("llama4_text", {}, "layers without rotary positions, chunked attention"),

@@ -205,9 +205,7 @@ def test_fp4_reaches_megatron(engine_on: Callable[[int], dict[str, Any]], monkey
     assert (seen["first_last_layers_bf16"], seen["num_layers_at_end_in_bf16"]) == (True, 4)
     monkeypatch.setattr(transformer_config, "is_te_min_version", lambda version: False)
     monkeypatch.setattr(transformer_config, "get_te_version", lambda: "2.6.0")
-    with pytest.raises(
-        UserError, match=r"--fp4-recipe nvfp4: needs Transformer Engine 2\.7\.0 or later, and 2\.6\.0"
-    ):
+    with pytest.raises(UserError, match=r"--fp4-recipe nvfp4: needs Transformer Engine 2\.7\.0 or later, and 2\.6\.0"):
         transformer_config.build_transformer_config(QWEN3_8B, config)
 
 

@@ -253,9 +253,9 @@ STUDY = Study(
     title="Block lengths",
     question="""
 From one autoregressive checkpoint, at equal tokens: SCP (the whole text is one block), blocks of 4 tokens, of 32, and
-from 1 to 32, doubled in equal steps over the first half of training; blocks without and with a next-token loss on the
-clean text, under which finished blocks attend causally. What does a shorter block gain in likelihood, what remains of
-the autoregressive model, and how many tokens does a forward pass give at equal quality?
+growing from 1 to 32 (doubled at equal intervals over the first half of training); blocks without and with a next-token
+loss on the clean text, under which finished blocks attend causally. What does a shorter block gain in likelihood, what
+remains of the autoregressive model, and how many tokens does a forward pass give at equal quality?
 """,
     plan=plan,
     report=report,
