@@ -6,8 +6,8 @@ without a word: routers are orthogonalised, stacked experts are not, and it is A
 configuration's `optimizer` says muon, from `get_megatron_muon_optimizer` too (0.16.1's gives Muon whatever the field
 says). Here the role decides, and a run whose matrices are not all with Muon does not start.
 
-Q, K and V are orthogonalised singly, gate and up together. Under tensor parallelism each rank gathers the whole gradient
-(`duplicated`; megatron.core's default orthogonalises each rank's slice, so that the result depends on the layout).
+Q, K and V are orthogonalised separately, gate and up together. Under tensor parallelism each rank gathers the complete
+gradient (`duplicated`; megatron.core's default orthogonalises each rank's slice, so the result depends on the layout).
 
 With the distributed optimizer each data-parallel rank updates its own matrices: in the gradient buffers none crosses
 the border between two ranks' shards, and megatron.core's LayerWiseDistributedOptimizer gives a rank those of its shard.
