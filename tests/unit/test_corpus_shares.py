@@ -148,7 +148,7 @@ def test_what_is_missing_or_foreign_is_refused_in_a_line(tokenizer, corpus, tmp_
     shutil.copy(saved / "00001.npz", parts)
     tokens = parts / "00001.tokens"
     tokens.write_bytes(bytes(tokens.stat().st_size))
-    assert "00001.tokens: has changed since it was written; remove it and run" in refusal()
+    assert "00001.tokens: has changed since it was written; remove it and rerun" in refusal()
     tokens.unlink()
     assert "1 of " in refusal() and "missing or unreadable" in refusal()
     assert not list(tmp_path.glob("c*.bin")) and not list(tmp_path.glob(".c*"))
