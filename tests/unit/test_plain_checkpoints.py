@@ -146,7 +146,10 @@ def test_another_format_is_called_so(tmp_path: Path) -> None:
 def test_a_checkpoint_without_the_models_files_says_where_they_go(tmp_path: Path) -> None:
     checkpoint = unpack("0_19_2", tmp_path)
     shutil.rmtree(checkpoint / "iter_0000012" / "hf")
-    with pytest.raises(UserError, match=r"iter_0000012/hf: .*create the directory with the model's config\.json"), open_checkpoint(checkpoint):
+    with (
+        pytest.raises(UserError, match=r"iter_0000012/hf: .*create the directory with the model's config\.json"),
+        open_checkpoint(checkpoint),
+    ):
         pass
 
 
