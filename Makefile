@@ -61,16 +61,17 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-integration test-latest test-latest-cpu test-engines test-parity test-te test-rehearsal test-faults test-slurm test-mutants soak fuzz \
+.PHONY: help install setup demo test test-integration test-latest test-latest-cpu test-engines test-parity test-te test-rehearsal test-faults test-slurm test-mutants soak fuzz \
   check data convert-hf convert-megatron train plan export verify inspect publish generate evaluate study bench bench-report gpu
 
 help:  ## list of targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 ifneq ($(MADE),)
-setup: $(VENV)/installed  ## .venv with pinned dependencies, built with any Python from 3.11 on (PYTHON=... selects one)
+install: $(VENV)/installed_core  ## .venv with pinned dependencies, built with any Python from 3.11 on (PYTHON=... selects one)
+setup: $(VENV)/installed  ## the same, with the packages of tests, linters and evaluation
 else
-setup:
+install setup:
 	@$(PY) -c "$$LACKING" $(PY)
 endif
 
@@ -87,32 +88,43 @@ endef
 export LACKING
 
 # Build the environment $(2) with the Python $(1) and the pinned packages for its version. torch is installed first,
-# because pip would take the newest one as a dependency of another package. At the same time `beside` installs the
-# versions of transformers and Transformer Engine that only some tests use, in directories of their own. No bytecode is
-# compiled: Python imports, and compiles, about a tenth of the modules.
-define install
+# because pip would take the newest one as a dependency of another package. No bytecode is compiled: Python imports, and
+# compiles, about a tenth of the modules.
+define install_core
 @"$(1)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("error: PYTHON=$(1): is Python %d.%d; 3.11 or \
 later is needed" % v[:2])'
 @"$(1)" -m venv $(2)
-@pins=$$($(2)/bin/python3 -c 'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")') && \
-  echo "making $(2): $$($(2)/bin/python3 --version), the packages of constraints/$$pins.txt, a minute" || exit; \
-  pip() { $(2)/bin/python3 -m pip --disable-pip-version-check --quiet install --no-compile "$$@"; }; \
-  beside() { pip --no-deps --upgrade --target $(2)/transformers4 --requirement constraints/transformers4.txt && \
-    pip --no-deps --upgrade --target $(2)/transformer_engine --requirement constraints/transformer_engine_$$pins.txt; }; \
-  packages() { pip --constraint constraints/$$pins.txt torch && \
-    pip --constraint constraints/$$pins.txt --editable '.[dev,plot]'; }; \
-  beside & packages; failed=$$?; wait $$! && exit $$failed
+@$(call pins_and_pip,$(2)); \
+  echo "making $(2): $$($(2)/bin/python3 --version), the packages of constraints/$$pins.txt, a minute"; \
+  pip --constraint constraints/$$pins.txt torch && pip --constraint constraints/$$pins.txt --editable '.[data,plot]'
 @touch $@
 endef
 
+# Add what tests, linters and evaluation need to the environment $(1). At the same time `beside` installs the versions of
+# transformers and Transformer Engine that only some tests use, in directories of their own.
+define install_rest
+@$(call pins_and_pip,$(1)); \
+  echo "adding the packages of tests, linters and evaluation to $(1)"; \
+  beside() { pip --no-deps --upgrade --target $(1)/transformers4 --requirement constraints/transformers4.txt && \
+    pip --no-deps --upgrade --target $(1)/transformer_engine --requirement constraints/transformer_engine_$$pins.txt; }; \
+  beside & pip --constraint constraints/$$pins.txt --editable '.[dev,plot]'; failed=$$?; wait $$! && exit $$failed
+@touch $@
+endef
+pins_and_pip = pins=$$($(1)/bin/python3 -c 'import sys; print("py312" if sys.version_info >= (3, 12) else "py311")') || exit; \
+  pip() { $(1)/bin/python3 -m pip --disable-pip-version-check --quiet install --no-compile "$$@"; }
+
 # For Python 3.12 and later, the public index has torch only with CUDA: 5 GB.
-PINNED := setup.py $(addprefix constraints/,py311.txt py312.txt transformers4.txt transformer_engine_py311.txt \
-  transformer_engine_py312.txt)
-.venv312/installed: $(PINNED)
-	$(call install,$(PYTHON312),.venv312)
+PINNED := setup.py $(addprefix constraints/,py311.txt py312.txt)
+BESIDE := $(addprefix constraints/,transformers4.txt transformer_engine_py311.txt transformer_engine_py312.txt)
+.venv312/installed_core: $(PINNED)
+	$(call install_core,$(PYTHON312),.venv312)
+.venv312/installed: .venv312/installed_core $(BESIDE)
+	$(call install_rest,.venv312)
 ifneq ($(MADE),)
-$(VENV)/installed: $(PINNED)
-	$(call install,$(PYTHON),$(VENV))
+$(VENV)/installed_core: $(PINNED)
+	$(call install_core,$(PYTHON),$(VENV))
+$(VENV)/installed: $(VENV)/installed_core $(BESIDE)
+	$(call install_rest,$(VENV))
 
 $(VENV)/installed_newest: constraints/py312.txt constraints/transformer_engine_py312.txt | $(VENV)/installed
 	@pip() { $(PY) -m pip --disable-pip-version-check --quiet install --no-deps --upgrade "$$@"; } && \
@@ -122,7 +134,7 @@ $(VENV)/installed_newest: constraints/py312.txt constraints/transformer_engine_p
 	@touch $@
 endif
 
-demo: setup  ## end to end on two CPU cores, offline, in minutes
+demo: install  ## end to end on two CPU cores, offline, in minutes
 	@$(PY) -m launch.demo $(ARGS)
 
 # Unit tests, or the files that ARGS names.
@@ -215,40 +227,40 @@ check: setup  ## linters, formatter, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-data: setup  ## tokenise INPUT with TOKENIZER to OUT.bin/.idx
+data: install  ## tokenise INPUT with TOKENIZER to OUT.bin/.idx
 	$(call needs,INPUT TOKENIZER OUT)
 	$(PY) -m data_prep.tokenize_corpus --input $(INPUT) --tokenizer $(TOKENIZER) --output-prefix $(OUT) $(ARGS)
 
-convert-hf: setup  ## HF_MODEL (directory or hub id) -> checkpoint OUT
+convert-hf: install  ## HF_MODEL (directory or hub id) -> checkpoint OUT
 	$(call needs,HF_MODEL OUT)
 	$(PY) -m checkpoints_tools.convert_hf --hf-model $(HF_MODEL) --out $(OUT) $(ARGS)
 
-convert-megatron: setup  ## MEGATRON (torch_dist checkpoint of Megatron-LM, Bridge, NeMo 2) -> checkpoint OUT
+convert-megatron: install  ## MEGATRON (torch_dist checkpoint of Megatron-LM, Bridge, NeMo 2) -> checkpoint OUT
 	$(call needs,MEGATRON OUT)
 	$(PY) -m checkpoints_tools.convert_megatron --megatron $(MEGATRON) $(if $(HF_MODEL),--hf-model $(HF_MODEL)) --out $(OUT) $(ARGS)
 
-train: setup  ## RECIPE on NPROC processes of this machine
+train: install  ## RECIPE on NPROC processes of this machine
 	$(call needs,RECIPE)
 	BIN=$(BIN) NPROC=$(NPROC) launch/train.sh --config $(RECIPE) $(ARGS)
 
-plan: setup  ## RECIPE on GPUS of CLUSTER (h100, h200, b200, ...): the best layouts, their memory, time and cost
+plan: install  ## RECIPE on GPUS of CLUSTER (h100, h200, b200, ...): the best layouts, their memory, time and cost
 	$(call needs,RECIPE CLUSTER GPUS)
 	@$(PY) -m megatron_a2d.plan --config $(RECIPE) --cluster $(CLUSTER) --gpus $(GPUS) $(ARGS)
 
-export: setup  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d, sdar, dream, llada, qwen3)
+export: install  ## CHECKPOINT -> Hugging Face directory OUT in FORMAT (rnd1, a2d, sdar, dream, llada, qwen3)
 	$(call needs,CHECKPOINT OUT)
 	$(PY) -m checkpoints_tools.export_hf --checkpoint $(CHECKPOINT) --out $(OUT) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
-verify: setup  ## compare the tensors of HF_MODEL and CHECKPOINT
+verify: install  ## compare the tensors of HF_MODEL and CHECKPOINT
 	$(call needs,HF_MODEL CHECKPOINT)
 	$(PY) -m checkpoints_tools.verify --hf-model $(HF_MODEL) --checkpoint $(CHECKPOINT) $(ARGS)
 
-inspect: setup  ## contents of CHECKPOINT: sizes, norms by role, iteration, tokens, recipe
+inspect: install  ## contents of CHECKPOINT: sizes, norms by role, iteration, tokens, recipe
 	$(call needs,CHECKPOINT)
 	@$(PY) -m checkpoints_tools.inspect --checkpoint $(CHECKPOINT) $(ARGS)
 
 publish: HF_MODEL := $(or $(HF_MODEL),$(MODEL))
-publish: setup  ## upload HF_MODEL to the hub as REPO (ARGS=--dry-run shows what would be uploaded)
+publish: install  ## upload HF_MODEL to the hub as REPO (ARGS=--dry-run shows what would be uploaded)
 	$(call needs,HF_MODEL REPO)
 	$(PY) -m checkpoints_tools.publish --hf-model $(HF_MODEL) --repo $(REPO) $(ARGS)
 
@@ -258,7 +270,7 @@ evaluate: setup  ## MODEL, or several ([NAME=]DIR ...), on held-out text (DATA) 
 	  $(if $(CONFIG),--config $(CONFIG)) $(ARGS)
 
 export PROMPT PREFIX SUFFIX
-generate: setup  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' SUFFIX='...'
+generate: install  ## text from the exported MODEL: PROMPT='...', or PREFIX='...' SUFFIX='...'
 	$(call needs,MODEL)
 	@$(PY) -m megatron_a2d.generate --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT") \
 	  $(if $(PREFIX),--prefix "$$PREFIX" --suffix "$$SUFFIX") $(ARGS)

@@ -1,4 +1,4 @@
-"""Packaging. `make setup` installs everything, pinned, into .venv."""
+"""Packaging. `make install` and, with the packages of tests, `make setup` install into .venv, pinned."""
 
 from pathlib import Path
 

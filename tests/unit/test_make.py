@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PINS = ROOT / "constraints" / "py312.txt"
 
+PLAN = ("RECIPE=r.yaml", "CLUSTER=h100", "GPUS=8")
 # A Python of the version MINOR: it answers -c as one, makes environments of its own kind, and installs nothing.
 STAND_IN = """#!/bin/sh
 case "$1" in
@@ -86,7 +87,7 @@ def test_any_python_makes_the_environment(pythons: dict[str, int], chosen: str, 
     venv, *installs = called
     assert venv.endswith(f"{chosen} -m venv .venv")
     own, beside = ([line for line in installs if ("--target" in line) == beside] for beside in (False, True))
-    assert [line.endswith(" torch") for line in own] == [True, False], "torch first"
+    assert [line.split()[-1] for line in own] == ["torch", ".[data,plot]", ".[dev,plot]"], "torch first"
     assert all(f"--constraint constraints/{pins}.txt" in line for line in own)
     # Older or other packages, which tests put in front of the environment; at the same time. TE goes with the
     # environment's megatron-core.
@@ -94,6 +95,7 @@ def test_any_python_makes_the_environment(pythons: dict[str, int], chosen: str, 
         "constraints/transformers4.txt", f"constraints/transformer_engine_{pins}.txt",
     ]  # fmt: skip
     assert machine.make("setup")[2] == [], "it is made once"
+    assert not any(" pip " in line for line in machine.make("plan", *PLAN)[2])
     # What is there is kept when its pins change, also where an earlier name appears on PATH.
     machine.python("python3.11", 11)
     os.utime(machine.clone / ".venv" / "installed", (1e9, 1e9))
@@ -114,7 +116,18 @@ def test_any_python_makes_the_environment(pythons: dict[str, int], chosen: str, 
     assert tests.endswith(".venv/bin/python3 -m pytest some")
 
 
-@pytest.mark.parametrize("refused", ["torch", "dev,plot", "transformers4", "transformer_engine"])
+def test_commands_install_no_tests_packages(machine: Machine) -> None:
+    machine.python("python3.11", 11)
+    code, said, called = machine.make("plan", *PLAN)
+    assert code == 0, said
+    assert [line.split()[-1] for line in called if " pip " in line] == ["torch", ".[data,plot]"]
+    assert "-m megatron_a2d.plan" in called[-1]
+    # Tests add theirs to the same environment.
+    assert " -m venv " not in "".join(called := machine.make("test")[2])
+    assert ".[dev,plot]" in "".join(called) and " -m pytest " in called[-1]
+
+
+@pytest.mark.parametrize("refused", ["torch", "data,plot", "dev,plot", "transformers4", "transformer_engine"])
 def test_an_installation_that_fails_is_no_environment(refused: str, machine: Machine) -> None:
     machine.python("python3", 11)
     python = machine.path / "python3"
@@ -187,7 +200,7 @@ def test_nothing_is_built_where_the_pythons_own_packages_are_wanted(how: str, ta
     (machine.clone / ".venv" / "bin").mkdir(parents=True)  # of the machine that the directory is mounted from
     machine.python("python", 11, machine.clone / ".venv" / "bin")
     variables = {"container": {"NVIDIA_PYTORCH_VERSION": "25.12"}, "BIN": {"BIN": str(where)}}.get(how, {})
-    words = ["RECIPE=r.yaml", "CLUSTER=h100", "GPUS=8", *(["VENV=none"] if how == "VENV=none" else [])]
+    words = [*PLAN, *(["VENV=none"] if how == "VENV=none" else [])]
     code, said, called = machine.make(target, *words, **variables)
     assert code == 0 and f"using {where}/python3, and building nothing" in said, said
     assert called and all(line.startswith(f"{where}/python3 -m ") for line in called), called
