@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.page_cache import CACHES, before
-from bench.paired import Comparison, compare
+from bench.paired import CLOCKS, Comparison, compare
 from bench.process_tree import command, module, peak_memory, run
 from bench.result_file import Figure, add_arguments, write
 from megatron_a2d.config.cli import Parser
@@ -74,6 +74,16 @@ def against_cp(name: str, words: list[str], source: Path, out: Path, rounds: int
     return [
         compare(name, sides, pairs, rounds=rounds, cache=cache, prepare=before(cache, [source], [out]), warm_up=0)
         for cache in CACHES
+    ]
+
+
+def seconds(compared: Comparison) -> list[Figure]:
+    """Our own times: those of `cp` depend on how fast the kernel finds pages for the page cache, which ours bypass."""
+    return [
+        Figure(f"{side}, {compared.cache}, {clock} time", "s", [getattr(usage, clock) for usage in runs])
+        for side, runs in compared.runs.items()
+        if side != COPY
+        for clock in CLOCKS
     ]
 
 
