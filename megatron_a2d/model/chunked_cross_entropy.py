@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_c
 from torch import Tensor
 
 from megatron_a2d.model.logits_chunks import rows_per_chunk
+from megatron_a2d.model.matrix_products import multiply
 from megatron_a2d.model.weight_gradients import add_product, gradient_buffer, hand_over
 
 
@@ -115,7 +116,7 @@ def _hidden_gradient(
             delta_nV = _logits(hidden_Nh[chunk], weight_Vh, space)
             _run(_become_softmax, delta_nV, log_denominator_N[chunk], gradient_N[chunk])
         _put(delta_nV, labels_N[chunk], label_gradient_N[chunk])
-        torch.mm(delta_nV, weight_Vh, out=result_Nh[chunk])
+        multiply(delta_nV, weight_Vh, out=result_Nh[chunk])
         if buffer_Vh is not None:
             add_product(buffer_Vh, delta_nV, hidden_Nh[chunk])
     return result_Nh
@@ -131,7 +132,9 @@ def _space(hidden_Nh: Tensor, weight_Vh: Tensor, rows: int) -> Tensor:
 
 
 def _logits(hidden_nh: Tensor, weight_Vh: Tensor, space: Tensor) -> Tensor:
-    return torch.mm(hidden_nh, weight_Vh.T, out=space[: len(hidden_nh)])
+    logits_nV = space[: len(hidden_nh)]
+    multiply(hidden_nh, weight_Vh.T, out=logits_nV)
+    return logits_nV
 
 
 def _statistics(logits_nV: Tensor, labels_n: Tensor) -> Tensor:

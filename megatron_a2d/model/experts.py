@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_a2d.megatron_compat.device import device
+from megatron_a2d.model.matrix_products import multiply
 from megatron_a2d.model.swiglu import swiglu
 from megatron_a2d.model.weight_gradients import add_product, gradient_buffer, hand_over
 
@@ -66,7 +67,7 @@ class _ProductsOneByOne(torch.autograd.Function):
         ctx.counts = counts
         output_To = tokens_Ti.new_empty(len(tokens_Ti), weight_Eoi.size(1))
         for tokens, weight, output in zip(tokens_Ti.split(counts), weight_Eoi, output_To.split(counts), strict=True):
-            torch.mm(tokens, weight.T, out=output)
+            multiply(tokens, weight.T, out=output)
         return output_To
 
     @staticmethod
@@ -77,7 +78,7 @@ class _ProductsOneByOne(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             tokens_gradient = torch.empty_like(tokens_Ti)
             for gradient, weight, output in zip(gradients, weight_Eoi, tokens_gradient.split(ctx.counts), strict=True):
-                torch.mm(gradient, weight, out=output)
+                multiply(gradient, weight, out=output)
         if ctx.needs_input_grad[1]:
             buffer_Eoi = gradient_buffer(weight_Eoi)
             for buffer, gradient, tokens in zip(buffer_Eoi, gradients, tokens_Ti.split(ctx.counts), strict=True):

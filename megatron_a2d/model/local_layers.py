@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_a2d.model.masked_attention import Mask, dense_mask, no_mask, sparse_attention
+from megatron_a2d.model.matrix_products import is_widened
 
 
 class AttentionCache(Protocol):
@@ -69,6 +70,9 @@ class CoreAttention(MegatronModule):
         if group is not None:
             # Backward sums the ranks' gradients of each slice and returns the sum to its owner.
             key, value = (gather_from_sequence_parallel_region(tensor, group=group) for tensor in (key, value))
+        dtype = query.dtype
+        if is_widened(query):  # torch's backward pass is slow too, and the tiles' products
+            query, key, value = (tensor.float() for tensor in (query, key, value))
         mask = None
         if attention_mask is not None or (self.is_causal and group is not None):
             first = 0 if group is None else torch.distributed.get_rank(group) * num_queries
@@ -76,7 +80,7 @@ class CoreAttention(MegatronModule):
             mask = Mask(encoded, slice(first, first + num_queries), self.is_causal)
             context = sparse_attention(query, key, value, mask, self.softmax_scale)
             if context is not None:
-                return context.flatten(2)
+                return context.flatten(2).to(dtype)
         query_bnsd, key_bnsd, value_bnsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context_bnsd = F.scaled_dot_product_attention(
             query_bnsd,
@@ -87,4 +91,4 @@ class CoreAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=True,
         )
-        return context_bnsd.permute(2, 0, 1, 3).reshape(num_queries, query.size(1), -1)
+        return context_bnsd.permute(2, 0, 1, 3).reshape(num_queries, query.size(1), -1).to(dtype)

@@ -1,38 +1,21 @@
 """Linear layers of the local implementation: megatron's, with the matrix products that are fastest on a CPU.
 
-On a CPU the products with the weight are oneDNN's (a tenth faster than MKL's on AMD's processors), and the weight's
-gradient is added to megatron's main_grad as it is computed. On a GPU they are megatron's. Shapes: x [..., i], W [o, i].
+On a CPU the products with the weight are those of matrix_products.py, and the weight's gradient is added to megatron's
+main_grad as it is computed. On a GPU they are megatron's. Shapes: x [..., i], W [o, i].
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_a2d.model.matrix_products import is_widened, linear
 from megatron_a2d.model.weight_gradients import add_product, gradient_buffer, hand_over
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ W.T, without a gradient; W may be a transposed view."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
-
-
-@functools.cache
-def _has_onednn() -> bool:
-    """Whether this torch has oneDNN's product under the name that its compiler uses, found by trying it."""
-    x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4).T
-    try:
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""), x @ weight.T)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
 
 
 class LinearProduct(torch.autograd.Function):
@@ -41,12 +24,12 @@ class LinearProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        return product(x, weight)
+        return linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        x_gradient = product(gradient, weight.T) if ctx.needs_input_grad[0] else None
+        x_gradient = linear(gradient, weight.T) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return x_gradient, None
         buffer = gradient_buffer(weight)
@@ -57,9 +40,13 @@ class LinearProduct(torch.autograd.Function):
 class _Local:
     def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
         """Called by megatron.core's linear layers as their matrix product."""
-        if input.device.type != "cpu" or options["sequence_parallel"]:  # megatron's keeps this rank's slice only
+        sequence_parallel = options["sequence_parallel"]
+        if input.device.type != "cpu" or (sequence_parallel and not is_widened(input)):
+            # megatron's keeps only this rank's slice of a sequence-parallel input
             return super()._forward_impl(input=input, weight=weight, **options)  # type: ignore[misc]
-        if options["allreduce_dgrad"]:
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=options["tp_group"])
+        elif options["allreduce_dgrad"]:
             input = tensor_parallel.copy_to_tensor_model_parallel_region(input, group=options["tp_group"])
         output = LinearProduct.apply(input, weight)
         return output if options["bias"] is None else output + options["bias"]

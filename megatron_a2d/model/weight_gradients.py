@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from megatron_a2d.model.matrix_products import add_transposed_product, is_widened
+
 
 def gradient_buffer(weight: Tensor) -> Tensor:
     """The fp32 buffer in which the weight's gradient is accumulated: megatron's main_grad where that is fp32."""
@@ -24,6 +26,8 @@ def add_product(buffer_oi: Tensor, gradient_no: Tensor, input_ni: Tensor) -> Non
     """buffer += gradient^T input, summed in fp32."""
     if gradient_no.dtype == torch.float32:
         buffer_oi.addmm_(gradient_no.T, input_ni)
+    elif is_widened(gradient_no):
+        add_transposed_product(buffer_oi, gradient_no, input_ni)
     elif adds_in_fp32(gradient_no.device, gradient_no.dtype):
         torch.addmm(buffer_oi, gradient_no.T, input_ni, out_dtype=torch.float32, out=buffer_oi)
     else:

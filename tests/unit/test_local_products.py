@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
-from megatron_a2d.model import local_linear
+from megatron_a2d.model import matrix_products
 from megatron_a2d.model.local_attention import normed_and_rotated, rotated
 from megatron_a2d.model.local_linear import LinearProduct, LocalColumnParallelLinear
 from megatron_a2d.model.rms_norm import _Norm
@@ -40,7 +40,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor], **tolerance: f
 @pytest.mark.parametrize("has_onednn", [True, False])
 @pytest.mark.parametrize("shape", [(5, 3, 24), (7, 24), (1, 1, 24), (0, 2, 24)])
 def test_linear_product(shape: tuple[int, ...], has_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_linear, "_has_onednn", lambda: has_onednn)
+    monkeypatch.setattr(matrix_products, "_has_onednn", lambda: has_onednn)
     inputs = random(*shape), random(40, 24, seed=1)
     same(gradients(LinearProduct.apply, *inputs), gradients(F.linear, *inputs), rtol=1e-5, atol=1e-5)
 
@@ -58,7 +58,7 @@ def test_linear_layer_with_a_bias() -> None:
 
 def test_this_torch_has_onednns_product() -> None:
     """Otherwise the products are torch's own, and slower."""
-    assert local_linear._has_onednn()
+    assert matrix_products._has_onednn()
 
 
 @pytest.mark.parametrize("bf16", [False, True])
