@@ -47,9 +47,9 @@ class Curve(NamedTuple):
 
 
 CURVES = {
-    "tokens": Curve("tokens of a step, MoE", "tokens", "CPU s a step", (512, 1024, 2048, 4096, 8192)),
-    "length": Curve("length of one sample, dense", "tokens", "CPU s a step", (128, 256, 512, 1024, 2048)),
-    "experts": Curve("experts, top 2, 512 tokens", "experts", "CPU s a step", (4, 8, 16, 32, 64)),
+    "tokens": Curve("tokens of a step, MoE", "tokens", "CPU s per step", (512, 1024, 2048, 4096, 8192)),
+    "length": Curve("length of one sample, dense", "tokens", "CPU s per step", (128, 256, 512, 1024, 2048)),
+    "experts": Curve("experts, top 2, 512 tokens", "experts", "CPU s per step", (4, 8, 16, 32, 64)),
     "data parallel": Curve("data-parallel processes, 4,096 tokens", "processes", "CPU s, busiest", (1, 2, 4), True),
     "expert parallel": Curve("expert-parallel processes, 4,096 tokens", "processes", "CPU s, busiest", (1, 2, 4), True),
     "samples": Curve("samples in a token file", "samples", "CPU s to start", tuple(10**n for n in range(6, 11))),

@@ -289,7 +289,7 @@ def wait_until(condition: Callable[[], Any], what: str, patience: float = PATIEN
     end = time.monotonic() + patience
     while not (found := condition()):
         if time.monotonic() > end:
-            raise EndedError(f"no {what} within {patience:.0f} s")
+            raise EndedError(f"waited {patience:.0f} s for {what}")
         time.sleep(0.1)
     return found
 
