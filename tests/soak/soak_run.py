@@ -267,8 +267,8 @@ class Run:
 
     def wait_for_end(self, patience: float = PATIENCE) -> int:
         """Exit code of the current start, when none of its processes is left."""
-        wait_until(self.current.is_over, "the end of the start", patience)
-        wait_until(lambda: not self.current.processes(), "the end of all its processes", patience)
+        wait_until(self.current.is_over, "end of the start", patience)
+        wait_until(lambda: not self.current.processes(), "end of all its processes", patience)
         self.look()
         return self.current.code()
 
@@ -289,7 +289,7 @@ def wait_until(condition: Callable[[], Any], what: str, patience: float = PATIEN
     end = time.monotonic() + patience
     while not (found := condition()):
         if time.monotonic() > end:
-            raise EndedError(f"waited {patience:.0f} s for {what}")
+            raise EndedError(f"no {what} within {patience:.0f} s")
         time.sleep(0.1)
     return found
 
