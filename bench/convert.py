@@ -57,6 +57,7 @@ def main() -> None:
         compared += against_cp("export", export, checkpoint, out, options.rounds)
         shutil.rmtree(checkpoint)
         shutil.rmtree(out, ignore_errors=True)
+    figures += [figure for comparison in compared for figure in seconds(comparison)]
     settings = {"bytes": num_bytes, "num_hidden_layers": options.num_hidden_layers, "workers": options.workers}
     write(options.out, "convert", compared, figures, settings)
 

@@ -5,9 +5,9 @@
 
 Two small shapes, dense and MoE, and both in bf16 as well. The plain script: Hugging Face's model, made bidirectional,
 and torch's AdamW, on the same batches (bench/train_step_variants.py). A third side repeats only the matrix products and
-the attention of our step, the least that a step with these operations takes. --against: a checkout of another commit,
-with its own settings and code (its bench/ says how its step is made). Every side is a process of its own that takes one
-step at a time, all others idle meanwhile, with as many threads as there are cores (or OMP_NUM_THREADS). Ratios are
+the attention of our step: about their share of it, below 1. --against: a checkout of another commit, with its own
+settings and code (its bench/ says how its step is made). Every side is a process of its own that takes one step at a
+time, all others idle meanwhile, with as many threads as there are cores (or OMP_NUM_THREADS). The other ratios are
 above 1 where ours is faster.
 """
 

@@ -142,9 +142,9 @@ def build_name(directory: Path) -> str:
 
 
 def sources() -> str:
-    """A checksum of all code of the product and of the benchmarks."""
+    """A checksum of all code of the product and of the benchmarks, and of the recipes with which they train."""
     total = hashlib.sha256()
     for folder in ("bench", "checkpoints_tools", "data_prep", "launch", "megatron_a2d"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")]):
             total.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return total.hexdigest()[:16]

@@ -6,7 +6,7 @@
 # transposed in memory (x @ W.T, a linear layer), and 50 to 100 times if it is not (gradient @ W, the gradient of its
 # input); to convert both matrices to fp32, multiply, and round takes about as long as the product in fp32. The gradient
 # of scaled_dot_product_attention takes several times as long too, its output does not.
-# So a training step in bf16 on a laptop takes most of a minute instead of a second, without a word.
+# So a training step in bf16 on a laptop can take half a minute instead of a second, without a warning.
 # ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make a processor with AVX512 behave as one without.
 set -euo pipefail
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT

@@ -209,7 +209,8 @@ def _convert(item: Setting, given: Any) -> Any:
         return _convert_list(item, given)
     if item.kind is str:
         if given == "" and item.optional:
-            raise ValueError("is empty; give it a value, or leave it out")
+            unset = f"a line `{item.name}:` in a further --config unsets a recipe's"
+            raise ValueError(f"is empty; give it a value, or leave it out ({unset})")
         return item.read(_convert_text(given)) if item.read else _convert_text(given)
     return _convert_number(item.kind, given)
 

@@ -36,8 +36,8 @@ ALTERNATIVES = (
 )
 
 
-def _without_spaces(schedule: str) -> str:
-    """A schedule LENGTH:COUNT,... without spaces around its marks: runs are resumed with the same text."""
+def without_spaces(schedule: str) -> str:
+    """A schedule LENGTH:COUNT,... without spaces around its marks: resumed runs compare it as text."""
     return re.sub(r"\s*([:,])\s*", r"\1", schedule.strip())
 
 
@@ -123,10 +123,10 @@ class DiffusionConfig:
     autoregressive over blocks (BD3LM); ar: next-token prediction with causal attention"""
     block_length: int = 0
     """block: tokens per block"""
-    block_length_schedule: str = field(default="", metadata={"read": _without_spaces})
+    block_length_schedule: str = field(default="", metadata={"read": without_spaces})
     """block: earlier lengths and their iterations, LENGTH:ITERATIONS,...; with 1:500,4:500 blocks have one token, as in
     an autoregressive model, then 4, then --block-length. Validation always uses --block-length"""
-    block_length_schedule_samples: str = field(default="", metadata={"read": _without_spaces})
+    block_length_schedule_samples: str = field(default="", metadata={"read": without_spaces})
     """block: the same schedule in samples, LENGTH:SAMPLES,...; it then does not depend on the batch size"""
     reset_block_grid: bool = False
     """block: count blocks from the beginning of each document in a sample, as serving engines do for each request"""

@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from megatron_a2d.model.local_linear import LocalColumnParallelLinear
 from megatron_a2d.model.logits_chunks import rows_per_chunk
 from megatron_a2d.model.matrix_products import multiply
 from megatron_a2d.model.weight_gradients import add_product, gradient_buffer, hand_over
 
 
-class OutputLayer(ColumnParallelLinear):
+class OutputLayer(LocalColumnParallelLinear):
     """The LM head: logits over this rank's shard of the vocabulary; with labels, the losses instead.
 
     One module for both: with --overlap-param-gather megatron gathers the weight when its module is called.

@@ -206,7 +206,7 @@ class EmulatedRowParallelLinear(_Emulated, RowParallelLinear):
     """megatron.core's row-parallel linear layer with emulated products."""
 
 
-class EmulatedOutputLayer(_Emulated, OutputLayer):
+class EmulatedOutputLayer(_Emulated, OutputLayer):  # type: ignore[misc]
     """The LM head with emulated products; materialises all logits instead of a chunk at a time."""
 
     def forward(  # type: ignore[override]

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 from typing import Any, Literal, NamedTuple
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -32,7 +33,7 @@ from megatron_a2d.config.fp8_recipe import Emulation, emulation_of
 from megatron_a2d.config.model_config import ModelConfig
 from megatron_a2d.config.settings import RunConfig, flag
 from megatron_a2d.config.validate_performance import needs_transformer_engine
-from megatron_a2d.megatron_compat.device import has_cuda
+from megatron_a2d.megatron_compat.device import device, has_cuda
 from megatron_a2d.megatron_compat.versions import missing_router_product
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
 from megatron_a2d.model.emulated_layers import (
@@ -47,6 +48,7 @@ from megatron_a2d.model.local_attention import LocalSelfAttention
 from megatron_a2d.model.local_layers import CoreAttention
 from megatron_a2d.model.local_linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megatron_a2d.model.local_moe import LocalMoELayer
+from megatron_a2d.model.matrix_products import is_widened
 from megatron_a2d.model.rms_norm import RMSNorm, TorchRMSNorm
 from megatron_a2d.model.router import Router
 from megatron_a2d.model.swiglu import LocalMLP
@@ -99,7 +101,11 @@ def notes(config: RunConfig, model_config: ModelConfig) -> list[str]:
     one_by_one = None
     if model_config.is_moe and config.optimization.optimizer == "muon" and not uses_engine:
         one_by_one = "Muon needs a matrix for each expert: the local layers compute experts one after another"
-    return [line for line in (missing, emulation and str(emulation), one_by_one) if line]
+    widened = None
+    uses_bf16 = config.training.bf16 and not uses_engine and not emulation
+    if uses_bf16 and is_widened(torch.empty(0, dtype=torch.bfloat16, device=device())):
+        widened = "bf16: this processor has no bf16 products; they are computed in fp32 and rounded"
+    return [line for line in (missing, emulation and str(emulation), one_by_one, widened) if line]
 
 
 def build_block_spec(

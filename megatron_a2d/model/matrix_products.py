@@ -2,9 +2,9 @@
 
 In fp32 oneDNN's are a tenth faster than MKL's, which torch uses, on AMD's processors.
 
-Without AVX512 or AMX torch computes bf16 products in scalar loops, 8 to 100 times slower than in fp32 (torch 2.13.0;
-findings/torch_bf16_products_on_avx2.sh). There the matrices are converted to fp32, a part at a time, and the result is
-rounded once, as GPUs do. Elsewhere, and on GPUs, these are torch's products. Shapes: [m, k] @ [k, n].
+Without AVX512 or AMX torch computes bf16 products in scalar loops, 5 to 100 times slower than in fp32 (torch 2.13.0;
+findings/torch_bf16_products_on_avx2.sh). There the matrices are converted to fp32, the weight a part at a time, and the
+result is rounded once, as GPUs do. Elsewhere, and on GPUs, these are torch's products. Shapes: [m, k] @ [k, n].
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDENED_VALUES = 1 << 24  # of a matrix in fp32 at a time: 64 MB
+WIDENED_VALUES = 1 << 24  # of the weight in fp32 at a time: 64 MB
+FEW_ROWS = 8  # fewer cost less in torch's loops over a transposed weight than the weight's conversion
 
 
 def is_widened(matrix: Tensor) -> bool:
-    """Whether products of this matrix are computed in fp32: it is bf16 on a CPU without bf16 products."""
+    """Whether products of this matrix are computed in fp32: it is bf16 on a CPU for which torch has no fast ones."""
     return matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and not _has_bf16_products()
 
 
@@ -45,7 +46,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b, without a gradient."""
-    if not is_widened(a):
+    if not is_widened(a) or (len(a) < FEW_ROWS and b.stride(0) == 1):
         torch.mm(a, b, out=out)
         return
     if b.size(1) >= b.size(0):

@@ -231,7 +231,10 @@ class StreamedModel:
 
 
 def has_bf16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bf16 matrices; elsewhere torch's bf16 products are slower than those in fp32."""
+    """Whether the processor has instructions for bf16 products; elsewhere those in fp32 are faster.
+
+    matrix_products.py asks another question: whether torch has library products of bf16, which AVX512 suffices for.
+    """
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # another system

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.train_step_variants import ProductRecorder
-from megatron_a2d.model import matrix_products
-from megatron_a2d.model.chunked_cross_entropy import _MaskedHead
+from megatron_a2d.model import local_layers, local_linear, matrix_products
+from megatron_a2d.model.chunked_cross_entropy import OutputLayer, _MaskedHead
 from megatron_a2d.model.experts import grouped_product
 from megatron_a2d.model.local_layers import CoreAttention
-from megatron_a2d.model.local_linear import LinearProduct
+from megatron_a2d.model.local_linear import LinearProduct, LocalColumnParallelLinear
+from megatron_a2d.model.masked_attention import no_mask
 from megatron_a2d.model.matrix_products import multiply
 from tests.unit.test_local_products import random
 
@@ -33,7 +35,8 @@ def no_bf16_product() -> Iterator[None]:
     """No product or attention of a test has a bf16 operand, forward or backward."""
     with ProductRecorder() as recorder:
         yield
-    operands = [value for call in recorder.calls for value in call.args if isinstance(value, Tensor)]
+    calls = [[value for value in call.args if isinstance(value, Tensor)] for call in recorder.calls]
+    operands = [value for call in calls if all(value.numel() for value in call) for value in call]
     assert all(value.dtype != torch.bfloat16 for value in operands)
 
 
@@ -52,7 +55,7 @@ def assert_rounded_once(found: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize("part", [1, 7 * 24, 1 << 24])
-@pytest.mark.parametrize(("rows", "inner", "columns"), [(5, 24, 40), (5, 40, 24), (0, 24, 40)])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(9, 24, 40), (9, 40, 24), (0, 24, 40)])
 def test_a_product(rows: int, inner: int, columns: int, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_products, "WIDENED_VALUES", part)
     a, b = bf16(rows, inner), bf16(columns, inner, seed=1).T
@@ -62,7 +65,7 @@ def test_a_product(rows: int, inner: int, columns: int, part: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("part", [1, 7 * 24, 1 << 24])
-@pytest.mark.parametrize("shape", [(5, 3, 24), (7, 24), (0, 2, 24)])
+@pytest.mark.parametrize("shape", [(5, 3, 24), (8, 24), (0, 2, 24)])
 def test_a_linear_layers_gradients(shape: tuple[int, ...], part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_products, "WIDENED_VALUES", part)
     inputs = bf16(*shape), bf16(40, 24, seed=1)
@@ -72,17 +75,22 @@ def test_a_linear_layers_gradients(shape: tuple[int, ...], part: int, monkeypatc
 
 
 def test_experts() -> None:
-    tokens, weight, ends = bf16(9, 24), bf16(3, 40, 24, seed=1), torch.tensor([4, 4, 9], dtype=torch.int32)
+    tokens, weight, ends = bf16(18, 24), bf16(3, 40, 24, seed=1), torch.tensor([8, 8, 18], dtype=torch.int32)
     found = gradients(lambda *both: grouped_product(*both, ends), tokens, weight)
-    exact = gradients(lambda x, w: torch.cat([x[:4] @ w[0].T, x[4:] @ w[2].T]), tokens.double(), weight.double())
+    exact = gradients(lambda x, w: torch.cat([x[:8] @ w[0].T, x[8:] @ w[2].T]), tokens.double(), weight.double())
     for ours, expected in zip(found, exact, strict=True):
         assert_rounded_once(ours, expected)
 
 
-def test_attention_is_rounded_at_its_end_alone() -> None:
+def core_attention() -> CoreAttention:
     attention = CoreAttention.__new__(CoreAttention)
     torch.nn.Module.__init__(attention)
     attention.is_causal, attention.softmax_scale, attention.context_parallel_group = False, None, None
+    return attention
+
+
+def test_attention_is_rounded_at_its_end_alone() -> None:
+    attention = core_attention()
 
     def attend(*qkv: Tensor) -> Tensor:
         result: Tensor = attention.forward(*qkv, attention_mask=None)
@@ -105,12 +113,12 @@ def test_the_heads_products(monkeypatch: pytest.MonkeyPatch) -> None:
         def size(self) -> int:
             return 1
 
-    labels = torch.tensor([3, 39, 0, 7, 7])
+    labels = torch.tensor([3, 39, 0, 7, 7, 1, 2, 38] * 2)
 
     def losses(hidden: Tensor, weight: Tensor) -> Any:
-        return _MaskedHead.apply(hidden, weight, labels, Alone(), 2)[0]
+        return _MaskedHead.apply(hidden, weight, labels, Alone(), 8)[0]
 
-    hidden, weight = bf16(5, 24), bf16(40, 24, seed=1)
+    hidden, weight = bf16(16, 24), bf16(40, 24, seed=1)
     found = gradients(losses, hidden, weight)
     exact = gradients(
         lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, labels, reduction="none"),
@@ -124,3 +132,51 @@ def test_fp32_and_processors_with_bf16_are_left_alone(monkeypatch: pytest.Monkey
     assert not matrix_products.is_widened(torch.ones(2, 2)) and matrix_products.is_widened(bf16(2, 2))
     monkeypatch.setattr(matrix_products, "_has_bf16_products", lambda: True)
     assert not matrix_products.is_widened(bf16(2, 2))
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_attention_with_a_mask(tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and dense masks get fp32 operands; what comes back is bf16."""
+    seen = []
+
+    def sparse(query: Tensor, *rest: Any) -> Tensor | None:
+        seen.append(query.dtype)
+        return query if tiled else None
+
+    monkeypatch.setattr(local_layers, "sparse_attention", sparse)
+    attention = core_attention()
+    result = attention.forward(*(bf16(16, 2, 2, 8, seed=seed) for seed in range(3)), no_mask(16, torch.device("cpu")))
+    assert seen == [torch.float32] and result.dtype == torch.bfloat16 and result.shape == (16, 2, 16)
+
+
+def test_a_sequence_parallel_input_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron.core's own product of such an input is torch's."""
+    monkeypatch.setattr(
+        local_linear, "gather_from_sequence_parallel_region", lambda x, group: torch.cat([x, x]) if group == "tp" else x
+    )
+    options = {"bias": None, "allreduce_dgrad": False, "sequence_parallel": True, "tp_group": "tp"}
+    x, weight = bf16(4, 2, 24), bf16(40, 24, seed=1)
+    found = LocalColumnParallelLinear._forward_impl(None, x, weight, **options)  # type: ignore[arg-type]
+    assert_rounded_once(found, torch.cat([x, x]).double() @ weight.T.double())
+
+
+def test_the_heads_logits_are_products_of_its_layer() -> None:
+    """Sampling asks the LM head for logits, without labels."""
+    assert issubclass(OutputLayer, LocalColumnParallelLinear)
+
+
+def test_few_rows_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = []
+    monkeypatch.setattr(matrix_products, "_fp32_product", lambda a, b: converted.append(len(a)) or a @ b)
+    with _disable_current_modes():
+        for rows in (matrix_products.FEW_ROWS - 1, matrix_products.FEW_ROWS):
+            a, b = bf16(rows, 24), bf16(40, 24, seed=1).T
+            out = torch.empty(rows, 40, dtype=torch.bfloat16)
+            multiply(a, b, out=out)
+            assert_rounded_once(out, a.double() @ b.double())
+    assert converted == [matrix_products.FEW_ROWS]
+
+
+def test_torch_says_whether_it_has_bf16_products() -> None:
+    """Under another name every processor would be one without them."""
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_a2d import megatron_compat
 from megatron_a2d.config.fp8_recipe import Emulation
 from megatron_a2d.config.settings import build
-from megatron_a2d.model import layer_specs
+from megatron_a2d.model import layer_specs, matrix_products
 from megatron_a2d.model.chunked_cross_entropy import OutputLayer
 from megatron_a2d.model.emulated_layers import EmulatedOutputLayer
 from megatron_a2d.model.grafted_attention import GraftedSelfAttention, LocalGraftedSelfAttention
@@ -118,3 +118,11 @@ def test_a_router_without_its_product_is_told(monkeypatch: pytest.MonkeyPatch) -
     assert layer_specs.notes(config, QWEN3_8B) == [] == layer_specs.notes(config, replace(QWEN3_30B_A3B, num_experts=0))
     monkeypatch.setattr(moe_utils, "te_general_gemm", lambda: None)
     assert layer_specs.notes(config, QWEN3_30B_A3B) == []
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+def test_products_of_bf16_in_fp32_are_in_the_log(has_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_products, "_has_bf16_products", lambda: has_products)
+    config = build({"bf16": True, "transformer_impl": "local"})
+    assert [line[:5] for line in layer_specs.notes(config, QWEN3_8B)] == ([] if has_products else ["bf16:"])
+    assert layer_specs.notes(build({"transformer_impl": "local"}), QWEN3_8B) == []

@@ -234,6 +234,14 @@ def test_a_record_from_before_a_setting(tmp_path: Path) -> None:
     assert find_start(config, told.append).directory.name == "iter_0000003" and told == []
 
 
+@pytest.mark.parametrize("recorded", ["1:2, 4:1", "1:2,4:1", "1:2,4:2"])
+def test_a_recorded_schedule_with_spaces(recorded: str, tmp_path: Path) -> None:
+    """It is the same schedule as one without, as settings are read now."""
+    write_json(tmp_path / "run.json", build({"block_length_schedule": recorded}).to_dict())
+    lines = differences(build({"block_length_schedule": "1:2,4:1"}), tmp_path)
+    assert len(lines) == (recorded == "1:2,4:2"), lines
+
+
 @pytest.mark.parametrize("name", list(RunConfig().to_dict()))
 def test_a_resume_under_another_setting(name: str, tmp_path: Path) -> None:
     """One setting changed, either way round: a fixed one is refused, a reported one is printed, a free one is ignored."""

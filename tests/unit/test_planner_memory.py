@@ -13,7 +13,7 @@ from megatron_a2d.checkpoint.directory import resolve
 from megatron_a2d.config.model_config import read_model_config
 from megatron_a2d.config.named_models import named_model_config
 from megatron_a2d.config.settings import build
-from megatron_a2d.model import chunked_cross_entropy
+from megatron_a2d.model import chunked_cross_entropy, matrix_products
 from megatron_a2d.model.logits_chunks import rows_per_chunk
 from megatron_a2d.planner import memory as planned
 from megatron_a2d.planner.activations import layer_activations
@@ -120,6 +120,7 @@ def test_head(rows: int, grad_reduce_in_fp32: bool, monkeypatch: pytest.MonkeyPa
         with _disable_current_modes():
             add(*tensors)
 
+    monkeypatch.setattr(matrix_products, "_has_bf16_products", lambda: True)
     monkeypatch.setattr(chunked_cross_entropy, "_run", as_one_kernel)
     monkeypatch.setattr(chunked_cross_entropy, "add_product", in_place)
     monkeypatch.setattr(planned, "rows_per_chunk", lambda *_: chunk)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_a2d import plan
 from megatron_a2d.config.settings import build
-from megatron_a2d.model import chunked_cross_entropy, weight_gradients
+from megatron_a2d.model import chunked_cross_entropy, matrix_products, weight_gradients
 from megatron_a2d.planner.calibration import EFFICIENCIES
 from megatron_a2d.planner.memory import memory
 from megatron_a2d.planner.routing import EVEN, UNBALANCED, RankImbalance, Routing
@@ -75,6 +75,7 @@ def test_the_heads_products_are_those_that_it_computes(monkeypatch: pytest.Monke
     """Four, as torch counts them: the logits forward and again backward, and two gradients. Control: not three."""
     rows, vocabulary, hidden = 96, 512, 64
     tensors = [torch.randn(size, hidden, dtype=torch.bfloat16).requires_grad_() for size in (rows, vocabulary)]
+    monkeypatch.setattr(matrix_products, "_has_bf16_products", lambda: True)
     monkeypatch.setattr(weight_gradients, "adds_in_fp32", lambda *_: False)  # torch does not count a product in place
     with FlopCounterMode(display=False) as counter:
         losses, _ = chunked_cross_entropy._MaskedHead.apply(*tensors, torch.zeros(rows, dtype=torch.long), OneRank, 64)

@@ -325,7 +325,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llada", {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
     ("llada", {"n_layers": 0}, "n_layers is 0, not a positive whole number"),
     ("llada", {"embedding_size": 512}, "embedding_size is 512 and vocab_size is 256"),
-    ("llada", {"architectures": ["Other"]}, "architectures is .'Other'., and .*LLaDAModelLM or LLaDAMoEModelLM"),
+    ("llada", {"architectures": ["Other"]}, "architectures is .'Other'., but .*LLaDAModelLM or LLaDAMoEModelLM"),
     ("llada", {"rope_scaling": YARN}, "rope_scaling is .*only None is supported"),
     ("llada", {"include_qkv_bias": True}, "config.json is LLaDA's .*biases.*tensors are LLaDA's"),
     ("llada_moe", {"shared_expert_intermediate_size": 24}, "shared_expert_intermediate_size is 24"),

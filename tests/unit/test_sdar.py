@@ -140,7 +140,7 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], str]] = {
     "mask": (SERVED, 151670, {}, "its mask token is 151670, and engines fill masks of the fixed id 151669"),
     "no blocks": ({"objective": "mdlm", "label_shift": False}, MASK, {}, "was not trained in blocks"),
     "ar": ({"objective": "ar"}, MASK, {}, "predict the next token"),
-    "long blocks": ({**SERVED, "block_length": 1024, "seq_length": 2048}, MASK, {}, "told 512 at most"),
+    "long blocks": ({**SERVED, "block_length": 1024, "seq_length": 2048}, MASK, {}, "accept at most 512"),
     "yarn": (SERVED, MASK, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "YaRN"),
 }  # fmt: skip
 
