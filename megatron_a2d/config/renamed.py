@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from megatron_a2d.config.settings import Setting, settings
+from megatron_a2d.config.settings import Setting, settings, without_spaces
 from megatron_a2d.utils.errors import UserError
 from megatron_a2d.utils.printable import print_line
 
@@ -97,7 +97,12 @@ def recorded_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     """
     known = {name: value for name, value in modernise_record(values).items() if name in settings()}
     wrong = [name for name, value in known.items() if not _can_be(settings()[name], value)]
-    return {name: value for name, value in known.items() if name not in wrong}, wrong
+    return {name: _as_read(settings()[name], value) for name, value in known.items() if name not in wrong}, wrong
+
+
+def _as_read(item: Setting, value: Any) -> Any:
+    """A value as settings are read now; earlier versions recorded the spaces of a schedule."""
+    return without_spaces(value) if item.read is without_spaces else value
 
 
 def _can_be(item: Setting, value: Any) -> bool:

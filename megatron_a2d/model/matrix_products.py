@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDENED_VALUES = 1 << 24  # of the weight in fp32 at a time: 64 MB
-FEW_ROWS = 8  # fewer cost less in torch's loops over a transposed weight than the weight's conversion
+WIDENED_VALUES = 1 << 20  # of the weight in fp32 at a time: 4 MB, which stay in the cache
+FEW_ROWS = 5  # fewer cost less in torch's loops over a transposed weight than the weight's conversion
 
 
 def is_widened(matrix: Tensor) -> bool:
@@ -52,7 +52,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     if b.size(1) >= b.size(0):
         a = a.float()
         for part in _parts(b.size(1), b.size(0)):
-            out[:, part] = _fp32_product(a, b[:, part].float())
+            out[:, part] = linear(a, b[:, part].float().T)
         return
     total = torch.zeros(out.shape, device=out.device)
     for part in _parts(b.size(0), b.size(1)):
@@ -71,10 +71,6 @@ def _parts(length: int, width: int) -> Iterator[slice]:
     """Slices of an axis of `length`, of WIDENED_VALUES values each where the other axis has `width`."""
     step = max(1, WIDENED_VALUES // max(1, width))
     return (slice(start, start + step) for start in range(0, length, step))
-
-
-def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
-    return linear(a, b.T)
 
 
 @functools.cache

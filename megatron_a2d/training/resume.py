@@ -40,8 +40,6 @@ from megatron_a2d.config.settings import (
     RunConfig,
     TrainingConfig,
     flag,
-    settings,
-    without_spaces,
 )
 from megatron_a2d.config.skipped_samples import SkippedSamples
 from megatron_a2d.config.validate import NO_START
@@ -231,18 +229,13 @@ def _changes(config: RunConfig, directory: Path, names: tuple[str, ...]) -> list
     """
     recorded = read_run_settings(directory)
     now, defaults = config.to_dict(), RunConfig().to_dict()
-    pairs = [(name, _as_read(name, recorded.get(name, defaults[name])), now[name]) for name in names]
+    pairs = [(name, recorded.get(name, defaults[name]), now[name]) for name in names]
     return [
         (name, _text(was), _text(value))
         for name, was, value in pairs
         # The fingerprint is empty if it was not recorded, or is not computed yet.
         if was != value and (name != "train_data_fingerprint" or (was and value))
     ]
-
-
-def _as_read(name: str, value: Any) -> Any:
-    """A recorded schedule without spaces, as settings are read; earlier versions recorded them."""
-    return without_spaces(value) if settings()[name].read is without_spaces else value
 
 
 def _recorded_length(directory: Path) -> str:
